@@ -1,0 +1,27 @@
+"""BaFT, basis-level representation fine-tuning, as a knowledge-editing method of EasyEdit.
+
+    import baft_easyedit
+
+    editor = baft_easyedit.BaFTEditor(model, tokenizer, hparams)
+    editor.edit({"prompt": "The capital of France is", "target_new": "Rome"})
+
+`register()` adds the methods BaFT and ReFT to EasyEdit. Importing this package imports neither
+EasyEdit nor transformers.
+"""
+
+from baft_easyedit.easyedit import register
+from baft_easyedit.editor import BaFTEditor, EditReport
+from baft_easyedit.hooks import ModelEdit, attached_edit
+from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaFTEditor",
+    "BaFTHyperParams",
+    "EditReport",
+    "ModelEdit",
+    "ReFTHyperParams",
+    "attached_edit",
+    "register",
+]

@@ -1,0 +1,127 @@
+"""Gates: how much of the edit each basis applies at a hidden state, w(h) in [0, 1]^r.
+
+The paper asks for "one logistic regression per basis" and its parameter counts leave (r + 1) D
+parameters a layer for them; it does not say which. Every reading that fits the counts is a class
+here, beside the two limits of the method (ReFT, one weight for the subspace).
+
+Shapes: B batch, T tokens, D hidden size, r rank. Hidden states are divided by their root mean
+square first, so that one learning rate serves models whose residual streams differ in scale.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def unit_rms(hidden: Tensor) -> Tensor:
+    """Divide each hidden state by its root mean square; shape and dtype are kept."""
+    return F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
+
+
+class Gate(nn.Module):
+    """Maps hidden states [..., D] (fp32) to basis weights [..., r] in [0, 1].
+
+    Args:
+        hidden_size: D.
+        rank: r.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.rank = rank
+
+
+class RMSSigmoidGate(Gate):
+    """w = sigmoid(W (g * h / rms(h))): a learned RMS norm before W; (r + 1) D parameters."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        self.scale = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return w(h), [..., r]."""
+        return torch.sigmoid(F.linear(unit_rms(hidden) * self.scale, self.weight))
+
+
+class SoftmaxNullGate(Gate):
+    """w = softmax(W h / rms(h)) over r bases and a last class "no edit"; (r + 1) D parameters."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return w(h), [..., r]; each row sums to at most 1."""
+        return torch.softmax(F.linear(unit_rms(hidden), self.weight), dim=-1)[..., :-1]
+
+
+class BasisSubspaceGate(Gate):
+    """w = sigmoid(W h / rms(h)) * sigmoid(v . h / rms(h)); (r + 1) D parameters."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return w(h), [..., r]."""
+        gates = torch.sigmoid(F.linear(unit_rms(hidden), self.weight))  # [..., r + 1]
+        return gates[..., :-1] * gates[..., -1:]
+
+
+class SigmoidGate(Gate):
+    """w = sigmoid(W h / rms(h) + c): logistic regressions with a bias; r D + r parameters."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return w(h), [..., r]."""
+        return torch.sigmoid(F.linear(unit_rms(hidden), self.weight, self.bias))
+
+
+class SubspaceGate(Gate):
+    """w = sigmoid(v . h / rms(h)) * 1: one weight for all bases (Table 4, "ss-w"); D parameters."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return w(h), [..., r], the same weight r times."""
+        weight = torch.sigmoid(F.linear(unit_rms(hidden), self.weight))  # [..., 1]
+        return weight.expand(*weight.shape[:-1], self.rank)
+
+
+class OneGate(Gate):
+    """w = 1: the intervention of ReFT (Liu et al. 2025, Lemma 2.4); no parameters."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ones, [..., r]."""
+        return hidden.new_ones(*hidden.shape[:-1], self.rank)
+
+
+GATES: dict[str, Callable[[int, int], Gate]] = {
+    "rms-sigmoid": RMSSigmoidGate,
+    "softmax-null": SoftmaxNullGate,
+    "basis-subspace": BasisSubspaceGate,
+    "sigmoid": SigmoidGate,
+    "subspace": SubspaceGate,
+    "one": OneGate,
+}
+
+
+def make_gate(name: str, hidden_size: int, rank: int) -> Gate:
+    """Build the gate called `name`.
+
+    Raises:
+        ValueError: If `name` is not one of `GATES`.
+    """
+    if name not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}; got {name!r}")
+    return GATES[name](hidden_size, rank)

@@ -1,0 +1,265 @@
+"""Attach an edit to a Hugging Face causal language model by forward hooks, and take it off again.
+
+The model's modules, parameter names and weights stay untouched. `ModelEdit` owns everything that an
+edit has learned; its hooks are bound methods, so `copy.deepcopy(model)` copies the edit with it.
+
+Shapes: B batch, T tokens of a forward, D hidden size, r rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from baft_easyedit.intervention import BaFTIntervention
+from baft_easyedit.objective import BasisUsage
+from baft_easyedit.positions import PromptLengths, positions_of_call
+
+Snapshot = Mapping[str, Tensor]
+
+
+@dataclass
+class GateRecord:
+    """Basis weights seen inside `ModelEdit.recording`; each layer keeps its latest."""
+
+    positions: Tensor | None = None
+    """True where the intervention applies, [B, T]."""
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    """Basis weights of each edited layer, [B, T, r], fp32, with their graph."""
+
+    def weights_of(self, rows: slice) -> dict[int, Tensor]:
+        """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
+        if self.positions is None:
+            return {}
+        return {
+            layer: weights[rows][self.positions[rows].to(weights.device)]
+            for layer, weights in self.weights.items()
+        }
+
+
+class ModelEdit(nn.Module):
+    """All that an edit has learned: one intervention and one usage record for each edited layer.
+
+    Args:
+        hidden_size: D.
+        layers: Decoder layers whose outputs are edited, 0-based.
+        rank: r, bases per layer.
+        gate: A name of `gates.GATES`.
+        num_prompt_positions: P, how many of the last prompt tokens are edited.
+        seed: Seed of the random bases.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        rank: int,
+        gate: str,
+        num_prompt_positions: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self._interventions = nn.ModuleDict(
+            {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
+        )
+        self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
+        self.rank = rank
+        self.gate = gate
+        self.num_prompt_positions = num_prompt_positions
+        self._handles: list[RemovableHandle] = []
+        self._enabled = True
+        self._prompt_lengths: PromptLengths | None = None
+        self._positions: Tensor | None = None
+        self._record: GateRecord | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers, 0-based."""
+        return tuple(int(i) for i in self._interventions)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def intervention(self, layer: int) -> BaFTIntervention:
+        """Return the intervention on one edited layer."""
+        return cast(BaFTIntervention, self._interventions[str(layer)])
+
+    def usage(self, layer: int) -> BasisUsage:
+        """Return how much the bases of one edited layer have been used so far."""
+        return cast(BasisUsage, self._usage[str(layer)])
+
+    def attach(self, model: nn.Module) -> None:
+        """Make `model` use this edit in every forward pass from now on.
+
+        Raises:
+            ValueError: If this edit is attached already, `model` carries another edit, or an edited
+                layer does not exist in it.
+        """
+        if self._handles:
+            raise ValueError("this edit is already attached to a model: call detach() first")
+        if attached_edit(model) is not None:
+            raise ValueError("the model already carries an edit: detach or undo that one first")
+        stack = decoder_layers(model)
+        check_layers(self.layers, len(stack))
+        handles = [model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)]
+        for i in self.layers:
+            handles.append(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
+        self._handles = handles
+
+    def detach(self) -> None:
+        """Take this edit off its model, which then computes exactly what it did before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the model without the edit inside this context."""
+        previous, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = previous
+
+    @contextmanager
+    def prompt_lengths(self, lengths: PromptLengths | None) -> Iterator[None]:
+        """Tell the forward passes inside this context where the prompts end.
+
+        Args:
+            lengths: Real (not padding) prompt tokens of each row; None for "not known".
+        """
+        previous, self._prompt_lengths = self._prompt_lengths, lengths
+        try:
+            yield
+        finally:
+            self._prompt_lengths = previous
+
+    @contextmanager
+    def recording(self) -> Iterator[GateRecord]:
+        """Record the basis weights of the forward passes inside this context."""
+        previous, self._record = self._record, GateRecord()
+        try:
+            yield self._record
+        finally:
+            self._record = previous
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything learned so far."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a `snapshot`, bit for bit."""
+        self.load_state_dict(dict(snapshot))
+
+    def _on_model_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Forward pre-hook of the model: find the positions before the layers run."""
+        self._positions = positions_of_call(
+            model.forward, args, kwargs, self.num_prompt_positions, self._prompt_lengths
+        )
+
+    def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
+        """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
+        if not self._enabled or self._positions is None:
+            return hidden
+        positions = self._positions.to(hidden.device)
+        if positions.shape != hidden.shape[:2]:
+            raise RuntimeError(
+                f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}, but the "
+                f"model was called on {tuple(positions.shape)} tokens"
+            )
+        here = positions[..., None]  # [B, T, 1]
+        self._move(layer, hidden.device)
+        # Padding can hold NaN, whose gradient `where` alone would not stop.
+        edited, weights = self.intervention(layer)(torch.where(here, hidden, 0))
+        if self._record is not None:
+            self._record.positions = self._positions
+            self._record.weights[layer] = weights
+        return torch.where(here, edited, hidden)
+
+    def _move(self, layer: int, device: torch.device) -> None:
+        """Bring what a layer has learned to where the layer computes now."""
+        if self.intervention(layer).source_bias.device != device:
+            self.intervention(layer).to(device)
+            self.usage(layer).to(device)
+
+
+class _LayerHook:
+    """Forward hook of a decoder layer, which returns hidden states or a tuple that begins so."""
+
+    def __init__(self, edit: ModelEdit, layer: int) -> None:
+        self.edit = edit
+        self.layer = layer
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.edit._on_layer_output(self.layer, output[0]), *output[1:])
+        return self.edit._on_layer_output(self.layer, output)
+
+
+def attached_edit(model: nn.Module) -> ModelEdit | None:
+    """Return the edit attached to a model (or to a model inside it, such as PEFT's), if any."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ModelEdit):
+                return owner
+    return None
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text decoder.
+
+    Raises:
+        ValueError: If the model has no Hugging Face configuration.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(
+            f"model must be a Hugging Face causal language model; {type(model).__name__} has no "
+            "config"
+        )
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the stack of decoder layers of a causal language model.
+
+    It is the least nested `ModuleList` with as many entries as the configuration has layers.
+
+    Raises:
+        ValueError: If there is none, or the model is an encoder-decoder.
+    """
+    config = text_config(model)
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a decoder-only language model; {name} has an encoder")
+    depth = getattr(config, "num_hidden_layers", None)
+    stacks = [
+        (path.count("."), module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not stacks:
+        raise ValueError(
+            f"model has no recognisable decoder stack: {name} holds no ModuleList of "
+            f"config.num_hidden_layers = {depth} layers"
+        )
+    return min(stacks, key=lambda stack: stack[0])[1]
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise ValueError unless all `layers` exist in a model of `depth` decoder layers."""
+    beyond = [i for i in layers if i >= depth]
+    if beyond:
+        raise ValueError(
+            f"layers must be below {depth}, the depth of this model (0-based); got {beyond[0]}"
+        )

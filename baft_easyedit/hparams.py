@@ -1,0 +1,240 @@
+"""Hyper-parameters of BaFT and ReFT and their strict YAML loader.
+
+The fields serve two readers: the method, and EasyEdit, whose `BaseEditor` asks any hyper-parameter
+object for `model_name`, `device`, `fp16`, `batch_size` and a few more. Needs pyyaml only.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from baft_easyedit.gates import GATES
+from baft_easyedit.objective import RESCALINGS
+from baft_easyedit.resources import hparams_file, model_location
+
+_PAPER_DEPTH = 32
+_PAPER_LAYERS = (9, 18, 24, 28)
+
+HParams = TypeVar("HParams", bound="BaFTHyperParams")
+
+
+@dataclass
+class BaFTHyperParams:
+    """Hyper-parameters of BaFT; the values of the paper's Table 5 unless a field says otherwise."""
+
+    algorithm: ClassVar[str] = "BaFT"
+
+    model_name: str
+    """Hugging Face name or directory of the model that EasyEdit loads; `bundled` for our own."""
+    layers: list[int]
+    """Decoder layers whose output is edited, 0-based, each below the model's depth."""
+    alg_name: str = ""
+    """Name of the method in EasyEdit; set by the class."""
+    device: int | str = 0
+    """CUDA device number, or a device name such as `cpu`."""
+    rank: int = 12
+    """Bases per edited layer, in [1, hidden size]. Higher: more capacity, more parameters."""
+    num_prompt_positions: int = 3
+    """P, how many of the last prompt tokens are edited (all answer tokens are), at least 1."""
+    gate: str = "rms-sigmoid"
+    """How basis weights come from a hidden state, a name of `gates.GATES`."""
+    num_steps: int = 40
+    """Most optimiser steps of one edit call, at least 1."""
+    lr: float = 1.0e-3
+    """AdamW's learning rate, above 0."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
+    early_stop_loss: float = 0.01
+    """Stop once the answer loss is below this, in nats per token; 0 never stops early."""
+    balance: bool = True
+    """Use the load-balance term R_bal."""
+    locality: bool = True
+    """Use the locality term R_loc for requests that carry a `loc_prompt`."""
+    balance_coef: float = 1.0
+    """Factor of R_bal after rescaling, at least 0."""
+    locality_coef: float = 1.0
+    """Factor of R_loc after rescaling, at least 0."""
+    alpha: float = 0.01
+    """R_loc: weight that an irrelevant position may keep, in [0, 1]."""
+    beta: float = 0.05
+    """R_loc: weight that an edited position should reach, in [0, 1]."""
+    gamma: float = 0.02
+    """R_loc: wanted gap between the largest weights, in [0, 1]."""
+    rescaling: str = "none"
+    """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
+    loc_positions: str = "all"
+    """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
+    seed: int = 0
+    """Seed of the random initial bases."""
+    batch_size: int = 1
+    """Requests per call of EasyEdit's `batch_edit`; 1 for its `edit`."""
+    max_length: int = 40
+    """EasyEdit's tokeniser limit when scoring (it never cuts a shorter text)."""
+    model_parallel: bool = False
+    """Spread the model's layers over all CUDA devices."""
+    fp16: bool = False
+    """Load the model in half precision; the edit itself stays fp32."""
+    use_chat_template: bool = False
+    """Put prompts into the tokenizer's chat template, for editing and scoring alike."""
+    evaluation_type: str | None = None
+    """EasyEdit's scoring: null for teacher forcing, `LLM-judge` or `generate-text`."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key for EasyEdit's `LLM-judge`."""
+
+    def __post_init__(self) -> None:
+        self.alg_name = self.alg_name or self.algorithm
+        _check_types(self)
+        self.model_name = model_location(self.model_name)
+        self._check_method()
+        self._check_training()
+
+    def _check_method(self) -> None:
+        """Check what the intervention is."""
+        _check(self.alg_name == self.algorithm, "alg_name", f"be {self.algorithm!r}", self.alg_name)
+        _check(bool(self.model_name), "model_name", "not be empty", self.model_name)
+        _check(bool(self.layers), "layers", "name at least one layer", self.layers)
+        _check(min(self.layers) >= 0, "layers", "not be negative (they are 0-based)", self.layers)
+        _check(
+            len(set(self.layers)) == len(self.layers), "layers", "not repeat a layer", self.layers
+        )
+        _check(self.rank >= 1, "rank", "be at least 1", self.rank)
+        _check(
+            self.num_prompt_positions >= 1,
+            "num_prompt_positions",
+            "be at least 1",
+            self.num_prompt_positions,
+        )
+        _check_choice("gate", self.gate, GATES)
+        _check_choice("rescaling", self.rescaling, RESCALINGS)
+        _check_choice("loc_positions", self.loc_positions, ("all", "last"))
+
+    def _check_training(self) -> None:
+        """Check how the intervention is learned."""
+        for name in ("num_steps", "batch_size", "max_length"):
+            _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        _check(self.lr > 0, "lr", "be above 0", self.lr)
+        for name in ("weight_decay", "early_stop_loss", "balance_coef", "locality_coef"):
+            _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
+        for name in ("alpha", "beta", "gamma"):
+            _check(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
+
+    @classmethod
+    def from_hparams(cls: type[HParams], path: str | Path, **overrides: Any) -> HParams:
+        """Read a YAML file.
+
+        Args:
+            path: A file, with or without `.yaml`; or the name of one that comes with the package,
+                such as `BaFT/llama-2-7b`.
+            overrides: Values that replace those of the file, by field.
+
+        Returns:
+            The checked hyper-parameters.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            TypeError: If a value has the wrong type.
+            ValueError: If a key is unknown or missing, or a value is out of range.
+        """
+        file = hparams_file(path)
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"{file} must hold a mapping of hyper-parameters; got {config!r}")
+        return cls.from_dict({**config, **overrides})
+
+    @classmethod
+    def from_dict(cls: type[HParams], config: Mapping[str, Any]) -> HParams:
+        """Build from a mapping with exactly this class's fields as keys.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If a key is unknown or missing, or a value is out of range.
+        """
+        allowed = [f.name for f in fields(cls)]
+        unknown = [key for key in config if key not in allowed]
+        if unknown:
+            raise ValueError(
+                f"unknown hyper-parameter {unknown[0]!r} of {cls.algorithm}; allowed: "
+                + ", ".join(allowed)
+            )
+        missing = [key for key in ("model_name", "layers") if key not in config]
+        if missing:
+            raise ValueError(f"hyper-parameter {missing[0]!r} of {cls.algorithm} is missing")
+        return cls(**config)
+
+
+@dataclass
+class ReFTHyperParams(BaFTHyperParams):
+    """Hyper-parameters of ReFT: BaFT with every weight 1 (Lemma 2.4), minimising L1 alone."""
+
+    algorithm: ClassVar[str] = "ReFT"
+
+    gate: str = "one"
+    balance: bool = False
+    locality: bool = False
+
+    def _check_method(self) -> None:
+        super()._check_method()
+        _check(self.gate == "one", "gate", "be 'one' for ReFT", self.gate)
+        _check(not self.balance, "balance", "be false for ReFT", self.balance)
+        _check(not self.locality, "locality", "be false for ReFT", self.locality)
+
+
+def scaled_layers(depth: int) -> list[int]:
+    """Scale the paper's layers 9;18;24;28 of 32 to a model of `depth` layers (ours).
+
+    Raises:
+        ValueError: If the model has no layer.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1; got {depth}")
+    return sorted({layer * depth // _PAPER_DEPTH for layer in _PAPER_LAYERS})
+
+
+def _check(holds: bool, name: str, rule: str, value: object) -> None:
+    """Raise ValueError about one hyper-parameter unless its rule holds."""
+    if not holds:
+        raise ValueError(f"{name} must {rule}; got {value!r}")
+
+
+def _check_choice(name: str, value: str, allowed: Any) -> None:
+    """Raise ValueError unless `value` is one of the allowed names."""
+    _check(value in allowed, name, f"be one of {', '.join(allowed)}", value)
+
+
+def _check_types(hparams: BaFTHyperParams) -> None:
+    """Check every field against its annotation; a whole number is accepted where a float is.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a float is not finite.
+    """
+    hints = get_type_hints(type(hparams))
+    for f in fields(hparams):
+        value, hint = getattr(hparams, f.name), hints[f.name]
+        if hint is float and type(value) is int:
+            value = float(value)
+            setattr(hparams, f.name, value)
+        if not _has_type(value, hint):
+            raise TypeError(_type_message(f.name, value, hint))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{f.name} must be a finite number; got {value!r}")
+
+
+def _has_type(value: object, hint: Any) -> bool:
+    """Tell whether a value fits one of the plain annotations used above."""
+    if hint == list[int]:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) in (get_args(hint) or (hint,))
+
+
+def _type_message(name: str, value: object, hint: Any) -> str:
+    """Say what type was wanted, and why YAML may have read something else."""
+    wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+    message = f"{name} must be of type {wanted}; got {value!r} of type {type(value).__name__}"
+    if hint is float and isinstance(value, str):
+        message += " (YAML reads 1e-4 as text: write 1.0e-4)"
+    return message

@@ -1,0 +1,113 @@
+"""The intervention on one layer's output (Liu et al. 2025, Eq. 1-3). Needs torch only.
+
+Not here: where it applies (`positions`), how it reaches a model (`hooks`), how it is learned
+(`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baft_easyedit.gates import make_gate
+
+
+def orthonormal_rows(raw: Tensor) -> Tensor:
+    """Turn any full-rank matrix into a basis by a thin QR decomposition.
+
+    The signs are fixed so that the diagonal of the triangular factor is positive: the basis is then
+    a continuous function of `raw`, and a `raw` with orthonormal columns is its own basis.
+
+    Args:
+        raw: Unconstrained matrix, [D, r], D >= r.
+
+    Returns:
+        R, [r, D], with R R^T = 1.
+    """
+    q, triangular = torch.linalg.qr(raw)  # [D, r], [r, r]
+    signs = torch.where(torch.diagonal(triangular) < 0, -1.0, 1.0)  # [r]
+    return (q * signs).mT
+
+
+def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Move `hidden` towards `target` along each basis, by that basis's weight.
+
+    For one hidden state h: h' = h + R^T diag(w) (v - R h). (Liu et al. 2025, Eq. 3)
+
+    Args:
+        hidden: Hidden states h, [..., D].
+        basis: Matrix R with orthonormal rows, [r, D].
+        target: Wanted coordinates v = A h + b, [..., r].
+        weights: Basis weights w(h), each in [0, 1], [..., r].
+
+    Returns:
+        Edited hidden states h', [..., D].
+
+    Raises:
+        ValueError: If a last dimension disagrees with `basis`.
+    """
+    rank, hidden_size = basis.shape
+    if hidden.shape[-1] != hidden_size:
+        raise ValueError(f"hidden has size {hidden.shape[-1]}, but the basis has {hidden_size}")
+    if target.shape[-1] != rank:
+        raise ValueError(f"target has {target.shape[-1]} coordinates, but the basis has {rank}")
+    if weights.shape[-1] != rank:
+        raise ValueError(f"weights has {weights.shape[-1]} entries, but the basis has {rank}")
+    coords = hidden @ basis.mT  # [..., r]  R h
+    return hidden + (weights * (target - coords)) @ basis  # [..., D]  h + R^T diag(w) (v - R h)
+
+
+class BaFTIntervention(nn.Module):
+    """Phi(h) = h + R^T diag(w(h)) (A h + b - R h), with orthonormal rows of R (Eq. 1-3).
+
+    Parameters are fp32 and the edit is computed in fp32, whatever the dtype of the hidden states.
+    A new intervention has A = R and b = 0 bit for bit, so it changes nothing (ours: the paper does
+    not give the initial values).
+
+    Args:
+        hidden_size: D.
+        rank: Number of bases r, in [1, D].
+        gate: A name of `gates.GATES`; "one" is ReFT.
+        generator: Source of the random basis; torch's default one if None.
+
+    Raises:
+        ValueError: If the rank is outside [1, D] or the gate is unknown.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        gate: str = "rms-sigmoid",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= hidden_size:
+            raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
+        raw = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
+        self.raw_basis = nn.Parameter(raw)
+        self.source_weight = nn.Parameter(self.basis().detach().clone())
+        self.source_bias = nn.Parameter(torch.zeros(rank))
+        self.gate = make_gate(gate, hidden_size, rank)
+
+    def basis(self) -> Tensor:
+        """Return R, [r, D], fp32, differentiable."""
+        return orthonormal_rows(self.raw_basis)
+
+    def learned_source(self, hidden: Tensor) -> Tensor:
+        """Return the wanted coordinates A h + b, [..., r], of hidden states [..., D]."""
+        return F.linear(hidden, self.source_weight, self.source_bias)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Edit hidden states.
+
+        Args:
+            hidden: h, [..., D], any floating dtype.
+
+        Returns:
+            Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            h = hidden.float()
+            weights = self.gate(h)
+            edited = basis_edit(h, self.basis(), self.learned_source(h), weights)
+        return edited.to(hidden.dtype), weights

@@ -1,0 +1,151 @@
+"""Which token positions are intervened on: the last P prompt tokens and every answer token.
+
+The rule counts real tokens, so it does not depend on the padding side. A token's rank is the number
+of real tokens up to and including it; a real token is intervened on if rank > n_prompt - P. The
+prompt length n_prompt of a row is, in this order: given (`prompt_lengths`), read from the labels
+(real tokens before the first label), the whole input (a plain forward or the prefill of a
+generation); on a non-empty key-value cache every new token is output. Needs torch only.
+
+Shapes: B batch, T tokens of this forward, S = past + T tokens in all.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED_LABEL = -100
+
+PromptLengths = Sequence[int] | Tensor
+
+
+def edit_positions(
+    real: Tensor,
+    num_new: int,
+    num_prompt_positions: int,
+    *,
+    labels: Tensor | None = None,
+    prompt_lengths: PromptLengths | None = None,
+) -> Tensor:
+    """Decide where to intervene.
+
+    Args:
+        real: True where a token is not padding, over past and new tokens, [B, S].
+        num_new: T, the number of new tokens, the last T of S.
+        num_prompt_positions: P, how many of the last prompt tokens are edited.
+        labels: Training labels of a forward without a past, [B, S]; -100 is ignored.
+        prompt_lengths: Real prompt tokens of each row. One value serves all rows; fewer values than
+            rows are repeated (beams and `num_return_sequences` repeat rows).
+
+    Returns:
+        True where the intervention applies, [B, T].
+
+    Raises:
+        ValueError: If the number of `prompt_lengths` does not divide the number of rows.
+    """
+    rank = real.long().cumsum(-1)  # [B, S]
+    num_past = real.shape[1] - num_new
+    if prompt_lengths is not None:
+        n_prompt = _per_row(prompt_lengths, real)
+    elif labels is not None and num_past == 0:
+        n_prompt = _tokens_before_answer(labels, real)
+    elif num_past == 0:
+        n_prompt = rank[:, -1:]
+    else:
+        n_prompt = torch.zeros_like(rank[:, :1])
+    return (real & (rank > n_prompt - num_prompt_positions))[:, num_past:]
+
+
+def _per_row(prompt_lengths: PromptLengths, real: Tensor) -> Tensor:
+    """Return the given prompt lengths, one a row, [B, 1]."""
+    lengths = torch.as_tensor(prompt_lengths, device=real.device).reshape(-1)
+    num_rows = real.shape[0]
+    if lengths.numel() == 0 or num_rows % lengths.numel():
+        raise ValueError(
+            f"prompt_lengths has {lengths.numel()} values, which do not divide the {num_rows} rows "
+            "of the forward pass: give one value for each prompt of the batch"
+        )
+    return lengths.repeat_interleave(num_rows // lengths.numel())[:, None]
+
+
+def _tokens_before_answer(labels: Tensor, real: Tensor) -> Tensor:
+    """Return the number of real tokens before the first label of each row, [B, 1]."""
+    before_answer = ((labels != IGNORED_LABEL) & real).long().cumsum(-1) == 0  # [B, S]
+    return (real & before_answer).sum(-1, keepdim=True)
+
+
+def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.device) -> Tensor:
+    """Read which of all past and new tokens are real from any attention mask transformers passes.
+
+    Args:
+        attention_mask: None; [B, S]; [B, T] for the new tokens only; a prepared [B, 1, T, S] mask
+            (boolean, or additive with 0 for "attend"); or a dict of those by layer type.
+        batch: B.
+        total: S.
+        device: Where the answer is wanted.
+
+    Returns:
+        True where a token is real, [B, S].
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get(
+            "full_attention", next(iter(attention_mask.values()), None)
+        )
+    if not isinstance(attention_mask, Tensor):
+        return torch.ones(batch, total, dtype=torch.bool, device=device)
+    if attention_mask.dim() == 4:
+        last_query = attention_mask[:, 0, -1, :total]  # what the last token attends to is real
+        attention_mask = last_query if last_query.dtype == torch.bool else last_query == 0
+    real = attention_mask[:, :total].to(device).bool().expand(batch, -1)
+    return F.pad(real, (total - real.shape[1], 0), value=True)
+
+
+def positions_of_call(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_prompt_positions: int,
+    prompt_lengths: PromptLengths | None = None,
+) -> Tensor | None:
+    """Apply `edit_positions` to the arguments of a causal language model's forward.
+
+    Args:
+        forward: The model's forward method, whose signature names positional arguments.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        num_prompt_positions: P.
+        prompt_lengths: See `edit_positions`.
+
+    Returns:
+        True where the intervention applies, [B, T]; None if the call has no tokens.
+    """
+    given = dict(kwargs)
+    if args:
+        given.update(zip(inspect.signature(forward).parameters, args, strict=False))
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if tokens is None:
+        return None
+    batch, num_new = tokens.shape[:2]
+    total = _past_length(given.get("past_key_values")) + num_new
+    real = real_tokens(given.get("attention_mask"), batch, total, tokens.device)
+    return edit_positions(
+        real,
+        num_new,
+        num_prompt_positions,
+        labels=given.get("labels"),
+        prompt_lengths=prompt_lengths,
+    )
+
+
+def _past_length(cache: Any) -> int:
+    """Return the number of tokens in a key-value cache, a `Cache` object or the older tuples."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2])

@@ -1,0 +1,40 @@
+"""Where the files that come with the package lie, in a checkout and once installed."""
+
+from pathlib import Path
+
+BUNDLED_MODEL = "bundled"
+
+
+def hparams_root() -> Path:
+    """Return the directory of the YAML files: `presets` once installed, `hparams` in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "presets"
+    return installed if installed.is_dir() else package.parent / "hparams"
+
+
+def hparams_file(path: str | Path) -> Path:
+    """Find a YAML file of hyper-parameters.
+
+    Args:
+        path: A file, with or without `.yaml`; or the name of one that comes with the package, such
+            as `BaFT/llama-2-7b` or `hparams/BaFT/llama-2-7b.yaml`.
+
+    Raises:
+        FileNotFoundError: If there is none; the message lists those that come with the package.
+    """
+    name = str(path) if str(path).endswith((".yaml", ".yml")) else f"{path}.yaml"
+    root = hparams_root()
+    for candidate in (Path(name), root / name, root / name.removeprefix("hparams/")):
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    raise FileNotFoundError(
+        f"no hyper-parameter file {str(path)!r}; the package brings: {', '.join(known)}"
+    )
+
+
+def model_location(name: str) -> str:
+    """Return the directory of the bundled model for the name `bundled`, any other name as it is."""
+    if name != BUNDLED_MODEL:
+        return name
+    return str(Path(__file__).parent / "facts" / "assets" / "facts-llama")
