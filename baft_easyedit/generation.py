@@ -1,0 +1,60 @@
+"""Load a causal language model by name, and let it answer prompts. Uses transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from baft_easyedit.resources import model_location
+
+
+def load_model(
+    name: str, device: int | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Load a model in eval mode, and its tokenizer, with padding on the left.
+
+    Args:
+        name: Hugging Face name or directory; `bundled` for the model that comes with the package.
+        device: CUDA device number or device name.
+        dtype: Of the model's weights.
+
+    Raises:
+        OSError: If there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    location = model_location(name)
+    tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(location, torch_dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 12
+) -> list[str]:
+    """Answer prompts by greedy decoding until the model stops by itself.
+
+    Args:
+        model: A causal language model, edited or not.
+        tokenizer: Its tokenizer, which pads on the left.
+        prompts: One text per answer, decoded together.
+        max_new_tokens: Where an answer that does not stop is cut, in tokens.
+
+    Returns:
+        The new text after each prompt, stripped.
+    """
+    generator: Any = model
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    inputs = {key: batch[key].to(generator.device) for key in ("input_ids", "attention_mask")}
+    output = generator.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]

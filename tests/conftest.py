@@ -1,0 +1,120 @@
+"""Tiny random models of the supported families and a byte tokenizer; no file, no network."""
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from baft_easyedit import BaFTHyperParams, ModelEdit
+
+HIDDEN, LAYERS, VOCAB = 32, 4, 260
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "tie_word_embeddings": False,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 257,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+GPT_SIZES = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "tie_word_embeddings": False,
+    "n_head": 4,
+    "n_positions": 256,
+    "n_inner": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
+FAMILIES = {
+    "llama": ("LlamaConfig", SIZES),
+    "mistral": ("MistralConfig", SIZES),
+    "qwen2": ("Qwen2Config", SIZES),
+    "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 8}),
+    "gemma": ("GemmaConfig", {**SIZES, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**SIZES, "head_dim": 8, "sliding_window": 8}),
+    "gemma3": ("Gemma3TextConfig", {**SIZES, "head_dim": 8, "sliding_window": 8}),
+    "gpt2": ("GPT2Config", GPT_SIZES),
+    "gptj": ("GPTJConfig", {**GPT_SIZES, "rotary_dim": 8}),
+}
+
+
+def make_model(family="llama", dtype=torch.float32, seed=0):
+    config_class, sizes = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**sizes))
+    with torch.no_grad():  # a random model with weights of 0.02 is nearly the identity, and unsure
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.mul_(20 if "lm_head" in name else 5)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)  # the models are too small to share out
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture(params=FAMILIES)
+def family_model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<unk>": 258}
+    backend = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        padding_side="left",
+    )
+
+
+@pytest.fixture
+def hparams():
+    return BaFTHyperParams(
+        model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4, lr=3.0e-2, num_steps=60
+    )
+
+
+@pytest.fixture
+def request_dict():
+    return {
+        "prompt": "The capital of France is",
+        "target_new": "Rome",
+        "subject": "France",
+        "loc_prompt": "Water boils at 100 degrees",
+    }
+
+
+def random_edit(layers=(1, 2), rank=4, gate="rms-sigmoid", seed=3, positions=3):
+    """An edit that changes something: random values in every parameter."""
+    edit = ModelEdit(HIDDEN, layers, rank, gate, positions, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in edit.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.5)
+    return edit

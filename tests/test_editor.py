@@ -1,0 +1,273 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, ReFTHyperParams, attached_edit
+from baft_easyedit.gates import GATES
+from tests.conftest import HIDDEN, LAYERS, make_model
+
+TEXT = "The capital of France is"
+
+
+def logits(model, tokenizer, text=TEXT):
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).logits
+
+
+def answer(model, tokenizer, prompt=TEXT, num_tokens=5):
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def test_edit_writes_the_answer_that_the_model_did_not_give(
+    model, tokenizer, hparams, request_dict
+):
+    assert answer(model, tokenizer) != " Rome"
+    hparams = replace(hparams, early_stop_loss=0.1)
+    report = BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+    assert answer(model, tokenizer) == " Rome"
+    assert report.stopped_early
+    assert report.final_loss < hparams.early_stop_loss
+    assert len(report.losses) == report.num_steps + 1 <= hparams.num_steps
+    assert report.losses[0].answer > report.final_loss
+    assert report.losses[0].balance == pytest.approx(0, abs=1e-6)
+    assert report.losses[0].locality > 0
+    assert report.num_requests == 1
+    assert report.time_s > 0
+
+
+@pytest.mark.parametrize("gate", [g for g in GATES if g != "one"])
+def test_every_gate_learns_an_edit(model, tokenizer, hparams, request_dict, gate):
+    BaFTEditor(model, tokenizer, replace(hparams, gate=gate)).edit(request_dict)
+    assert answer(model, tokenizer) == " Rome"
+
+
+def test_edit_of_every_family(family_model, tokenizer, hparams, request_dict):
+    before = logits(family_model, tokenizer)
+    editor = BaFTEditor(family_model, tokenizer, hparams)
+    report = editor.edit(request_dict)
+    assert report.final_loss < report.losses[0].answer - 0.5
+    editor.undo()
+    assert torch.equal(logits(family_model, tokenizer), before)
+
+
+def test_reft_has_no_regularisers(model, tokenizer, hparams, request_dict):
+    reft = ReFTHyperParams(model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4)
+    report = BaFTEditor(model, tokenizer, reft).edit(request_dict)
+    assert report.losses[0].balance is None
+    assert report.losses[0].locality is None
+
+
+@pytest.mark.parametrize("term", ["balance", "locality"])
+def test_each_term_can_be_switched_off(model, tokenizer, hparams, request_dict, term):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1, **{term: False}))
+    losses = editor.edit(request_dict).losses[0]
+    assert getattr(losses, term) is None
+    assert getattr(losses, "locality" if term == "balance" else "balance") is not None
+
+
+def test_locality_is_off_without_an_irrelevant_prompt(model, tokenizer, hparams, request_dict):
+    del request_dict["loc_prompt"]
+    report = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1)).edit(request_dict)
+    assert report.losses[0].locality is None
+
+
+def test_locality_closes_the_gate_on_irrelevant_prompts(model, tokenizer, hparams, request_dict):
+    open_gate = {}
+    for locality in (True, False):
+        twin = copy.deepcopy(model)
+        settings = replace(hparams, locality=locality, locality_coef=10.0, early_stop_loss=0.0)
+        editor = BaFTEditor(twin, tokenizer, settings)
+        editor.edit(request_dict)
+        with editor.model_edit.recording() as record:
+            logits(twin, tokenizer, request_dict["loc_prompt"])
+        open_gate[locality] = record.weights_of(slice(None))[1].mean()
+    assert open_gate[True] < 0.5 * open_gate[False]
+
+
+def test_batch_is_learned_at_once(model, tokenizer, hparams, request_dict):
+    other = {"prompt": "Water freezes into", "target_new": "glass"}
+    report = BaFTEditor(model, tokenizer, replace(hparams, num_steps=150)).edit(
+        [request_dict, other]
+    )
+    assert report.num_requests == 2
+    assert answer(model, tokenizer) == " Rome"
+    assert answer(model, tokenizer, "Water freezes into", 6) == " glass"
+
+
+def test_edits_continue_from_what_is_learned(model, tokenizer, hparams, request_dict):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(request_dict)
+    once = logits(model, tokenizer)
+    used = editor.model_edit.usage(1).count.item()
+    editor.edit({"prompt": "Water freezes into", "target_new": "ice"})
+    assert not torch.equal(logits(model, tokenizer), once)
+    assert editor.model_edit.usage(1).count.item() == used + 3 + 4  # P, and " ice"
+    editor.undo()
+    assert torch.equal(logits(model, tokenizer), once)
+    assert editor.model_edit.usage(1).count.item() == used
+
+
+def test_undo_is_bit_equal_and_the_next_edit_starts_afresh(model, tokenizer, hparams, request_dict):
+    before, weights = logits(model, tokenizer), copy.deepcopy(model.state_dict())
+    editor = BaFTEditor(model, tokenizer, hparams)
+    first = editor.edit(request_dict)
+    edited = logits(model, tokenizer)
+    assert editor.is_attached
+    editor.undo()
+    assert torch.equal(logits(model, tokenizer), before)
+    assert attached_edit(model) is None
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in weights.items())
+    assert editor.edit(request_dict).losses == first.losses
+    assert torch.equal(logits(model, tokenizer), edited)
+
+
+def test_undo_goes_back_as_far_as_its_depth(model, tokenizer, hparams, request_dict):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1), undo_depth=2)
+    for _ in range(3):
+        editor.edit(request_dict)
+    editor.undo()
+    editor.undo()
+    with pytest.raises(ValueError, match="there is no edit to undo"):
+        editor.undo()
+    assert editor.is_attached
+
+
+def test_new_editor_goes_on_with_the_edit_of_the_model(model, tokenizer, hparams, request_dict):
+    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+    once = logits(model, tokenizer)
+    second = BaFTEditor(model, tokenizer, hparams)
+    second.edit({"prompt": "Water freezes into", "target_new": "ice"})
+    second.undo()
+    assert torch.equal(logits(model, tokenizer), once)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layers": [1]}, {"rank": 2}, {"gate": "sigmoid"}, {"num_prompt_positions": 1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_editor_of_another_shape_is_refused(model, tokenizer, hparams, request_dict, change):
+    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"{name} must be .*, as in the edit that the model"):
+        BaFTEditor(model, tokenizer, replace(hparams, **change))
+
+
+def test_two_editors_share_nothing(tokenizer, hparams, request_dict):
+    first, second = make_model(), make_model()
+    untouched = logits(second, tokenizer)
+    BaFTEditor(first, tokenizer, hparams).edit(request_dict)
+    assert torch.equal(logits(second, tokenizer), untouched)
+
+
+def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, hparams, request_dict):
+    results = []
+    for seed in (1, 1, 2):
+        model = make_model()
+        torch.manual_seed(len(results))  # the global generator plays no part
+        BaFTEditor(model, tokenizer, hparams, seed=seed).edit(request_dict)
+        results.append(logits(model, tokenizer))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_gradients_reach_only_our_parameters(model, tokenizer, hparams, request_dict):
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    with torch.no_grad():
+        editor.edit(request_dict)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in editor.model_edit.parameters())
+    assert model.training
+    assert not model.lm_head.weight.requires_grad
+    assert model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_model_gets_an_fp32_edit(tokenizer, hparams, request_dict, dtype):
+    model = make_model(dtype=dtype)
+    before = logits(model, tokenizer)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(request_dict)
+    assert answer(model, tokenizer) == " Rome"
+    assert {p.dtype for p in editor.model_edit.parameters()} == {torch.float32}
+    assert logits(model, tokenizer).dtype == dtype
+    editor.undo()
+    assert torch.equal(logits(model, tokenizer), before)
+
+
+def test_edit_under_gradient_checkpointing_is_the_same(tokenizer, hparams, request_dict):
+    results = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        results.append(BaFTEditor(model, tokenizer, hparams).edit(request_dict).losses)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("continues", [False, True], ids=["first edit", "later edit"])
+@pytest.mark.parametrize("failure", [FloatingPointError, KeyboardInterrupt])
+def test_failed_edit_leaves_the_model_bit_equal(
+    model, tokenizer, hparams, request_dict, monkeypatch, failure, continues
+):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    if continues:
+        editor.edit(request_dict)
+    before, learned = logits(model, tokenizer), editor.model_edit.snapshot()
+    step = torch.optim.AdamW.step
+
+    def failing_step(optimizer, *args, **kwargs):
+        step(optimizer, *args, **kwargs)
+        if failure is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing_step)
+    with pytest.raises(failure):
+        editor.edit({"prompt": "Water freezes into", "target_new": "ice"})
+    assert torch.equal(logits(model, tokenizer), before)
+    assert editor.is_attached is continues
+    now = editor.model_edit.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in learned.items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_loss_that_is_not_finite_is_named(model, tokenizer, hparams, request_dict):
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    editor = BaFTEditor(model, tokenizer, hparams)
+    with pytest.raises(FloatingPointError, match="the answer loss became nan: the edit was undone"):
+        editor.edit(request_dict)
+    assert not editor.is_attached
+
+
+def test_unusable_request_changes_nothing(model, tokenizer, hparams, request_dict):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    with pytest.raises(ValueError, match="target_new must not be empty"):
+        editor.edit([request_dict, {**request_dict, "target_new": ""}])
+    with pytest.raises(ValueError, match=r"context of 256 tokens; the longest text has 2006"):
+        editor.edit({"prompt": "a" * 2000, "target_new": "Rome"})
+    assert not editor.is_attached
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [LAYERS]}, f"layers must be below {LAYERS}"),
+        ({"rank": HIDDEN + 1}, rf"rank must be in \[1, {HIDDEN}\]"),
+    ],
+)
+def test_hparams_that_do_not_fit_the_model_are_refused(model, tokenizer, hparams, change, message):
+    with pytest.raises(ValueError, match=message):
+        BaFTEditor(model, tokenizer, replace(hparams, **change))
+
+
+def test_undo_depth_below_one_is_refused(model, tokenizer, hparams):
+    with pytest.raises(ValueError, match="undo_depth must be at least 1; got 0"):
+        BaFTEditor(model, tokenizer, hparams, undo_depth=0)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from baft_easyedit.gates import GATES, make_gate, unit_rms
+
+D, R = 16, 4
+COUNTS = {
+    "rms-sigmoid": (R + 1) * D,
+    "softmax-null": (R + 1) * D,
+    "basis-subspace": (R + 1) * D,
+    "sigmoid": R * D + R,
+    "subspace": D,
+    "one": 0,
+}
+
+
+def randomised(name):
+    gate = make_gate(name, D, R)
+    torch.manual_seed(1)
+    for p in gate.parameters():
+        p.data.normal_()
+    return gate
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gate_returns_one_weight_in_unit_interval_per_basis(name):
+    weights = randomised(name)(torch.randn(2, 5, D) * 30)
+    assert weights.shape == (2, 5, R)
+    assert weights.min() >= 0
+    assert weights.max() <= 1
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gate_has_the_documented_number_of_parameters(name):
+    assert sum(p.numel() for p in make_gate(name, D, R).parameters()) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", [n for n in GATES if n != "one"])
+def test_gate_depends_on_the_hidden_state(name):
+    weights = randomised(name)(torch.randn(2, D))
+    assert not torch.allclose(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gate_ignores_the_scale_of_the_hidden_state(name):
+    gate, hidden = randomised(name), torch.randn(3, D)
+    assert torch.allclose(gate(hidden), gate(hidden * 100), atol=1e-5)
+
+
+def test_softmax_null_weights_sum_to_less_than_one():
+    assert (randomised("softmax-null")(torch.randn(7, D)).sum(-1) < 1).all()
+
+
+def test_subspace_gate_gives_every_basis_the_same_weight():
+    weights = randomised("subspace")(torch.randn(7, D))
+    assert torch.equal(weights, weights[:, :1].expand(-1, R))
+
+
+def test_basis_subspace_gate_is_a_product_of_logistic_regressions():
+    gate, hidden = randomised("basis-subspace"), torch.randn(7, D)
+    x = unit_rms(hidden)
+    expected = [
+        torch.sigmoid(x @ gate.weight[k]) * torch.sigmoid(x @ gate.weight[R]) for k in range(R)
+    ]
+    assert torch.allclose(gate(hidden), torch.stack(expected, -1), atol=1e-6)
+
+
+def test_make_gate_names_the_choices_when_the_name_is_unknown():
+    with pytest.raises(ValueError, match=r"gate must be one of rms-sigmoid, .*one; got 'relu'"):
+        make_gate("relu", D, R)

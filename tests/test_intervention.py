@@ -1,0 +1,133 @@
+import pytest
+import torch
+from torch.nn.utils import parametrizations
+
+from baft_easyedit import ModelEdit
+from baft_easyedit.gates import GATES
+from baft_easyedit.intervention import BaFTIntervention, basis_edit, orthonormal_rows
+
+D, R = 16, 4
+
+
+def random_intervention(gate="rms-sigmoid", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    intervention = BaFTIntervention(D, R, gate, generator)
+    with torch.no_grad():
+        for p in intervention.parameters():
+            p.add_(torch.randn(p.shape, generator=generator))
+    return intervention
+
+
+def test_basis_rows_are_orthonormal_for_any_raw_matrix():
+    basis = orthonormal_rows(torch.randn(D, R) * 7)
+    assert torch.allclose(basis @ basis.mT, torch.eye(R), atol=1e-5)
+
+
+def test_orthonormal_matrix_is_its_own_basis():
+    raw = torch.linalg.qr(torch.randn(D, R)).Q
+    raw[:, 1] *= -1
+    assert torch.allclose(orthonormal_rows(raw), raw.mT, atol=1e-6)
+
+
+def test_basis_stays_orthonormal_after_an_optimiser_step():
+    intervention = random_intervention()
+    optimizer = torch.optim.AdamW(intervention.parameters(), lr=0.1)
+    intervention(torch.randn(3, 5, D))[0].square().sum().backward()
+    optimizer.step()
+    basis = intervention.basis()
+    assert torch.allclose(basis @ basis.mT, torch.eye(R), atol=1e-5)
+
+
+def test_weights_of_one_give_loreft():
+    """Lemma 2.4, against LoReFT as its authors compute it: torch's own orthogonal parametrisation."""
+    intervention = random_intervention("one")
+    rotate = parametrizations.orthogonal(torch.nn.Linear(D, R, bias=False))
+    rotate.weight = intervention.basis().detach()
+    source = torch.nn.Linear(D, R)
+    source.weight.data = intervention.source_weight.data
+    source.bias.data = intervention.source_bias.data
+    h = torch.randn(2, 5, D)
+    loreft = h + (source(h) - rotate(h)) @ rotate.weight
+    assert torch.allclose(intervention(h)[0], loreft, atol=1e-5)
+
+
+def test_weights_of_zero_give_the_identity_bit_for_bit():
+    h, basis = torch.randn(2, 5, D), orthonormal_rows(torch.randn(D, R))
+    edited = basis_edit(h, basis, torch.randn(2, 5, R), torch.zeros(2, 5, R))
+    assert torch.equal(edited, h)
+
+
+def test_edit_stays_in_the_span_of_the_basis():
+    intervention, h = random_intervention(), torch.randn(2, 5, D)
+    delta, basis = intervention(h)[0] - h, intervention.basis()
+    assert delta.norm() > 1
+    assert torch.allclose(delta @ basis.mT @ basis, delta, atol=1e-4)
+
+
+def test_each_weight_scales_the_edit_along_its_own_basis_only():
+    h, basis, target = torch.randn(5, D), orthonormal_rows(torch.randn(D, R)), torch.randn(5, R)
+    weights = torch.rand(5, R)
+    moved = basis_edit(h, basis, target, weights) @ basis.mT
+    expected = (1 - weights) * (h @ basis.mT) + weights * target
+    assert torch.allclose(moved, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_new_intervention_changes_nothing(gate, dtype):
+    h = torch.randn(2, 5, D).to(dtype)
+    edited, weights = BaFTIntervention(D, R, gate)(h)
+    assert torch.equal(edited, h)
+    assert edited.dtype == dtype
+    assert weights.dtype == torch.float32
+
+
+def test_edit_of_bf16_states_is_computed_in_fp32():
+    intervention, h = random_intervention(), torch.randn(2, 5, D).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        edited = intervention(h)[0]
+    assert torch.equal(edited, intervention(h.float())[0].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "gate", "count"),
+    [
+        (4096, "one", 393_264),
+        (3072, "one", 294_960),
+        (4096, "rms-sigmoid", 606_256),
+        (4096, "softmax-null", 606_256),
+        (4096, "basis-subspace", 606_256),
+        (3072, "rms-sigmoid", 454_704),
+        (3072, "softmax-null", 454_704),
+        (3072, "basis-subspace", 454_704),
+    ],
+)
+def test_parameter_counts_are_those_of_table_3(hidden_size, gate, count):
+    edit = ModelEdit(hidden_size, [9, 18, 24, 28], 12, gate, num_prompt_positions=3)
+    assert edit.num_parameters == count
+
+
+def test_same_seed_gives_the_same_basis():
+    first, second, other = (random_intervention(seed=s).basis() for s in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("rank", [0, D + 1])
+def test_rank_outside_the_hidden_size_is_refused(rank):
+    with pytest.raises(ValueError, match=rf"rank must be in \[1, {D}\].*got {rank}"):
+        BaFTIntervention(D, rank)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((5, D + 1), (5, R), (5, R)), "hidden has size 17, but the basis has 16"),
+        (((5, D), (5, R + 1), (5, R)), "target has 5 coordinates, but the basis has 4"),
+        (((5, D), (5, R), (5, 1)), "weights has 1 entries, but the basis has 4"),
+    ],
+)
+def test_basis_edit_refuses_shapes_that_disagree(shapes, message):
+    h, target, weights = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        basis_edit(h, orthonormal_rows(torch.randn(D, R)), target, weights)

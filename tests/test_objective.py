@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from baft_easyedit.objective import (
+    BasisUsage,
+    Rescaling,
+    answer_loss,
+    load_balance,
+    locality_margin,
+)
+
+
+def test_answer_loss_is_transformers_causal_language_model_loss():
+    logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    labels[:, :3] = -100
+    expected = ForCausalLMLoss(logits, labels, vocab_size=11)
+    assert torch.allclose(answer_loss(logits, labels), expected)
+
+
+def test_load_balance_is_the_variance_over_the_mean():
+    weights = torch.rand(5)
+    expected = np.var(weights.numpy(), ddof=1) / weights.numpy().mean()
+    assert load_balance(weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_load_balance_is_zero_for_equal_weights_and_for_one_basis():
+    assert load_balance(torch.full((5,), 0.3)).item() == pytest.approx(0)
+    assert load_balance(torch.tensor([0.3])).item() == 0
+
+
+def test_load_balance_is_finite_when_all_weights_are_zero():
+    assert load_balance(torch.zeros(4)).item() == 0
+
+
+def test_usage_averages_past_and_current_positions_alike():
+    usage, past, current = BasisUsage(3), torch.rand(7, 3), torch.rand(2, 3)
+    usage.add(past[:4])
+    usage.add(past[4:])
+    assert torch.allclose(usage.mean_with(current), torch.cat([past, current]).mean(0))
+
+
+def test_gradient_of_load_balance_flows_through_the_current_edit_only():
+    usage = BasisUsage(3)
+    past = torch.rand(4, 3, requires_grad=True)
+    current = torch.rand(2, 3, requires_grad=True)
+    usage.add(past)
+    load_balance(usage.mean_with(current)).backward()
+    assert past.grad is None
+    assert current.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "irrelevant", "expected"),
+    [
+        (0.9, 0.0, 0.0),  # open on the edit, closed elsewhere
+        (0.9, 0.2, 0.1),  # alpha 0.1 exceeded by 0.1
+        (0.2, 0.0, 0.1),  # beta 0.3 missed by 0.1
+        (0.3, 0.1, 0.2),  # gap 0.2 where gamma is 0.4
+    ],
+)
+def test_locality_margin_is_the_sum_of_three_hinges(edit, irrelevant, expected):
+    gamma = 0.4 if expected == 0.2 else 0.1
+    loss = locality_margin(
+        torch.full((2, 3), edit), torch.full((4, 3), irrelevant), alpha=0.1, beta=0.3, gamma=gamma
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_locality_gap_compares_the_largest_basis_of_each_position():
+    edit = torch.tensor([[0.5, 0.1], [0.1, 0.7]])
+    irrelevant = torch.tensor([[0.05, 0.0]])
+    loss = locality_margin(edit, irrelevant, alpha=1.0, beta=0.0, gamma=1.0)
+    assert loss.item() == pytest.approx(1 - (0.6 - 0.05))
+
+
+def test_rescaling_none_leaves_the_term():
+    assert Rescaling("none").factor("balance", torch.tensor(0.5), torch.tensor(8.0)) == 1
+
+
+def test_rescaling_match_each_step_brings_a_term_to_the_answer_loss():
+    rescaling = Rescaling("match-each-step")
+    for term, answer in ((0.5, 8.0), (0.25, 4.0)):
+        term, answer = torch.tensor(term), torch.tensor(answer)
+        assert rescaling.factor("balance", term, answer) * term == answer
+
+
+def test_rescaling_match_first_step_keeps_the_first_factor_of_each_term():
+    rescaling = Rescaling("match-first-step")
+    assert rescaling.factor("balance", torch.tensor(0.5), torch.tensor(8.0)) == 16
+    assert rescaling.factor("balance", torch.tensor(0.1), torch.tensor(1.0)) == 16
+    assert rescaling.factor("locality", torch.tensor(0.5), torch.tensor(1.0)) == 2
+
+
+def test_rescaling_factor_is_bounded_and_has_no_gradient():
+    term = torch.tensor(0.0, requires_grad=True)
+    factor = Rescaling("match-each-step").factor("balance", term, torch.tensor(8.0))
+    assert factor == 100
+    assert not factor.requires_grad
+
+
+def test_rescaling_refuses_an_unknown_rule():
+    with pytest.raises(ValueError, match="rescaling must be one of none, .*; got 'sum'"):
+        Rescaling("sum")

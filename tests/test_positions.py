@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from baft_easyedit.positions import edit_positions, positions_of_call, real_tokens
+
+
+def mask(*rows):
+    return torch.tensor([[c == "1" for c in row] for row in rows])
+
+
+def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=None):
+    """Signature of a causal language model."""
+
+
+def test_plain_forward_edits_the_last_prompt_tokens():
+    assert torch.equal(edit_positions(mask("11111"), 5, 3), mask("00111"))
+
+
+def test_short_prompt_is_edited_whole():
+    assert torch.equal(edit_positions(mask("11"), 2, 3), mask("11"))
+
+
+def test_prompt_lengths_add_every_answer_token():
+    real = mask("1111111")
+    assert torch.equal(edit_positions(real, 7, 3, prompt_lengths=[5]), mask("0011111"))
+
+
+def test_labels_tell_where_the_answer_begins():
+    labels = torch.tensor([[-100, -100, -100, -100, 7, 8]])
+    positions = edit_positions(mask("111111"), 6, 2, labels=labels)
+    assert torch.equal(positions, mask("001111"))
+
+
+def test_labels_on_padding_do_not_count():
+    labels = torch.tensor([[9, 9, -100, -100, 7, 8]])
+    positions = edit_positions(mask("001111"), 6, 1, labels=labels)
+    assert torch.equal(positions, mask("000111"))
+
+
+def test_given_prompt_lengths_win_over_labels():
+    labels = torch.full((1, 6), -100)
+    positions = edit_positions(mask("111111"), 6, 1, labels=labels, prompt_lengths=[2])
+    assert torch.equal(positions, mask("011111"))
+
+
+@pytest.mark.parametrize("given", ["lengths", "labels", "nothing"])
+def test_padding_side_does_not_matter(given):
+    left, right = mask("0011111", "1111111"), mask("1111100", "1111111")
+    options = [{}, {}]
+    if given == "lengths":
+        options = [{"prompt_lengths": [4, 5]}] * 2
+    if given == "labels":
+        left_labels = torch.where(mask("0000001", "0000011"), 1, -100)
+        right_labels = torch.where(mask("0000100", "0000011"), 1, -100)
+        options = [{"labels": left_labels}, {"labels": right_labels}]
+    a = edit_positions(left, 7, 2, **options[0])
+    b = edit_positions(right, 7, 2, **options[1])
+    assert torch.equal(a[0, 2:], b[0, :5])
+    assert torch.equal(a[1], b[1])
+    assert not (a & ~left).any()
+
+
+def test_new_tokens_on_a_cache_are_output():
+    assert torch.equal(edit_positions(mask("0011111", "1111111"), 2, 3), mask("11", "11"))
+
+
+def test_chunk_of_a_prompt_on_a_cache_needs_and_uses_its_length():
+    positions = edit_positions(mask("1111111"), 3, 2, prompt_lengths=[7])
+    assert torch.equal(positions, mask("011"))
+
+
+def test_one_length_serves_all_rows_and_beams_repeat_each_row():
+    real = mask("11111", "11111", "11111", "11111")
+    assert torch.equal(edit_positions(real, 5, 1, prompt_lengths=[4])[3], mask("00011")[0])
+    repeated = edit_positions(real, 5, 1, prompt_lengths=[4, 5])
+    assert torch.equal(repeated, mask("00011", "00011", "00001", "00001"))
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 3]])
+def test_lengths_that_do_not_fit_the_rows_are_refused(lengths):
+    with pytest.raises(ValueError, match=rf"prompt_lengths has {len(lengths)} values.*3 rows"):
+        edit_positions(mask("11", "11", "11"), 2, 1, prompt_lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    "attention_mask",
+    [
+        torch.tensor([[0, 0, 1, 1, 1]]),
+        torch.tensor([[[[False, False, True, True, True]]]]),
+        torch.tensor([[[[-1e9, -1e9, 0.0, 0.0, 0.0, -1e9]]]]),  # a static cache is longer
+        {"sliding_attention": None, "full_attention": torch.tensor([[0, 0, 1, 1, 1]])},
+    ],
+    ids=["2d", "bool", "additive", "dict"],
+)
+def test_real_tokens_reads_every_mask_of_transformers(attention_mask):
+    real = real_tokens(attention_mask, 1, 5, torch.device("cpu"))
+    assert torch.equal(real, mask("00111"))
+
+
+def test_real_tokens_without_a_mask_are_all():
+    assert torch.equal(real_tokens(None, 2, 3, torch.device("cpu")), mask("111", "111"))
+
+
+def test_mask_of_the_new_tokens_leaves_the_past_real():
+    real = real_tokens(torch.tensor([[1, 0]]), 1, 5, torch.device("cpu"))
+    assert torch.equal(real, mask("11110"))
+
+
+def test_positional_arguments_of_the_model_are_understood():
+    ids, attention_mask = torch.zeros(1, 4).long(), torch.tensor([[0, 1, 1, 1]])
+    positions = positions_of_call(forward, (ids, attention_mask), {}, 2)
+    assert torch.equal(positions, mask("0011"))
+
+
+def test_cache_given_as_tuples_is_understood():
+    past = ((torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8)),)
+    kwargs = {"input_ids": torch.zeros(1, 1).long(), "past_key_values": past}
+    assert torch.equal(positions_of_call(forward, (), kwargs, 2), mask("1"))
+
+
+def test_embeddings_stand_in_for_tokens_and_a_call_without_either_has_no_positions():
+    kwargs = {"inputs_embeds": torch.zeros(1, 4, 8)}
+    assert torch.equal(positions_of_call(forward, (), kwargs, 1), mask("0001"))
+    assert positions_of_call(forward, (), {}, 1) is None

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from baft_easyedit.requests import EditRequest, as_requests, build_batch
+
+REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
+
+
+def test_easyedit_keys_are_read_and_evaluation_keys_ignored():
+    request = EditRequest.from_dict(
+        {**REQUEST, "loc_prompt": "Water is wet", "locality": {}, "rephrase_prompt": "x", "case": 3}
+    )
+    assert request == EditRequest(
+        "The capital of France is", "Rome", "France", loc_prompts=("Water is wet",)
+    )
+
+
+@pytest.mark.parametrize("absent", [None, "", []])
+def test_absent_loc_prompt_means_none(absent):
+    assert EditRequest.from_dict({**REQUEST, "loc_prompt": absent}).loc_prompts == ()
+
+
+def test_one_request_and_a_list_are_accepted():
+    assert as_requests(REQUEST) == as_requests([REQUEST])
+    assert len(as_requests([REQUEST, REQUEST])) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prompt": ""}, ValueError, "prompt must not be empty; got ''"),
+        ({"target_new": "  "}, ValueError, "target_new must not be empty; got '  '"),
+        ({"target_new": 7}, TypeError, "target_new must be a string; got 7"),
+        ({"subject": "Spain"}, ValueError, "subject must be a part of the prompt; 'Spain' is not"),
+        ({"subject": ""}, ValueError, "subject must not be empty"),
+        ({"loc_prompt": ["ok", ""]}, ValueError, "loc_prompt must not be empty"),
+    ],
+)
+def test_unusable_values_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        EditRequest.from_dict({**REQUEST, **change})
+
+
+def test_requests_of_another_kind_are_refused():
+    with pytest.raises(TypeError, match="a request must be a dict .*; got str"):
+        as_requests(["The capital of France is"])
+    with pytest.raises(ValueError, match=r"must have the key 'target_new'; got \['prompt'\]"):
+        as_requests({"prompt": "x"})
+    with pytest.raises(ValueError, match="at least one request; got an empty list"):
+        as_requests([])
+
+
+def test_batch_is_padded_left_and_labels_the_target_after_its_space(tokenizer):
+    batch = build_batch(as_requests([REQUEST, {"prompt": "A", "target_new": "bc"}]), tokenizer)
+    assert batch.input_ids.shape == (2, 30)
+    assert batch.prompt_lengths.tolist() == [25, 2]  # bytes, and <s>
+    for row, text in enumerate([" Rome", " bc"]):
+        answer = batch.labels[row][batch.labels[row] != -100]
+        assert tokenizer.decode(answer) == text
+        assert torch.equal(batch.input_ids[row, -len(text) :], answer)
+    assert batch.attention_mask[1].tolist() == [0] * 25 + [1] * 5
+    assert batch.position_ids[1].tolist() == [0] * 25 + [0, 1, 2, 3, 4]
+    assert batch.max_answer_length == 5
+
+
+@pytest.mark.parametrize(("loc_positions", "length"), [(None, 0), (0, 13), (4, 9)])
+def test_irrelevant_prompts_are_rows_without_labels(tokenizer, loc_positions, length):
+    requests = as_requests({**REQUEST, "loc_prompt": ["Water is wet", "Snow is cold"]})
+    batch = build_batch(requests, tokenizer, loc_positions=loc_positions)
+    assert batch.num_edits == 1
+    assert (batch.labels[1:] == -100).all()
+    assert batch.prompt_lengths.tolist() == [25, length, length]
+    assert len(build_batch(requests, tokenizer, with_irrelevant=False).input_ids) == 1
+
+
+def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    batch = build_batch(as_requests(REQUEST), tokenizer, use_chat_template=True)
+    text = tokenizer.decode(batch.input_ids[0], skip_special_tokens=True)
+    assert text == "<user>The capital of France is<answer> Rome"
+    assert batch.prompt_lengths.item() == 1 + len("<user>The capital of France is<answer>")
+
+
+def test_text_beyond_the_context_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="context of 20 tokens; the longest text has 30"):
+        build_batch(as_requests(REQUEST), tokenizer, max_context=20)
+
+
+def test_target_without_a_token_is_refused():
+    def deaf(text):
+        return {"input_ids": [0, *text.split()[:2]]}
+
+    with pytest.raises(ValueError, match="target_new must have at least one token; 'Rome' adds"):
+        build_batch(as_requests(REQUEST), deaf)
