@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, read_hparams, scaled_layers
+from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
 from baft_easyedit.requests import as_requests
 from baft_easyedit.resources import BUNDLED_MODEL, model_location
 
@@ -124,8 +124,8 @@ def _edit(arguments: argparse.Namespace) -> None:
         print(f"{prompt}\n  before: {old}\n  after:  {new}")
     stop = "stopped early" if report.stopped_early else "all steps"
     print(
-        f"{hparams.alg_name}: {report.num_steps} steps ({stop}), {report.time_s:.2f} s, answer loss "
-        f"{report.losses[0].answer:.3f} -> {report.final_loss:.3f}, "
+        f"{hparams.alg_name}: {report.num_steps} steps ({stop}), {report.time_s:.2f} s, "
+        f"answer loss {report.losses[0].answer:.3f} -> {report.final_loss:.3f}, "
         f"{editor.model_edit.num_parameters:,} parameters"
     )
 

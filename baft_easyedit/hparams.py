@@ -66,7 +66,7 @@ class BaFTHyperParams:
     """R_loc: wanted gap between the largest weights, in [0, 1]."""
     rescaling: str = "none"
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
-    loc_positions: str = "all"
+    loc_positions: str = "last"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
     seed: int = 0
     """Seed of the random initial bases."""
@@ -139,11 +139,7 @@ class BaFTHyperParams:
             TypeError: If a value has the wrong type.
             ValueError: If a key is unknown or missing, or a value is out of range.
         """
-        file = hparams_file(path)
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"{file} must hold a mapping of hyper-parameters; got {config!r}")
-        return cls.from_dict({**config, **overrides})
+        return cls.from_dict({**_read_yaml(path), **overrides})
 
     @classmethod
     def from_dict(cls: type[HParams], config: Mapping[str, Any]) -> HParams:
@@ -183,6 +179,21 @@ class ReFTHyperParams(BaFTHyperParams):
         _check(not self.locality, "locality", "be false for ReFT", self.locality)
 
 
+def read_hparams(path: str | Path) -> BaFTHyperParams:
+    """Read a YAML file of either method; its `alg_name` says which.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If a value has the wrong type.
+        ValueError: If `alg_name` is neither BaFT nor ReFT, or a value breaks a rule.
+    """
+    config = _read_yaml(path)
+    classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
+    name = config.get("alg_name", "BaFT")
+    _check_choice("alg_name", name, classes)
+    return classes[name].from_dict(config)
+
+
 def scaled_layers(depth: int) -> list[int]:
     """Scale the paper's layers 9;18;24;28 of 32 to a model of `depth` layers (ours).
 
@@ -192,6 +203,15 @@ def scaled_layers(depth: int) -> list[int]:
     if depth < 1:
         raise ValueError(f"depth must be at least 1; got {depth}")
     return sorted({layer * depth // _PAPER_DEPTH for layer in _PAPER_LAYERS})
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that must hold a mapping."""
+    file = hparams_file(path)
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise TypeError(f"{file} must hold a mapping of hyper-parameters; got {config!r}")
+    return config
 
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:

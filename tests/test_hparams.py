@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.hparams import scaled_layers
+from baft_easyedit.hparams import read_hparams, scaled_layers
 from baft_easyedit.resources import hparams_file, hparams_root
 
 MINIMAL = {"model_name": "some-llama", "layers": [1, 3]}
@@ -50,7 +50,7 @@ def test_file_is_found_with_and_without_its_suffix_and_overridden(tmp_path):
     file.write_text(yaml.safe_dump(MINIMAL))
     assert BaFTHyperParams.from_hparams(file) == BaFTHyperParams.from_hparams(tmp_path / "mine")
     assert BaFTHyperParams.from_hparams(file, rank=3, device="cpu").rank == 3
-    assert hparams_file("hparams/BaFT/llama-2-7b.yaml") == hparams_file("BaFT/llama-2-7b")
+    assert hparams_file("hparams/BaFT/llama-2-7b").samefile(hparams_file("BaFT/llama-2-7b"))
 
 
 def test_missing_file_lists_those_of_the_package():
@@ -127,6 +127,14 @@ def test_scaled_layers_are_the_papers_share_of_the_depth():
     assert scaled_layers(1) == [0]
     with pytest.raises(ValueError, match="depth must be at least 1; got 0"):
         scaled_layers(0)
+
+
+def test_method_is_read_from_the_file(tmp_path):
+    assert type(read_hparams("BaFT/llama-2-7b")) is BaFTHyperParams
+    assert type(read_hparams("ReFT/llama-2-7b")) is ReFTHyperParams
+    (tmp_path / "rome.yaml").write_text("alg_name: ROME\n")
+    with pytest.raises(ValueError, match="alg_name must be one of BaFT, ReFT; got 'ROME'"):
+        read_hparams(tmp_path / "rome")
 
 
 def test_api_key_is_not_shown():

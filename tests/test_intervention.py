@@ -39,7 +39,7 @@ def test_basis_stays_orthonormal_after_an_optimiser_step():
 
 
 def test_weights_of_one_give_loreft():
-    """Lemma 2.4, against LoReFT as its authors compute it: torch's own orthogonal parametrisation."""
+    """Lemma 2.4, against LoReFT as its authors compute it, by torch's own parametrisation."""
     intervention = random_intervention("one")
     rotate = parametrizations.orthogonal(torch.nn.Linear(D, R, bias=False))
     rotate.weight = intervention.basis().detach()

@@ -101,5 +101,5 @@ def test_rescaling_factor_is_bounded_and_has_no_gradient():
 
 
 def test_rescaling_refuses_an_unknown_rule():
-    with pytest.raises(ValueError, match="rescaling must be one of none, .*; got 'sum'"):
+    with pytest.raises(ValueError, match=r"rescaling must be one of none, .*; got 'sum'"):
         Rescaling("sum")

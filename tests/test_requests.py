@@ -43,7 +43,7 @@ def test_unusable_values_are_refused(change, error, message):
 
 
 def test_requests_of_another_kind_are_refused():
-    with pytest.raises(TypeError, match="a request must be a dict .*; got str"):
+    with pytest.raises(TypeError, match=r"a request must be a dict .*; got str"):
         as_requests(["The capital of France is"])
     with pytest.raises(ValueError, match=r"must have the key 'target_new'; got \['prompt'\]"):
         as_requests({"prompt": "x"})
