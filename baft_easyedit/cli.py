@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument(
         "--ask", action="append", default=[], help="another prompt to answer; may be repeated"
     )
+    edit.add_argument("--dtype", choices=_DTYPES, default="float32", help="(%(default)s)")
     edit.set_defaults(run=_edit)
 
     demo = commands.add_parser(
@@ -67,7 +68,6 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="CUDA device number, or a name; that of the YAML if absent"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(%(default)s)")
 
 
 def _hparams(arguments: argparse.Namespace) -> BaFTHyperParams:
@@ -131,10 +131,17 @@ def _edit(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    """Show a few edits, then the table."""
-    from baft_easyedit.demo import run_demo
+    """Show a few edits, then the tables."""
+    from baft_easyedit.demo import check_methods, compare, show_edits
+    from baft_easyedit.easyedit import find_host
 
-    run_demo(_hparams(arguments), arguments.methods, arguments.cases, arguments.jobs)
+    methods = check_methods(arguments.methods.split(",") if arguments.methods else ())
+    hparams, host = _hparams(arguments), find_host()
+    for line in show_edits(hparams):
+        print(line)
+    print(f"\nThrough EasyEdit ({host.generation}, {host.version}) and its own evaluators:")
+    for line in compare(hparams, methods, arguments.cases, arguments.jobs):
+        print(line)
 
 
 def _doctor(_arguments: argparse.Namespace) -> None:
@@ -142,7 +149,3 @@ def _doctor(_arguments: argparse.Namespace) -> None:
     from baft_easyedit.easyedit.doctor import doctor
 
     print(doctor())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

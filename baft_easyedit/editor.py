@@ -22,6 +22,7 @@ from baft_easyedit.hooks import (
     attached_edit,
     check_layers,
     decoder_layers,
+    input_device,
     text_config,
 )
 from baft_easyedit.hparams import BaFTHyperParams
@@ -170,7 +171,7 @@ class BaFTEditor:
             use_chat_template=h.use_chat_template,
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
-            device=self.model.get_input_embeddings().weight.device,
+            device=input_device(self.model),
         )
 
     def _learn(self, batch: EditBatch) -> EditReport:

@@ -256,6 +256,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return min(stacks, key=lambda stack: stack[0])[1]
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model wants its tokens, also if accelerate keeps the weights elsewhere."""
+    embedding = cast(Any, model).get_input_embeddings()
+    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if execution is None else torch.device(execution)
+
+
 def check_layers(layers: Sequence[int], depth: int) -> None:
     """Raise ValueError unless all `layers` exist in a model of `depth` decoder layers."""
     beyond = [i for i in layers if i >= depth]

@@ -201,6 +201,16 @@ def test_half_precision_model_gets_an_fp32_edit(tokenizer, hparams, request_dict
     assert torch.equal(logits(model, tokenizer), before)
 
 
+def test_model_whose_weights_accelerate_keeps_elsewhere(tokenizer, hparams, request_dict):
+    accelerate = pytest.importorskip("accelerate")
+    plain, offloaded = make_model(), make_model()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert offloaded.model.embed_tokens.weight.is_meta
+    hparams = replace(hparams, num_steps=3)
+    reports = [BaFTEditor(m, tokenizer, hparams).edit(request_dict) for m in (plain, offloaded)]
+    assert reports[0].losses == reports[1].losses
+
+
 def test_edit_under_gradient_checkpointing_is_the_same(tokenizer, hparams, request_dict):
     results = []
     for checkpointing in (False, True):

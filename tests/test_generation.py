@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from baft_easyedit.generation import generate_answers, load_model
+from tests.conftest import make_model
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(saved, dtype):
+    model, tokenizer = load_model(saved, "cpu", dtype)
+    assert model.dtype == dtype
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token_id is not None
+
+
+def test_answers_do_not_depend_on_the_batch(saved):
+    model, tokenizer = load_model(saved)
+    prompts = ["The capital of France is", "Ice"]
+    together = generate_answers(model, tokenizer, prompts, 5)
+    assert together == [generate_answers(model, tokenizer, [p], 5)[0] for p in prompts]
+    assert all(answer == answer.strip() for answer in together)
+
+
+def test_model_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        load_model(str(tmp_path / "nowhere"))

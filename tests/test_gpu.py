@@ -1,0 +1,62 @@
+"""What only a CUDA device can show; skipped without one."""
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.demo import compare, show_edits
+from baft_easyedit.hooks import decoder_layers
+from tests.conftest import make_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model(**tokenizer("Ice is", return_tensors="pt").to(model.device)).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_edit_on_cuda_is_learned_and_undone_bit_for_bit(tokenizer, hparams, request_dict, dtype):
+    model = make_model(dtype=dtype).cuda()
+    before = logits(model, tokenizer)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    report = editor.edit(request_dict)
+    assert report.final_loss < 0.1
+    assert {p.device.type for p in editor.model_edit.parameters()} == {"cuda"}
+    assert not torch.equal(logits(model, tokenizer), before)
+    editor.undo()
+    assert torch.equal(logits(model, tokenizer), before)
+
+
+def test_layers_on_two_devices_are_edited_where_they_are(tokenizer, hparams, request_dict):
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    devices = {"model.embed_tokens": 0, "model.norm": "cpu", "lm_head": "cpu"}
+    devices |= {"model.rotary_emb": 0}
+    devices |= {f"model.layers.{i}": 0 if i < 2 else "cpu" for i in range(4)}
+    model = accelerate.dispatch_model(model, devices, main_device=0, force_hooks=True)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    assert editor.edit(request_dict).final_loss < 0.1
+    assert len(decoder_layers(model)) == 4
+
+
+def test_model_moved_to_cuda_after_the_edit_keeps_it(tokenizer, hparams, request_dict):
+    model = make_model()
+    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+    on_cpu = logits(model, tokenizer)
+    assert torch.allclose(logits(model.cuda(), tokenizer).cpu(), on_cpu, atol=1e-2)
+
+
+@pytest.mark.easyedit
+@pytest.mark.parametrize("hparams_class", [BaFTHyperParams, ReFTHyperParams])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_demo_on_device_0(hparams_class, fp16):
+    name = f"{hparams_class.algorithm}/facts-llama"
+    hparams = hparams_class.from_hparams(name, device=0, fp16=fp16)
+    assert any("->" in line for line in show_edits(hparams))
+    tables = "\n".join(compare(hparams, [hparams.alg_name], 3, 1))
+    assert "not run" not in tables
