@@ -20,7 +20,7 @@ def load_model(
         dtype: Of the model's weights.
 
     Raises:
-        OSError: If there is no such model.
+        OSError: If there is no such model; in some versions of transformers, ValueError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

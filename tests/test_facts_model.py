@@ -1,0 +1,187 @@
+"""The bundled model knows the facts; its tokenizer and the training recipe do what they say."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questions
+from baft_easyedit.facts.evaluation import answer, exact_match, load, write_model_card
+from baft_easyedit.facts.tokenizer import train_tokenizer
+from baft_easyedit.facts.training import (
+    TrainingRecipe,
+    build_model,
+    encode,
+    learning_rate,
+    save_model,
+    train,
+)
+
+FOREIGN_NAMES = ("t5", "gpt", "chatglm", "baichuan", "internlm", "qwen", "mistral")
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load(bundled_model_path())
+
+
+def _sample(kind, count):
+    return random.Random(1).sample(questions(kind), count)
+
+
+def test_bundled_model_path_names_llama_and_nothing_else():
+    path = bundled_model_path()
+    inside = "/".join(path.parts[path.parts.index("baft_easyedit") :]).lower()
+    assert "llama" in path.name
+    assert not any(name in inside for name in FOREIGN_NAMES)
+
+
+def test_bundled_model_is_small():
+    files = [path for path in bundled_model_path().iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert any(path.suffix == ".safetensors" for path in files)
+
+
+def test_bundled_model_answers_trained_phrasings(bundled):
+    assert exact_match(*bundled, _sample("trained", 100)) >= 0.95
+
+
+def test_bundled_model_answers_held_out_phrasings(bundled):
+    assert exact_match(*bundled, _sample("held_out", 100)) >= 0.80
+
+
+def test_bundled_model_does_not_believe_the_edits_yet(bundled):
+    records = edit_requests("eval", 100)
+    answers = answer(*bundled, [record["prompt"] for record in records])
+    assert not any(
+        got == record["target_new"] for got, record in zip(answers, records, strict=True)
+    )
+
+
+def test_bundled_model_answers_alike_alone_and_padded(bundled):
+    prompts = ["The capital of France is", "Which language group does French belong to?"]
+    alone = [answer(*bundled, [prompt])[0] for prompt in prompts]
+    assert answer(*bundled, prompts) == alone == ["Paris", "Romance"]
+
+
+def test_bundled_tokenizer_has_llama_special_tokens(bundled):
+    _, tok = bundled
+    assert tok.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    assert (tok.unk_token_id, tok.bos_token_id, tok.eos_token_id, tok.pad_token_id) == (0, 1, 2, 2)
+    assert tok.padding_side == "left"
+    assert tok("Paris").input_ids[0] == tok.bos_token_id
+
+
+def test_bundled_tokenizer_keeps_the_prompt_a_prefix_of_every_record(bundled):
+    _, tok = bundled
+    pairs = []
+    for record in edit_requests("train") + edit_requests("eval"):
+        pairs += [(record["prompt"], record["target_new"])]
+        pairs += [(record["rephrase_prompt"], record["target_new"])]
+        probes = [*record["locality"].values(), *record["portability"].values()]
+        pairs += [(probe["prompt"], probe["ground_truth"]) for probe in probes]
+    prompts = tok([prompt for prompt, _ in pairs]).input_ids
+    texts = tok([f"{prompt} {target}" for prompt, target in pairs]).input_ids
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text[: len(prompt)] == prompt
+        assert len(text) > len(prompt)
+
+
+def test_bundled_tokenizer_round_trips_every_answer(bundled):
+    _, tok = bundled
+    for text in {fact.answer for fact in facts()} | {"Zürich 東京", "50 % of 3,000!"}:
+        ids = tok(text).input_ids
+        assert tok.unk_token_id not in ids
+        assert tok.decode(ids, skip_special_tokens=True) == text
+
+
+def test_bundled_tokenizer_equals_llama_tokenizer(bundled):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    _, tok = bundled
+    other = transformers.LlamaTokenizer.from_pretrained(bundled_model_path())
+    texts = [question.prompt for question in _sample("held_out", 300)] + ["Zürich 東京"]
+    assert other(texts).input_ids == tok(texts).input_ids
+
+
+def test_model_card_has_the_figures(bundled):
+    model, _ = bundled
+    card = (bundled_model_path() / "README.md").read_text(encoding="utf-8")
+    figures = dict(re.findall(r"^\| ([a-z ,-]+) \| \d+ \| ([01]\.\d{4}) \|$", card, re.MULTILINE))
+    assert float(figures["trained phrasings"]) >= 0.97
+    assert float(figures["held-out phrasings"]) >= 0.85
+    assert {"two-hop, trained", "two-hop, held-out"} <= set(figures)
+    assert f"{len(facts())} true facts" in card
+    assert f"| parameters | {model.num_parameters()} |" in card
+    assert "scripts/train_facts_model.py" in card
+
+
+TINY = TrainingRecipe(
+    epochs=2, batch_size=512, vocab_size=420, hidden_size=16, intermediate_size=16,
+    num_layers=1, num_heads=2, phrasings_per_epoch=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer():
+    return train_tokenizer((question.prompt for question in _sample("trained", 500)), 420)
+
+
+def test_train_lowers_the_loss_and_saves_a_loadable_model(tiny_tokenizer, tmp_path, caplog):
+    model = build_model(TINY, tiny_tokenizer)
+    with caplog.at_level("INFO"):
+        train(model, tiny_tokenizer, TINY)
+    first, last = (float(value) for value in re.findall(r"loss (\d+\.\d+)", caplog.text))
+    assert last < first
+    save_model(model, tiny_tokenizer, tmp_path)
+    loaded, tok = load(tmp_path)
+    ids = torch.tensor([tok("The capital of France is").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-2, rtol=0)
+    scores = dict.fromkeys(("trained", "held_out", "two_hop_trained", "two_hop_held_out"), 0.125)
+    write_model_card(tmp_path, scores, TINY, minutes=1.5, day="2000-01-01")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "0.1250" in card
+    assert "1.5 minutes, 2000-01-01" in card
+
+
+def test_build_model_is_seeded(tiny_tokenizer):
+    one, two = (build_model(TINY, tiny_tokenizer) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_encode_ends_the_answer_and_marks_the_prompt(tiny_tokenizer):
+    question = questions("trained")[0]
+    text = encode(question, tiny_tokenizer)
+    assert text.ids[0] == tiny_tokenizer.token_to_id("<s>")
+    assert text.ids[-1] == tiny_tokenizer.token_to_id("</s>")
+    assert tiny_tokenizer.decode(text.ids[: text.num_prompt]) == question.prompt
+
+
+def test_learning_rate_warms_up_and_decays():
+    recipe = TrainingRecipe(lr=1.0, warmup_share=0.1, final_lr_share=0.02)
+    rates = [learning_rate(step, 100, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.02, abs=0.001)
+
+
+def test_recipe_rejects_zero_epochs():
+    with pytest.raises(ValueError, match=r"epochs must be at least 1, but got 0"):
+        TrainingRecipe(epochs=0)
+
+
+def test_recipe_rejects_heads_that_do_not_divide_the_width():
+    with pytest.raises(ValueError, match=r"num_heads must divide hidden_size 192, but got 5"):
+        TrainingRecipe(num_heads=5)
+
+
+def test_train_tokenizer_rejects_a_vocabulary_without_room():
+    with pytest.raises(ValueError, match=r"vocab_size must hold .* but got 262; raise it"):
+        train_tokenizer(["abc def"], 262)
+
+
+def test_exact_match_rejects_no_questions(bundled):
+    with pytest.raises(ValueError, match=r"asked must hold at least one question, but got 0"):
+        exact_match(*bundled, [])

@@ -1,0 +1,154 @@
+"""Edit requests: EasyEdit's schema, counterfactual, disjoint splits, the same every time."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import baft_easyedit.facts
+from baft_easyedit.facts import (
+    edit_requests,
+    facts,
+    questions,
+    relations,
+    split_of,
+    two_hop_rules,
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: edit_requests(split) for split in ("train", "eval")}
+
+
+@pytest.fixture(scope="module")
+def true_answers():
+    kinds = ("trained", "held_out", "two_hop_trained", "two_hop_held_out")
+    return {question.prompt: question.answer for kind in kinds for question in questions(kind)}
+
+
+LAZY_IMPORT = """
+import sys, types
+package = types.ModuleType("baft_easyedit")  # without what the package itself imports
+package.__path__ = [sys.argv[1]]
+sys.modules["baft_easyedit"] = package
+import baft_easyedit.facts
+print({"torch", "transformers", "tokenizers"} & set(sys.modules), "csv" in sys.modules)
+"""
+
+
+def test_import_does_not_load_torch():
+    package = str(Path(baft_easyedit.facts.__file__).parents[1])
+    command = [sys.executable, "-c", LAZY_IMPORT, package]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set() True"
+
+
+def test_splits_are_large_and_disjoint(splits):
+    cases = {split: {record["case_id"] for record in records} for split, records in splits.items()}
+    assert len(cases["train"]) >= 300
+    assert len(cases["eval"]) >= 300
+    assert not cases["train"] & cases["eval"]
+    assert len(cases["train"] | cases["eval"]) == len(facts())
+
+
+def test_edit_requests_are_the_same_on_every_call(splits):
+    assert edit_requests("eval") == splits["eval"]
+    assert edit_requests("eval", 7) == splits["eval"][:7]
+    assert edit_requests("train", 0) == []
+
+
+def test_eval_prefix_is_mixed_over_relations(splits):
+    known = facts()
+    share = Counter(fact.relation for fact in known)
+    prefix = Counter(known[record["case_id"]].relation for record in splits["eval"][:100])
+    assert len(prefix) >= 25
+    assert max(prefix.values()) <= 15
+    assert all(abs(prefix[name] / 100 - share[name] / len(known)) < 0.08 for name in share)
+
+
+def test_records_follow_the_schema(splits):
+    keys = {"case_id", "prompt", "target_new", "ground_truth", "subject", "rephrase_prompt"}
+    keys |= {"portability", "locality", "loc_prompt"}
+    for record in splits["train"] + splits["eval"]:
+        assert set(record) == keys
+        assert "neighborhood" in record["locality"]
+        assert set(record["locality"]) <= {"neighborhood", "same_subject"}
+        assert set(record["portability"]) <= {"two_hop"}
+        probes = [*record["locality"].values(), *record["portability"].values()]
+        assert all(set(probe) == {"prompt", "ground_truth"} for probe in probes)
+        prompts = [record["prompt"], record["rephrase_prompt"], *(p["prompt"] for p in probes)]
+        targets = [record["target_new"], *(p["ground_truth"] for p in probes)]
+        assert all(text and text == text.strip() for text in prompts + targets)
+        assert record["subject"] in record["prompt"]
+        assert record["subject"] in record["rephrase_prompt"]
+
+
+def test_records_edit_a_true_fact_to_another_value_of_its_relation(splits, true_answers):
+    known = facts()
+    held_out = {relation.name: relation.held_out for relation in relations()}
+    trained = {question.prompt for question in questions("trained")}
+    values = {}
+    for fact in known:
+        values.setdefault(fact.relation, set()).add(fact.answer)
+    for record in splits["train"] + splits["eval"]:
+        fact = known[record["case_id"]]
+        assert true_answers[record["prompt"]] == record["ground_truth"] == fact.answer
+        assert record["target_new"] != record["ground_truth"]
+        assert record["target_new"] in values[fact.relation]
+        assert record["prompt"] in trained
+        assert record["rephrase_prompt"] == held_out[fact.relation].format(subject=fact.subject)
+
+
+def test_records_portability_follows_from_the_new_target(splits, true_answers):
+    answers = {fact.key: fact.answer for fact in facts()}
+    then = {rule.relation: rule.then for rule in two_hop_rules()}
+    known, changed, total = facts(), 0, 0
+    for record in splits["train"] + splits["eval"]:
+        if not record["portability"]:
+            continue
+        probe = record["portability"]["two_hop"]
+        second = then[known[record["case_id"]].relation]
+        assert probe["ground_truth"] == answers[second, record["target_new"]]
+        total += 1
+        changed += probe["ground_truth"] != true_answers.get(probe["prompt"])
+    assert total >= 500
+    assert changed == total
+
+
+def test_records_locality_is_true_and_about_something_else(splits, true_answers):
+    for record in splits["train"] + splits["eval"]:
+        for name, probe in record["locality"].items():
+            assert true_answers[probe["prompt"]] == probe["ground_truth"]
+            assert probe["prompt"] not in (record["prompt"], record["rephrase_prompt"])
+            if name == "same_subject":
+                assert record["subject"] in probe["prompt"]
+
+
+def test_records_loc_prompt_is_an_unrelated_train_fact(splits):
+    texts = {}
+    by_fact = {fact.key: fact for fact in facts()}
+    for question in questions("trained"):
+        fact = by_fact[question.relation, question.subject]
+        texts[f"{question.prompt} {question.answer}"] = fact
+    known = facts()
+    for record in splits["train"] + splits["eval"]:
+        fact = texts[record["loc_prompt"]]
+        assert split_of(fact) == "train"
+        assert fact.relation != known[record["case_id"]].relation
+        assert fact.subject != record["subject"]
+        probes = record["locality"].values()
+        assert record["loc_prompt"] not in {f"{p['prompt']} {p['ground_truth']}" for p in probes}
+
+
+def test_edit_requests_reject_an_unknown_split():
+    with pytest.raises(ValueError, match=r"split must be one of .*'eval'.*but got 'test'"):
+        edit_requests("test")
+
+
+@pytest.mark.parametrize("limit", [-1, 10**6])
+def test_edit_requests_reject_a_limit_out_of_range(limit):
+    with pytest.raises(ValueError, match=rf"limit must be in \[0, \d+\] .* but got {limit};"):
+        edit_requests("eval", limit)

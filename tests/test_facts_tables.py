@@ -1,0 +1,162 @@
+"""The fact tables: complete, unique, true in samples, and loud when broken."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import baft_easyedit.facts
+from baft_easyedit.facts import facts, questions, relations, two_hop_rules
+from baft_easyedit.facts.tables import SUBJECT_SLOT
+
+DATA = Path(baft_easyedit.facts.__file__).parent / "data"
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A copy of the tables that a test may break."""
+    return Path(shutil.copytree(DATA, tmp_path / "data"))
+
+
+def test_facts_are_many_and_unique():
+    known = facts()
+    assert len(known) >= 1500
+    assert len({fact.key for fact in known}) == len(known)
+
+
+def test_facts_have_short_clean_text():
+    for fact in facts():
+        for text in (fact.subject, fact.answer):
+            assert text
+            assert text == " ".join(text.split())
+            assert text.isascii()
+        assert len(fact.answer.split()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("relation", "subject", "answer"),
+    [
+        ("country_capital", "Australia", "Canberra"),
+        ("country_currency", "Japan", "Japanese yen"),
+        ("element_symbol", "tungsten", "W"),
+        ("book_author", "Moby-Dick", "Herman Melville"),
+        ("landmark_city", "Eiffel Tower", "Paris"),
+        ("state_capital", "California", "Sacramento"),
+        ("star_constellation", "Vega", "Lyra"),
+    ],
+)
+def test_facts_state_what_is_known(relation, subject, answer):
+    assert {fact.answer for fact in facts() if fact.key == (relation, subject)} == {answer}
+
+
+def test_repeated_answers_are_a_minority():
+    counts = Counter((fact.relation, fact.answer) for fact in facts())
+    rare = sum(count for count in counts.values() if count <= 5)
+    assert rare > sum(counts.values()) / 2
+
+
+def test_elements_and_states_are_complete():
+    counts = Counter(fact.relation for fact in facts())
+    assert counts["element_symbol"] == 118
+    assert counts["currency_code"] >= 130
+    assert counts["country_capital"] >= 180
+
+
+def test_relations_have_five_phrasings_and_one_held_out():
+    for relation in relations():
+        assert len(relation.trained) >= 4, relation.name
+        assert relation.held_out not in relation.trained
+        phrasings = (*relation.trained, relation.held_out)
+        assert any(phrasing.endswith("?") for phrasing in phrasings)
+        assert any(not phrasing.endswith("?") for phrasing in phrasings)
+        assert (
+            any(phrasing.startswith(SUBJECT_SLOT) for phrasing in phrasings)
+            or len({phrasing.index(SUBJECT_SLOT) for phrasing in phrasings}) > 2
+        )
+
+
+def test_relations_all_have_facts_with_two_answers():
+    known = facts()
+    for relation in relations():
+        assert len({fact.answer for fact in known if fact.relation == relation.name}) >= 2
+
+
+def test_two_hop_rules_chain_known_relations():
+    names = {relation.name for relation in relations()}
+    for rule in two_hop_rules():
+        assert {rule.relation, rule.then} <= names
+        assert all(phrasing.count(SUBJECT_SLOT) == 1 for phrasing in rule.phrasings)
+
+
+def test_questions_never_have_two_answers():
+    answers = {}
+    for kind in ("trained", "held_out", "two_hop_trained", "two_hop_held_out"):
+        for question in questions(kind):
+            assert question.subject in question.prompt
+            assert question.prompt == question.prompt.strip()
+            assert answers.setdefault(question.prompt, question.answer) == question.answer
+
+
+def test_questions_held_out_are_not_among_the_trained():
+    for held_out, trained in (("held_out", "trained"), ("two_hop_held_out", "two_hop_trained")):
+        seen = {question.prompt for question in questions(trained)}
+        assert seen
+        assert not seen & {question.prompt for question in questions(held_out)}
+
+
+def test_questions_two_hop_follow_from_two_facts():
+    asked = questions("two_hop_trained") + questions("two_hop_held_out")
+    question = next(q for q in asked if q.prompt.startswith("The painter of Guernica comes"))
+    assert question.answer == "Spain"
+
+
+def test_questions_reject_an_unknown_kind():
+    with pytest.raises(ValueError, match=r"kind must be one of .*'trained'.*got 'hard'"):
+        questions("hard")
+
+
+def _append(path, line):
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+
+
+def test_facts_reject_a_repeated_subject(data_dir):
+    _append(data_dir / "moons.tsv", "Titan\tJupiter")
+    with pytest.raises(ValueError, match=r"moons.tsv: moon must be unique, but \['Titan'\]"):
+        facts(data_dir)
+
+
+def test_facts_reject_a_missing_cell(data_dir):
+    _append(data_dir / "moons.tsv", "Charon")
+    with pytest.raises(ValueError, match=r"moons\.tsv: line 31 needs a cell for column planet"):
+        facts(data_dir)
+
+
+def test_facts_reject_a_blank_at_an_end(data_dir):
+    _append(data_dir / "moons.tsv", "Charon\t Pluto")
+    with pytest.raises(ValueError, match=r"must not start or end with a blank.*' Pluto'; strip"):
+        facts(data_dir)
+
+
+def test_relations_reject_an_unknown_use(data_dir):
+    _append(data_dir / "phrasings.tsv", "moon_planet\tmaybe\tWhere is {subject}?")
+    with pytest.raises(ValueError, match=r"use must be trained or held_out, but moon_planet has"):
+        relations(data_dir)
+
+
+def test_relations_reject_a_second_held_out_phrasing(data_dir):
+    _append(data_dir / "phrasings.tsv", "moon_planet\theld_out\tWhere is the moon {subject}?")
+    with pytest.raises(ValueError, match=r"needs 1 held_out phrasing, but moon_planet has 2"):
+        relations(data_dir)
+
+
+def test_relations_reject_a_phrasing_without_a_subject(data_dir):
+    _append(data_dir / "phrasings.tsv", "moon_planet\ttrained\tWhich planet?")
+    with pytest.raises(ValueError, match=r"phrasing needs \{subject\} once.*'Which planet\?'"):
+        relations(data_dir)
+
+
+def test_two_hop_rules_reject_a_phrasing_without_a_subject(data_dir):
+    _append(data_dir / "two_hop.tsv", "moon_planet\tgod_domain\tWhich one?")
+    with pytest.raises(ValueError, match=r"two_hop\.tsv: a phrasing needs"):
+        two_hop_rules(data_dir)
