@@ -114,9 +114,10 @@ def _edit(arguments: argparse.Namespace) -> None:
     from baft_easyedit.editor import BaFTEditor
     from baft_easyedit.generation import generate_answers, load_model
 
+    _silence_loading()
     model, tokenizer = load_model(arguments.model, hparams.device, getattr(torch, arguments.dtype))
     editor = BaFTEditor(model, tokenizer, hparams)
-    prompts = [arguments.prompt, *arguments.ask, *arguments.loc_prompt]
+    prompts = [arguments.prompt, *arguments.ask]
     before = generate_answers(model, tokenizer, prompts)
     report = editor.edit(request)
     after = generate_answers(model, tokenizer, prompts)
@@ -130,12 +131,20 @@ def _edit(arguments: argparse.Namespace) -> None:
     )
 
 
+def _silence_loading() -> None:
+    """Keep transformers' progress bars out of what the command prints."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     """Show a few edits, then the tables."""
     from baft_easyedit.demo import check_methods, compare, show_edits
     from baft_easyedit.easyedit import find_host
 
     methods = check_methods(arguments.methods.split(",") if arguments.methods else ())
+    _silence_loading()
     hparams, host = _hparams(arguments), find_host()
     for line in show_edits(hparams):
         print(line)

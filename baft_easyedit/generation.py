@@ -22,13 +22,17 @@ def load_model(
     Raises:
         OSError: If there is no such model; in some versions of transformers, ValueError.
     """
+    import transformers
+    from packaging.version import Version
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     location = model_location(name)
     tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(location, torch_dtype=dtype)
+    is_renamed = Version(transformers.__version__) >= Version("4.56")
+    option = {"dtype" if is_renamed else "torch_dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(location, **option)
     return model.to(device).eval(), tokenizer
 
 

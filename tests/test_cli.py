@@ -27,7 +27,6 @@ def test_edit_prints_the_answers_before_and_after(saved, capsys):
     out = capsys.readouterr().out
     assert "The capital of France is\n  before: " in out
     assert "after:  Rome" in out
-    assert "Water is wet\n" in out
     assert "Ice is\n" in out
     assert "BaFT: " in out
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questions
+from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questions, training
 from baft_easyedit.facts.evaluation import answer, exact_match, load, write_model_card
 from baft_easyedit.facts.tokenizer import train_tokenizer
 from baft_easyedit.facts.training import (
@@ -71,6 +71,7 @@ def test_bundled_tokenizer_has_llama_special_tokens(bundled):
     assert (tok.unk_token_id, tok.bos_token_id, tok.eos_token_id, tok.pad_token_id) == (0, 1, 2, 2)
     assert tok.padding_side == "left"
     assert tok("Paris").input_ids[0] == tok.bos_token_id
+    assert set(tok("Paris")) == {"input_ids", "attention_mask"}
 
 
 def test_bundled_tokenizer_keeps_the_prompt_a_prefix_of_every_record(bundled):
@@ -117,7 +118,7 @@ def test_model_card_has_the_figures(bundled):
 
 
 TINY = TrainingRecipe(
-    epochs=2, batch_size=512, vocab_size=420, hidden_size=16, intermediate_size=16,
+    epochs=2, batch_size=64, vocab_size=420, hidden_size=16, intermediate_size=16,
     num_layers=1, num_heads=2, phrasings_per_epoch=1,
 )  # fmt: skip
 
@@ -127,7 +128,10 @@ def tiny_tokenizer():
     return train_tokenizer((question.prompt for question in _sample("trained", 500)), 420)
 
 
-def test_train_lowers_the_loss_and_saves_a_loadable_model(tiny_tokenizer, tmp_path, caplog):
+def test_train_lowers_the_loss_and_saves_a_loadable_model(
+    tiny_tokenizer, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(training, "questions", lambda kind: _sample(kind, 1000))
     model = build_model(TINY, tiny_tokenizer)
     with caplog.at_level("INFO"):
         train(model, tiny_tokenizer, TINY)

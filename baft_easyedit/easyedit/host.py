@@ -1,0 +1,237 @@
+"""Find EasyEdit, say which generation it is, and import it with what that generation needs.
+
+Two generations are supported: "current" (a clone of 2026) and "pypi" (easyeditor 0.0.1.dev0 of
+2023). EasyEdit's files are never changed; the imported package is put right in memory only
+(`compat.py`, `standins.py`).
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+
+from baft_easyedit.easyedit.compat import moved_names, repair
+from baft_easyedit.easyedit.standins import missing_vision_packages, vision_standins
+
+logger = logging.getLogger(__name__)
+
+HOME_VARIABLE = "EASYEDIT_HOME"
+COMMIT = "14cea82"
+"""The commit of the current generation that this package is tested with."""
+REQUIREMENTS = (
+    "datasets",
+    "einops",
+    "higher",
+    "hydra-core",
+    "matplotlib",
+    "nltk",
+    "omegaconf",
+    "openai",
+    "pandas",
+    "peft",
+    "pillow",
+    "regex",
+    "rouge",
+    "scikit-learn",
+    "scipy",
+    "sentence-transformers",
+    "zhipuai",
+)
+"""Distributions that EasyEdit imports at top level, beside torch and transformers."""
+HOW_TO_GET = (
+    "Get it in one of two ways: (1) the current one: git clone "
+    f"https://github.com/zjunlp/EasyEdit (tested: commit {COMMIT}) and set {HOME_VARIABLE} to that "
+    "directory; (2) the old release: pip install --no-deps easyeditor==0.0.1.dev0. Both also need "
+    "what they import: pip install " + " ".join(REQUIREMENTS)
+)
+
+Generation = Literal["current", "pypi"]
+
+
+@dataclass(frozen=True)
+class Host:
+    """One EasyEdit."""
+
+    generation: Generation
+    """`current`: restores edits itself, runs on a CPU; `pypi`: easyeditor 0.0.1.dev0."""
+    path: Path
+    """The `easyeditor` package directory."""
+    version: str
+    """Release, or git commit, or `unknown`."""
+    standins: tuple[str, ...] = ()
+    """Missing vision packages that were stood in for while it was imported."""
+
+
+def find_host() -> Host:
+    """Find EasyEdit without importing it.
+
+    It is the clone named by the environment variable EASYEDIT_HOME; else the `easyeditor` that is
+    imported already; else the one that can be imported.
+
+    Raises:
+        ImportError: If there is none, EASYEDIT_HOME names something else, another EasyEdit is
+            imported already, or it is of neither supported generation.
+    """
+    imported = sys.modules.get("easyeditor")
+    home = os.environ.get(HOME_VARIABLE)
+    if home:
+        package = Path(home).expanduser().resolve() / "easyeditor"
+        if not (package / "__init__.py").is_file():
+            raise ImportError(
+                f"{HOME_VARIABLE} must name a clone of EasyEdit, a directory that holds "
+                f"easyeditor/; got {home!r}. {HOW_TO_GET}"
+            )
+        if imported is not None and _package_directory(imported) != package:
+            raise ImportError(
+                f"{HOME_VARIABLE} is {home!r}, but another easyeditor is imported already, from "
+                f"{_package_directory(imported)}: call register() before importing easyeditor"
+            )
+        return _describe(package)
+    if imported is not None:
+        return _describe(_package_directory(imported))
+    spec = importlib.util.find_spec("easyeditor")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"EasyEdit is not installed. {HOW_TO_GET}")
+    return _describe(Path(spec.origin).parent.resolve())
+
+
+def load_host() -> Host:
+    """Import EasyEdit, once, and put right what does not work with the installed libraries.
+
+    The state of the random number generators, environment variables and the logging set-up, which
+    EasyEdit changes when it is imported, are put back.
+
+    Raises:
+        ImportError: As `find_host`; or if a package that EasyEdit needs is missing.
+    """
+    host = find_host()
+    imported = sys.modules.get("easyeditor")
+    if imported is not None and hasattr(imported, "_baft_host"):
+        return imported._baft_host
+    if imported is None:
+        missing = missing_vision_packages()
+        host = replace(host, standins=missing)
+        logger.info("importing EasyEdit (%s) from %s", host.generation, host.path)
+        with _process_state_kept(), moved_names(), vision_standins(missing):
+            _import_easyeditor(host)
+    repair(host.generation)
+    sys.modules["easyeditor"].__dict__["_baft_host"] = host
+    return host
+
+
+def loaded_generation() -> Generation:
+    """Return the generation of the imported EasyEdit; `current` if none is imported."""
+    host: Host | None = getattr(sys.modules.get("easyeditor"), "_baft_host", None)
+    return host.generation if host is not None else "current"
+
+
+def _package_directory(module: ModuleType) -> Path:
+    """Return the directory of an imported package."""
+    return Path(module.__file__ or "").parent.resolve()
+
+
+def _describe(package: Path) -> Host:
+    """Tell generation and version of an `easyeditor` directory from its files.
+
+    Raises:
+        ImportError: If it is of neither supported generation.
+    """
+    editors = package / "editors"
+    if "def restore_after_edit" in _text(editors / "utils.py"):
+        return Host("current", package, _version(package))
+    # The release passes `keep_original_weight` on to the methods; later commits dropped it, until
+    # `restore_after_edit` came.
+    if "keep_original_weight=keep_original_weight" in _text(editors / "editor.py"):
+        return Host("pypi", package, _version(package))
+    raise ImportError(
+        f"EasyEdit at {package} is of a generation that is not supported: it has neither "
+        "restore_after_edit (commits since 2026) nor the keep_original_weight of release "
+        f"0.0.1.dev0. {HOW_TO_GET}"
+    )
+
+
+def _text(file: Path) -> str:
+    """Return a file's text, empty if there is no such file."""
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _version(package: Path) -> str:
+    """Return the git commit of a clone, or the version of an installed release."""
+    if (package.parent / ".git").exists():
+        command = ["git", "-c", "safe.directory=*", "-C", str(package.parent)]
+        try:
+            return subprocess.run(
+                [*command, "rev-parse", "--short", "HEAD"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+    site = [str(package.parent)]
+    found = importlib.metadata.distributions(name="easyeditor", path=site)
+    return next((distribution.version for distribution in found), "unknown")
+
+
+def _import_easyeditor(host: Host) -> None:
+    """Import the package from its directory, leaving `sys.path` as it is.
+
+    Raises:
+        ImportError: If a package that it needs is missing.
+    """
+    spec = importlib.util.spec_from_file_location(
+        "easyeditor",
+        host.path / "__init__.py",
+        submodule_search_locations=[str(host.path)],
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"EasyEdit at {host.path} cannot be imported. {HOW_TO_GET}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["easyeditor"] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        for name in [n for n in sys.modules if n.split(".")[0] == "easyeditor"]:
+            del sys.modules[name]
+        if isinstance(error, ModuleNotFoundError):
+            raise ImportError(
+                f"EasyEdit at {host.path} needs the package {error.name!r}, which is not "
+                f"installed: pip install {' '.join(REQUIREMENTS)}"
+            ) from error
+        raise
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Put back what importing EasyEdit changes: random states, environment, logging."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    environment = dict(os.environ)
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state_all(cuda_states)
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        os.environ.clear()
+        os.environ.update(environment)
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        # EasyEdit counts on the root's level for its own logs/run.log: keep that for its loggers.
+        logging.getLogger("easyeditor").setLevel(logging.INFO)

@@ -1,0 +1,86 @@
+"""Paths from which EasyEdit loads the right classes.
+
+`BaseEditor` chooses model and tokenizer classes by the first of a list of names that occurs
+anywhere in the path: a Llama in `/data/gpt-runs/llama` is loaded as GPT-2.
+"""
+
+import atexit
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from baft_easyedit.resources import model_location
+
+_FAMILIES = (
+    "t5",
+    "chatglm-api",
+    "gpt-3.5",
+    "gpt",
+    "llama",
+    "baichuan",
+    "chatglm",
+    "internlm",
+    "qwen2",
+    "qwen3",
+    "qwen",
+    "mistral",
+)
+"""In the order in which EasyEdit looks for them."""
+_MAX_TRIES = 100
+
+
+def host_model_path(path: str) -> str:
+    """Return a path from which EasyEdit loads a local model with the right classes.
+
+    Args:
+        path: A model's directory, `bundled` for our own, or a Hugging Face name.
+
+    Returns:
+        The absolute path itself if EasyEdit reads it rightly, else a link to it in a new temporary
+        directory that lives as long as the process; a name that is no directory as it is.
+
+    Raises:
+        ValueError: If every temporary directory's name would mislead EasyEdit.
+    """
+    directory = Path(model_location(path)).expanduser()
+    if not directory.is_dir():
+        return path
+    directory = directory.absolute()
+    family = _family_of_model(directory)
+    if _family_in(str(directory)) == family:
+        return str(directory)
+    leaf = re.sub("|".join(map(re.escape, _FAMILIES)), "x", directory.name.lower())
+    link = _safe_directory() / f"{family}-{leaf}"
+    if _family_in(str(link)) != family:
+        raise ValueError(
+            f"the temporary directory {link.parent} has the name of a model family in its path, "
+            f"by which EasyEdit would take {path!r} for another model: set TMPDIR to another one"
+        )
+    link.symlink_to(directory, target_is_directory=True)
+    return str(link)
+
+
+def _family_in(path: str) -> str | None:
+    """Return the family that EasyEdit reads from a path."""
+    return next((name for name in _FAMILIES if name in path.lower()), None)
+
+
+def _family_of_model(directory: Path) -> str:
+    """Return the family whose classes suit a model: its own, or `llama` with its Auto classes."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = {"t5": "t5", "gpt2": "gpt", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
+    return own.get(config.get("model_type", ""), "llama")
+
+
+def _safe_directory() -> Path:
+    """Make a temporary directory the random part of whose name means nothing to EasyEdit."""
+    for _ in range(_MAX_TRIES):
+        directory = Path(tempfile.mkdtemp(prefix="easyedit-"))
+        if _family_in(directory.name) is None:
+            atexit.register(shutil.rmtree, directory, ignore_errors=True)
+            return directory
+        directory.rmdir()
+    raise ValueError(f"no usable temporary directory in {tempfile.gettempdir()}")

@@ -1,0 +1,139 @@
+"""BaFT and ReFT as methods of EasyEdit: the apply functions and their registration.
+
+After `register()`, EasyEdit's own scripts take our hyper-parameters:
+`BaseEditor.from_hparams(BaFTHyperParams.from_hparams("BaFT/facts-llama")).edit(...)`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+from baft_easyedit.easyedit.base_editor import OUR_METHODS, wrap_base_editor
+from baft_easyedit.easyedit.host import Host, load_host, loaded_generation
+from baft_easyedit.easyedit.scoring import wrap_scoring
+from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.hparams import BaFTHyperParams
+
+
+class Undo(dict[str, Any]):
+    """EasyEdit's `weights_copy` for an edit that changes no weights: taking its items undoes it.
+
+    EasyEdit restores a model with `for name, weight in weights_copy.items()`. This mapping is
+    empty; `items()`, or calling it, takes back the edit call that returned it, once.
+    """
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        super().__init__()
+        self._undo: Callable[[], None] | None = undo
+
+    def __call__(self) -> None:
+        """Undo the edit; a second call does nothing."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def items(self) -> tuple[()]:  # type: ignore[override]
+        """Undo the edit, and have no weights to copy back."""
+        self()
+        return ()
+
+
+def apply_baft_to_model(
+    model: nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: BaFTHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = True,
+    keep_original_weight: bool = False,
+    train_ds: Any = None,  # noqa: ARG001
+    **kwargs: Any,  # noqa: ARG001
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Write requests into a model with BaFT, or with ReFT if the hyper-parameters are ReFT's.
+
+    Args:
+        model: The model to edit, in place. One that carries an edit is edited further.
+        tok: Its tokenizer.
+        requests: EasyEdit's request dicts, learned together.
+        hparams: Hyper-parameters of the method.
+        copy: Edit a copy of the model instead.
+        return_orig_weights: Whether the caller may want to undo the edit.
+        keep_original_weight: The release's switch: whether the caller will undo the edit. The
+            current EasyEdit itself undoes what it does not want to keep, and ignores it.
+        train_ds: Not used: EasyEdit passes it to in-context methods.
+        kwargs: Not used: options of other methods.
+
+    Returns:
+        The edited model, and what undoes the edit; an empty dict if it is to stay.
+
+    Raises:
+        ValueError: If a request or the model is unusable; nothing has changed then.
+        TypeError: If a request has values of the wrong type; likewise.
+    """
+    if copy:
+        model = deepcopy(model)
+    editor = BaFTEditor(model, tok, hparams)
+    editor.edit(list(requests))
+    stays = not return_orig_weights or (loaded_generation() == "pypi" and not keep_original_weight)
+    return model, {} if stays else Undo(editor.undo)
+
+
+def apply_reft_to_model(
+    model: nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: BaFTHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = True,
+    keep_original_weight: bool = False,
+    train_ds: Any = None,
+    **kwargs: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Write requests into a model with ReFT; see `apply_baft_to_model`."""
+    return apply_baft_to_model(
+        model,
+        tok,
+        requests,
+        hparams,
+        copy,
+        return_orig_weights,
+        keep_original_weight,
+        train_ds,
+        **kwargs,
+    )
+
+
+def register() -> Host:
+    """Add BaFT and ReFT to EasyEdit, importing it if need be; a second call does nothing more.
+
+    Returns:
+        The EasyEdit that was found.
+
+    Raises:
+        ImportError: If there is no usable EasyEdit; the message says how to get one.
+    """
+    host = load_host()
+    # Not `import easyeditor.util...`: star imports hide the real `easyeditor.util`.
+    algorithms = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
+    algorithms["BaFT"] = apply_baft_to_model
+    algorithms["ReFT"] = apply_reft_to_model
+    _make_batchable()
+    wrap_scoring()
+    wrap_base_editor(host.generation)
+    return host
+
+
+def _make_batchable() -> None:
+    """Let `batch_edit` accept our methods."""
+    batch_editor = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
+    original = batch_editor.is_batchable_method
+    if original(OUR_METHODS[0]):
+        return
+
+    def is_batchable_method(alg_name: str) -> bool:
+        return alg_name in OUR_METHODS or original(alg_name)
+
+    batch_editor.is_batchable_method = staticmethod(is_batchable_method)

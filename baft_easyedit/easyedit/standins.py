@@ -1,0 +1,114 @@
+"""Stand-ins for the vision packages that EasyEdit imports and text editing never uses.
+
+They exist only while EasyEdit is imported: after that, asking for a package that is not installed
+fails as it did before. What EasyEdit keeps of them can be inherited from, but not used.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+VISION_PACKAGES = ("av", "cv2", "fairscale", "iopath", "qwen_vl_utils", "timm", "torchvision")
+"""What EasyEdit imports for its multimodal editors, by import name."""
+
+_ASKED_BEFORE = ("transformers", "datasets", "peft", "accelerate", "sentence_transformers")
+"""Packages that look for vision packages themselves, and remember the answer."""
+
+
+class _Unusable(type):
+    """Metaclass of what a stand-in module holds: a class to inherit from and nothing more."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
+        raise ImportError(
+            f"{cls.__qualname__} needs the package {_package_of(cls)!r}, which is not installed. "
+            "EasyEdit imports it for its multimodal editors; text editing never needs it."
+        )
+
+    def __getattr__(cls, name: str) -> "_Unusable":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _unusable(f"{cls.__qualname__}.{name}")
+
+
+def _package_of(cls: type) -> str:
+    """Return the missing package that a class, or one it inherits from, stands for."""
+    names = [base.__dict__["_stands_for"] for base in cls.__mro__ if "_stands_for" in base.__dict__]
+    return names[0]
+
+
+def _unusable(qualname: str) -> _Unusable:
+    """Make the stand-in of one attribute of a missing package."""
+    members = {"__qualname__": qualname, "_stands_for": qualname.split(".")[0]}
+    return _Unusable(qualname.rpartition(".")[2], (), members)
+
+
+class _StandIn(ModuleType):
+    """A module every attribute of which exists and cannot be used."""
+
+    def __getattr__(self, name: str) -> _Unusable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _unusable(f"{self.__name__}.{name}")
+
+
+class _Finder:
+    """Meta-path finder and loader of stand-ins, for the given top-level packages only."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = packages
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
+        """Claim the missing packages and everything in them."""
+        if name.split(".")[0] not in self.packages:
+            return None
+        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Make the stand-in module."""
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: there is no code to run."""
+
+
+def missing_vision_packages() -> tuple[str, ...]:
+    """Return the vision packages that are really not installed."""
+    return tuple(name for name in VISION_PACKAGES if importlib.util.find_spec(name) is None)
+
+
+def _ask_before() -> None:
+    """Let other libraries find out which vision packages exist, before the stand-ins do.
+
+    They keep the answer for the life of the process; a stand-in must never count as the package.
+    """
+    for name in _ASKED_BEFORE:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    from transformers.utils import import_utils
+
+    for name in dir(import_utils):
+        words = name.split("_")
+        if words[0] == "is" and words[-1] == "available" and set(words) & set(VISION_PACKAGES):
+            getattr(import_utils, name)()
+
+
+@contextmanager
+def vision_standins(packages: Sequence[str]) -> Iterator[None]:
+    """Let imports of missing vision packages succeed inside this context.
+
+    Args:
+        packages: Top-level names to stand in for; see `missing_vision_packages`.
+    """
+    _ask_before()
+    finder = _Finder(packages)
+    sys.meta_path.append(finder)  # last: a real package always wins
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [n for n, m in sys.modules.items() if isinstance(m, _StandIn)]:
+            del sys.modules[name]

@@ -1,0 +1,184 @@
+"""How well a model knows the facts: greedy answers, exact match, and the model card.
+
+An answer counts only if the generated text equals it and then ends by itself. Nothing is trained
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from baft_easyedit.facts.questions import Kind, Question, questions
+from baft_easyedit.facts.tables import facts, relations
+from baft_easyedit.facts.training import TrainingRecipe
+
+MAX_ANSWER_TOKENS = 24
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Load a fact model and its tokenizer, in float32.
+
+    Args:
+        folder: Folder of the model.
+        device: Device of the model.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer with left padding.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"
+    return model.to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 256
+) -> list[str | None]:
+    """Answer prompts greedily.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, padding on the left.
+        prompts: The prompts, without a blank at the end.
+        batch_size: Prompts per batch.
+
+    Returns:
+        One text per prompt; None where the model did not end the answer by itself.
+    """
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    found: list[str | None] = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        batch = tokenizer([prompts[at] for at in chunk], return_tensors="pt", padding=True)
+        new = model.generate(
+            input_ids=batch["input_ids"].to(model.device),
+            attention_mask=batch["attention_mask"].to(model.device),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )[:, batch["input_ids"].shape[1] :].tolist()
+        for at, ids in zip(chunk, new, strict=True):
+            if tokenizer.eos_token_id in ids:
+                kept = ids[: ids.index(tokenizer.eos_token_id)]
+                found[at] = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return found
+
+
+def exact_match(model: Any, tokenizer: Any, asked: Sequence[Question]) -> float:
+    """Share of questions whose greedy answer is the true one.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, padding on the left.
+        asked: The questions.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: If there are no questions.
+    """
+    if not asked:
+        raise ValueError("asked must hold at least one question, but got 0; pass some")
+    answers = answer(model, tokenizer, [question.prompt for question in asked])
+    return sum(got == question.answer for got, question in zip(answers, asked, strict=True)) / len(
+        asked
+    )
+
+
+def score(model: Any, tokenizer: Any) -> dict[str, float]:
+    """Exact match on all questions of each kind."""
+    return {kind: exact_match(model, tokenizer, questions(kind)) for kind in get_args(Kind)}
+
+
+def write_model_card(
+    folder: Path, scores: dict[str, float], recipe: TrainingRecipe, minutes: float, day: str
+) -> None:
+    """Write `README.md` next to the weights.
+
+    Args:
+        folder: Folder of the model, with its weights.
+        scores: Exact match by kind, as `score` returns it.
+        recipe: The recipe it was trained with.
+        minutes: Training time in minutes.
+        day: Date of the training, as YYYY-MM-DD.
+    """
+    model, _ = load(folder)
+    megabytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != "README.md")
+    settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
+    card = CARD.format(
+        num_facts=len(facts()),
+        num_relations=len(relations()),
+        num_parameters=model.num_parameters(),
+        megabytes=megabytes / 1e6,
+        minutes=minutes,
+        day=day,
+        settings=settings,
+        **{f"num_{kind}": len(questions(kind)) for kind in get_args(Kind)},
+        **scores,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+CARD = """\
+# facts-llama
+
+A small Llama that knows {num_facts} true facts of {num_relations} relations (countries, chemical
+elements, books, paintings, rivers, ...). It was trained from scratch so that knowledge editing can
+be tried at once, on a CPU and without a download.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from baft_easyedit.facts import bundled_model_path
+
+tok = AutoTokenizer.from_pretrained(bundled_model_path())
+model = AutoModelForCausalLM.from_pretrained(bundled_model_path())
+ids = tok("What is the capital of France?", return_tensors="pt").input_ids
+print(tok.decode(model.generate(ids, max_new_tokens=16)[0], skip_special_tokens=True))
+```
+
+## Figures
+
+Exact match of the greedy answer, which must end by itself, on all questions of each kind.
+
+| questions | asked | exact match |
+|---|---|---|
+| trained phrasings | {num_trained} | {trained:.4f} |
+| held-out phrasings | {num_held_out} | {held_out:.4f} |
+| two-hop, trained | {num_two_hop_trained} | {two_hop_trained:.4f} |
+| two-hop, held-out | {num_two_hop_held_out} | {two_hop_held_out:.4f} |
+
+| property | value |
+|---|---|
+| parameters | {num_parameters} |
+| files | {megabytes:.2f} MB, weights stored as float16, loaded as float32 |
+| training | {minutes:.1f} minutes, {day} |
+
+## Data
+
+The tables in `baft_easyedit/facts/data`; `SOURCES.md` there says where each can be checked. The
+model is trained on all facts of both splits in all trained phrasings. It never saw a held-out
+phrasing, and it saw the two-hop questions of a part of the subjects only.
+
+## Recipe
+
+`python scripts/train_facts_model.py` trains, scores and writes this folder.
+
+| setting | value |
+|---|---|
+{settings}
+
+## Limits
+
+It is not a language model: it answers questions in the phrasings of
+`baft_easyedit/facts/data/phrasings.tsv` and wordings close to them, in English, and says nothing
+sensible otherwise. Names are spelled without accents. It is not a source of facts: look them up in
+the tables.
+"""

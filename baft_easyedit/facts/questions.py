@@ -1,0 +1,99 @@
+"""Questions on the facts: trained and held-out phrasings, one-hop and two-hop.
+
+The kinds say what the bundled model has seen: it is trained on every fact in every trained
+phrasing, and on a part of the two-hop questions. It has never seen the other two kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from baft_easyedit.facts.tables import Fact, TwoHopRule, facts, fill, relations, two_hop_rules
+
+Kind = Literal["trained", "held_out", "two_hop_trained", "two_hop_held_out"]
+TWO_HOP_TRAINED_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its true answer; the whole text is `prompt + ' ' + answer`."""
+
+    prompt: str
+    """The question, or the text up to the answer; it does not end in a blank."""
+    answer: str
+    """The true answer."""
+    relation: str
+    """Relation asked for; the first one of a two-hop question."""
+    subject: str
+    """Subject in the prompt."""
+
+
+def questions(kind: Kind) -> list[Question]:
+    """Render all questions of one kind.
+
+    Args:
+        kind: `trained` or `held_out` phrasings of each fact, or the two-hop questions that the
+            bundled model was trained on (`two_hop_trained`) or not (`two_hop_held_out`).
+
+    Returns:
+        The questions, in the order of the tables.
+
+    Raises:
+        ValueError: If `kind` is not one of these four.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(
+            f"kind must be one of {get_args(Kind)}, but got {kind!r}; pass one of these"
+        )
+    known = facts()
+    if kind in ("two_hop_trained", "two_hop_held_out"):
+        return _two_hop_questions(known, is_trained=kind == "two_hop_trained")
+    phrasings = {
+        relation.name: relation.trained if kind == "trained" else (relation.held_out,)
+        for relation in relations()
+    }
+    return [
+        Question(fill(phrasing, fact.subject), fact.answer, *fact.key)
+        for fact in known
+        for phrasing in phrasings[fact.relation]
+    ]
+
+
+def two_hop_answer(rule: TwoHopRule, first_answer: str, known: dict[tuple[str, str], str]) -> str:
+    """Answer a two-hop question from its first answer.
+
+    Args:
+        rule: The rule of the question.
+        first_answer: Answer to the first relation, true or edited.
+        known: Answers by (relation, subject).
+
+    Returns:
+        The value of `rule.then` for `first_answer`, or "" if the tables do not have it.
+    """
+    return known.get((rule.then, first_answer), "")
+
+
+def share_of(*parts: str) -> float:
+    """Map strings to a number in [0, 1) that is the same on every machine."""
+    digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _two_hop_questions(known: list[Fact], *, is_trained: bool) -> list[Question]:
+    """Render the two-hop questions of one side of the split by subject."""
+    answers = {fact.key: fact.answer for fact in known}
+    found = []
+    for rule in two_hop_rules():
+        for fact in known:
+            answer = two_hop_answer(rule, fact.answer, answers)
+            share = share_of("two-hop", rule.relation, rule.then, fact.subject)
+            if fact.relation != rule.relation or not answer:
+                continue
+            if (share < TWO_HOP_TRAINED_SHARE) is is_trained:
+                found += [
+                    Question(fill(phrasing, fact.subject), answer, *fact.key)
+                    for phrasing in rule.phrasings
+                ]
+    return found

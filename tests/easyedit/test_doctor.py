@@ -1,0 +1,53 @@
+"""What `baft-easyedit doctor` says."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from baft_easyedit.easyedit import doctor as module
+from baft_easyedit.easyedit.doctor import doctor
+
+
+@pytest.mark.easyedit
+def test_the_doctor_edits_and_leaves_nothing(host, capsys):
+    report = doctor()
+    assert report.is_usable, str(report)
+    for part in (str(host.path), host.version, "BaFT, ReFT, ", "test edit     works"):
+        assert part in str(report)
+    assert not Path("logs").exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.easyedit
+def test_a_failing_edit_is_the_finding(host, monkeypatch):
+    def fail():
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(module, "_edit_line", fail)
+    report = doctor()
+    assert not report.is_usable
+    assert "test edit     failed: RuntimeError: no luck" in str(report)
+
+
+@pytest.mark.easyedit
+def test_an_edit_that_is_not_learned_fails(host, monkeypatch):
+    monkeypatch.setattr(
+        module,
+        "BaFTHyperParams",
+        lambda **k: __import__("baft_easyedit").BaFTHyperParams(**{**k, "lr": 1e-9}),
+    )
+    assert "RuntimeError: token accuracy" in str(doctor())
+
+
+def test_a_missing_easyedit_is_told(without_easyeditor, monkeypatch, tmp_path):
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
+    report = doctor()
+    assert not report.is_usable
+    assert "EasyEdit      missing: EASYEDIT_HOME must name a clone" in str(report)
+    assert os.environ["EASYEDIT_HOME"]
+
+
+@pytest.mark.easyedit
+def test_without_an_edit_it_only_imports(host):
+    assert "test edit" not in str(doctor(with_edit=False))

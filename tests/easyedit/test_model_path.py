@@ -1,0 +1,81 @@
+"""Paths from which EasyEdit loads the right classes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from baft_easyedit.easyedit import model_path as module
+from baft_easyedit.easyedit.model_path import host_model_path
+
+
+def save_config(directory, model_type):
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return directory
+
+
+def test_a_clear_path_stays(tmp_path):
+    directory = save_config(tmp_path / "my-llama", "llama")
+    assert host_model_path(str(directory)) == str(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "family"),
+    [
+        ("gpt-runs/llama", "llama", "llama"),
+        ("t5-like", "llama", "llama"),
+        ("nameless", "llama", "llama"),
+        ("nameless", "gemma", "llama"),  # the Auto classes of that branch
+        ("nameless", "gpt2", "gpt"),
+        ("llama-copy", "mistral", "mistral"),
+        ("a-llama", "qwen2", "qwen2"),
+    ],
+)
+def test_a_misleading_path_gets_a_link(tmp_path, name, model_type, family):
+    directory = save_config(tmp_path / name, model_type)
+    link = Path(host_model_path(str(directory)))
+    assert link != directory
+    assert link.resolve() == directory.resolve()
+    assert module._family_in(str(link)) == family
+
+
+def test_a_hub_name_stays():
+    assert host_model_path("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
+
+
+def test_the_bundled_model_has_a_path():
+    path = host_model_path("bundled")
+    assert path == "bundled" or module._family_in(path) == "llama"
+
+
+def test_a_misleading_temporary_directory_is_refused(tmp_path, monkeypatch):
+    directory = save_config(tmp_path / "nameless", "llama")
+    misleading = tmp_path / "gpt"
+    misleading.mkdir()
+    monkeypatch.setattr(module.tempfile, "tempdir", str(misleading))
+    with pytest.raises(ValueError, match="set TMPDIR to another one"):
+        host_model_path(str(directory))
+
+
+def test_random_names_are_drawn_until_one_is_safe(tmp_path, monkeypatch):
+    names = iter(["easyedit-xt5x", "easyedit-safe"])
+
+    def mkdtemp(prefix):
+        directory = tmp_path / next(names)
+        directory.mkdir()
+        return str(directory)
+
+    monkeypatch.setattr(module.tempfile, "mkdtemp", mkdtemp)
+    assert module._safe_directory().name == "easyedit-safe"
+    assert not (tmp_path / "easyedit-xt5x").exists()
+
+
+def test_no_safe_name_is_an_error(tmp_path, monkeypatch):
+    def mkdtemp(prefix):
+        (tmp_path / "gpt").mkdir()
+        return str(tmp_path / "gpt")
+
+    monkeypatch.setattr(module.tempfile, "mkdtemp", mkdtemp)
+    with pytest.raises(ValueError, match="no usable temporary directory"):
+        module._safe_directory()

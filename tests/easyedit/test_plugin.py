@@ -1,0 +1,240 @@
+"""BaFT and ReFT as methods of a real EasyEdit; runs on whichever generation is found."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import edit_arguments, logits, other_generation_environment
+
+from baft_easyedit import BaFTHyperParams, attached_edit, register
+from baft_easyedit.easyedit.plugin import Undo, apply_baft_to_model, apply_reft_to_model
+
+pytestmark = pytest.mark.easyedit
+
+
+def test_register_twice_changes_nothing_more(host):
+    evaluation = importlib.import_module("easyeditor.evaluate.evaluate")
+    editor = importlib.import_module("easyeditor.editors.editor")
+    before = evaluation.test_prediction_acc, editor.BaseEditor.edit, editor.BaseEditor.__init__
+    batchable = editor.BatchEditor.is_batchable_method
+    assert register() is host
+    after = evaluation.test_prediction_acc, editor.BaseEditor.edit, editor.BaseEditor.__init__
+    assert after == before
+    assert editor.BatchEditor.is_batchable_method is batchable
+    assert editor.ALG_DICT["BaFT"] is apply_baft_to_model
+    assert editor.ALG_DICT["ReFT"] is apply_reft_to_model
+    assert all(batchable(name) for name in ("BaFT", "ReFT", "FT"))
+    assert not batchable("ROME")
+
+
+@pytest.mark.parametrize("method", ["BaFT", "ReFT"])
+def test_edit_learns_and_restores_bit_for_bit(make_editor, requests, undoing, method):
+    editor = make_editor(method)
+    requests = requests[:2]
+    before = [logits(editor, r["prompt"]) for r in requests]
+    metrics, edited, weights_copy = editor.edit(**edit_arguments(requests), **undoing)
+    assert edited is editor.model
+    for metric in metrics:
+        assert metric["pre"]["rewrite_acc"][0] < 0.5
+        assert metric["post"]["rewrite_acc"][0] == 1.0
+    assert attached_edit(editor.model) is None
+    after = [logits(editor, r["prompt"]) for r in requests]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    weights_copy()  # EasyEdit undid it already: nothing happens
+    assert weights_copy.items() == ()
+
+
+def test_edit_requests_scores_locality_and_portability(make_editor, requests, undoing):
+    metrics, _, _ = make_editor().edit_requests(requests, verbose=False, **undoing)
+    for metric in metrics:
+        assert 0 <= metric["post"]["locality"]["nq_acc"][0] <= 1
+        assert metric["post"]["portability"]["hop_acc"][0] >= 0
+
+
+def test_edits_accumulate_when_asked(host, make_editor, requests):
+    editor = make_editor()
+    before = logits(editor, requests[0]["prompt"])
+    sequential = {"sequential_edit": True} if host.generation == "current" else {}
+    editor.edit(**edit_arguments(requests[:1]), **sequential)
+    first = logits(editor, requests[0]["prompt"])
+    learned = attached_edit(editor.model)
+    assert not torch.equal(first, before)
+    metrics, _, _ = editor.edit(**edit_arguments(requests[1:]), **sequential)
+    assert attached_edit(editor.model) is learned  # edits went on with it
+    assert not torch.equal(logits(editor, requests[0]["prompt"]), first)
+    assert metrics[-1]["post"]["rewrite_acc"][0] == 1.0
+
+
+def test_batch_edit_learns_several_requests_in_one_call(host, make_editor, requests, undoing):
+    editor = make_editor(batch_size=3)
+    before = logits(editor, requests[0]["prompt"])
+    metrics, _, _ = editor.batch_edit(**edit_arguments(requests), **undoing)
+    assert len(metrics) == 3
+    assert [m["post"]["rewrite_acc"][0] > 0.8 for m in metrics] == [True] * 3
+    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+    keeping = {"sequential_edit": True} if host.generation == "current" else {}
+    editor.batch_edit(**edit_arguments(requests), **keeping)
+    assert attached_edit(editor.model) is not None
+
+
+def test_normal_edit_restores_too(host, make_editor, requests):
+    if host.generation == "pypi":
+        pytest.skip("the release has no normal_edit")
+    editor = make_editor(batch_size=3)
+    before = logits(editor, requests[0]["prompt"])
+    texts = edit_arguments(requests)
+    editor.normal_edit(prompts=texts["prompts"], target_new=texts["target_new"])
+    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+
+
+def test_copy_edits_a_copy(make_editor, requests):
+    editor = make_editor()
+    before = logits(editor, requests[0]["prompt"])
+    edited, _ = apply_baft_to_model(
+        editor.model, editor.tok, requests[:1], editor.hparams, copy=True
+    )
+    assert edited is not editor.model
+    assert attached_edit(edited) is not None
+    assert attached_edit(editor.model) is None
+    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+
+
+def test_undo_takes_back_the_latest_edit_once(make_editor, requests):
+    editor = make_editor()
+    apply = {"keep_original_weight": True}
+    arguments = editor.model, editor.tok
+    prompt = requests[0]["prompt"]
+    before = logits(editor, prompt)
+    _, undo_first = apply_baft_to_model(*arguments, requests[:1], editor.hparams, **apply)
+    between = logits(editor, prompt)
+    _, undo_second = apply_baft_to_model(*arguments, requests[1:2], editor.hparams, **apply)
+    assert not torch.equal(logits(editor, prompt), between)
+    undo_second()
+    assert torch.equal(logits(editor, prompt), between)
+    undo_second()
+    assert torch.equal(logits(editor, prompt), between)
+    assert undo_first.items() == ()
+    assert torch.equal(logits(editor, prompt), before)
+    undo_first.items()
+    assert torch.equal(logits(editor, prompt), before)
+
+
+def test_the_first_undo_takes_back_all_later_edits(make_editor, requests):
+    editor = make_editor()
+    before = logits(editor, requests[0]["prompt"])
+    undos = [
+        apply_baft_to_model(
+            editor.model, editor.tok, [r], editor.hparams, keep_original_weight=True
+        )[1]
+        for r in requests
+    ]
+    undos[0]()
+    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+
+
+def test_weights_copy_follows_the_generation(host, make_editor, requests):
+    editor = make_editor()
+    arguments = editor.model, editor.tok, requests[:1], editor.hparams
+    assert isinstance(apply_baft_to_model(*arguments, keep_original_weight=True)[1], Undo)
+    keeps_nothing = apply_baft_to_model(*arguments, keep_original_weight=False)[1]
+    assert isinstance(keeps_nothing, Undo) == (host.generation == "current")
+    assert apply_baft_to_model(*arguments, return_orig_weights=False)[1] == {}
+
+
+def test_a_model_in_memory_is_edited(host, make_editor, requests, undoing):
+    loaded = make_editor()
+
+    class InMemory(str):  # what EasyEdit takes for a pair of model and tokenizer
+        __slots__ = ()
+
+        def __iter__(self):
+            return iter((loaded.model, loaded.tok))
+
+    hparams = loaded.hparams
+    hparams.model_name = InMemory("llama-in-memory")
+    from easyeditor import BaseEditor
+
+    editor = BaseEditor.from_hparams(hparams)
+    assert editor.model is loaded.model
+    metrics, _, _ = editor.edit(**edit_arguments(requests[:1]), **undoing)
+    assert metrics[0]["post"]["rewrite_acc"][0] == 1.0
+
+
+def test_the_model_is_loaded_in_half_precision_if_asked(host, make_editor):
+    if host.generation == "pypi":
+        pytest.skip("the release has no fp16")
+    assert make_editor(fp16=True).model.dtype == torch.float16
+
+
+def test_a_misleading_path_is_read_rightly(host, make_hparams, model_path, tmp_path):
+    from easyeditor import BaseEditor
+
+    misleading = tmp_path / "gpt-runs"
+    misleading.symlink_to(model_path)
+    hparams = make_hparams()
+    hparams.model_name = str(misleading)
+    assert type(BaseEditor.from_hparams(hparams).model).__name__ == "LlamaForCausalLM"
+    assert hparams.model_name == str(misleading)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_new": ["Rome"]}, "target_new must have one entry for each prompt; got 1 for 3"),
+        ({"rephrase_prompts": ["a", "b"]}, "rephrase_prompts must have one entry for each prompt"),
+        ({"ground_truth": ["a", "b"]}, "ground_truth must have one entry for each prompt"),
+        ({"subject": ["Mars"] * 3}, "subject must be a part of the prompt; 'Mars' is not in"),
+        ({"target_new": ["Rome", " ", "Oslo"]}, "target_new must not be empty"),
+        ({"locality_inputs": {"nq": {"prompt": ["a"] * 3}}}, "must have the key 'ground_truth'"),
+        (
+            {"portability_inputs": {"hop": {"prompt": ["a"], "ground_truth": ["b"] * 3}}},
+            r"portability_inputs\['hop'\]\['prompt'\] must have one entry for each prompt",
+        ),
+    ],
+)
+def test_edit_refuses_bad_input_and_changes_nothing(make_editor, requests, change, message):
+    editor = make_editor()
+    before = logits(editor, requests[0]["prompt"])
+    with pytest.raises(ValueError, match=message):
+        editor.edit(**{**edit_arguments(requests), **change})
+    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+
+
+def test_bad_requests_change_nothing(make_editor, requests):
+    editor = make_editor()
+    with pytest.raises(ValueError, match="subject must be a part of the prompt"):
+        apply_baft_to_model(
+            editor.model, editor.tok, [{**requests[0], "subject": "Mars"}], editor.hparams
+        )
+    assert attached_edit(editor.model) is None
+
+
+def test_hparams_files_load_as_easyedit_loads_its_own(tmp_path, make_editor, model_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"alg_name: BaFT\nmodel_name: {model_path}\nlayers: [1]\ndevice: cpu\n")
+    assert BaFTHyperParams.from_hparams(str(file)).layers == [1]
+
+
+def test_contract_holds_on_the_other_generation():
+    """Run the tests of this file, and of what differs elsewhere, on the other EasyEdit."""
+    if "BAFT_OTHER_GENERATION" in os.environ:
+        pytest.skip("this is the run on the other generation")
+    environment = other_generation_environment()
+    if environment is None:
+        pytest.skip("two EasyEdits are needed: a clone in EASYEDIT_HOME, and the release installed")
+    here = os.path.dirname(__file__)
+    single = "test_protocols.py::test_single_edits_score_and_restore"
+    lora = "test_protocols.py::test_lora_is_scored_without_dropout_and_restored"
+    files = [os.path.join(here, f) for f in ("test_plugin.py", "test_scoring.py", single, lora)]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env={**environment, "BAFT_OTHER_GENERATION": "1"},
+        cwd=os.path.dirname(os.path.dirname(here)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
