@@ -80,6 +80,7 @@ def test_bundled_tokenizer_keeps_the_prompt_a_prefix_of_every_record(bundled):
     for record in edit_requests("train") + edit_requests("eval"):
         pairs += [(record["prompt"], record["target_new"])]
         pairs += [(record["rephrase_prompt"], record["target_new"])]
+    for record in edit_requests("eval", 300):
         probes = [*record["locality"].values(), *record["portability"].values()]
         pairs += [(probe["prompt"], probe["ground_truth"]) for probe in probes]
     prompts = tok([prompt for prompt, _ in pairs]).input_ids

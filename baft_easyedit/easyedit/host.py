@@ -13,7 +13,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,8 +197,8 @@ def _import_easyeditor(host: Host) -> None:
         host.path / "__init__.py",
         submodule_search_locations=[str(host.path)],
     )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"EasyEdit at {host.path} cannot be imported. {HOW_TO_GET}")
+    assert spec is not None  # a .py file always has a spec and a loader
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["easyeditor"] = module
     try:
@@ -218,7 +218,8 @@ def _import_easyeditor(host: Host) -> None:
 def _process_state_kept() -> Iterator[None]:
     """Put back what importing EasyEdit changes: random states, environment, logging."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    uses_cuda: Callable[[], bool] = torch.cuda.is_initialized
+    cuda_states = torch.cuda.get_rng_state_all() if uses_cuda() else []
     environment = dict(os.environ)
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)

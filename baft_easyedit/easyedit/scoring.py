@@ -105,7 +105,7 @@ def _lengths_given_by_generate(model: Any, edit: ModelEdit) -> Iterator[None]:
 
     Without a cache, every step of a generation is a forward of prompt and output together.
     """
-    generate = model.generate
+    generate, patched = model.generate, "generate" in vars(model)
 
     def generate_with_lengths(*args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
@@ -118,7 +118,10 @@ def _lengths_given_by_generate(model: Any, edit: ModelEdit) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.generate  # the method of the class shows again
+        if patched:
+            model.generate = generate
+        else:
+            del model.generate  # the method of the class shows again
 
 
 def _score_prediction(original: Scorer, call: Mapping[str, Any], edit: ModelEdit) -> Any:

@@ -218,6 +218,7 @@ def test_hparams_files_load_as_easyedit_loads_its_own(tmp_path, make_editor, mod
     assert BaFTHyperParams.from_hparams(str(file)).layers == [1]
 
 
+@pytest.mark.slow
 def test_contract_holds_on_the_other_generation():
     """Run the tests of this file, and of what differs elsewhere, on the other EasyEdit."""
     if "BAFT_OTHER_GENERATION" in os.environ:
@@ -228,7 +229,9 @@ def test_contract_holds_on_the_other_generation():
     here = os.path.dirname(__file__)
     single = "test_protocols.py::test_single_edits_score_and_restore"
     lora = "test_protocols.py::test_lora_is_scored_without_dropout_and_restored"
-    files = [os.path.join(here, f) for f in ("test_plugin.py", "test_scoring.py", single, lora)]
+    continual = "test_protocols.py::test_lora_edits_in_a_row_are_restored_or_made_good"
+    names = ("test_plugin.py", "test_scoring.py", single, lora, continual)
+    files = [os.path.join(here, name) for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**environment, "BAFT_OTHER_GENERATION": "1"},

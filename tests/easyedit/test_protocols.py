@@ -115,6 +115,31 @@ def test_a_model_that_is_not_restored_is_replaced(make_editor, requests, monkeyp
     assert torch.equal(logits(editor, "The sky is"), before)
 
 
+def test_a_restore_that_fails_is_told_and_made_good(make_editor, requests):
+    editor = make_editor()
+    before = logits(editor, "The sky is")
+    original = editor.apply_algo
+
+    class Broken(dict):
+        def items(self):
+            raise RuntimeError("lost them")
+
+    editor.apply_algo = lambda *args, **kwargs: (original(*args, **kwargs)[0], Broken())
+    assert run_single(editor, requests[:1]).num_restored == 0
+    assert torch.equal(logits(editor, "The sky is"), before)
+
+
+def test_lora_edits_in_a_row_are_restored_or_made_good(make_peer, requests):
+    result = run_continual(make_peer("LoRA", num_steps=2), requests, 2)
+    assert (result.n, result.num_restores) == (3, 2)
+
+
+def test_unverified_restores_are_told(make_editor, requests):
+    result = run_single(make_editor(), requests[:1], verify=False)
+    assert (result.num_restored, result.num_restores) == (None, None)
+    assert "restores were not verified" in result.notes
+
+
 def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, requests):
     from baft_easyedit.easyedit.peer_fixes import scored_request
 
