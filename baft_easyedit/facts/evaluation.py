@@ -179,7 +179,7 @@ phrasing, and it saw the two-hop questions of a part of the subjects only.
 
 It is not a language model: it answers questions in the phrasings of
 `baft_easyedit/facts/data/phrasings.tsv` and wordings close to them, in English, and says nothing
-sensible otherwise. Held-out phrasings are answered unevenly over relations, and most of what it gets
-wrong is in a few of them. Names are spelled without accents. It is not a source of facts: look them up in
-the tables.
+sensible otherwise. Held-out phrasings are answered unevenly over relations: most of what it gets
+wrong is in a few of them. Names are spelled without accents. It is not a source of facts: look them
+up in the tables.
 """
