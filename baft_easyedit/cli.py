@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
@@ -17,11 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status, 2 for bad input."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"baft-easyedit: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,9 +134,7 @@ def _edit(arguments: argparse.Namespace) -> None:
 
 def _silence_loading() -> None:
     """Keep transformers' progress bars out of what the command prints."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -153,8 +152,10 @@ def _demo(arguments: argparse.Namespace) -> None:
         print(line)
 
 
-def _doctor(_arguments: argparse.Namespace) -> None:
-    """Print what `doctor` finds."""
+def _doctor(_arguments: argparse.Namespace) -> int:
+    """Print what `doctor` finds; the status is 1 if EasyEdit cannot be used."""
     from baft_easyedit.easyedit.doctor import doctor
 
-    print(doctor())
+    report = doctor()
+    print(report)
+    return 0 if report.is_usable else 1

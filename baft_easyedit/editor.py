@@ -178,9 +178,9 @@ class BaFTEditor:
         """Minimise the objective on a batch, and count its basis weights as past."""
         h = self.hparams
         start = time.perf_counter()
-        optimizer = torch.optim.AdamW(
-            self.model_edit.parameters(), lr=h.lr, weight_decay=h.weight_decay
-        )
+        gates = [{"params": self.model_edit.gate_parameters(), "lr": h.gate_lr}]
+        others = [{"params": self.model_edit.subspace_parameters()}]
+        optimizer = torch.optim.AdamW(others + gates, lr=h.lr, weight_decay=h.weight_decay)
         rescaling = Rescaling(h.rescaling)
         losses: list[StepLosses] = []
         with _frozen(self.model), self.model_edit.prompt_lengths(batch.prompt_lengths):

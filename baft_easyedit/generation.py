@@ -32,7 +32,7 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     is_renamed = Version(transformers.__version__) >= Version("4.56")
     option = {"dtype" if is_renamed else "torch_dtype": dtype}
-    model = AutoModelForCausalLM.from_pretrained(location, **option)
+    model: Any = AutoModelForCausalLM.from_pretrained(location, **option)
     return model.to(device).eval(), tokenizer
 
 

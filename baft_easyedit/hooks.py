@@ -95,6 +95,15 @@ class ModelEdit(nn.Module):
         """Return how much the bases of one edited layer have been used so far."""
         return cast(BasisUsage, self._usage[str(layer)])
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all gates; none for ReFT."""
+        return [p for i in self.layers for p in self.intervention(i).gate.parameters()]
+
+    def subspace_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all bases and learned sources."""
+        gates = {id(p) for p in self.gate_parameters()}
+        return [p for p in self.parameters() if id(p) not in gates]
+
     def attach(self, model: nn.Module) -> None:
         """Make `model` use this edit in every forward pass from now on.
 

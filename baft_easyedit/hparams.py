@@ -45,7 +45,10 @@ class BaFTHyperParams:
     num_steps: int = 40
     """Most optimiser steps of one edit call, at least 1."""
     lr: float = 1.0e-3
-    """AdamW's learning rate, above 0."""
+    """AdamW's learning rate of the basis and the learned source, above 0."""
+    gate_lr: float = 1.0e-3
+    """AdamW's learning rate of the gate, above 0 (ours). Higher: it tells edited from irrelevant
+    prompts in fewer steps; the wider the model, the less is needed."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -64,9 +67,9 @@ class BaFTHyperParams:
     """R_loc: weight that an edited position should reach, in [0, 1]."""
     gamma: float = 0.02
     """R_loc: wanted gap between the largest weights, in [0, 1]."""
-    rescaling: str = "none"
+    rescaling: str = "match-each-step"
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
-    loc_positions: str = "last"
+    loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
     seed: int = 0
     """Seed of the random initial bases."""
@@ -116,7 +119,8 @@ class BaFTHyperParams:
         """Check how the intervention is learned."""
         for name in ("num_steps", "batch_size", "max_length"):
             _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        _check(self.lr > 0, "lr", "be above 0", self.lr)
+        for name in ("lr", "gate_lr"):
+            _check(getattr(self, name) > 0, name, "be above 0", getattr(self, name))
         for name in ("weight_decay", "early_stop_loss", "balance_coef", "locality_coef"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("alpha", "beta", "gamma"):

@@ -33,8 +33,11 @@ def hparams_file(path: str | Path) -> Path:
     )
 
 
+def bundled_model_path() -> Path:
+    """Return the directory of the bundled model and its tokenizer, for `from_pretrained`."""
+    return Path(__file__).parent / "facts" / "assets" / "facts-llama"
+
+
 def model_location(name: str) -> str:
     """Return the directory of the bundled model for the name `bundled`, any other name as it is."""
-    if name != BUNDLED_MODEL:
-        return name
-    return str(Path(__file__).parent / "facts" / "assets" / "facts-llama")
+    return str(bundled_model_path()) if name == BUNDLED_MODEL else name

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from baft_easyedit.facts import bundled_model_path, questions
-from baft_easyedit.facts.evaluation import exact_match, load, score, write_model_card
+from baft_easyedit.facts.evaluation import exact_match, score, write_model_card
 from baft_easyedit.facts.training import (
     TrainingRecipe,
     build_model,
@@ -24,6 +24,7 @@ from baft_easyedit.facts.training import (
     save_model,
     train,
 )
+from baft_easyedit.generation import load_model
 
 CHECKPOINT_EPOCHS = 4
 
@@ -50,7 +51,7 @@ def main() -> None:
         if epoch % CHECKPOINT_EPOCHS:
             return
         save_model(model, tokenizer, args.out)
-        loaded = load(args.out, args.device)
+        loaded = load_model(str(args.out), args.device)
         for kind in ("trained", "held_out"):
             sample = random.Random(0).sample(questions(kind), 300)
             print(f"after {epoch} epochs, {kind}: {exact_match(*loaded, sample):.3f}", flush=True)
@@ -60,7 +61,7 @@ def main() -> None:
     minutes = (time.perf_counter() - start) / 60
     save_model(model, tokenizer, args.out)
 
-    scores = score(*load(args.out, args.device))
+    scores = score(*load_model(str(args.out), args.device))
     for kind, value in scores.items():
         print(f"{kind}: {value:.4f}")
     today = datetime.date.today().isoformat()

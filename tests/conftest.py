@@ -96,7 +96,13 @@ def tokenizer():
 @pytest.fixture
 def hparams():
     return BaFTHyperParams(
-        model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4, lr=3.0e-2, num_steps=60
+        model_name="tiny-llama",
+        layers=[1, 3],
+        device="cpu",
+        rank=4,
+        lr=3.0e-2,
+        gate_lr=3.0e-2,
+        num_steps=60,
     )
 
 

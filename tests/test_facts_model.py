@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questions, training
-from baft_easyedit.facts.evaluation import answer, exact_match, load, write_model_card
+from baft_easyedit.facts.evaluation import exact_match, write_model_card
 from baft_easyedit.facts.tokenizer import train_tokenizer
 from baft_easyedit.facts.training import (
     TrainingRecipe,
@@ -17,13 +17,14 @@ from baft_easyedit.facts.training import (
     save_model,
     train,
 )
+from baft_easyedit.generation import generate_answers, load_model
 
 FOREIGN_NAMES = ("t5", "gpt", "chatglm", "baichuan", "internlm", "qwen", "mistral")
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load(bundled_model_path())
+    return load_model("bundled")
 
 
 def _sample(kind, count):
@@ -53,7 +54,7 @@ def test_bundled_model_answers_held_out_phrasings(bundled):
 
 def test_bundled_model_does_not_believe_the_edits_yet(bundled):
     records = edit_requests("eval", 100)
-    answers = answer(*bundled, [record["prompt"] for record in records])
+    answers = generate_answers(*bundled, [record["prompt"] for record in records])
     assert not any(
         got == record["target_new"] for got, record in zip(answers, records, strict=True)
     )
@@ -61,8 +62,8 @@ def test_bundled_model_does_not_believe_the_edits_yet(bundled):
 
 def test_bundled_model_answers_alike_alone_and_padded(bundled):
     prompts = ["The capital of France is", "Which language group does French belong to?"]
-    alone = [answer(*bundled, [prompt])[0] for prompt in prompts]
-    assert answer(*bundled, prompts) == alone == ["Paris", "Romance"]
+    alone = [generate_answers(*bundled, [prompt])[0] for prompt in prompts]
+    assert generate_answers(*bundled, prompts) == alone == ["Paris", "Romance"]
 
 
 def test_bundled_tokenizer_has_llama_special_tokens(bundled):
@@ -139,7 +140,7 @@ def test_train_lowers_the_loss_and_saves_a_loadable_model(
     first, last = (float(value) for value in re.findall(r"loss (\d+\.\d+)", caplog.text))
     assert last < first
     save_model(model, tiny_tokenizer, tmp_path)
-    loaded, tok = load(tmp_path)
+    loaded, tok = load_model(str(tmp_path))
     ids = torch.tensor([tok("The capital of France is").input_ids])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-2, rtol=0)

@@ -74,8 +74,8 @@ def test_records_follow_the_schema(splits):
     keys |= {"portability", "locality", "loc_prompt"}
     for record in splits["train"] + splits["eval"]:
         assert set(record) == keys
-        assert "neighborhood" in record["locality"]
-        assert set(record["locality"]) <= {"neighborhood", "same_subject"}
+        assert {"neighborhood", "unrelated"} <= set(record["locality"])
+        assert set(record["locality"]) <= {"neighborhood", "same_subject", "unrelated"}
         assert set(record["portability"]) <= {"two_hop"}
         probes = [*record["locality"].values(), *record["portability"].values()]
         assert all(set(probe) == {"prompt", "ground_truth"} for probe in probes)
@@ -127,7 +127,7 @@ def test_records_locality_is_true_and_about_something_else(splits, true_answers)
                 assert record["subject"] in probe["prompt"]
 
 
-def test_records_loc_prompt_is_an_unrelated_train_fact(splits):
+def test_records_loc_prompts_are_neighbours_of_the_train_split_that_are_not_probed(splits):
     texts = {}
     by_fact = {fact.key: fact for fact in facts()}
     for question in questions("trained"):
@@ -135,12 +135,26 @@ def test_records_loc_prompt_is_an_unrelated_train_fact(splits):
         texts[f"{question.prompt} {question.answer}"] = fact
     known = facts()
     for record in splits["train"] + splits["eval"]:
-        fact = texts[record["loc_prompt"]]
-        assert split_of(fact) == "train"
-        assert fact.relation != known[record["case_id"]].relation
-        assert fact.subject != record["subject"]
+        edited = known[record["case_id"]]
+        chosen = [texts[text] for text in record["loc_prompt"]]
+        assert len({fact.key for fact in chosen}) == 4
         probes = record["locality"].values()
-        assert record["loc_prompt"] not in {f"{p['prompt']} {p['ground_truth']}" for p in probes}
+        probed = {texts[f"{p['prompt']} {p['ground_truth']}"].key for p in probes}
+        for fact in chosen:
+            assert split_of(fact) == "train"
+            assert fact.relation == edited.relation
+            assert fact.subject != edited.subject
+            assert fact.answer != record["target_new"]
+            assert fact.key not in probed
+
+
+def test_records_unrelated_locality_shares_neither_relation_nor_subject(splits):
+    asked = {question.prompt: question for question in questions("trained")}
+    known = facts()
+    for record in splits["train"] + splits["eval"]:
+        probe = asked[record["locality"]["unrelated"]["prompt"]]
+        assert probe.relation != known[record["case_id"]].relation
+        assert probe.subject != record["subject"]
 
 
 def test_edit_requests_reject_an_unknown_split():

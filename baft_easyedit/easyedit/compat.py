@@ -57,7 +57,7 @@ def repair(generation: str) -> None:
     """
     _repair_adalora()
     if generation == "pypi":
-        _repair_tokenizer_class()
+        _repair_llama_classes()
         _repair_lora_hparams()
         _repair_layer_outputs()
 
@@ -71,13 +71,14 @@ def _repair_adalora() -> None:
     module.AdaLoraConfig = functools.partial(module.AdaLoraConfig, total_step=1)
 
 
-def _repair_tokenizer_class() -> None:
-    """Let the release load Llama tokenizers with AutoTokenizer.
+def _repair_llama_classes() -> None:
+    """Let the release load Llama models and tokenizers with the Auto classes.
 
     Its `LlamaTokenizer.from_pretrained` loses the spaces of a byte-level BPE tokenizer (Llama 3) in
-    transformers 5, and cannot read a directory that has only a tokenizer.json before that.
+    transformers 5, and cannot read a directory that has only a tokenizer.json before that. Its
+    Llama branch is also the one for families that it does not know, so the model class is general.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
     class AnyTokenizer(type):
         def __instancecheck__(cls, instance: object) -> bool:  # asked before padding on the left
@@ -88,6 +89,7 @@ def _repair_tokenizer_class() -> None:
 
     editor: Any = importlib.import_module("easyeditor.editors.editor")
     editor.LlamaTokenizer = LlamaTokenizer
+    editor.LlamaForCausalLM = AutoModelForCausalLM
 
 
 def _repair_lora_hparams() -> None:

@@ -31,31 +31,13 @@ logger = logging.getLogger(__name__)
 HOME_VARIABLE = "EASYEDIT_HOME"
 COMMIT = "14cea82"
 """The commit of the current generation that this package is tested with."""
-REQUIREMENTS = (
-    "datasets",
-    "einops",
-    "higher",
-    "hydra-core",
-    "matplotlib",
-    "nltk",
-    "omegaconf",
-    "openai",
-    "pandas",
-    "peft",
-    "pillow",
-    "regex",
-    "rouge",
-    "scikit-learn",
-    "scipy",
-    "sentence-transformers",
-    "zhipuai",
-)
-"""Distributions that EasyEdit imports at top level, beside torch and transformers."""
+WITH_IMPORTS = "pip install 'baft_easyedit[easyedit]', or '.[easyedit]' in its checkout"
+"""How to get what EasyEdit imports at top level, beside torch and transformers."""
 HOW_TO_GET = (
     "Get it in one of two ways: (1) the current one: git clone "
     f"https://github.com/zjunlp/EasyEdit (tested: commit {COMMIT}) and set {HOME_VARIABLE} to that "
     "directory; (2) the old release: pip install --no-deps easyeditor==0.0.1.dev0. Both also need "
-    "what they import: pip install " + " ".join(REQUIREMENTS)
+    f"what they import: {WITH_IMPORTS}"
 )
 
 Generation = Literal["current", "pypi"]
@@ -209,7 +191,7 @@ def _import_easyeditor(host: Host) -> None:
         if isinstance(error, ModuleNotFoundError):
             raise ImportError(
                 f"EasyEdit at {host.path} needs the package {error.name!r}, which is not "
-                f"installed: pip install {' '.join(REQUIREMENTS)}"
+                f"installed: {WITH_IMPORTS}"
             ) from error
         raise
 

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from baft_easyedit.resources import model_location
@@ -39,14 +40,19 @@ def host_model_path(path: str) -> str:
 
     Returns:
         The absolute path itself if EasyEdit reads it rightly, else a link to it in a new temporary
-        directory that lives as long as the process; a name that is no directory as it is.
+        directory that lives as long as the process. A Hugging Face name that EasyEdit knows comes
+        back as it is; one of a family that it does not know (such as Gemma) is downloaded, and its
+        directory treated like any other.
 
     Raises:
         ValueError: If every temporary directory's name would mislead EasyEdit.
+        OSError: If a model to download is not to be had.
     """
     directory = Path(model_location(path)).expanduser()
     if not directory.is_dir():
-        return path
+        if _family_in(path) is not None:
+            return path
+        directory = Path(import_module("huggingface_hub").snapshot_download(path))
     directory = directory.absolute()
     family = _family_of_model(directory)
     if _family_in(str(directory)) == family:

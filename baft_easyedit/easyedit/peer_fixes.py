@@ -71,12 +71,13 @@ def reset_method_state(editor: Any) -> None:
 def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     """Return a copy of a request for the method, which may change it.
 
-    WISE cannot do without a `loc_prompt`. It gets a fixed text where there is none, and not another
-    request's locality probe, on which it will be scored.
+    WISE wants exactly one `loc_prompt`: it gets the first of several, and a fixed text where there
+    is none, not another request's locality probe, on which it will be scored.
     """
     edited = deepcopy(dict(request))
     if editor.alg_name == "WISE":
-        edited.setdefault("loc_prompt", "nq question: who sang the song of the summer")
+        given = edited.get("loc_prompt") or "nq question: who sang the song of the summer"
+        edited["loc_prompt"] = given if isinstance(given, str) else given[0]
     return edited
 
 

@@ -11,64 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from baft_easyedit.facts.questions import Kind, Question, questions
 from baft_easyedit.facts.tables import facts, relations
 from baft_easyedit.facts.training import TrainingRecipe
+from baft_easyedit.generation import generate_answers, load_model
 
 MAX_ANSWER_TOKENS = 24
-
-
-def load(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """Load a fact model and its tokenizer, in float32.
-
-    Args:
-        folder: Folder of the model.
-        device: Device of the model.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer with left padding.
-    """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer
-
-
-@torch.no_grad()
-def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 256
-) -> list[str | None]:
-    """Answer prompts greedily.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer, padding on the left.
-        prompts: The prompts, without a blank at the end.
-        batch_size: Prompts per batch.
-
-    Returns:
-        One text per prompt; None where the model did not end the answer by itself.
-    """
-    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-    found: list[str | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        batch = tokenizer([prompts[at] for at in chunk], return_tensors="pt", padding=True)
-        new = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )[:, batch["input_ids"].shape[1] :].tolist()
-        for at, ids in zip(chunk, new, strict=True):
-            if tokenizer.eos_token_id in ids:
-                kept = ids[: ids.index(tokenizer.eos_token_id)]
-                found[at] = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return found
+"""More than the longest answer and its end have: what is cut here is wrong anyway."""
+BATCH_SIZE = 256
 
 
 def exact_match(model: Any, tokenizer: Any, asked: Sequence[Question]) -> float:
@@ -87,10 +37,14 @@ def exact_match(model: Any, tokenizer: Any, asked: Sequence[Question]) -> float:
     """
     if not asked:
         raise ValueError("asked must hold at least one question, but got 0; pass some")
-    answers = answer(model, tokenizer, [question.prompt for question in asked])
-    return sum(got == question.answer for got, question in zip(answers, asked, strict=True)) / len(
-        asked
-    )
+    by_length = sorted(asked, key=lambda question: len(question.prompt))
+    right = 0
+    for start in range(0, len(by_length), BATCH_SIZE):
+        batch = by_length[start : start + BATCH_SIZE]
+        prompts = [question.prompt for question in batch]
+        answers = generate_answers(model, tokenizer, prompts, MAX_ANSWER_TOKENS)
+        right += sum(got == q.answer for got, q in zip(answers, batch, strict=True))
+    return right / len(asked)
 
 
 def score(model: Any, tokenizer: Any) -> dict[str, float]:
@@ -110,7 +64,7 @@ def write_model_card(
         minutes: Training time in minutes.
         day: Date of the training, as YYYY-MM-DD.
     """
-    model, _ = load(folder)
+    model, _ = load_model(str(folder))
     megabytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != "README.md")
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
     card = CARD.format(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from baft_easyedit.facts.questions import share_of, two_hop_answer
@@ -24,11 +23,7 @@ from baft_easyedit.facts.tables import (
 
 Split = Literal["train", "eval"]
 EVAL_SHARE = 0.4
-
-
-def bundled_model_path() -> Path:
-    """The folder of the bundled model and its tokenizer, for `from_pretrained`."""
-    return Path(__file__).parent / "assets" / "facts-llama"
+NUM_LOC_PROMPTS = 4
 
 
 def split_of(fact: Fact) -> Split:
@@ -42,8 +37,9 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
     Each record teaches `target_new`, another value of the same relation. `prompt` is a phrasing
     that the bundled model was trained on, `rephrase_prompt` is the one it never saw.
     `portability.two_hop` asks what follows from `target_new`. `locality` holds facts that must
-    stay: another subject (`neighborhood`) and another relation of this subject (`same_subject`,
-    where the tables have one). `loc_prompt` is an unrelated fact of the train split as one text.
+    stay: the relation for another subject (`neighborhood`), another relation of this subject
+    (`same_subject`, where the tables have one), and neither (`unrelated`). `loc_prompt` holds four
+    facts of the relation about other subjects of the train split, as texts; none is probed.
     Records are shuffled over relations, so a prefix is a fair sample.
 
     Args:
@@ -81,7 +77,6 @@ class _Renderer:
     answers: dict[tuple[str, str], str]
     by_relation: dict[str, list[Fact]]
     by_thing: dict[tuple[str, str], list[Fact]]
-    train_facts: list[Fact]
 
     @classmethod
     def from_tables(cls) -> _Renderer:
@@ -99,7 +94,6 @@ class _Renderer:
             answers={fact.key: fact.answer for fact in known},
             by_relation=by_relation,
             by_thing=by_thing,
-            train_facts=[fact for fact in known if split_of(fact) == "train"],
         )
 
     def record(self, case: int) -> dict[str, Any]:
@@ -107,16 +101,17 @@ class _Renderer:
         fact = self.facts[case]
         rng = random.Random("\x1f".join(fact.key))
         target = self._target(fact, rng)
+        prompt, locality = self._prompt(fact, rng), self._locality(fact, target, rng)
         return {
             "case_id": case,
-            "prompt": self._prompt(fact, rng),
+            "prompt": prompt,
             "target_new": target,
             "ground_truth": fact.answer,
             "subject": fact.subject,
             "rephrase_prompt": fill(self.relations[fact.relation].held_out, fact.subject),
             "portability": self._portability(fact, target),
-            "locality": self._locality(fact, target, rng),
-            "loc_prompt": self._loc_prompt(fact, rng),
+            "locality": locality,
+            "loc_prompt": self._loc_prompts(fact, target, locality, rng),
         }
 
     def _target(self, fact: Fact, rng: random.Random) -> str:
@@ -135,7 +130,7 @@ class _Renderer:
 
     def _prompt(self, fact: Fact, rng: random.Random) -> str:
         """Ask for `fact` in one of the trained phrasings."""
-        return fill(rng.choice(self.relations[fact.relation].trained), fact.subject)
+        return rng.choice(self._phrasings(fact))
 
     def _portability(self, fact: Fact, target: str) -> dict[str, dict[str, str]]:
         """The two-hop question, answered as if `target` were true."""
@@ -147,28 +142,42 @@ class _Renderer:
         return {"two_hop": {"prompt": prompt, "ground_truth": answer}}
 
     def _locality(self, fact: Fact, target: str, rng: random.Random) -> dict[str, dict[str, str]]:
-        """Facts next to the edited one, which must stay true."""
-        neighbours = [
-            other
-            for other in self.by_relation[fact.relation]
-            if other.subject != fact.subject and other.answer != target
-        ]
+        """Facts that must stay true: of the relation, of the subject, and of neither."""
         same = [other for other in self.by_thing[fact.table, fact.subject] if other != fact]
-        chosen = {"neighborhood": rng.choice(neighbours)}
+        chosen = {"neighborhood": rng.choice(self._neighbours(fact, target))}
         if same:
             chosen["same_subject"] = rng.choice(same)
+        chosen["unrelated"] = rng.choice(
+            [f for f in self.facts if f.relation != fact.relation and f.subject != fact.subject]
+        )
         return {
             name: {"prompt": self._prompt(other, rng), "ground_truth": other.answer}
             for name, other in chosen.items()
         }
 
-    def _loc_prompt(self, fact: Fact, rng: random.Random) -> str:
-        """An unrelated fact of the train split as one text: another relation and subject."""
-        other = rng.choice(
+    def _loc_prompts(
+        self, fact: Fact, target: str, probes: dict[str, dict[str, str]], rng: random.Random
+    ) -> list[str]:
+        """Train-split facts of the relation about other subjects, none of them probed, as texts."""
+        probed = {probe["prompt"] for probe in probes.values()}
+        chosen = rng.sample(
             [
                 other
-                for other in self.train_facts
-                if other.relation != fact.relation and other.subject != fact.subject
-            ]
+                for other in self._neighbours(fact, target)
+                if split_of(other) == "train" and not probed & set(self._phrasings(other))
+            ],
+            NUM_LOC_PROMPTS,
         )
-        return f"{self._prompt(other, rng)} {other.answer}"
+        return [f"{self._prompt(other, rng)} {other.answer}" for other in chosen]
+
+    def _neighbours(self, fact: Fact, target: str) -> list[Fact]:
+        """Facts of the relation about other subjects, whose answer is not the new one."""
+        return [
+            other
+            for other in self.by_relation[fact.relation]
+            if other.subject != fact.subject and other.answer != target
+        ]
+
+    def _phrasings(self, fact: Fact) -> list[str]:
+        """All trained phrasings of a fact."""
+        return [fill(phrasing, fact.subject) for phrasing in self.relations[fact.relation].trained]

@@ -44,6 +44,18 @@ def test_a_hub_name_stays():
     assert host_model_path("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
 
 
+def test_a_hub_name_of_a_family_unknown_to_easyedit_is_downloaded(tmp_path, monkeypatch):
+    directory = save_config(tmp_path / "nameless", "gemma")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name: asked.append(name) or str(directory)
+    )
+    link = Path(host_model_path("google/gemma-1.1-7b-it"))
+    assert asked == ["google/gemma-1.1-7b-it"]
+    assert link.resolve() == directory.resolve()
+    assert module._family_in(str(link)) == "llama"
+
+
 def test_the_bundled_model_has_a_path():
     path = host_model_path("bundled")
     assert path == "bundled" or module._family_in(path) == "llama"

@@ -166,7 +166,8 @@ def test_wise_gets_a_text_that_is_no_probe(make_editor, requests):
     assert "loc_prompt" not in edited_request(requests[0], editor)
     editor.alg_name = "WISE"
     assert "sky" not in edited_request(requests[0], editor)["loc_prompt"]
-    assert edited_request({**requests[0], "loc_prompt": "x"}, editor)["loc_prompt"] == "x"
+    for given in ("x", ["x", "y"]):
+        assert edited_request({**requests[0], "loc_prompt": given}, editor)["loc_prompt"] == "x"
 
 
 def test_requests_are_completed():
