@@ -14,7 +14,6 @@ from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests, questions
 from baft_easyedit.generation import generate_answers, load_model
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.resources import model_location
 
 DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "MEMIT", "WISE")
 METHODS = ("BaFT", "ReFT", *PEERS)
@@ -130,20 +129,30 @@ def _run(
         T=T,
         device=hparams.device,
         texts=_texts() if method in PEERS else (),
-        presets={"BaFT": "BaFT/facts-llama", "ReFT": "ReFT/facts-llama"}
-        if hparams.model_name == model_location("bundled")
-        else None,
-        hparams={hparams.alg_name: _settings(hparams)},
         progress=progress,
+        **_settings(hparams, T),
     )
     bar.update(len(requests) - seen)
     return result
 
 
-def _settings(hparams: BaFTHyperParams) -> dict[str, Any]:
-    """Return the hyper-parameters without what the run decides."""
+def _settings(hparams: BaFTHyperParams, T: int | None) -> dict[str, Any]:
+    """Return what `run_methods` is told of our methods' hyper-parameters.
+
+    The bundled model has settings of its own for each protocol; whatever else is given is kept.
+    """
+    bundled = BaFTHyperParams.from_hparams("BaFT/facts-llama", device=hparams.device)
+    if hparams == bundled:
+        return {"presets": bundled_presets(T)}
     decided = ("model_name", "device", "alg_name")
-    return {name: value for name, value in asdict(hparams).items() if name not in decided}
+    values = {name: value for name, value in asdict(hparams).items() if name not in decided}
+    return {"hparams": {hparams.alg_name: values}}
+
+
+def bundled_presets(T: int | None) -> dict[str, str]:
+    """Return the bundled model's hyper-parameter files for single edits, or for T in a row."""
+    baft = "BaFT/facts-llama" if T is None else "BaFT/facts-llama-continual"
+    return {"BaFT": baft, "ReFT": "ReFT/facts-llama"}
 
 
 def _texts() -> list[str]:

@@ -178,7 +178,7 @@ class BaFTEditor:
         """Minimise the objective on a batch, and count its basis weights as past."""
         h = self.hparams
         start = time.perf_counter()
-        gates = [{"params": self.model_edit.gate_parameters(), "lr": h.gate_lr}]
+        gates = [{"params": self.model_edit.gate_parameters(), "lr": h.gate_lr or h.lr}]
         others = [{"params": self.model_edit.subspace_parameters()}]
         optimizer = torch.optim.AdamW(others + gates, lr=h.lr, weight_decay=h.weight_decay)
         rescaling = Rescaling(h.rescaling)

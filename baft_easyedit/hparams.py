@@ -45,10 +45,10 @@ class BaFTHyperParams:
     num_steps: int = 40
     """Most optimiser steps of one edit call, at least 1."""
     lr: float = 1.0e-3
-    """AdamW's learning rate of the basis and the learned source, above 0."""
-    gate_lr: float = 1.0e-3
-    """AdamW's learning rate of the gate, above 0 (ours). Higher: it tells edited from irrelevant
-    prompts in fewer steps; the wider the model, the less is needed."""
+    """AdamW's learning rate, above 0."""
+    gate_lr: float | None = None
+    """Another learning rate for the gate, above 0; null for the same (the paper has one rate).
+    Higher: edited and irrelevant prompts are told apart in fewer steps, earlier edits fade sooner."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -119,8 +119,8 @@ class BaFTHyperParams:
         """Check how the intervention is learned."""
         for name in ("num_steps", "batch_size", "max_length"):
             _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        for name in ("lr", "gate_lr"):
-            _check(getattr(self, name) > 0, name, "be above 0", getattr(self, name))
+        _check(self.lr > 0, "lr", "be above 0", self.lr)
+        _check(self.gate_lr is None or self.gate_lr > 0, "gate_lr", "be above 0", self.gate_lr)
         for name in ("weight_decay", "early_stop_loss", "balance_coef", "locality_coef"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("alpha", "beta", "gamma"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from baft_easyedit.demo import table
+from baft_easyedit.demo import bundled_presets, table
 from baft_easyedit.easyedit.runner import run_methods
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.gates import GATES
@@ -85,7 +85,7 @@ def run_row(
         requests,
         T=arguments.T,
         device=arguments.device,
-        presets={m: f"{m}/facts-llama" for m in ("BaFT", "ReFT")},
+        presets=bundled_presets(arguments.T),
         hparams={method: change},
     )
     return type(result)(**{**vars(result), "method": name})

@@ -65,7 +65,7 @@ def test_missing_file_lists_those_of_the_package():
         ({"lr": "1e-4"}, TypeError, r"lr must be of type float; got '1e-4'.*write 1.0e-4"),
         ({"lr": 0}, ValueError, "lr must be above 0; got 0.0"),
         ({"lr": float("nan")}, ValueError, "lr must be a finite number; got nan"),
-        ({"gate_lr": 0}, ValueError, "gate_lr must be above 0; got 0.0"),
+        ({"gate_lr": 0.0}, ValueError, "gate_lr must be above 0; got 0.0"),
         ({"rank": 0}, ValueError, "rank must be at least 1; got 0"),
         ({"rank": 2.5}, TypeError, "rank must be of type int; got 2.5"),
         ({"rank": True}, TypeError, "rank must be of type int; got True"),
