@@ -48,7 +48,7 @@ class BaFTHyperParams:
     """AdamW's learning rate, above 0."""
     gate_lr: float | None = None
     """Another learning rate for the gate, above 0; null for the same (the paper has one rate).
-    Higher: edited and irrelevant prompts are told apart in fewer steps, earlier edits fade sooner."""
+    Higher: irrelevant prompts are told apart in fewer steps, and earlier edits fade sooner."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
