@@ -72,7 +72,8 @@ def compare(
     Args:
         hparams: Hyper-parameters of BaFT or ReFT, with model and device.
         methods: Names of `METHODS`.
-        num_cases: Facts of the eval split to edit, at least 1.
+        num_cases: Facts of the eval split to edit singly, at least 1; a third of them, in runs of
+            `NUM_IN_A_ROW`, are edited in a row.
         num_jobs: Methods run at once, each in a process with one thread, at least 1.
 
     Raises:
@@ -82,19 +83,25 @@ def compare(
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
     requests = edit_requests("eval", num_cases)
+    num_runs = max(1, num_cases // 3 // NUM_IN_A_ROW)
+    in_a_row = requests[: num_runs * NUM_IN_A_ROW]
     protocols = {
-        f"{num_cases} single edits": None,
-        f"{NUM_IN_A_ROW} edits in a row, scored after the last; {num_cases} in all": NUM_IN_A_ROW,
+        f"{num_cases} single edits": (None, requests),
+        f"{NUM_IN_A_ROW} edits in a row, scored after the last ({num_runs} times)": (
+            NUM_IN_A_ROW,
+            in_a_row,
+        ),
     }
+    num_edits = len(methods) * (len(requests) + len(in_a_row))
     with (
-        tqdm(total=len(methods) * len(protocols) * num_cases, unit="edit", leave=False) as bar,
+        tqdm(total=num_edits, unit="edit", leave=False) as bar,
         ThreadPoolExecutor(num_jobs) as pool,
     ):
         # The slow ones first, so that no process waits at the end.
         rows = {
-            (title, method): pool.submit(_run, method, T, requests, hparams, bar)
+            (title, method): pool.submit(_run, method, T, cases, hparams, bar)
             for method in sorted(methods, key=_is_quick)
-            for title, T in protocols.items()
+            for title, (T, cases) in protocols.items()
         }
         results = {key: row.result() for key, row in rows.items()}
     for title in protocols:
