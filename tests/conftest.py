@@ -90,6 +90,7 @@ def tokenizer():
         unk_token="<unk>",
         pad_token="</s>",
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -81,29 +81,8 @@ def apply_baft_to_model(
     return model, {} if stays else Undo(editor.undo)
 
 
-def apply_reft_to_model(
-    model: nn.Module,
-    tok: Any,
-    requests: Sequence[Mapping[str, Any]],
-    hparams: BaFTHyperParams,
-    copy: bool = False,
-    return_orig_weights: bool = True,
-    keep_original_weight: bool = False,
-    train_ds: Any = None,
-    **kwargs: Any,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Write requests into a model with ReFT; see `apply_baft_to_model`."""
-    return apply_baft_to_model(
-        model,
-        tok,
-        requests,
-        hparams,
-        copy,
-        return_orig_weights,
-        keep_original_weight,
-        train_ds,
-        **kwargs,
-    )
+apply_reft_to_model = apply_baft_to_model
+"""ReFT is BaFT with the hyper-parameters of ReFT (Liu et al. 2025, Lemma 2.4)."""
 
 
 def register() -> Host:

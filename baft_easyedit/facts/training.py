@@ -175,7 +175,7 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = ["LlamaForCausalLM"]
-    model.config.dtype = torch.float32
+    model.config.dtype = "float32"
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     weights = {
