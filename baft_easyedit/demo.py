@@ -7,7 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from baft_easyedit.easyedit.peers import PEERS
+from baft_easyedit.easyedit import find_host
+from baft_easyedit.easyedit.peers import PEERS, is_available, not_available
 from baft_easyedit.easyedit.records import RunResult
 from baft_easyedit.easyedit.runner import run_methods
 from baft_easyedit.editor import BaFTEditor
@@ -20,7 +21,7 @@ METHODS = ("BaFT", "ReFT", *PEERS)
 NUM_IN_A_ROW = 10
 """T of the demo's continual protocol."""
 _NUM_SHOWN = 3
-_NUM_STATISTICS_TEXTS = 1000
+_NUM_STATISTICS_TEXTS = 500
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
@@ -122,6 +123,10 @@ def _run(
     bar: "tqdm[Any]",
 ) -> RunResult:
     """Run one method under one protocol in its own process, and move the progress bar."""
+    if not is_available(method, find_host().generation):
+        bar.update(len(requests))
+        protocol = "single" if T is None else f"continual-{T}"
+        return RunResult(method, protocol, error=not_available(method))
     seen = 0
 
     def progress(_method: str, done: int, _total: int, _case: Mapping[str, Any]) -> None:

@@ -59,6 +59,16 @@ class ModelShape:
         return cls(config.num_hidden_layers, config.hidden_size, bool(config.tie_word_embeddings))
 
 
+def is_available(name: str, generation: Generation) -> bool:
+    """Tell whether a generation of EasyEdit has a method; a name that is no peer's counts as yes."""
+    return generation == "current" or name not in PEERS or name in _RELEASE_HAS
+
+
+def not_available(name: str) -> str:
+    """Return what is said of a peer that the release does not have."""
+    return f"{name} is not in the release 0.0.1.dev0 of EasyEdit"
+
+
 def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
     """Return a peer's hyper-parameters for a model of some shape; paths are still to be filled in.
 
@@ -138,8 +148,8 @@ def peer_hparams(
         ValueError: If the name is unknown, this EasyEdit lacks the method, or it needs texts and
             there are none.
     """
-    if name in PEERS and generation == "pypi" and name not in _RELEASE_HAS:
-        raise ValueError(f"{name} is not in the release 0.0.1.dev0 of EasyEdit")
+    if not is_available(name, generation):
+        raise ValueError(not_available(name))
     if name in NEED_TEXTS and num_texts == 0:
         raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
     config = {**peer_config(name, ModelShape.of(model_path)), **(overrides or {})}
