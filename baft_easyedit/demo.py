@@ -88,10 +88,7 @@ def compare(
     in_a_row = requests[: num_runs * NUM_IN_A_ROW]
     protocols = {
         f"{num_cases} single edits": (None, requests),
-        f"{NUM_IN_A_ROW} edits in a row, scored after the last ({num_runs} times)": (
-            NUM_IN_A_ROW,
-            in_a_row,
-        ),
+        f"{NUM_IN_A_ROW} edits in a row, scored after the last": (NUM_IN_A_ROW, in_a_row),
     }
     num_edits = len(methods) * (len(requests) + len(in_a_row))
     with (

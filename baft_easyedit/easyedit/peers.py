@@ -60,7 +60,7 @@ class ModelShape:
 
 
 def is_available(name: str, generation: Generation) -> bool:
-    """Tell whether a generation of EasyEdit has a method; a name that is no peer's counts as yes."""
+    """Tell whether a generation of EasyEdit has a method; any but a peer counts as yes."""
     return generation == "current" or name not in PEERS or name in _RELEASE_HAS
 
 
