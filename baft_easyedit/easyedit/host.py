@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 HOME_VARIABLE = "EASYEDIT_HOME"
 COMMIT = "14cea82"
 """The commit of the current generation that this package is tested with."""
-WITH_IMPORTS = "pip install 'baft_easyedit[easyedit]', or '.[easyedit]' in its checkout"
+WITH_IMPORTS = "pip install '.[easyedit]' in a checkout of baft_easyedit"
 """How to get what EasyEdit imports at top level, beside torch and transformers."""
 HOW_TO_GET = (
     "Get it in one of two ways: (1) the current one: git clone "
