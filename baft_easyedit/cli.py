@@ -1,10 +1,11 @@
-"""The command line: `baft-easyedit demo | edit | doctor`."""
+"""The command line: `baft-easyedit demo | edit | bench | report | diagnose | doctor`."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
@@ -55,9 +56,56 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--jobs", type=int, default=2, help="methods run at once (%(default)s)")
     demo.set_defaults(run=_demo)
 
+    _add_bench(commands)
+
+    report = commands.add_parser("report", help="tables and figures of benchmark runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, help="directory; the first run's `report` if absent")
+    report.add_argument("--paper-model", help="show the paper's numbers of this model beside ours")
+    report.set_defaults(run=_report)
+
+    diagnose = commands.add_parser("diagnose", help="check a run's gates, balance and locality")
+    diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    diagnose.add_argument("--out", type=Path, help="directory; the run's `diagnosis` if absent")
+    diagnose.set_defaults(run=_diagnose)
+
     doctor = commands.add_parser("doctor", help="say which EasyEdit was found and what works")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    """Describe `bench`; its options replace values of the YAML."""
+    bench = commands.add_parser(
+        "bench", help="run a benchmark described by a YAML file, or go on with a stopped one"
+    )
+    bench.add_argument("config", help="a file, or a name such as bench/facts")
+    bench.add_argument("--model", help="Hugging Face name or directory")
+    bench.add_argument("--data", help="file or directory of the records")
+    bench.add_argument("--methods", type=_names, help="comma-separated list")
+    bench.add_argument("--T", type=_numbers, help="edits in a row, such as 1,10,100")
+    bench.add_argument("--batch-size", type=_numbers, help="requests per edit, such as 1,10")
+    bench.add_argument("--limit", type=int, help="number of records")
+    bench.add_argument("--device", type=_device, help="CUDA device number, or a name")
+    bench.add_argument("--jobs", type=int, help="methods run at once by each process")
+    bench.add_argument("--report-to", help="tensorboard or wandb")
+    bench.add_argument("--out", type=Path, help="the run's directory; runs/NAME if absent")
+    bench.set_defaults(run=_bench)
+
+
+def _names(text: str) -> list[str]:
+    """Read a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    """Read a comma-separated list of whole numbers."""
+    return [int(number) for number in _names(text)]
+
+
+def _device(text: str) -> int | str:
+    """Read a CUDA device number or a device name."""
+    return int(text) if text.isdigit() else text
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +115,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hparams", help="YAML file; scaled to the model's depth if absent")
     parser.add_argument(
-        "--device", help="CUDA device number, or a name; that of the YAML if absent"
+        "--device",
+        type=_device,
+        help="CUDA device number, or a name; the first CUDA device, or the CPU, if absent",
     )
 
 
@@ -78,8 +128,6 @@ def _hparams(arguments: argparse.Namespace) -> BaFTHyperParams:
     device = arguments.device
     if device is None:
         device = 0 if torch.cuda.is_available() else "cpu"
-    elif device.isdigit():
-        device = int(device)
     if arguments.hparams:
         hparams = read_hparams(arguments.hparams)
         if arguments.model == BUNDLED_MODEL:
@@ -130,6 +178,8 @@ def _edit(arguments: argparse.Namespace) -> None:
         f"answer loss {report.losses[0].answer:.3f} -> {report.final_loss:.3f}, "
         f"{editor.model_edit.num_parameters:,} parameters"
     )
+    for warning in report.gates.warnings() if report.gates is not None else ():
+        print(f"warning: {warning}")
 
 
 def _silence_loading() -> None:
@@ -142,14 +192,93 @@ def _demo(arguments: argparse.Namespace) -> None:
     from baft_easyedit.demo import check_methods, compare, show_edits
     from baft_easyedit.easyedit import find_host
 
-    methods = check_methods(arguments.methods.split(",") if arguments.methods else ())
+    methods = check_methods(_names(arguments.methods or ""))
     _silence_loading()
     hparams, host = _hparams(arguments), find_host()
     for line in show_edits(hparams):
         print(line)
     print(f"\nThrough EasyEdit ({host.generation}, {host.version}) and its own evaluators:")
-    for line in compare(hparams, methods, arguments.cases, arguments.jobs):
-        print(line)
+    with _Bar() as bar:
+        for line in compare(hparams, methods, arguments.cases, arguments.jobs, bar.start):
+            bar.close()
+            print(line)
+
+
+class _Bar:
+    """A progress bar over edits."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def start(self, total: int, done: int) -> Callable[[int], None]:
+        """Show the bar; return what moves it."""
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, initial=done, unit="edit", leave=False)
+        return self._bar.update
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    """Run a benchmark and print its tables."""
+    from baft_easyedit.bench.config import read_config
+    from baft_easyedit.bench.runner import run_bench
+    from baft_easyedit.demo import table
+
+    given = {
+        "model": arguments.model,
+        "methods": arguments.methods,
+        "T": arguments.T,
+        "batch_size": arguments.batch_size,
+        "device": arguments.device,
+        "jobs": arguments.jobs,
+        "report_to": arguments.report_to,
+    }
+    data = {"path": arguments.data, "limit": arguments.limit}
+    overrides: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    overrides["data"] = {k: v for k, v in data.items() if v is not None}
+    config = read_config(arguments.config, overrides)
+    out = arguments.out or Path("runs") / Path(arguments.config).stem
+    _silence_loading()
+    with _Bar() as bar:
+        rows = run_bench(config, out, bar.start)
+    for T in config.T:
+        for size in config.batch_size:
+            chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]
+            print(f"\n{chosen[0]['protocol']}, T = {T}, batch size {size}, n = {chosen[0]['n']}")
+            for line in table(chosen):
+                print(line)
+    print(f"\n{out}/summary.json; for more: baft-easyedit report {out}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Write tables and figures; print where they are."""
+    from baft_easyedit.bench.report import write_report
+
+    out = arguments.out or arguments.runs[0] / "report"
+    for file in write_report(arguments.runs, out, paper_model=arguments.paper_model):
+        print(file)
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    """Write and print a diagnosis."""
+    from baft_easyedit.bench.diagnosis import write_diagnosis
+    from baft_easyedit.bench.diagnostics import diagnose
+
+    diagnosis = diagnose(arguments.run_dir)
+    print(diagnosis.to_markdown())
+    for file in write_diagnosis(diagnosis, arguments.out or arguments.run_dir / "diagnosis"):
+        print(file)
 
 
 def _doctor(_arguments: argparse.Namespace) -> int:

@@ -4,11 +4,10 @@ One edit call minimises the objective over the parameters of the model's `ModelE
 model's own weights never change. Shapes: B rows of a batch, T columns.
 """
 
-import inspect
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import (
     ModelEdit,
     Snapshot,
@@ -50,11 +50,24 @@ class EditReport:
     """The terms before each step, and after the last one: one entry more than the steps."""
     stopped_early: bool
     time_s: float
+    gates: GateReport | None = None
+    """What the gates did at the end; None for ReFT, which has none, and if no step was taken."""
 
     @property
     def final_loss(self) -> float:
         """The last answer loss that was computed, in nats per token."""
         return self.losses[-1].answer
+
+
+class _Step(NamedTuple):
+    """What one forward of a batch gives."""
+
+    terms: dict[str, Tensor]
+    """The terms of the objective that are in use: scalars, averaged over the edited layers."""
+    edit_weights: dict[int, Tensor]
+    """Basis weights of each layer at the N intervened positions of the edits, [N, r]."""
+    irrelevant_weights: dict[int, Tensor]
+    """Those at the M intervened positions of the irrelevant prompts, [M, r]."""
 
 
 class _State(NamedTuple):
@@ -176,6 +189,8 @@ class BaFTEditor:
 
     def _learn(self, batch: EditBatch) -> EditReport:
         """Minimise the objective on a batch, and count its basis weights as past."""
+        from baft_easyedit import replay  # it imports transformers
+
         h = self.hparams
         start = time.perf_counter()
         gates = [{"params": self.model_edit.gate_parameters(), "lr": h.gate_lr or h.lr}]
@@ -184,37 +199,39 @@ class BaFTEditor:
         rescaling = Rescaling(h.rescaling)
         losses: list[StepLosses] = []
         with _frozen(self.model), self.model_edit.prompt_lengths(batch.prompt_lengths):
+            forward = replay.make_engine(self.model, self.model_edit, batch, h.engine)
             while True:
-                terms, edit_weights = self._terms(batch)
-                losses.append(_as_floats(terms))
+                step = self._step(batch, forward)
+                losses.append(_as_floats(step.terms))
                 if losses[-1].answer < h.early_stop_loss or len(losses) > h.num_steps:
                     break
                 optimizer.zero_grad()
-                torch.autograd.backward(self._total(terms, rescaling))
+                torch.autograd.backward(self._total(step.terms, rescaling))
                 optimizer.step()
-        for layer, weights in edit_weights.items():
-            self.model_edit.usage(layer).add(weights.detach())
         num_steps = len(losses) - 1
+        report = self._gate_report(step) if num_steps else None
+        for layer, weights in step.edit_weights.items():
+            self.model_edit.usage(layer).add(weights.detach())
         return EditReport(
             num_requests=batch.num_edits,
             num_steps=num_steps,
             losses=tuple(losses),
             stopped_early=num_steps < h.num_steps,
             time_s=time.perf_counter() - start,
+            gates=report,
         )
 
-    def _terms(self, batch: EditBatch) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """Run the model once.
+    def _step(self, batch: EditBatch, forward: Callable[[], Tensor]) -> _Step:
+        """Run the model once and compute the objective's terms.
 
-        Returns:
-            The terms of the objective that are in use, as scalars averaged over the edited layers;
-            and the basis weights [N, r] of each layer at the N intervened positions of the edits.
+        Args:
+            batch: What is learned.
+            forward: Returns the logits of its last columns.
         """
         h = self.hparams
-        num_columns = batch.max_answer_length + 1
         with self.model_edit.recording() as record:
-            logits = _last_logits(self.model, batch, num_columns)[: batch.num_edits]
-        labels = batch.labels[: batch.num_edits, -num_columns:].to(logits.device)
+            logits = forward()[: batch.num_edits]  # [B, n, V]
+        labels = batch.labels[: batch.num_edits, -logits.shape[1] :].to(logits.device)
         terms = {"answer": answer_loss(logits, labels)}
         edits = record.weights_of(slice(None, batch.num_edits))
         irrelevant = record.weights_of(slice(batch.num_edits, None))
@@ -227,7 +244,22 @@ class BaFTEditor:
                 locality_margin(w, irrelevant[i], h.alpha, h.beta, h.gamma)
                 for i, w in edits.items()
             )
-        return terms, edits
+        return _Step(terms, edits, irrelevant)
+
+    def _gate_report(self, step: _Step) -> GateReport | None:
+        """Sum up what the gates did in the last forward; None for ReFT."""
+        if self.hparams.gate == "one":
+            return None
+        return GateReport(
+            {
+                layer: LayerGates.of(
+                    weights,
+                    step.irrelevant_weights[layer],
+                    self.model_edit.usage(layer).mean_with(weights),
+                )
+                for layer, weights in step.edit_weights.items()
+            }
+        )
 
     def _total(self, terms: Mapping[str, Tensor], rescaling: Rescaling) -> Tensor:
         """Add up the objective (Liu et al. 2025, Eq. 4)."""
@@ -260,21 +292,6 @@ def _mean(terms: Iterable[Tensor]) -> Tensor:
     """Average scalars that may live on several devices."""
     values = list(terms)
     return torch.stack([value.to(values[0].device) for value in values]).mean()
-
-
-def _last_logits(model: nn.Module, batch: EditBatch, num_columns: int) -> Tensor:
-    """Return the logits [B, num_columns, V] of the last columns; the others are not computed.
-
-    A model whose forward cannot be told so computes all of them.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False}
-    if "position_ids" in parameters:
-        options["position_ids"] = batch.position_ids
-    if "logits_to_keep" in parameters:
-        options["logits_to_keep"] = num_columns
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
-    return output.logits[:, -num_columns:]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from baft_easyedit.resources import model_location
 
@@ -38,27 +37,41 @@ def load_model(
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 12
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 12,
+    device: torch.device | None = None,
+    batch_size: int = 64,
 ) -> list[str]:
     """Answer prompts by greedy decoding until the model stops by itself.
 
     Args:
-        model: A causal language model, edited or not.
-        tokenizer: Its tokenizer, which pads on the left.
-        prompts: One text per answer, decoded together.
+        model: A causal language model, edited or not, or a wrapper of one with its `generate`.
+        tokenizer: Its tokenizer; prompts are padded on the left, whatever its own side.
+        prompts: One text per answer.
         max_new_tokens: Where an answer that does not stop is cut, in tokens.
+        device: Where the model wants its tokens; its own `device` if None.
+        batch_size: Prompts decoded together.
 
     Returns:
         The new text after each prompt, stripped.
     """
-    generator: Any = model
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    inputs = {key: batch[key].to(generator.device) for key in ("input_ids", "attention_mask")}
-    output = generator.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+    answers: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = tokenizer(
+            list(prompts[start : start + batch_size]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+        inputs = {k: batch[k].to(device or model.device) for k in ("input_ids", "attention_mask")}
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return [answer.strip() for answer in answers]

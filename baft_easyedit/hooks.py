@@ -30,6 +30,8 @@ class GateRecord:
     """True where the intervention applies, [B, T]."""
     weights: dict[int, Tensor] = field(default_factory=dict)
     """Basis weights of each edited layer, [B, T, r], fp32, with their graph."""
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """Hidden states h that the edit of each layer was given, [B, T, D], without their graph."""
 
     def weights_of(self, rows: slice) -> dict[int, Tensor]:
         """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
@@ -192,6 +194,7 @@ class ModelEdit(nn.Module):
         if self._record is not None:
             self._record.positions = self._positions
             self._record.weights[layer] = weights
+            self._record.hidden[layer] = hidden.detach()
         return torch.where(here, edited, hidden)
 
     def _move(self, layer: int, device: torch.device) -> None:

@@ -19,6 +19,9 @@ from baft_easyedit.resources import hparams_file, model_location
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
 
+ENGINES = ("replay", "full")
+"""How a model is run in each step: layer replay on a frozen prefix, or all of its forward."""
+
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
 
@@ -71,6 +74,9 @@ class BaFTHyperParams:
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
     loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
+    engine: str = "replay"
+    """How the model is run in each step, a name of `ENGINES`; the results are the same up to
+    rounding. A model that cannot be replayed gets the full forward."""
     seed: int = 0
     """Seed of the random initial bases."""
     batch_size: int = 1
@@ -114,6 +120,7 @@ class BaFTHyperParams:
         _check_choice("gate", self.gate, GATES)
         _check_choice("rescaling", self.rescaling, RESCALINGS)
         _check_choice("loc_positions", self.loc_positions, ("all", "last"))
+        _check_choice("engine", self.engine, ENGINES)
 
     def _check_training(self) -> None:
         """Check how the intervention is learned."""

@@ -145,7 +145,7 @@ def build_batch(
     """
     rows, lengths = [], []
     for request in requests:
-        prompt = _format_prompt(request.prompt, tokenizer, use_chat_template)
+        prompt = format_prompt(request.prompt, tokenizer, use_chat_template)
         ids = _token_ids(tokenizer, prompt + " " + request.target_new)
         length = len(_token_ids(tokenizer, prompt))
         if len(ids) <= length:
@@ -168,7 +168,7 @@ def build_batch(
     return _pad_left(rows, lengths, len(requests), tokenizer.pad_token_id or 0, device)
 
 
-def _format_prompt(prompt: str, tokenizer: Any, use_chat_template: bool) -> str:
+def format_prompt(prompt: str, tokenizer: Any, use_chat_template: bool) -> str:
     """Return the prompt as the evaluators will show it to the model."""
     if not use_chat_template:
         return prompt

@@ -33,6 +33,11 @@ def hparams_file(path: str | Path) -> Path:
     )
 
 
+def has_hparams(name: str) -> bool:
+    """Tell whether a YAML file of that name, such as `BaFT/llama-2-7b`, comes with the package."""
+    return (hparams_root() / f"{name}.yaml").is_file()
+
+
 def bundled_model_path() -> Path:
     """Return the directory of the bundled model and its tokenizer, for `from_pretrained`."""
     return Path(__file__).parent / "facts" / "assets" / "facts-llama"

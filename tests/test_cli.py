@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from baft_easyedit.cli import main
+from tests.bench.synthetic import write_run
 from tests.conftest import make_model
 
 
@@ -53,8 +54,41 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(arguments, message, caps
 
 
 def test_unknown_method_of_the_demo_is_refused(capsys):
-    assert main(["demo", "--methods", "BaFT,EMMET"]) == 2
-    assert "methods must be among BaFT, ReFT, FT-L" in capsys.readouterr().err
+    assert main(["demo", "--methods", "BaFT,EDIT"]) == 2
+    assert "method must be one of FT-L" in capsys.readouterr().err
+
+
+def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys):
+    seen = []
+    row = {"method": "MEND", "protocol": "continual", "T": 5, "batch_size": 2, "n": 0, "error": "x"}
+    monkeypatch.setattr(
+        "baft_easyedit.bench.runner.run_bench",
+        lambda config, out, start: seen.append((config, out)) or [row],
+    )
+    options = ["--model", "m", "--data", "d", "--methods", "MEND,+x", "--T", "5", "--limit", "3"]
+    more = ["--batch-size", "2", "--device", "1", "--jobs", "2", "--report-to", "tensorboard"]
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {kind: zsre}\nmethods: [{name: +x, method: BaFT}]\n")
+    assert main(["bench", str(file), *options, *more]) == 0
+    ((config, out),) = seen
+    assert str(out) == "runs/mine"
+    assert [(m.name, m.method) for m in config.methods] == [("MEND", "MEND"), ("+x", "BaFT")]
+    assert (config.model, config.data.path, config.data.limit) == ("m", "d", 3)
+    assert (config.T, config.batch_size, config.device, config.jobs) == ((5,), (2,), 1, 2)
+    assert config.report_to == "tensorboard"
+    assert "| MEND   | not run: x |" in capsys.readouterr().out
+
+
+def test_runs_are_reported_and_diagnosed(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert main(["diagnose", str(tmp_path / "run"), "--out", str(tmp_path / "found")]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/run/report/report.md" in out
+    assert "# Diagnosis of run" in out
+    assert (tmp_path / "found/diagnosis.json").is_file()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not the directory of a finished run" in capsys.readouterr().err
 
 
 def test_command_line_runs_as_a_module():

@@ -88,6 +88,18 @@ def test_locality_closes_the_gate_on_irrelevant_prompts(model, tokenizer, hparam
     assert open_gate[True] < 0.5 * open_gate[False]
 
 
+def test_report_tells_what_the_gates_did(model, tokenizer, hparams, request_dict):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=0.0))
+    gates = editor.edit(request_dict).gates
+    assert set(gates.layers) == {1, 3}
+    assert gates.layers[1].gap > 0
+    usage = editor.model_edit.usage(1)
+    assert gates.layers[1].usage == pytest.approx((usage.total / usage.count).tolist())
+    reft = ReFTHyperParams(model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4)
+    editor.undo()
+    assert BaFTEditor(model, tokenizer, reft).edit(request_dict).gates is None
+
+
 def test_batch_is_learned_at_once(model, tokenizer, hparams, request_dict):
     other = {"prompt": "Water freezes into", "target_new": "glass"}
     report = BaFTEditor(model, tokenizer, replace(hparams, num_steps=150)).edit(

@@ -1,25 +1,38 @@
 """Defects of EasyEdit's other methods that would make a comparison wrong, put right in memory.
 
-Each function says what is wrong and why its repair changes no method's mathematics.
+Each function says what is wrong and why its repair changes no method's mathematics. In the order in
+which a run needs them: `fix_peer` before the editor is made and `prepare_method` after it;
+`edited_request` and `after_edit` around each edit; `scored_request` for each score;
+`reset_method_state` after each restore.
 """
 
+import functools
 import importlib
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.easyedit.host import loaded_generation
+from baft_easyedit.easyedit.peer_caches import fill_context_templates, forget_caches
+from baft_easyedit.easyedit.peer_methods import NEED_TEXTS, batchable
+
+_PAD_RIGHT = ("PMET", "MEMIT-FE", "SimIE")
+_APPEND_ANSWERS = ("ROME", "R-ROME", "SimIE", *NEED_TEXTS)
+_KEEPS_WRAPPED = ("MELO", "DPO")
 
 
 def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
-    """Apply the repairs that a method needs.
+    """Apply the repairs that a method needs before its editor is made.
 
     Args:
         name: A name of `peers.PEERS`.
         hparams: Its EasyEdit hyper-parameters, changed in place where that is the repair.
 
     Returns:
-        What was done, to be told beside the scores.
+        What was done here, or will be by `prepare_method`, to be told beside the scores.
     """
     if name == "GRACE":
         return (_keep_grace_values_trainable(), "GRACE is scored by generation, as EasyEdit does")
@@ -28,6 +41,19 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
         # hyper-parameters have this attribute; it is no field of WISEHyperParams.
         hparams.sequential_edit = True
         return ("WISE: sequential_edit set, which its hyper-parameters lack",)
+    if name == "DEFER":
+        return (_let_defer_answer_batches(),)
+    if name == "DPO":
+        return (
+            _let_dpo_go_on(),
+            "DPO: ground_truth is what it unlearns where there is no target_neg",
+        )
+    if name == "MELO":
+        return ("MELO: the edited model is edited further, and unwrapped when it is restored",)
+    if name == "EAMET":
+        return ("EAMET edits with a copy of the tokenizer, whose first token it switches off",)
+    if name in _PAD_RIGHT:
+        return (f"{name}: padded on the right, as its positions are counted",)
     return ()
 
 
@@ -53,32 +79,206 @@ def _keep_grace_values_trainable() -> str:
     return "GRACE: values of earlier edits stay trainable"
 
 
+def _let_defer_answer_batches() -> str:
+    """Let DEFER answer several prompts at once.
+
+    Its forward broadcasts one gate and one value a prompt, [B, 1] and [B, D], against [B, T, D]: an
+    error, or rows mixed up where B happens to be T. For one prompt this is the same computation.
+    """
+    adaptor = importlib.import_module("easyeditor.models.defer.DEFER").DeferAdaptor
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        output = self.original_layer(hidden)  # [B, T, D]
+        if self.untrained:
+            return output
+        query = hidden[:, min(self.key_id, hidden.shape[1] - 1)]  # [B, I]
+        gate = torch.sigmoid(self.defer(query)).unsqueeze(1)  # [B, 1, 1]
+        value = self.predict_values(query).unsqueeze(1)  # [B, 1, D]
+        if self.training:
+            return gate * value + (1 - gate) * output
+        return torch.where(gate >= self.threshold, value, output)
+
+    adaptor.forward = forward
+    return "DEFER: each prompt of a batch is answered by itself"
+
+
+def _let_dpo_go_on() -> str:
+    """Let DPO train its adapter further at the next edit, as EasyEdit's LoRA does.
+
+    It asks PEFT for a new adapter of the same name each time, which throws the earlier edits away.
+    `after_edit` gives it its own model back.
+    """
+    dpo: Any = importlib.import_module("easyeditor.models.dpo.dpo_main")
+    if not hasattr(dpo, "_baft_fixed"):
+        original = dpo.get_peft_model
+        peft_model = importlib.import_module("peft").PeftModel
+
+        def get_peft_model(model: Any, config: Any) -> Any:
+            return model if isinstance(model, peft_model) else original(model, config)
+
+        dpo.get_peft_model = get_peft_model
+        dpo._baft_fixed = True
+    return "DPO: later edits train the same adapter"
+
+
+def prepare_method(name: str, editor: Any, seed: int) -> None:
+    """Prepare a method's editor, once after it is made, so that no edit depends on the one before.
+
+    Caches that the method's module may hold of an earlier editor are emptied. The prefixes that
+    ROME and its kin generate with the unedited model at their first edit are generated here, so
+    they do not depend on which case comes first; the random state stays as it was. What a method
+    draws during an edit (adapters, dropout, WISE's mask, CORE's prefixes) is the caller's to seed.
+
+    Args:
+        name: A name of `peers.PEERS`.
+        editor: EasyEdit's `BaseEditor` of the method, with an unedited model.
+        seed: Seed of the prefixes.
+    """
+    if name in _PAD_RIGHT:
+        # They find tokens by their position in the bare text, like the ROME family, for which alone
+        # `BaseEditor` pads on the right.
+        editor.tok.padding_side = "right"
+    if name == "MELO":
+        _remember_melo_modules(editor)
+    editor.apply_algo = _calls_put_right(name, editor.apply_algo)
+    forget_caches(name)
+    fill_context_templates(name, editor, seed)
+
+
+def _calls_put_right(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method's entry point: one mini-batch a call, and a tokenizer that stays as it is.
+
+    `BaseEditor.batch_edit` passes `batch_size` requests a call. Methods count on that: UltraEdit
+    ignores further ones and asserts that there are not fewer, FT and LoRA split them up.
+    """
+
+    @functools.wraps(apply)
+    def apply_to_model(
+        model: Any, tok: Any, requests: Sequence[Any], hparams: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if batchable(name, loaded_generation()):
+            hparams.batch_size = len(requests)
+            if hasattr(hparams, "batch_size_once"):  # UltraEdit's part of it, a divisor
+                hparams.batch_size_once = 1
+        if name == "EAMET":
+            # It sets add_bos_token = False for good, with which all later texts would be scored.
+            tok = deepcopy(tok)
+        if name == "KN":
+            # It takes the tokens of answers with the one that begins a text, as GPT-2 has none.
+            tok = copy(tok)
+            tok.encode = functools.partial(tok.encode, add_special_tokens=False)
+        if name in _APPEND_ANSWERS:
+            tok = copy(tok)
+            tok.decode = functools.partial(_decode_with_space, tok, tok.decode)
+        return apply(model, tok, requests, hparams, *args, **kwargs)
+
+    return apply_to_model
+
+
+def _decode_with_space(tok: Any, decode: Callable[..., str], ids: Any, **kwargs: Any) -> str:
+    """Decode with the space that a SentencePiece tokenizer drops before the first word.
+
+    ROME and its kin append all but the last token of an answer to the prompt as text, and count on
+    finding the same tokens there: `prompt?Taur` has others than `prompt? Taur`.
+    """
+    text = decode(ids, **kwargs)
+    tokens = tok.convert_ids_to_tokens(torch.as_tensor(ids).reshape(-1).tolist())
+    return " " + text if tokens and tokens[0].startswith("▁") and text[:1] != " " else text
+
+
+def after_edit(editor: Any, edited: Any) -> None:
+    """Let the next edit of a sequence start from this one; to be called after each.
+
+    EasyEdit passes `editor.model` to each edit. Methods that wrap it and look for their wrapper
+    would wrap it anew and forget: MELO and DPO get the edited model instead, until it is restored.
+
+    Args:
+        editor: EasyEdit's `BaseEditor`.
+        edited: The edited model, as the method returned it.
+    """
+    if editor.alg_name in _KEEPS_WRAPPED:
+        editor.model = edited
+
+
 def reset_method_state(editor: Any) -> None:
-    """Forget what a method keeps in its module between edits, where EasyEdit leaves it."""
-    if editor.alg_name == "AlphaEdit":
-        alphaedit: Any = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
-        alphaedit.cache_c_new = False
-    elif editor.alg_name == "ULTRAEDIT":
-        executor = editor.apply_algo.__self__
-        if getattr(executor, "is_init", False):
+    """Forget what a method keeps between edits where EasyEdit leaves it; after each restore."""
+    name = editor.alg_name
+    if name in ("AlphaEdit", "SPHERE"):
+        folder = {"AlphaEdit": "alphaedit"}.get(name, name)
+        module: Any = importlib.import_module(f"easyeditor.models.{folder}.{name}_main")
+        module.cache_c_new = False
+    elif name == "ULTRAEDIT":
+        executor = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[name].__self__
+        if executor.is_init:
             executor.reset_model()
-    elif editor.alg_name == "WISE":
+    elif name == "WISE":
         wise = importlib.import_module("easyeditor.models.wise.WISE")
         wise.edit_history.clear()
         wise.merge_group_edit_history.clear()
+    elif name == "SimIE":
+        editor.hparams._simie_instance = None
+    elif name == "MELO":
+        _unwrap_melo(editor)
+
+
+def _remember_melo_modules(editor: Any) -> None:
+    """Keep the modules that MELO will replace in the model."""
+    places = editor.hparams.model
+    paths = (places.grace_layer, *places.target_modules)
+    modules = {path: editor.model.get_submodule(path) for path in paths}
+    editor._baft_unwrapped = (editor.model, modules)
+
+
+def _unwrap_melo(editor: Any) -> None:
+    """Put the model's own modules back: EasyEdit keeps a model that MELO edited, edits and all.
+
+    MELO replaces modules and shares their weights, which it never changes.
+    """
+    if not hasattr(editor, "_baft_unwrapped"):
+        return
+    model, modules = editor._baft_unwrapped
+    for path, module in modules.items():
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    editor.model = model
 
 
 def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     """Return a copy of a request for the method, which may change it.
 
     WISE wants exactly one `loc_prompt`: it gets the first of several, and a fixed text where there
-    is none, not another request's locality probe, on which it will be scored.
+    is none, not another request's locality probe, on which it will be scored. DPO wants the answer
+    to unlearn, `target_neg`, and KN and CORE the `ground_truth`: they get the first of several.
+    PMET and KN take the target's tokens without the space that a byte-level BPE puts before it in
+    the text, which no evaluator asks for: where the tokenizer does so, they get it with the space.
     """
     edited = deepcopy(dict(request))
-    if editor.alg_name == "WISE":
+    name = editor.alg_name
+    if name in ("PMET", "KN") and _space_is_part_of_token(request, editor.tok):
+        edited["target_new"] = " " + edited["target_new"]
+    if name == "WISE":
         given = edited.get("loc_prompt") or "nq question: who sang the song of the summer"
         edited["loc_prompt"] = given if isinstance(given, str) else given[0]
+    if name in ("DPO", "KN", "CORE"):
+        edited["ground_truth"] = _old_answer(edited, name)
+    if name == "DPO":
+        edited.setdefault("target_neg", edited["ground_truth"])
     return edited
+
+
+def _old_answer(request: Mapping[str, Any], name: str) -> str:
+    """Return a request's old answer, or the first of several.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    answer = request.get("ground_truth")
+    if not answer:
+        raise ValueError(
+            f"{name} needs the old answer: ground_truth must not be empty for "
+            f"{request['prompt']!r}; got {answer!r}"
+        )
+    return _first(answer)
 
 
 def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:

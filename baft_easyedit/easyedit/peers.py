@@ -1,13 +1,12 @@
-"""EasyEdit's other methods, with hyper-parameters for small Llamas, to compare BaFT with.
+"""Hyper-parameters and statistics of EasyEdit's other methods, to compare BaFT with.
 
-The values are those of `hparams/peers/<METHOD>/facts-llama.yaml`, made for the bundled model. For a
-model of another depth or width, layers keep their relative depth and step sizes follow the width:
-heuristics, to be tuned on held-out requests before a comparison is published.
+The values are those of `hparams/peers/<METHOD>/facts-llama.yaml`, made for the bundled model, and
+scaled to the model's depth and width (`peer_scaling.py`): heuristics, to be tuned on held-out
+requests before a comparison is published. For the models that EasyEdit ships hyper-parameters for,
+those can be had instead.
 """
 
 import importlib
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,29 +15,40 @@ from typing import Any
 import torch
 import yaml
 
-from baft_easyedit.easyedit.host import Generation
-from baft_easyedit.easyedit.statistics import write_key_statistics, write_null_space
+from baft_easyedit.easyedit.host import Generation, load_host, loaded_generation
+from baft_easyedit.easyedit.peer_methods import (
+    METHODS,
+    NEED_TEXTS,
+    PEERS,
+    batchable,
+    is_available,
+    not_available,
+    why_not,
+)
+from baft_easyedit.easyedit.peer_scaling import scale_layers, scale_steps
+from baft_easyedit.easyedit.statistics import (
+    read_key_statistics,
+    write_key_statistics,
+    write_null_space,
+)
 from baft_easyedit.resources import hparams_file
 
-_CLASSES = {
-    "FT-L": ("ft", "FTHyperParams"),
-    "FT-M": ("ft", "FTHyperParams"),
-    "LoRA": ("lora", "LoRAHyperParams"),
-    "ROME": ("rome", "ROMEHyperParams"),
-    "MEMIT": ("memit", "MEMITHyperParams"),
-    "WISE": ("wise", "WISEHyperParams"),
-    "GRACE": ("grace", "GraceHyperParams"),
-    "AlphaEdit": ("alphaedit", "AlphaEditHyperParams"),
-    "UltraEdit": ("ultraedit", "UltraEditHyperParams"),
-}
-PEERS = tuple(_CLASSES)
-"""Names of the methods; FT-L and FT-M are EasyEdit's FT with two objectives."""
-NEED_TEXTS = ("MEMIT", "AlphaEdit")
-"""Methods that need statistics of the model's keys on ordinary text."""
-_RELEASE_HAS = ("FT-L", "LoRA", "ROME", "MEMIT")
+__all__ = [
+    "NEED_TEXTS",
+    "PEERS",
+    "ModelShape",
+    "batchable",
+    "is_available",
+    "not_available",
+    "peer_config",
+    "peer_hparams",
+    "shipped_presets",
+    "why_not",
+    "write_statistics",
+]
 
-_DEPTH, _WIDTH = 6, 192
-"""Layers and hidden size of the model that the YAML files are made for."""
+_EDITORS_OWN = ("fp16", "model_parallel")
+"""Hyper-parameters that `BaseEditor` reads, whether or not a method's class has them."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +69,8 @@ class ModelShape:
         return cls(config.num_hidden_layers, config.hidden_size, bool(config.tie_word_embeddings))
 
 
-def is_available(name: str, generation: Generation) -> bool:
-    """Tell whether a generation of EasyEdit has a method; any but a peer counts as yes."""
-    return generation == "current" or name not in PEERS or name in _RELEASE_HAS
-
-
-def not_available(name: str) -> str:
-    """Return what is said of a peer that the release does not have."""
-    return f"{name} is not in the release 0.0.1.dev0 of EasyEdit"
-
-
 def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
-    """Return a peer's hyper-parameters for a model of some shape; paths are still to be filled in.
+    """Return a peer's own hyper-parameters for a model of some shape, without paths.
 
     Args:
         name: One of `PEERS`.
@@ -79,46 +79,35 @@ def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
     Raises:
         ValueError: If the name is unknown.
     """
-    if name not in _CLASSES:
+    if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(PEERS)}; got {name!r}")
     file = hparams_file(f"peers/{name}/facts-llama")
     config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    _scale_layers(config, shape.depth)
-    _scale_steps(name, config, shape.width)
+    scale_layers(config, shape.depth)
+    scale_steps(name, config, shape.width)
     if "lm_head_module" in config and shape.tied:
         # EasyEdit looks the weight up by name, and a tied output layer has none of its own.
         config["lm_head_module"] = "model.embed_tokens"
     return config
 
 
-def _scale_layers(config: dict[str, Any], depth: int) -> None:
-    """Move layers to the same relative depth; they stay distinct, and never become the last."""
+def shipped_presets(name: str) -> dict[str, Path]:
+    """Return the files of hyper-parameters that EasyEdit ships for a peer, by model name.
 
-    def moved(layer: int) -> int:
-        return min(max(depth - 2, 0), round(layer / _DEPTH * depth))
+    Args:
+        name: One of `PEERS`.
 
-    if config.get("layers"):
-        config["layers"] = sorted({moved(layer) for layer in config["layers"]})
-    if "v_loss_layer" in config:
-        config["v_loss_layer"] = depth - 1
-    for i, path in enumerate(config.get("inner_params", ())):
-        # model.layers[4].mlp... in some methods, model.layers.4.mlp... in others
-        config["inner_params"][i] = re.sub(
-            r"(?<=[.\[])\d+(?=[.\]])", lambda match: str(moved(int(match[0]))), path
+    Raises:
+        ValueError: If this EasyEdit ships no hyper-parameters at all, as the release does not.
+    """
+    root = load_host().path.parent / "hparams"
+    if not root.is_dir():
+        raise ValueError(
+            f"this EasyEdit ships no hyper-parameters: there is no {root}. They come with a clone, "
+            "not with the release: set EASYEDIT_HOME to one, or give no preset"
         )
-    if "inner_params" in config:
-        config["inner_params"] = list(dict.fromkeys(config["inner_params"]))
-
-
-def _scale_steps(name: str, config: dict[str, Any], width: int) -> None:
-    """Scale the step sizes that depend on a model's width."""
-    narrower = _WIDTH / width
-    if name in ("FT-L", "FT-M"):
-        config["lr"] *= math.sqrt(narrower)
-    elif name == "UltraEdit":
-        config["lr"] *= narrower**2.2
-    elif name in NEED_TEXTS:
-        config["mom2_update_weight"] /= narrower**1.5
+    files = sorted((root / METHODS[name].folder).glob("*.yaml"))
+    return {file.stem: file for file in files}
 
 
 def peer_hparams(
@@ -129,6 +118,9 @@ def peer_hparams(
     generation: Generation,
     num_texts: int = 0,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    stats_dir: Path | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """Make a peer's EasyEdit hyper-parameters.
 
@@ -136,62 +128,144 @@ def peer_hparams(
         name: One of `PEERS`.
         model_path: The model's directory, such as `host_model_path` returns.
         device: EasyEdit's `device`.
-        workdir: Where statistics and the filled-in YAML go.
+        workdir: Where the filled-in YAML goes.
         generation: EasyEdit's generation; its module must be imported.
         num_texts: Number of texts for the statistics; see `write_statistics`.
-        overrides: Values that replace those of the YAML.
+        overrides: Values that replace those of the file; nested ones (MELO) in nested mappings.
+        preset: A model name of EasyEdit's `hparams/<METHOD>`, in any case, such as `llama-7b`: take
+            that file instead of ours. Where EasyEdit ships none, ours is taken, and a note says so.
+        stats_dir: Where statistics go, or are already; `workdir/stats` if None. One directory is
+            good for one model and one list of texts.
 
     Returns:
-        The hyper-parameters, and what they cannot say to this EasyEdit.
+        The hyper-parameters, and what there is to tell beside the scores.
 
     Raises:
-        ValueError: If the name is unknown, this EasyEdit lacks the method, or it needs texts and
-            there are none.
+        ValueError: If the method cannot be run (`why_not`), it needs texts and there are none, or a
+            preset is wanted of an EasyEdit that ships none.
     """
-    if not is_available(name, generation):
-        raise ValueError(not_available(name))
-    if name in NEED_TEXTS and num_texts == 0:
+    reason = why_not(name, generation)
+    if reason is not None:
+        raise ValueError(reason)
+    config, notes = _config(name, model_path, preset)
+    config = {**_merged(config, overrides or {}), **METHODS[name].given}
+    if config.get("mom2_adjustment") and num_texts == 0:
         raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
-    config = {**peer_config(name, ModelShape.of(model_path)), **(overrides or {})}
-    paths = {
-        "model_name": model_path,
-        "tokenizer_name": model_path,
-        "stats_dir": str(workdir / "stats"),
-        "P_loc": str(workdir / "stats" / "null_space.pt"),
-        "mom2_n_samples": num_texts,
-    }
-    config.update({key: value for key, value in paths.items() if key in config})
+    stats_dir = stats_dir or workdir / "stats"
+    _fill_in(config, model_path, stats_dir, num_texts)
     # The release counts CUDA devices only; without CUDA its device 0 is the CPU (`devices.py`).
     without_cuda = generation == "pypi" and not torch.cuda.is_available()
     config["device"] = 0 if without_cuda else device
-    module, class_name = _CLASSES[name]
-    hparams_class = getattr(importlib.import_module(f"easyeditor.models.{module}"), class_name)
-    dropped: list[str] = []
-    if generation == "pypi":  # its classes lack a few fields of the current ones
-        dropped = sorted(set(config) - {field.name for field in fields(hparams_class)})
-    file = workdir / f"{name}.yaml"
-    kept = {key: value for key, value in config.items() if key not in dropped}
+    if name != "SimIE":
+        hparams, lacking = _loaded(name, config, workdir / f"{name}.yaml", generation)
+        return hparams, (*notes, *lacking)
+    base, base_notes = peer_hparams(
+        config["base_method"],
+        model_path,
+        device,
+        workdir,
+        generation,
+        num_texts,
+        preset=preset,
+        stats_dir=stats_dir,
+    )
+    # Its own loader looks for the base method's file at a path that it makes up from its own.
+    hparams = _hparams_class(name)(**config)
+    hparams._base_hparams = base
+    return hparams, (*notes, *base_notes)
+
+
+def _config(
+    name: str, model_path: str, preset: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return EasyEdit's hyper-parameters for a preset, else our own; and a note on which."""
+    if preset is None:
+        return peer_config(name, ModelShape.of(model_path)), ()
+    shipped = shipped_presets(name)
+    for known, file in shipped.items():
+        if known.lower() == preset.lower():
+            config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            return config, (f"{name}: EasyEdit's hparams/{METHODS[name].folder}/{file.name}",)
+    note = (
+        f"{name}: EasyEdit ships no {preset} (it has {', '.join(shipped) or 'none'}); the bundled "
+        "model's values, scaled"
+    )
+    return peer_config(name, ModelShape.of(model_path)), (note,)
+
+
+def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with some values replaced, level by level."""
+    merged = dict(config)
+    for key, value in overrides.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts: int) -> None:
+    """Write the model's path, and which statistics to read, wherever a configuration has them."""
+    layers = "-".join(map(str, config.get("layers", ())))
+    null_space = f"null_space_{layers}_{num_texts}_{config.get('nullspace_threshold')}.pt"
+    values = {
+        "model_name": model_path,
+        "tokenizer_name": model_path,
+        "stats_dir": str(stats_dir),
+        "P_loc": str(stats_dir / null_space),
+        "mom2_n_samples": num_texts,
+    }
+    config.update({key: value for key, value in values.items() if key in config})
+    if config["alg_name"] == "MELO":
+        config["model"].update(name=model_path, tokenizer_name=model_path)
+        # A classifier's tokenizer that is loaded and never used: any will do.
+        config["lora"]["cls_name"] = model_path
+
+
+def _hparams_class(name: str) -> Any:
+    """Return EasyEdit's class of a peer's hyper-parameters."""
+    method = METHODS[name]
+    module = importlib.import_module(f"easyeditor.models.{method.module}")
+    return getattr(module, method.hparams_class)
+
+
+def _loaded(
+    name: str, config: Mapping[str, Any], file: Path, generation: Generation
+) -> tuple[Any, tuple[str, ...]]:
+    """Load a configuration as EasyEdit does, from a file; tell what its class does not have."""
+    hparams_class = _hparams_class(name)
+    unknown = set(config) - {field.name for field in fields(hparams_class)}
+    # The editor reads some from any class; the release's classes lack fields of the current ones.
+    attributes = unknown & set(_EDITORS_OWN)
+    lacking = unknown - attributes if generation == "pypi" else set()
+    kept = {k: v for k, v in config.items() if k not in attributes | lacking}
     file.write_text(yaml.safe_dump(kept), encoding="utf-8")
-    notes = (f"this EasyEdit's {name} has no {', '.join(dropped)}",) if dropped else ()
-    return hparams_class.from_hparams(str(file)), notes
+    hparams = hparams_class.from_hparams(str(file))
+    for key in attributes:
+        setattr(hparams, key, config[key])
+    notes = (f"this EasyEdit's {name} has no {', '.join(sorted(lacking))}",) if lacking else ()
+    return hparams, notes
 
 
 def write_statistics(editor: Any, texts: Sequence[str]) -> None:
-    """Write the key statistics that a peer's hyper-parameters point to.
+    """Write the key statistics that a peer's hyper-parameters point to, unless they are there.
+
+    Does nothing for a method that needs none.
 
     Args:
         editor: EasyEdit's `BaseEditor` of the peer, with an unedited model.
         texts: As many texts as `peer_hparams` was told.
     """
     h = editor.hparams
-    name = str(editor.model.config._name_or_path)
-    moments = write_key_statistics(
-        editor.model,
-        editor.tok,
-        h.layers,
-        texts,
-        Path(h.stats_dir),
-        (name.rsplit("/", 1)[-1], name.replace("/", "_")),  # current, release
-    )
-    if hasattr(h, "P_loc"):
-        write_null_space([moments[layer] for layer in h.layers], Path(h.P_loc))
+    if not getattr(h, "mom2_adjustment", False):
+        return
+    templates = getattr(h, "rewrite_module_tmps", [h.rewrite_module_tmp])  # PMET may have two
+    modules = [template.format(layer) for layer in h.layers for template in templates]
+    path = str(editor.model.config._name_or_path)
+    name = path.replace("/", "_") if loaded_generation() == "pypi" else path.rsplit("/", 1)[-1]
+    directory = Path(h.stats_dir)
+    moments = read_key_statistics(modules, len(texts), directory, name)
+    if moments is None:
+        moments = write_key_statistics(editor.model, editor.tok, modules, texts, directory, name)
+    if hasattr(h, "P_loc") and not Path(h.P_loc).is_file():
+        device = next(editor.model.parameters()).device
+        key_moments = [moments[module].to(device) for module in modules]
+        write_null_space(key_moments, Path(h.P_loc), h.nullspace_threshold)

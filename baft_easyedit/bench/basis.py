@@ -1,0 +1,89 @@
+"""What the gate of an edited model does on a case: basis weights, and the edit's size by basis.
+
+Recorded after all edits of a chunk, for Figures 1 and 2 of the paper and for `diagnose`.
+Shapes: r rank, N intervened positions of one text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.bench.scoring import as_list
+from baft_easyedit.hooks import GateRecord, ModelEdit, attached_edit, input_device
+from baft_easyedit.requests import EditRequest, build_batch
+
+LayerValues = dict[str, list[float]]
+"""By layer (JSON wants text as keys), one number for each basis."""
+
+
+def basis_record(model: Any, tok: Any, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
+
+    Args:
+        model: A model that may carry an edit.
+        tok: Its tokenizer.
+        request: The case.
+
+    Returns:
+        `weights` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
+        |w_k (v_k - (R h)_k)|, averaged over intervened positions and probes; None for a kind of
+        prompt that the case lacks. None if the model carries no edit.
+    """
+    edit = attached_edit(model)
+    if edit is None:
+        return None
+    target = request["target_new"]
+    texts = {"rewrite": [(request["prompt"], target)], "rephrase": [], "locality": []}
+    if request.get("rephrase_prompt"):
+        texts["rephrase"].append((request["rephrase_prompt"], target))
+    for probe in (request.get("locality") or {}).values():
+        pairs = zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
+        texts["locality"] += [(prompt, truth) for prompt, truth in pairs if truth]
+    seen = {kind: _observe(model, tok, edit, pairs) for kind, pairs in texts.items() if pairs}
+    return {
+        name: {kind: seen[kind][i] if kind in seen else None for kind in texts}
+        for i, name in enumerate(("weights", "update"))
+    }
+
+
+@torch.no_grad()
+def _observe(
+    model: Any, tok: Any, edit: ModelEdit, pairs: list[tuple[str, str]]
+) -> tuple[LayerValues, LayerValues]:
+    """Run texts of one kind; return mean weights and mean size of the edit by basis."""
+    requests = [EditRequest(prompt, answer) for prompt, answer in pairs]
+    batch = build_batch(requests, tok, device=input_device(model))
+    with edit.recording() as record, edit.prompt_lengths(batch.prompt_lengths):
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        )
+    weights, update = {}, {}
+    for layer, values in record.weights_of(slice(None)).items():
+        weights[str(layer)] = values.mean(0).tolist()
+        update[str(layer)] = _edit_sizes(edit, record, layer, values).mean(0).tolist()
+    return weights, update
+
+
+def _edit_sizes(edit: ModelEdit, record: GateRecord, layer: int, weights: Tensor) -> Tensor:
+    """Return |w (A h + b - R h)|, [N, r], at the intervened positions."""
+    assert record.positions is not None  # a forward of tokens has set them
+    intervention = edit.intervention(layer)
+    hidden = record.hidden[layer]
+    hidden = hidden[record.positions.to(hidden.device)].float()  # [N, D]
+    wanted = intervention.learned_source(hidden) - hidden @ intervention.basis().mT  # [N, r]
+    return (weights * wanted).abs()
+
+
+def basis_usage(model: Any) -> LayerValues | None:
+    """Return the mean weight of each basis over all edits so far, by layer; None without edit."""
+    edit = attached_edit(model)
+    if edit is None:
+        return None
+    return {
+        str(i): (edit.usage(i).total / edit.usage(i).count.clamp_min(1)).tolist()
+        for i in edit.layers
+    }

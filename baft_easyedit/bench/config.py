@@ -1,0 +1,186 @@
+"""The configuration of a benchmark run: its YAML, strictly checked.
+
+    model: bundled
+    data: {kind: facts, limit: 100}
+    methods: [BaFT, ReFT, FT-M, {name: +ss-w, method: BaFT, set: {gate: subspace}}]
+    T: [1, 10, 100]
+
+T edit calls of `batch_size` requests each make one run on a fresh model: T 1 and batch_size 1 are
+single edits, batch_size 1 is continual editing, anything else batched editing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from baft_easyedit.resources import BUNDLED_MODEL, hparams_file
+
+
+class _Strict(BaseModel):
+    """Frozen, without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodConfig(_Strict):
+    """One row of the table."""
+
+    name: str = Field(min_length=1)
+    """What the row is called."""
+    method: str = ""
+    """BaFT, ReFT or one of EasyEdit's methods; the name if absent."""
+    hparams: str | None = None
+    """YAML of our hyper-parameters, a file or a name such as `BaFT/llama-2-7b`; BaFT and ReFT."""
+    set: dict[str, Any] = {}
+    """Values that replace those of the hyper-parameters."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        """Accept a bare name."""
+        given = {"name": value} if isinstance(value, str) else value
+        if isinstance(given, Mapping) and "name" in given:
+            return {"method": given["name"], **given}
+        return given
+
+
+class DataConfig(_Strict):
+    """Which records are edited."""
+
+    kind: str
+    """A name of `datasets.DATASETS`; `requests` for a JSON list of EasyEdit's request dicts."""
+    path: str | None = None
+    """File or directory; not needed for `facts`."""
+    start: int = Field(default=0, ge=0)
+    """First record."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of records; all if null."""
+    options: dict[str, Any] = {}
+    """What the kind's reader takes beside these."""
+
+
+class DownstreamConfig(_Strict):
+    """A task on which the edited model is tried after each run (Liu et al. 2025, Table 8)."""
+
+    path: str
+    """PIQA: the directory of valid.jsonl and valid-labels.lst."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of questions; all if null."""
+
+
+class BenchConfig(_Strict):
+    """A benchmark: every method under every protocol on the same records and model."""
+
+    model: str = Field(default=BUNDLED_MODEL, min_length=1)
+    """Hugging Face name or directory; `bundled` for our own."""
+    data: DataConfig
+    methods: tuple[MethodConfig, ...] = Field(min_length=1)
+    T: tuple[int, ...] = (1,)
+    """Edit calls in a row, then the scores of all that was edited, then a restore."""
+    batch_size: tuple[int, ...] = (1,)
+    """Requests per edit call."""
+    preset: str | None = None
+    """Our hyper-parameters, `<method>/<preset>.yaml`, or with `-continual` or `-batch` after the
+    preset where there is one for the protocol; made for the model's depth if null."""
+    peer_preset: str | None = None
+    """EasyEdit's hyper-parameters for its methods, such as `llama-7b`; ours, scaled, if null."""
+    texts: str | None = None
+    """Text file, a passage a line, for the key statistics of MEMIT and its kin; if null, the texts
+    of the bundled facts."""
+    generation: bool = True
+    """Score by generation too: greedy, natural stop, exact match."""
+    immediate: bool = True
+    """Score each continual edit right after it too."""
+    basis: bool = True
+    """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
+    downstream: DownstreamConfig | None = None
+    device: int | str = "cpu"
+    """EasyEdit's device; with several processes each takes the CUDA device of its rank."""
+    fp16: bool = False
+    """Load the model in half precision."""
+    model_parallel: bool = False
+    """Spread the model over all CUDA devices."""
+    verify: bool = True
+    """Check each restore bit for bit; takes the memory of a second model."""
+    seed: int = 0
+    threads: int = Field(default=1, ge=1)
+    """Torch's CPU threads of each method's process."""
+    jobs: int = Field(default=1, ge=1)
+    """Methods run at once by each process."""
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Longest time of one method; no limit if null."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> "BenchConfig":
+        """Check what concerns several fields or entries."""
+        names = [method.name for method in self.methods]
+        for what, values in (("methods", names), ("T", self.T), ("batch_size", self.batch_size)):
+            if not values:
+                raise ValueError(f"{what} must not be empty")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} must not repeat an entry; got {list(values)}")
+        for what, numbers in (("T", self.T), ("batch_size", self.batch_size)):
+            if min(numbers) < 1:
+                raise ValueError(f"{what} must be at least 1; got {min(numbers)}")
+        return self
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BenchConfig:
+    """Read a benchmark's YAML.
+
+    Args:
+        path: A file, with or without `.yaml`, or the name of one that comes with the package, such
+            as `bench/facts`.
+        overrides: Values that replace those of the file; those of mappings are merged, and names of
+            methods that are rows of the file mean those rows.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If it does not hold a mapping.
+        ValueError: If a key is unknown or missing, or a value breaks a rule.
+    """
+    file = hparams_file(path)
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise TypeError(f"{file} must hold a mapping of benchmark settings; got {content!r}")
+    merged = _merged(content, overrides or {})
+    if "methods" in merged:
+        merged["methods"] = _rows(merged["methods"], content.get("methods"))
+    return make_config(merged)
+
+
+def make_config(content: Mapping[str, Any]) -> BenchConfig:
+    """Check a benchmark's settings.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value breaks a rule.
+    """
+    try:
+        return BenchConfig.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'benchmark'}: {e['msg']}; got {e['input']!r}"
+            for e in error.errors(include_url=False)
+        )
+        raise ValueError(f"bad benchmark setting: {problems}") from None
+
+
+def _merged(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with overrides, nested mappings key by key."""
+    merged = dict(content)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _rows(wanted: Any, described: Any) -> Any:
+    """Replace names of rows by what the file says of them."""
+    if not isinstance(wanted, list) or not isinstance(described, list):
+        return wanted
+    rows = {row["name"]: row for row in described if isinstance(row, Mapping) and "name" in row}
+    return [rows.get(name, name) if isinstance(name, str) else name for name in wanted]

@@ -1,0 +1,89 @@
+"""Files on disk: finding them, hashing them, and reading JSON with errors that name the file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """Which file was read, to the byte."""
+
+    name: str
+    """Name without its directory."""
+    sha256: str
+    """Hexadecimal digest of the content."""
+    bytes: int
+    """Size."""
+
+
+def find_file(path: Path | None, *names: str) -> Path:
+    """Return `path` itself if it is a file, or the file called one of `names` in that directory.
+
+    Raises:
+        ValueError: If `path` is None.
+        FileNotFoundError: If there is no such file.
+    """
+    what = " or ".join(names) or "a file"
+    if path is None:
+        raise ValueError(f"path must lead to {what}; got None")
+    candidates = [path / name for name in names] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"path must lead to {what}; there is none at {str(path)!r}")
+
+
+def read_file(path: Path) -> tuple[bytes, FileHash]:
+    """Return a file's content, and what identifies it."""
+    content = path.read_bytes()
+    return content, FileHash(path.name, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def read_records(path: Path) -> tuple[list[Any], FileHash]:
+    """Read a JSON list of records, and what identifies the file.
+
+    Raises:
+        ValueError: If the file is not JSON, or the list is empty.
+        TypeError: If it does not hold a list.
+    """
+    content, file = read_file(path)
+    records = parse_json(content, path.name)
+    if not isinstance(records, list):
+        raise TypeError(f"{path.name} must hold a list of records; got {type(records).__name__}")
+    if not records:
+        raise ValueError(f"{path.name} must hold at least one record; got an empty list")
+    return records, file
+
+
+def parse_json(content: bytes | str, place: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is none; the message starts with `place`.
+    """
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{place} must be JSON; {error}") from None
+
+
+def select(items: Sequence[T], start: int, limit: int | None, what: str) -> list[T]:
+    """Return `limit` items from `start` on, all if `limit` is None.
+
+    Raises:
+        ValueError: If there are not that many; fewer would not be the benchmark that was asked for.
+    """
+    if not 0 <= start < len(items):
+        raise ValueError(f"start must be in [0, {len(items) - 1}] for {what}; got {start}")
+    if limit is not None and not 1 <= limit <= len(items) - start:
+        raise ValueError(
+            f"limit must be in [1, {len(items) - start}] for {what} from {start} on, or None for "
+            f"all; got {limit}"
+        )
+    return list(items[start : None if limit is None else start + limit])

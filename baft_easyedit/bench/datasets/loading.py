@@ -1,0 +1,155 @@
+"""`load_dataset`: any kind of benchmark file as EasyEdit requests, with notes on what is odd."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
+from pathlib import Path
+from textwrap import shorten
+from types import MappingProxyType
+from typing import Any
+
+from baft_easyedit.bench.datasets.convsent import read_convsent
+from baft_easyedit.bench.datasets.files import FileHash, select
+from baft_easyedit.bench.datasets.knowedit import read_knowedit
+from baft_easyedit.bench.datasets.plain import read_facts, read_requests
+from baft_easyedit.bench.datasets.rewrites import read_counterfact, read_mquake
+from baft_easyedit.bench.datasets.schema import Source
+from baft_easyedit.bench.datasets.zsre import read_zsre
+
+Request = dict[str, Any]
+
+DATASETS: Mapping[str, Callable[..., Source]] = MappingProxyType(
+    {
+        "facts": read_facts,
+        "zsre": read_zsre,
+        "knowedit-zsre": partial(read_knowedit, "ZsRE-test-all.json"),
+        "wikidata-recent": partial(read_knowedit, "recent_test.json"),
+        "wikidata-counterfact": partial(read_knowedit, "test_cf.json"),
+        "wikibio": partial(read_knowedit, "wikibio-test-all.json"),
+        "convsent": read_convsent,
+        "counterfact": read_counterfact,
+        "mquake": read_mquake,
+        "requests": read_requests,
+    }
+)
+"""Readers by kind; each takes a path, and options by keyword."""
+
+_MAX_LIST = 400  # characters
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records to edit."""
+
+    kind: str
+    """A name in `DATASETS`."""
+    requests: list[Request]
+    """EasyEdit's request dicts, as `Case.as_request` gives them."""
+    files: list[FileHash]
+    """The files that were read."""
+    notes: list[str]
+    """What to know of these records; numbers of records count from 0 in `requests`, those of
+    skipped ones in the file."""
+
+
+def load_dataset(
+    kind: str,
+    path: str | Path | None = None,
+    *,
+    start: int = 0,
+    limit: int | None = None,
+    **options: Any,
+) -> Dataset:
+    """Read benchmark records as EasyEdit requests.
+
+    A subject that is not a part of its prompt is left out, for ROME, MEMIT and our editor would
+    refuse the request; a note says which.
+
+    Args:
+        kind: A name in `DATASETS`.
+        path: File or directory; the reader says which. None for `facts`.
+        start: First record.
+        limit: Number of records; all if None.
+        **options: The reader's own: `split` of facts, `loc_prompts` of zsre, `seed` of convsent.
+
+    Raises:
+        ValueError: If the kind or an option is unknown, a record breaks a rule (the message names
+            file, record and field), or there are fewer records than asked for.
+        TypeError: If a file or an option has the wrong type.
+        FileNotFoundError: If a file is missing.
+    """
+    if kind not in DATASETS:
+        raise ValueError(f"kind must be one of {sorted(DATASETS)}; got {kind!r}")
+    reader = DATASETS[kind]
+    _check_options(kind, reader, options)
+    source = reader(None if path is None else Path(path), **options)
+    requests = [case.as_request(index) for index, case in enumerate(source.cases)]
+    requests = select(requests, start, limit, kind)
+    notes = [
+        *source.notes,
+        *_drop_foreign_subjects(requests),
+        *_repeated_prompts(requests),
+        *_missing_parts(requests),
+    ]
+    return Dataset(kind, requests, source.files, notes)
+
+
+def _check_options(kind: str, reader: Callable[..., Source], options: Mapping[str, Any]) -> None:
+    """Raise unless the reader takes all options."""
+    parameters = signature(reader).parameters.values()
+    known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"options of {kind} must be among {known}; got {unknown}")
+
+
+def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:
+    """Remove subjects that are not in their prompts; say which."""
+    foreign = [i for i, r in enumerate(requests) if r.get("subject", "") not in r["prompt"]]
+    for i in foreign:
+        del requests[i]["subject"]
+    return [f"subject left out, for it is not in the prompt: records {foreign}"] if foreign else []
+
+
+def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
+    """Name the records that share a prompt: with different targets they overwrite each other."""
+    groups: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(request["prompt"], []).append(i)
+    conflicts, repeats = [], []
+    for indices in groups.values():
+        if len({requests[i]["target_new"] for i in indices}) > 1:
+            conflicts.append(indices)
+        elif len(indices) > 1:
+            repeats.append(indices)
+    return [
+        f"{len(found)} prompts are in several records with {what}: records {_shown(found)}"
+        for found, what in ((conflicts, "different targets"), (repeats, "the same target"))
+        if found
+    ]
+
+
+def _shown(groups: Sequence[Sequence[int]]) -> str:
+    """List groups of records, as many as a line can take."""
+    text = "; ".join(", ".join(map(str, indices)) for indices in groups)
+    return shorten(text, _MAX_LIST, placeholder=" ...")
+
+
+def _missing_parts(requests: Sequence[Request]) -> list[str]:
+    """Count the records without each part that a record can have."""
+    found = [_parts(request) for request in requests]
+    expected = {"subject", "rephrase_prompt", "loc_prompt", "locality", "portability"}.union(*found)
+    counts = {part: sum(part not in parts for parts in found) for part in expected}
+    return [
+        f"no {part} in {count} of {len(requests)} records"
+        for part, count in sorted(counts.items())
+        if count and ("." not in part or count > counts[part.split(".")[0]])
+    ]
+
+
+def _parts(request: Request) -> set[str]:
+    """Name the parts that a request has."""
+    single = {key for key in ("subject", "rephrase_prompt", "loc_prompt") if key in request}
+    sections = {key for key in ("locality", "portability") if request[key]}
+    return single | sections | {f"{key}.{kind}" for key in sections for kind in request[key]}

@@ -1,0 +1,103 @@
+"""Numbers from records: what a case scored, and the means of a row.
+
+Teacher-forced scores come from EasyEdit's metrics, `gen_*` from greedy generation, `immediate_*`
+from the moment after a case's own edit: never averaged with each other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
+from statistics import fmean, median, stdev
+from typing import Any
+
+import numpy as np
+
+SCORES = (
+    "rewrite_acc",
+    "rephrase_acc",
+    "locality_acc",
+    "portability_acc",
+    "any_alias_portability_acc",
+    "gen_rewrite_acc",
+    "gen_rephrase_acc",
+    "gen_locality_acc",
+    "gen_portability_acc",
+    "immediate_rewrite_acc",
+    "immediate_rephrase_acc",
+)
+"""Names of the scores of a case; each is a number in [0, 1] or None."""
+
+
+def plain(value: Any) -> Any:
+    """Turn numpy and torch values inside a structure into plain ones, as JSON would give back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def metric_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Average the accuracies in one half (`pre` or `post`) of EasyEdit's metrics.
+
+    Returns:
+        The four scores of a case; locality and portability are means over keys of means over
+        probes.
+    """
+    return {
+        "rewrite_acc": _mean(_values(metrics.get("rewrite_acc"))),
+        "rephrase_acc": _mean(_values(metrics.get("rephrase_acc"))),
+        "locality_acc": _mean(_key_means(metrics.get("locality", {}))),
+        "portability_acc": _mean(_key_means(metrics.get("portability", {}))),
+    }
+
+
+def _values(score: Any) -> list[float]:
+    """Return all numbers in a score, which EasyEdit nests in lists."""
+    return [] if score is None else [float(x) for x in np.ravel(np.asarray(score, dtype=float))]
+
+
+def _key_means(section: Mapping[str, Any]) -> list[float]:
+    """Return the mean of each accuracy of a section such as locality."""
+    scores = [_values(score) for key, score in section.items() if key.endswith("_acc")]
+    return [fmean(score) for score in scores if score]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Average; None of nothing."""
+    return fmean(values) if values else None
+
+
+def row_scores(cases: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Average the scores of a row's cases.
+
+    Returns:
+        For each of `SCORES` the mean over the cases that have it, and under `<name>_se` its
+        standard error; None where there are no, or less than two, such cases.
+    """
+    scored = [case["scores"] for case in cases if case.get("scores")]
+    row: dict[str, float | None] = {}
+    for name in SCORES:
+        values = [scores[name] for scores in scored if scores.get(name) is not None]
+        row[name] = _mean(values)
+        row[f"{name}_se"] = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    return row
+
+
+def row_costs(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Collect what a row cost, from its chunks.
+
+    Returns:
+        `edit_time_s`, the median seconds of an edit call per request; `peak_memory_bytes`;
+        `trainable_parameters`; how often the model was restored, and how often exactly.
+    """
+    times = [t for chunk in chunks for t in chunk["edit_times_s"]]
+    verified = [chunk["restored"] for chunk in chunks if chunk["restored"] is not None]
+    counts = [c["trainable_parameters"] for c in chunks if c["trainable_parameters"] is not None]
+    memory = [chunk["peak_memory_bytes"] for chunk in chunks if chunk["peak_memory_bytes"]]
+    return {
+        "edit_time_s": median(times) if times else None,
+        "peak_memory_bytes": max(memory, default=None),
+        "trainable_parameters": max(counts, default=None),
+        "num_restored": sum(verified) if verified else None,
+        "num_restores": len(verified) if verified else None,
+    }

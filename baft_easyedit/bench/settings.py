@@ -1,0 +1,112 @@
+"""The hyper-parameters of each row: ours from presets by protocol, EasyEdit's from its peers."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from baft_easyedit.bench.config import BenchConfig, MethodConfig
+from baft_easyedit.bench.plan import Protocol, protocols
+from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
+from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, model_location
+
+_SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
+_BUNDLED_PRESET = "facts-llama"
+
+
+def check_methods(config: BenchConfig) -> None:
+    """Check every row's settings, as far as that goes without loading EasyEdit or a model.
+
+    Raises:
+        ValueError: If a method is unknown, or a hyper-parameter breaks a rule.
+        TypeError: If a hyper-parameter has the wrong type.
+        FileNotFoundError: If there is no such YAML.
+    """
+    for method in config.methods:
+        why_not(method.method, "current")  # raises if there is no such method
+        if method.method in OUR_METHODS:
+            for protocol in protocols(config):
+                our_hparams(config, method, protocol)
+        elif method.hparams is not None:
+            raise ValueError(
+                f"hparams is for BaFT and ReFT only; got it for the row {method.name!r}: use "
+                "peer_preset, or set"
+            )
+
+
+def our_hparams(
+    config: BenchConfig,
+    method: MethodConfig,
+    protocol: Protocol,
+    model_path: str | None = None,
+    device: int | str | None = None,
+) -> BaFTHyperParams:
+    """Make the hyper-parameters of BaFT or ReFT for one protocol.
+
+    Args:
+        config: The benchmark.
+        method: A row of it, with method BaFT or ReFT.
+        protocol: What they are for.
+        model_path: Where EasyEdit finds the model; that of the configuration if None.
+        device: EasyEdit's device; that of the configuration if None.
+    """
+    hparams_class = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}[method.method]
+    values: dict[str, Any] = {
+        "model_name": model_path or config.model,
+        "device": config.device if device is None else device,
+        "fp16": config.fp16,
+        "model_parallel": config.model_parallel,
+        "batch_size": protocol.batch_size,
+        **method.set,
+    }
+    preset = _preset(config, method, protocol)
+    if preset is not None:
+        return hparams_class.from_hparams(preset, **values)
+    values.setdefault("layers", scaled_layers(model_depth(config.model)))
+    return hparams_class.from_dict(values)
+
+
+def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> str | None:
+    """Return the YAML of a row under a protocol; None if there is none for the model."""
+    if method.hparams is not None:
+        return method.hparams
+    preset = config.preset
+    if preset is None and config.model == BUNDLED_MODEL:
+        preset = _BUNDLED_PRESET
+    if preset is None:
+        return None
+    special = f"{method.method}/{preset}{_SUFFIXES[protocol.name]}"
+    return special if has_hparams(special) else f"{method.method}/{preset}"
+
+
+def model_depth(model: str) -> int:
+    """Return how many decoder layers a model has, without loading it."""
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(model_location(model))
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def statistics_texts(config: BenchConfig) -> Sequence[str]:
+    """Read the texts on which the key statistics of MEMIT and its kin are computed.
+
+    Raises:
+        ValueError: If the file has no text.
+    """
+    if config.texts is None:
+        return bundled_texts()
+    lines = Path(config.texts).read_text(encoding="utf-8").splitlines()
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"texts must name a file with a passage a line; {config.texts} has none")
+    return texts
+
+
+def bundled_texts(count: int = 500) -> list[str]:
+    """Return the bundled facts as sentences, about `count` of them."""
+    from baft_easyedit.facts import questions
+
+    asked = questions("trained")
+    every = max(1, len(asked) // count)
+    return [f"{question.prompt} {question.answer}" for question in asked[::every]]

@@ -1,0 +1,114 @@
+"""A run's directory: where each record lies, written to a temporary name first and then renamed.
+
+config.yaml  run.json  requests.json  summary.json
+cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the scores from them
+chunks/<row>/<protocol>/<chunk>.json    what concerns all cases between two restores; written
+                                        last, so a chunk with this file is complete
+pre_edit/<key>/<index>.json             scores of the unedited model
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baft_easyedit.bench.plan import Protocol, Unit, file_name
+
+SCHEMA = 1
+"""Version of all records; in each of them as `schema`."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside a run's directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def run(self) -> Path:
+        """How the run was made."""
+        return self.root / "run.json"
+
+    @property
+    def requests(self) -> Path:
+        """The records that are edited."""
+        return self.root / "requests.json"
+
+    @property
+    def summary(self) -> Path:
+        """One row for each method and protocol."""
+        return self.root / "summary.json"
+
+    def case(self, unit: Unit, index: int) -> Path:
+        """The record of one case."""
+        return self._of(unit.method, unit.protocol, "cases") / f"{index:05d}.json"
+
+    def chunk(self, unit: Unit) -> Path:
+        """The record of one chunk."""
+        return self._of(unit.method, unit.protocol, "chunks") / f"{unit.chunk:05d}.json"
+
+    def pre_edit(self, key: str, index: int) -> Path:
+        """The unedited model's scores of one case, under the key of all that they depend on."""
+        return self.root / "pre_edit" / key / f"{index:05d}.json"
+
+    def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
+        """Read the cases of one row, in order."""
+        return _read_all(self._of(method, protocol, "cases"))
+
+    def chunks_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
+        """Read the chunks of one row, in order."""
+        return _read_all(self._of(method, protocol, "chunks"))
+
+    def _of(self, method: str, protocol: Protocol, kind: str) -> Path:
+        """The directory of one row's records."""
+        return self.root / kind / file_name(method) / protocol.slug
+
+
+def _read_all(directory: Path) -> Iterator[dict[str, Any]]:
+    """Read the records of a directory in the order of their names."""
+    for file in sorted(directory.glob("*.json")):
+        yield read_json(file)
+
+
+def read_json(file: Path) -> Any:
+    """Read a record.
+
+    Raises:
+        ValueError: If the file is not JSON, or of another schema.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must be JSON, and is not: {error}; delete it, and it is made again"
+        ) from None
+    found = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
+    if found != SCHEMA:
+        raise ValueError(f"{file} must have schema {SCHEMA}; got {found!r}")
+    return content
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a record so that it is there as a whole or not at all."""
+    write_text(file, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file so that it is there as a whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise

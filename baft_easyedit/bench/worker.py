@@ -1,0 +1,171 @@
+"""The process in which one method runs its chunks; started by `process`, speaks JSON lines.
+
+EasyEdit keeps state in its modules and prints a lot: each method has a process of its own, whose
+working directory is temporary and whose output goes to a file there.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from baft_easyedit.bench.chunk import ChunkRunner, seed_everything
+from baft_easyedit.bench.config import BenchConfig, MethodConfig, read_config
+from baft_easyedit.bench.datasets import load_piqa
+from baft_easyedit.bench.plan import Protocol, Unit
+from baft_easyedit.bench.scoring import PreEditScores
+from baft_easyedit.bench.settings import our_hparams, statistics_texts
+from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.easyedit.host import Host
+from baft_easyedit.easyedit.model_path import host_model_path
+from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
+from baft_easyedit.easyedit.peers import NEED_TEXTS, batchable, peer_hparams, write_statistics
+from baft_easyedit.easyedit.plugin import register
+from baft_easyedit.easyedit.session import Session, prepare_requests
+
+
+def main(job_file: str) -> None:
+    """Run the job described by a JSON file, and report on what was standard output.
+
+    Args:
+        job_file: Path of the JSON file that `process.run_units` wrote.
+    """
+    events = _claim_stdout()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        _Job(job, events).run()
+    # Whatever a method of EasyEdit raises (its asserts, and libraries' errors), it becomes a row.
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        _send(events, {"failed": describe(error)})
+
+
+def describe(error: BaseException) -> str:
+    """Say what went wrong, in one line."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _claim_stdout() -> TextIO:
+    """Keep standard output for events; let everything that is printed go where errors go."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return events
+
+
+def _send(events: TextIO, event: Mapping[str, Any]) -> None:
+    """Write one event as a line."""
+    events.write(json.dumps(event) + "\n")
+    events.flush()
+
+
+class _Job:
+    """One method's chunks, run one after another on one model."""
+
+    def __init__(self, job: Mapping[str, Any], events: TextIO) -> None:
+        self.events = events
+        self.directory = RunDirectory(Path(job["directory"]))
+        self.config: BenchConfig = read_config(self.directory.config)
+        self.device = job["device"]
+        self.depends_on = job["depends_on"]
+        self.method = next(m for m in self.config.methods if m.name == job["method"])
+        self.units = [
+            Unit(
+                self.method.name, Protocol(u["T"], u["batch_size"]), u["chunk"], range(*u["range"])
+            )
+            for u in job["units"]
+        ]
+
+    def run(self) -> None:
+        """Load the model once; edit, score and restore chunk after chunk."""
+        config = self.config
+        torch.set_num_threads(config.threads)
+        host = register()
+        requests = prepare_requests(read_json(self.directory.requests))
+        path = host_model_path(config.model)
+        editor, notes = self._editor(host, path)
+        session = Session(editor, requests[0]["prompt"], config.verify)
+        depends_on = {**self.depends_on, "easyedit": host.version}
+        pre_edit = PreEditScores(self.directory.pre_edit, depends_on, config.generation)
+        task = config.downstream
+        questions = load_piqa(task.path, task.limit).items if task is not None else []
+        runner = ChunkRunner(session, config, self.directory, requests, pre_edit, questions)
+        for unit in self.units:
+            self._run_unit(runner, unit, notes, path, host)
+
+    def _run_unit(
+        self, runner: ChunkRunner, unit: Unit, notes: tuple[str, ...], path: str, host: Host
+    ) -> None:
+        """Run one chunk; a failure is its record, and the model is put back."""
+        session = runner.session
+        try:
+            self._set_protocol(session.editor, unit.protocol, path, host)
+            runner.run(unit, notes, lambda: _send(self.events, {"edited": 1}))
+        except Exception as error:
+            if not session.verifies:  # nothing to put back: the model is not to be trusted
+                raise
+            traceback.print_exc()
+            session.restore()
+            _send(self.events, {"chunk": list(unit.key), "error": describe(error)})
+        else:
+            _send(self.events, {"chunk": list(unit.key)})
+
+    def _editor(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
+        """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
+        from easyeditor import BaseEditor
+
+        hparams, notes = self._hparams(host, path)
+        seed_everything(self.config.seed)
+        editor = BaseEditor.from_hparams(hparams)
+        name = self.method.method
+        if name in NEED_TEXTS:
+            write_statistics(editor, statistics_texts(self.config))
+        if name not in OUR_METHODS:
+            prepare_method(name, editor, self.config.seed)
+        return editor, notes
+
+    def _hparams(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
+        """Make the method's hyper-parameters for its first protocol."""
+        method, config = self.method, self.config
+        if method.method in OUR_METHODS:
+            return our_hparams(config, method, self.units[0].protocol, path, self.device), ()
+        hparams, notes = peer_hparams(
+            method.method,
+            path,
+            self.device,
+            Path.cwd(),
+            host.generation,
+            len(statistics_texts(config)) if method.method in NEED_TEXTS else 0,
+            {**_shared(config), **method.set},
+            preset=config.peer_preset,
+        )
+        return hparams, (*notes, *fix_peer(method.method, hparams))
+
+    def _set_protocol(self, editor: Any, protocol: Protocol, path: str, host: Host) -> None:
+        """Give the editor the hyper-parameters of a protocol; the model stays.
+
+        Raises:
+            ValueError: If the method cannot edit several requests in one call.
+        """
+        method: MethodConfig = self.method
+        if method.method in OUR_METHODS:
+            editor.hparams = our_hparams(self.config, method, protocol, path, self.device)
+        elif protocol.batch_size > 1:
+            if not batchable(method.method, host.generation):
+                raise ValueError(f"{method.method} edits one request at a time in EasyEdit")
+            editor.hparams.batch_size = protocol.batch_size
+
+
+def _shared(config: BenchConfig) -> dict[str, Any]:
+    """Return what the configuration asks of every method."""
+    asked = {"fp16": config.fp16, "model_parallel": config.model_parallel}
+    return {name: value for name, value in asked.items() if value}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,283 @@
+"""EasyEdit's own pieces around one `BaseEditor`: edit, score, generate, restore, verify.
+
+`BaseEditor.edit` scores each case right after its own edit and nothing else; other protocols need
+its parts one by one. Models are scored in eval mode, which EasyEdit forgets for LoRA's dropout.
+"""
+
+import importlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.peer_fixes import (
+    after_edit,
+    edited_request,
+    reset_method_state,
+    scored_request,
+)
+from baft_easyedit.easyedit.plugin import register
+from baft_easyedit.generation import generate_answers
+from baft_easyedit.hooks import attached_edit
+
+Request = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One model under one method of EasyEdit, edited and restored any number of times.
+
+    Args:
+        editor: An EasyEdit `BaseEditor` with an unedited model.
+        probe: A text on which restored models are compared.
+        verify: Compare weights and logits after each restore, and keep a copy of the model to put
+            back if they differ. Takes the memory of a second model.
+    """
+
+    def __init__(self, editor: Any, probe: str, verify: bool = True) -> None:
+        self.editor = editor
+        self.generation = register().generation
+        self._host = importlib.import_module("easyeditor.editors.editor")
+        self._probe = probe
+        self._edits: list[tuple[Any, Any]] = []  # (edited model, weights_copy) since the restore
+        self._unedited = deepcopy(editor.model) if verify else None
+        self._reference = self._probe_logits() if verify else None
+
+    @property
+    def model(self) -> Any:
+        """The model as it is now: what the latest edit returned, or the unedited one."""
+        return self._edits[-1][0] if self._edits else self.editor.model
+
+    @property
+    def verifies(self) -> bool:
+        """Whether restores are checked."""
+        return self._unedited is not None
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Numbers that the edits learned or changed; None if there is no telling."""
+        return changed_parameters(self.model, self._edits[0][1]) if self._edits else None
+
+    def edit(self, requests: Sequence[Request]) -> float:
+        """Edit requests together in one call of the method; return the seconds it took."""
+        editor = self.editor
+        requests = [edited_request(request, editor) for request in requests]
+        with honoured_device(self.generation, editor.hparams.device):
+            _synchronize()
+            start = time.perf_counter()
+            edited, weights_copy = editor.apply_algo(
+                editor.model,
+                editor.tok,
+                requests,
+                editor.hparams,
+                copy=False,
+                return_orig_weights=True,
+                keep_original_weight=self.generation == "pypi",
+                train_ds=None,
+            )
+            _synchronize()
+            seconds = time.perf_counter() - start
+        self._edits.append((edited, weights_copy))
+        after_edit(editor, edited)
+        return seconds
+
+    def score(self, request: Request) -> dict[str, Any]:
+        """Score a request on the model as it is now with EasyEdit's `compute_edit_quality`."""
+        editor = self.editor
+        with _evaluating(self.model), honoured_device(self.generation, editor.hparams.device):
+            return self._host.compute_edit_quality(
+                self.model,
+                editor.model_name,
+                editor.hparams,
+                editor.tok,
+                scored_request(request, editor),
+                editor.hparams.device,
+            )
+
+    def score_against(self, pre: Mapping[str, Any], request: Request) -> dict[str, Any]:
+        """Score a request, its locality against the scores `pre` of the unedited model.
+
+        Returns:
+            EasyEdit's metrics, `pre` and `post`.
+        """
+        metrics = {"pre": deepcopy(dict(pre)), "post": self.score(request)}
+        if self.generation == "current":
+            editor = self.editor
+            self._host.finalize_locality_metrics(
+                metrics, request, editor.hparams, editor.model_name
+            )
+        else:
+            _compare_locality(metrics, request)
+        return metrics
+
+    def token_accuracies(self, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
+        """Return EasyEdit's teacher-forced token accuracy of each target after its prompt."""
+        editor = self.editor
+        module = importlib.import_module("easyeditor.evaluate.evaluate_utils")
+        with _evaluating(self.model), honoured_device(self.generation, editor.hparams.device):
+            scores = module.test_prediction_acc(
+                self.model,
+                editor.tok,
+                editor.hparams,
+                list(prompts),
+                list(targets),
+                editor.hparams.device,
+            )
+        return [float(score) for score in np.ravel(scores)]
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Answer prompts by greedy decoding until the model stops by itself.
+
+        Wrappers of EasyEdit's memory methods route a whole batch by one of its prompts: they get
+        the prompts one by one.
+        """
+        model, device = self.model, self.editor.hparams.device
+        together = isinstance(model, nn.Module) and hasattr(model, "config")
+        batches = [list(prompts)] if together else [[prompt] for prompt in prompts]
+        with _evaluating(model), honoured_device(self.generation, device):
+            return [
+                answer
+                for batch in batches
+                for answer in generate_answers(
+                    model, self.editor.tok, batch, max_new_tokens, self._input_device()
+                )
+            ]
+
+    def restore(self) -> bool | None:
+        """Undo all edits with EasyEdit's own means; put a copy back if they were not exact.
+
+        Returns:
+            Whether EasyEdit's restore was bit-exact; None if that is not verified.
+
+        Raises:
+            Exception: Whatever EasyEdit raises, if there is no copy to put back.
+        """
+        # What the first edit returned is what undoes them all: it kept the unedited weights, and
+        # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only.
+        first, self._edits = self._edits[:1], []
+        try:
+            for edited, weights_copy in first:
+                with honoured_device(self.generation, self.editor.hparams.device):
+                    self._restore_as_easyedit(edited, weights_copy)
+        # A peer whose restore fails is one that does not restore: its scores stand, and say so.
+        except Exception:
+            if self._unedited is None:
+                raise
+            logger.warning("EasyEdit could not restore %s", self.editor.alg_name, exc_info=True)
+        reset_method_state(self.editor)
+        if self._unedited is None:
+            return None
+        if self._is_unedited():
+            return True
+        self.editor.model = deepcopy(self._unedited)
+        return False
+
+    def _restore_as_easyedit(self, edited: Any, weights_copy: Any) -> None:
+        """Restore the model by this generation's own rules."""
+        if self.generation == "current":
+            self._host.restore_after_edit(self.editor, edited, weights_copy)
+        else:
+            _restore_as_the_release_does(self.editor, edited, weights_copy)
+
+    def _input_device(self) -> torch.device:
+        """Return where the model wants its tokens."""
+        return next(self.editor.model.parameters()).device
+
+    def _probe_logits(self) -> Tensor:
+        """Return the unedited model's logits on the probe."""
+        model = self.editor.model
+        batch = self.editor.tok(self._probe, return_tensors="pt").to(self._input_device())
+        with torch.no_grad(), _evaluating(model):
+            return model(input_ids=batch["input_ids"]).logits
+
+    def _is_unedited(self) -> bool:
+        """Compare weights, names and probe logits with the unedited model's, bit for bit."""
+        now, before = self.editor.model.state_dict(), self._unedited.state_dict()  # type: ignore[union-attr]
+        same = now.keys() == before.keys() and all(
+            torch.equal(now[name], before[name]) for name in before
+        )
+        return same and torch.equal(self._probe_logits(), self._reference)  # type: ignore[arg-type]
+
+
+def _synchronize() -> None:
+    """Wait for CUDA, so that a clock read afterwards has seen the work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Put a model's modules into eval mode inside this context."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _compare_locality(metrics: Mapping[str, Any], request: Request) -> None:
+    """Write locality accuracies as `BaseEditor.edit` of the release does, inside that method."""
+    pre, post = metrics["pre"]["locality"], metrics["post"]["locality"]
+    for key in request.get("locality") or {}:
+        outputs = zip(post[f"{key}_output"], pre[f"{key}_output"], strict=True)
+        post[f"{key}_acc"] = [float(np.mean(np.equal(after, before))) for after, before in outputs]
+
+
+def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) -> None:
+    """Restore a model as `BaseEditor.edit` of the release does, inside that method."""
+    nethook = importlib.import_module("easyeditor.util.nethook")
+    with torch.no_grad():
+        if editor.alg_name == "KN":
+            weights_copy()
+        elif editor.alg_name == "LoRA":
+            edited.unload()
+            del editor.model.peft_config
+        else:
+            for name, weight in weights_copy.items():
+                nethook.get_parameter(editor.model, name)[...] = weight
+
+
+def changed_parameters(edited: Any, weights_copy: Any) -> int | None:
+    """Count the numbers that an edit learned or changed; None if there is no telling."""
+    if isinstance(edited, nn.Module):
+        edit = attached_edit(edited)
+        if edit is not None:
+            return edit.num_parameters
+        if hasattr(edited, "peft_config"):
+            return sum(p.numel() for name, p in edited.named_parameters() if "lora_" in name)
+    if isinstance(weights_copy, Mapping) and weights_copy:
+        return sum(weight.numel() for weight in weights_copy.values())
+    return None
+
+
+def prepare_requests(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """Complete request dicts with what EasyEdit reads without asking.
+
+    Missing `ground_truth`, `case_id`, `locality` and `portability` are added; empty probes are
+    dropped.
+
+    Raises:
+        ValueError: If there are no requests.
+    """
+    if not requests:
+        raise ValueError("requests must hold at least one request; got none")
+    complete = []
+    for i, request in enumerate(requests):
+        item = {"ground_truth": None, "case_id": i, **deepcopy(dict(request))}
+        for section in ("locality", "portability"):
+            probes = item.get(section) or {}
+            item[section] = {k: v for k, v in probes.items() if v and v.get("prompt")}
+        complete.append(item)
+    return complete

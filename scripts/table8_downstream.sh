@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Table 8: PIQA before and after 100 ZsRE edits in a row; LLaMA-2-7B.
+# Expected: some 8 GPU hours for all methods, 1 for BaFT and ReFT,
+#   by the paper's seconds per edit on a V100 (those of a similar method where it gives none).
+#   table8_downstream.sh DATA_DIR [further options of `baft-easyedit bench`, such as --model, --limit or --methods]
+set -euo pipefail
+data=${1:?give the directory of the data}
+shift
+out=${OUT:-runs/table8_downstream}
+cd "$data"  # the YAML names PIQA's directory from here
+baft-easyedit bench bench/downstream --data zsre --out "$OLDPWD/$out" "$@"
+cd "$OLDPWD"
+baft-easyedit report "$out"

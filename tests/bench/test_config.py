@@ -1,0 +1,68 @@
+import pytest
+
+from baft_easyedit.bench.config import make_config, read_config
+from baft_easyedit.resources import hparams_root
+
+SMALLEST = {"data": {"kind": "facts"}, "methods": ["BaFT"]}
+
+
+def test_a_bare_name_is_a_row_of_that_method():
+    config = make_config({**SMALLEST, "methods": ["BaFT", {"name": "+ss-w", "method": "BaFT"}]})
+    assert [(m.name, m.method) for m in config.methods] == [("BaFT", "BaFT"), ("+ss-w", "BaFT")]
+    assert (config.T, config.batch_size, config.model) == ((1,), (1,), "bundled")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methds": []}, "methds: Extra inputs are not permitted"),
+        ({"methods": []}, "methods: Tuple should have at least 1 item"),
+        ({"methods": ["BaFT", "BaFT"]}, "methods must not repeat an entry"),
+        ({"methods": [{"method": "BaFT"}]}, "methods.0.name: Field required"),
+        ({"T": [1, 0]}, "T must be at least 1; got 0"),
+        ({"T": []}, "T must not be empty"),
+        ({"T": [1.5]}, "T.0: Input should be a valid integer"),
+        ({"batch_size": [0]}, "batch_size must be at least 1; got 0"),
+        ({"data": {"kind": "facts", "limit": 0}}, "data.limit: Input should be greater than or"),
+        ({"data": None}, "data: "),
+        ({"model": ""}, "model: String should have at least 1 character; got ''"),
+        ({"jobs": 0}, "jobs: Input should be greater than or equal to 1; got 0"),
+        ({"report_to": "paper"}, "report_to: Input should be"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=f"bad benchmark setting: .*{message}"):
+        make_config({**SMALLEST, **change})
+
+
+def test_overrides_replace_values_and_name_rows_of_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "data: {kind: facts, limit: 5}\nmethods: [{name: +x, method: BaFT, set: {rank: 4}}, ReFT]\n"
+    )
+    config = read_config(file, {"methods": ["+x", "ROME"], "data": {"limit": 2}, "T": [3]})
+    assert [(m.name, m.method, m.set) for m in config.methods] == [
+        ("+x", "BaFT", {"rank": 4}),
+        ("ROME", "ROME", {}),
+    ]
+    assert (config.data.kind, config.data.limit, config.T) == ("facts", 2, (3,))
+
+
+def test_a_file_must_hold_a_mapping(tmp_path):
+    file = tmp_path / "list.yaml"
+    file.write_text("- BaFT\n")
+    with pytest.raises(TypeError, match=r"list.yaml must hold a mapping of benchmark settings"):
+        read_config(file)
+    with pytest.raises(FileNotFoundError, match="no hyper-parameter file 'bench/none'"):
+        read_config("bench/none")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in (hparams_root() / "bench").glob("*.yaml"))
+)
+def test_every_benchmark_of_the_package_can_be_read(name):
+    given = {} if name == "facts" else {"model": "some/model"}
+    config = read_config(f"bench/{name}", given)
+    assert config.methods
+    first_line = (hparams_root() / "bench" / f"{name}.yaml").read_text().splitlines()[1]
+    assert f"baft-easyedit bench bench/{name} " in first_line

@@ -1,0 +1,154 @@
+"""The published benchmark files: all are read, and as EasyEdit reads them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.easyedit.host import find_host
+from baft_easyedit.requests import as_requests
+
+# Path, requests, prompts in several records, records without portability.
+FILES = {
+    "zsre": ("zsre", 500, 0, 0),
+    "knowedit-zsre": ("knowedit/ZsRE", 1301, 18, 0),
+    "wikidata-recent": ("knowedit/wiki_recent", 1266, 2, 0),
+    "wikidata-counterfact": ("knowedit/wiki_counterfact", 839, 17, 77),
+    "wikibio": ("knowedit/WikiBio", 306, 0, 306),
+    "convsent": ("knowedit/convsent", 800, 0, 800),
+    "mquake": ("mquake/MQuAKE-hard.json", 4 * 429, 211, 3 * 429),
+    "requests": ("zsre/zsre_requests_500.json", 500, 0, 500),
+}
+
+
+@pytest.fixture(scope="session")
+def data():
+    folder = Path(__file__).parents[2].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the benchmark files are not beside the checkout")
+    return folder
+
+
+@pytest.fixture
+def load(data):
+    return lambda kind: load_dataset(kind, data / FILES[kind][0])
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_published_file_is_read_in_full(kind, load):
+    _, count, repeated, without_portability = FILES[kind]
+    dataset = load(kind)
+    assert len(dataset.requests) == count
+    assert len(as_requests(dataset.requests)) == count
+    assert sum(int(n.split()[0]) for n in dataset.notes if "in several records" in n) == repeated
+    assert sum(not r["portability"] for r in dataset.requests) == without_portability
+    assert all("subject" in r for r in dataset.requests)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_probes"),
+    [("wikidata-recent", 17906), ("wikidata-counterfact", 10799), ("knowedit-zsre", 3903)],
+)
+def test_probes_keep_all_their_answers(kind, num_probes, load, data):
+    dataset = load(kind)
+    records = json.loads((data / FILES[kind][0] / dataset.files[0].name).read_text("utf-8"))
+    expected = {
+        (i, probe["prompt"].strip(), frozenset(_texts(probe["ground_truth"])))
+        for i, record in enumerate(records)
+        for section in ("locality", "portability")
+        for probes in record[section].values()
+        for probe in probes
+    }
+    pairs = [
+        (request["case_id"], prompt, frozenset(aliases))
+        for request in dataset.requests
+        for section in ("locality", "portability")
+        for probe in request[section].values()
+        for prompt, aliases in zip(probe["prompt"], probe["aliases"], strict=True)
+    ]
+    assert len(pairs) == num_probes
+    assert set(pairs) == expected
+
+
+def _texts(answer):
+    """All texts of nested lists."""
+    parts = [answer] if isinstance(answer, str) else answer
+    return [t for p in parts for t in ([p.strip()] if isinstance(p, str) else _texts(p))]
+
+
+def test_zsre_loc_prompts_come_from_the_train_file(load):
+    dataset = load("zsre")
+    assert dataset.files[1].sha256.startswith("e6259610")
+    assert dataset.requests[0]["loc_prompt"] == (
+        "nq question: john goodman's character in the big lebowski Walter Sobchak"
+    )
+
+
+def test_piqa_is_read_in_full(data):
+    items, files = load_piqa(data / "piqa")
+    assert len(items) == 1838
+    assert sum(item.label for item in items) == 928
+    assert files[0].sha256.startswith("93503cc9")
+
+
+@pytest.fixture(scope="session")
+def host():
+    try:
+        found = find_host()
+    except ImportError as error:
+        pytest.skip(f"no EasyEdit: {error}")
+    from baft_easyedit import register
+
+    register()
+    return found
+
+
+@pytest.mark.easyedit
+@pytest.mark.parametrize(
+    "kind", ["wikidata-recent", "wikidata-counterfact", "knowedit-zsre", "wikibio"]
+)
+def test_knowedit_is_read_as_easyedit_reads_it(kind, load, data, host):
+    if host.generation != "current":
+        pytest.skip("the release has no KnowEditDataset")
+    from easyeditor import KnowEditDataset
+
+    ours = load(kind)
+    theirs = KnowEditDataset(str(data / FILES[kind][0] / ours.files[0].name))
+    keys = {
+        "portability_r": ("portability", "reasoning"),
+        "portability_s": ("portability", "Subject_Aliasing"),
+        "portability_l": ("portability", "Logical_Generalization"),
+        "locality_rs": ("locality", "Relation_Specificity"),
+        "locality_f": ("locality", "Forgetfulness"),
+    }
+    for request, record in zip(ours.requests, theirs, strict=True):
+        for key in ("prompt", "target_new", "subject"):
+            assert request[key] == record[key].strip()
+        for key, (section, kind_of_probe) in keys.items():
+            probe = request[section].get(kind_of_probe, {"prompt": [], "ground_truth": []})
+            expected = record[key] or []
+            assert probe["prompt"] == [p["prompt"].strip() for p in expected]
+            assert probe["ground_truth"] == [_first(p["ground_truth"]) for p in expected]
+
+
+def _first(answer):
+    """What EasyEdit's example takes of several answers."""
+    while isinstance(answer, list):
+        answer = answer[0]
+    return answer.strip()
+
+
+@pytest.mark.easyedit
+@pytest.mark.parametrize("name", ["zsre_mend_edit.json", "zsre_mend_train.json"])
+def test_zsre_is_read_as_easyedit_reads_it(name, data, host):
+    from easyeditor import ZsreDataset
+
+    ours = load_dataset("zsre", data / "zsre" / name)
+    theirs = ZsreDataset(str(data / "zsre" / name))
+    for request, record in zip(ours.requests, theirs, strict=True):
+        for key in ("case_id", "prompt", "target_new", "ground_truth", "rephrase_prompt"):
+            assert request[key] == (record[key].strip() if key != "case_id" else record[key])
+        probe = request["locality"]["neighborhood"]
+        assert probe["prompt"] == [record["locality_prompt"]]
+        assert probe["ground_truth"] == [record["locality_ground_truth"].strip()]

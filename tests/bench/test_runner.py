@@ -1,0 +1,281 @@
+"""Benchmarks on a tiny model through the real EasyEdit: run, stop, go on, fail, share."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from baft_easyedit.bench import process, runner
+from baft_easyedit.bench.config import make_config
+from baft_easyedit.bench.runner import run_bench
+from baft_easyedit.bench.store import read_json
+from baft_easyedit.easyedit.host import find_host
+from baft_easyedit.easyedit.tiny import save_tiny_llama
+
+CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
+MEASURED = ("edit_time_s", "peak_memory_bytes")
+BAFT = {"layers": [1, 2], "rank": 4, "lr": 5.0e-2, "num_steps": 30}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _host():
+    try:
+        find_host()
+    except ImportError as error:
+        pytest.skip(f"no EasyEdit: {error}")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, model_path):
+    """A benchmark of four records: what `make_config` takes."""
+    requests = [
+        {
+            "prompt": f"The capital of {country} is",
+            "target_new": city,
+            "subject": country,
+            "rephrase_prompt": f"{country} has the capital",
+            "locality": {"nq": {"prompt": "The sky is", "ground_truth": "blue"}},
+            "portability": {
+                "hop": {
+                    "prompt": f"People of {country} vote in",
+                    "ground_truth": [[city, city.lower()]],
+                }
+            },
+        }
+        for country, city in CITIES.items()
+    ]
+    file = tmp_path_factory.mktemp("data") / "requests.json"
+    file.write_text(json.dumps(requests))
+    return {
+        "model": model_path,
+        "data": {"kind": "requests", "path": str(file)},
+        "methods": [{"name": "BaFT", "set": BAFT}, {"name": "FT-L", "set": {"num_steps": 3}}],
+        "T": [1, 2],
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The benchmark's directory, run without a stop; with the calls that moved the bar."""
+    directory = tmp_path_factory.mktemp("whole")
+    moves = []
+
+    def start(total, done):
+        moves.append((total, done))
+        return moves.append
+
+    run_bench(make_config(settings), directory / "run", start)
+    return directory / "run", moves
+
+
+def changed_records(settings, tmp_path, change):
+    """Settings with the same records, changed."""
+    records = json.loads(Path(settings["data"]["path"]).read_text())
+    change(records)
+    file = tmp_path / "changed.json"
+    file.write_text(json.dumps(records))
+    return {**settings, "data": {"kind": "requests", "path": str(file)}}
+
+
+def scores(rows):
+    """Rows without what is measured anew in each run."""
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+
+
+pytestmark = pytest.mark.easyedit
+
+
+def test_a_run_scores_every_method_under_every_protocol(whole):
+    directory, moves = whole
+    rows = read_json(directory / "summary.json")
+    assert [(r["method"], r["protocol"], r["T"], r["n"]) for r in rows] == [
+        ("BaFT", "single", 1, 4),
+        ("BaFT", "continual", 2, 4),
+        ("FT-L", "single", 1, 4),
+        ("FT-L", "continual", 2, 4),
+    ]
+    baft, continual = rows[:2]
+    assert (baft["rewrite_acc"], baft["error"]) == (1.0, None)
+    assert baft["gen_rewrite_acc"] == 0.0  # the model never stops by itself
+    assert (baft["num_restored"], baft["num_restores"]) == (4, 4)
+    assert baft["any_alias_portability_acc"] >= baft["portability_acc"]
+    assert baft["immediate_rewrite_acc"] is None
+    assert continual["immediate_rewrite_acc"] == 1.0
+    assert moves[0] == (16, 0)
+    assert sum(moves[1:]) == 16
+    case = read_json(directory / "cases/BaFT/continual-T2/00003.json")
+    assert (case["chunk"], case["position"], case["chunk_length"]) == (1, 1, 2)
+    assert len(case["basis"]["rewrite"]["1"]) == 4
+    assert read_json(directory / "cases/FT-L/single/00000.json")["basis"] is None
+    assert read_json(directory / "run.json")["status"] == "success"
+
+
+def test_a_run_goes_on_where_it_stopped(settings, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "run")
+    for gone in ("chunks/BaFT/single/00002.json", "chunks/FT-L/continual-T2/00001.json"):
+        (tmp_path / "run" / gone).unlink()
+    seen = []
+    original = process.run_units
+    monkeypatch.setattr(
+        runner, "run_units", lambda *a, **k: seen.append([u.key for u in a[2]]) or original(*a, **k)
+    )
+    again = run_bench(make_config(settings), tmp_path / "run")
+    assert seen == [[("BaFT", 1, 1, 2)], [("FT-L", 2, 1, 1)]]
+    assert scores(again) == scores(read_json(whole[0] / "summary.json"))
+
+
+def as_command(settings, tmp_path, *launcher):
+    """The benchmark as a command to be started elsewhere: its arguments and environment."""
+    file = tmp_path / "bench.yaml"
+    file.write_text(json.dumps(settings))
+    root = str(Path(process.__file__).parents[2])
+    command = [sys.executable, *launcher, "-m", "baft_easyedit", "bench", str(file), "--out"]
+    return [*command, str(tmp_path / "run")], {**os.environ, "PYTHONPATH": root}
+
+
+def test_a_killed_run_ends_with_the_same_numbers(settings, whole, tmp_path):
+    command, environment = as_command(settings, tmp_path)
+    stopped = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("run/chunks/BaFT/single/*"))) < 2:
+        assert stopped.poll() is None
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGKILL)
+    stopped.wait()
+    assert not (tmp_path / "run/summary.json").exists()
+    rows = run_bench(make_config(settings), tmp_path / "run")
+    assert scores(rows) == scores(read_json(whole[0] / "summary.json"))
+
+
+def test_two_processes_give_the_summary_of_one(settings, whole, tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    only_baft = {**settings, "methods": settings["methods"][:1]}
+    command, environment = as_command(only_baft, tmp_path, *launch)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    rows = read_json(tmp_path / "run/summary.json")
+    assert scores(rows) == scores(read_json(whole[0] / "summary.json"))[:2]
+
+
+def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
+    # ROME needs a subject: one record has none.
+    changed = changed_records(settings, tmp_path, lambda records: records[1].pop("subject"))
+    methods = ["MEND", {"name": "ROME", "set": {"v_num_grad_steps": 2}}]
+    config = make_config({**changed, "methods": methods, "T": [1], "generation": False})
+    mend, rome = run_bench(config, tmp_path / "run")
+    assert (mend["n"], mend["num_failed"]) == (0, 4)
+    assert mend["error"].startswith("MEND needs a hypernetwork")
+    assert (rome["n"], rome["num_failed"], rome["error"]) == (3, 1, None)
+    assert any("1 of 4 runs failed: KeyError" in note for note in rome["notes"])
+    assert (rome["num_restored"], rome["num_restores"]) == (3, 3)
+    assert rome["gen_rewrite_acc"] is None
+    again = run_bench(config, tmp_path / "run")[1]
+    assert scores([again]) == scores([rome])
+
+
+def test_batches_are_edited_together_or_say_that_they_cannot_be(settings, tmp_path):
+    change = {"T": [2], "batch_size": [2], "methods": [settings["methods"][0], "ROME"]}
+    config = make_config({**settings, **change})
+    baft, rome = run_bench(config, tmp_path / "run")
+    assert (baft["protocol"], baft["n"], baft["error"]) == ("batched", 4, None)
+    chunk = read_json(tmp_path / "run/chunks/BaFT/batched-B2-T2/00000.json")
+    assert len(chunk["edit_times_s"]) == 2
+    assert rome["error"] == "ValueError: ROME edits one request at a time in EasyEdit"
+
+
+def test_a_run_may_get_further_rows_but_not_other_settings(settings, tmp_path):
+    quick = {**settings, "methods": ["MEND"], "T": [1]}
+    run_bench(make_config(quick), tmp_path / "run")
+    more = {**quick, "methods": ["MEND", "SERAC"], "T": [2], "jobs": 2}
+    rows = run_bench(make_config(more), tmp_path / "run")
+    assert [(row["method"], row["T"]) for row in rows] == [("MEND", 2), ("SERAC", 2)]
+    with pytest.raises(ValueError, match=r"holds a run with seed 0; got 1: give another"):
+        run_bench(make_config({**quick, "seed": 1}), tmp_path / "run")
+    other_row = {**quick, "methods": [{"name": "MEND", "method": "SERAC"}]}
+    with pytest.raises(ValueError, match=r"holds a run with the row MEND .*'MEND'.*SERAC"):
+        run_bench(make_config(other_row), tmp_path / "run")
+    changed = changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
+    with pytest.raises(ValueError, match="holds a run with data"):
+        run_bench(make_config({**changed, "methods": ["MEND"]}), tmp_path / "run")
+
+
+def test_other_records_under_the_same_name_are_refused(settings, tmp_path):
+    changed = changed_records(settings, tmp_path, lambda records: None)
+    config = make_config({**changed, "methods": ["MEND"]})
+    run_bench(config, tmp_path / "run")
+    changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
+    with pytest.raises(ValueError, match="holds a run whose records was another"):
+        run_bench(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["EDIT"]}, r"method must be one of .*; got 'EDIT'"),
+        ({"methods": [{"name": "BaFT", "set": {"rank": 0}}]}, "rank must be at least 1; got 0"),
+        ({"methods": [{"name": "BaFT", "set": {"rnk": 2}}]}, "unknown hyper-parameter 'rnk'"),
+        ({"methods": [{"name": "ROME", "hparams": "x"}]}, "hparams is for BaFT and ReFT only"),
+        ({"data": {"kind": "news"}}, "kind must be one of .*; got 'news'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        run_bench(make_config({**settings, **change}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_must_hold_a_passage(settings, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"texts must name a file with a passage a line; .*empty"):
+        run_bench(make_config({**settings, "texts": str(empty)}), tmp_path / "run")
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Let shell commands stand in for the worker."""
+
+    def replace(commands):
+        script = tmp_path / "worker.sh"
+        script.write_text(f"#!/bin/sh\n{commands}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(process.sys, "executable", str(script))
+
+    return replace
+
+
+def test_a_process_that_dies_is_a_row(settings, tmp_path, worker):
+    worker("echo out of luck >&2; exit 3")
+    row = run_bench(make_config(settings), tmp_path / "run")[0]
+    assert row["error"] == "its process ended with exit code 3: out of luck"
+    assert (row["n"], row["num_failed"]) == (0, 4)
+
+
+def test_a_slow_method_is_killed(settings, tmp_path, worker):
+    worker("exec sleep 60")
+    row = run_bench(make_config({**settings, "timeout_s": 0.2}), tmp_path / "run")[0]
+    assert row["error"] == "took more than 0.2 s"
+
+
+def test_an_interrupt_leaves_no_process_behind(settings, tmp_path, worker):
+    worker(f"""echo $$ > {tmp_path}/pid; echo '{{"edited": 1}}'; exec sleep 60""")
+
+    def start(total, done):
+        def interrupt(count):
+            raise KeyboardInterrupt
+
+        return interrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(make_config(settings), tmp_path / "run", start)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

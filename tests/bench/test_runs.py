@@ -1,0 +1,150 @@
+import json
+
+import pytest
+from synthetic import write_json, write_run
+
+from baft_easyedit.bench.plan import Protocol
+from baft_easyedit.bench.runs import merge_results, read_cases, read_run
+
+FEW = {"methods": ("BaFT", "+ss-w&lr"), "protocols": ("single", "batched-B2-T2"), "num_cases": 4}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return write_run(tmp_path / "run", **FEW)
+
+
+def change_row(run_dir, index=0, **fields):
+    rows = json.loads((run_dir / "summary.json").read_text())
+    rows[index] |= fields
+    write_json(run_dir / "summary.json", rows)
+
+
+def test_run_is_read_with_its_results_and_their_protocols(run_dir):
+    run = read_run(run_dir)
+    assert run.info["seed"] == 0
+    assert [(r.method, r.setting) for r in run.results] == [
+        ("BaFT", Protocol(1, 1)),
+        ("BaFT", Protocol(2, 2)),
+        ("+ss-w&lr", Protocol(1, 1)),
+        ("+ss-w&lr", Protocol(2, 2)),
+    ]
+    first = run.results[0]
+    assert first.number("rewrite_acc") == first.values["rewrite_acc"]
+    assert first.standard_error("rewrite_acc") == first.values["rewrite_acc_se"]
+    assert first.notes == ("scored in eval mode",)
+
+
+def test_result_with_an_error_has_no_numbers(tmp_path):
+    run_dir = write_run(tmp_path / "run", rows={"BaFT": {"error": "out of memory"}}, **FEW)
+    failed, *_ = read_run(run_dir).results
+    assert failed.error == "out of memory"
+    assert failed.number("rewrite_acc") is None
+    assert failed.standard_error("rewrite_acc") is None
+
+
+def test_cases_are_those_of_the_result_in_order(run_dir):
+    result = read_run(run_dir).results[3]
+    cases = read_cases(result)
+    assert [case["index"] for case in cases] == [0, 1, 2, 3]
+    assert {(case["method"], case["T"], case["batch_size"]) for case in cases} == {
+        ("+ss-w&lr", 2, 2)
+    }
+
+
+def test_result_without_cases_has_none(run_dir):
+    result = read_run(run_dir).results[0]
+    for file in (run_dir / "cases" / "BaFT" / "single").glob("*.json"):
+        file.unlink()
+    assert read_cases(result) == []
+
+
+@pytest.mark.parametrize("name", ["run.json", "summary.json"])
+def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
+    (run_dir / name).unlink()
+    with pytest.raises(ValueError, match=rf"is not the directory of a finished run: .* {name}"):
+        read_run(run_dir)
+
+
+def test_truncated_summary_is_refused(run_dir):
+    file = run_dir / "summary.json"
+    file.write_text(file.read_text()[:500])
+    with pytest.raises(ValueError, match=r"summary\.json must be JSON, and is not"):
+        read_run(run_dir)
+
+
+def test_truncated_case_is_refused(run_dir):
+    (run_dir / "cases" / "BaFT" / "single" / "00002.json").write_text("{")
+    with pytest.raises(ValueError, match=r"00002\.json must be JSON, and is not"):
+        read_cases(read_run(run_dir).results[0])
+
+
+def test_other_schema_is_refused(run_dir):
+    info = json.loads((run_dir / "run.json").read_text())
+    write_json(run_dir / "run.json", info | {"schema": 2})
+    with pytest.raises(ValueError, match=r"run\.json must have schema 1; got 2"):
+        read_run(run_dir)
+
+
+@pytest.mark.parametrize("content", [[], {}])
+def test_summary_without_rows_is_refused(run_dir, content):
+    write_json(run_dir / "summary.json", content)
+    with pytest.raises(ValueError, match=r"summary\.json must hold a list of rows; got (\[\]|{})"):
+        read_run(run_dir)
+
+
+def test_run_that_is_no_object_is_refused(run_dir):
+    write_json(run_dir / "run.json", [1])
+    with pytest.raises(ValueError, match=r"run\.json must hold an object; got \[1\]"):
+        read_run(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": 3}, "method must be text; got 3"),
+        ({"dataset": None}, "dataset must be text; got None"),
+        ({"T": 0}, "T must be an integer of at least 1; got 0"),
+        ({"batch_size": "1"}, "batch_size must be an integer of at least 1; got '1'"),
+        ({"n": None}, "n must be there"),
+        ({"rewrite_acc": 1.2}, "rewrite_acc must be null or a number from 0 to 1; got 1.2"),
+        ({"gen_rewrite_acc": "x"}, "gen_rewrite_acc must be null or a number from 0 to 1"),
+        ({"edit_time_s": -1}, "edit_time_s must be null or a number from 0 to inf; got -1"),
+        ({"locality_acc": float("nan")}, "locality_acc must be null or a number from 0 to 1"),
+    ],
+)
+def test_bad_row_is_refused(run_dir, fields, message):
+    change_row(run_dir, index=1, **fields)
+    with pytest.raises(ValueError, match=rf"summary\.json, row 1: {message}"):
+        read_run(run_dir)
+
+
+def test_row_that_is_no_object_is_refused(run_dir):
+    write_json(run_dir / "summary.json", ["BaFT"])
+    with pytest.raises(ValueError, match=r"row 0: it must be an object; got 'BaFT'"):
+        read_run(run_dir)
+
+
+@pytest.mark.parametrize("name", ["error", "portability_acc", "downstream_acc"])
+def test_row_without_a_field_is_refused(run_dir, name):
+    rows = json.loads((run_dir / "summary.json").read_text())
+    del rows[0][name]
+    write_json(run_dir / "summary.json", rows)
+    with pytest.raises(ValueError, match=f"row 0: {name} must be there"):
+        read_run(run_dir)
+
+
+def test_same_results_count_once(tmp_path, run_dir):
+    copy = write_run(tmp_path / "copy", **FEW)
+    assert len(merge_results([read_run(run_dir), read_run(copy)])) == 4
+
+
+def test_runs_that_contradict_each_other_are_refused(tmp_path, run_dir):
+    other = write_run(tmp_path / "other", **FEW | {"seed": 1})
+    with pytest.raises(ValueError, match=r"run/summary\.json and .*other/summary\.json must not"):
+        merge_results([read_run(run_dir), read_run(other)])
+
+
+def test_runs_of_different_models_go_together(tmp_path, run_dir):
+    other = write_run(tmp_path / "other", **FEW | {"seed": 1, "model": "gpt2"})
+    assert len(merge_results([read_run(run_dir), read_run(other)])) == 8

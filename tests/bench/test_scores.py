@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from baft_easyedit.bench.scores import metric_scores, plain, row_costs, row_scores
+
+
+def test_a_case_is_the_mean_over_keys_of_the_means_over_probes():
+    scores = metric_scores(
+        {
+            "rewrite_acc": [1.0, 0.0],
+            "locality": {"a_acc": [1.0, 0.0], "b_acc": [1.0], "a_output": [[3]]},
+            "portability": {},
+        }
+    )
+    assert scores == {
+        "rewrite_acc": 0.5,
+        "rephrase_acc": None,
+        "locality_acc": 0.75,
+        "portability_acc": None,
+    }
+
+
+def test_a_row_is_the_mean_over_the_cases_that_have_the_score():
+    cases = [{"scores": {"rewrite_acc": x, "gen_rewrite_acc": None}} for x in (1.0, 0.0, 0.5)]
+    row = row_scores([*cases, {"scores": {"rephrase_acc": 1.0}}, {"scores": None}])
+    assert row["rewrite_acc"] == 0.5
+    assert row["rewrite_acc_se"] == pytest.approx(0.5 / 3**0.5)
+    assert (row["rephrase_acc"], row["rephrase_acc_se"]) == (1.0, None)
+    assert (row["gen_rewrite_acc"], row["locality_acc"]) == (None, None)
+
+
+def test_costs_are_collected_from_chunks():
+    chunk = {"trainable_parameters": 5, "peak_memory_bytes": 100, "restored": True}
+    chunks = [
+        {**chunk, "edit_times_s": [1.0, 9.0]},
+        {**chunk, "edit_times_s": [2.0], "restored": False, "peak_memory_bytes": 300},
+    ]
+    assert row_costs(chunks) == {
+        "edit_time_s": 2.0,
+        "peak_memory_bytes": 300,
+        "trainable_parameters": 5,
+        "num_restored": 1,
+        "num_restores": 2,
+    }
+    assert set(row_costs([]).values()) == {None}
+
+
+def test_numpy_values_become_plain():
+    assert plain({"a": (np.float64(1.5), [np.array([1, 2])]), 3: None}) == {
+        "a": [1.5, [[1, 2]]],
+        "3": None,
+    }

@@ -1,0 +1,47 @@
+import os
+
+import pytest
+
+from baft_easyedit.bench.plan import Protocol, Unit
+from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
+
+UNIT = Unit("+ss-w", Protocol(10, 1), 2, range(20, 30))
+
+
+def test_records_lie_where_the_layout_says(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.case(UNIT, 21) == tmp_path / "cases/+ss-w/continual-T10/00021.json"
+    assert run.chunk(UNIT) == tmp_path / "chunks/+ss-w/continual-T10/00002.json"
+    assert run.pre_edit("abc", 3) == tmp_path / "pre_edit/abc/00003.json"
+
+
+def test_records_are_read_in_order(tmp_path):
+    run = RunDirectory(tmp_path)
+    for i in (22, 3, 21):
+        write_json(run.case(UNIT, i), {"schema": SCHEMA, "index": i})
+    assert [case["index"] for case in run.cases_of("+ss-w", UNIT.protocol)] == [3, 21, 22]
+    assert list(run.chunks_of("+ss-w", UNIT.protocol)) == []
+
+
+def test_a_record_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a" / "record.json"
+    write_json(file, {"x": 1})
+
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(file, {"x": 2})
+    assert read_json(file) == {"x": 1}
+    assert os.listdir(file.parent) == ["record.json"]
+
+
+def test_unreadable_records_are_named(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"x": ')
+    with pytest.raises(ValueError, match=r"broken.json must be JSON, and is not: .*delete it"):
+        read_json(broken)
+    broken.write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match=r"broken.json must have schema 1; got 99"):
+        read_json(broken)

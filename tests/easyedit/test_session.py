@@ -1,0 +1,196 @@
+"""EasyEdit's own parts, one by one: edit, score, restore, verify."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import logits
+
+from baft_easyedit.easyedit.peers import peer_hparams
+from baft_easyedit.easyedit.session import Session, prepare_requests
+
+pytestmark = pytest.mark.easyedit
+
+
+@pytest.fixture
+def make_peer(host, model_path, tmp_path):
+    def make(name, **overrides):
+        from easyeditor import BaseEditor
+
+        hparams, _ = peer_hparams(
+            name, model_path, "cpu", tmp_path, host.generation, overrides=overrides
+        )
+        return BaseEditor.from_hparams(hparams)
+
+    return make
+
+
+@pytest.fixture
+def complete(requests):
+    return prepare_requests(requests)
+
+
+def test_an_edit_is_scored_and_restored(make_editor, complete):
+    editor = make_editor()
+    before = logits(editor, "The sky is")
+    session = Session(editor, "The sky is")
+    pre = session.score(complete[0])
+    assert session.edit(complete[:1]) > 0
+    metrics = session.score_against(pre, complete[0])
+    assert metrics["pre"]["rewrite_acc"] != metrics["post"]["rewrite_acc"] == [1.0]
+    assert 0 <= metrics["post"]["locality"]["nq_acc"][0] <= 1
+    assert session.restore() is True
+    assert torch.equal(logits(editor, "The sky is"), before)
+
+
+def test_parameters_are_counted(make_editor, make_peer, complete):
+    session = Session(make_editor("ReFT"), "a")
+    assert session.num_parameters is None
+    session.edit(complete[:1])
+    assert session.num_parameters == 2 * (2 * 4 * 48 + 4)  # layers (R, A and b)
+    session = Session(make_peer("FT-L", num_steps=3), "a")
+    session.edit(complete[:1])
+    assert session.num_parameters == 48 * 96
+
+
+def test_edits_in_a_row_add_up_and_are_undone_together(make_editor, complete):
+    editor = make_editor()
+    before = logits(editor, "The sky is")
+    session = Session(editor, "The sky is")
+    for request in complete:
+        session.edit([request])
+        assert session.score(request)["rewrite_acc"] == [1.0]
+    assert session.restore() is True
+    assert torch.equal(logits(editor, "The sky is"), before)
+
+
+def test_requests_can_be_edited_together(make_editor, complete):
+    session = Session(make_editor(), "The sky is")
+    session.edit(complete)
+    assert [session.score(r)["rewrite_acc"] for r in complete] == [[1.0]] * 3
+
+
+def test_lora_is_scored_without_dropout(make_peer, complete):
+    session = Session(make_peer("LoRA", num_steps=2), "The sky is")
+    for request in complete[:2]:
+        session.edit([request])
+    training = [module for module in session.model.modules() if module.training]
+    assert training  # EasyEdit leaves it so
+    prompts, targets = ["The sky is"] * 2, ["blue"] * 2
+    assert session.token_accuracies(prompts, targets) == session.token_accuracies(prompts, targets)
+    assert all(module.training for module in training)
+    assert session.restore() in (True, False)
+
+
+def test_answers_are_generated_by_the_edited_model(make_editor, complete):
+    session = Session(make_editor(), "The sky is")
+    prompts = [complete[0]["prompt"], "The sky is"]
+    before = session.answers(prompts, 6)
+    session.edit(complete[:1])
+    after = session.answers(prompts, 6)
+    assert after[0].startswith("Oslo")
+    assert not before[0].startswith("Oslo")
+
+
+def test_a_model_that_is_not_restored_is_replaced(make_editor, complete):
+    editor = make_editor()
+    before = logits(editor, "The sky is")
+    original = editor.apply_algo
+
+    def forgets(*args, **kwargs):
+        return original(*args, **kwargs)[0], {}
+
+    editor.apply_algo = forgets
+    session = Session(editor, "The sky is")
+    session.edit(complete[:1])
+    assert session.restore() is False
+    assert torch.equal(logits(editor, "The sky is"), before)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_restore_that_fails_is_made_good_if_there_is_a_copy(make_editor, complete, verify):
+    editor = make_editor()
+    before = logits(editor, "The sky is")
+    original = editor.apply_algo
+
+    class Broken(dict):
+        def items(self):
+            raise RuntimeError("lost them")
+
+    editor.apply_algo = lambda *args, **kwargs: (original(*args, **kwargs)[0], Broken())
+    session = Session(editor, "The sky is", verify)
+    session.edit(complete[:1])
+    if verify:
+        assert session.restore() is False
+        assert torch.equal(logits(editor, "The sky is"), before)
+    else:
+        with pytest.raises(RuntimeError, match="lost them"):
+            session.restore()
+
+
+def test_unverified_restores_are_told(make_editor, complete):
+    session = Session(make_editor(), "The sky is", verify=False)
+    session.edit(complete[:1])
+    assert session.restore() is None
+
+
+def test_each_case_is_scored_by_easyedit(host, make_editor, complete, monkeypatch):
+    module = importlib.import_module("easyeditor.editors.editor")
+    seen = []
+    original = module.compute_edit_quality
+    monkeypatch.setattr(
+        module, "compute_edit_quality", lambda *a, **k: seen.append(a[4]) or original(*a, **k)
+    )
+    session = Session(make_editor(num_steps=1), "a")
+    pre = session.score(complete[0])
+    session.score_against(pre, complete[0])
+    assert seen == [complete[0], complete[0]]
+
+
+def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, requests):
+    from baft_easyedit.easyedit.peer_fixes import scored_request
+
+    editor = make_editor()
+    assert scored_request(requests[0], editor) == requests[0]
+    editor.alg_name = "GRACE"
+    scored = scored_request(requests[0], editor)
+    # With single bytes as tokens the target's own tokens end the text: nothing to put right.
+    assert scored == requests[0]
+    merged = type(
+        "Merging", (), {"encode": lambda self, text, **_: text.replace(" ", " _").split()}
+    )
+    editor.tok = merged()
+    scored = scored_request(requests[0], editor)
+    assert scored["target_new"] == " Oslo"
+    assert scored["locality"]["nq"] == {"prompt": ["The sky is"], "ground_truth": [" blue"]}
+    assert requests[0]["target_new"] == "Oslo"
+
+
+def test_wise_gets_a_text_that_is_no_probe(make_editor, requests):
+    from baft_easyedit.easyedit.peer_fixes import edited_request
+
+    editor = make_editor()
+    assert "loc_prompt" not in edited_request(requests[0], editor)
+    editor.alg_name = "WISE"
+    assert "sky" not in edited_request(requests[0], editor)["loc_prompt"]
+    for given in ("x", ["x", "y"]):
+        assert edited_request({**requests[0], "loc_prompt": given}, editor)["loc_prompt"] == "x"
+
+
+def test_requests_are_completed():
+    (request,) = prepare_requests(
+        [{"prompt": "a", "target_new": "b", "locality": {"x": None, "y": {"prompt": ""}}}]
+    )
+    assert request == {
+        "ground_truth": None,
+        "case_id": 0,
+        "prompt": "a",
+        "target_new": "b",
+        "locality": {},
+        "portability": {},
+    }
+
+
+def test_no_requests_are_refused():
+    with pytest.raises(ValueError, match="requests must hold at least one request"):
+        prepare_requests([])
