@@ -97,14 +97,32 @@ class ModelEdit(nn.Module):
         """Return how much the bases of one edited layer have been used so far."""
         return cast(BasisUsage, self._usage[str(layer)])
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of all gates; none for ReFT."""
-        return [p for i in self.layers for p in self.intervention(i).gate.parameters()]
+    @property
+    def num_edits(self) -> int:
+        """Independent edits that this object holds; see `IndependentEdits`."""
+        return 1
 
-    def subspace_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of all bases and learned sources."""
-        gates = {id(p) for p in self.gate_parameters()}
-        return [p for p in self.parameters() if id(p) not in gates]
+    def learned_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained, by the names of `snapshot`; gates have `.gate.` in theirs."""
+        return dict(self.named_parameters())
+
+    def state_of(self, edit: int, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
+        """Return a copy of what one of the `num_edits` edits has learned.
+
+        Args:
+            edit: Which, from 0.
+            usage: `total` [num_edits, r] and `count` [num_edits] of each layer's usage by then.
+        """
+        state = dict(self.snapshot())
+        state |= self._values_of(edit)
+        for layer, (total, count) in usage.items():
+            state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
+            state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
+        return state
+
+    def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
+        """Return copies of one edit's parameters where they are not this module's own."""
+        return {}
 
     def attach(self, model: nn.Module) -> None:
         """Make `model` use this edit in every forward pass from now on.
@@ -190,12 +208,16 @@ class ModelEdit(nn.Module):
         here = positions[..., None]  # [B, T, 1]
         self._move(layer, hidden.device)
         # Padding can hold NaN, whose gradient `where` alone would not stop.
-        edited, weights = self.intervention(layer)(torch.where(here, hidden, 0))
+        edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
         if self._record is not None:
             self._record.positions = self._positions
             self._record.weights[layer] = weights
             self._record.hidden[layer] = hidden.detach()
         return torch.where(here, edited, hidden)
+
+    def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
+        return self.intervention(layer)(hidden)
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Bring what a layer has learned to where the layer computes now."""

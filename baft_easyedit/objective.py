@@ -1,7 +1,8 @@
 """The objective L = L1 + R_bal + R_loc (Liu et al. 2025, Eq. 4). Needs torch only.
 
-Shapes: B batch, T tokens, V vocabulary, r rank, N intervened positions of the edits, M intervened
-positions of the irrelevant prompts.
+Every term averages over the intervened positions of the rows of one edit. Leading dimensions,
+written ..., are independent edits: each gets its own value.
+Shapes: B rows of an edit, M rows of its irrelevant prompts, T tokens, V vocabulary, r rank.
 """
 
 import torch
@@ -15,14 +16,24 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """L1: teacher-forced cross-entropy of the answer tokens, their mean (Eq. 4).
 
     Args:
-        logits: [B, T, V]; column t predicts the label of column t + 1.
-        labels: [B, T]; -100 is ignored.
+        logits: [..., B, T, V]; column t predicts the label of column t + 1.
+        labels: [..., B, T]; -100 is ignored.
 
     Returns:
-        Scalar, fp32, in nats per answer token.
+        [...], fp32, in nats per answer token.
     """
-    predicted = logits[:, :-1].float().flatten(0, 1)  # [B (T - 1), V]
-    return F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+    predicted = logits[..., :-1, :].float().flatten(0, -2)  # [... B (T - 1), V]
+    wanted = labels[..., 1:]  # [..., B, T - 1]
+    losses = F.cross_entropy(
+        predicted, wanted.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    count = (wanted != IGNORED_LABEL).sum((-2, -1))  # [...]
+    return losses.view_as(wanted).sum((-2, -1)) / count
+
+
+def mean_at(values: Tensor, positions: Tensor) -> Tensor:
+    """Average values [..., B, T] over the positions [..., B, T] that are True; [...]."""
+    return (values * positions).sum((-2, -1)) / positions.sum((-2, -1))
 
 
 class BasisUsage(nn.Module):
@@ -40,18 +51,23 @@ class BasisUsage(nn.Module):
         self.register_buffer("total", torch.zeros(rank))  # [r] sum of w over past positions
         self.register_buffer("count", torch.zeros(()))  # number of past positions
 
-    @torch.no_grad()
-    def add(self, weights: Tensor) -> None:
-        """Count the basis weights [N, r] of a finished edit as past."""
-        self.total += weights.sum(0)
-        self.count += weights.shape[0]
+    def with_current(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `total` [..., r] and `count` [...] as they are once the current edit is past.
 
-    def mean_with(self, weights: Tensor) -> Tensor:
-        """Return wbar, [r]: the mean weights over past and current positions [N, r].
-
-        The gradient flows through the current positions only.
+        Args:
+            weights: Basis weights of the current edit, [..., B, T, r].
+            positions: True where they count, [..., B, T].
         """
-        return (self.total + weights.sum(0)) / (self.count + weights.shape[0])
+        current = (weights * positions[..., None]).sum((-3, -2))  # [..., r]
+        return self.total + current, self.count + positions.sum((-2, -1))
+
+    def mean_with(self, weights: Tensor, positions: Tensor) -> Tensor:
+        """Return wbar, [..., r]: the mean weights over past and current positions.
+
+        The gradient flows through the current positions only. Arguments: see `with_current`.
+        """
+        total, count = self.with_current(weights, positions)
+        return total / count[..., None]
 
 
 def load_balance(mean_weights: Tensor) -> Tensor:
@@ -61,21 +77,28 @@ def load_balance(mean_weights: Tensor) -> Tensor:
     which would divide by wbar^2.
 
     Args:
-        mean_weights: wbar_k over current and past positions, [r].
+        mean_weights: wbar_k over current and past positions, [..., r].
 
     Returns:
-        Scalar; 0 for a single basis.
+        [...]; 0 for a single basis.
     """
-    rank = mean_weights.shape[0]
+    rank = mean_weights.shape[-1]
     if rank == 1:
-        return mean_weights.new_zeros(())
-    mean = mean_weights.mean()
-    deviation = (mean_weights - mean).square().sum()
+        return torch.zeros_like(mean_weights[..., 0])
+    mean = mean_weights.mean(-1)
+    deviation = (mean_weights - mean[..., None]).square().sum(-1)
     return deviation / ((rank - 1) * mean.clamp_min(torch.finfo(mean.dtype).tiny))
 
 
 def locality_margin(
-    edit_weights: Tensor, irrelevant_weights: Tensor, alpha: float, beta: float, gamma: float
+    edit_weights: Tensor,
+    edit_positions: Tensor,
+    irrelevant_weights: Tensor,
+    irrelevant_positions: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
 ) -> Tensor:
     """R_loc of one layer: a hinge that closes the gate on irrelevant prompts (Eq. 4).
 
@@ -85,19 +108,22 @@ def locality_margin(
     over positions (ours: the paper writes them for one position).
 
     Args:
-        edit_weights: w(h), [N, r].
-        irrelevant_weights: w(h_ir), [M, r].
+        edit_weights: w(h), [..., B, T, r].
+        edit_positions: True where they count, [..., B, T].
+        irrelevant_weights: w(h_ir), [..., M, T, r].
+        irrelevant_positions: True where they count, [..., M, T].
         alpha: Weight that an irrelevant position may keep.
         beta: Weight that an edited position should reach.
         gamma: Wanted gap between the largest weights.
 
     Returns:
-        Scalar.
+        [...].
     """
-    closed = F.relu(irrelevant_weights - alpha).mean()
-    opened = F.relu(beta - edit_weights).mean()
-    gap = edit_weights.amax(-1).mean() - irrelevant_weights.amax(-1).mean()
-    return closed + opened + F.relu(gamma - gap)
+    closed = mean_at(F.relu(irrelevant_weights - alpha).mean(-1), irrelevant_positions)
+    opened = mean_at(F.relu(beta - edit_weights).mean(-1), edit_positions)
+    largest = mean_at(edit_weights.amax(-1), edit_positions)
+    largest_irrelevant = mean_at(irrelevant_weights.amax(-1), irrelevant_positions)
+    return closed + opened + F.relu(gamma - (largest - largest_irrelevant))
 
 
 RESCALINGS = ("none", "match-first-step", "match-each-step")
@@ -129,8 +155,8 @@ class Rescaling:
 
         Args:
             name: Which term, to remember its first step.
-            term: The regulariser, a scalar.
-            answer: L1, a scalar.
+            term: The regulariser, one value for each edit.
+            answer: L1, likewise.
         """
         if self.rule == "none":
             return torch.ones_like(term)

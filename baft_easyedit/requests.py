@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from baft_easyedit.positions import IGNORED_LABEL
 
@@ -96,7 +97,10 @@ def as_requests(requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> li
 
 @dataclass(frozen=True)
 class EditBatch:
-    """Tokenised requests, padded on the left; the irrelevant prompts follow the edits as rows."""
+    """Tokenised requests, padded on the left; the irrelevant prompts follow the edits as rows.
+
+    Joined batches (`join_batches`) follow each other whole.
+    """
 
     input_ids: Tensor
     """[B, T], int64."""
@@ -109,7 +113,7 @@ class EditBatch:
     prompt_lengths: Tensor
     """[B], real tokens before the answer."""
     num_edits: int
-    """Rows that are edits; the others are irrelevant prompts."""
+    """Rows that are edits, of each of the joined batches; the others are irrelevant prompts."""
 
     @property
     def max_answer_length(self) -> int:
@@ -179,6 +183,24 @@ def format_prompt(prompt: str, tokenizer: Any, use_chat_template: bool) -> str:
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text, special tokens included."""
     return list(tokenizer(text)["input_ids"])
+
+
+def join_batches(batches: Sequence[EditBatch]) -> EditBatch:
+    """Put batches of as many edits and rows below each other, padded on the left to one width."""
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def joined(name: str, padding: int = 0) -> Tensor:
+        columns = [getattr(batch, name) for batch in batches]
+        return torch.cat([F.pad(c, (width - c.shape[1], 0), value=padding) for c in columns])
+
+    return EditBatch(
+        input_ids=joined("input_ids"),
+        attention_mask=joined("attention_mask"),
+        position_ids=joined("position_ids"),
+        labels=joined("labels", IGNORED_LABEL),
+        prompt_lengths=torch.cat([batch.prompt_lengths for batch in batches]),
+        num_edits=batches[0].num_edits,
+    )
 
 
 def _pad_left(

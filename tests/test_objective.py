@@ -12,6 +12,11 @@ from baft_easyedit.objective import (
 )
 
 
+def everywhere(weights):
+    """One row of weights [T, r], all of whose positions count: [1, T, r] and [1, T]."""
+    return weights[None], torch.ones(1, len(weights), dtype=torch.bool)
+
+
 def test_answer_loss_is_transformers_causal_language_model_loss():
     logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
     labels[:, :3] = -100
@@ -36,18 +41,50 @@ def test_load_balance_is_finite_when_all_weights_are_zero():
 
 def test_usage_averages_past_and_current_positions_alike():
     usage, past, current = BasisUsage(3), torch.rand(7, 3), torch.rand(2, 3)
-    usage.add(past[:4])
-    usage.add(past[4:])
-    assert torch.allclose(usage.mean_with(current), torch.cat([past, current]).mean(0))
+    for part in (past[:4], past[4:]):
+        usage.total, usage.count = usage.with_current(*everywhere(part))
+    assert usage.count == 7
+    expected = torch.cat([past, current]).mean(0)
+    assert torch.allclose(usage.mean_with(*everywhere(current)), expected)
+
+
+def test_only_positions_count():
+    usage = BasisUsage(2)
+    weights = torch.tensor([[[0.25, 0.5], [9.0, 9.0]], [[0.75, 0.5], [9.0, 9.0]]])
+    positions = torch.tensor([[True, False], [True, False]])
+    assert usage.mean_with(weights, positions).tolist() == [0.5, 0.5]
+    loss = locality_margin(weights, positions, weights, positions, alpha=0.25, beta=0.75, gamma=0.0)
+    assert loss.item() == pytest.approx((0 + 0.25 + 0.5 + 0.25) / 4 * 2)
+
+
+def test_independent_edits_have_losses_of_their_own():
+    logits, labels = torch.randn(3, 2, 6, 11), torch.randint(0, 11, (3, 2, 6))
+    weights, irrelevant = torch.rand(3, 2, 6, 4), torch.rand(3, 1, 6, 4)
+    at, off = torch.rand(3, 2, 6) > 0.5, torch.rand(3, 1, 6) > 0.5
+    at[:, 0, 0] = off[:, 0, 0] = True
+    margins = {"alpha": 0.1, "beta": 0.5, "gamma": 0.3}
+    usage = BasisUsage(4)
+    together = (
+        answer_loss(logits, labels),
+        load_balance(usage.mean_with(weights, at)),
+        locality_margin(weights, at, irrelevant, off, **margins),
+    )
+    for i in range(3):
+        alone = (
+            answer_loss(logits[i], labels[i]),
+            load_balance(usage.mean_with(weights[i], at[i])),
+            locality_margin(weights[i], at[i], irrelevant[i], off[i], **margins),
+        )
+        for term, expected in zip(together, alone, strict=True):
+            assert term[i].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_gradient_of_load_balance_flows_through_the_current_edit_only():
     usage = BasisUsage(3)
-    past = torch.rand(4, 3, requires_grad=True)
+    usage.total, usage.count = torch.rand(3), torch.tensor(4.0)
     current = torch.rand(2, 3, requires_grad=True)
-    usage.add(past)
-    load_balance(usage.mean_with(current)).backward()
-    assert past.grad is None
+    load_balance(usage.mean_with(*everywhere(current))).backward()
+    assert not usage.total.requires_grad
     assert current.grad.abs().sum() > 0
 
 
@@ -63,7 +100,11 @@ def test_gradient_of_load_balance_flows_through_the_current_edit_only():
 def test_locality_margin_is_the_sum_of_three_hinges(edit, irrelevant, expected):
     gamma = 0.4 if expected == 0.2 else 0.1
     loss = locality_margin(
-        torch.full((2, 3), edit), torch.full((4, 3), irrelevant), alpha=0.1, beta=0.3, gamma=gamma
+        *everywhere(torch.full((2, 3), edit)),
+        *everywhere(torch.full((4, 3), irrelevant)),
+        alpha=0.1,
+        beta=0.3,
+        gamma=gamma,
     )
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
@@ -71,7 +112,9 @@ def test_locality_margin_is_the_sum_of_three_hinges(edit, irrelevant, expected):
 def test_locality_gap_compares_the_largest_basis_of_each_position():
     edit = torch.tensor([[0.5, 0.1], [0.1, 0.7]])
     irrelevant = torch.tensor([[0.05, 0.0]])
-    loss = locality_margin(edit, irrelevant, alpha=1.0, beta=0.0, gamma=1.0)
+    loss = locality_margin(
+        *everywhere(edit), *everywhere(irrelevant), alpha=1.0, beta=0.0, gamma=1.0
+    )
     assert loss.item() == pytest.approx(1 - (0.6 - 0.05))
 
 

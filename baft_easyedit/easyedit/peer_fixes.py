@@ -6,22 +6,38 @@ which a run needs them: `fix_peer` before the editor is made and `prepare_method
 `reset_method_state` after each restore.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy, deepcopy
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.easyedit.host import loaded_generation
 from baft_easyedit.easyedit.peer_caches import fill_context_templates, forget_caches
-from baft_easyedit.easyedit.peer_methods import NEED_TEXTS, batchable
+from baft_easyedit.easyedit.peer_calls import (
+    APPEND_ANSWERS,
+    calls_put_right,
+    space_is_part_of_token,
+)
 
 _PAD_RIGHT = ("PMET", "MEMIT-FE", "SimIE")
-_APPEND_ANSWERS = ("ROME", "R-ROME", "SimIE", *NEED_TEXTS)
 _KEEPS_WRAPPED = ("MELO", "DPO")
+_TOLD = {
+    "GRACE": ("values of earlier edits stay trainable", "scored by generation, as EasyEdit does"),
+    "WISE": ("sequential_edit set, which its hyper-parameters lack",),
+    "DEFER": ("each prompt of a batch is answered by itself",),
+    "DPO": (
+        "later edits train the same adapter",
+        "unlearns ground_truth if there is no target_neg",
+    ),
+    "MELO": ("later edits extend the same model, which is unwrapped when it is restored",),
+    "EAMET": ("texts keep the token that begins them",),
+    "KN": ("answers are taken without the token that begins texts",),
+    "EMMET": ("its copy of the weights, which EasyEdit drops, restores the model",),
+    "UltraEdit": ("a copy of the weights restores the model",),
+}
+"""What is done for a method, beside what several need."""
 
 
 def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
@@ -35,29 +51,24 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
         What was done here, or will be by `prepare_method`, to be told beside the scores.
     """
     if name == "GRACE":
-        return (_keep_grace_values_trainable(), "GRACE is scored by generation, as EasyEdit does")
-    if name == "WISE":
+        _keep_grace_values_trainable()
+    elif name == "WISE":
         # WISE.py re-creates its adapter at each edit, which forgets the earlier ones, unless the
         # hyper-parameters have this attribute; it is no field of WISEHyperParams.
         hparams.sequential_edit = True
-        return ("WISE: sequential_edit set, which its hyper-parameters lack",)
-    if name == "DEFER":
-        return (_let_defer_answer_batches(),)
-    if name == "DPO":
-        return (
-            _let_dpo_go_on(),
-            "DPO: ground_truth is what it unlearns where there is no target_neg",
-        )
-    if name == "MELO":
-        return ("MELO: the edited model is edited further, and unwrapped when it is restored",)
-    if name == "EAMET":
-        return ("EAMET edits with a copy of the tokenizer, whose first token it switches off",)
+    elif name == "DEFER":
+        _let_defer_answer_batches()
+    elif name == "DPO":
+        _let_dpo_go_on()
+    notes = [*_TOLD.get(name, ())]
     if name in _PAD_RIGHT:
-        return (f"{name}: padded on the right, as its positions are counted",)
-    return ()
+        notes.append("padded on the right, as its positions are counted")
+    if name in APPEND_ANSWERS:
+        notes.append("answers keep their first space with a SentencePiece tokenizer")
+    return tuple(f"{name}: {note}" for note in notes)
 
 
-def _keep_grace_values_trainable() -> str:
+def _keep_grace_values_trainable() -> None:
     """Let GRACE edit again near an old key.
 
     Its constructor freezes every parameter, the values of earlier edits among them; an edit that
@@ -76,10 +87,9 @@ def _keep_grace_values_trainable() -> str:
 
         grace.edit = edit
         grace._baft_fixed = True
-    return "GRACE: values of earlier edits stay trainable"
 
 
-def _let_defer_answer_batches() -> str:
+def _let_defer_answer_batches() -> None:
     """Let DEFER answer several prompts at once.
 
     Its forward broadcasts one gate and one value a prompt, [B, 1] and [B, D], against [B, T, D]: an
@@ -99,10 +109,9 @@ def _let_defer_answer_batches() -> str:
         return torch.where(gate >= self.threshold, value, output)
 
     adaptor.forward = forward
-    return "DEFER: each prompt of a batch is answered by itself"
 
 
-def _let_dpo_go_on() -> str:
+def _let_dpo_go_on() -> None:
     """Let DPO train its adapter further at the next edit, as EasyEdit's LoRA does.
 
     It asks PEFT for a new adapter of the same name each time, which throws the earlier edits away.
@@ -118,7 +127,6 @@ def _let_dpo_go_on() -> str:
 
         dpo.get_peft_model = get_peft_model
         dpo._baft_fixed = True
-    return "DPO: later edits train the same adapter"
 
 
 def prepare_method(name: str, editor: Any, seed: int) -> None:
@@ -140,50 +148,9 @@ def prepare_method(name: str, editor: Any, seed: int) -> None:
         editor.tok.padding_side = "right"
     if name == "MELO":
         _remember_melo_modules(editor)
-    editor.apply_algo = _calls_put_right(name, editor.apply_algo)
+    editor.apply_algo = calls_put_right(name, editor.apply_algo)
     forget_caches(name)
     fill_context_templates(name, editor, seed)
-
-
-def _calls_put_right(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method's entry point: one mini-batch a call, and a tokenizer that stays as it is.
-
-    `BaseEditor.batch_edit` passes `batch_size` requests a call. Methods count on that: UltraEdit
-    ignores further ones and asserts that there are not fewer, FT and LoRA split them up.
-    """
-
-    @functools.wraps(apply)
-    def apply_to_model(
-        model: Any, tok: Any, requests: Sequence[Any], hparams: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if batchable(name, loaded_generation()):
-            hparams.batch_size = len(requests)
-            if hasattr(hparams, "batch_size_once"):  # UltraEdit's part of it, a divisor
-                hparams.batch_size_once = 1
-        if name == "EAMET":
-            # It sets add_bos_token = False for good, with which all later texts would be scored.
-            tok = deepcopy(tok)
-        if name == "KN":
-            # It takes the tokens of answers with the one that begins a text, as GPT-2 has none.
-            tok = copy(tok)
-            tok.encode = functools.partial(tok.encode, add_special_tokens=False)
-        if name in _APPEND_ANSWERS:
-            tok = copy(tok)
-            tok.decode = functools.partial(_decode_with_space, tok, tok.decode)
-        return apply(model, tok, requests, hparams, *args, **kwargs)
-
-    return apply_to_model
-
-
-def _decode_with_space(tok: Any, decode: Callable[..., str], ids: Any, **kwargs: Any) -> str:
-    """Decode with the space that a SentencePiece tokenizer drops before the first word.
-
-    ROME and its kin append all but the last token of an answer to the prompt as text, and count on
-    finding the same tokens there: `prompt?Taur` has others than `prompt? Taur`.
-    """
-    text = decode(ids, **kwargs)
-    tokens = tok.convert_ids_to_tokens(torch.as_tensor(ids).reshape(-1).tolist())
-    return " " + text if tokens and tokens[0].startswith("▁") and text[:1] != " " else text
 
 
 def after_edit(editor: Any, edited: Any) -> None:
@@ -254,7 +221,7 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     """
     edited = deepcopy(dict(request))
     name = editor.alg_name
-    if name in ("PMET", "KN") and _space_is_part_of_token(request, editor.tok):
+    if name in ("PMET", "KN") and space_is_part_of_token(request, editor.tok):
         edited["target_new"] = " " + edited["target_new"]
     if name == "WISE":
         given = edited.get("loc_prompt") or "nq question: who sang the song of the summer"
@@ -289,7 +256,7 @@ def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     the targets get that space.
     """
     scored = dict(request)
-    if editor.alg_name != "GRACE" or not _space_is_part_of_token(request, editor.tok):
+    if editor.alg_name != "GRACE" or not space_is_part_of_token(request, editor.tok):
         return scored
     scored = deepcopy(scored)
     scored["target_new"] = " " + scored["target_new"]
@@ -304,11 +271,3 @@ def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
 def _first(answer: Any) -> str:
     """Return an answer, or the first of several accepted ones."""
     return answer if isinstance(answer, str) else str(answer[0])
-
-
-def _space_is_part_of_token(request: Mapping[str, Any], tok: Any) -> bool:
-    """Tell whether a target's tokens in a text are those of the target with its space."""
-    text = tok.encode(request["prompt"] + " " + request["target_new"], add_special_tokens=False)
-    bare = tok.encode(request["target_new"], add_special_tokens=False)
-    spaced = tok.encode(" " + request["target_new"], add_special_tokens=False)
-    return text[-len(bare) :] != bare and text[-len(spaced) :] == spaced

@@ -52,7 +52,7 @@ METHODS: Mapping[str, Peer] = {
         batchable=True,
         in_release=True,
     ),
-    "DPO": Peer("dpo", "DPOHyperParams", "DPO", {"lora_type": "lora"}, batchable=True),
+    "DPO": Peer("dpo", "DPOHyperParams", "DPO", batchable=True),
     "ROME": Peer("rome", "ROMEHyperParams", "ROME", in_release=True),
     "R-ROME": Peer("r_rome", "R_ROMEHyperParams", "R-ROME"),
     "MEMIT": Peer(
@@ -79,7 +79,7 @@ METHODS: Mapping[str, Peer] = {
     "MELO": Peer("melo.melo_hparams", "MELOHyperParams", "MELO"),
     "DEFER": Peer("defer", "DeferHyperParams", "DEFER"),
     "SimIE": Peer("simie", "SimIEHyperParams", "SimIE"),
-    "KN": Peer("kn", "KNHyperParams", "KN"),
+    "KN": Peer("kn", "KNHyperParams", "KN", in_release=True),
 }
 """The methods that can be run."""
 PEERS = tuple(METHODS)
@@ -112,19 +112,11 @@ def why_not(name: str, generation: Generation) -> str | None:
         return None
     if name in _NOT_RUN:
         return f"{name} {_NOT_RUN[name]}"
-    if name == "LoRA" and generation == "pypi":
+    peer = _peer(name)
+    if generation == "current" or peer.in_release:
+        return None
+    if name == "LoRA":
         return "the LoRA of the release 0.0.1.dev0 of EasyEdit is AdaLoRA: ask for that"
-    in_release = _peer(name).in_release
-    return not_available(name) if generation == "pypi" and not in_release else None
-
-
-def is_available(name: str, generation: Generation) -> bool:
-    """Tell whether a method can be compared under a generation of EasyEdit; see `why_not`."""
-    return why_not(name, generation) is None
-
-
-def not_available(name: str) -> str:
-    """Return what is said of a peer that the release does not have."""
     return f"{name} is not in the release 0.0.1.dev0 of EasyEdit"
 
 

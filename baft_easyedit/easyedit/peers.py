@@ -21,8 +21,6 @@ from baft_easyedit.easyedit.peer_methods import (
     NEED_TEXTS,
     PEERS,
     batchable,
-    is_available,
-    not_available,
     why_not,
 )
 from baft_easyedit.easyedit.peer_scaling import scale_layers, scale_steps
@@ -38,8 +36,6 @@ __all__ = [
     "PEERS",
     "ModelShape",
     "batchable",
-    "is_available",
-    "not_available",
     "peer_config",
     "peer_hparams",
     "shipped_presets",
@@ -182,10 +178,13 @@ def _config(
     if preset is None:
         return peer_config(name, ModelShape.of(model_path)), ()
     shipped = shipped_presets(name)
-    for known, file in shipped.items():
-        if known.lower() == preset.lower():
-            config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-            return config, (f"{name}: EasyEdit's hparams/{METHODS[name].folder}/{file.name}",)
+    wanted = preset.lower()
+    exact = [file for known, file in shipped.items() if known.lower() == wanted]
+    # UltraEdit's is llama3-8b-instruct, others' is llama3-8b
+    longer = [file for known, file in shipped.items() if known.lower().startswith(f"{wanted}-")]
+    for file in (*exact, *longer):
+        config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return config, (f"{name}: EasyEdit's hparams/{METHODS[name].folder}/{file.name}",)
     note = (
         f"{name}: EasyEdit ships no {preset} (it has {', '.join(shipped) or 'none'}); the bundled "
         "model's values, scaled"

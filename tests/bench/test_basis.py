@@ -42,5 +42,6 @@ def test_a_kind_of_prompt_that_a_case_lacks_is_none(model, tokenizer):
 def test_usage_is_the_mean_weight_of_past_positions(model):
     edit = random_edit(layers=(1,))
     edit.attach(model)
-    edit.usage(1).add(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]))
+    edit.usage(1).total += torch.tensor([1.0, 1.0, 0, 0])
+    edit.usage(1).count += 2
     assert basis_usage(model) == {"1": [0.5, 0.5, 0.0, 0.0]}

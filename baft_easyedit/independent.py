@@ -1,0 +1,68 @@
+"""Many edits that know nothing of each other, learned side by side in one batch.
+
+Every parameter gets a leading dimension E, one entry for each edit. Rows of a batch belong to the
+edits in turn: with R rows an edit, row b belongs to edit b // R.
+Shapes: E edits, R rows of an edit, T columns, D hidden size.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from baft_easyedit.hooks import ModelEdit, Snapshot
+
+
+class IndependentEdits(ModelEdit):
+    """E copies of an edit that are learned apart.
+
+    Args:
+        start: What every copy has learned already; it is left as it is.
+        num_edits: E, at least 1.
+
+    Raises:
+        ValueError: If E is below 1.
+    """
+
+    def __init__(self, start: ModelEdit, num_edits: int) -> None:
+        if num_edits < 1:
+            raise ValueError(f"num_edits must be at least 1; got {num_edits}")
+        raw = start.intervention(start.layers[0]).raw_basis  # [D, r]
+        super().__init__(
+            raw.shape[0], start.layers, start.rank, start.gate, start.num_prompt_positions
+        )
+        self.to(raw.device)
+        self.restore(start.snapshot())
+        self._num_edits = num_edits
+        self._values = {
+            name: p.detach().repeat(num_edits, *[1] * p.dim()).requires_grad_()
+            for name, p in self.named_parameters()
+        }
+
+    @property
+    def num_edits(self) -> int:
+        """E."""
+        return self._num_edits
+
+    def learned_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained: each parameter [E, ...], by the names of `snapshot`."""
+        return self._values
+
+    def _values_of(self, edit: int) -> Snapshot:
+        """Return copies of one edit's parameters."""
+        return {name: value.detach()[edit].clone() for name, value in self._values.items()}
+
+    def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Edit the rows of each edit, [E R, T, D], with its own parameters."""
+        prefix = f"_interventions.{layer}."
+        values = {
+            name.removeprefix(prefix): value.to(hidden.device)
+            for name, value in self._values.items()
+            if name.startswith(prefix)
+        }
+        intervention = self.intervention(layer)
+
+        def intervene(own: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+            return functional_call(intervention, own, (rows,))
+
+        edited, weights = torch.vmap(intervene)(values, hidden.view(self._num_edits, -1, *hidden.shape[1:]))
+        return edited.flatten(0, 1), weights.flatten(0, 1)

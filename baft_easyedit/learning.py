@@ -1,0 +1,295 @@
+"""The optimisation loop: minimise the objective over an edit's parameters with AdamW.
+
+One edit, or E independent ones side by side. Shapes: E edits, R rows of an edit (its requests, then
+their irrelevant prompts), T columns, r rank.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.diagnostics import GateReport, LayerGates
+from baft_easyedit.hooks import ModelEdit, Snapshot
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.objective import Rescaling, answer_loss, load_balance, locality_margin
+from baft_easyedit.requests import EditBatch
+
+_CHECK_EVERY = 4
+"""Steps between two looks at the losses on a GPU, where each look waits for it."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The terms of the objective before a step, unscaled; None for a term that is not in use."""
+
+    answer: float
+    balance: float | None = None
+    locality: float | None = None
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What one edit call did."""
+
+    num_requests: int
+    num_steps: int
+    """Optimiser steps taken."""
+    losses: tuple[StepLosses, ...]
+    """The terms before each step, and after the last one: one entry more than the steps."""
+    stopped_early: bool
+    time_s: float
+    """Seconds; of edits learned side by side, each one's share."""
+    gates: GateReport | None = None
+    """What the gates did at the end; None for ReFT, which has none, and if no step was taken."""
+
+    @property
+    def final_loss(self) -> float:
+        """The last answer loss that was computed, in nats per token."""
+        return self.losses[-1].answer
+
+
+class Learned(NamedTuple):
+    """What learning an edit gave."""
+
+    state: Snapshot
+    """For `ModelEdit.restore`."""
+    report: EditReport
+
+
+class _Step(NamedTuple):
+    """What one forward of a batch gives."""
+
+    terms: dict[str, Tensor]
+    """The terms of the objective that are in use, [E], averaged over the edited layers."""
+    weights: dict[int, Tensor]
+    """Basis weights of each layer, [E, R, T, r]."""
+    positions: dict[int, Tensor]
+    """True where they count, on each layer's device, [E, R, T]."""
+
+
+def learn(
+    model: nn.Module, edit: ModelEdit, batch: EditBatch, hparams: BaFTHyperParams
+) -> list[Learned]:
+    """Learn a batch into an attached edit, or into E independent ones.
+
+    Args:
+        model: The model that `edit` is attached to; its weights do not change.
+        edit: Where to start; its parameters are changed.
+        batch: With E independent edits, the rows of each follow one another.
+        hparams: How to learn.
+
+    Returns:
+        For each of the E edits, its state when it was done, and its report.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    from baft_easyedit import replay  # it imports transformers
+
+    start = time.perf_counter()
+    optimizer = _optimizer(edit, hparams)
+    rescaling = Rescaling(hparams.rescaling)
+    run = _Run(edit, batch, hparams)
+    with _frozen(model), edit.prompt_lengths(batch.prompt_lengths):
+        forward = replay.make_engine(model, edit, batch, hparams.engine)
+        while True:
+            step = _compute_step(edit, batch, forward, hparams)
+            if run.is_over_after(step):
+                break
+            optimizer.zero_grad()
+            torch.autograd.backward(_total(step.terms, rescaling, hparams))
+            optimizer.step()
+    return run.results((time.perf_counter() - start) / edit.num_edits)
+
+
+def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
+    """Make AdamW, with the gate's own learning rate."""
+    parameters = edit.learned_parameters()
+    gates = [p for name, p in parameters.items() if ".gate." in name]
+    others = [p for name, p in parameters.items() if ".gate." not in name]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": gates, "lr": hparams.gate_lr or hparams.lr}]
+    return torch.optim.AdamW(
+        groups, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=_can_fuse(others)
+    )
+
+
+def _can_fuse(parameters: list[Tensor]) -> bool:
+    """Tell whether torch has AdamW as one kernel where the parameters are."""
+    return all(p.device.type in ("cpu", "cuda") for p in parameters)
+
+
+class _Run:
+    """Follows the losses of E edits: which are done, and what they had learned by then."""
+
+    def __init__(self, edit: ModelEdit, batch: EditBatch, hparams: BaFTHyperParams) -> None:
+        self._edit = edit
+        self._num_requests = batch.num_edits
+        self._hparams = hparams
+        self._every = 1 if batch.input_ids.device.type == "cpu" else _CHECK_EVERY
+        self._terms: list[dict[str, Tensor]] = []  # of each step, [E]
+        self._done: dict[int, tuple[int, Snapshot, GateReport | None]] = {}
+
+    def is_over_after(self, step: _Step) -> bool:
+        """Take note of a step; return whether all edits are done.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+        """
+        self._terms.append({name: term.detach() for name, term in step.terms.items()})
+        num_steps = len(self._terms) - 1
+        is_last = num_steps == self._hparams.num_steps
+        if num_steps % self._every and not is_last:
+            return False
+        _check_finite(self._terms[-self._every :], set(self._done))
+        answers = self._terms[-1]["answer"].tolist()
+        for i, answer in enumerate(answers):
+            if i not in self._done and (is_last or answer < self._hparams.early_stop_loss):
+                self._done[i] = (num_steps, *self._learned(i, step))
+        return len(self._done) == len(answers)
+
+    def _learned(self, i: int, step: _Step) -> tuple[Snapshot, GateReport | None]:
+        """Return what edit i has learned, its own usage counted as past, and how its gates are."""
+        n, edit = self._num_requests, self._edit
+        usage = {
+            layer: edit.usage(layer).with_current(w[:, :n], step.positions[layer][:, :n])
+            for layer, w in step.weights.items()
+        }
+        has_gates = self._hparams.gate != "one" and len(self._terms) > 1
+        return edit.state_of(i, usage), self._gate_report(i, step, usage) if has_gates else None
+
+    def _gate_report(
+        self, i: int, step: _Step, usage: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> GateReport:
+        """Sum up what the gates of edit i did in the last forward."""
+        n = self._num_requests
+        layers = {}
+        for layer, weights in step.weights.items():
+            here, at = weights[i], step.positions[layer][i]  # [R, T, r], [R, T]
+            total, count = usage[layer]
+            layers[layer] = LayerGates.of(here[:n][at[:n]], here[n:][at[n:]], total[i] / count[i])
+        return GateReport(layers)
+
+    def results(self, time_s: float) -> list[Learned]:
+        """Return the states and reports of all edits.
+
+        Args:
+            time_s: Seconds of each edit.
+        """
+        return [self._result(i, time_s) for i in range(self._edit.num_edits)]
+
+    def _result(self, i: int, time_s: float) -> Learned:
+        """Return the state and report of one edit."""
+        num_steps, state, gates = self._done[i]
+        terms = self._terms[: num_steps + 1]
+        report = EditReport(
+            num_requests=self._num_requests,
+            num_steps=num_steps,
+            losses=tuple(
+                StepLosses(**{name: float(term[i]) for name, term in t.items()}) for t in terms
+            ),
+            stopped_early=num_steps < self._hparams.num_steps,
+            time_s=time_s,
+            gates=gates,
+        )
+        return Learned(state, report)
+
+
+def _check_finite(steps: list[dict[str, Tensor]], done: set[int]) -> None:
+    """Raise FloatingPointError if a term of an edit that is not done is not finite."""
+    names = [name for terms in steps for name in terms]
+    values = torch.stack([term.cpu() for terms in steps for term in terms.values()])
+    for name, row in zip(names, values.tolist(), strict=True):
+        for i, value in enumerate(row):
+            if i not in done and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} loss became {value}: the edit was undone; lower lr, or load the "
+                    "model in a wider dtype"
+                )
+
+
+def _compute_step(
+    edit: ModelEdit, batch: EditBatch, forward: Callable[[], Tensor], h: BaFTHyperParams
+) -> _Step:
+    """Run the model once and compute the objective's terms.
+
+    Args:
+        edit: The edit, attached.
+        batch: What is learned.
+        forward: Returns the logits [E R, n, V] of the batch's last n columns.
+        h: Which terms are in use.
+    """
+    n = batch.num_edits
+    with edit.recording() as record:
+        logits = _by_edit(forward(), edit)[:, :n]  # [E, n, columns, V]
+    labels = _by_edit(batch.labels, edit)[:, :n, -logits.shape[2] :].to(logits.device)
+    terms = {"answer": answer_loss(logits, labels)}
+    assert record.positions is not None  # a forward of tokens has set them
+    weights = {i: _by_edit(w, edit) for i, w in record.weights.items()}
+    positions = {i: _by_edit(record.positions.to(w.device), edit) for i, w in weights.items()}
+    if h.balance:
+        terms["balance"] = _mean(
+            load_balance(edit.usage(i).mean_with(w[:, :n], positions[i][:, :n]))
+            for i, w in weights.items()
+        )
+    if h.locality and len(batch.input_ids) > n * edit.num_edits:
+        terms["locality"] = _mean(
+            locality_margin(
+                w[:, :n],
+                positions[i][:, :n],
+                w[:, n:],
+                positions[i][:, n:],
+                alpha=h.alpha,
+                beta=h.beta,
+                gamma=h.gamma,
+            )
+            for i, w in weights.items()
+        )
+    return _Step(terms, weights, positions)
+
+
+def _by_edit(rows: Tensor, edit: ModelEdit) -> Tensor:
+    """Give each edit its rows: [E R, ...] to [E, R, ...]."""
+    return rows.reshape(edit.num_edits, -1, *rows.shape[1:])
+
+
+def _mean(terms: Iterable[Tensor]) -> Tensor:
+    """Average values [E] of layers that may live on several devices."""
+    values = list(terms)
+    return torch.stack([value.to(values[0].device) for value in values]).mean(0)
+
+
+def _total(terms: Mapping[str, Tensor], rescaling: Rescaling, h: BaFTHyperParams) -> Tensor:
+    """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""
+    total = answer = terms["answer"]
+    for name, coef in (("balance", h.balance_coef), ("locality", h.locality_coef)):
+        if name in terms:
+            term = terms[name].to(answer.device)
+            total = total + coef * rescaling.factor(name, term, answer) * term
+    return total.sum()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Compute gradients, in eval mode, for no parameter of the model; put everything back after.
+
+    Eval mode also keeps gradient checkpointing out, whose recomputation would run the hooks twice.
+    """
+    training = [module for module in model.modules() if module.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for p in trainable:
+            p.requires_grad_(True)

@@ -1,0 +1,103 @@
+"""EasyEdit's methods as methods to measure, through the same session as benchmarks.
+
+They run with their own hyper-parameters, scaled to the model: number of steps and early stops are
+theirs. Statistics and caches that they need once for a model are made before the clock starts.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from baft_easyedit.easyedit.host import loaded_generation
+from baft_easyedit.easyedit.model_path import host_model_path
+from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
+from baft_easyedit.easyedit.peers import NEED_TEXTS, batchable, peer_hparams, write_statistics
+from baft_easyedit.easyedit.plugin import register
+from baft_easyedit.easyedit.session import Session, prepare_requests
+from baft_easyedit.speed.measure import EditCost, Requests
+from baft_easyedit.speed.prompts import PromptMaker
+
+_SEED = 0
+_NUM_TEXTS = 100
+
+
+class PeerMethod:
+    """A method of EasyEdit on a model that EasyEdit loads.
+
+    Args:
+        name: A name of `peer_methods.PEERS`.
+        model: Hugging Face name or directory, or `bundled`.
+        device: EasyEdit's device.
+        half: Load the model in half precision.
+        workdir: Where the method's files go.
+
+    Raises:
+        ValueError: If EasyEdit has the method not, or it cannot be run.
+        ImportError: If there is no EasyEdit.
+    """
+
+    def __init__(self, name: str, model: str, device: int | str, half: bool, workdir: Path) -> None:
+        host = register()
+        from easyeditor import BaseEditor
+
+        hparams, notes = peer_hparams(
+            name,
+            host_model_path(model),
+            device,
+            workdir,
+            host.generation,
+            _NUM_TEXTS if name in NEED_TEXTS else 0,
+            {"fp16": True} if half else {},
+        )
+        self.name = name
+        self.notes = (*notes, *fix_peer(name, hparams))
+        torch.manual_seed(_SEED)
+        editor = BaseEditor.from_hparams(hparams)
+        if name in NEED_TEXTS:
+            write_statistics(editor, PromptMaker(editor.tok).texts(_NUM_TEXTS, _SEED))
+        prepare_method(name, editor, _SEED)
+        self.tokenizer: Any = editor.tok
+        self.device: torch.device = next(editor.model.parameters()).device
+        self._session = Session(editor, "", verify=False)
+
+    @property
+    def model(self) -> Any:
+        """The model as it is now, edited or not."""
+        return self._session.model
+
+    def edit(self, requests: Requests) -> EditCost:
+        """Edit requests together in one call.
+
+        Raises:
+            ValueError: If there are several, and the method edits one at a time.
+        """
+        if len(requests) > 1 and not batchable(self.name, loaded_generation()):
+            raise ValueError(
+                f"batch_size must be 1 for {self.name}, which edits one request at a time in "
+                f"EasyEdit; got {len(requests)}"
+            )
+        with step_times() as times:
+            seconds = self._session.edit(prepare_requests(requests))
+        between = len(times) - 1
+        step_s = (times[-1] - times[0]) / between if between > 0 else None
+        return EditCost(seconds, len(times) or None, step_s)
+
+    def undo(self) -> None:
+        """Take the edit back."""
+        self._session.restore()
+
+
+@contextmanager
+def step_times() -> Iterator[list[float]]:
+    """Collect when each step of any of torch's optimisers ended in this context, in seconds."""
+    times: list[float] = []
+    handle = register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+    try:
+        yield times
+    finally:
+        handle.remove()

@@ -1,0 +1,190 @@
+"""What a speed run found: samples, medians, ratios, as text, JSON and charts."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from baft_easyedit.bench.provenance import git_state, hardware, versions
+from baft_easyedit.speed.measure import Sample
+from baft_easyedit.speed.options import Row, SpeedOptions
+
+SCHEMA = 1
+_MIB = 1 << 20
+
+
+def environment() -> dict[str, Any]:
+    """Return what the numbers are made with and on."""
+    return {"versions": versions(), "hardware": hardware(), "git": git_state()}
+
+
+@dataclass
+class RowResult:
+    """What was measured of one row."""
+
+    row: Row
+    samples: list[Sample] = field(default_factory=list)
+    warm_up: Sample | None = None
+    """The first time, which counts for memory only."""
+    step_bytes: int | None = None
+    """Bytes of weights that a step must read; BaFT and ReFT."""
+    notes: Sequence[str] = ()
+    error: str | None = None
+    """Why there are not as many samples as there should be."""
+
+    def median(self, name: str) -> float | None:
+        """Return the median of one of `Sample`'s fields; None if it was not measured."""
+        values = [getattr(sample, name) for sample in self.samples]
+        known = [value for value in values if value is not None]
+        return median(known) if known else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The highest peak of memory of all edits, that which warmed up too."""
+        samples = [*self.samples, *([self.warm_up] if self.warm_up else [])]
+        return max((s.peak_bytes for s in samples if s.peak_bytes is not None), default=None)
+
+    @property
+    def generation_ratio(self) -> float | None:
+        """Median ratio of a sample's edited to its unedited tokens per second."""
+        ratios = [
+            s.edited_tokens_per_s / s.unedited_tokens_per_s
+            for s in self.samples
+            if s.edited_tokens_per_s is not None and s.unedited_tokens_per_s is not None
+        ]
+        return median(ratios) if ratios else None
+
+
+@dataclass
+class SpeedReport:
+    """All that a speed run measured."""
+
+    options: SpeedOptions
+    environment: Mapping[str, Any]
+    rows: list[RowResult]
+    bandwidths: list[float] = field(default_factory=list)
+    """Bytes per second that the device copies, once per repeat."""
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Median of the bandwidths, in bytes per second."""
+        return median(self.bandwidths) if self.bandwidths else None
+
+    def summary(self, result: RowResult) -> dict[str, Any]:
+        """Return a row's medians and ratios; None where there is nothing to say.
+
+        Returns:
+            Medians by `Sample`'s names; `bound_s`, the seconds in which the device reads the
+            weights that a step must read; `step_to_bound`; and `edit_ratio` and `step_ratio`, the
+            row's time over that of BaFT's default engine in the same setting.
+        """
+        names = ("edit_s", "num_steps", "step_s", "edited_tokens_per_s", "unedited_tokens_per_s")
+        medians = {name: result.median(name) for name in names}
+        reference = self._reference(result.row)
+        bound_s = _ratio(result.step_bytes, self.bandwidth)
+        return {
+            **medians,
+            "peak_bytes": result.peak_bytes,
+            "generation_ratio": result.generation_ratio,
+            "bound_s": bound_s,
+            "step_to_bound": _ratio(medians["step_s"], bound_s),
+            "edit_ratio": _ratio(medians["edit_s"], reference.median("edit_s")),
+            "step_ratio": _ratio(medians["step_s"], reference.median("step_s")),
+        }
+
+    def _reference(self, row: Row) -> RowResult:
+        """Return the row that one is compared with; one without samples if there is none."""
+        same = (r for r in self.rows if r.row.setting == row.setting and r.row.is_reference)
+        return next(same, RowResult(row))
+
+    def lines(self) -> list[str]:
+        """Return the report as text: what was measured, and a table."""
+        table = [_HEADER, *(self._cells(r) for r in self.rows if r.samples)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADER))]
+        failed = [f"{r.row.name}: {r.error}" for r in self.rows if r.error]
+        notes = [note for r in self.rows for note in r.notes]
+        return [*self._headline(), "", *(_aligned(c, widths) for c in table), *failed, *notes]
+
+    def _headline(self) -> list[str]:
+        """Say what was measured on what."""
+        o = self.options
+        model = o.model or f"{o.shape_name} with random weights"
+        steps = f"at most {o.steps} steps (early stop)" if o.early_stop else f"{o.steps} steps"
+        gigabytes = "not measured" if self.bandwidth is None else f"{self.bandwidth / 1e9:.1f} GB/s"
+        return [
+            f"{model}, {o.dtype}, device {o.device}, {_threads(o.threads)}",
+            f"prompt of {o.prompt_length} and answer of {o.answer_length} tokens, batch size "
+            f"{o.batch_size}, rank {o.rank}, {steps} of BaFT and ReFT; medians of {o.repeats}",
+            f"copy bandwidth {gigabytes}; x bound: a step's time over that of reading the weights "
+            "it must read",
+        ]
+
+    def _cells(self, result: RowResult) -> list[str]:
+        """Return a row of the table."""
+        s = self.summary(result)
+        return [result.row.name, *(_text(s[key], form) for key, form in _COLUMNS.values())]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "schema": SCHEMA,
+            **self.environment,
+            "options": self.options.as_json(),
+            "bandwidth_bytes_per_s": {"median": self.bandwidth, "samples": self.bandwidths},
+            "rows": [{**asdict(r), "summary": self.summary(r)} for r in self.rows],
+        }
+
+    def write(self, out: Path) -> list[Path]:
+        """Write the JSON, and beside it a bar chart, or a line plot for each sweep.
+
+        Returns:
+            The files.
+        """
+        from baft_easyedit.speed.charts import write_charts
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        return [out, *write_charts(self, out.with_suffix(""))]
+
+
+_COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "s/edit": ("edit_s", "{:.3f}".format),
+    "x BaFT": ("edit_ratio", "{:.2f}".format),
+    "steps": ("num_steps", "{:.0f}".format),
+    "ms/step": ("step_s", lambda value: f"{value * 1e3:.2f}"),
+    "x BaFT/step": ("step_ratio", "{:.2f}".format),
+    "x bound": ("step_to_bound", "{:.2f}".format),
+    "peak MiB": ("peak_bytes", lambda value: f"{value / _MIB:.0f}"),
+    "tokens/s": ("edited_tokens_per_s", "{:.1f}".format),
+    "of unedited": ("generation_ratio", "{:.3f}".format),
+}
+"""Of the table, after the row's name: a name of `summary`, and how it is written."""
+_HEADER = ["", *_COLUMNS]
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return a line of the table, numbers to the right."""
+    first, *others = (
+        cell.rjust(width) if i else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join([first, *others])
+
+
+def _text(value: float | None, form: Callable[[float], str]) -> str:
+    """Return a number as text."""
+    return "-" if value is None else form(value)
+
+
+def _threads(threads: int | None) -> str:
+    """Say how many CPU threads are used."""
+    return f"{threads or torch.get_num_threads()} CPU threads"
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    """Divide, if there is something to divide by."""
+    return None if value is None or not base else value / base

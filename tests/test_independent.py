@@ -1,0 +1,146 @@
+"""Edits learned side by side equal edits learned one by one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, editor
+from baft_easyedit.gates import GATES
+from baft_easyedit.independent import IndependentEdits
+from tests.conftest import HIDDEN, make_model, random_edit
+
+REQUESTS = [
+    {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
+    {"prompt": "Water freezes into", "target_new": "glass", "loc_prompt": "The sky is blue"},
+    {"prompt": "Once upon a time there was a king in", "target_new": "Oslo", "loc_prompt": "a b"},
+    {"prompt": "No irrelevant prompt is", "target_new": "here"},
+]
+
+
+def logits(model, tokenizer, text="The capital of France is"):
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).logits
+
+
+def one_by_one(model, tokenizer, hparams, requests=REQUESTS, earlier=None):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    if earlier is not None:
+        editor.edit(earlier)
+    found = []
+    for request in requests:
+        report = editor.edit(request)
+        found.append((report, editor.model_edit.snapshot()))
+        editor.undo()
+    return found
+
+
+def assert_same(apart, alone):
+    for learned, (report, state) in zip(apart, alone, strict=True):
+        assert learned.report.num_steps == report.num_steps
+        for one, other in zip(learned.report.losses, report.losses, strict=True):
+            assert one.answer == pytest.approx(other.answer, abs=1e-4)
+            assert one.locality == pytest.approx(other.locality, abs=1e-4)
+        assert set(learned.state) == set(state)
+        for name in state:
+            assert torch.allclose(learned.state[name], state[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_side_by_side_equals_one_by_one(gate, tokenizer, hparams):
+    hparams = replace(hparams, gate=gate, num_steps=5)
+    model = make_model()
+    before = logits(model, tokenizer)
+    apart = BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
+    assert torch.equal(logits(model, tokenizer), before)
+    assert_same(apart, one_by_one(model, tokenizer, hparams))
+
+
+@pytest.mark.parametrize("engine", ["replay", "full"])
+def test_edits_stop_each_at_its_own_step(engine, model, tokenizer, hparams):
+    hparams = replace(hparams, engine=engine, early_stop_loss=1.0)
+    alone = one_by_one(model, tokenizer, hparams)
+    assert len({report.num_steps for report, _ in alone}) > 1
+    assert_same(BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS), alone)
+
+
+def test_edits_go_on_from_what_is_learned(tokenizer, hparams):
+    hparams = replace(hparams, num_steps=5)
+    earlier = {"prompt": "Snow is", "target_new": "red"}
+    alone = one_by_one(make_model(), tokenizer, hparams, earlier=earlier)
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(earlier)
+    before = logits(model, tokenizer)
+    assert_same(editor.learn_apart(REQUESTS, batch_size=2), alone)
+    assert torch.equal(logits(model, tokenizer), before)
+    assert editor.is_attached
+
+
+def test_what_is_learned_can_be_installed_and_undone(model, tokenizer, hparams):
+    before = logits(model, tokenizer)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    first, *_ = editor.learn_apart(REQUESTS)
+    assert not editor.is_attached
+    editor.install(first)
+    installed = logits(model, tokenizer)
+    editor.undo()
+    assert torch.equal(logits(model, tokenizer), before)
+    editor.edit(REQUESTS[0])
+    assert torch.allclose(logits(model, tokenizer), installed, atol=1e-2)
+    assert not torch.allclose(installed, before, atol=1e-2)
+
+
+def test_a_report_is_of_its_own_edit(model, tokenizer, hparams):
+    reports = [
+        learned.report for learned in BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
+    ]
+    assert [report.num_requests for report in reports] == [1] * 4
+    assert reports[3].losses[0].locality is None
+    assert reports[0].gates.layers[1].irrelevant_weights is not None
+    assert reports[3].gates.layers[1].irrelevant_weights is None
+
+
+def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
+    sizes, original = [], editor.learn
+
+    def learn(model, edits, batch, hparams):
+        sizes.append(edits.num_edits)
+        if edits.num_edits > 1:
+            raise torch.cuda.OutOfMemoryError("full")
+        return original(model, edits, batch, hparams)
+
+    monkeypatch.setattr(editor, "learn", learn)
+    apart = BaFTEditor(model, tokenizer, replace(hparams, num_steps=2)).learn_apart(REQUESTS[:3])
+    assert sizes == [3, 1, 1, 1]
+    assert len(apart) == 3
+
+    def never(*args):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(editor, "learn", never)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS[:1])
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+def test_bad_numbers_are_refused(model, tokenizer, hparams):
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS, batch_size=0)
+    with pytest.raises(ValueError, match="num_edits must be at least 1; got 0"):
+        IndependentEdits(random_edit(), 0)
+
+
+def test_rows_are_edited_with_the_parameters_of_their_edit():
+    start = random_edit(layers=(1,))
+    edits = IndependentEdits(start, 3)
+    with torch.no_grad():
+        for value in edits.learned_parameters().values():
+            value[1] += 0.1
+    hidden = torch.randn(6, 5, HIDDEN)
+    edited, weights = edits._intervene(1, hidden)
+    expected, expected_weights = start.intervention(1)(hidden)
+    unchanged = [0, 1, 4, 5]
+    assert torch.allclose(edited[unchanged], expected[unchanged], atol=1e-5)
+    assert torch.allclose(weights[unchanged], expected_weights[unchanged], atol=1e-5)
+    assert not torch.allclose(edited[2:4], expected[2:4], atol=1e-2)
