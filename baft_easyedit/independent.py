@@ -64,5 +64,7 @@ class IndependentEdits(ModelEdit):
         def intervene(own: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
             return functional_call(intervention, own, (rows,))
 
-        edited, weights = torch.vmap(intervene)(values, hidden.view(self._num_edits, -1, *hidden.shape[1:]))
+        edited, weights = torch.vmap(intervene)(
+            values, hidden.view(self._num_edits, -1, *hidden.shape[1:])
+        )
         return edited.flatten(0, 1), weights.flatten(0, 1)

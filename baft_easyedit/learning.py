@@ -113,7 +113,10 @@ def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimiz
     parameters = edit.learned_parameters()
     gates = [p for name, p in parameters.items() if ".gate." in name]
     others = [p for name, p in parameters.items() if ".gate." not in name]
-    groups: list[dict[str, Any]] = [{"params": others}, {"params": gates, "lr": hparams.gate_lr or hparams.lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": gates, "lr": hparams.gate_lr or hparams.lr},
+    ]
     return torch.optim.AdamW(
         groups, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=_can_fuse(others)
     )

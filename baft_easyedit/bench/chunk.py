@@ -22,6 +22,7 @@ from baft_easyedit.bench.scores import plain
 from baft_easyedit.bench.scoring import PreEditScores, immediate_scores, score_case
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, write_json
 from baft_easyedit.easyedit.session import Session
+from baft_easyedit.editor import Learned
 
 Progress = Callable[[], None]
 """Called after each edit of a request."""
@@ -56,20 +57,27 @@ class ChunkRunner:
         self.downstream = downstream
         self._downstream_pre: float | None = None
 
-    def run(self, unit: Unit, notes: Sequence[str] = (), progress: Progress | None = None) -> None:
+    def run(
+        self,
+        unit: Unit,
+        notes: Sequence[str] = (),
+        progress: Progress | None = None,
+        learned: Learned | None = None,
+    ) -> None:
         """Edit a chunk's records in order, score them all, restore the model.
 
         Args:
             unit: The chunk.
             notes: What is to be told beside its scores.
             progress: Called after each edited request.
+            learned: What was learned of a single edit before.
         """
         session = self.session
         seed_everything(self.config.seed)
         pre = {i: self.pre_edit.get(session, i, self.requests[i]) for i in unit.indices}
         before = self._ask_downstream() if self.downstream else None
         _reset_peak_memory()
-        times, immediate = self._edit(unit, progress)
+        times, immediate = self._edit(unit, progress, learned)
         chunk: dict[str, Any] = {
             "schema": SCHEMA,
             "chunk": unit.chunk,
@@ -79,7 +87,7 @@ class ChunkRunner:
             "peak_memory_bytes": _peak_memory(),
             "basis_usage": basis_usage(session.model) if self.config.basis else None,
             "downstream": None,
-            "notes": [*notes, "scored in eval mode"],
+            "notes": [*notes, *(["learned side by side"] if learned is not None else [])],
             "error": None,
         }
         for position, i in enumerate(unit.indices):
@@ -96,7 +104,7 @@ class ChunkRunner:
         write_json(self.directory.chunk(unit), chunk)
 
     def _edit(
-        self, unit: Unit, progress: Progress | None
+        self, unit: Unit, progress: Progress | None, learned: Learned | None
     ) -> tuple[list[float], dict[int, dict[str, Any]]]:
         """Edit a chunk; return each call's seconds per request, and immediate scores by record."""
         times: list[float] = []
@@ -105,7 +113,10 @@ class ChunkRunner:
         for start in range(0, len(unit.indices), size):
             indices = unit.indices[start : start + size]
             batch = [self.requests[i] for i in indices]
-            times.append(self.session.edit(batch) / len(batch))
+            if learned is not None:
+                times.append(self.session.install(learned))
+            else:
+                times.append(self.session.edit(batch) / len(batch))
             if self.config.immediate and unit.protocol.name == "continual":
                 immediate |= {i: immediate_scores(self.session, self.requests[i]) for i in indices}
             for _ in indices:

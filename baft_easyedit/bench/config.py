@@ -97,6 +97,9 @@ class BenchConfig(_Strict):
     basis: bool = True
     """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
     downstream: DownstreamConfig | None = None
+    side_by_side: int = Field(default=1, ge=1)
+    """Single edits of BaFT and ReFT that are learned at once; the scores are the same up to
+    rounding, and the time of an edit is its share."""
     device: int | str = "cpu"
     """EasyEdit's device; with several processes each takes the CUDA device of its rank."""
     fp16: bool = False

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +29,7 @@ from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
 from baft_easyedit.easyedit.peers import NEED_TEXTS, batchable, peer_hparams, write_statistics
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, prepare_requests
+from baft_easyedit.editor import Learned
 
 
 def main(job_file: str) -> None:
@@ -95,17 +97,52 @@ class _Job:
         task = config.downstream
         questions = load_piqa(task.path, task.limit).items if task is not None else []
         runner = ChunkRunner(session, config, self.directory, requests, pre_edit, questions)
-        for unit in self.units:
-            self._run_unit(runner, unit, notes, path, host)
+        for group in self._groups():
+            protocol = group[0].protocol
+            set_up = partial(self._set_protocol, editor, protocol, path, host)
+            learned = self._learn_apart(runner, group, set_up)
+            for unit, own in zip(group, learned, strict=True):
+                self._run_unit(runner, unit, notes, set_up, own)
+
+    def _groups(self) -> list[list[Unit]]:
+        """Return the chunks, those together whose edits are learned side by side."""
+        apart = [unit for unit in self.units if self._is_learned_apart(unit)]
+        size = self.config.side_by_side
+        groups = [apart[i : i + size] for i in range(0, len(apart), size)]
+        return groups + [[unit] for unit in self.units if not self._is_learned_apart(unit)]
+
+    def _is_learned_apart(self, unit: Unit) -> bool:
+        """Tell whether a chunk's edit is learned beside those of others."""
+        is_ours = self.method.method in OUR_METHODS
+        return is_ours and unit.protocol.name == "single" and self.config.side_by_side > 1
+
+    def _learn_apart(
+        self, runner: ChunkRunner, group: list[Unit], set_up: Callable[[], None]
+    ) -> list[Learned | None]:
+        """Learn the edits of a group side by side; None for those to be learned on their own."""
+        if len(group) == 1:
+            return [None]
+        try:
+            set_up()
+            requests = [runner.requests[unit.indices[0]] for unit in group]
+            return [*runner.session.learn_apart(requests, len(group))]
+        except Exception:  # noqa: BLE001  one of them cannot be learned: on its own it will say so
+            traceback.print_exc()
+            return [None] * len(group)
 
     def _run_unit(
-        self, runner: ChunkRunner, unit: Unit, notes: tuple[str, ...], path: str, host: Host
+        self,
+        runner: ChunkRunner,
+        unit: Unit,
+        notes: tuple[str, ...],
+        set_up: Callable[[], None],
+        learned: Learned | None,
     ) -> None:
         """Run one chunk; a failure is its record, and the model is put back."""
         session = runner.session
         try:
-            self._set_protocol(session.editor, unit.protocol, path, host)
-            runner.run(unit, notes, lambda: _send(self.events, {"edited": 1}))
+            set_up()
+            runner.run(unit, notes, lambda: _send(self.events, {"edited": 1}), learned)
         except Exception as error:
             if not session.verifies:  # nothing to put back: the model is not to be trusted
                 raise

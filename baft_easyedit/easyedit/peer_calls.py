@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -43,7 +44,7 @@ def calls_put_right(name: str, apply: Apply) -> Apply:
 
     further: dict[str, Callable[[Apply], Apply]] = {
         "EMMET": _returning_weights,
-        "UltraEdit": _keeping_weights,
+        "UltraEdit": _lifelong,
         "KN": _undoing_all,
         "MELO": _counting_blocks,
     }
@@ -59,10 +60,11 @@ def _returning_weights(apply: Apply) -> Apply:
     return apply_to_model
 
 
-def _keeping_weights(apply: Apply) -> Apply:
-    """Return UltraEdit's weights before the edit.
+def _lifelong(apply: Apply) -> Apply:
+    """Let UltraEdit keep its normalisation from edit to edit, and return the weights it changes.
 
-    It looks parameters up by the names of modules, finds none, and returns no weights at all.
+    Its executor never sets `is_init`, so each call begins the lifelong normalisation anew; and it
+    looks for parameters by the names of modules, finds none, and returns no weights to restore.
     """
 
     def apply_to_model(
@@ -71,9 +73,15 @@ def _keeping_weights(apply: Apply) -> Apply:
         names = [f"{path.removesuffix('.weight')}.weight" for path in hparams.inner_params]
         kept = {name: model.get_parameter(name).detach().clone() for name in names}
         edited, _ = apply(model, tok, requests, hparams, **kwargs)
+        ultraedit_executor().is_init = True
         return edited, kept
 
     return apply_to_model
+
+
+def ultraedit_executor() -> Any:
+    """Return the one object that runs UltraEdit, and keeps a model and its normalisation."""
+    return importlib.import_module("easyeditor.util.alg_dict").ALG_DICT["ULTRAEDIT"].__self__
 
 
 def _undoing_all(apply: Apply) -> Apply:

@@ -35,7 +35,10 @@ _TOLD = {
     "EAMET": ("texts keep the token that begins them",),
     "KN": ("answers are taken without the token that begins texts",),
     "EMMET": ("its copy of the weights, which EasyEdit drops, restores the model",),
-    "UltraEdit": ("a copy of the weights restores the model",),
+    "UltraEdit": (
+        "its normalisation goes on from edit to edit",
+        "a copy of the weights restores the model",
+    ),
 }
 """What is done for a method, beside what several need."""
 
@@ -175,9 +178,8 @@ def reset_method_state(editor: Any) -> None:
         module: Any = importlib.import_module(f"easyeditor.models.{folder}.{name}_main")
         module.cache_c_new = False
     elif name == "ULTRAEDIT":
-        executor = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[name].__self__
-        if executor.is_init:
-            executor.reset_model()
+        if ultraedit_executor().is_init:
+            ultraedit_executor().reset_model()
     elif name == "WISE":
         wise = importlib.import_module("easyeditor.models.wise.WISE")
         wise.edit_history.clear()

@@ -23,7 +23,8 @@ from baft_easyedit.easyedit.peer_fixes import (
     reset_method_state,
     scored_request,
 )
-from baft_easyedit.easyedit.plugin import register
+from baft_easyedit.easyedit.plugin import Undo, register
+from baft_easyedit.editor import BaFTEditor, Learned
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.hooks import attached_edit
 
@@ -88,6 +89,20 @@ class Session:
         self._edits.append((edited, weights_copy))
         after_edit(editor, edited)
         return seconds
+
+    def learn_apart(self, requests: Sequence[Request], batch_size: int) -> list[Learned]:
+        """Learn requests with BaFT or ReFT, each on its own, many side by side; see `install`."""
+        editor = self.editor
+        return BaFTEditor(editor.model, editor.tok, editor.hparams).learn_apart(
+            requests, batch_size
+        )
+
+    def install(self, learned: Learned) -> float:
+        """Edit the model with what `learn_apart` learned; return its share of the seconds."""
+        editor = BaFTEditor(self.editor.model, self.editor.tok, self.editor.hparams)
+        editor.install(learned)
+        self._edits.append((self.editor.model, Undo(editor.undo)))
+        return learned.report.time_s
 
     def score(self, request: Request) -> dict[str, Any]:
         """Score a request on the model as it is now with EasyEdit's `compute_edit_quality`."""

@@ -166,6 +166,15 @@ def test_two_processes_give_the_summary_of_one(settings, whole, tmp_path):
     assert scores(rows) == scores(read_json(whole[0] / "summary.json"))[:2]
 
 
+def test_single_edits_can_be_learned_side_by_side(settings, whole, tmp_path):
+    change = {"methods": settings["methods"][:1], "side_by_side": 3}
+    single, continual = run_bench(make_config({**settings, **change}), tmp_path / "run")
+    expected = read_json(whole[0] / "summary.json")
+    assert single.pop("notes") == ["learned side by side"]
+    expected[0].pop("notes")
+    assert scores([single, continual]) == scores(expected[:2])
+
+
 def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
     # ROME needs a subject: one record has none.
     changed = changed_records(settings, tmp_path, lambda records: records[1].pop("subject"))

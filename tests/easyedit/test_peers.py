@@ -1,23 +1,27 @@
-"""Hyper-parameters, statistics and repairs of EasyEdit's other methods."""
+"""Names, hyper-parameters and statistics of EasyEdit's other methods."""
 
 import importlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import edit_arguments
 
-from baft_easyedit.easyedit.peer_fixes import fix_peer
+from baft_easyedit.easyedit import peers
 from baft_easyedit.easyedit.peers import (
+    NEED_TEXTS,
     PEERS,
     ModelShape,
+    batchable,
     peer_config,
     peer_hparams,
+    shipped_presets,
+    why_not,
     write_statistics,
 )
-from baft_easyedit.easyedit.protocols import run_single
 from baft_easyedit.easyedit.statistics import (
+    read_key_statistics,
     statistics_file,
     write_key_statistics,
     write_null_space,
@@ -26,6 +30,70 @@ from baft_easyedit.resources import hparams_file
 
 BUNDLED = ModelShape(depth=6, width=192, tied=False)
 DEEP = ModelShape(depth=12, width=768, tied=True)
+SHALLOW = ModelShape(depth=2, width=192, tied=False)
+
+
+@pytest.fixture
+def current(host):
+    if host.generation == "pypi":
+        pytest.skip("about the current EasyEdit")
+    return host
+
+
+# Which methods there are.
+
+
+def test_what_can_be_compared():
+    assert {name for name in PEERS if why_not(name, "current")} == set()
+    in_release = {name for name in PEERS if not why_not(name, "pypi")}
+    assert in_release == {"FT-L", "AdaLoRA", "ROME", "MEMIT", "KN"}
+    assert why_not("BaFT", "pypi") is why_not("ReFT", "current") is None
+
+
+def test_what_cannot_be_compared_says_why():
+    assert why_not("MEND", "current") == (
+        "MEND needs a hypernetwork trained for the model, which EasyEdit does not ship"
+    )
+    assert why_not("WISE", "pypi") == "WISE is not in the release 0.0.1.dev0 of EasyEdit"
+    assert "is AdaLoRA" in why_not("LoRA", "pypi")
+
+
+@pytest.mark.easyedit
+def test_every_method_of_easyedit_is_known(current):
+    known = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT.keys() - {"BaFT", "ReFT"}
+    others = {"FT": "FT-L", "ULTRAEDIT": "UltraEdit"}
+    named = {others.get(name, name) for name in known}
+    assert all(why_not(name, "current") is None or name not in PEERS for name in named)
+    assert set(PEERS) - named == {"FT-M", "AdaLoRA"}
+
+
+def test_what_edits_several_requests_together():
+    alone = {"ROME", "R-ROME", "WISE", "GRACE", "MELO", "DEFER", "SimIE", "KN"}
+    assert {name for name in PEERS if not batchable(name, "current")} == alone
+    assert {name for name in PEERS if batchable(name, "pypi")} == {"FT-L", "MEMIT"}
+    assert batchable("BaFT", "pypi")
+
+
+@pytest.mark.easyedit
+def test_easyedit_agrees_on_what_edits_several_requests_together(host):
+    enum = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
+    here = [name for name in PEERS if why_not(name, host.generation) is None]
+    algorithms = {name: peer_config(name, BUNDLED)["alg_name"] for name in here}
+    ours = {name for name in here if batchable(name, host.generation)}
+    theirs = {name for name in here if enum.is_batchable_method(algorithms[name])}
+    assert ours - theirs == ({"EAMET", "SPHERE"} if host.generation == "current" else set())
+    assert theirs <= ours
+
+
+def test_unknown_methods_are_refused():
+    for ask in (why_not, batchable):
+        with pytest.raises(ValueError, match=r"method must be one of FT-L, .*; got 'FT-X'"):
+            ask("FT-X", "current")
+    with pytest.raises(ValueError, match=r"method must be one of FT-L, .*; got 'FT-X'"):
+        peer_config("FT-X", BUNDLED)
+
+
+# Our own hyper-parameters.
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -37,30 +105,41 @@ def test_the_files_are_made_for_the_bundled_model(name):
 def test_layers_and_steps_follow_the_model():
     assert peer_config("FT-M", DEEP)["layers"] == [8]
     assert peer_config("FT-M", DEEP)["lr"] == pytest.approx(2.3e-3 / 2)
+    assert peer_config("DEFER", DEEP)["edit_lr"] == pytest.approx(3.2e-4 / 2)
     assert peer_config("GRACE", DEEP)["inner_params"] == ["model.layers[8].mlp.down_proj.weight"]
     assert peer_config("UltraEdit", DEEP)["inner_params"][0] == "model.layers.4.mlp.gate_proj"
     assert peer_config("MEMIT", DEEP)["mom2_update_weight"] == pytest.approx(152.0 * 8)
     assert peer_config("MEMIT", DEEP)["v_loss_layer"] == 11
     assert peer_config("MEMIT", DEEP)["lm_head_module"] == "model.embed_tokens"
+    assert peer_config("CORE", DEEP)["layer_range"] == 10
 
 
 def test_layers_stay_below_the_last():
-    shallow = ModelShape(depth=2, width=192, tied=False)
-    assert peer_config("MEMIT", shallow)["layers"] == [0]
-    assert peer_config("WISE", shallow)["inner_params"] == ["model.layers[0].mlp.down_proj.weight"]
+    assert peer_config("MEMIT", SHALLOW)["layers"] == [0]
+    assert peer_config("WISE", SHALLOW)["inner_params"] == ["model.layers[0].mlp.down_proj.weight"]
 
 
-def test_unknown_peers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"method must be one of FT-L, .*; got 'FT-X'"):
-        peer_config("FT-X", BUNDLED)
-    with pytest.raises(ValueError, match="WISE is not in the release"):
-        peer_hparams("WISE", "unused", "cpu", tmp_path, "pypi")
-    with pytest.raises(ValueError, match="MEMIT needs statistics of the model on ordinary text"):
-        peer_hparams("MEMIT", "unused", "cpu", tmp_path, "current")
+def test_melos_blocks_come_right_after_the_layer_that_routes():
+    for shape, routing, blocks in ((DEEP, 7, [8, 9]), (SHALLOW, 0, [1])):
+        model = peer_config("MELO", shape)["model"]
+        assert model["grace_layer"] == f"model.layers.{routing}.mlp.down_proj"
+        assert model["target_modules"] == [f"model.layers.{i}.mlp.down_proj" for i in blocks]
 
 
 def test_the_shape_is_read_from_the_model(model_path):
     assert ModelShape.of(model_path) == ModelShape(depth=4, width=48, tied=False)
+
+
+def test_what_cannot_be_run_is_refused(model_path, tmp_path):
+    with pytest.raises(ValueError, match="WISE is not in the release"):
+        peer_hparams("WISE", "unused", "cpu", tmp_path, "pypi")
+    with pytest.raises(ValueError, match="SERAC needs a classifier"):
+        peer_hparams("SERAC", "unused", "cpu", tmp_path, "current")
+    for name in (*NEED_TEXTS, "ROME"):
+        with pytest.raises(ValueError, match=f"{name} needs statistics of the model on ordinary"):
+            peer_hparams(
+                name, model_path, "cpu", tmp_path, "current", overrides={"mom2_adjustment": True}
+            )
 
 
 @pytest.mark.easyedit
@@ -73,6 +152,89 @@ def test_hparams_are_easyedits_own(host, model_path, tmp_path):
     assert bool(notes) == (host.generation == "pypi")  # it has one objective only
 
 
+@pytest.mark.easyedit
+def test_what_the_editor_reads_is_set_where_a_class_lacks_it(host, model_path, tmp_path):
+    hparams, _ = peer_hparams(
+        "FT-L", model_path, "cpu", tmp_path, host.generation, overrides={"fp16": True}
+    )
+    assert hparams.fp16 is True
+
+
+@pytest.mark.easyedit
+def test_nested_values_and_paths_are_filled_in(current, model_path, tmp_path):
+    hparams, _ = peer_hparams(
+        "MELO", model_path, "cpu", tmp_path, "current", overrides={"grace": {"num_block": 9}}
+    )
+    assert (hparams.grace.num_block, hparams.grace.name) == (9, "grace")
+    names = {hparams.model.name, hparams.model.tokenizer_name, hparams.lora.cls_name}
+    assert names == {model_path}
+
+
+@pytest.mark.easyedit
+def test_simie_gets_the_hparams_of_the_method_below(current, model_path, tmp_path):
+    hparams, _ = peer_hparams("SimIE", model_path, "cpu", tmp_path, "current")
+    assert type(hparams.base_hparams).__name__ == "ROMEHyperParams"
+    assert hparams.base_hparams.model_name == model_path
+
+
+# EasyEdit's hyper-parameters.
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """An EasyEdit that ships hyper-parameters for FT and UltraEdit, each for one model."""
+    root = tmp_path / "clone"
+    for folder, file, config in (
+        ("FT", "gpt-j-6B", {"alg_name": "FT", "layers": [21], "objective_optimization": "both"}),
+        ("UltraEdit", "llama3-8b-instruct", {"alg_name": "ULTRAEDIT", "lr": "1e-6"}),
+    ):
+        (root / "hparams" / folder).mkdir(parents=True)
+        (root / "hparams" / folder / f"{file}.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(peers, "load_host", lambda: SimpleNamespace(path=root / "easyeditor"))
+    return root
+
+
+def test_shipped_hparams_are_found_by_model_name(shipped):
+    assert list(shipped_presets("FT-M")) == ["gpt-j-6B"]
+    config, notes = peers._config("FT-M", "unused", "gpt-j-6b")
+    assert config["layers"] == [21]
+    assert notes == ("FT-M: EasyEdit's hparams/FT/gpt-j-6B.yaml",)
+    assert peers._config("UltraEdit", "unused", "llama3-8b")[0]["lr"] == "1e-6"
+
+
+def test_hparams_that_are_not_shipped_are_scaled_ones(shipped, model_path):
+    config, notes = peers._config("FT-M", model_path, "llama-7b")
+    assert config == peer_config("FT-M", ModelShape.of(model_path))
+    assert notes == (
+        "FT-M: EasyEdit ships no llama-7b (it has gpt-j-6B); the bundled model's values, scaled",
+    )
+    assert "(it has none)" in peers._config("CORE", model_path, "llama-7b")[1][0]
+
+
+def test_an_easyedit_without_hparams_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "load_host", lambda: SimpleNamespace(path=tmp_path / "easyeditor"))
+    with pytest.raises(ValueError, match="this EasyEdit ships no hyper-parameters: there is no"):
+        shipped_presets("ROME")
+
+
+@pytest.mark.easyedit
+@pytest.mark.parametrize("preset", ["llama-7b", "llama3-8b", "qwen2.5-7b"])
+def test_presets_load_with_paths_and_objectives_filled_in(current, model_path, tmp_path, preset):
+    for name in PEERS:
+        hparams, notes = peer_hparams(
+            name, model_path, "cpu", tmp_path, "current", num_texts=9, preset=preset
+        )
+        assert (hparams.model_name, hparams.device) == (model_path, "cpu")
+        assert notes[0].startswith(f"{name}: EasyEdit")
+        if name in NEED_TEXTS:
+            assert (hparams.mom2_n_samples, hparams.stats_dir) == (9, str(tmp_path / "stats"))
+    hparams, _ = peer_hparams("FT-M", model_path, "cpu", tmp_path, "current", preset=preset)
+    assert hparams.objective_optimization == "target_new"
+
+
+# Statistics.
+
+
 @pytest.fixture
 def tiny(model_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,26 +244,49 @@ def tiny(model_path):
     )
 
 
+MODULE = "model.layers.2.mlp.down_proj"
+
+
 def test_statistics_are_second_moments_of_all_tokens(tiny, tmp_path):
     model, tok = tiny
     texts = ["a longer text", "short"]
-    (moment,) = write_key_statistics(model, tok, [2], texts, tmp_path, ["tiny"]).values()
+    moments = write_key_statistics(model, tok, [MODULE], texts, tmp_path, "tiny")
     keys = []
-    module = model.get_submodule("model.layers.2.mlp.down_proj")
+    module = model.get_submodule(MODULE)
     handle = module.register_forward_pre_hook(lambda m, args: keys.append(args[0][0].detach()))
     for text in texts:
         model(**tok(text, return_tensors="pt"))
     handle.remove()
     keys = torch.cat(keys)
-    torch.testing.assert_close(moment, keys.mT @ keys / len(keys), atol=1e-4, rtol=1e-4)
-    saved = np.load(statistics_file(tmp_path, "tiny", 2, 2))
+    torch.testing.assert_close(moments[MODULE], keys.mT @ keys / len(keys), atol=1e-4, rtol=1e-4)
+    saved = np.load(statistics_file(tmp_path, "tiny", MODULE, 2))
     assert (int(saved["mom2.count"]), int(saved["sample_size"])) == (len(keys), 2)
     assert not module._forward_pre_hooks
 
 
+def test_statistics_are_read_back(tiny, tmp_path):
+    texts = ["a longer text", "short"]
+    written = write_key_statistics(*tiny, [MODULE], texts, tmp_path, "tiny")
+    read = read_key_statistics([MODULE], 2, tmp_path, "tiny")
+    assert read.keys() == written.keys()
+    assert torch.equal(read[MODULE], written[MODULE])
+    assert read_key_statistics([MODULE], 3, tmp_path, "tiny") is None
+    assert read_key_statistics([MODULE, "other"], 2, tmp_path, "tiny") is None
+
+
+def test_unfinished_statistics_leave_no_file(tiny, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_key_statistics(*tiny, [MODULE], ["a"], tmp_path, "tiny")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_statistics_need_texts(tiny, tmp_path):
     with pytest.raises(ValueError, match="texts must hold at least one text"):
-        write_key_statistics(*tiny, [0], [], tmp_path, ["tiny"])
+        write_key_statistics(*tiny, [MODULE], [], tmp_path, "tiny")
 
 
 def test_the_null_space_holds_the_directions_least_used(tmp_path):
@@ -109,15 +294,18 @@ def test_the_null_space_holds_the_directions_least_used(tmp_path):
     write_null_space([moment], tmp_path / "p.pt", share=0.5)
     (projector,) = torch.load(tmp_path / "p.pt")
     torch.testing.assert_close(projector, torch.diag(torch.tensor([0.0, 1.0, 0.0, 1.0])))
+    write_null_space([moment], tmp_path / "p.pt", threshold=0.15)
+    (projector,) = torch.load(tmp_path / "p.pt")
+    torch.testing.assert_close(projector, torch.diag(torch.tensor([0.0, 1.0, 0.0, 0.0])))
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\); got 1"):
         write_null_space([moment], tmp_path / "p.pt", share=1)
+    with pytest.raises(ValueError, match=r"nullspace_threshold must leave a direction; 0\.01 is"):
+        write_null_space([moment], tmp_path / "p.pt", threshold=0.01)
 
 
 @pytest.mark.easyedit
-def test_memit_reads_our_statistics(host, model_path, tmp_path, requests):
-    from easyeditor import BaseEditor
-
-    texts = [f"text number {i}" for i in range(30)]
+def test_statistics_are_written_once(host, tiny, model_path, tmp_path):
+    texts = [f"text number {i}" for i in range(9)]
     hparams, _ = peer_hparams(
         "MEMIT",
         model_path,
@@ -125,37 +313,19 @@ def test_memit_reads_our_statistics(host, model_path, tmp_path, requests):
         tmp_path,
         host.generation,
         num_texts=len(texts),
-        overrides={"v_num_grad_steps": 2, "mom2_update_weight": 1.0},
+        stats_dir=tmp_path / "shared",
     )
-    editor = BaseEditor.from_hparams(hparams)
+    editor = SimpleNamespace(hparams=hparams, model=tiny[0], tok=tiny[1])
     write_statistics(editor, texts)
-    editor_module = importlib.import_module("easyeditor.models.memit.memit_main")
-    editor_module.CONTEXT_TEMPLATES_CACHE = [["{}"]]  # generating prefixes takes a while
-    result = run_single(editor, requests[:1])
-    assert (result.num_restored, result.num_restores) == (1, 1)
-    assert result.trainable_parameters == len(hparams.layers) * 48 * 96
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").rglob("*.npz")}
+    assert len(files) == len(hparams.layers)
+    editor.tok = None  # not used again
+    write_statistics(editor, texts)
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").rglob("*.npz")}
 
 
 @pytest.mark.easyedit
-def test_the_release_tells_of_fields_it_lacks_and_batches(host, make_editor, requests, undoing):
-    if host.generation == "current":
-        pytest.skip("about the release")
-    # A tokenizer without an unknown token gets one, without which the release's FT fails.
-    editor = make_editor()
-    assert editor.tok.unk_token_id is not None
-    assert editor.edit(**edit_arguments(requests[:1]), **undoing)
-
-
-@pytest.mark.easyedit
-def test_repairs_are_told(host):
-    if host.generation == "pypi":
-        pytest.skip("the release has neither WISE nor GRACE")
-    hparams = type("H", (), {})()
-    assert "sequential_edit" in fix_peer("WISE", hparams)[0]
-    assert hparams.sequential_edit is True
-    grace = importlib.import_module("easyeditor.models.grace.GRACE").GRACE
-    assert any("generation" in note for note in fix_peer("GRACE", hparams))
-    repaired = grace.edit
-    fix_peer("GRACE", hparams)
-    assert grace.edit is repaired
-    assert fix_peer("ROME", hparams) == ()
+def test_methods_without_statistics_get_none(host, model_path, tmp_path):
+    hparams, _ = peer_hparams("ROME", model_path, "cpu", tmp_path, host.generation)
+    write_statistics(SimpleNamespace(hparams=hparams), ["a"])
+    assert not (tmp_path / "stats").exists()
