@@ -88,10 +88,17 @@ class BaFTIntervention(nn.Module):
         self.source_weight = nn.Parameter(self.basis().detach().clone())
         self.source_bias = nn.Parameter(torch.zeros(rank))
         self.gate = make_gate(gate, hidden_size, rank)
+        self._known_basis: tuple[tuple[int, int], Tensor] | None = None
 
     def basis(self) -> Tensor:
-        """Return R, [r, D], fp32, differentiable."""
-        return orthonormal_rows(self.raw_basis)
+        """Return R, [r, D], fp32, differentiable; without gradients it is computed once."""
+        if torch.is_grad_enabled():
+            return orthonormal_rows(self.raw_basis)
+        # Every token of a generation asks for it; a changed parameter has another version.
+        key = (self.raw_basis.data_ptr(), self.raw_basis._version)
+        if self._known_basis is None or self._known_basis[0] != key:
+            self._known_basis = key, orthonormal_rows(self.raw_basis)
+        return self._known_basis[1]
 
     def learned_source(self, hidden: Tensor) -> Tensor:
         """Return the wanted coordinates A h + b, [..., r], of hidden states [..., D]."""

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn.utils import parametrizations
@@ -131,3 +133,20 @@ def test_basis_edit_refuses_shapes_that_disagree(shapes, message):
     h, target, weights = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         basis_edit(h, orthonormal_rows(torch.randn(D, R)), target, weights)
+
+
+def test_basis_follows_its_parameter_also_where_it_is_remembered():
+    module = BaFTIntervention(8, 3)
+    with torch.no_grad():
+        first = module.basis()
+        assert module.basis() is first
+        module.raw_basis.add_(torch.randn(8, 3))
+        assert torch.equal(module.basis(), orthonormal_rows(module.raw_basis))
+        state = {name: torch.randn_like(p) for name, p in module.state_dict().items()}
+        module.load_state_dict(state)
+        assert torch.equal(module.basis(), orthonormal_rows(state["raw_basis"]))
+        twin = copy.deepcopy(module)
+        twin.raw_basis.mul_(-1)
+        assert torch.equal(twin.basis(), orthonormal_rows(-state["raw_basis"]))
+        assert torch.equal(module.basis(), orthonormal_rows(state["raw_basis"]))
+    assert module.basis().requires_grad

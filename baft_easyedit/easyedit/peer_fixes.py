@@ -19,6 +19,7 @@ from baft_easyedit.easyedit.peer_calls import (
     APPEND_ANSWERS,
     calls_put_right,
     space_is_part_of_token,
+    ultraedit_executor,
 )
 
 _PAD_RIGHT = ("PMET", "MEMIT-FE", "SimIE")
@@ -218,13 +219,11 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     WISE wants exactly one `loc_prompt`: it gets the first of several, and a fixed text where there
     is none, not another request's locality probe, on which it will be scored. DPO wants the answer
     to unlearn, `target_neg`, and KN and CORE the `ground_truth`: they get the first of several.
-    PMET and KN take the target's tokens without the space that a byte-level BPE puts before it in
-    the text, which no evaluator asks for: where the tokenizer does so, they get it with the space.
+    PMET and KN take answers' tokens without the space that a byte-level BPE puts before them in the
+    text, which no evaluator asks for: where the tokenizer does so, they get them with the space.
     """
     edited = deepcopy(dict(request))
     name = editor.alg_name
-    if name in ("PMET", "KN") and space_is_part_of_token(request, editor.tok):
-        edited["target_new"] = " " + edited["target_new"]
     if name == "WISE":
         given = edited.get("loc_prompt") or "nq question: who sang the song of the summer"
         edited["loc_prompt"] = given if isinstance(given, str) else given[0]
@@ -232,6 +231,9 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
         edited["ground_truth"] = _old_answer(edited, name)
     if name == "DPO":
         edited.setdefault("target_neg", edited["ground_truth"])
+    if name in ("PMET", "KN") and space_is_part_of_token(request, editor.tok):
+        answers = ("target_new", "ground_truth") if name == "KN" else ("target_new",)
+        edited.update({key: " " + edited[key] for key in answers})
     return edited
 
 

@@ -139,8 +139,9 @@ def _caption(report: "SpeedReport") -> str:
     """Say in a line what was measured."""
     o = report.options
     model = o.model or f"{o.shape_name} (random weights)"
-    gpus = report.environment["hardware"]["gpus"]
-    place = gpus[0] if gpus and o.device != "cpu" else f"CPU, {o.threads or 'all'} threads"
+    made_on = report.environment["hardware"]
+    on_gpu = made_on["gpus"] and o.device != "cpu"
+    place = made_on["gpus"][0] if on_gpu else f"CPU threads: {made_on['torch_threads']}"
     return (
         f"{model}, {o.dtype}, {place}: prompt {o.prompt_length}, answer {o.answer_length} tokens, "
         f"batch {o.batch_size}; medians of {o.repeats}"

@@ -37,15 +37,17 @@ def timed(action: Callable[[], Result], device: torch.device) -> tuple[float, Re
 
 
 class MemoryMeter:
-    """Measures the peak of memory above what was in use when the meter was made.
+    """Measures the peak of memory above that of the loaded model.
 
-    On CUDA: bytes in torch's tensors, `max_memory_allocated` less `memory_allocated` at the start;
-    what the driver and torch's cache hold is not counted. On a CPU: the peak of the process's
-    resident set (`VmHWM`, which Linux can start anew) less the resident set at the start. That
-    counts everything the process touched, Python's memory too; and because the C library keeps some
-    of what is freed, a process can only be measured for one method. Where the peak cannot be
-    started anew (other systems), it is `ru_maxrss`, of the process's whole life: growth below an
-    earlier peak, such as that of loading the model, is not seen.
+    On CUDA: bytes in torch's tensors, `max_memory_allocated` less `memory_allocated` at `start`,
+    with the model loaded; what the driver and torch's cache hold is not counted, and what a method
+    keeps from one edit to the next counts in its first edit only.
+
+    On a CPU: the peak of the process's resident set (`VmHWM`, which Linux can start anew) less that
+    when the meter was made. It counts everything the process touched, Python's memory too; and
+    because the C library keeps some of what is freed, a process can only be measured for one
+    method. Where the peak cannot be started anew (other systems), it is `ru_maxrss`, of the
+    process's whole life: growth below an earlier peak, such as that of loading, is not seen.
 
     Args:
         device: Where the model is, with everything loaded and run once.
@@ -60,11 +62,12 @@ class MemoryMeter:
         """Forget earlier peaks."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            self._baseline = self._in_use()
         else:
             _reset_resident_peak()
 
     def peak(self) -> int:
-        """Return the peak since `start`, in bytes above the beginning."""
+        """Return the peak since `start`, in bytes above the loaded model."""
         return max(0, self._peak() - self._baseline)
 
     def _in_use(self) -> int:

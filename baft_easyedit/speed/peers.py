@@ -37,7 +37,7 @@ class PeerMethod:
         workdir: Where the method's files go.
 
     Raises:
-        ValueError: If EasyEdit has the method not, or it cannot be run.
+        ValueError: If the method cannot be run under this EasyEdit.
         ImportError: If there is no EasyEdit.
     """
 

@@ -9,17 +9,28 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.bench.provenance import git_state, hardware, versions
+from baft_easyedit.bench.provenance import easyedit_version, git_state, hardware, versions
 from baft_easyedit.speed.measure import Sample
-from baft_easyedit.speed.options import Row, SpeedOptions
+from baft_easyedit.speed.options import Row, SpeedOptions, make_rows
 
 SCHEMA = 1
 _MIB = 1 << 20
 
 
-def environment() -> dict[str, Any]:
-    """Return what the numbers are made with and on."""
-    return {"versions": versions(), "hardware": hardware(), "git": git_state()}
+def environment(options: SpeedOptions) -> dict[str, Any]:
+    """Return what the numbers of a run are made with and on."""
+    threads = options.threads or torch.get_num_threads()
+    made: dict[str, Any] = {
+        "versions": versions(),
+        "hardware": {**hardware(), "torch_threads": threads},
+        "git": git_state(),
+    }
+    if not all(row.is_ours for row in make_rows(options)):
+        try:
+            made["easyedit"] = easyedit_version()
+        except ImportError as error:  # its rows will say so too
+            made["easyedit"] = {"error": str(error)}
+    return made
 
 
 @dataclass
@@ -68,6 +79,8 @@ class SpeedReport:
     rows: list[RowResult]
     bandwidths: list[float] = field(default_factory=list)
     """Bytes per second that the device copies, once per repeat."""
+    files: list[Path] = field(default_factory=list)
+    """What was written."""
 
     @property
     def bandwidth(self) -> float | None:
@@ -103,20 +116,19 @@ class SpeedReport:
 
     def lines(self) -> list[str]:
         """Return the report as text: what was measured, and a table."""
-        table = [_HEADER, *(self._cells(r) for r in self.rows if r.samples)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEADER))]
+        rows = [self._cells(r) for r in self.rows if r.samples]
         failed = [f"{r.row.name}: {r.error}" for r in self.rows if r.error]
-        notes = [note for r in self.rows for note in r.notes]
-        return [*self._headline(), "", *(_aligned(c, widths) for c in table), *failed, *notes]
+        notes = dict.fromkeys(note for r in self.rows for note in r.notes)
+        return [*self._headline(), "", *_table(rows), *failed, *notes]
 
     def _headline(self) -> list[str]:
         """Say what was measured on what."""
-        o = self.options
+        o, made_on = self.options, self.environment["hardware"]
         model = o.model or f"{o.shape_name} with random weights"
         steps = f"at most {o.steps} steps (early stop)" if o.early_stop else f"{o.steps} steps"
         gigabytes = "not measured" if self.bandwidth is None else f"{self.bandwidth / 1e9:.1f} GB/s"
         return [
-            f"{model}, {o.dtype}, device {o.device}, {_threads(o.threads)}",
+            f"{model}, {o.dtype}, device {o.device}, CPU threads {made_on['torch_threads']}",
             f"prompt of {o.prompt_length} and answer of {o.answer_length} tokens, batch size "
             f"{o.batch_size}, rank {o.rank}, {steps} of BaFT and ReFT; medians of {o.repeats}",
             f"copy bandwidth {gigabytes}; x bound: a step's time over that of reading the weights "
@@ -138,17 +150,13 @@ class SpeedReport:
             "rows": [{**asdict(r), "summary": self.summary(r)} for r in self.rows],
         }
 
-    def write(self, out: Path) -> list[Path]:
-        """Write the JSON, and beside it a bar chart, or a line plot for each sweep.
-
-        Returns:
-            The files.
-        """
+    def write(self, out: Path) -> None:
+        """Write the JSON, and beside it a bar chart, or a line plot for each sweep."""
         from baft_easyedit.speed.charts import write_charts
 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        return [out, *write_charts(self, out.with_suffix(""))]
+        self.files = [out, *write_charts(self, out.with_suffix(""))]
 
 
 _COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
@@ -163,26 +171,26 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "of unedited": ("generation_ratio", "{:.3f}".format),
 }
 """Of the table, after the row's name: a name of `summary`, and how it is written."""
-_HEADER = ["", *_COLUMNS]
+_NOTHING = "-"
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Return a line of the table, numbers to the right."""
-    first, *others = (
-        cell.rjust(width) if i else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *others])
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align rows under the columns' names, numbers to the right; leave out columns of nothing."""
+    columns = list(zip(["", *_COLUMNS], *rows, strict=True))
+    kept = [column for column in columns if set(column[1:]) != {_NOTHING}]
+    aligned = [_aligned(column, to_the_right=i > 0) for i, column in enumerate(kept)]
+    return ["  ".join(cells) for cells in zip(*aligned, strict=True)]
+
+
+def _aligned(cells: Sequence[str], *, to_the_right: bool) -> list[str]:
+    """Make cells of one width."""
+    width = max(map(len, cells))
+    return [cell.rjust(width) if to_the_right else cell.ljust(width) for cell in cells]
 
 
 def _text(value: float | None, form: Callable[[float], str]) -> str:
     """Return a number as text."""
-    return "-" if value is None else form(value)
-
-
-def _threads(threads: int | None) -> str:
-    """Say how many CPU threads are used."""
-    return f"{threads or torch.get_num_threads()} CPU threads"
+    return _NOTHING if value is None else form(value)
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -46,7 +46,7 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
     rows = make_rows(options)
     total = len(rows) * (options.repeats + 1)
     advance = start_progress(total, 0) if start_progress else lambda _: None
-    report = SpeedReport(options, environment(), [RowResult(row) for row in rows])
+    report = SpeedReport(options, environment(options), [RowResult(row) for row in rows])
     with _weights(options, rows) as weights:
         groups = _groups(options, rows)
         for together in [[group] for group in groups] if options.one_by_one else [groups]:
@@ -123,6 +123,8 @@ class _Measurement:
                 for name in worker.rows:
                     self._try([name], partial(self._measure, worker, name, repeat))
                     self._advance(1)
+        for worker in self._workers:  # again, for what has been logged since
+            self._try(worker.rows, partial(self._describe, worker))
 
     def _try(self, names: Sequence[str], action: Callable[[], None]) -> None:
         """Do something for rows that have not failed; they have if it fails."""

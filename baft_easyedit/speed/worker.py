@@ -6,10 +6,11 @@ errors go.
 """
 
 import json
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,10 +34,10 @@ def main(job_file: str) -> None:
     """
     answers = _claim_stdout()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    bench = None
+    bench, log = None, _Log.started()
     for line in sys.stdin:
         try:
-            bench = bench or Bench(job)
+            bench = bench or Bench(job, log.messages)
             answer = bench.answer(json.loads(line))
         # Whatever a method of EasyEdit raises (its asserts, and libraries' errors), is told.
         except Exception as error:  # noqa: BLE001
@@ -53,6 +54,28 @@ def _claim_stdout() -> TextIO:
     return answers
 
 
+class _Log(logging.Handler):
+    """Keeps what this package logs, such as that a model cannot be replayed, each message once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.messages: list[str] = []
+
+    @classmethod
+    def started(cls) -> "_Log":
+        """Listen from now on."""
+        handler, logger = cls(), logging.getLogger("baft_easyedit")
+        logger.setLevel(logging.INFO)
+        logging.getLogger("baft_easyedit.easyedit").setLevel(logging.WARNING)
+        logger.addHandler(handler)
+        return handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        if record.getMessage() not in self.messages:
+            self.messages.append(record.getMessage())
+
+
 def as_device(device: int | str) -> torch.device:
     """Return a CUDA device by its number, or a device by its name."""
     return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
@@ -64,12 +87,14 @@ class Bench:
     Args:
         job: `rows`, `model` (or None), `shape`, `device`, `dtype`, `threads`, `steps`,
             `early_stop`, `new_tokens`, and `meters`, whether memory is measured.
+        log: What this package has logged, which may grow.
     """
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
+    def __init__(self, job: Mapping[str, Any], log: Sequence[str] = ()) -> None:
         if job["threads"] is not None:
             torch.set_num_threads(job["threads"])
         self.job = job
+        self.log = log
         self.device = as_device(job["device"])
         self.rows = {row["name"]: Row(**row) for row in job["rows"]}
         self.notes: tuple[str, ...] = ()
@@ -111,7 +136,7 @@ class Bench:
     def answer(self, command: list[Any]) -> dict[str, Any]:
         """Do one command: `["describe"]`, `["measure", row, repeat]` or `["bandwidth"]`."""
         if command[0] == "describe":
-            return {"notes": list(self.notes), "step_bytes": self.step_bytes}
+            return {"notes": [*self.notes, *self.log], "step_bytes": self.step_bytes}
         if command[0] == "bandwidth":
             return {"bytes_per_s": copy_bandwidth(self.device, tries=_NUM_BANDWIDTH_TRIES)}
         row = self.rows[command[1]]

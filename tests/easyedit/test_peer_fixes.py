@@ -307,7 +307,9 @@ class Merging:
         return text.replace(" ", " _").split()
 
 
-def test_pmets_answers_get_the_space_of_their_tokens(requests):
+def test_answers_get_the_space_of_their_tokens(requests):
+    edited = edited_request(requests[0], editor_of("KN", Merging()))
+    assert (edited["target_new"], edited["ground_truth"]) == (" Oslo", " Paris")
     assert edited_request(requests[0], editor_of("PMET", Merging()))["target_new"] == " Oslo"
     assert edited_request(requests[0], editor_of("FT", Merging()))["target_new"] == "Oslo"
 

@@ -71,7 +71,7 @@ def test_requests_can_be_edited_together(make_editor, complete):
 
 
 def test_lora_is_scored_without_dropout(make_peer, complete):
-    session = Session(make_peer("LoRA", num_steps=2), "The sky is")
+    session = Session(make_peer("AdaLoRA", num_steps=2), "The sky is")
     for request in complete[:2]:
         session.edit([request])
     training = [module for module in session.model.modules() if module.training]
