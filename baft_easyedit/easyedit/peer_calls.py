@@ -4,7 +4,6 @@
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -44,7 +43,7 @@ def calls_put_right(name: str, apply: Apply) -> Apply:
 
     further: dict[str, Callable[[Apply], Apply]] = {
         "EMMET": _returning_weights,
-        "UltraEdit": _lifelong,
+        "UltraEdit": _returning_weights_of_modules,
         "KN": _undoing_all,
         "MELO": _counting_blocks,
     }
@@ -60,11 +59,10 @@ def _returning_weights(apply: Apply) -> Apply:
     return apply_to_model
 
 
-def _lifelong(apply: Apply) -> Apply:
-    """Let UltraEdit keep its normalisation from edit to edit, and return the weights it changes.
+def _returning_weights_of_modules(apply: Apply) -> Apply:
+    """Let UltraEdit return the weights that it changes.
 
-    Its executor never sets `is_init`, so each call begins the lifelong normalisation anew; and it
-    looks for parameters by the names of modules, finds none, and returns no weights to restore.
+    It looks for parameters by the names of modules, finds none, and returns nothing to restore.
     """
 
     def apply_to_model(
@@ -73,15 +71,9 @@ def _lifelong(apply: Apply) -> Apply:
         names = [f"{path.removesuffix('.weight')}.weight" for path in hparams.inner_params]
         kept = {name: model.get_parameter(name).detach().clone() for name in names}
         edited, _ = apply(model, tok, requests, hparams, **kwargs)
-        ultraedit_executor().is_init = True
         return edited, kept
 
     return apply_to_model
-
-
-def ultraedit_executor() -> Any:
-    """Return the one object that runs UltraEdit, and keeps a model and its normalisation."""
-    return importlib.import_module("easyeditor.util.alg_dict").ALG_DICT["ULTRAEDIT"].__self__
 
 
 def _undoing_all(apply: Apply) -> Apply:

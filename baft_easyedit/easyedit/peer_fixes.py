@@ -19,7 +19,6 @@ from baft_easyedit.easyedit.peer_calls import (
     APPEND_ANSWERS,
     calls_put_right,
     space_is_part_of_token,
-    ultraedit_executor,
 )
 
 _PAD_RIGHT = ("PMET", "MEMIT-FE", "SimIE")
@@ -37,8 +36,8 @@ _TOLD = {
     "KN": ("answers are taken without the token that begins texts",),
     "EMMET": ("its copy of the weights, which EasyEdit drops, restores the model",),
     "UltraEdit": (
-        "its normalisation goes on from edit to edit",
         "a copy of the weights restores the model",
+        "its normalisation begins anew with each edit, as EasyEdit has it",
     ),
 }
 """What is done for a method, beside what several need."""
@@ -178,9 +177,6 @@ def reset_method_state(editor: Any) -> None:
         folder = {"AlphaEdit": "alphaedit"}.get(name, name)
         module: Any = importlib.import_module(f"easyeditor.models.{folder}.{name}_main")
         module.cache_c_new = False
-    elif name == "ULTRAEDIT":
-        if ultraedit_executor().is_init:
-            ultraedit_executor().reset_model()
     elif name == "WISE":
         wise = importlib.import_module("easyeditor.models.wise.WISE")
         wise.edit_history.clear()

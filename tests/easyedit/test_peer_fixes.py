@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from baft_easyedit.easyedit.peer_calls import calls_put_right, tokenizer_for, ultraedit_executor
+from baft_easyedit.easyedit.peer_calls import calls_put_right, tokenizer_for
 from baft_easyedit.easyedit.peer_fixes import (
     after_edit,
     edited_request,
@@ -135,7 +135,7 @@ def test_prefixes_do_not_depend_on_what_came_before(host, make_peer, name):
 
 @pytest.mark.easyedit
 def test_what_a_method_keeps_is_forgotten(current, make_peer, complete):
-    for name in ("AlphaEdit", "SPHERE", "SimIE", "WISE", "UltraEdit"):
+    for name in ("AlphaEdit", "SPHERE", "SimIE", "WISE"):
         editor = make_peer(name)
         session = Session(editor, "a")
         session.edit(complete[:1])
@@ -149,8 +149,6 @@ def _kept(name, editor):
     """Return what tells whether a method keeps something of an edit."""
     if name == "SimIE":
         return lambda: editor.hparams._simie_instance
-    if name == "UltraEdit":
-        return lambda: ultraedit_executor().is_init
     if name == "WISE":
         wise = importlib.import_module("easyeditor.models.wise.WISE")
         return lambda: wise.edit_history
@@ -200,22 +198,6 @@ def test_a_later_edit_extends_the_same_model(current, make_peer, complete, name)
         assert all(torch.equal(now[key], value) for key, value in before.items())
     session.restore()
     assert type(editor.model) is type(unedited)
-
-
-@pytest.mark.easyedit
-def test_ultraedits_normalisation_goes_on(current, make_peer, complete):
-    editor = make_peer("UltraEdit")
-    session = Session(editor, "a")
-    seen = []
-    for request in complete:
-        session.edit([request])
-        normalizers = ultraedit_executor().alg.lifelong_normalizer.values()
-        seen.append(sum(float(normalizer.n) for normalizer in normalizers))
-    assert seen[0] < seen[1] < seen[2]
-    session.restore()
-    session.edit(complete[:1])
-    normalizers = ultraedit_executor().alg.lifelong_normalizer.values()
-    assert sum(float(normalizer.n) for normalizer in normalizers) == seen[0]
 
 
 @pytest.mark.easyedit
