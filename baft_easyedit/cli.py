@@ -1,4 +1,4 @@
-"""The command line: `baft-easyedit demo | edit | bench | report | diagnose | doctor`."""
+"""The command line: `baft-easyedit demo | edit | bench | report | diagnose | speed | doctor`."""
 
 import argparse
 import sys
@@ -13,6 +13,15 @@ from baft_easyedit.requests import as_requests
 from baft_easyedit.resources import BUNDLED_MODEL, model_location
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_SPEED_NUMBERS = {
+    "--prompt-length": "tokens of a prompt; 32 if absent",
+    "--answer-length": "tokens of an answer; 4 if absent",
+    "--batch-size": "requests of an edit call; 1 if absent",
+    "--rank": "bases per layer; 12 if absent",
+    "--repeats": "measurements of each row; 5 if absent",
+    "--new-tokens": "tokens generated per measurement; 32 if absent",
+    "--threads": "CPU threads; torch's choice if absent",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--out", type=Path, help="directory; the run's `diagnosis` if absent")
     diagnose.set_defaults(run=_diagnose)
 
+    _add_speed(commands)
+
     doctor = commands.add_parser("doctor", help="say which EasyEdit was found and what works")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -91,6 +102,37 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--report-to", help="tensorboard or wandb")
     bench.add_argument("--out", type=Path, help="the run's directory; runs/NAME if absent")
     bench.set_defaults(run=_bench)
+
+
+def _add_speed(commands: Any) -> None:
+    """Describe `speed`."""
+    speed = commands.add_parser("speed", help="measure time, memory and generation of an edit")
+    source = speed.add_mutually_exclusive_group()
+    source.add_argument("--model", help="Hugging Face name or directory, or bundled")
+    source.add_argument(
+        "--shape", help="random weights: llama-2-7b, llama-3-8b, gemma-7b, llama-LAYERSxWIDTH"
+    )
+    speed.add_argument("--methods", type=_names, help="comma-separated list; BaFT,ReFT if absent")
+    for name, help_text in _SPEED_NUMBERS.items():
+        speed.add_argument(name, type=int, help=help_text)
+    stop = speed.add_mutually_exclusive_group()
+    stop.add_argument("--steps", type=int, help="steps of BaFT and ReFT; 40 if absent")
+    stop.add_argument("--early-stop", action="store_true", help="stop once an answer is learned")
+    speed.add_argument("--dtype", choices=_DTYPES, help="float32 if absent")
+    speed.add_argument("--device", type=_device, help="CUDA device number, or a name")
+    speed.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUES",
+        help="prompt-length=16,32 or rank=, layers=, batch=; may be repeated",
+    )
+    speed.add_argument("--weights-dir", type=Path, help="for random weights that EasyEdit loads")
+    speed.add_argument(
+        "--one-by-one", action="store_true", help="one model in memory at a time, not in turn"
+    )
+    speed.add_argument("--out", type=Path, help="JSON file, with charts beside it")
+    speed.set_defaults(run=_speed)
 
 
 def _names(text: str) -> list[str]:
@@ -205,9 +247,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 class _Bar:
-    """A progress bar over edits."""
+    """A progress bar over edits, or other units."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "edit") -> None:
+        self._unit = unit
         self._bar: Any = None
 
     def __enter__(self) -> "_Bar":
@@ -220,7 +263,7 @@ class _Bar:
         """Show the bar; return what moves it."""
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, initial=done, unit="edit", leave=False)
+        self._bar = tqdm(total=total, initial=done, unit=self._unit, leave=False)
         return self._bar.update
 
     def close(self) -> None:
@@ -259,6 +302,26 @@ def _bench(arguments: argparse.Namespace) -> None:
             for line in table(chosen):
                 print(line)
     print(f"\n{out}/summary.json; for more: baft-easyedit report {out}")
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    """Measure what an edit costs; print the table."""
+    import torch
+
+    from baft_easyedit.speed import SpeedOptions, Sweep, run_speed
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "sweep")}
+    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    options.setdefault("device", 0 if torch.cuda.is_available() else "cpu")
+    options["methods"] = tuple(options.get("methods", ("BaFT", "ReFT")))
+    options["sweeps"] = tuple(Sweep.parse(text) for text in arguments.sweep)
+    _silence_loading()
+    with _Bar("row") as bar:
+        report = run_speed(SpeedOptions(**options), bar.start)
+    for line in report.lines():
+        print(line)
+    for file in report.files:
+        print(file)
 
 
 def _report(arguments: argparse.Namespace) -> None:
