@@ -91,13 +91,23 @@ def _add_bench(commands: Any) -> None:
         "bench", help="run a benchmark described by a YAML file, or go on with a stopped one"
     )
     bench.add_argument("config", help="a file, or a name such as bench/facts")
-    bench.add_argument("--model", help="Hugging Face name or directory")
+    bench.add_argument(
+        "--model", help="Hugging Face name or directory; the file's presets are not for it"
+    )
+    bench.add_argument("--preset", help="our settings for the model, such as llama-3-8b-instruct")
+    bench.add_argument("--peer-preset", help="EasyEdit's settings for it, such as llama3-8b")
     bench.add_argument("--data", help="file or directory of the records")
     bench.add_argument("--methods", type=_names, help="comma-separated list")
     bench.add_argument("--T", type=_numbers, help="edits in a row, such as 1,10,100")
     bench.add_argument("--batch-size", type=_numbers, help="requests per edit, such as 1,10")
     bench.add_argument("--limit", type=int, help="number of records")
+    bench.add_argument(
+        "--texts", help="file, a passage a line, for the key statistics of MEMIT and its kin"
+    )
     bench.add_argument("--device", type=_device, help="CUDA device number, or a name")
+    bench.add_argument(
+        "--fp16", action=argparse.BooleanOptionalAction, help="load the model in half precision"
+    )
     bench.add_argument("--jobs", type=int, help="methods run at once by each process")
     bench.add_argument("--report-to", help="tensorboard or wandb")
     bench.add_argument("--out", type=Path, help="the run's directory; runs/NAME if absent")
@@ -278,17 +288,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     from baft_easyedit.bench.runner import run_bench
     from baft_easyedit.demo import table
 
-    given = {
-        "model": arguments.model,
-        "methods": arguments.methods,
-        "T": arguments.T,
-        "batch_size": arguments.batch_size,
-        "device": arguments.device,
-        "jobs": arguments.jobs,
-        "report_to": arguments.report_to,
-    }
+    names = ("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device")
+    given = {name: getattr(arguments, name) for name in (*names, "fp16", "jobs", "report_to")}
     data = {"path": arguments.data, "limit": arguments.limit}
     overrides: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if arguments.model is not None:
+        overrides = {"preset": None, "peer_preset": None, **overrides}
     overrides["data"] = {k: v for k, v in data.items() if v is not None}
     config = read_config(arguments.config, overrides)
     out = arguments.out or Path("runs") / Path(arguments.config).stem

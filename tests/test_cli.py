@@ -67,15 +67,19 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     )
     options = ["--model", "m", "--data", "d", "--methods", "MEND,+x", "--T", "5", "--limit", "3"]
     more = ["--batch-size", "2", "--device", "1", "--jobs", "2", "--report-to", "tensorboard"]
+    more += ["--peer-preset", "llama-7b", "--texts", "t", "--no-fp16"]
     file = tmp_path / "mine.yaml"
-    file.write_text("data: {kind: zsre}\nmethods: [{name: +x, method: BaFT}]\n")
+    file.write_text(
+        "{data: {kind: zsre}, preset: gone, fp16: true, methods: [{name: +x, method: BaFT}]}"
+    )
     assert main(["bench", str(file), *options, *more]) == 0
     ((config, out),) = seen
     assert str(out) == "runs/mine"
     assert [(m.name, m.method) for m in config.methods] == [("MEND", "MEND"), ("+x", "BaFT")]
     assert (config.model, config.data.path, config.data.limit) == ("m", "d", 3)
     assert (config.T, config.batch_size, config.device, config.jobs) == ((5,), (2,), 1, 2)
-    assert config.report_to == "tensorboard"
+    assert (config.report_to, config.texts, config.fp16) == ("tensorboard", "t", False)
+    assert (config.preset, config.peer_preset) == (None, "llama-7b")
     assert "| MEND   | not run: x |" in capsys.readouterr().out
 
 
