@@ -192,12 +192,17 @@ def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
 
 
 def test_batches_are_edited_together_or_say_that_they_cannot_be(settings, tmp_path):
+    questions = [{"goal": "Open a jar", "sol1": "turn the lid", "sol2": "eat it"}] * 2
+    (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "valid-labels.lst").write_text("0\n1\n")
     change = {"T": [2], "batch_size": [2], "methods": [settings["methods"][0], "ROME"]}
-    config = make_config({**settings, **change})
+    config = make_config({**settings, **change, "downstream": {"path": str(tmp_path)}})
     baft, rome = run_bench(config, tmp_path / "run")
     assert (baft["protocol"], baft["n"], baft["error"]) == ("batched", 4, None)
     chunk = read_json(tmp_path / "run/chunks/BaFT/batched-B2-T2/00000.json")
     assert len(chunk["edit_times_s"]) == 2
+    assert chunk["downstream"] == {"pre_acc": 0.5, "post_acc": 0.5, "n": 2}
+    assert (baft["downstream_acc"], baft["downstream_pre_acc"]) == (0.5, 0.5)
     assert rome["error"] == "ValueError: ROME edits one request at a time in EasyEdit"
 
 
