@@ -26,7 +26,7 @@ from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Host
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
-from baft_easyedit.easyedit.peers import NEED_TEXTS, batchable, peer_hparams, write_statistics
+from baft_easyedit.easyedit.peers import batchable, peer_hparams, write_statistics
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, prepare_requests
 from baft_easyedit.editor import Learned
@@ -76,6 +76,7 @@ class _Job:
         self.device = job["device"]
         self.depends_on = job["depends_on"]
         self.method = next(m for m in self.config.methods if m.name == job["method"])
+        self.texts = statistics_texts(self.config)
         self.units = [
             Unit(
                 self.method.name, Protocol(u["T"], u["batch_size"]), u["chunk"], range(*u["range"])
@@ -159,11 +160,9 @@ class _Job:
         hparams, notes = self._hparams(host, path)
         seed_everything(self.config.seed)
         editor = BaseEditor.from_hparams(hparams)
-        name = self.method.method
-        if name in NEED_TEXTS:
-            write_statistics(editor, statistics_texts(self.config))
-        if name not in OUR_METHODS:
-            prepare_method(name, editor, self.config.seed)
+        if self.method.method not in OUR_METHODS:
+            write_statistics(editor, self.texts)
+            prepare_method(self.method.method, editor, self.config.seed)
         return editor, notes
 
     def _hparams(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
@@ -177,7 +176,7 @@ class _Job:
             self.device,
             Path.cwd(),
             host.generation,
-            len(statistics_texts(config)) if method.method in NEED_TEXTS else 0,
+            len(self.texts),
             {**_shared(config), **method.set},
             preset=config.peer_preset,
         )
