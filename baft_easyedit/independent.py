@@ -53,18 +53,27 @@ class IndependentEdits(ModelEdit):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Edit the rows of each edit, [E R, T, D], with its own parameters."""
-        prefix = f"_interventions.{layer}."
-        values = {
-            name.removeprefix(prefix): value.to(hidden.device)
-            for name, value in self._values.items()
-            if name.startswith(prefix)
-        }
-        intervention = self.intervention(layer)
+        intervention, values = self.intervention(layer), self._values_at(layer)
 
         def intervene(own: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
             return functional_call(intervention, own, (rows,))
 
-        edited, weights = torch.vmap(intervene)(
-            values, hidden.view(self._num_edits, -1, *hidden.shape[1:])
-        )
+        rows = hidden.view(self._num_edits, -1, *hidden.shape[1:])
+        edited, weights = torch.vmap(intervene)(values, rows)
         return edited.flatten(0, 1), weights.flatten(0, 1)
+
+    def _values_at(self, layer: int) -> dict[str, Tensor]:
+        """Return one layer's parameters, by their names in its intervention."""
+        prefix = f"_interventions.{layer}."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self._values.items()
+            if name.startswith(prefix)
+        }
+
+    def _move(self, layer: int, device: torch.device) -> None:
+        """Bring what a layer has learned to where the layer computes now."""
+        super()._move(layer, device)
+        for value in self._values_at(layer).values():
+            if value.device != device:
+                value.data = value.data.to(device)  # the same leaf, for the optimiser

@@ -32,6 +32,18 @@ def test_edit_on_cuda_is_learned_and_undone_bit_for_bit(tokenizer, hparams, requ
     assert torch.equal(logits(model, tokenizer), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_side_by_side_on_cuda_equal_those_one_by_one(tokenizer, hparams, dtype):
+    requests = [{"prompt": f"Number {i} is", "target_new": t} for i, t in enumerate(("a", "bc"))]
+    model = make_model(dtype=dtype).cuda()
+    editor = BaFTEditor(model, tokenizer, hparams)
+    for learned, request in zip(editor.learn_apart(requests), requests, strict=True):
+        assert {value.device.type for value in learned.state.values()} == {"cuda"}
+        alone = editor.edit(request)
+        editor.undo()
+        assert learned.report.final_loss == pytest.approx(alone.final_loss, abs=0.05)
+
+
 def test_layers_on_two_devices_are_edited_where_they_are(tokenizer, hparams, request_dict):
     accelerate = pytest.importorskip("accelerate")
     model = make_model()
