@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status = arguments.run(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         print(f"baft-easyedit: {error}", file=sys.stderr)
         return 2
     return status or 0
@@ -92,7 +92,8 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("config", help="a file, or a name such as bench/facts")
     bench.add_argument(
-        "--model", help="Hugging Face name or directory; the file's presets are not for it"
+        "--model",
+        help="Hugging Face name or directory; another one does not get the file's presets",
     )
     bench.add_argument("--preset", help="our settings for the model, such as llama-3-8b-instruct")
     bench.add_argument("--peer-preset", help="EasyEdit's settings for it, such as llama3-8b")
@@ -101,6 +102,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--T", type=_numbers, help="edits in a row, such as 1,10,100")
     bench.add_argument("--batch-size", type=_numbers, help="requests per edit, such as 1,10")
     bench.add_argument("--limit", type=int, help="number of records")
+    bench.add_argument("--downstream", help="directory of PIQA, to ask after each run of edits")
     bench.add_argument(
         "--texts", help="file, a passage a line, for the key statistics of MEMIT and its kin"
     )
@@ -290,16 +292,18 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     names = ("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device")
     given = {name: getattr(arguments, name) for name in (*names, "fp16", "jobs", "report_to")}
+    if arguments.downstream is not None:
+        given["downstream"] = {"path": arguments.downstream}
     data = {"path": arguments.data, "limit": arguments.limit}
     overrides: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    if arguments.model is not None:
-        overrides = {"preset": None, "peer_preset": None, **overrides}
     overrides["data"] = {k: v for k, v in data.items() if v is not None}
     config = read_config(arguments.config, overrides)
     out = arguments.out or Path("runs") / Path(arguments.config).stem
     _silence_loading()
     with _Bar() as bar:
         rows = run_bench(config, out, bar.start)
+    if not rows:  # another process tells
+        return
     for T in config.T:
         for size in config.batch_size:
             chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]

@@ -82,11 +82,15 @@ def compare(
     for name, value in (("cases", num_cases), ("jobs", num_jobs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    in_a_row = min(NUM_IN_A_ROW, num_cases)
+    titles = {1: f"{num_cases} single edits"}
+    if in_a_row > 1:
+        titles[in_a_row] = f"the same, {in_a_row} edits in a row, scored after the last"
     config = BenchConfig(
         model=hparams.model_name,
         data=DataConfig(kind="facts", limit=num_cases),
         methods=tuple(_row(method, hparams) for method in methods),
-        T=(1, NUM_IN_A_ROW),
+        T=tuple(titles),
         preset="facts-llama" if is_bundled(hparams) else None,
         generation=False,
         immediate=False,
@@ -96,10 +100,7 @@ def compare(
     )
     with TemporaryDirectory(prefix="easyedit-") as directory:
         rows = run_bench(config, Path(directory), start_progress)
-    for T, title in (
-        (1, f"{num_cases} single edits"),
-        (NUM_IN_A_ROW, f"the same, {NUM_IN_A_ROW} edits in a row, scored after the last"),
-    ):
+    for T, title in titles.items():
         yield "\n" + title
         yield from table([row for row in rows if row["T"] == T])
 

@@ -157,10 +157,10 @@ class BaFTEditor:
         """Learn batches of as many rows each, one independent edit a batch."""
         attached = self.is_attached
         edits = IndependentEdits(self.model_edit, len(batches))
-        if attached:
-            self.model_edit.detach()
-        edits.attach(self.model)
         try:
+            if attached:
+                self.model_edit.detach()
+            edits.attach(self.model)
             return learn(self.model, edits, join_batches(batches), self.hparams)
         finally:
             edits.detach()
@@ -168,11 +168,16 @@ class BaFTEditor:
                 self.model_edit.attach(self.model)
 
     def install(self, learned: Learned) -> None:
-        """Make the model use what `learn_apart` learned; `undo` takes it back."""
-        self._history.append(self._state())
+        """Make the model use what `learn_apart` learned; `undo` takes it back.
+
+        Raises:
+            ValueError: If it was learned with other layers, rank or gate; nothing has changed then.
+        """
+        before = self._state()
         self.model_edit.restore(learned.state)
-        if not self.is_attached:
+        if not before.attached:
             self.model_edit.attach(self.model)
+        self._history.append(before)
 
     def _state(self) -> _State:
         """Return all that an edit call changes, as it is now."""

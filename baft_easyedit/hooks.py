@@ -184,7 +184,22 @@ class ModelEdit(nn.Module):
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a `snapshot`, bit for bit."""
+        """Go back to a `snapshot`, bit for bit.
+
+        Raises:
+            ValueError: If it is one of an edit of another shape; nothing has changed then.
+        """
+        own = self.state_dict()
+        different = [
+            name
+            for name in {*own, *snapshot}
+            if name not in own or name not in snapshot or own[name].shape != snapshot[name].shape
+        ]
+        if different:
+            raise ValueError(
+                "the snapshot must be one of an edit of the same layers, rank and gate; "
+                f"{min(different)} differs"
+            )
         self.load_state_dict(dict(snapshot))
 
     def _on_model_call(

@@ -121,6 +121,8 @@ class BaFTHyperParams:
         _check_choice("rescaling", self.rescaling, RESCALINGS)
         _check_choice("loc_positions", self.loc_positions, ("all", "last"))
         _check_choice("engine", self.engine, ENGINES)
+        if self.evaluation_type is not None:
+            _check_choice("evaluation_type", self.evaluation_type, ("LLM-judge", "generate-text"))
 
     def _check_training(self) -> None:
         """Check how the intervention is learned."""

@@ -56,6 +56,8 @@ def make_engine(model: nn.Module, edit: ModelEdit, batch: EditBatch, name: str) 
     if name == "replay":
         try:
             return LayerReplay(model, edit, batch)
+        except torch.cuda.OutOfMemoryError:  # the full forward needs more
+            raise
         # Whatever a model's code does with a cache that it does not know.
         except Exception as error:  # noqa: BLE001
             reason = f"{type(error).__name__}: {error}"

@@ -66,6 +66,8 @@ class EditRequest:
             if key not in request:
                 raise ValueError(f"a request must have the key {key!r}; got {sorted(request)}")
         irrelevant = request.get("loc_prompt") or ()
+        if not isinstance(irrelevant, (str, list, tuple)):
+            raise TypeError(f"loc_prompt must be a string or a list of strings; got {irrelevant!r}")
         return cls(
             prompt=request["prompt"],
             target_new=request["target_new"],

@@ -10,4 +10,4 @@ out=${OUT:-runs/other_models_continual}
 for model in llama-3-8b-instruct gemma-1.1-7b-it; do
   baft-easyedit bench "bench/zsre_continual_$model" --data "$data/zsre" --out "$out/$model" "$@"
 done
-baft-easyedit report "$out"/*/ --out "$out/report"
+baft-easyedit report "$out/llama-3-8b-instruct" "$out/gemma-1.1-7b-it" --out "$out/report"

@@ -7,7 +7,5 @@ set -euo pipefail
 data=${1:?give the directory of the data}
 shift
 out=${OUT:-runs/table8_downstream}
-cd "$data"  # the YAML names PIQA's directory from here
-baft-easyedit bench bench/downstream --data zsre --out "$OLDPWD/$out" "$@"
-cd "$OLDPWD"
+baft-easyedit bench bench/downstream --data "$data/zsre" --downstream "$data/piqa" --out "$out" "$@"
 baft-easyedit report "$out"

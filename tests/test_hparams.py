@@ -86,6 +86,8 @@ def test_missing_file_lists_those_of_the_package():
         ({"gamma": 2}, ValueError, r"gamma must be in \[0, 1\]"),
         ({"gate": "relu"}, ValueError, "gate must be one of rms-sigmoid"),
         ({"rescaling": "sum"}, ValueError, "rescaling must be one of none"),
+        ({"engine": "graph"}, ValueError, "engine must be one of replay, full; got 'graph'"),
+        ({"evaluation_type": "judge"}, ValueError, "evaluation_type must be one of LLM-judge"),
         ({"loc_positions": "first"}, ValueError, "loc_positions must be one of all, last"),
         ({"alg_name": "LoRA"}, ValueError, "alg_name must be 'BaFT'; got 'LoRA'"),
         ({"model_name": ""}, ValueError, "model_name must not be empty"),

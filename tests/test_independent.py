@@ -91,6 +91,20 @@ def test_what_is_learned_can_be_installed_and_undone(model, tokenizer, hparams):
     assert not torch.allclose(installed, before, atol=1e-2)
 
 
+def test_what_does_not_fit_is_refused_and_changes_nothing(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(REQUESTS[0])
+    before = logits(model, tokenizer)
+    other = BaFTEditor(make_model(), tokenizer, replace(hparams, rank=2))
+    (learned,) = other.learn_apart(REQUESTS[:1])
+    with pytest.raises(ValueError, match=r"same layers, rank and gate; _interventions\.1\.gate"):
+        editor.install(learned)
+    assert torch.equal(logits(model, tokenizer), before)
+    editor.undo()
+    with pytest.raises(ValueError, match="there is no edit to undo"):
+        editor.undo()
+
+
 def test_a_report_is_of_its_own_edit(model, tokenizer, hparams):
     reports = [
         learned.report for learned in BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)

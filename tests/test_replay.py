@@ -109,6 +109,15 @@ def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, batch, cap
     assert "no cache here" in caplog.text
 
 
+def test_short_memory_is_no_reason_for_the_full_forward(model, batch, monkeypatch):
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr("baft_easyedit.replay.LayerReplay.__init__", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        make_engine(model, random_edit(), batch, "replay")
+
+
 def test_replay_that_gives_other_logits_is_refused(model, batch, monkeypatch):
     edit = random_edit()
     edit.attach(model)

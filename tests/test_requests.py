@@ -32,6 +32,8 @@ def test_one_request_and_a_list_are_accepted():
         ({"prompt": ""}, ValueError, "prompt must not be empty; got ''"),
         ({"target_new": "  "}, ValueError, "target_new must not be empty; got '  '"),
         ({"target_new": 7}, TypeError, "target_new must be a string; got 7"),
+        ({"loc_prompt": 5}, TypeError, "loc_prompt must be a string or a list of strings; got 5"),
+        ({"loc_prompt": {"a": 1}}, TypeError, "loc_prompt must be a string or a list"),
         ({"subject": "Spain"}, ValueError, "subject must be a part of the prompt; 'Spain' is not"),
         ({"subject": ""}, ValueError, "subject must not be empty"),
         ({"loc_prompt": ["ok", ""]}, ValueError, "loc_prompt must not be empty"),

@@ -177,13 +177,17 @@ def seed_everything(seed: int) -> None:
 
 def _reset_peak_memory() -> None:
     """Start measuring CUDA memory anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory() -> int:
-    """Return the most bytes that were in use: on CUDA since the reset, else of the process."""
+    """Return the most bytes that were in use: on CUDA since the reset, else of the process.
+
+    The spare copy of the model that `verify` keeps is among them.
+    """
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        devices = range(torch.cuda.device_count())
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

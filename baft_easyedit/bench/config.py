@@ -114,7 +114,8 @@ class BenchConfig(_Strict):
     jobs: int = Field(default=1, ge=1)
     """Methods run at once by each process."""
     timeout_s: float | None = Field(default=None, gt=0)
-    """Longest time of one method; no limit if null."""
+    """Longest time of a method's process; then the chunk it is at fails, and the rest goes on in
+    another. No limit if null."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     @model_validator(mode="after")
@@ -139,7 +140,8 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         path: A file, with or without `.yaml`, or the name of one that comes with the package, such
             as `bench/facts`.
         overrides: Values that replace those of the file; those of mappings are merged, and names of
-            methods that are rows of the file mean those rows.
+            methods that are rows of the file mean those rows. Another model does not get the
+            file's presets.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -151,6 +153,9 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not isinstance(content, dict):
         raise TypeError(f"{file} must hold a mapping of benchmark settings; got {content!r}")
     merged = _merged(content, overrides or {})
+    if merged.get("model") != content.get("model"):  # presets are for the file's model
+        merged |= {"preset": None, "peer_preset": None}
+        merged |= {k: v for k, v in (overrides or {}).items() if k in ("preset", "peer_preset")}
     if "methods" in merged:
         merged["methods"] = _rows(merged["methods"], content.get("methods"))
     return make_config(merged)

@@ -31,11 +31,13 @@ def model_fingerprint(model: str) -> dict[str, str]:
 
     Returns:
         `model` and `tokenizer`, hex digests. Of weight files above 1 GiB, size, beginning and end
-        are hashed. For a name that is not on this disk yet, the name itself.
+        are hashed. For a model of the Hugging Face hub, the commit in the cache; for one that is
+        not there yet, its name.
     """
-    directory = _directory(model)
-    if directory is None:
-        return {"model": model, "tokenizer": model}
+    directory = Path(model_location(model)).expanduser()
+    if not directory.is_dir():
+        commit = _cached_commit(model) or model
+        return {"model": commit, "tokenizer": commit}
     files = sorted(file for file in directory.iterdir() if file.is_file())
     is_weights = {".safetensors", ".bin"}
     weights = [f for f in files if f.suffix in is_weights or f.name == "config.json"]
@@ -43,14 +45,11 @@ def model_fingerprint(model: str) -> dict[str, str]:
     return {"model": _hash_files(weights), "tokenizer": _hash_files(tokenizer)}
 
 
-def _directory(model: str) -> Path | None:
-    """Return where a model lies on this disk, if it does."""
-    location = Path(model_location(model)).expanduser()
-    if location.is_dir():
-        return location
+def _cached_commit(model: str) -> str | None:
+    """Return the commit of a hub's model in the cache, the name of its snapshot's directory."""
     hub: Any = importlib.import_module("huggingface_hub")
     config = hub.try_to_load_from_cache(model, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _hash_files(files: list[Path]) -> str:

@@ -5,25 +5,26 @@ one method after another (or `jobs` at once), each in a process of its own. All 
 lies in the run's directory; a chunk whose record is there is never run again.
 """
 
-import sys
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from baft_easyedit.bench import provenance
-from baft_easyedit.bench.config import BenchConfig
+from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.datasets import Dataset, load_dataset
+from baft_easyedit.bench.identity import check_same_run, run_record, with_earlier
 from baft_easyedit.bench.plan import Protocol, Unit, protocols, units_of
-from baft_easyedit.bench.process import run_units, write_failure
+from baft_easyedit.bench.process import Workers, run_units, write_failure
 from baft_easyedit.bench.scores import row_costs, row_scores
-from baft_easyedit.bench.settings import check_methods, statistics_texts
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json, write_text
+from baft_easyedit.bench.settings import check_methods
+from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.resources import hparams_file
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
 """Called with the number of edits in this process's share and how many of them are done already;
@@ -45,19 +46,22 @@ def run_bench(
         command: What was typed, for the record.
 
     Returns:
-        The rows of `summary.json`.
+        The rows of `summary.json`; none in a process that only shares the run.
 
     Raises:
         ValueError: If a setting or a record is bad, or `out` holds another run.
         OSError: If a file is missing.
     """
     check_methods(config)
+    _check_tracker(config)
     config = _with_absolute_paths(config)
-    statistics_texts(config)
     data = config.data
     dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
+    _check_lengths(config, len(dataset.requests))
     state = _process_state()
     directory = RunDirectory(out)
+    check_same_run(directory, config, dataset)
+    state.wait_for_everyone()
     if state.is_main_process:
         _prepare(directory, config, dataset, command)
     state.wait_for_everyone()
@@ -65,20 +69,34 @@ def run_bench(
     mine = units[state.process_index :: state.num_processes]
     _run_share(directory, config, mine, _device(config, state), start_progress)
     state.wait_for_everyone()
-    rows = summarise(directory, config, dataset.kind)
-    if state.is_main_process:
-        write_json(directory.summary, rows)
-        _set_status(directory, "success")
-        _report(config, directory, rows)
-    state.wait_for_everyone()
+    if not state.is_main_process:
+        return []
+    rows = summarise(directory, dataset.kind)
+    write_json(directory.summary, rows)
+    write_json(directory.run, {**read_json(directory.run), "status": "success"})
+    _report(config, directory, rows)
     return rows
 
 
 def _process_state() -> Any:
-    """Return accelerate's view of the processes that share this run; one if there is no other."""
+    """Return accelerate's view of the processes that share this run; one if there is no other.
+
+    One may wait for another as long as a method needs for a thousand edits.
+    """
     from accelerate import PartialState
 
-    return PartialState()
+    return PartialState(timeout=timedelta(days=30))
+
+
+def _check_lengths(config: BenchConfig, num_records: int) -> None:
+    """Raise ValueError if there are not enough records for one run of a protocol."""
+    for protocol in protocols(config):
+        length = protocol.T * protocol.batch_size
+        if length > num_records:
+            raise ValueError(
+                f"T times batch_size must be at most the number of records, {num_records}; got "
+                f"{protocol.T} times {protocol.batch_size}"
+            )
 
 
 def _device(config: BenchConfig, state: Any) -> int | str:
@@ -99,7 +117,7 @@ def _with_absolute_paths(config: BenchConfig) -> BenchConfig:
         "texts": absolute(config.texts),
         "data": config.data.model_copy(update={"path": absolute(config.data.path)}),
         "methods": tuple(
-            method.model_copy(update={"hparams": absolute(method.hparams)})
+            method.model_copy(update={"hparams": _absolute_yaml(method.hparams)})
             for method in config.methods
         ),
     }
@@ -109,74 +127,20 @@ def _with_absolute_paths(config: BenchConfig) -> BenchConfig:
     return config.model_copy(update=changes)
 
 
+def _absolute_yaml(path: str | None) -> str | None:
+    """Return where a YAML of hyper-parameters lies."""
+    return None if path is None else str(hparams_file(path).absolute())
+
+
 def _prepare(
     directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
 ) -> None:
-    """Write what a run begins with, or check that it is the run that is to go on.
-
-    Raises:
-        ValueError: If the directory holds another run.
-    """
-    _check_same_run(directory, config, dataset)
-    write_text(directory.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write what a run begins with, beside what it had before."""
+    record = run_record(directory, config, dataset, command)
+    whole = with_earlier(directory, config).model_dump(mode="json")
+    write_text(directory.config, yaml.safe_dump(whole, sort_keys=False))
     write_json(directory.requests, dataset.requests)
-    write_json(
-        directory.run,
-        {
-            "schema": SCHEMA,
-            "status": "running",
-            "command": list(command) or sys.argv,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seed": config.seed,
-            "git": provenance.git_state(),
-            "versions": provenance.versions(),
-            "easyedit": provenance.easyedit_version(),
-            "hardware": provenance.hardware(),
-            "model": {"name": config.model, **provenance.model_fingerprint(config.model)},
-            "data": {
-                "kind": dataset.kind,
-                "files": [vars(file) for file in dataset.files],
-                "num_records": len(dataset.requests),
-                "sha256": provenance.digest(dataset.requests),
-                "notes": list(dataset.notes),
-            },
-        },
-    )
-
-
-_MAY_DIFFER = ("T", "batch_size", "device", "threads", "jobs", "timeout_s", "report_to", "verify")
-"""Settings that change no score: a run may go on with others, and with further rows."""
-
-
-def _check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Dataset) -> None:
-    """Raise ValueError if a directory holds a run with other settings, records or model."""
-    if not directory.run.is_file():
-        return
-    then = _settings(yaml.safe_load(directory.config.read_text(encoding="utf-8")))
-    for name, value in _settings(config.model_dump(mode="json")).items():
-        if then.get(name, value) != value:
-            raise ValueError(
-                f"{directory.root} holds a run with {name} {then[name]!r}; got {value!r}: give "
-                "another directory, or delete that one"
-            )
-    run = read_json(directory.run)
-    same = {
-        "records": run["data"]["sha256"] == provenance.digest(dataset.requests),
-        "model": run["model"]["model"] == provenance.model_fingerprint(config.model)["model"],
-        "EasyEdit": run["easyedit"] == provenance.easyedit_version(),
-    }
-    for what, is_same in same.items():
-        if not is_same:
-            raise ValueError(
-                f"{directory.root} holds a run whose {what} was another under the same name: give "
-                "another directory, or delete that one"
-            )
-
-
-def _settings(content: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the scores of a run: its settings, and each row by its name."""
-    settings = {k: v for k, v in content.items() if k not in (*_MAY_DIFFER, "methods")}
-    return {**settings, **{f"the row {row['name']}": row for row in content["methods"]}}
+    write_json(directory.run, record)
 
 
 def _run_share(
@@ -188,7 +152,7 @@ def _run_share(
 ) -> None:
     """Run this process's chunks that have no record yet, method by method."""
     units = [unit for unit in units if not _cannot_run(directory, config, unit)]
-    todo = [unit for unit in units if not _is_complete(directory, unit)]
+    todo = [unit for unit in units if not directory.is_complete(unit)]
     total, left = (sum(len(u.indices) for u in some) for some in (units, todo))
     progress = start_progress(total, total - left) if start_progress is not None else None
     run = read_json(directory.run)
@@ -197,13 +161,19 @@ def _run_share(
         "tokenizer": run["model"]["tokenizer"],
         "device": "cpu" if device == "cpu" else "cuda",
     }
+    workers = Workers()
     with ThreadPoolExecutor(config.jobs) as pool:
         shares = [
-            pool.submit(run_units, directory, config, share, depends_on, device, progress)
+            pool.submit(run_units, directory, config, share, depends_on, device, workers, progress)
             for share in _by_method(config, todo)
         ]
-        for share in shares:
-            share.result()
+        try:
+            for share in as_completed(shares):
+                share.result()
+        except BaseException:  # an interrupt, or a full disk: leave no process behind
+            workers.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _cannot_run(directory: RunDirectory, config: BenchConfig, unit: Unit) -> bool:
@@ -223,23 +193,17 @@ def _by_method(config: BenchConfig, units: Iterable[Unit]) -> list[list[Unit]]:
     return [group for group in groups.values() if group]
 
 
-def _is_complete(directory: RunDirectory, unit: Unit) -> bool:
-    """Tell whether a chunk has been run; one that failed is tried again."""
-    file = directory.chunk(unit)
-    return file.is_file() and read_json(file)["error"] is None
-
-
-def summarise(directory: RunDirectory, config: BenchConfig, dataset: str) -> list[dict[str, Any]]:
-    """Average a run's records into one row for each method and protocol.
+def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
+    """Average a run's records into one row for each method and protocol that was run.
 
     Args:
         directory: The run.
-        config: Its configuration.
         dataset: What the records are called in the rows.
 
     Raises:
         ValueError: If a record cannot be read.
     """
+    config = read_config(directory.config)
     return [
         {
             "method": method.name,
@@ -252,6 +216,7 @@ def summarise(directory: RunDirectory, config: BenchConfig, dataset: str) -> lis
         }
         for method in config.methods
         for protocol in protocols(config)
+        if any(directory.chunks_of(method.name, protocol))
     ]
 
 
@@ -259,8 +224,7 @@ def _row(directory: RunDirectory, method: str, protocol: Protocol) -> dict[str, 
     """Average the records of one row."""
     chunks = list(directory.chunks_of(method, protocol))
     done = [chunk for chunk in chunks if chunk["error"] is None]
-    numbers = {chunk["chunk"] for chunk in done}
-    cases = [c for c in directory.cases_of(method, protocol) if c["chunk"] in numbers]
+    cases = list(directory.cases_of(method, protocol))
     failed = [chunk for chunk in chunks if chunk["error"] is not None]
     return {
         "n": len(cases),
@@ -279,6 +243,9 @@ def _notes(done: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> 
     inexact = sum(chunk["restored"] is False for chunk in done)
     if inexact:
         notes.append(f"EasyEdit's restore was not exact {inexact} times: replaced by a copy")
+    lengths = [len(chunk["indices"]) for chunk in done]
+    if lengths and min(lengths) < max(lengths):
+        notes.append(f"the last run of edits has {min(lengths)} records, the others {max(lengths)}")
     if failed and done:
         notes.append(
             f"{len(failed)} of {len(failed) + len(done)} runs failed: {failed[0]['error']}"
@@ -296,9 +263,11 @@ def _downstream(chunks: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {"downstream_acc": mean("post_acc"), "downstream_pre_acc": mean("pre_acc")}
 
 
-def _set_status(directory: RunDirectory, status: str) -> None:
-    """Say how the run ended."""
-    write_json(directory.run, {**read_json(directory.run), "status": status})
+def _check_tracker(config: BenchConfig) -> None:
+    """Raise ValueError if the tracker that is asked for is not installed."""
+    name = config.report_to
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"report_to needs the package {name}, which is not installed")
 
 
 def _report(config: BenchConfig, directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:

@@ -93,7 +93,8 @@ def any_alias_portability(
 ) -> float | None:
     """Score portability with the best of all accepted answers; None if no probe has several.
 
-    EasyEdit scores the first answer only.
+    EasyEdit scores the first answer only. None for GRACE too, whose first answer EasyEdit scores by
+    generation.
 
     Args:
         session: With the edited model.
@@ -101,7 +102,8 @@ def any_alias_portability(
         post: EasyEdit's metrics of it.
     """
     probes = request.get("portability") or {}
-    if not any(len(names) > 1 for probe in probes.values() for names in probe.get("aliases", ())):
+    several = any(len(names) > 1 for p in probes.values() for names in p.get("aliases", ()))
+    if not several or session.editor.alg_name == "GRACE":
         return None
     means = []
     for key, probe in probes.items():

@@ -59,6 +59,7 @@ def our_hparams(
         "fp16": config.fp16,
         "model_parallel": config.model_parallel,
         "batch_size": protocol.batch_size,
+        "seed": config.seed,
         **method.set,
     }
     preset = _preset(config, method, protocol)

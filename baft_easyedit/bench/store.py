@@ -51,6 +51,11 @@ class RunDirectory:
         """The record of one case."""
         return self._of(unit.method, unit.protocol, "cases") / f"{index:05d}.json"
 
+    def is_complete(self, unit: Unit) -> bool:
+        """Tell whether a chunk has been run; one that failed has not."""
+        file = self.chunk(unit)
+        return file.is_file() and read_json(file)["error"] is None
+
     def chunk(self, unit: Unit) -> Path:
         """The record of one chunk."""
         return self._of(unit.method, unit.protocol, "chunks") / f"{unit.chunk:05d}.json"
@@ -60,8 +65,10 @@ class RunDirectory:
         return self.root / "pre_edit" / key / f"{index:05d}.json"
 
     def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
-        """Read the cases of one row, in order."""
-        return _read_all(self._of(method, protocol, "cases"))
+        """Read the cases of one row, in order; not those that an unfinished chunk left behind."""
+        done = {c["chunk"] for c in self.chunks_of(method, protocol) if c["error"] is None}
+        cases = _read_all(self._of(method, protocol, "cases"))
+        return (case for case in cases if case["chunk"] in done)
 
     def chunks_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
         """Read the chunks of one row, in order."""

@@ -88,6 +88,8 @@ class _Job:
         """Load the model once; edit, score and restore chunk after chunk."""
         config = self.config
         torch.set_num_threads(config.threads)
+        if isinstance(self.device, int) and torch.cuda.is_available():
+            torch.cuda.set_device(self.device)  # for clocks and counters
         host = register()
         requests = prepare_requests(read_json(self.directory.requests))
         path = host_model_path(config.model)
@@ -141,13 +143,14 @@ class _Job:
     ) -> None:
         """Run one chunk; a failure is its record, and the model is put back."""
         session = runner.session
+        _send(self.events, {"started": list(unit.key)})
         try:
             set_up()
             runner.run(unit, notes, lambda: _send(self.events, {"edited": 1}), learned)
         except Exception as error:
-            if not session.verifies:  # nothing to put back: the model is not to be trusted
-                raise
             traceback.print_exc()
+            if not session.verifies:  # nothing to put back: another process goes on
+                raise
             session.restore()
             _send(self.events, {"chunk": list(unit.key), "error": describe(error)})
         else:

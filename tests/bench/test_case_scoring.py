@@ -134,3 +134,10 @@ def test_scores_before_the_edit_depend_on_all_that_matters(pre_edit, what):
         session.editor.alg_name = "GRACE"  # scored by generation
     pre_edit(model=model).get(session, 0, case)
     assert len(session.scored) == 2
+
+
+def test_graces_aliases_are_not_scored_by_another_protocol():
+    session = Session()
+    session.editor.alg_name = "GRACE"
+    post = {"portability": {"hop_acc": [0.25, 0.5]}}
+    assert any_alias_portability(session, CASE, post) is None

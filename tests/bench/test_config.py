@@ -48,6 +48,14 @@ def test_overrides_replace_values_and_name_rows_of_the_file(tmp_path):
     assert (config.data.kind, config.data.limit, config.T) == ("facts", 2, (3,))
 
 
+def test_presets_are_for_the_model_of_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("{model: a/b, preset: p, data: {kind: facts}, methods: [BaFT]}")
+    assert read_config(file, {"model": "a/b"}).preset == "p"
+    assert read_config(file, {"model": "a/c"}).preset is None
+    assert read_config(file, {"model": "a/c", "preset": "q"}).preset == "q"
+
+
 def test_a_file_must_hold_a_mapping(tmp_path):
     file = tmp_path / "list.yaml"
     file.write_text("- BaFT\n")

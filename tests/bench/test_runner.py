@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit.bench import process, runner
+from baft_easyedit.bench import identity, process, runner
 from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.runner import run_bench
 from baft_easyedit.bench.store import read_json
@@ -206,29 +206,59 @@ def test_batches_are_edited_together_or_say_that_they_cannot_be(settings, tmp_pa
     assert rome["error"] == "ValueError: ROME edits one request at a time in EasyEdit"
 
 
-def test_a_run_may_get_further_rows_but_not_other_settings(settings, tmp_path):
-    quick = {**settings, "methods": ["MEND"], "T": [1]}
-    run_bench(make_config(quick), tmp_path / "run")
-    more = {**quick, "methods": ["MEND", "SERAC"], "T": [2], "jobs": 2}
-    rows = run_bench(make_config(more), tmp_path / "run")
-    assert [(row["method"], row["T"]) for row in rows] == [("MEND", 2), ("SERAC", 2)]
-    with pytest.raises(ValueError, match=r"holds a run with seed 0; got 1: give another"):
-        run_bench(make_config({**quick, "seed": 1}), tmp_path / "run")
-    other_row = {**quick, "methods": [{"name": "MEND", "method": "SERAC"}]}
-    with pytest.raises(ValueError, match=r"holds a run with the row MEND .*'MEND'.*SERAC"):
-        run_bench(make_config(other_row), tmp_path / "run")
-    changed = changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
-    with pytest.raises(ValueError, match="holds a run with data"):
-        run_bench(make_config({**changed, "methods": ["MEND"]}), tmp_path / "run")
+QUICK = {"methods": ["MEND"], "T": [1]}
+"""A row that says at once why it is not run."""
 
 
-def test_other_records_under_the_same_name_are_refused(settings, tmp_path):
+def test_a_run_may_get_further_rows(settings, tmp_path):
+    run_bench(make_config({**settings, **QUICK}), tmp_path / "run", command=["first"])
+    run_bench(make_config({**settings, **QUICK, "methods": ["SERAC"]}), tmp_path / "run")
+    rows = run_bench(make_config({**settings, **QUICK, "T": [2], "jobs": 2}), tmp_path / "run")
+    cells = [(row["method"], row["T"]) for row in rows]
+    assert cells == [("MEND", 1), ("MEND", 2), ("SERAC", 1)]
+    assert read_json(tmp_path / "run/summary.json") == rows
+    record = read_json(tmp_path / "run/run.json")
+    assert [session["command"] for session in record["earlier"]][:1] == [["first"]]
+    assert len(record["earlier"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "a run with seed 0; got 1: give another"),
+        ({"verify": False}, "a run with verify True; got False"),
+        ({"methods": [{"name": "MEND", "method": "SERAC"}]}, "a run with the row MEND .*SERAC"),
+    ],
+)
+def test_other_settings_are_refused_also_after_further_rows(settings, tmp_path, change, message):
+    for methods in (["MEND"], ["SERAC"]):
+        run_bench(make_config({**settings, **QUICK, "methods": methods}), tmp_path / "run")
+    with pytest.raises(ValueError, match=f"holds {message}"):
+        run_bench(make_config({**settings, **QUICK, **change}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["records", "model", "EasyEdit", "texts", "hyper-parameters"])
+def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkeypatch, what):
+    (tmp_path / "texts").write_text("a b")
+    (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [1]\n")
     changed = changed_records(settings, tmp_path, lambda records: None)
-    config = make_config({**changed, "methods": ["MEND"]})
-    run_bench(config, tmp_path / "run")
-    changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
-    with pytest.raises(ValueError, match="holds a run whose records was another"):
-        run_bench(config, tmp_path / "run")
+    ours = {"name": "BaFT", "hparams": str(tmp_path / "mine.yaml")}
+    content = {**changed, "methods": [ours], "T": [1], "texts": str(tmp_path / "texts")}
+    monkeypatch.setattr(runner, "run_units", lambda *a: None)
+    run_bench(make_config(content), tmp_path / "run")
+    if what == "records":
+        changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
+    elif what == "model":
+        other = {"model": "another", "tokenizer": ""}
+        monkeypatch.setattr(identity.provenance, "model_fingerprint", lambda model: other)
+    elif what == "EasyEdit":
+        monkeypatch.setattr(identity.provenance, "easyedit_version", lambda: {"version": "new"})
+    elif what == "texts":
+        (tmp_path / "texts").write_text("c d")
+    else:
+        (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [2]\n")
+    with pytest.raises(ValueError, match=f"other content under the same name: .*{what}"):
+        run_bench(make_config(content), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +269,8 @@ def test_other_records_under_the_same_name_are_refused(settings, tmp_path):
         ({"methods": [{"name": "BaFT", "set": {"rnk": 2}}]}, "unknown hyper-parameter 'rnk'"),
         ({"methods": [{"name": "ROME", "hparams": "x"}]}, "hparams is for BaFT and ReFT only"),
         ({"data": {"kind": "news"}}, "kind must be one of .*; got 'news'"),
+        ({"T": [5]}, "T times batch_size must be at most the number of records, 4; got 5 times 1"),
+        ({"report_to": "wandb"}, "report_to needs the package wandb, which is not installed"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path, change, message):
@@ -280,16 +312,41 @@ def test_a_slow_method_is_killed(settings, tmp_path, worker):
     assert row["error"] == "took more than 0.2 s"
 
 
-def test_an_interrupt_leaves_no_process_behind(settings, tmp_path, worker):
-    worker(f"""echo $$ > {tmp_path}/pid; echo '{{"edited": 1}}'; exec sleep 60""")
+def test_a_process_that_dies_at_a_chunk_is_followed_by_another(settings, tmp_path, worker):
+    done = '{"chunk": ["BaFT", 1, 1, %d]}'
+    # The first process ends at its second chunk, the next one runs the rest.
+    worker(
+        f"""if [ ! -e {tmp_path}/once ]; then touch {tmp_path}/once
+echo '{{"started": ["BaFT", 1, 1, 0]}}'; echo '{done % 0}'
+echo '{{"started": ["BaFT", 1, 1, 1]}}'; echo '{{"edited": 1}}'; echo no memory >&2; exit 9
+fi
+echo '{{"started": ["BaFT", 1, 1, 2]}}'; echo '{done % 2}'; echo '{done % 3}'"""
+    )
+    moves = []
+    only_baft = {**settings, "methods": settings["methods"][:1], "T": [1]}
+    start = lambda total, done: moves.append  # noqa: E731
+    run_bench(make_config(only_baft), tmp_path / "run", start)
+    failed = list(tmp_path.glob("run/chunks/BaFT/single/*"))
+    assert [file.name for file in failed] == ["00001.json"]
+    assert "exit code 9: no memory" in read_json(failed[0])["error"]
+    assert moves == [1]
 
-    def start(total, done):
-        def interrupt(count):
-            raise KeyboardInterrupt
 
-        return interrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_bench(make_config(settings), tmp_path / "run", start)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path):
+    slow = [{"name": name, "method": "BaFT", "set": BAFT} for name in ("a", "b", "c")]
+    command, environment = as_command({**settings, "methods": slow, "jobs": 2}, tmp_path)
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("run/chunks/*/single/*")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True)
+    workers = [int(pid) for pid in listed.stdout.split()]
+    assert workers
+    run.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in run.communicate(timeout=60)[1]
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    chunks = [read_json(file) for file in tmp_path.glob("run/chunks/*/*/*")]
+    assert all(chunk["error"] is None for chunk in chunks)
+    assert not (tmp_path / "run/chunks/c").exists()

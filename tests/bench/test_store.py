@@ -15,12 +15,16 @@ def test_records_lie_where_the_layout_says(tmp_path):
     assert run.pre_edit("abc", 3) == tmp_path / "pre_edit/abc/00003.json"
 
 
-def test_records_are_read_in_order(tmp_path):
+def test_cases_of_finished_chunks_are_read_in_order(tmp_path):
     run = RunDirectory(tmp_path)
-    for i in (22, 3, 21):
-        write_json(run.case(UNIT, i), {"schema": SCHEMA, "index": i})
-    assert [case["index"] for case in run.cases_of("+ss-w", UNIT.protocol)] == [3, 21, 22]
     assert list(run.chunks_of("+ss-w", UNIT.protocol)) == []
+    for i, chunk in ((22, 2), (3, 2), (31, 3), (41, 4)):
+        write_json(run.case(UNIT, i), {"schema": SCHEMA, "index": i, "chunk": chunk})
+    for chunk, error in ((2, None), (3, "failed")):  # and the fourth was never finished
+        unit = Unit("+ss-w", UNIT.protocol, chunk, UNIT.indices)
+        write_json(run.chunk(unit), {"schema": SCHEMA, "chunk": chunk, "error": error})
+        assert run.is_complete(unit) == (error is None)
+    assert [case["index"] for case in run.cases_of("+ss-w", UNIT.protocol)] == [3, 22]
 
 
 def test_a_record_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
