@@ -232,8 +232,11 @@ def _check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams) -> None:
 
 
 def _of_equal_rows(batches: Sequence[EditBatch]) -> list[list[int]]:
-    """Group batches, by index, that have as many rows; only those can be learned side by side."""
+    """Group batches, by index, that have as many rows; only those can be learned side by side.
+
+    Those of a group are in the order of their widths, so that little is padded.
+    """
     groups: dict[int, list[int]] = {}
-    for i, batch in enumerate(batches):
-        groups.setdefault(len(batch.input_ids), []).append(i)
+    for i in sorted(range(len(batches)), key=lambda i: batches[i].input_ids.shape[1]):
+        groups.setdefault(len(batches[i].input_ids), []).append(i)
     return list(groups.values())
