@@ -116,7 +116,7 @@ class BaFTEditor:
         return learned.report
 
     def learn_apart(
-        self, requests: Sequence[Mapping[str, Any]], batch_size: int = 32
+        self, requests: Sequence[Mapping[str, Any]], batch_size: int = 8
     ) -> list[Learned]:
         """Learn each request on its own from the present state, many side by side.
 
@@ -126,6 +126,7 @@ class BaFTEditor:
         Args:
             requests: EasyEdit's request dicts.
             batch_size: Requests learned at once, at least 1; halved while a GPU's memory is short.
+                Larger ones pay on a GPU, which a single edit leaves idle; a CPU is soon full.
 
         Returns:
             What was learned of each request, in their order.
