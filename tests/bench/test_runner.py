@@ -335,7 +335,14 @@ echo '{{"started": ["BaFT", 1, 1, 2]}}'; echo '{done % 2}'; echo '{done % 3}'"""
 def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path):
     slow = [{"name": name, "method": "BaFT", "set": BAFT} for name in ("a", "b", "c")]
     command, environment = as_command({**settings, "methods": slow, "jobs": 2}, tmp_path)
-    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, interrupts are ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(tmp_path.glob("run/chunks/*/single/*")):
         assert run.poll() is None
         time.sleep(0.05)
