@@ -1,6 +1,8 @@
-"""Where the files that come with the package lie, in a checkout and once installed."""
+"""The files that come with the package, in a checkout and once installed, and what YAML holds."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 BUNDLED_MODEL = "bundled"
 
@@ -46,3 +48,12 @@ def bundled_model_path() -> Path:
 def model_location(name: str) -> str:
     """Return the directory of the bundled model for the name `bundled`, any other name as it is."""
     return str(bundled_model_path()) if name == BUNDLED_MODEL else name
+
+
+def merged_settings(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with some values replaced, nested mappings key by key."""
+    merged = dict(settings)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merged_settings(merged[key], value) if both else value
+    return merged

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from baft_easyedit.resources import BUNDLED_MODEL, hparams_file
+from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
 
 class _Strict(BaseModel):
@@ -152,7 +152,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise TypeError(f"{file} must hold a mapping of benchmark settings; got {content!r}")
-    merged = _merged(content, overrides or {})
+    merged = merged_settings(content, overrides or {})
     if merged.get("model") != content.get("model"):  # presets are for the file's model
         merged |= {"preset": None, "peer_preset": None}
         merged |= {k: v for k, v in (overrides or {}).items() if k in ("preset", "peer_preset")}
@@ -175,15 +175,6 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
             for e in error.errors(include_url=False)
         )
         raise ValueError(f"bad benchmark setting: {problems}") from None
-
-
-def _merged(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content with overrides, nested mappings key by key."""
-    merged = dict(content)
-    for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
 
 
 def _rows(wanted: Any, described: Any) -> Any:

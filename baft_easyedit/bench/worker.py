@@ -28,7 +28,7 @@ from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
 from baft_easyedit.easyedit.peers import batchable, peer_hparams, write_statistics
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.session import Session, prepare_requests
+from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
 from baft_easyedit.editor import Learned
 
 
@@ -158,11 +158,9 @@ class _Job:
 
     def _editor(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
-        from easyeditor import BaseEditor
-
         hparams, notes = self._hparams(host, path)
         seed_everything(self.config.seed)
-        editor = BaseEditor.from_hparams(hparams)
+        editor = make_editor(hparams)
         if self.method.method not in OUR_METHODS:
             write_statistics(editor, self.texts)
             prepare_method(self.method.method, editor, self.config.seed)

@@ -29,7 +29,7 @@ from baft_easyedit.easyedit.statistics import (
     write_key_statistics,
     write_null_space,
 )
-from baft_easyedit.resources import hparams_file
+from baft_easyedit.resources import hparams_file, merged_settings
 
 __all__ = [
     "NEED_TEXTS",
@@ -144,7 +144,7 @@ def peer_hparams(
     if reason is not None:
         raise ValueError(reason)
     config, notes = _config(name, model_path, preset)
-    config = {**_merged(config, overrides or {}), **METHODS[name].given}
+    config = {**merged_settings(config, overrides or {}), **METHODS[name].given}
     if config.get("mom2_adjustment") and num_texts == 0:
         raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
     stats_dir = stats_dir or workdir / "stats"
@@ -190,15 +190,6 @@ def _config(
         "model's values, scaled"
     )
     return peer_config(name, ModelShape.of(model_path)), (note,)
-
-
-def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with some values replaced, level by level."""
-    merged = dict(config)
-    for key, value in overrides.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if nested else value
-    return merged
 
 
 def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts: int) -> None:

@@ -33,6 +33,16 @@ Request = Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
 
+def make_editor(hparams: Any) -> Any:
+    """Make EasyEdit's `BaseEditor`, which loads the model.
+
+    Args:
+        hparams: Hyper-parameters of a method.
+    """
+    register()
+    return importlib.import_module("easyeditor.editors.editor").BaseEditor.from_hparams(hparams)
+
+
 class Session:
     """One model under one method of EasyEdit, edited and restored any number of times.
 

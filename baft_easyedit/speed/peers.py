@@ -18,7 +18,7 @@ from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
 from baft_easyedit.easyedit.peers import NEED_TEXTS, batchable, peer_hparams, write_statistics
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.session import Session, prepare_requests
+from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
 from baft_easyedit.speed.measure import EditCost, Requests
 from baft_easyedit.speed.prompts import PromptMaker
 
@@ -43,8 +43,6 @@ class PeerMethod:
 
     def __init__(self, name: str, model: str, device: int | str, half: bool, workdir: Path) -> None:
         host = register()
-        from easyeditor import BaseEditor
-
         hparams, notes = peer_hparams(
             name,
             host_model_path(model),
@@ -57,7 +55,7 @@ class PeerMethod:
         self.name = name
         self.notes = (*notes, *fix_peer(name, hparams))
         torch.manual_seed(_SEED)
-        editor = BaseEditor.from_hparams(hparams)
+        editor = make_editor(hparams)
         if name in NEED_TEXTS:
             write_statistics(editor, PromptMaker(editor.tok).texts(_NUM_TEXTS, _SEED))
         prepare_method(name, editor, _SEED)
