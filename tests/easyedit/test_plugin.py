@@ -227,10 +227,7 @@ def test_contract_holds_on_the_other_generation():
     if environment is None:
         pytest.skip("two EasyEdits are needed: a clone in EASYEDIT_HOME, and the release installed")
     here = os.path.dirname(__file__)
-    single = "test_protocols.py::test_single_edits_score_and_restore"
-    lora = "test_protocols.py::test_lora_is_scored_without_dropout_and_restored"
-    continual = "test_protocols.py::test_lora_edits_in_a_row_are_restored_or_made_good"
-    names = ("test_plugin.py", "test_scoring.py", single, lora, continual)
+    names = ("test_plugin.py", "test_scoring.py", "test_session.py")
     files = [os.path.join(here, name) for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
