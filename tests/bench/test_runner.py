@@ -13,8 +13,9 @@ import pytest
 
 from baft_easyedit.bench import identity, process, runner
 from baft_easyedit.bench.config import make_config
+from baft_easyedit.bench.plan import Protocol, Unit
 from baft_easyedit.bench.runner import run_bench
-from baft_easyedit.bench.store import read_json
+from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.easyedit.tiny import save_tiny_llama
 
@@ -330,6 +331,26 @@ echo '{{"started": ["BaFT", 1, 1, 2]}}'; echo '{done % 2}'; echo '{done % 3}'"""
     assert [file.name for file in failed] == ["00001.json"]
     assert "exit code 9: no memory" in read_json(failed[0])["error"]
     assert moves == [1]
+
+
+def test_nothing_is_started_or_written_once_workers_are_stopped(settings, tmp_path):
+    workers = process.Workers()
+    workers.stop()
+    config, directory = make_config(settings), RunDirectory(tmp_path / "run")
+    unit = Unit("BaFT", Protocol(), 0, range(1))
+    with pytest.raises(InterruptedError, match="the run was stopped"):
+        process.run_units(directory, config, [unit], {}, "cpu", workers)
+    assert not directory.root.exists()
+
+
+def test_a_stop_while_a_worker_runs_writes_no_failure(settings, tmp_path, monkeypatch):
+    workers = process.Workers()
+    monkeypatch.setattr(process, "_run_worker", lambda *args: workers.stop() or "killed")
+    config, directory = make_config(settings), RunDirectory(tmp_path / "run")
+    unit = Unit("BaFT", Protocol(), 0, range(1))
+    with pytest.raises(InterruptedError, match="the run was stopped"):
+        process.run_units(directory, config, [unit], {}, "cpu", workers)
+    assert not directory.root.exists()
 
 
 def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path):
