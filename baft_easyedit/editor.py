@@ -17,13 +17,12 @@ from baft_easyedit.hooks import (
     attached_edit,
     check_layers,
     decoder_layers,
-    input_device,
     text_config,
 )
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import EditReport, Learned, StepLosses, learn
-from baft_easyedit.requests import EditBatch, EditRequest, as_requests, build_batch, join_batches
+from baft_easyedit.requests import EditRequest, TextRow, as_requests, text_rows
 
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
 
@@ -102,12 +101,12 @@ class BaFTEditor:
             TypeError: If a request has values of the wrong type; likewise.
             FloatingPointError: If the loss is not finite; the edit has been undone then.
         """
-        batch = self._batch(as_requests(requests))
+        rows = self._rows(as_requests(requests))
         before = self._state()
         try:
             if not before.attached:
                 self.model_edit.attach(self.model)
-            (learned,) = learn(self.model, self.model_edit, batch, self.hparams)
+            (learned,) = learn(self.model, self.model_edit, [rows], self.hparams)
             self.model_edit.restore(learned.state)
         except BaseException:
             self._go_back(before)
@@ -138,33 +137,33 @@ class BaFTEditor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        batches = [self._batch([request]) for request in as_requests(requests)]
+        edits = [self._rows([request]) for request in as_requests(requests)]
         learned: dict[int, Learned] = {}
-        for indices in _of_equal_rows(batches):
+        for indices in _of_equal_rows(edits):
             rest = indices
             while rest:
                 part, rest = rest[:batch_size], rest[batch_size:]
                 try:
-                    results = self._learn_side_by_side([batches[i] for i in part])
+                    results = self._learn_side_by_side([edits[i] for i in part])
                 except torch.cuda.OutOfMemoryError:
                     if batch_size == 1:
                         raise
                     batch_size, rest = max(1, len(part) // 2), part + rest
                     continue
                 learned |= dict(zip(part, results, strict=True))
-        return [learned[i] for i in range(len(batches))]
+        return [learned[i] for i in range(len(edits))]
 
-    def _learn_side_by_side(self, batches: Sequence[EditBatch]) -> list[Learned]:
-        """Learn batches of as many rows each, one independent edit a batch."""
+    def _learn_side_by_side(self, edits: Sequence[Sequence[TextRow]]) -> list[Learned]:
+        """Learn independent edits of as many rows each."""
         attached = self.is_attached
-        edits = IndependentEdits(self.model_edit, len(batches))
+        copies = IndependentEdits(self.model_edit, len(edits))
         try:
             if attached:
                 self.model_edit.detach()
-            edits.attach(self.model)
-            return learn(self.model, edits, join_batches(batches), self.hparams)
+            copies.attach(self.model)
+            return learn(self.model, copies, edits, self.hparams)
         finally:
-            edits.detach()
+            copies.detach()
             if attached:
                 self.model_edit.attach(self.model)
 
@@ -202,17 +201,16 @@ class BaFTEditor:
         if not state.attached:
             self.model_edit.detach()
 
-    def _batch(self, requests: Sequence[EditRequest]) -> EditBatch:
+    def _rows(self, requests: Sequence[EditRequest]) -> list[TextRow]:
         """Tokenise requests that are learned together."""
         h = self.hparams
-        return build_batch(
+        return text_rows(
             requests,
             self.tokenizer,
             max_context=self.max_context,
             use_chat_template=h.use_chat_template,
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
-            device=input_device(self.model),
         )
 
 
@@ -232,12 +230,13 @@ def _check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams) -> None:
             )
 
 
-def _of_equal_rows(batches: Sequence[EditBatch]) -> list[list[int]]:
-    """Group batches, by index, that have as many rows; only those can be learned side by side.
+def _of_equal_rows(edits: Sequence[Sequence[TextRow]]) -> list[list[int]]:
+    """Group edits, by index, that have as many rows; only those are learned side by side.
 
-    Those of a group are in the order of their widths, so that little is padded.
+    Those of a group are in the order of their sizes, so that little is padded.
     """
+    sizes = [sum(len(row.ids) for row in rows) for rows in edits]
     groups: dict[int, list[int]] = {}
-    for i in sorted(range(len(batches)), key=lambda i: batches[i].input_ids.shape[1]):
-        groups.setdefault(len(batches[i].input_ids), []).append(i)
+    for i in sorted(range(len(edits)), key=sizes.__getitem__):
+        groups.setdefault(len(edits[i]), []).append(i)
     return list(groups.values())

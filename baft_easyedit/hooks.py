@@ -76,6 +76,7 @@ class ModelEdit(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
+        self._given_positions: Tensor | None = None
         self._positions: Tensor | None = None
         self._record: GateRecord | None = None
 
@@ -171,6 +172,19 @@ class ModelEdit(nn.Module):
             self._prompt_lengths = previous
 
     @contextmanager
+    def at_positions(self, positions: Tensor) -> Iterator[None]:
+        """Let the forward passes inside this context intervene exactly here.
+
+        Args:
+            positions: True where the intervention applies, [B, T].
+        """
+        previous, self._given_positions = self._given_positions, positions
+        try:
+            yield
+        finally:
+            self._given_positions = previous
+
+    @contextmanager
     def recording(self) -> Iterator[GateRecord]:
         """Record the basis weights of the forward passes inside this context."""
         previous, self._record = self._record, GateRecord()
@@ -206,6 +220,9 @@ class ModelEdit(nn.Module):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Forward pre-hook of the model: find the positions before the layers run."""
+        if self._given_positions is not None:
+            self._positions = self._given_positions
+            return
         self._positions = positions_of_call(
             model.forward, args, kwargs, self.num_prompt_positions, self._prompt_lengths
         )

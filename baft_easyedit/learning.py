@@ -1,15 +1,16 @@
 """The optimisation loop: minimise the objective over an edit's parameters with AdamW.
 
-One edit, or E independent ones side by side. Shapes: E edits, R rows of an edit (its requests, then
-their irrelevant prompts), T columns, r rank.
+One edit, or E independent ones side by side. Shapes: E edits, b bins of an edit (see `packing`), W
+columns, A answer tokens, V vocabulary, r rank.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import ModelEdit, Snapshot
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.objective import Rescaling, answer_loss, load_balance, locality_margin
-from baft_easyedit.requests import EditBatch
+from baft_easyedit.requests import TextRow
+
+if TYPE_CHECKING:  # it imports transformers
+    from baft_easyedit.replay import Forward
 
 _CHECK_EVERY = 4
 """Steps between two looks at the losses on a GPU, where each look waits for it."""
@@ -63,25 +67,30 @@ class Learned(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What one forward of a batch gives."""
+    """What one forward gives."""
 
     terms: dict[str, Tensor]
     """The terms of the objective that are in use, [E], averaged over the edited layers."""
     weights: dict[int, Tensor]
-    """Basis weights of each layer, [E, R, T, r]."""
-    positions: dict[int, Tensor]
-    """True where they count, on each layer's device, [E, R, T]."""
+    """Basis weights of each layer, [E, b, W, r]."""
+    edited: Tensor
+    """True at the positions of the edits, [E, b, W]."""
+    irrelevant: Tensor
+    """True at those of their irrelevant prompts, [E, b, W]."""
 
 
 def learn(
-    model: nn.Module, edit: ModelEdit, batch: EditBatch, hparams: BaFTHyperParams
+    model: nn.Module,
+    edit: ModelEdit,
+    edits: Sequence[Sequence[TextRow]],
+    hparams: BaFTHyperParams,
 ) -> list[Learned]:
-    """Learn a batch into an attached edit, or into E independent ones.
+    """Learn rows into an attached edit, or into E independent ones.
 
     Args:
         model: The model that `edit` is attached to; its weights do not change.
         edit: Where to start; its parameters are changed.
-        batch: With E independent edits, the rows of each follow one another.
+        edits: The rows of each of the E edits; all have irrelevant prompts, or none.
         hparams: How to learn.
 
     Returns:
@@ -95,11 +104,11 @@ def learn(
     start = time.perf_counter()
     optimizer = _optimizer(edit, hparams)
     rescaling = Rescaling(hparams.rescaling)
-    run = _Run(edit, batch, hparams)
-    with _frozen(model), edit.prompt_lengths(batch.prompt_lengths):
-        forward = replay.make_engine(model, edit, batch, hparams.engine)
+    run = _Run(edit, edits, hparams)
+    with _frozen(model):
+        forward = replay.Engine(model, edit, hparams.engine).prepare(edits)
         while True:
-            step = _compute_step(edit, batch, forward, hparams)
+            step = _compute_step(edit, forward, hparams)
             if run.is_over_after(step):
                 break
             optimizer.zero_grad()
@@ -130,11 +139,12 @@ def _can_fuse(parameters: list[Tensor]) -> bool:
 class _Run:
     """Follows the losses of E edits: which are done, and what they had learned by then."""
 
-    def __init__(self, edit: ModelEdit, batch: EditBatch, hparams: BaFTHyperParams) -> None:
+    def __init__(
+        self, edit: ModelEdit, edits: Sequence[Sequence[TextRow]], hparams: BaFTHyperParams
+    ) -> None:
         self._edit = edit
-        self._num_requests = batch.num_edits
+        self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
-        self._every = 1 if batch.input_ids.device.type == "cpu" else _CHECK_EVERY
         self._terms: list[dict[str, Tensor]] = []  # of each step, [E]
         self._done: dict[int, tuple[int, Snapshot, GateReport | None]] = {}
 
@@ -147,9 +157,10 @@ class _Run:
         self._terms.append({name: term.detach() for name, term in step.terms.items()})
         num_steps = len(self._terms) - 1
         is_last = num_steps == self._hparams.num_steps
-        if num_steps % self._every and not is_last:
+        every = 1 if step.terms["answer"].device.type == "cpu" else _CHECK_EVERY
+        if num_steps % every and not is_last:
             return False
-        _check_finite(self._terms[-self._every :], set(self._done))
+        _check_finite(self._terms[-every:], set(self._done))
         answers = self._terms[-1]["answer"].tolist()
         for i, answer in enumerate(answers):
             if i not in self._done and (is_last or answer < self._hparams.early_stop_loss):
@@ -158,25 +169,13 @@ class _Run:
 
     def _learned(self, i: int, step: _Step) -> tuple[Snapshot, GateReport | None]:
         """Return what edit i has learned, its own usage counted as past, and how its gates are."""
-        n, edit = self._num_requests, self._edit
         usage = {
-            layer: edit.usage(layer).with_current(w[:, :n], step.positions[layer][:, :n])
+            layer: self._edit.usage(layer).with_current(w, step.edited.to(w.device))
             for layer, w in step.weights.items()
         }
         has_gates = self._hparams.gate != "one" and len(self._terms) > 1
-        return edit.state_of(i, usage), self._gate_report(i, step, usage) if has_gates else None
-
-    def _gate_report(
-        self, i: int, step: _Step, usage: Mapping[int, tuple[Tensor, Tensor]]
-    ) -> GateReport:
-        """Sum up what the gates of edit i did in the last forward."""
-        n = self._num_requests
-        layers = {}
-        for layer, weights in step.weights.items():
-            here, at = weights[i], step.positions[layer][i]  # [R, T, r], [R, T]
-            total, count = usage[layer]
-            layers[layer] = LayerGates.of(here[:n][at[:n]], here[n:][at[n:]], total[i] / count[i])
-        return GateReport(layers)
+        gates = _gate_report(i, step, usage) if has_gates else None
+        return self._edit.state_of(i, usage), gates
 
     def results(self, time_s: float) -> list[Learned]:
         """Return the states and reports of all edits.
@@ -203,6 +202,18 @@ class _Run:
         return Learned(state, report)
 
 
+def _gate_report(i: int, step: _Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> GateReport:
+    """Sum up what the gates of edit i did in a forward."""
+    layers = {}
+    for layer, weights in step.weights.items():
+        edited, irrelevant = (
+            weights[i][at[i].to(weights.device)] for at in (step.edited, step.irrelevant)
+        )
+        total, count = usage[layer]
+        layers[layer] = LayerGates.of(edited, irrelevant, total[i] / count[i])
+    return GateReport(layers)
+
+
 def _check_finite(steps: list[dict[str, Tensor]], done: set[int]) -> None:
     """Raise FloatingPointError if a term of an edit that is not done is not finite."""
     names = [name for terms in steps for name in terms]
@@ -216,49 +227,31 @@ def _check_finite(steps: list[dict[str, Tensor]], done: set[int]) -> None:
                 )
 
 
-def _compute_step(
-    edit: ModelEdit, batch: EditBatch, forward: Callable[[], Tensor], h: BaFTHyperParams
-) -> _Step:
-    """Run the model once and compute the objective's terms.
-
-    Args:
-        edit: The edit, attached.
-        batch: What is learned.
-        forward: Returns the logits [E R, n, V] of the batch's last n columns.
-        h: Which terms are in use.
-    """
-    n = batch.num_edits
+def _compute_step(edit: ModelEdit, forward: "Forward", h: BaFTHyperParams) -> _Step:
+    """Run the model once and compute the objective's terms."""
     with edit.recording() as record:
-        logits = _by_edit(forward(), edit)[:, :n]  # [E, n, columns, V]
-    labels = _by_edit(batch.labels, edit)[:, :n, -logits.shape[2] :].to(logits.device)
-    terms = {"answer": answer_loss(logits, labels)}
-    assert record.positions is not None  # a forward of tokens has set them
+        logits = forward()  # [A, V]
     weights = {i: _by_edit(w, edit) for i, w in record.weights.items()}
-    positions = {i: _by_edit(record.positions.to(w.device), edit) for i, w in weights.items()}
+    layout = forward.layout
+    edited, irrelevant = _by_edit(layout.edited, edit), _by_edit(layout.irrelevant, edit)
+    labels, owners = (t.to(logits.device) for t in (layout.labels, layout.label_edits))
+    terms = {"answer": answer_loss(logits, labels, owners, edit.num_edits)}
     if h.balance:
         terms["balance"] = _mean(
-            load_balance(edit.usage(i).mean_with(w[:, :n], positions[i][:, :n]))
+            load_balance(edit.usage(i).mean_with(w, edited.to(w.device)))
             for i, w in weights.items()
         )
-    if h.locality and len(batch.input_ids) > n * edit.num_edits:
+    if h.locality and not all(row.is_edit for row in layout.rows):
+        margin = partial(locality_margin, alpha=h.alpha, beta=h.beta, gamma=h.gamma)
         terms["locality"] = _mean(
-            locality_margin(
-                w[:, :n],
-                positions[i][:, :n],
-                w[:, n:],
-                positions[i][:, n:],
-                alpha=h.alpha,
-                beta=h.beta,
-                gamma=h.gamma,
-            )
-            for i, w in weights.items()
+            margin(w, edited.to(w.device), w, irrelevant.to(w.device)) for w in weights.values()
         )
-    return _Step(terms, weights, positions)
+    return _Step(terms, weights, edited, irrelevant)
 
 
-def _by_edit(rows: Tensor, edit: ModelEdit) -> Tensor:
-    """Give each edit its rows: [E R, ...] to [E, R, ...]."""
-    return rows.reshape(edit.num_edits, -1, *rows.shape[1:])
+def _by_edit(bins: Tensor, edit: ModelEdit) -> Tensor:
+    """Give each edit its bins: [E b, ...] to [E, b, ...]."""
+    return bins.reshape(edit.num_edits, -1, *bins.shape[1:])
 
 
 def _mean(terms: Iterable[Tensor]) -> Tensor:

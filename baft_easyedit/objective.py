@@ -1,34 +1,30 @@
 """The objective L = L1 + R_bal + R_loc (Liu et al. 2025, Eq. 4). Needs torch only.
 
-Every term averages over the intervened positions of the rows of one edit. Leading dimensions,
-written ..., are independent edits: each gets its own value.
-Shapes: B rows of an edit, M rows of its irrelevant prompts, T tokens, V vocabulary, r rank.
+The regularisers average over the intervened positions of one edit. Leading dimensions, written ...,
+are independent edits: each gets its own value.
+Shapes: B rows of T tokens, V vocabulary, r rank.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baft_easyedit.positions import IGNORED_LABEL
 
-
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def answer_loss(logits: Tensor, labels: Tensor, owners: Tensor, num_owners: int) -> Tensor:
     """L1: teacher-forced cross-entropy of the answer tokens, their mean (Eq. 4).
 
     Args:
-        logits: [..., B, T, V]; column t predicts the label of column t + 1.
-        labels: [..., B, T]; -100 is ignored.
+        logits: What predicts each of A answer tokens, [A, V].
+        labels: These tokens, [A].
+        owners: What each belongs to (an edit, or a text), below `num_owners`, [A].
+        num_owners: E; each must own a token.
 
     Returns:
-        [...], fp32, in nats per answer token.
+        [E], fp32, in nats per answer token.
     """
-    predicted = logits[..., :-1, :].float().flatten(0, -2)  # [... B (T - 1), V]
-    wanted = labels[..., 1:]  # [..., B, T - 1]
-    losses = F.cross_entropy(
-        predicted, wanted.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-    )
-    count = (wanted != IGNORED_LABEL).sum((-2, -1))  # [...]
-    return losses.view_as(wanted).sum((-2, -1)) / count
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [A]
+    owned = F.one_hot(owners, num_owners).to(losses.dtype)  # [A, E]  a sum by matmul repeats itself
+    return losses @ owned / owned.sum(0)
 
 
 def mean_at(values: Tensor, positions: Tensor) -> Tensor:
@@ -110,8 +106,8 @@ def locality_margin(
     Args:
         edit_weights: w(h), [..., B, T, r].
         edit_positions: True where they count, [..., B, T].
-        irrelevant_weights: w(h_ir), [..., M, T, r].
-        irrelevant_positions: True where they count, [..., M, T].
+        irrelevant_weights: w(h_ir), [..., B, T, r].
+        irrelevant_positions: True where they count, [..., B, T].
         alpha: Weight that an irrelevant position may keep.
         beta: Weight that an edited position should reach.
         gamma: Wanted gap between the largest weights.

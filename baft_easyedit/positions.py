@@ -22,6 +22,16 @@ IGNORED_LABEL = -100
 PromptLengths = Sequence[int] | Tensor
 
 
+def first_edited(prompt_length: int, num_prompt_positions: int) -> int:
+    """Return the first token, from 0, of a text that is intervened on.
+
+    Args:
+        prompt_length: n_prompt.
+        num_prompt_positions: P.
+    """
+    return max(0, prompt_length - num_prompt_positions)
+
+
 def edit_positions(
     real: Tensor,
     num_new: int,

@@ -1,18 +1,12 @@
-"""Edit requests with EasyEdit's keys: validation, and tokenisation into a batch.
+"""Edit requests with EasyEdit's keys: validation, and tokenisation.
 
 A target's tokens are those of `prompt + " " + target_new` after the prompt's own, which is how
-EasyEdit's evaluators count them. Shapes: B rows, T columns.
+EasyEdit's evaluators count them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from baft_easyedit.positions import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -98,32 +92,19 @@ def as_requests(requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> li
 
 
 @dataclass(frozen=True)
-class EditBatch:
-    """Tokenised requests, padded on the left; the irrelevant prompts follow the edits as rows.
+class TextRow:
+    """One tokenised text: an edit, or an irrelevant prompt."""
 
-    Joined batches (`join_batches`) follow each other whole.
-    """
-
-    input_ids: Tensor
-    """[B, T], int64."""
-    attention_mask: Tensor
-    """[B, T], int64, 1 for real tokens."""
-    position_ids: Tensor
-    """[B, T], int64, counted over real tokens."""
-    labels: Tensor
-    """[B, T], int64, the answer tokens; -100 elsewhere."""
-    prompt_lengths: Tensor
-    """[B], real tokens before the answer."""
-    num_edits: int
-    """Rows that are edits, of each of the joined batches; the others are irrelevant prompts."""
-
-    @property
-    def max_answer_length(self) -> int:
-        """Longest answer of the batch, in tokens."""
-        return int((self.labels != IGNORED_LABEL).sum(-1).max())
+    ids: tuple[int, ...]
+    """Its tokens, special tokens included."""
+    prompt_length: int
+    """Tokens before the answer. Of an irrelevant prompt, the tokens before those that count as its
+    answer, to which the intervention applies all the same."""
+    is_edit: bool
+    """Whether the answer is learned."""
 
 
-def build_batch(
+def text_rows(
     requests: Sequence[EditRequest],
     tokenizer: Any,
     *,
@@ -131,9 +112,8 @@ def build_batch(
     use_chat_template: bool = False,
     with_irrelevant: bool = True,
     loc_positions: int | None = None,
-    device: torch.device | str = "cpu",
-) -> EditBatch:
-    """Tokenise requests, and their irrelevant prompts, into one batch.
+) -> list[TextRow]:
+    """Tokenise requests, in their order, and then their irrelevant prompts.
 
     Args:
         requests: The edits.
@@ -141,37 +121,44 @@ def build_batch(
         max_context: Longest input of the model, in tokens; None for no limit.
         use_chat_template: Put prompts into the tokenizer's chat template, as EasyEdit does when its
             hyper-parameter of that name is set. Irrelevant prompts are left as they are.
-        with_irrelevant: Add the irrelevant prompts as rows.
-        loc_positions: How many of the last tokens of an irrelevant prompt count as its answer, so
-            that the intervention applies to them too; None for all.
-        device: Where the tensors go.
+        with_irrelevant: Add the irrelevant prompts.
+        loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
+            for all.
 
     Raises:
         ValueError: If a target has no token of its own, or a text is longer than `max_context`.
     """
-    rows, lengths = [], []
-    for request in requests:
-        prompt = format_prompt(request.prompt, tokenizer, use_chat_template)
-        ids = _token_ids(tokenizer, prompt + " " + request.target_new)
-        length = len(_token_ids(tokenizer, prompt))
-        if len(ids) <= length:
-            raise ValueError(
-                f"target_new must have at least one token; {request.target_new!r} adds none to "
-                f"{prompt!r}"
-            )
-        rows.append(ids)
-        lengths.append(length)
-    irrelevant = [text for request in requests for text in request.loc_prompts]
-    for text in irrelevant if with_irrelevant else []:
-        ids = _token_ids(tokenizer, text)
-        rows.append(ids)
-        lengths.append(0 if loc_positions is None else max(0, len(ids) - loc_positions))
-    if max_context is not None and max(map(len, rows)) > max_context:
+    rows = [_edit_row(request, tokenizer, use_chat_template) for request in requests]
+    if with_irrelevant:
+        texts = [text for request in requests for text in request.loc_prompts]
+        rows += [_irrelevant_row(text, tokenizer, loc_positions) for text in texts]
+    longest = max(len(row.ids) for row in rows)
+    if max_context is not None and longest > max_context:
         raise ValueError(
             f"prompt and target must fit the model's context of {max_context} tokens; the longest "
-            f"text has {max(map(len, rows))}"
+            f"text has {longest}"
         )
-    return _pad_left(rows, lengths, len(requests), tokenizer.pad_token_id or 0, device)
+    return rows
+
+
+def _edit_row(request: EditRequest, tokenizer: Any, use_chat_template: bool) -> TextRow:
+    """Tokenise a prompt and its target."""
+    prompt = format_prompt(request.prompt, tokenizer, use_chat_template)
+    ids = _token_ids(tokenizer, prompt + " " + request.target_new)
+    length = len(_token_ids(tokenizer, prompt))
+    if len(ids) <= length:
+        raise ValueError(
+            f"target_new must have at least one token; {request.target_new!r} adds none to "
+            f"{prompt!r}"
+        )
+    return TextRow(ids, length, is_edit=True)
+
+
+def _irrelevant_row(text: str, tokenizer: Any, loc_positions: int | None) -> TextRow:
+    """Tokenise an irrelevant prompt."""
+    ids = _token_ids(tokenizer, text)
+    length = 0 if loc_positions is None else max(0, len(ids) - loc_positions)
+    return TextRow(ids, length, is_edit=False)
 
 
 def format_prompt(prompt: str, tokenizer: Any, use_chat_template: bool) -> str:
@@ -182,51 +169,6 @@ def format_prompt(prompt: str, tokenizer: Any, use_chat_template: bool) -> str:
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
+def _token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Return the token ids of a text, special tokens included."""
-    return list(tokenizer(text)["input_ids"])
-
-
-def join_batches(batches: Sequence[EditBatch]) -> EditBatch:
-    """Put batches of as many edits and rows below each other, padded on the left to one width."""
-    width = max(batch.input_ids.shape[1] for batch in batches)
-
-    def joined(name: str, padding: int = 0) -> Tensor:
-        columns = [getattr(batch, name) for batch in batches]
-        return torch.cat([F.pad(c, (width - c.shape[1], 0), value=padding) for c in columns])
-
-    return EditBatch(
-        input_ids=joined("input_ids"),
-        attention_mask=joined("attention_mask"),
-        position_ids=joined("position_ids"),
-        labels=joined("labels", IGNORED_LABEL),
-        prompt_lengths=torch.cat([batch.prompt_lengths for batch in batches]),
-        num_edits=batches[0].num_edits,
-    )
-
-
-def _pad_left(
-    rows: list[list[int]],
-    prompt_lengths: list[int],
-    num_edits: int,
-    pad_id: int,
-    device: torch.device | str,
-) -> EditBatch:
-    """Pad token rows on the left; only the first `num_edits` rows get labels."""
-    width = max(map(len, rows))
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORED_LABEL)
-    for i, (ids, length) in enumerate(zip(rows, prompt_lengths, strict=True)):
-        input_ids[i, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[i, width - len(ids) :] = 1
-        if i < num_edits:
-            labels[i, width - len(ids) + length :] = torch.tensor(ids[length:])
-    return EditBatch(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(device),
-        labels=labels.to(device),
-        prompt_lengths=torch.tensor(prompt_lengths).to(device),
-        num_edits=num_edits,
-    )
+    return tuple(tokenizer(text)["input_ids"])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from baft_easyedit.objective import (
@@ -21,7 +22,11 @@ def test_answer_loss_is_transformers_causal_language_model_loss():
     logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
     labels[:, :3] = -100
     expected = ForCausalLMLoss(logits, labels, vocab_size=11)
-    assert torch.allclose(answer_loss(logits, labels), expected)
+    answers = labels[:, 1:] != -100
+    found = answer_loss(
+        logits[:, :-1][answers], labels[:, 1:][answers], torch.zeros(6, dtype=torch.long), 1
+    )
+    assert torch.allclose(found, expected)
 
 
 def test_load_balance_is_the_variance_over_the_mean():
@@ -58,20 +63,21 @@ def test_only_positions_count():
 
 
 def test_independent_edits_have_losses_of_their_own():
-    logits, labels = torch.randn(3, 2, 6, 11), torch.randint(0, 11, (3, 2, 6))
+    logits, labels = torch.randn(7, 11), torch.randint(0, 11, (7,))
+    owners = torch.tensor([2, 0, 0, 1, 2, 2, 0])
     weights, irrelevant = torch.rand(3, 2, 6, 4), torch.rand(3, 1, 6, 4)
     at, off = torch.rand(3, 2, 6) > 0.5, torch.rand(3, 1, 6) > 0.5
     at[:, 0, 0] = off[:, 0, 0] = True
     margins = {"alpha": 0.1, "beta": 0.5, "gamma": 0.3}
     usage = BasisUsage(4)
     together = (
-        answer_loss(logits, labels),
+        answer_loss(logits, labels, owners, 3),
         load_balance(usage.mean_with(weights, at)),
         locality_margin(weights, at, irrelevant, off, **margins),
     )
     for i in range(3):
         alone = (
-            answer_loss(logits[i], labels[i]),
+            F.cross_entropy(logits[owners == i], labels[owners == i]),
             load_balance(usage.mean_with(weights[i], at[i])),
             locality_margin(weights[i], at[i], irrelevant[i], off[i], **margins),
         )

@@ -8,8 +8,8 @@ import torch
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.objective import answer_loss
-from baft_easyedit.replay import FullForward, LayerReplay, make_engine
-from baft_easyedit.requests import as_requests, build_batch
+from baft_easyedit.replay import Engine, FullForward, LayerReplay
+from baft_easyedit.requests import as_requests, text_rows
 from tests.conftest import FAMILIES, make_model, random_edit
 
 REQUESTS = [
@@ -19,8 +19,8 @@ REQUESTS = [
 
 
 @pytest.fixture
-def batch(tokenizer):
-    return build_batch(as_requests(REQUESTS), tokenizer)
+def rows(tokenizer):
+    return text_rows(as_requests(REQUESTS), tokenizer)
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -28,55 +28,102 @@ def attention(request):
     return request.param
 
 
-def loss_and_gradients(engine, batch, edit):
+def with_edit(model, **options):
+    edit = random_edit(**options)
+    edit.attach(model.requires_grad_(False))
+    return edit
+
+
+def loss_and_gradients(loss, edit):
     edit.zero_grad()
-    logits = engine()[: batch.num_edits]
-    loss = answer_loss(logits, batch.labels[: batch.num_edits, -logits.shape[1] :])
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in edit.parameters()])
 
 
+def engine_loss(forward):
+    layout = forward.layout
+    return answer_loss(forward(), layout.labels, layout.label_edits, 1).sum()
+
+
+def transformers_loss(model, tokenizer, edit):
+    """The model's own loss on texts that the tokenizer pads, and the position rule of the hooks."""
+    prompts = [request["prompt"] for request in REQUESTS]
+    texts = [f"{request['prompt']} {request['target_new']}" for request in REQUESTS]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    real = batch["attention_mask"].cumsum(-1)
+    is_answer = (real > torch.tensor(lengths)[:, None]) & batch["attention_mask"].bool()
+    labels = batch["input_ids"].where(is_answer, -100)
+    positions = (real - 1).clamp_min(0)
+    with edit.prompt_lengths(lengths):
+        return model(**batch, labels=labels, position_ids=positions).loss
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("irrelevant", [True, False])
-def test_replay_equals_the_full_forward(family, attention, irrelevant, tokenizer):
+@pytest.mark.parametrize("engine", [LayerReplay, FullForward])
+def test_engines_equal_the_model_itself(family, engine, attention, tokenizer, rows):
     model = make_model(family)
     model.set_attn_implementation(attention)
-    model.requires_grad_(False)
-    edit = random_edit()
-    edit.attach(model)
-    batch = build_batch(as_requests(REQUESTS), tokenizer, with_irrelevant=irrelevant)
-    with edit.prompt_lengths(batch.prompt_lengths):
-        loss, gradients = loss_and_gradients(FullForward(model, batch), batch, edit)
-        engine = LayerReplay(model, edit, batch)
-        for _ in range(2):  # the recorded prefix serves every step
-            replayed, replayed_gradients = loss_and_gradients(engine, batch, edit)
-            assert torch.allclose(replayed, loss, rtol=0, atol=1e-5)
-            difference = (replayed_gradients - gradients).abs().max()
-            assert difference < 1e-5 * gradients.abs().max()
+    edit = with_edit(model)
+    loss, gradients = loss_and_gradients(transformers_loss(model, tokenizer, edit), edit)
+    forward = engine(model, edit).prepare([rows])
+    for _ in range(2):  # what is recorded serves every step
+        found, found_gradients = loss_and_gradients(engine_loss(forward), edit)
+        assert torch.allclose(found, loss, rtol=0, atol=1e-5)
+        difference = (found_gradients - gradients).abs().max()
+        assert difference < 1e-5 * gradients.abs().max()
     assert gradients.abs().max() > 1e-3
 
 
-def test_replay_runs_the_suffix_only(model, batch):
-    edit = random_edit()
-    edit.attach(model)
-    seen = []
-    model.model.layers[3].register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
-    with edit.prompt_lengths(batch.prompt_lengths):
-        engine = LayerReplay(model, edit, batch)
-        seen.clear()
-        engine()
-    # The widest of: an irrelevant prompt, and the last three prompt tokens with the answer.
-    irrelevant = int(batch.attention_mask[2].sum())
-    assert seen == [max(irrelevant, 3 + batch.max_answer_length)]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_gates_are_those_of_the_full_forward(family, tokenizer, rows):
+    model = make_model(family)
+    edit = with_edit(model)
+    weights = {}
+    for engine in (LayerReplay, FullForward):
+        forward = engine(model, edit).prepare([rows])
+        with edit.recording() as record:
+            forward()
+        for i in range(len(rows)):
+            at = forward.layout.positions & (forward.layout.row_of == i)
+            weights.setdefault(i, []).append({k: w[at] for k, w in record.weights.items()})
+    for replayed, full in weights.values():
+        for layer in (1, 2):
+            assert len(full[layer]) > 0
+            assert torch.allclose(replayed[layer], full[layer], atol=1e-5)
+
+
+def test_replay_computes_no_more_tokens_than_an_edit_can_change(model, rows):
+    edit = with_edit(model)
+    seen, scored = [], []
+    model.model.layers[3].register_forward_hook(lambda m, a, out: seen.append(out.shape[:2]))
+    model.lm_head.register_forward_hook(lambda m, a, out: scored.append(out.shape[:2]))
+    forward = LayerReplay(model, edit).prepare([rows])
+    seen.clear(), scored.clear()
+    forward()
+    # The last three prompt tokens with the answers, and all of the irrelevant prompt.
+    assert seen == [(1, (3 + len(" Rome")) + (3 + len(" Oslo")) + len("_Ice is cold"))]
+    assert scored == [(1, len(" Rome") + len(" Oslo"))]
+
+
+def test_rows_are_recorded_once(model, rows):
+    engine = LayerReplay(model, with_edit(model))
+    engine.prepare([rows])
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *a: calls.append(1))
+    engine.prepare([rows[:1]])
+    assert not calls
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_family_needs_the_full_forward(family, batch, caplog):
-    model, edit = make_model(family), random_edit()
-    edit.attach(model)
-    with caplog.at_level(logging.INFO), edit.prompt_lengths(batch.prompt_lengths):
-        assert isinstance(make_engine(model, edit, batch, "replay"), LayerReplay)
-        assert isinstance(make_engine(model, edit, batch, "full"), FullForward)
+def test_no_family_needs_the_full_forward(family, rows, caplog):
+    model = make_model(family)
+    edit = with_edit(model)
+    with caplog.at_level(logging.INFO):
+        engine = Engine(model, edit, "replay")
+        engine.prepare([rows])
+    assert engine.is_replay
+    assert not Engine(model, edit, "full").is_replay
     assert "full forward" not in caplog.text
 
 
@@ -92,9 +139,9 @@ def test_edits_are_the_same_with_either_engine(tokenizer, hparams, request_dict)
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
-def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, batch, caplog):
-    edit = random_edit()
-    edit.attach(model)
+def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, rows, caplog):
+    edit = with_edit(model)
+    expected = FullForward(model, edit).prepare([rows])()
     forward = model.forward
 
     def no_cache(*args, past_key_values=None, **kwargs):
@@ -103,53 +150,61 @@ def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, batch, cap
         return forward(*args, **kwargs)
 
     model.forward = no_cache
-    with caplog.at_level(logging.INFO), edit.prompt_lengths(batch.prompt_lengths):
-        assert isinstance(make_engine(model, edit, batch, "replay"), FullForward)
+    engine = Engine(model, edit, "replay")
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(engine.prepare([rows])(), expected)
+    assert not engine.is_replay
     assert "full forward: LlamaForCausalLM cannot be replayed" in caplog.text
     assert "no cache here" in caplog.text
 
 
-def test_short_memory_is_no_reason_for_the_full_forward(model, batch, monkeypatch):
+def test_short_memory_is_no_reason_for_the_full_forward(model, rows, monkeypatch):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr("baft_easyedit.replay.LayerReplay.__init__", full)
+    monkeypatch.setattr("baft_easyedit.replay.LayerReplay.prepare", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        make_engine(model, random_edit(), batch, "replay")
+        Engine(model, with_edit(model), "replay").prepare([rows])
 
 
-def test_replay_that_gives_other_logits_is_refused(model, batch, monkeypatch):
-    edit = random_edit()
-    edit.attach(model)
+def test_replay_that_gives_other_logits_is_refused(model, rows):
+    edit = with_edit(model)
     # A layer that looks at more than its mask: it adds the mean over columns.
     layer = model.model.layers[3]
     layer.register_forward_hook(lambda m, a, out: out + out.mean(1, keepdim=True))
-    with edit.prompt_lengths(batch.prompt_lengths):
-        with pytest.raises(ValueError, match=r"replayed logits differ by .* from the full"):
-            LayerReplay(model, edit, batch)
-        assert isinstance(make_engine(model, edit, batch, "replay"), FullForward)
+    with pytest.raises(ValueError, match=r"replayed logits differ by .* from the full"):
+        LayerReplay(model, edit).prepare([rows])
+    engine = Engine(model, edit, "replay")
+    engine.prepare([rows])
+    assert not engine.is_replay
 
 
-def test_layers_get_their_forward_back_after_an_error(model, batch):
-    edit = random_edit()
-    edit.attach(model)
-    with edit.prompt_lengths(batch.prompt_lengths):
-        engine = LayerReplay(model, edit, batch)
-        handle = model.lm_head.register_forward_hook(lambda *a: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine()
-        handle.remove()
+@pytest.mark.parametrize("engine", [LayerReplay, FullForward])
+def test_a_model_without_an_output_embedding_is_scored_all_the_same(engine, model, rows):
+    edit = with_edit(model)
+    expected = engine(model, edit).prepare([rows])()
+    model.get_output_embeddings = lambda: None
+    assert torch.allclose(engine(model, edit).prepare([rows])(), expected, atol=1e-5)
+
+
+def test_layers_get_their_forward_back_after_an_error(model, rows):
+    forward = LayerReplay(model, with_edit(model)).prepare([rows])
+    handle = model.lm_head.register_forward_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward()
+    handle.remove()
     assert not any("forward" in vars(layer) for layer in model.model.layers)
+    assert not model.lm_head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_replay_in_half_precision(dtype, batch):
-    model, edit = make_model(dtype=dtype), random_edit()
-    edit.attach(model)
-    with edit.prompt_lengths(batch.prompt_lengths):
-        assert isinstance(make_engine(model, edit, batch, "replay"), LayerReplay)
+def test_replay_in_half_precision(dtype, rows):
+    model = make_model(dtype=dtype)
+    engine = Engine(model, with_edit(model), "replay")
+    engine.prepare([rows])
+    assert engine.is_replay
 
 
-def test_engines_are_named(model, batch):
+def test_engines_are_named(model):
     with pytest.raises(ValueError, match="engine must be one of replay, full; got 'graph'"):
-        make_engine(model, random_edit(), batch, "graph")
+        Engine(model, random_edit(), "graph")

@@ -1,7 +1,6 @@
 import pytest
-import torch
 
-from baft_easyedit.requests import EditRequest, as_requests, build_batch
+from baft_easyedit.requests import EditRequest, as_requests, text_rows
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
@@ -53,40 +52,34 @@ def test_requests_of_another_kind_are_refused():
         as_requests([])
 
 
-def test_batch_is_padded_left_and_labels_the_target_after_its_space(tokenizer):
-    batch = build_batch(as_requests([REQUEST, {"prompt": "A", "target_new": "bc"}]), tokenizer)
-    assert batch.input_ids.shape == (2, 30)
-    assert batch.prompt_lengths.tolist() == [25, 2]  # bytes, and <s>
-    for row, text in enumerate([" Rome", " bc"]):
-        answer = batch.labels[row][batch.labels[row] != -100]
-        assert tokenizer.decode(answer) == text
-        assert torch.equal(batch.input_ids[row, -len(text) :], answer)
-    assert batch.attention_mask[1].tolist() == [0] * 25 + [1] * 5
-    assert batch.position_ids[1].tolist() == [0] * 25 + [0, 1, 2, 3, 4]
-    assert batch.max_answer_length == 5
+def test_a_row_holds_the_target_after_its_space(tokenizer):
+    rows = text_rows(as_requests([REQUEST, {"prompt": "A", "target_new": "bc"}]), tokenizer)
+    assert [row.is_edit for row in rows] == [True, True]
+    assert [row.prompt_length for row in rows] == [25, 2]  # bytes, and <s>
+    for row, text in zip(rows, [" Rome", " bc"], strict=True):
+        assert tokenizer.decode(row.ids[row.prompt_length :]) == text
 
 
 @pytest.mark.parametrize(("loc_positions", "length"), [(None, 0), (0, 13), (4, 9)])
-def test_irrelevant_prompts_are_rows_without_labels(tokenizer, loc_positions, length):
+def test_irrelevant_prompts_follow_the_edits(tokenizer, loc_positions, length):
     requests = as_requests({**REQUEST, "loc_prompt": ["Water is wet", "Snow is cold"]})
-    batch = build_batch(requests, tokenizer, loc_positions=loc_positions)
-    assert batch.num_edits == 1
-    assert (batch.labels[1:] == -100).all()
-    assert batch.prompt_lengths.tolist() == [25, length, length]
-    assert len(build_batch(requests, tokenizer, with_irrelevant=False).input_ids) == 1
+    rows = text_rows(requests, tokenizer, loc_positions=loc_positions)
+    assert [row.is_edit for row in rows] == [True, False, False]
+    assert [row.prompt_length for row in rows] == [25, length, length]
+    assert len(text_rows(requests, tokenizer, with_irrelevant=False)) == 1
 
 
 def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    batch = build_batch(as_requests(REQUEST), tokenizer, use_chat_template=True)
-    text = tokenizer.decode(batch.input_ids[0], skip_special_tokens=True)
+    (row,) = text_rows(as_requests(REQUEST), tokenizer, use_chat_template=True)
+    text = tokenizer.decode(row.ids, skip_special_tokens=True)
     assert text == "<user>The capital of France is<answer> Rome"
-    assert batch.prompt_lengths.item() == 1 + len("<user>The capital of France is<answer>")
+    assert row.prompt_length == 1 + len("<user>The capital of France is<answer>")
 
 
 def test_text_beyond_the_context_is_refused(tokenizer):
     with pytest.raises(ValueError, match="context of 20 tokens; the longest text has 30"):
-        build_batch(as_requests(REQUEST), tokenizer, max_context=20)
+        text_rows(as_requests(REQUEST), tokenizer, max_context=20)
 
 
 def test_target_without_a_token_is_refused():
@@ -94,4 +87,4 @@ def test_target_without_a_token_is_refused():
         return {"input_ids": [0, *text.split()[:2]]}
 
     with pytest.raises(ValueError, match="target_new must have at least one token; 'Rome' adds"):
-        build_batch(as_requests(REQUEST), deaf)
+        text_rows(as_requests(REQUEST), deaf)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from baft_easyedit.bench.scoring import as_list
-from baft_easyedit.hooks import GateRecord, ModelEdit, attached_edit, input_device
-from baft_easyedit.requests import EditRequest, build_batch
+from baft_easyedit.hooks import GateRecord, ModelEdit, attached_edit
+from baft_easyedit.replay import FullForward
+from baft_easyedit.requests import EditRequest, text_rows
 
 LayerValues = dict[str, list[float]]
 """By layer (JSON wants text as keys), one number for each basis."""
@@ -54,13 +55,9 @@ def _observe(
 ) -> tuple[LayerValues, LayerValues]:
     """Run texts of one kind; return mean weights and mean size of the edit by basis."""
     requests = [EditRequest(prompt, answer) for prompt, answer in pairs]
-    batch = build_batch(requests, tok, device=input_device(model))
-    with edit.recording() as record, edit.prompt_lengths(batch.prompt_lengths):
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-        )
+    forward = FullForward(model, edit).prepare([text_rows(requests, tok)])
+    with edit.recording() as record:
+        forward()
     weights, update = {}, {}
     for layer, values in record.weights_of(slice(None)).items():
         weights[str(layer)] = values.mean(0).tolist()

@@ -1,0 +1,204 @@
+"""Pack the tokens of many rows into few bins, so that a forward computes little padding.
+
+A bin is one row of the model's batch that holds the computed tokens of several texts, each of which
+sees its own past and itself only. Needs torch only.
+
+Shapes: E independent edits with as many bins each, B bins in all, W columns of a bin, S columns of
+its past, A answer tokens, R rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.positions import first_edited
+from baft_easyedit.requests import TextRow
+
+_LINEAR_COST = 6
+"""Multiplications of a token in a layer's weights (12 D^2) over those with one column that it
+attends to (2 D), by D: what a column more costs against a bin less. A guess serves: it only chooses
+among layouts that compute the same."""
+
+
+class Piece(NamedTuple):
+    """The columns of a row that are computed; those before `start` are its past."""
+
+    row: TextRow
+    start: int
+
+    @property
+    def length(self) -> int:
+        """Number of computed columns."""
+        return len(self.row.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the computed tokens of rows lie; everything is on one device."""
+
+    num_edits: int
+    """E."""
+    rows: tuple[TextRow, ...]
+    """R rows, those of an edit after one another."""
+    bins: tuple[tuple[int, ...], ...]
+    """Rows of each bin, in the order of their columns."""
+    input_ids: Tensor
+    """[B, W], int64; 0 in padding."""
+    position_ids: Tensor
+    """[B, W], int64, of each token in its own text."""
+    row_of: Tensor
+    """[B, W], int64, the index of each token's row; -1 in padding."""
+    past_position_ids: Tensor
+    """[B, S], int64."""
+    past_row_of: Tensor
+    """[B, S], int64; -1 in padding."""
+    edited: Tensor
+    """[B, W], True where the intervention applies to an edit."""
+    irrelevant: Tensor
+    """[B, W], True where it applies to an irrelevant prompt."""
+    predicting: Tensor
+    """[A], int64, flat indices into [B, W] of the columns that predict answer tokens, by rows."""
+    labels: Tensor
+    """[A], int64, the answer tokens."""
+    label_rows: Tensor
+    """[A], int64, the index of each answer token's row."""
+
+    @property
+    def label_edits(self) -> Tensor:
+        """The index of each answer token's edit, [A], int64."""
+        return self.predicting // (self.input_ids.numel() // self.num_edits)
+
+    @property
+    def positions(self) -> Tensor:
+        """True where the intervention applies, [B, W]."""
+        return self.edited | self.irrelevant
+
+    def attention(self, window: int | None = None) -> Tensor:
+        """Return what each token may attend to, past and computed columns, [B, W, S + W], bool.
+
+        Args:
+            window: Columns that a token of a sliding-window layer sees, itself included; None for
+                all.
+        """
+        rows = torch.cat([self.past_row_of, self.row_of], 1)[:, None]  # [B, 1, S + W]
+        columns = torch.cat([self.past_position_ids, self.position_ids], 1)[:, None]
+        distance = self.position_ids[:, :, None] - columns  # [B, W, S + W]
+        seen = (self.row_of[:, :, None] == rows) & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+
+def lay_out(
+    edits: Sequence[Sequence[Piece]],
+    num_prompt_positions: int,
+    hidden_size: int | None,
+    device: torch.device | str,
+) -> Layout:
+    """Decide where the tokens of each edit's pieces lie.
+
+    Args:
+        edits: Pieces of each independent edit.
+        num_prompt_positions: P.
+        hidden_size: D of the model, from which the cheapest number of bins is told; None for a bin
+            for each row, which then has no past.
+        device: Where the tensors go.
+    """
+    pieces = [piece for edit in edits for piece in edit]
+    bins = []
+    first = 0
+    for loads in _bins(edits, hidden_size):
+        bins += [tuple(first + i for i in load) for load in loads]
+        first += sum(len(load) for load in loads)
+    tokens = _Columns(pieces, bins, num_prompt_positions)
+    width = max(map(len, tokens.ids))
+    past_width = max(map(len, tokens.past_rows))
+
+    def tensor(values: list[list[int]], columns: int, padding: int = 0) -> Tensor:
+        padded = [row + [padding] * (columns - len(row)) for row in values]
+        return torch.tensor(padded, dtype=torch.long).view(len(bins), columns).to(device)
+
+    answers = [(b * width + t, label, i) for i, t, b, label in sorted(tokens.answers)]
+    predicting, labels, label_rows = torch.tensor(answers).view(-1, 3).to(device).unbind(1)
+    return Layout(
+        num_edits=len(edits),
+        rows=tuple(piece.row for piece in pieces),
+        bins=tuple(bins),
+        input_ids=tensor(tokens.ids, width),
+        position_ids=tensor(tokens.positions, width),
+        row_of=tensor(tokens.rows, width, -1),
+        past_position_ids=tensor(tokens.past_positions, past_width),
+        past_row_of=tensor(tokens.past_rows, past_width, -1),
+        edited=tensor(tokens.edited, width).bool(),
+        irrelevant=tensor(tokens.irrelevant, width).bool(),
+        predicting=predicting,
+        labels=labels,
+        label_rows=label_rows,
+    )
+
+
+class _Columns:
+    """What stands in each column of each bin, as lists."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], bins: Sequence[Sequence[int]], num_prompt_positions: int
+    ) -> None:
+        self.ids: list[list[int]] = [[] for _ in bins]
+        self.positions: list[list[int]] = [[] for _ in bins]
+        self.rows: list[list[int]] = [[] for _ in bins]
+        self.edited: list[list[int]] = [[] for _ in bins]
+        self.irrelevant: list[list[int]] = [[] for _ in bins]
+        self.past_positions: list[list[int]] = [[] for _ in bins]
+        self.past_rows: list[list[int]] = [[] for _ in bins]
+        self.answers: list[tuple[int, int, int, int]] = []  # row, column, bin, label
+        for b, load in enumerate(bins):
+            for i in load:
+                self._add(b, i, pieces[i], num_prompt_positions)
+
+    def _add(self, b: int, i: int, piece: Piece, num_prompt_positions: int) -> None:
+        """Put row i behind what bin b holds."""
+        row, start = piece
+        length, first_column = piece.length, len(self.ids[b]) - start
+        if row.is_edit:
+            self.answers += [
+                (i, first_column + t - 1, b, row.ids[t])
+                for t in range(row.prompt_length, len(row.ids))
+            ]
+        before = max(0, first_edited(row.prompt_length, num_prompt_positions) - start)
+        here = [0] * before + [1] * (length - before)
+        self.edited[b] += here if row.is_edit else [0] * length
+        self.irrelevant[b] += [0] * length if row.is_edit else here
+        self.ids[b] += row.ids[start:]
+        self.positions[b] += range(start, len(row.ids))
+        self.rows[b] += [i] * length
+        self.past_positions[b] += range(start)
+        self.past_rows[b] += [i] * start
+
+
+def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[list[list[int]]]:
+    """Share out each edit's pieces, by index, to as many bins an edit."""
+    most = max(map(len, edits))
+    if hidden_size is None:
+        return [[[i] for i in range(len(edit))] for edit in edits]
+    counts = {most, *(2**i for i in range(most.bit_length()) if 2**i < most)}
+    layouts = [[_shared_out(edit, count) for edit in edits] for count in sorted(counts)]
+
+    def cost(layout: list[list[list[int]]]) -> int:
+        loads = [(edit, load) for edit, loads in zip(edits, layout, strict=True) for load in loads]
+        width = max(sum(edit[i].length for i in load) for edit, load in loads)
+        past = max(sum(edit[i].start for i in load) for edit, load in loads)
+        return len(loads) * width * (_LINEAR_COST * hidden_size + past + width)
+
+    return min(layouts, key=cost)
+
+
+def _shared_out(pieces: Sequence[Piece], num_bins: int) -> list[list[int]]:
+    """Give each piece, the longest first, to the bin that holds least."""
+    loads: list[list[int]] = [[] for _ in range(num_bins)]
+    sizes = [0] * num_bins
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i].length):
+        b = sizes.index(min(sizes))
+        loads[b].append(i)
+        sizes[b] += pieces[i].length
+    return loads

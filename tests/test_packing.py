@@ -1,0 +1,84 @@
+"""Packing: every token once, each sees its own text only, and little is padded."""
+
+import pytest
+import torch
+
+from baft_easyedit.packing import Piece, lay_out
+from baft_easyedit.positions import edit_positions
+from baft_easyedit.requests import TextRow
+
+HIDDEN = 64
+LONG = TextRow(tuple(range(10, 40)), 26, is_edit=True)
+SHORT = TextRow((1, 2, 3, 4, 5), 2, is_edit=True)
+IRRELEVANT = TextRow((6, 7, 8, 9), 0, is_edit=False)
+
+
+def pieces(*rows):
+    return [Piece(row, max(0, row.prompt_length - 3)) for row in rows]
+
+
+def test_every_computed_token_stands_somewhere_once():
+    layout = lay_out([pieces(LONG, SHORT, IRRELEVANT)], 3, HIDDEN, "cpu")
+    for i, piece in enumerate(pieces(LONG, SHORT, IRRELEVANT)):
+        here = layout.row_of == i
+        assert layout.input_ids[here].tolist() == list(piece.row.ids[piece.start :])
+        assert layout.position_ids[here].tolist() == list(range(piece.start, len(piece.row.ids)))
+        past = layout.past_row_of == i
+        assert layout.past_position_ids[past].tolist() == list(range(piece.start))
+    assert (layout.row_of >= 0).sum() == 7 + 5 + 4
+
+
+def test_positions_are_those_of_the_rule():
+    layout = lay_out([[Piece(row, 0) for row in (LONG, SHORT, IRRELEVANT)]], 3, None, "cpu")
+    expected = edit_positions(layout.row_of >= 0, 30, 3, prompt_lengths=[26, 2, 0])
+    assert torch.equal(layout.positions, expected)
+    assert torch.equal(layout.edited.any(1), torch.tensor([True, True, False]))
+    assert torch.equal(layout.irrelevant.any(1), torch.tensor([False, False, True]))
+
+
+def test_columns_predict_the_answers_next_token():
+    layout = lay_out([pieces(SHORT, IRRELEVANT, LONG)], 3, HIDDEN, "cpu")
+    assert layout.labels.tolist() == [3, 4, 5, 36, 37, 38, 39]
+    assert layout.label_rows.tolist() == [0, 0, 0, 2, 2, 2, 2]
+    before = layout.input_ids.flatten()[layout.predicting]
+    assert before.tolist() == [2, 3, 4, 35, 36, 37, 38]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_token_sees_its_own_past_only(window):
+    layout = lay_out([pieces(LONG, SHORT, IRRELEVANT)], 3, HIDDEN, "cpu")
+    seen = layout.attention(window)
+    rows = torch.cat([layout.past_row_of, layout.row_of], 1)
+    columns = torch.cat([layout.past_position_ids, layout.position_ids], 1)
+    for b, column in (layout.row_of >= 0).nonzero().tolist():
+        row, at = layout.row_of[b, column], int(layout.position_ids[b, column])
+        assert (rows[b][seen[b, column]] == row).all()
+        first = 0 if window is None else max(0, at + 1 - window)
+        assert sorted(columns[b][seen[b, column]].tolist()) == list(range(first, at + 1))
+
+
+def test_padding_sees_padding_so_that_no_softmax_is_empty():
+    layout = lay_out([pieces(LONG, SHORT)], 3, None, "cpu")
+    assert layout.attention().any(-1).all()
+
+
+def test_edits_get_as_many_bins_each():
+    edits = [pieces(LONG, IRRELEVANT), pieces(SHORT, IRRELEVANT), pieces(SHORT, SHORT)]
+    layout = lay_out(edits, 3, HIDDEN, "cpu")
+    per_edit = layout.row_of.view(3, -1)
+    for e in range(3):
+        assert set(per_edit[e].tolist()) - {-1} == {2 * e, 2 * e + 1}
+    assert layout.label_edits.tolist() == [0] * 4 + [1] * 3 + [2] * 6
+
+
+def test_long_pasts_are_not_looked_at_by_all_rows():
+    long = TextRow((1,) * 20_008, 20_003, is_edit=True)
+    short = TextRow((1,) * 20_006, 20_003, is_edit=True)
+    assert len(lay_out([pieces(long, short)], 3, HIDDEN, "cpu").bins) == 2
+    assert len(lay_out([pieces(long, short)], 3, 100 * 4096, "cpu").bins) == 1
+
+
+def test_little_is_padded():
+    rows = [TextRow((1,) * n, 0, is_edit=True) for n in (30, 4, 5, 6, 7, 8, 3, 28)]
+    layout = lay_out([pieces(*rows)], 3, 4096, "cpu")
+    assert (layout.row_of >= 0).float().mean() > 0.9
