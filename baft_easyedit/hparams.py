@@ -22,6 +22,10 @@ _PAPER_LAYERS = (9, 18, 24, 28)
 ENGINES = ("replay", "full")
 """How a model is run in each step: layer replay on a frozen prefix, or all of its forward."""
 
+POLICIES = ("uniform", "most-forgotten", "reservoir")
+"""Which past edits a step rehearses: any, those of the highest last known loss, or any of a bounded
+memory that holds each past edit with the same chance."""
+
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
 
@@ -77,8 +81,33 @@ class BaFTHyperParams:
     engine: str = "replay"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
     rounding. A model that cannot be replayed gets the full forward."""
+    rehearsal: int = 0
+    """Past edits that each step learns again beside the new one (not in the paper, which has 0)."""
+    rehearsal_irrelevant: int | None = None
+    """How many of these bring their irrelevant prompts along; null for all. Fewer are faster."""
+    rehearsal_policy: str = "uniform"
+    """Which past edits a step takes, a name of `POLICIES`."""
+    rehearsal_memory: int | None = None
+    """Most edits remembered, at least 1; null for no limit."""
+    rehearsal_stop_loss: float = 0.1
+    """An early stop also needs the rehearsed edits' loss to be at most this, in nats per token."""
+    rehearsal_cache_mib: int = 256
+    """Memory for what layer replay keeps of past edits, in MiB, at least 0; the rest is computed
+    again when it is drawn."""
+    rehearsal_spill_mib: int = 0
+    """CPU memory for what a GPU's share of `rehearsal_cache_mib` has no room for, in MiB."""
+    consolidate_every: int = 0
+    """Go over all remembered edits again after each so many edit calls; 0 for never."""
+    consolidate_steps: int = 40
+    """Optimiser steps of a consolidation, at least 1."""
+    rank_growth: int = 0
+    """Bases added to each layer every `rank_growth_every` requests; 0 for none (the paper)."""
+    rank_growth_every: int = 100
+    """Requests between two growths, at least 1."""
+    max_rank: int = 48
+    """Rank beyond which growth stops."""
     seed: int = 0
-    """Seed of the random initial bases."""
+    """Seed of the random initial bases, and of what is rehearsed."""
     batch_size: int = 1
     """Requests per call of EasyEdit's `batch_edit`; 1 for its `edit`."""
     max_length: int = 40
@@ -100,6 +129,7 @@ class BaFTHyperParams:
         self.model_name = model_location(self.model_name)
         self._check_method()
         self._check_training()
+        self._check_continual()
 
     def _check_method(self) -> None:
         """Check what the intervention is."""
@@ -134,6 +164,24 @@ class BaFTHyperParams:
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("alpha", "beta", "gamma"):
             _check(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
+
+    def _check_continual(self) -> None:
+        """Check how a run of edits keeps the earlier ones."""
+        at_least_0 = ("rehearsal", "rehearsal_cache_mib", "rehearsal_spill_mib")
+        for name in (*at_least_0, "rehearsal_stop_loss", "consolidate_every", "rank_growth"):
+            _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
+        for name in ("consolidate_steps", "rank_growth_every", "max_rank"):
+            _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        _check_choice("rehearsal_policy", self.rehearsal_policy, POLICIES)
+        limit, irrelevant = self.rehearsal_memory, self.rehearsal_irrelevant
+        _check(limit is None or limit >= 1, "rehearsal_memory", "be at least 1, or null", limit)
+        rule = "be at least 0, or null"
+        _check(irrelevant is None or irrelevant >= 0, "rehearsal_irrelevant", rule, irrelevant)
+        if self.consolidate_every:
+            _check(self.rehearsal > 0, "rehearsal", "be above 0 to consolidate", self.rehearsal)
+        if self.rank_growth:
+            rule = "not be 'softmax-null' with rank_growth, where a new basis changes old weights"
+            _check(self.gate != "softmax-null", "gate", rule, self.gate)
 
     @classmethod
     def from_hparams(cls: type[HParams], path: str | Path, **overrides: Any) -> HParams:

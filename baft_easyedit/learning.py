@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import ModelEdit, Snapshot
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.objective import Rescaling, answer_loss, load_balance, locality_margin
+from baft_easyedit.objective import (
+    Rescaling,
+    answer_loss,
+    joint_loss,
+    load_balance,
+    locality_margin,
+    token_losses,
+)
+from baft_easyedit.packing import Layout
+from baft_easyedit.recordings import Recordings
+from baft_easyedit.rehearsal import Rehearsal
 from baft_easyedit.requests import TextRow
 
 if TYPE_CHECKING:  # it imports transformers
@@ -35,6 +45,8 @@ class StepLosses:
     answer: float
     balance: float | None = None
     locality: float | None = None
+    rehearsal: float | None = None
+    """The answer loss of the rehearsed edits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,10 @@ class EditReport:
     """Seconds; of edits learned side by side, each one's share."""
     gates: GateReport | None = None
     """What the gates did at the end; None for ReFT, which has none, and if no step was taken."""
+    request_losses: tuple[float, ...] = ()
+    """The last answer loss of each request, in nats per token."""
+    consolidation: "EditReport | None" = None
+    """What going over all remembered edits did, if it was time for that after this edit."""
 
     @property
     def final_loss(self) -> float:
@@ -70,13 +86,18 @@ class _Step(NamedTuple):
     """What one forward gives."""
 
     terms: dict[str, Tensor]
-    """The terms of the objective that are in use, [E], averaged over the edited layers."""
+    """The terms of the objective that are in use, [E], averaged over the edited layers; of L1, its
+    parts."""
+    loss: Tensor
+    """L1 of new and rehearsed requests, [E]."""
     weights: dict[int, Tensor]
     """Basis weights of each layer, [E, b, W, r]."""
-    edited: Tensor
-    """True at the positions of the edits, [E, b, W]."""
+    new: Tensor
+    """True at the positions of edits that are not rehearsed, [E, b, W]."""
     irrelevant: Tensor
-    """True at those of their irrelevant prompts, [E, b, W]."""
+    """True at those of irrelevant prompts, [E, b, W]."""
+    row_losses: Tensor
+    """Mean loss of each row's answer tokens, [R]; 0 for irrelevant prompts."""
 
 
 def learn(
@@ -84,14 +105,19 @@ def learn(
     edit: ModelEdit,
     edits: Sequence[Sequence[TextRow]],
     hparams: BaFTHyperParams,
+    rehearsal: Rehearsal | None = None,
+    recordings: Recordings | None = None,
 ) -> list[Learned]:
     """Learn rows into an attached edit, or into E independent ones.
 
     Args:
         model: The model that `edit` is attached to; its weights do not change.
         edit: Where to start; its parameters are changed.
-        edits: The rows of each of the E edits; all have irrelevant prompts, or none.
+        edits: The rows of each of the E edits, as many for each, the requests first; a single edit
+            without rows learns what is rehearsed only.
         hparams: How to learn.
+        rehearsal: Past edits, to learn again in each step.
+        recordings: What layer replay knows of texts from earlier calls; it is added to.
 
     Returns:
         For each of the E edits, its state when it was done, and its report.
@@ -104,15 +130,18 @@ def learn(
     start = time.perf_counter()
     optimizer = _optimizer(edit, hparams)
     rescaling = Rescaling(hparams.rescaling)
-    run = _Run(edit, edits, hparams)
+    run = _Run(edit, edits, hparams, rehearsal)
     with _frozen(model):
-        forward = replay.Engine(model, edit, hparams.engine).prepare(edits)
+        engine = replay.Engine(model, edit, hparams.engine, recordings)
+        forward = None
         while True:
+            if rehearsal is not None or forward is None:
+                forward = engine.prepare(edits, () if rehearsal is None else rehearsal.draw())
             step = _compute_step(edit, forward, hparams)
             if run.is_over_after(step):
                 break
             optimizer.zero_grad()
-            torch.autograd.backward(_total(step.terms, rescaling, hparams))
+            torch.autograd.backward(_total(step, rescaling, hparams))
             optimizer.step()
     return run.results((time.perf_counter() - start) / edit.num_edits)
 
@@ -136,17 +165,32 @@ def _can_fuse(parameters: list[Tensor]) -> bool:
     return all(p.device.type in ("cpu", "cuda") for p in parameters)
 
 
+class _Done(NamedTuple):
+    """What an edit was when it stopped."""
+
+    num_steps: int
+    request_losses: tuple[float, ...]
+    state: Snapshot
+    gates: GateReport | None
+
+
 class _Run:
     """Follows the losses of E edits: which are done, and what they had learned by then."""
 
     def __init__(
-        self, edit: ModelEdit, edits: Sequence[Sequence[TextRow]], hparams: BaFTHyperParams
+        self,
+        edit: ModelEdit,
+        edits: Sequence[Sequence[TextRow]],
+        hparams: BaFTHyperParams,
+        rehearsal: Rehearsal | None,
     ) -> None:
         self._edit = edit
         self._num_requests = sum(row.is_edit for row in edits[0])
+        self._num_rows = len(edits[0])
         self._hparams = hparams
+        self._rehearsal = rehearsal
         self._terms: list[dict[str, Tensor]] = []  # of each step, [E]
-        self._done: dict[int, tuple[int, Snapshot, GateReport | None]] = {}
+        self._done: dict[int, _Done] = {}
 
     def is_over_after(self, step: _Step) -> bool:
         """Take note of a step; return whether all edits are done.
@@ -157,23 +201,35 @@ class _Run:
         self._terms.append({name: term.detach() for name, term in step.terms.items()})
         num_steps = len(self._terms) - 1
         is_last = num_steps == self._hparams.num_steps
-        every = 1 if step.terms["answer"].device.type == "cpu" else _CHECK_EVERY
+        every = 1 if step.loss.device.type == "cpu" else _CHECK_EVERY
         if num_steps % every and not is_last:
             return False
         _check_finite(self._terms[-every:], set(self._done))
-        answers = self._terms[-1]["answer"].tolist()
-        for i, answer in enumerate(answers):
-            if i not in self._done and (is_last or answer < self._hparams.early_stop_loss):
-                self._done[i] = (num_steps, *self._learned(i, step))
-        return len(self._done) == len(answers)
+        row_losses = step.row_losses.view(self._edit.num_edits, -1).tolist()
+        if self._rehearsal is not None:
+            self._rehearsal.note(row_losses[0][self._num_rows :])
+        learned = self._is_learned(self._terms[-1])
+        for i in range(self._edit.num_edits):
+            if i not in self._done and (is_last or learned[i]):
+                losses = tuple(row_losses[i][: self._num_requests])
+                self._done[i] = _Done(num_steps, losses, *self._learned(i, step))
+        return len(self._done) == self._edit.num_edits
+
+    def _is_learned(self, terms: Mapping[str, Tensor]) -> list[bool]:
+        """Tell of each edit whether it may stop early."""
+        h = self._hparams
+        learned = terms["answer"] < h.early_stop_loss
+        if "rehearsal" in terms:
+            learned = learned & (terms["rehearsal"] <= h.rehearsal_stop_loss)
+        return learned.tolist()
 
     def _learned(self, i: int, step: _Step) -> tuple[Snapshot, GateReport | None]:
         """Return what edit i has learned, its own usage counted as past, and how its gates are."""
         usage = {
-            layer: self._edit.usage(layer).with_current(w, step.edited.to(w.device))
+            layer: self._edit.usage(layer).with_current(w, step.new.to(w.device))
             for layer, w in step.weights.items()
         }
-        has_gates = self._hparams.gate != "one" and len(self._terms) > 1
+        has_gates = self._hparams.gate != "one" and len(self._terms) > 1 and self._num_requests > 0
         gates = _gate_report(i, step, usage) if has_gates else None
         return self._edit.state_of(i, usage), gates
 
@@ -187,19 +243,20 @@ class _Run:
 
     def _result(self, i: int, time_s: float) -> Learned:
         """Return the state and report of one edit."""
-        num_steps, state, gates = self._done[i]
-        terms = self._terms[: num_steps + 1]
+        done = self._done[i]
+        terms = self._terms[: done.num_steps + 1]
         report = EditReport(
             num_requests=self._num_requests,
-            num_steps=num_steps,
+            num_steps=done.num_steps,
             losses=tuple(
                 StepLosses(**{name: float(term[i]) for name, term in t.items()}) for t in terms
             ),
-            stopped_early=num_steps < self._hparams.num_steps,
+            stopped_early=done.num_steps < self._hparams.num_steps,
             time_s=time_s,
-            gates=gates,
+            gates=done.gates,
+            request_losses=done.request_losses,
         )
-        return Learned(state, report)
+        return Learned(done.state, report)
 
 
 def _gate_report(i: int, step: _Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> GateReport:
@@ -207,7 +264,7 @@ def _gate_report(i: int, step: _Step, usage: Mapping[int, tuple[Tensor, Tensor]]
     layers = {}
     for layer, weights in step.weights.items():
         edited, irrelevant = (
-            weights[i][at[i].to(weights.device)] for at in (step.edited, step.irrelevant)
+            weights[i][at[i].to(weights.device)] for at in (step.new, step.irrelevant)
         )
         total, count = usage[layer]
         layers[layer] = LayerGates.of(edited, irrelevant, total[i] / count[i])
@@ -229,24 +286,37 @@ def _check_finite(steps: list[dict[str, Tensor]], done: set[int]) -> None:
 
 def _compute_step(edit: ModelEdit, forward: "Forward", h: BaFTHyperParams) -> _Step:
     """Run the model once and compute the objective's terms."""
-    with edit.recording() as record:
-        logits = forward()  # [A, V]
-    weights = {i: _by_edit(w, edit) for i, w in record.weights.items()}
     layout = forward.layout
+    with edit.recording() as record:
+        losses = token_losses(forward(), layout.labels)  # [A]
+    weights = {i: _by_edit(w, edit) for i, w in record.weights.items()}
     edited, irrelevant = _by_edit(layout.edited, edit), _by_edit(layout.irrelevant, edit)
-    labels, owners = (t.to(logits.device) for t in (layout.labels, layout.label_edits))
-    terms = {"answer": answer_loss(logits, labels, owners, edit.num_edits)}
-    if h.balance:
+    new = edited & _by_edit(layout.is_new, edit)
+    terms, loss = _answer_terms(losses, layout)
+    if h.balance and layout.num_new:
         terms["balance"] = _mean(
-            load_balance(edit.usage(i).mean_with(w, edited.to(w.device)))
-            for i, w in weights.items()
+            load_balance(edit.usage(i).mean_with(w, new.to(w.device))) for i, w in weights.items()
         )
     if h.locality and not all(row.is_edit for row in layout.rows):
         margin = partial(locality_margin, alpha=h.alpha, beta=h.beta, gamma=h.gamma)
         terms["locality"] = _mean(
             margin(w, edited.to(w.device), w, irrelevant.to(w.device)) for w in weights.values()
         )
-    return _Step(terms, weights, edited, irrelevant)
+    row_losses = answer_loss(losses.detach(), layout.label_rows, len(layout.rows))
+    return _Step(terms, loss, weights, new, irrelevant, row_losses)
+
+
+def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the parts of L1, new and rehearsed requests, and both together, [E]."""
+    n, num_rehearsed = layout.num_edits, layout.num_rehearsed
+    by_owner = answer_loss(losses, layout.label_owners, 2 * n)
+    new, rehearsed = by_owner[:n], by_owner[n:]
+    if not layout.num_new:
+        return {"answer": rehearsed}, rehearsed
+    if not num_rehearsed:
+        return {"answer": new}, new
+    terms = {"answer": new, "rehearsal": rehearsed}
+    return terms, joint_loss(new, rehearsed, layout.num_new, num_rehearsed)
 
 
 def _by_edit(bins: Tensor, edit: ModelEdit) -> Tensor:
@@ -260,13 +330,13 @@ def _mean(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack([value.to(values[0].device) for value in values]).mean(0)
 
 
-def _total(terms: Mapping[str, Tensor], rescaling: Rescaling, h: BaFTHyperParams) -> Tensor:
+def _total(step: _Step, rescaling: Rescaling, h: BaFTHyperParams) -> Tensor:
     """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""
-    total = answer = terms["answer"]
+    total = step.loss
     for name, coef in (("balance", h.balance_coef), ("locality", h.locality_coef)):
-        if name in terms:
-            term = terms[name].to(answer.device)
-            total = total + coef * rescaling.factor(name, term, answer) * term
+        if name in step.terms:
+            term = step.terms[name].to(total.device)
+            total = total + coef * rescaling.factor(name, term, step.loss) * term
     return total.sum()
 
 

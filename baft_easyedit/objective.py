@@ -2,7 +2,7 @@
 
 The regularisers average over the intervened positions of one edit. Leading dimensions, written ...,
 are independent edits: each gets its own value.
-Shapes: B rows of T tokens, V vocabulary, r rank.
+Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, r rank.
 """
 
 import torch
@@ -10,21 +10,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def answer_loss(logits: Tensor, labels: Tensor, owners: Tensor, num_owners: int) -> Tensor:
-    """L1: teacher-forced cross-entropy of the answer tokens, their mean (Eq. 4).
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the teacher-forced cross-entropy of each answer token, [A], fp32, in nats.
 
     Args:
-        logits: What predicts each of A answer tokens, [A, V].
+        logits: What predicts each answer token, [A, V].
         labels: These tokens, [A].
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def answer_loss(losses: Tensor, owners: Tensor, num_owners: int) -> Tensor:
+    """L1: the mean loss of the answer tokens (Eq. 4) of each owner.
+
+    Args:
+        losses: Of each answer token, [A].
         owners: What each belongs to (an edit, or a text), below `num_owners`, [A].
-        num_owners: E; each must own a token.
+        num_owners: E.
 
     Returns:
-        [E], fp32, in nats per answer token.
+        [E], in nats per answer token; 0 for an owner of none.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [A]
     owned = F.one_hot(owners, num_owners).to(losses.dtype)  # [A, E]  a sum by matmul repeats itself
-    return losses @ owned / owned.sum(0)
+    return losses @ owned / owned.sum(0).clamp_min(1)
+
+
+def joint_loss(answer: Tensor, rehearsed: Tensor, num_new: int, num_rehearsed: int) -> Tensor:
+    """L1 of new and rehearsed requests together, each request counting alike (ours), [E].
+
+    Args:
+        answer: L1 of the new requests, [E].
+        rehearsed: That of the rehearsed ones, [E].
+        num_new: How many requests are new.
+        num_rehearsed: How many are rehearsed.
+    """
+    return (num_new * answer + num_rehearsed * rehearsed) / (num_new + num_rehearsed)
 
 
 def mean_at(values: Tensor, positions: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class Piece(NamedTuple):
 
     row: TextRow
     start: int
+    is_new: bool = True
+    """Whether it is learned for the first time, not rehearsed."""
 
     @property
     def length(self) -> int:
@@ -57,6 +59,8 @@ class Layout:
     """[B, S], int64; -1 in padding."""
     edited: Tensor
     """[B, W], True where the intervention applies to an edit."""
+    is_new: Tensor
+    """[B, W], True on tokens of rows that are not rehearsed."""
     irrelevant: Tensor
     """[B, W], True where it applies to an irrelevant prompt."""
     predicting: Tensor
@@ -65,11 +69,13 @@ class Layout:
     """[A], int64, the answer tokens."""
     label_rows: Tensor
     """[A], int64, the index of each answer token's row."""
+    label_owners: Tensor
+    """[A], int64, the index e of each answer token's edit, or E + e if it is rehearsed."""
 
-    @property
-    def label_edits(self) -> Tensor:
-        """The index of each answer token's edit, [A], int64."""
-        return self.predicting // (self.input_ids.numel() // self.num_edits)
+    num_new: int
+    """Requests of each edit that are not rehearsed."""
+    num_rehearsed: int
+    """Requests of each edit that are rehearsed."""
 
     @property
     def positions(self) -> Tensor:
@@ -121,6 +127,9 @@ def lay_out(
 
     answers = [(b * width + t, label, i) for i, t, b, label in sorted(tokens.answers)]
     predicting, labels, label_rows = torch.tensor(answers).view(-1, 3).to(device).unbind(1)
+    owners = [
+        e if piece.is_new else len(edits) + e for e, edit in enumerate(edits) for piece in edit
+    ]
     return Layout(
         num_edits=len(edits),
         rows=tuple(piece.row for piece in pieces),
@@ -132,9 +141,13 @@ def lay_out(
         past_row_of=tensor(tokens.past_rows, past_width, -1),
         edited=tensor(tokens.edited, width).bool(),
         irrelevant=tensor(tokens.irrelevant, width).bool(),
+        is_new=tensor(tokens.is_new, width).bool(),
         predicting=predicting,
         labels=labels,
         label_rows=label_rows,
+        label_owners=torch.tensor(owners).to(device)[label_rows],
+        num_new=sum(piece.row.is_edit for piece in edits[0] if piece.is_new),
+        num_rehearsed=sum(piece.row.is_edit for piece in edits[0] if not piece.is_new),
     )
 
 
@@ -149,6 +162,7 @@ class _Columns:
         self.rows: list[list[int]] = [[] for _ in bins]
         self.edited: list[list[int]] = [[] for _ in bins]
         self.irrelevant: list[list[int]] = [[] for _ in bins]
+        self.is_new: list[list[int]] = [[] for _ in bins]
         self.past_positions: list[list[int]] = [[] for _ in bins]
         self.past_rows: list[list[int]] = [[] for _ in bins]
         self.answers: list[tuple[int, int, int, int]] = []  # row, column, bin, label
@@ -158,7 +172,7 @@ class _Columns:
 
     def _add(self, b: int, i: int, piece: Piece, num_prompt_positions: int) -> None:
         """Put row i behind what bin b holds."""
-        row, start = piece
+        row, start, is_new = piece
         length, first_column = piece.length, len(self.ids[b]) - start
         if row.is_edit:
             self.answers += [
@@ -172,6 +186,7 @@ class _Columns:
         self.ids[b] += row.ids[start:]
         self.positions[b] += range(start, len(row.ids))
         self.rows[b] += [i] * length
+        self.is_new[b] += [int(is_new)] * length
         self.past_positions[b] += range(start)
         self.past_rows[b] += [i] * start
 

@@ -15,7 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,16 @@ from baft_easyedit.hooks import ModelEdit, decoder_layers, input_device, text_co
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.packing import Layout, Piece, lay_out
 from baft_easyedit.positions import first_edited
+from baft_easyedit.recordings import Recording, Recordings, model_version
 from baft_easyedit.requests import TextRow
 
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far replayed logits may be from recorded ones, relative to the largest of these."""
+
+_CACHE_BYTES = 2**30
+"""Room for the recordings of one edit call; what does not fit is recorded when it is used."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
@@ -84,28 +88,36 @@ class Engine:
         edit: The edit.
         name: One of `ENGINES`. A model that cannot be replayed gets the full forward, and a line
             in the log that says why.
+        recordings: What is known of texts already; it is added to.
 
     Raises:
         ValueError: If there is no such engine.
     """
 
-    def __init__(self, model: nn.Module, edit: ModelEdit, name: str) -> None:
+    def __init__(
+        self, model: nn.Module, edit: ModelEdit, name: str, recordings: Recordings | None = None
+    ) -> None:
         if name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
         self._model = model
         self._full = FullForward(model, edit)
-        self._replay = LayerReplay(model, edit) if name == "replay" else None
+        self._replay = LayerReplay(model, edit, recordings) if name == "replay" else None
 
     @property
     def is_replay(self) -> bool:
         """Whether the next forward will be a layer replay, as far as is known."""
         return self._replay is not None
 
-    def prepare(self, edits: Edits) -> Forward:
-        """Prepare a forward; the model is in eval mode, as it will be in each step."""
+    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
+        """Prepare a forward; the model is in eval mode, as it will be in each step.
+
+        Args:
+            edits: The rows of each edit.
+            rehearsed: Rows that each edit learns again beside its own.
+        """
         if self._replay is not None:
             try:
-                return self._replay.prepare(edits)
+                return self._replay.prepare(edits, rehearsed)
             except torch.cuda.OutOfMemoryError:  # the full forward needs more
                 raise
             # Whatever a model's code does with a cache that it does not know.
@@ -113,7 +125,7 @@ class Engine:
                 name, reason = type(self._model).__name__, f"{type(error).__name__}: {error}"
                 logger.info("full forward: %s cannot be replayed (%s)", name, reason)
                 self._replay = None
-        return self._full.prepare(edits)
+        return self._full.prepare(edits, rehearsed)
 
 
 class FullForward:
@@ -128,22 +140,32 @@ class FullForward:
         self._model = model
         self._edit = edit
 
-    def prepare(self, edits: Edits) -> Forward:
-        """Lay out the rows of each edit, as many for each."""
-        return self._forward(edits, use_cache=False)
+    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
+        """Lay out the rows of each edit, as many for each, and the rehearsed ones."""
+        return self._forward(edits, rehearsed, {"use_cache": False})
 
-    def _forward(self, edits: Edits, **arguments: Any) -> Forward:
+    def _forward(
+        self, edits: Edits, rehearsed: Sequence[TextRow], arguments: Mapping[str, Any]
+    ) -> Forward:
         """Prepare a forward with further arguments."""
-        pieces = [[Piece(row, 0) for row in rows] for rows in edits]
+        pieces = _pieces(edits, rehearsed, lambda _row: 0)
         device = input_device(self._model)
         layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
         inputs = _inputs(self._model, layout)
         inputs["attention_mask"] = (layout.row_of >= 0).long()
-        return Forward(self._model, self._edit, layout, inputs | arguments)
+        return Forward(self._model, self._edit, layout, inputs | dict(arguments))
 
     def record(self, rows: Sequence[TextRow], cache: DynamicCache) -> Forward:
         """Prepare a forward of rows that fills a cache."""
-        return self._forward([rows], use_cache=True, past_key_values=cache)
+        return self._forward([rows], (), {"use_cache": True, "past_key_values": cache})
+
+
+def _pieces(
+    edits: Edits, rehearsed: Sequence[TextRow], start_of: Callable[[TextRow], int]
+) -> list[list[Piece]]:
+    """Say from which column on the rows of each edit are computed."""
+    again = [Piece(row, start_of(row), is_new=False) for row in rehearsed]
+    return [[Piece(row, start_of(row)) for row in rows] + again for rows in edits]
 
 
 def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
@@ -248,46 +270,40 @@ class _Recorder(FrozenPrefix):
         return key_states, value_states
 
 
-class Recording(NamedTuple):
-    """What of a text no edit can change."""
-
-    hidden: Tensor
-    """Output of layer l1 in the columns that are computed, [n, D]."""
-    past: dict[int, tuple[Tensor, Tensor]]
-    """Keys and values of the columns before them in each later layer, [N, s, H]."""
-
-
 class LayerReplay:
     """The model's forward on the columns that an edit can change.
 
     Args:
         model: A causal language model of transformers that `edit` is attached to.
         edit: The edit.
+        recordings: What is known of texts already; it is added to.
     """
 
-    def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
+    def __init__(
+        self, model: nn.Module, edit: ModelEdit, recordings: Recordings | None = None
+    ) -> None:
         self._model = model
         self._edit = edit
         self._full = FullForward(model, edit)
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
-        self._rest: tuple[Any, ...] | None = None
-        self._recordings: dict[TextRow, Recording] = {}
+        self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
+        self._recordings.make_valid_for((model_version(model), edit.layers, type(model)))
 
-    def prepare(self, edits: Edits) -> Forward:
+    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
         """Lay out the rows of each edit and join their recordings, made where they are missing.
 
         Raises:
             Exception: Whatever the model raises with a cache that it cannot use.
             ValueError: If the replayed logits of the unedited model are not the recorded ones.
         """
-        rows = [row for rows in edits for row in rows]
-        recordings = {row: self._recordings[row] for row in rows if row in self._recordings}
-        missing = list(dict.fromkeys(row for row in rows if row not in recordings))
+        rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
+        found = {row: self._recordings.get(row) for row in rows}
+        known = {row: recording for row, recording in found.items() if recording is not None}
+        missing = [row for row in rows if row not in known]
         if missing:
-            recordings |= self._record(missing)
-            self._recordings |= recordings
-        return self._replayed(edits, recordings)
+            known |= self._record(missing)
+        return self._replayed(_pieces(edits, rehearsed, self._start), known)
 
     def _start(self, row: TextRow) -> int:
         """Return the first column of a row that is computed."""
@@ -299,33 +315,35 @@ class LayerReplay:
         recorder = _Recorder()
         with self._edit.disabled(), _watching(self._stubs[-1]) as seen:
             logits = self._full.record(rows, recorder)()
-        hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0]  # [R, W, D]
-        self._rest = seen[0][1:] if isinstance(seen[0], tuple) else None
+        is_tuple = isinstance(seen[0], tuple)
+        hidden = seen[0][0] if is_tuple else seen[0]  # [R, W, D]
+        self._recordings.layer_extras = seen[0][1:] if is_tuple else None
         states = {i: kv for i, kv in recorder.seen.items() if i > self._first_layer}
-        recordings = {}
-        for b, row in enumerate(rows):
-            start = self._start(row)
-            recordings[row] = Recording(
-                hidden[b, start : len(row.ids)].clone(),
-                {
-                    i: (k[b, :, :start].clone(), v[b, :, :start].clone())
-                    for i, (k, v) in states.items()
-                },
-            )
+        new = {row: self._cut(b, row, hidden, states) for b, row in enumerate(rows)}
         with self._edit.disabled():
-            _check_equal(self._replayed([rows], recordings)(), logits)
-        return recordings
+            _check_equal(self._replayed(_pieces([rows], (), self._start), new)(), logits)
+        for row, recording in new.items():
+            self._recordings.put(row, recording)
+        return new
 
-    def _replayed(self, edits: Edits, recordings: Mapping[TextRow, Recording]) -> Forward:
+    def _cut(
+        self, b: int, row: TextRow, hidden: Tensor, states: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> Recording:
+        """Copy what belongs to row b of a forward on all columns."""
+        start = self._start(row)
+        past = {
+            i: (keys[b, :, :start].clone(), values[b, :, :start].clone())
+            for i, (keys, values) in states.items()
+        }
+        return Recording(hidden[b, start : len(row.ids)].clone(), past)
+
+    def _replayed(
+        self, pieces: Sequence[Sequence[Piece]], recordings: Mapping[TextRow, Recording]
+    ) -> Forward:
         """Join recordings to a forward."""
-        device = input_device(self._model)
         config = text_config(self._model)
-        layout = lay_out(
-            [[Piece(row, self._start(row)) for row in rows] for rows in edits],
-            self._edit.num_prompt_positions,
-            config.hidden_size,
-            device,
-        )
+        device, num_positions = input_device(self._model), self._edit.num_prompt_positions
+        layout = lay_out(pieces, num_positions, config.hidden_size, device)
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         hidden = _scatter([recording.hidden for recording in in_order], layout.row_of)
         inputs = _inputs(self._model, layout)
@@ -334,10 +352,9 @@ class LayerReplay:
         inputs["past_key_values"] = FrozenPrefix(
             _joined_past(in_order, layout.past_row_of), layout.past_row_of.shape[1]
         )
-        output = hidden if self._rest is None else (hidden, *self._rest)
-        return Forward(
-            self._model, self._edit, layout, inputs | {"use_cache": True}, self._stubs, output
-        )
+        extras = self._recordings.layer_extras
+        output = hidden if extras is None else (hidden, *extras)
+        return Forward(self._model, self._edit, layout, inputs, self._stubs, output)
 
 
 def _scatter(values: Sequence[Tensor], row_of: Tensor) -> Tensor:

@@ -69,6 +69,15 @@ class EditRequest:
             loc_prompts=(irrelevant,) if isinstance(irrelevant, str) else tuple(irrelevant),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as EasyEdit's request dict, for `from_dict`; JSON values only."""
+        content: dict[str, Any] = {"prompt": self.prompt, "target_new": self.target_new}
+        if self.subject is not None:
+            content["subject"] = self.subject
+        if self.loc_prompts:
+            content["loc_prompt"] = list(self.loc_prompts)
+        return content
+
 
 def _check_text(key: str, text: object) -> None:
     """Raise unless `text` is a string with something in it."""

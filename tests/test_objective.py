@@ -8,8 +8,10 @@ from baft_easyedit.objective import (
     BasisUsage,
     Rescaling,
     answer_loss,
+    joint_loss,
     load_balance,
     locality_margin,
+    token_losses,
 )
 
 
@@ -23,10 +25,15 @@ def test_answer_loss_is_transformers_causal_language_model_loss():
     labels[:, :3] = -100
     expected = ForCausalLMLoss(logits, labels, vocab_size=11)
     answers = labels[:, 1:] != -100
-    found = answer_loss(
-        logits[:, :-1][answers], labels[:, 1:][answers], torch.zeros(6, dtype=torch.long), 1
-    )
-    assert torch.allclose(found, expected)
+    losses = token_losses(logits[:, :-1][answers], labels[:, 1:][answers])
+    assert torch.allclose(answer_loss(losses, torch.zeros(6, dtype=torch.long), 1), expected)
+
+
+def test_each_request_counts_alike_new_or_rehearsed():
+    losses = torch.tensor([1.0, 3.0, 5.0])
+    new, rehearsed = losses[:1], losses[1:].mean()[None]
+    assert joint_loss(new, rehearsed, 1, 2).tolist() == [3.0]
+    assert joint_loss(new, rehearsed, 2, 2).tolist() == [2.5]
 
 
 def test_load_balance_is_the_variance_over_the_mean():
@@ -71,7 +78,7 @@ def test_independent_edits_have_losses_of_their_own():
     margins = {"alpha": 0.1, "beta": 0.5, "gamma": 0.3}
     usage = BasisUsage(4)
     together = (
-        answer_loss(logits, labels, owners, 3),
+        answer_loss(token_losses(logits, labels), owners, 3),
         load_balance(usage.mean_with(weights, at)),
         locality_margin(weights, at, irrelevant, off, **margins),
     )

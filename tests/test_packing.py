@@ -68,7 +68,17 @@ def test_edits_get_as_many_bins_each():
     per_edit = layout.row_of.view(3, -1)
     for e in range(3):
         assert set(per_edit[e].tolist()) - {-1} == {2 * e, 2 * e + 1}
-    assert layout.label_edits.tolist() == [0] * 4 + [1] * 3 + [2] * 6
+    assert layout.label_owners.tolist() == [0] * 4 + [1] * 3 + [2] * 6
+
+
+def test_rehearsed_rows_are_told_from_new_ones():
+    again = [Piece(SHORT, 0, is_new=False), Piece(IRRELEVANT, 0, is_new=False)]
+    edits = [pieces(LONG) + again, pieces(SHORT) + again]
+    layout = lay_out(edits, 3, HIDDEN, "cpu")
+    assert (layout.num_new, layout.num_rehearsed) == (1, 1)
+    assert layout.label_owners.tolist() == [0] * 4 + [2] * 3 + [1] * 3 + [3] * 3
+    assert set(layout.row_of[layout.is_new].tolist()) == {0, 3}
+    assert set(layout.row_of[layout.edited & ~layout.is_new].tolist()) == {1, 4}
 
 
 def test_long_pasts_are_not_looked_at_by_all_rows():

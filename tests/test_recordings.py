@@ -1,0 +1,73 @@
+"""Recordings are bounded, the latest used stay, and a changed model has none."""
+
+from copy import deepcopy
+
+import torch
+
+from baft_easyedit.recordings import Recording, Recordings, model_version
+from baft_easyedit.requests import TextRow
+
+
+def text(i):
+    return TextRow((i,), 1, is_edit=True)
+
+
+def recording(value=0.0):
+    return Recording(
+        torch.full((4, 8), float(value)), {1: (torch.zeros(2, 3, 4), torch.ones(2, 3, 4))}
+    )
+
+
+SIZE = 4 * (32 + 24 + 24)
+
+
+def test_size_is_that_of_all_tensors():
+    assert recording().num_bytes == SIZE
+
+
+def test_what_was_not_used_for_the_longest_time_goes_first():
+    recordings = Recordings(2 * SIZE)
+    for i in (0, 1):
+        recordings.put(text(i), recording(i))
+    recordings.get(text(0))
+    recordings.put(text(2), recording())
+    assert recordings.get(text(1)) is None
+    assert recordings.get(text(0)).hidden.max() == 0
+    assert recordings.get(text(2)) is not None
+    assert recordings.num_bytes == 2 * SIZE
+
+
+def test_what_does_not_fit_is_spilled_and_serves_from_there():
+    recordings = Recordings(SIZE, spill_bytes=2 * SIZE)
+    for i in range(4):
+        recordings.put(text(i), recording(i))
+    assert len(recordings) == 3
+    assert recordings.num_bytes == 3 * SIZE
+    assert recordings.get(text(0)) is None
+    spilled = recordings.get(text(1))
+    assert spilled.hidden.max() == 1
+    assert torch.equal(spilled.past[1][1], torch.ones(2, 3, 4))
+
+
+def test_nothing_is_kept_without_room():
+    recordings = Recordings(SIZE - 1)
+    recordings.put(text(0), recording())
+    assert len(recordings) == recordings.num_bytes == 0
+
+
+def test_another_version_of_the_model_starts_anew(model):
+    recordings = Recordings(10 * SIZE)
+    recordings.make_valid_for(model_version(model))
+    recordings.put(text(0), recording())
+    recordings.make_valid_for(model_version(model))
+    assert len(recordings) == 1
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    recordings.make_valid_for(model_version(model))
+    assert len(recordings) == recordings.num_bytes == 0
+
+
+def test_a_copy_is_empty():
+    recordings = Recordings(10 * SIZE)
+    recordings.put(text(0), recording())
+    assert len(deepcopy(recordings)) == 0
