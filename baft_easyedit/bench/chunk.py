@@ -38,6 +38,7 @@ class ChunkRunner:
         requests: All records of the run, completed by `prepare_requests`.
         pre_edit: Scores of the unedited model.
         downstream: Questions asked after each chunk; none if empty.
+        rehearsal: Earlier requests of a chunk that each edit call is given again.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ChunkRunner:
         requests: Sequence[Mapping[str, Any]],
         pre_edit: PreEditScores,
         downstream: Sequence[PiqaItem] = (),
+        rehearsal: int = 0,
     ) -> None:
         self.session = session
         self.config = config
@@ -55,6 +57,7 @@ class ChunkRunner:
         self.requests = requests
         self.pre_edit = pre_edit
         self.downstream = downstream
+        self.rehearsal = rehearsal
         self._downstream_pre: float | None = None
 
     def run(
@@ -116,13 +119,20 @@ class ChunkRunner:
             if learned is not None:
                 times.append(self.session.install(learned))
             else:
-                times.append(self.session.edit(batch) / len(batch))
+                again = self._earlier(unit.indices[:start])
+                times.append(self.session.edit([*batch, *again]) / len(batch))
             if self.config.immediate and unit.protocol.name == "continual":
                 immediate |= {i: immediate_scores(self.session, self.requests[i]) for i in indices}
             for _ in indices:
                 if progress is not None:
                     progress()
         return times, immediate
+
+    def _earlier(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Draw some earlier requests; the draw depends on the seed and on how many there are."""
+        generator = random.Random(f"{self.config.seed} {len(indices)}")
+        drawn = generator.sample(indices, min(self.rehearsal, len(indices)))
+        return [self.requests[i] for i in drawn]
 
     def _score(
         self,

@@ -25,6 +25,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+REHEARSED = "+rehearsal"
+"""What the name of a row ends with, or has in it, if its method rehearses past edits."""
+_REHEARSAL = 16
+"""Past edits that a row rehearses which is given by its name only."""
+
+
 class MethodConfig(_Strict):
     """One row of the table."""
 
@@ -36,15 +42,32 @@ class MethodConfig(_Strict):
     """YAML of our hyper-parameters, a file or a name such as `BaFT/llama-2-7b`; BaFT and ReFT."""
     set: dict[str, Any] = {}
     """Values that replace those of the hyper-parameters."""
+    rehearsal: int = Field(default=0, ge=0)
+    """Past requests that an edit learns again: in each step for BaFT and ReFT, beside the new
+    requests of each call for EasyEdit's methods. A name such as `BaFT+rehearsal` asks for 16."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         """Accept a bare name."""
         given = {"name": value} if isinstance(value, str) else value
-        if isinstance(given, Mapping) and "name" in given:
-            return {"method": given["name"], **given}
-        return given
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            return given
+        name = given["name"]
+        asked = {"rehearsal": _REHEARSAL} if name.endswith(REHEARSED) else {}
+        return {"method": name.removesuffix(REHEARSED), **asked, **given}
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "MethodConfig":
+        """Check that rows with and without rehearsal can be told apart by their names."""
+        if bool(self.rehearsal) != (REHEARSED in self.name):
+            raise ValueError(
+                f"name must have {REHEARSED!r} in it if, and only if, rehearsal is above 0; got "
+                f"{self.name!r} with rehearsal {self.rehearsal}"
+            )
+        if "rehearsal" in self.set:
+            raise ValueError("set must not have rehearsal in it: give it beside name")
+        return self
 
 
 class DataConfig(_Strict):

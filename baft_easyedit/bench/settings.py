@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from baft_easyedit.bench.config import BenchConfig, MethodConfig
 from baft_easyedit.bench.plan import Protocol, protocols
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.easyedit.peer_methods import batchable, why_not
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
-from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, model_location
+from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, hparams_file, model_location
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
 _BUNDLED_PRESET = "facts-llama"
@@ -29,6 +31,11 @@ def check_methods(config: BenchConfig) -> None:
         if method.method in OUR_METHODS:
             for protocol in protocols(config):
                 our_hparams(config, method, protocol)
+        elif method.rehearsal and not batchable(method.method, "current"):
+            raise ValueError(
+                f"rehearsal must be 0 for {method.method}, which edits one request at a time in "
+                f"EasyEdit; got {method.rehearsal}"
+            )
         elif method.hparams is not None:
             raise ValueError(
                 f"hparams is for BaFT and ReFT only; got it for the row {method.name!r}: use "
@@ -60,13 +67,26 @@ def our_hparams(
         "model_parallel": config.model_parallel,
         "batch_size": protocol.batch_size,
         "seed": config.seed,
+        **(_rehearsal_settings(method) if method.rehearsal else {}),
         **method.set,
     }
     preset = _preset(config, method, protocol)
-    if preset is not None:
-        return hparams_class.from_hparams(preset, **values)
-    values.setdefault("layers", scaled_layers(model_depth(config.model)))
-    return hparams_class.from_dict(values)
+    if preset is None:
+        values.setdefault("layers", scaled_layers(model_depth(config.model)))
+        return hparams_class.from_dict(values)
+    hparams = hparams_class.from_hparams(preset, **values)
+    if hparams.rehearsal != method.rehearsal:
+        raise ValueError(
+            f"rehearsal must be {method.rehearsal} in {preset}, as in the row {method.name!r}; got "
+            f"{hparams.rehearsal}"
+        )
+    return hparams
+
+
+def _rehearsal_settings(method: MethodConfig) -> dict[str, Any]:
+    """Return what a row with rehearsal changes in the settings of its method."""
+    changes = yaml.safe_load(hparams_file(f"rehearsal/{method.method}").read_text(encoding="utf-8"))
+    return {**changes, "rehearsal": method.rehearsal}
 
 
 def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> str | None:

@@ -99,7 +99,9 @@ class _Job:
         pre_edit = PreEditScores(self.directory.pre_edit, depends_on, config.generation)
         task = config.downstream
         questions = load_piqa(task.path, task.limit).items if task is not None else []
-        runner = ChunkRunner(session, config, self.directory, requests, pre_edit, questions)
+        ours = self.method.method in OUR_METHODS  # which remember by themselves
+        again = 0 if ours else self.method.rehearsal
+        runner = ChunkRunner(session, config, self.directory, requests, pre_edit, questions, again)
         for group in self._groups():
             protocol = group[0].protocol
             set_up = partial(self._set_protocol, editor, protocol, path, host)
@@ -192,10 +194,10 @@ class _Job:
         method: MethodConfig = self.method
         if method.method in OUR_METHODS:
             editor.hparams = our_hparams(self.config, method, protocol, path, self.device)
-        elif protocol.batch_size > 1:
+        elif protocol.batch_size + method.rehearsal > 1:
             if not batchable(method.method, host.generation):
                 raise ValueError(f"{method.method} edits one request at a time in EasyEdit")
-            editor.hparams.batch_size = protocol.batch_size
+            editor.hparams.batch_size = protocol.batch_size + method.rehearsal
 
 
 def _shared(config: BenchConfig) -> dict[str, Any]:
