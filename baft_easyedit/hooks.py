@@ -76,10 +76,11 @@ class ModelEdit(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self._interventions = nn.ModuleDict(
-            {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
-        )
-        self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
+        with torch.inference_mode(False):  # whose tensors could never be learned
+            self._interventions = nn.ModuleDict(
+                {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
+            )
+            self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
         self.rank = rank
         self.gate = gate
         self.num_prompt_positions = num_prompt_positions
@@ -140,6 +141,13 @@ class ModelEdit(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Make `model` use this edit in every forward pass from now on.
+
+        What it does not reach: weights that are saved or exported (`save_pretrained` writes those
+        of the unedited model), engines with their own forward (vLLM, TGI), and what torch.compile
+        made of the model before, until `torch.compiler.reset()`. PEFT's forward hides labels from a
+        model that was edited before it was wrapped: attach to PEFT's model, or give
+        `prompt_lengths`. Forwards may run side by side in threads, but the contexts of this class
+        (`disabled`, `prompt_lengths`, `recording`) hold for all of them.
 
         Raises:
             ValueError: If this edit is attached already, `model` carries another edit, or an edited
