@@ -338,21 +338,22 @@ def test_weights_quantised_by_bitsandbytes_can_be_edited(
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_model_follows_the_edit(edited, backend):
-    model, edit = edited
+def test_compiled_model_follows_the_edit(backend):
+    model, edit = make_model(), random_edit(layers=(1,))  # each hook is a break in the graph
+    edit.attach(model)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend)
     assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
-    with edit.disabled():
-        assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
     with torch.no_grad():
         edit.intervention(1).raw_basis.add_(edit.intervention(1).raw_basis.flip(0))
-        edit.intervention(2).source_bias.add_(1)
+        edit.intervention(1).source_bias.add_(1)
     assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
     edit.detach()
     assert torch.allclose(logits(compiled), logits(make_model()), atol=1e-4)
-    if backend == "inductor":
+    if backend != "eager":  # these take longer
         edit.attach(model)
+        with edit.disabled():
+            assert torch.allclose(logits(compiled), logits(make_model()), atol=1e-4)
         assert torch.allclose(logits(compiled, IDS[:, 3:]), logits(model, IDS[:, 3:]), atol=1e-4)
     torch.compiler.reset()
 
