@@ -86,6 +86,7 @@ class BaFTEditor:
         """Whether the model computes with this editor's edit now."""
         return attached_edit(self.model) is self.model_edit
 
+    @torch.inference_mode(False)  # whose tensors cannot take part in learning
     def edit(self, requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> EditReport:
         """Write one request, or a batch of them at once, into the model.
 
@@ -97,7 +98,8 @@ class BaFTEditor:
             What was done and what it cost.
 
         Raises:
-            ValueError: If a request is unusable; nothing has changed then.
+            ValueError: If a request is unusable, or gradients cannot pass through the model;
+                nothing has changed then.
             TypeError: If a request has values of the wrong type; likewise.
             FloatingPointError: If the loss is not finite; the edit has been undone then.
         """
@@ -114,6 +116,7 @@ class BaFTEditor:
         self._history.append(before)
         return learned.report
 
+    @torch.inference_mode(False)
     def learn_apart(
         self, requests: Sequence[Mapping[str, Any]], batch_size: int = 8
     ) -> list[Learned]:
@@ -131,7 +134,8 @@ class BaFTEditor:
             What was learned of each request, in their order.
 
         Raises:
-            ValueError: If a request is unusable, or `batch_size` is below 1.
+            ValueError: If a request is unusable, gradients cannot pass through the model, or
+                `batch_size` is below 1.
             TypeError: If a request has values of the wrong type.
             FloatingPointError: If a loss is not finite.
         """
@@ -204,6 +208,7 @@ class BaFTEditor:
     def _rows(self, requests: Sequence[EditRequest]) -> list[TextRow]:
         """Tokenise requests that are learned together."""
         h = self.hparams
+        _check_differentiable(self.model)
         return text_rows(
             requests,
             self.tokenizer,
@@ -212,6 +217,16 @@ class BaFTEditor:
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
         )
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError if the model has layers through which no gradient passes."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise ValueError(
+                f"model must let gradients pass to be edited, but {name} is quantised by torch.ao, "
+                "which has none: edit the model before, or quantise it by bitsandbytes"
+            )
 
 
 def _check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams) -> None:

@@ -21,17 +21,31 @@ def unit_rms(hidden: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Maps hidden states [..., D] (fp32) to basis weights [..., r] in [0, 1].
+    """Maps hidden states [..., D] (fp32) to basis weights: w = activate(W h / rms(h)), in [0, 1]^r.
 
     Args:
         hidden_size: D.
         rank: r.
     """
 
+    weight: Tensor
+
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.rank = rank
+
+    def matrix(self) -> Tensor:
+        """Return W, [n, D], one row for each of the n logits of this gate."""
+        return self.weight
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r], of the logits W h / rms(h), [..., n]."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return w(h), [..., r]."""
+        return self.activate(F.linear(unit_rms(hidden), self.matrix()))
 
 
 class RMSSigmoidGate(Gate):
@@ -42,9 +56,17 @@ class RMSSigmoidGate(Gate):
         self.scale = nn.Parameter(torch.ones(hidden_size))
         self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
 
+    def matrix(self) -> Tensor:
+        """Return W diag(g), [r, D]."""
+        return self.weight * self.scale
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r]."""
+        return torch.sigmoid(logits)
+
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r]."""
-        return torch.sigmoid(F.linear(unit_rms(hidden) * self.scale, self.weight))
+        """Return w(h), [..., r]; in training g scales the states, as a norm does."""
+        return self.activate(F.linear(unit_rms(hidden) * self.scale, self.weight))
 
 
 class SoftmaxNullGate(Gate):
@@ -54,9 +76,9 @@ class SoftmaxNullGate(Gate):
         super().__init__(hidden_size, rank)
         self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r]; each row sums to at most 1."""
-        return torch.softmax(F.linear(unit_rms(hidden), self.weight), dim=-1)[..., :-1]
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r]; each row sums to at most 1."""
+        return torch.softmax(logits, dim=-1)[..., :-1]
 
 
 class BasisSubspaceGate(Gate):
@@ -66,9 +88,9 @@ class BasisSubspaceGate(Gate):
         super().__init__(hidden_size, rank)
         self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r]."""
-        gates = torch.sigmoid(F.linear(unit_rms(hidden), self.weight))  # [..., r + 1]
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r]."""
+        gates = torch.sigmoid(logits)  # [..., r + 1]
         return gates[..., :-1] * gates[..., -1:]
 
 
@@ -80,9 +102,9 @@ class SigmoidGate(Gate):
         self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
         self.bias = nn.Parameter(torch.zeros(rank))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r]."""
-        return torch.sigmoid(F.linear(unit_rms(hidden), self.weight, self.bias))
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r]."""
+        return torch.sigmoid(logits + self.bias)
 
 
 class SubspaceGate(Gate):
@@ -92,18 +114,25 @@ class SubspaceGate(Gate):
         super().__init__(hidden_size, rank)
         self.weight = nn.Parameter(torch.zeros(1, hidden_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r], the same weight r times."""
-        weight = torch.sigmoid(F.linear(unit_rms(hidden), self.weight))  # [..., 1]
-        return weight.expand(*weight.shape[:-1], self.rank)
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r], the same weight r times."""
+        return torch.sigmoid(logits).expand(*logits.shape[:-1], self.rank)
 
 
 class OneGate(Gate):
-    """w = 1: the intervention of ReFT (Liu et al. 2025, Lemma 2.4); no parameters."""
+    """w = 1: the intervention of ReFT (Liu et al. 2025, Lemma 2.4); no parameters, no logits."""
+
+    def matrix(self) -> Tensor:
+        """Return W, [0, D]."""
+        return torch.empty(0, self.hidden_size)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return ones, [..., r]."""
+        return logits.new_ones(*logits.shape[:-1], self.rank)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return ones, [..., r]."""
-        return hidden.new_ones(*hidden.shape[:-1], self.rank)
+        return self.activate(hidden)
 
 
 GATES: dict[str, Callable[[int, int], Gate]] = {

@@ -6,10 +6,11 @@ edit has learned; its hooks are bound methods, so `copy.deepcopy(model)` copies 
 Shapes: B batch, T tokens of a forward, D hidden size, r rank.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,15 @@ class GateRecord:
         }
 
 
+class _Call(NamedTuple):
+    """Where one forward pass of a model is intervened on."""
+
+    positions: Tensor
+    """True where the intervention applies, [B, T]."""
+    is_everywhere: bool
+    """Whether that is known to be everywhere, as in most steps of a generation."""
+
+
 class ModelEdit(nn.Module):
     """All that an edit has learned: one intervention and one usage record for each edited layer.
 
@@ -66,10 +76,11 @@ class ModelEdit(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self._interventions = nn.ModuleDict(
-            {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
-        )
-        self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
+        with torch.inference_mode(False):  # whose tensors could never be learned
+            self._interventions = nn.ModuleDict(
+                {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
+            )
+            self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
         self.rank = rank
         self.gate = gate
         self.num_prompt_positions = num_prompt_positions
@@ -77,8 +88,12 @@ class ModelEdit(nn.Module):
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
         self._given_positions: Tensor | None = None
-        self._positions: Tensor | None = None
         self._record: GateRecord | None = None
+        # By thread, since forwards of one model may run side by side; and the latest of all, for
+        # the threads in which autograd repeats a forward.
+        self._calls: dict[int, _Call | None] = {}
+        self._latest_call: _Call | None = None
+        self._announced: set[int] = set()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -128,6 +143,13 @@ class ModelEdit(nn.Module):
     def attach(self, model: nn.Module) -> None:
         """Make `model` use this edit in every forward pass from now on.
 
+        What it does not reach: weights that are saved or exported (`save_pretrained` writes those
+        of the unedited model), engines with their own forward (vLLM, TGI), and what torch.compile
+        made of the model before, until `torch.compiler.reset()`. PEFT's forward hides labels from a
+        model that was edited before it was wrapped: attach to PEFT's model, or give
+        `prompt_lengths`. Forwards may run side by side in threads, but the contexts of this class
+        (`disabled`, `prompt_lengths`, `recording`) hold for all of them.
+
         Raises:
             ValueError: If this edit is attached already, `model` carries another edit, or an edited
                 layer does not exist in it.
@@ -139,6 +161,10 @@ class ModelEdit(nn.Module):
         stack = decoder_layers(model)
         check_layers(self.layers, len(stack))
         handles = [model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)]
+        owner = _owner(model, stack)
+        if owner is not model:
+            hook = owner.register_forward_pre_hook(self._on_decoder_call, with_kwargs=True)
+            handles.append(hook)
         for i in self.layers:
             handles.append(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
         self._handles = handles
@@ -220,32 +246,56 @@ class ModelEdit(nn.Module):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Forward pre-hook of the model: find the positions before the layers run."""
-        if self._given_positions is not None:
-            self._positions = self._given_positions
-            return
-        self._positions = positions_of_call(
-            model.forward, args, kwargs, self.num_prompt_positions, self._prompt_lengths
-        )
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "an edited model cannot run in nn.DataParallel, whose copies share one edit: use "
+                "one process for each device, or accelerate's device_map"
+            )
+        self._begin_call(model, args, kwargs)
+        self._announced.add(_thread())
+
+    def _on_decoder_call(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Forward pre-hook of the decoder inside, which PEFT's forward and users call by itself."""
+        if _thread() in self._announced:
+            self._announced.discard(_thread())
+        else:
+            self._begin_call(decoder, args, kwargs)
+
+    def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the positions of a forward pass from its arguments."""
+        positions = self._given_positions
+        if positions is None:
+            positions = positions_of_call(
+                module.forward, args, kwargs, self.num_prompt_positions, self._prompt_lengths
+            )
+        call = None if positions is None else _Call(positions, _is_known_true(positions))
+        self._calls[_thread()] = self._latest_call = call
 
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
-        if not self._enabled or self._positions is None:
+        call = self._calls.get(_thread(), self._latest_call)
+        if not self._enabled or call is None or hidden.is_meta:
             return hidden
-        positions = self._positions.to(hidden.device)
-        if positions.shape != hidden.shape[:2]:
+        if call.positions.shape != hidden.shape[:2]:
             raise RuntimeError(
                 f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}, but the "
-                f"model was called on {tuple(positions.shape)} tokens"
+                f"model was called on {tuple(call.positions.shape)} tokens"
             )
-        here = positions[..., None]  # [B, T, 1]
         self._move(layer, hidden.device)
-        # Padding can hold NaN, whose gradient `where` alone would not stop.
-        edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
+        if call.is_everywhere:
+            edited, weights = self._intervene(layer, hidden)
+        else:
+            here = call.positions.to(hidden.device)[..., None]  # [B, T, 1]
+            # Padding can hold NaN, whose gradient `where` alone would not stop.
+            edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
+            edited = torch.where(here, edited, hidden)
         if self._record is not None:
-            self._record.positions = self._positions
+            self._record.positions = call.positions
             self._record.weights[layer] = weights
             self._record.hidden[layer] = hidden.detach()
-        return torch.where(here, edited, hidden)
+        return edited
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
@@ -253,8 +303,9 @@ class ModelEdit(nn.Module):
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Bring what a layer has learned to where the layer computes now."""
-        if self.intervention(layer).source_bias.device != device:
-            self.intervention(layer).to(device)
+        intervention = self.intervention(layer)
+        if intervention.source_bias.device != device:
+            intervention.to(device)
             self.usage(layer).to(device)
 
 
@@ -269,6 +320,18 @@ class _LayerHook:
         if isinstance(output, tuple):
             return (self.edit._on_layer_output(self.layer, output[0]), *output[1:])
         return self.edit._on_layer_output(self.layer, output)
+
+
+def _thread() -> int:
+    """Return which thread runs; a compiled model is one thread's."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _is_known_true(positions: Tensor) -> bool:
+    """Tell whether all positions are True, where looking at them costs no wait."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(positions.all())
 
 
 def attached_edit(model: nn.Module) -> ModelEdit | None:
@@ -320,6 +383,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"config.num_hidden_layers = {depth} layers"
         )
     return min(stacks, key=lambda stack: stack[0])[1]
+
+
+def _owner(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
+    """Return the module inside a model that holds a decoder stack directly."""
+    return next(m for m in model.modules() if any(child is stack for child in m.children()))
 
 
 def input_device(model: nn.Module) -> torch.device:

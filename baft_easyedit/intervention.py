@@ -4,11 +4,13 @@ Not here: where it applies (`positions`), how it reaches a model (`hooks`), how 
 (`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baft_easyedit.gates import make_gate
+from baft_easyedit.gates import make_gate, unit_rms
 
 
 def orthonormal_rows(raw: Tensor) -> Tensor:
@@ -56,6 +58,17 @@ def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -
     return hidden + (weights * (target - coords)) @ basis  # [..., D]  h + R^T diag(w) (v - R h)
 
 
+class _Folded(NamedTuple):
+    """What forwards without gradients need of the parameters, multiplied out once."""
+
+    basis: Tensor
+    """R, [r, D]."""
+    difference: Tensor
+    """A - R, [r, D]: bit for bit 0 in a new intervention."""
+    gate: Tensor
+    """The gate's W, [n, D]."""
+
+
 class BaFTIntervention(nn.Module):
     """Phi(h) = h + R^T diag(w(h)) (A h + b - R h), with orthonormal rows of R (Eq. 1-3).
 
@@ -85,20 +98,16 @@ class BaFTIntervention(nn.Module):
             raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
         raw = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
         self.raw_basis = nn.Parameter(raw)
-        self.source_weight = nn.Parameter(self.basis().detach().clone())
+        self.source_weight = nn.Parameter(orthonormal_rows(raw.detach()).clone())
         self.source_bias = nn.Parameter(torch.zeros(rank))
         self.gate = make_gate(gate, hidden_size, rank)
-        self._known_basis: tuple[tuple[int, int], Tensor] | None = None
+        self._known: tuple[list[int], _Folded] | None = None
 
     def basis(self) -> Tensor:
         """Return R, [r, D], fp32, differentiable; without gradients it is computed once."""
         if torch.is_grad_enabled():
             return orthonormal_rows(self.raw_basis)
-        # Every token of a generation asks for it; a changed parameter has another version.
-        key = (self.raw_basis.data_ptr(), self.raw_basis._version)
-        if self._known_basis is None or self._known_basis[0] != key:
-            self._known_basis = key, orthonormal_rows(self.raw_basis)
-        return self._known_basis[1]
+        return self._folded().basis
 
     def learned_source(self, hidden: Tensor) -> Tensor:
         """Return the wanted coordinates A h + b, [..., r], of hidden states [..., D]."""
@@ -113,8 +122,37 @@ class BaFTIntervention(nn.Module):
         Returns:
             Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
-            h = hidden.float()
-            weights = self.gate(h)
-            edited = basis_edit(h, self.basis(), self.learned_source(h), weights)
+        h, device = hidden.float(), hidden.device.type
+        edit = self._edit if torch.is_grad_enabled() else self._edit_folded
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                edited, weights = edit(h)
+        else:
+            edited, weights = edit(h)
         return edited.to(hidden.dtype), weights
+
+    def _edit(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Phi(h) [..., D] and w(h) [..., r], differentiable."""
+        weights = self.gate(h)
+        return basis_edit(h, self.basis(), self.learned_source(h), weights), weights
+
+    def _edit_folded(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same without gradients, as h + R^T diag(w) ((A - R) h + b): fewer products."""
+        folded = self._folded()
+        weights = self.gate.activate(F.linear(unit_rms(h), folded.gate))  # [..., r]  w(h)
+        step = F.linear(h, folded.difference, self.source_bias)  # [..., r]  (A - R) h + b
+        return h + (weights * step) @ folded.basis, weights
+
+    def _folded(self) -> _Folded:
+        """Return the parameters multiplied out; every token of a generation asks for them."""
+        parameters = [*self._parameters.values(), *self.gate._parameters.values()]
+        # A changed parameter has another version.
+        key = [value for p in parameters if p is not None for value in (p.data_ptr(), p._version)]
+        if self._known is None or self._known[0] != key:
+            self._known = key, self._fold()
+        return self._known[1]
+
+    def _fold(self) -> _Folded:
+        """Multiply the parameters out."""
+        basis = orthonormal_rows(self.raw_basis).contiguous()
+        return _Folded(basis, self.source_weight - basis, self.gate.matrix().to(basis))

@@ -4,7 +4,9 @@ The rule counts real tokens, so it does not depend on the padding side. A token'
 of real tokens up to and including it; a real token is intervened on if rank > n_prompt - P. The
 prompt length n_prompt of a row is, in this order: given (`prompt_lengths`), read from the labels
 (real tokens before the first label), the whole input (a plain forward or the prefill of a
-generation); on a non-empty key-value cache every new token is output. Needs torch only.
+generation) but for k - 1 tokens if `logits_to_keep` is k (assisted generation guesses them); on a
+non-empty key-value cache every new token is output. Calls that cannot be read so are refused.
+Needs torch only.
 
 Shapes: B batch, T tokens of this forward, S = past + T tokens in all.
 """
@@ -39,6 +41,7 @@ def edit_positions(
     *,
     labels: Tensor | None = None,
     prompt_lengths: PromptLengths | None = None,
+    num_guessed: int = 0,
 ) -> Tensor:
     """Decide where to intervene.
 
@@ -49,6 +52,7 @@ def edit_positions(
         labels: Training labels of a forward without a past, [B, S]; -100 is ignored.
         prompt_lengths: Real prompt tokens of each row. One value serves all rows; fewer values than
             rows are repeated (beams and `num_return_sequences` repeat rows).
+        num_guessed: How many of the last tokens of an input without a past are output.
 
     Returns:
         True where the intervention applies, [B, T].
@@ -56,16 +60,16 @@ def edit_positions(
     Raises:
         ValueError: If the number of `prompt_lengths` does not divide the number of rows.
     """
-    rank = real.long().cumsum(-1)  # [B, S]
     num_past = real.shape[1] - num_new
+    if prompt_lengths is None and num_past > 0:
+        return real[:, num_past:]  # n_prompt = 0
+    rank = real.long().cumsum(-1)  # [B, S]
     if prompt_lengths is not None:
         n_prompt = _per_row(prompt_lengths, real)
-    elif labels is not None and num_past == 0:
+    elif labels is not None:
         n_prompt = _tokens_before_answer(labels, real)
-    elif num_past == 0:
-        n_prompt = rank[:, -1:]
     else:
-        n_prompt = torch.zeros_like(rank[:, :1])
+        n_prompt = rank[:, -1:] - num_guessed
     return (real & (rank > n_prompt - num_prompt_positions))[:, num_past:]
 
 
@@ -110,7 +114,8 @@ def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.devic
         last_query = attention_mask[:, 0, -1, :total]  # what the last token attends to is real
         attention_mask = last_query if last_query.dtype == torch.bool else last_query == 0
     real = attention_mask[:, :total].to(device).bool().expand(batch, -1)
-    return F.pad(real, (total - real.shape[1], 0), value=True)
+    missing = total - real.shape[1]
+    return F.pad(real, (missing, 0), value=True) if missing else real
 
 
 def positions_of_call(
@@ -131,25 +136,87 @@ def positions_of_call(
 
     Returns:
         True where the intervention applies, [B, T]; None if the call has no tokens.
+
+    Raises:
+        ValueError: If the number of `prompt_lengths` does not divide the number of rows; if there
+            are none, and nothing in the call tells where its prompts end.
     """
-    given = dict(kwargs)
+    given = kwargs
     if args:
-        given.update(zip(inspect.signature(forward).parameters, args, strict=False))
+        given = {**kwargs, **dict(zip(inspect.signature(forward).parameters, args, strict=False))}
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
     if tokens is None:
         return None
     batch, num_new = tokens.shape[:2]
-    total = _past_length(given.get("past_key_values")) + num_new
-    real = real_tokens(given.get("attention_mask"), batch, total, tokens.device)
+    num_past = _past_length(given.get("past_key_values"))
+    real = real_tokens(given.get("attention_mask"), batch, num_past + num_new, tokens.device)
+    kept = given.get("logits_to_keep")
+    num_kept = kept if isinstance(kept, int) else 0
+    if prompt_lengths is None:
+        _check_readable(given, num_kept, num_past, real[:, num_past:], num_prompt_positions)
     return edit_positions(
         real,
         num_new,
         num_prompt_positions,
         labels=given.get("labels"),
         prompt_lengths=prompt_lengths,
+        num_guessed=min(max(0, num_kept - 1), num_new),
     )
+
+
+def _check_readable(
+    given: Mapping[str, Any],
+    num_kept: int,
+    num_past: int,
+    real: Tensor,
+    num_prompt_positions: int,
+) -> None:
+    """Raise ValueError if the arguments of a call do not tell where its prompts end.
+
+    `generate` keeps the logits of one token, but for the k of k - 1 guesses that it verifies.
+
+    Args:
+        given: The arguments.
+        num_kept: Their `logits_to_keep`, 0 for all.
+        num_past: Tokens in the cache.
+        real: True where a new token is not padding, [B, T].
+        num_prompt_positions: P.
+    """
+    num_new = real.shape[1]
+    if num_past and num_kept == 1 and num_new > num_prompt_positions:
+        raise ValueError(
+            f"prompt_lengths must be given to go on with a prompt on a cache: {num_new} new tokens "
+            f"after {num_past} may be a later part of a prompt (prefill_chunk_size, another turn "
+            "of a chat) or an answer; give the tokens of each whole prompt: "
+            "`with model_edit.prompt_lengths([...])`"
+        )
+    if num_past == 0 and num_kept == 1 and given.get("use_cache") is False:
+        raise ValueError(
+            "prompt_lengths must be given to generate with use_cache=False: each forward repeats "
+            "the prompt with what was generated; use the cache, or give the tokens of each prompt: "
+            "`with model_edit.prompt_lengths([...])`"
+        )
+    if _is_packed(given, real):
+        raise ValueError(
+            "each row must hold one sequence, but position_ids start again inside a row (packed "
+            "or continuously batched input): give each sequence its own row, with padding"
+        )
+
+
+def _is_packed(given: Mapping[str, Any], real: Tensor) -> bool:
+    """Tell whether a row holds several sequences, one after another."""
+    if given.get("cu_seq_lens_q") is not None:
+        return True
+    positions = given.get("position_ids")
+    if real.shape[1] == 1 or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    if positions.is_meta or positions.shape[1] != real.shape[1]:
+        return False
+    starts_again = positions[:, 1:] <= positions[:, :-1]  # [B or 1, T - 1]
+    both_real = (real[:, 1:] & real[:, :-1]).to(positions.device)
+    return bool((starts_again & both_real).any())
 
 
 def _past_length(cache: Any) -> int:

@@ -84,6 +84,28 @@ def test_new_intervention_changes_nothing(gate, dtype):
     assert weights.dtype == torch.float32
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_edit_without_gradients_is_the_differentiable_one(gate, scale):
+    intervention, h = random_intervention(gate), torch.randn(2, 5, D) * scale
+    edited, weights = intervention(h)
+    for _ in range(2):  # also where the parameters have changed
+        with torch.no_grad():
+            edited_again, weights_again = intervention(h)
+            assert torch.allclose(weights_again, weights, atol=1e-6)
+            assert torch.allclose(edited_again, edited, rtol=1e-4, atol=1e-5 * max(scale, 1))
+            for p in intervention.parameters():
+                p.add_(torch.randn_like(p))
+        edited, weights = intervention(h)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_new_intervention_changes_nothing_without_gradients(gate):
+    h = torch.randn(2, 5, D)
+    with torch.no_grad():
+        assert torch.equal(BaFTIntervention(D, R, gate)(h)[0], h)
+
+
 def test_edit_of_bf16_states_is_computed_in_fp32():
     intervention, h = random_intervention(), torch.randn(2, 5, D).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):

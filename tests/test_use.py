@@ -1,0 +1,528 @@
+"""What people do with an edited model: generate, wrap, compile, copy, offload, save, share."""
+
+import copy
+import io
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, pipeline
+
+from baft_easyedit import BaFTEditor, attached_edit
+from baft_easyedit.hooks import decoder_layers
+from tests.conftest import make_model, random_edit
+
+IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
+ONES = torch.ones_like(IDS)
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 257}
+
+
+def edited_model(seed=0):
+    model, edit = make_model(seed=seed), random_edit()
+    edit.attach(model)
+    return model, edit
+
+
+@pytest.fixture
+def edited():
+    return edited_model()
+
+
+def logits(model, input_ids=IDS, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=input_ids, **kwargs).logits
+
+
+def generate(model, input_ids=IDS, **kwargs):
+    return model.generate(
+        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **GREEDY, **kwargs
+    )
+
+
+# Generation
+
+
+def test_sampling_is_a_loop_over_forwards_with_a_cache(edited):
+    model, _ = edited
+    torch.manual_seed(4)
+    sampled = model.generate(
+        input_ids=IDS, attention_mask=ONES, max_new_tokens=6, do_sample=True, top_k=0,
+        eos_token_id=257, suppress_tokens=[257], pad_token_id=257,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    ids, cache, new = IDS, None, IDS
+    for _ in range(6):
+        with torch.no_grad():
+            output = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache, scores = output.past_key_values, output.logits[:, -1].clone()
+        scores[:, 257] = -torch.inf
+        new = torch.multinomial(scores.softmax(-1), 1)
+        ids = torch.cat([ids, new], 1)
+    assert torch.equal(sampled, ids)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "sequences"],
+)
+def test_row_of_a_batch_padded_on_the_left_is_the_row_alone(edited, options):
+    model, _ = edited
+    mask = ONES.clone()
+    mask[0, :4] = 0
+    together = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY, **options)
+    alone = generate(model, IDS[:1, 4:], **options)
+    num = options.get("num_return_sequences", 1)
+    width = alone.shape[1] - 5
+    assert torch.equal(together[:num, 9 : 9 + width], alone[:, 5:])
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic_full", "offloaded"])
+def test_every_cache_gives_the_same_tokens(edited, cache):
+    if cache == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("offloaded caches need a GPU; run where there is one")
+    model, _ = edited
+    kept = generate(model, cache_implementation=cache, disable_compile=True)
+    assert torch.equal(kept, generate(model))
+
+
+@pytest.mark.parametrize("assistant", ["itself", "unedited", "edited", "other", "prompt", "exit"])
+def test_assisted_generation_gives_the_greedy_tokens(edited, assistant):
+    model, _ = edited
+    options = {
+        "itself": lambda: {"assistant_model": model},
+        "unedited": lambda: {"assistant_model": make_model()},
+        "edited": lambda: {"assistant_model": copy.deepcopy(model)},
+        "other": lambda: {"assistant_model": edited_model(seed=1)[0]},
+        "prompt": lambda: {"prompt_lookup_num_tokens": 3},
+        "exit": lambda: {"assistant_early_exit": 2},
+    }[assistant]()
+    repetitive = IDS[:1, :3].repeat(1, 4)  # so that prompt look-up finds something
+    for ids in (IDS[:1], repetitive):
+        assert torch.equal(generate(model, ids, **options), generate(model, ids))
+
+
+def test_guesses_behind_a_prompt_are_edited_as_output(edited):
+    """Assisted generation runs a prompt with its first guesses and keeps their logits."""
+    model, edit = edited
+    with edit.prompt_lengths([6]):
+        expected = logits(model)[:, -4:]
+    assert torch.equal(logits(model, logits_to_keep=4), expected)
+
+
+def test_prompt_in_chunks_needs_its_length_and_is_then_right(edited):
+    model, edit = edited
+    with pytest.raises(ValueError, match=r"prompt_lengths must be given.*4 new tokens after 4 may"):
+        generate(model, prefill_chunk_size=4)
+    with edit.prompt_lengths([9]):
+        chunked = generate(model, prefill_chunk_size=4)
+    assert torch.equal(chunked, generate(model))
+
+
+def test_next_turn_on_a_cache_needs_the_prompts_length_and_is_then_right(edited):
+    model, edit = edited
+    with edit.disabled(), torch.no_grad():
+        cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"5 new tokens after 4 may be a later part of a prompt"):
+        generate(model, past_key_values=copy.deepcopy(cache))
+    with edit.prompt_lengths([9]):
+        continued = generate(model, past_key_values=cache)
+    assert torch.equal(continued, generate(model))
+
+
+def test_generation_without_a_cache_needs_the_prompts_length_and_is_then_right(edited):
+    model, edit = edited
+    with pytest.raises(ValueError, match=r"given to generate with use_cache=False: each forward"):
+        generate(model, use_cache=False)
+    with edit.prompt_lengths([9]):
+        uncached = generate(model, use_cache=False)
+    assert torch.equal(uncached, generate(model))
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)},
+        {"cu_seq_lens_q": torch.tensor([0, 4, 9])},
+    ],
+    ids=["position_ids", "flash"],
+)
+def test_packed_rows_are_refused(edited, packing):
+    with pytest.raises(ValueError, match="each row must hold one sequence, but position_ids start"):
+        logits(edited[0], **packing)
+
+
+def test_position_ids_of_padding_are_not_packing(edited):
+    model, _ = edited
+    mask = ONES.clone()
+    mask[:, :3] = 0
+    positions = torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4, 5]] * 2)
+    padded = logits(model, attention_mask=mask, position_ids=positions)
+    assert torch.allclose(padded[:, 3:], logits(model, IDS[:, 3:]), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pipeline_answers_as_generate_does(edited, tokenizer, batch_size):
+    model, _ = edited
+    prompts = ["The capital of France is", "Ice"]
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {**GREEDY, "return_full_text": False, "batch_size": batch_size}
+    texts = [answer[0]["generated_text"] for answer in generator(prompts, **options)]
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = generate(model, ids)[0, ids.shape[1] :]
+        assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+# Arguments of a forward
+
+
+def test_reported_hidden_states_are_the_edited_ones(edited):
+    model, edit = edited
+    with torch.no_grad():
+        states = model(input_ids=IDS, output_hidden_states=True).hidden_states
+        with edit.disabled():
+            before = model(input_ids=IDS, output_hidden_states=True).hidden_states
+    assert torch.equal(states[1], before[1])
+    expected = edit.intervention(1)(before[2][:, -3:])[0]  # [0] are the embeddings
+    assert torch.allclose(states[2][:, -3:], expected, atol=1e-5)
+    assert torch.equal(states[2][:, :-3], before[2][:, :-3])
+
+
+def test_every_way_to_call_the_model_gives_the_same_logits(edited):
+    model, _ = edited
+    expected, embeddings = logits(model), model.get_input_embeddings()(IDS)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+        assert torch.equal(model(input_ids=IDS, return_dict=False)[0], expected)
+        assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
+    assert torch.equal(logits(model, use_cache=False), expected)
+    assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-4)  # with gradients
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    generated = model.generate(inputs_embeds=embeddings, attention_mask=ONES, **GREEDY)
+    assert torch.equal(generated, generate(model)[:, 9:])
+
+
+def test_attentions_are_those_of_the_edited_model(edited):
+    model, edit = edited
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(input_ids=IDS, output_attentions=True)
+        with edit.disabled():
+            before = model(input_ids=IDS, output_attentions=True).attentions
+    assert torch.equal(output.logits, logits(model))
+    assert torch.equal(output.attentions[1], before[1])
+    assert not torch.equal(output.attentions[2], before[2])
+
+
+def test_decoder_called_by_itself_is_edited_at_its_own_positions(edited):
+    model, _ = edited
+    with torch.no_grad():
+        expected = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        model(input_ids=IDS.flip(1)[:, :5])  # whose positions must not stay
+        assert torch.equal(model.model(input_ids=IDS).last_hidden_state, expected)
+
+
+# PEFT
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("first", ["edit", "lora"])
+def test_lora_and_the_edit_live_on_one_model(task, first):
+    peft = pytest.importorskip("peft", reason="LoRA is peft's")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task)
+    reference, model, edit = edited_model()[0], make_model(), random_edit()
+    if first == "edit":
+        edit.attach(model)
+    wrapped = peft.get_peft_model(model, config)
+    plain = make_model()
+    if first == "lora":
+        edit.attach(wrapped)
+    for ids in (IDS, IDS[:, 2:]):  # another shape: no positions of an earlier call
+        assert torch.equal(logits(wrapped, ids), logits(reference, ids))
+    assert torch.equal(wrapped.generate(input_ids=IDS, attention_mask=ONES, **GREEDY),
+                       generate(reference))  # fmt: skip
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    assert not torch.equal(logits(wrapped), logits(reference))
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), logits(reference))
+        with edit.disabled():
+            assert torch.equal(logits(wrapped), logits(plain))
+    tuned = logits(wrapped)
+    merged = wrapped.merge_and_unload()
+    assert attached_edit(merged) is edit
+    assert torch.allclose(logits(merged), tuned, atol=1e-3)
+    with edit.disabled():
+        unedited = logits(merged)
+    edit.detach()
+    assert torch.equal(logits(merged), unedited)
+
+
+def test_labels_are_seen_through_peft_if_the_edit_is_attached_to_its_model():
+    peft = pytest.importorskip("peft", reason="LoRA is peft's")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    labels = IDS.clone()
+    labels[:, :6] = -100
+    wrapped, edit = peft.get_peft_model(make_model(), config), random_edit()
+    edit.attach(wrapped)
+    assert torch.equal(logits(wrapped, labels=labels), logits(edited_model()[0], labels=labels))
+
+
+def test_editing_through_peft_goes_on_with_the_edit_and_undo_is_bit_equal(
+    tokenizer, hparams, request_dict
+):
+    peft = pytest.importorskip("peft", reason="LoRA is peft's")
+    model = make_model()
+    hparams.num_steps = 3
+    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+    before = logits(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    editor = BaFTEditor(wrapped, tokenizer, hparams)
+    editor.edit(request_dict)
+    assert not torch.equal(logits(wrapped), before)
+    editor.undo()
+    assert torch.equal(logits(wrapped), before)
+
+
+# Quantised weights
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_quantised_on_the_cpu_run_with_an_edit_and_refuse_to_learn_one(
+    edited, tokenizer, hparams, request_dict
+):
+    quantize = pytest.importorskip("torch.ao.quantization", reason="moved to torchao")
+    model, _ = edited
+    quantised = quantize.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    before = logits(model)
+    assert (logits(quantised) - before).abs().mean() < 0.2 * before.abs().mean()
+    own = attached_edit(quantised)
+    assert torch.equal(generate(quantised)[:, :9], IDS)
+    own.detach()
+    editor = BaFTEditor(quantised, tokenizer, hparams)
+    with pytest.raises(ValueError, match=r"model must let gradients pass to be edited.*q_proj"):
+        editor.edit(request_dict)
+    assert attached_edit(quantised) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_quantised_by_bitsandbytes_can_be_edited(
+    tmp_path, tokenizer, hparams, request_dict, bits
+):
+    pytest.importorskip("bitsandbytes", reason="quantises on a GPU")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU; run where there is one")
+    from transformers import BitsAndBytesConfig
+
+    make_model().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map={"": 0}
+    )
+    before = logits(model, IDS.cuda())
+    editor = BaFTEditor(model, tokenizer, hparams)
+    report = editor.edit(request_dict)
+    assert report.final_loss < 0.5 * report.losses[0].answer
+    editor.undo()
+    assert torch.equal(logits(model, IDS.cuda()), before)
+
+
+# Compilers, copies, devices, files
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_model_follows_the_edit(backend):
+    model, edit = make_model(), random_edit(layers=(1,))  # each hook is a break in the graph
+    edit.attach(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
+    with torch.no_grad():
+        edit.intervention(1).raw_basis.add_(edit.intervention(1).raw_basis.flip(0))
+        edit.intervention(1).source_bias.add_(1)
+    assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
+    edit.detach()
+    assert torch.allclose(logits(compiled), logits(make_model()), atol=1e-4)
+    if backend != "eager":  # these take longer
+        edit.attach(model)
+        with edit.disabled():
+            assert torch.allclose(logits(compiled), logits(make_model()), atol=1e-4)
+        assert torch.allclose(logits(compiled, IDS[:, 3:]), logits(model, IDS[:, 3:]), atol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_model_compiled_before_is_edited_after_a_reset():
+    model, edit = make_model(), random_edit()
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled)
+    edit.attach(model)
+    torch.compiler.reset()
+    assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_copy_and_original_are_independent(edited):
+    model, edit = edited
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    attached_edit(twin).intervention(1).source_bias.data.add_(1)
+    assert torch.equal(logits(model), expected)
+    assert not torch.equal(logits(twin), expected)
+    edit.detach()
+    assert attached_edit(twin) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_model_of_another_dtype_keeps_the_edit_in_fp32(edited, dtype):
+    model, edit = edited
+    before = logits(model)
+    model.to(dtype)
+    after = logits(model)
+    assert after.dtype == dtype
+    assert {p.dtype for p in edit.parameters()} == {torch.float32}
+    assert (after - before).abs().mean() < 0.1 * before.abs().mean()
+
+
+def test_meta_device_does_not_lose_what_is_learned(edited):
+    model, edit = edited
+    learned = edit.snapshot()
+    meta = copy.deepcopy(model).to("meta")
+    assert logits(meta, IDS.to("meta")).is_meta
+    own = attached_edit(meta).snapshot()
+    assert all(torch.equal(own[name], value) for name, value in learned.items())
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_weights_give_the_same_tokens(edited, place, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="it offloads weights")
+    model, edit = edited
+    expected, generated = logits(model), generate(model)
+    if place == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        devices = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "lm_head")}
+        devices |= {"model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        devices |= {"model.layers.2": "disk", "model.layers.3": "cpu"}
+        accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(generate(model), generated)
+    edit.detach()
+    assert torch.equal(logits(model), logits(make_model()))
+
+
+def test_pickled_model_keeps_its_edit(edited):
+    model, edit = edited
+    expected, file = logits(model), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(logits(loaded), expected)
+    attached_edit(loaded).detach()
+    assert torch.equal(logits(loaded), logits(make_model()))
+    assert attached_edit(model) is edit
+
+
+def test_saved_weights_are_the_unedited_ones(edited, tmp_path):
+    model, _ = edited
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert attached_edit(loaded) is None
+    assert torch.equal(logits(loaded), logits(make_model()))
+
+
+# Training, threads
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    gradients = []
+    for is_checkpointed in (False, True):
+        model, edit = edited_model()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append(
+            (edit.intervention(1).source_weight.grad, model.model.embed_tokens.weight.grad)
+        )
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_editing_works_in_every_gradient_mode(tokenizer, hparams, request_dict, mode):
+    model = make_model()
+    hparams.num_steps = 8
+    before = logits(model)
+    with mode():
+        editor = BaFTEditor(model, tokenizer, hparams)
+        report = editor.edit(request_dict)
+        editor.learn_apart([request_dict])
+    assert report.final_loss < report.losses[0].answer
+    editor.edit(request_dict)
+    editor.undo()
+    editor.undo()
+    assert torch.equal(logits(model), before)
+
+
+def run_in_threads(functions):
+    results, threads = [None] * len(functions), []
+    for i, function in enumerate(functions):
+
+        def work(i=i, function=function):
+            results[i] = function()
+
+        threads.append(threading.Thread(target=work))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
+    model, _ = edited
+    mask = ONES.clone()
+    mask[:, :2] = 0
+    inputs = [{"attention_mask": ONES}, {"attention_mask": mask}, {"input_ids": IDS[:, 4:]}]
+    expected = [logits(model, **kwargs) for kwargs in inputs]
+    barrier = threading.Barrier(len(inputs), timeout=30)
+
+    def meet(module, args, output):
+        barrier.wait()
+
+    wait = decoder_layers(model)[0].register_forward_hook(meet)
+    results = run_in_threads([lambda kwargs=kwargs: logits(model, **kwargs) for kwargs in inputs])
+    wait.remove()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_models_edited_in_threads_are_those_edited_one_by_one(tokenizer, hparams, request_dict):
+    hparams.num_steps = 5
+
+    def edit(seed):
+        model = make_model(seed=seed)
+        BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+        return model
+
+    models = [make_model(seed=seed) for seed in (0, 1)]  # the global seed is not for threads
+    editors = [BaFTEditor(model, tokenizer, hparams) for model in models]
+    run_in_threads([lambda editor=editor: editor.edit(request_dict) for editor in editors])
+    for seed, model in enumerate(models):
+        assert torch.equal(logits(model), logits(edit(seed)))
+
+
+def test_replica_of_data_parallel_is_refused(edited):
+    replica = edited[0]._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"an edited model cannot run in nn\.DataParallel"):
+        logits(replica)
+    with pytest.raises(ValueError, match="DataParallel has no config"):
+        random_edit().attach(nn.DataParallel(make_model()))
