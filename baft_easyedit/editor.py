@@ -1,19 +1,21 @@
-"""BaFTEditor: learn an edit from requests, go on from what is learned, and undo.
+"""BaFTEditor: learn an edit from requests, go on from what is learned, undo, and keep it on disk.
 
 One edit call minimises the objective over the parameters of the model's `ModelEdit`; the model's
 own weights never change.
 """
 
+import copy
+import os
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from baft_easyedit.hooks import (
     ModelEdit,
-    Snapshot,
     attached_edit,
     check_layers,
     decoder_layers,
@@ -22,24 +24,29 @@ from baft_easyedit.hooks import (
 )
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
+from baft_easyedit.keeping.config import (
+    KeptConfig,
+    environment,
+    hparams_of,
+    method_of,
+    new_edit,
+)
+from baft_easyedit.keeping.directory import KeptDirectory, holds_edit
+from baft_easyedit.keeping.journal import Entry, Journal, report_dict, request_dict
+from baft_easyedit.keeping.loading import checked_latest
+from baft_easyedit.keeping.state import EditState, StateFile, check_fits, state_hash
 from baft_easyedit.learning import EditReport, Learned, StepLosses, learn
 from baft_easyedit.requests import EditBatch, EditRequest, as_requests, build_batch, join_batches
 
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
 
 
-class _State(NamedTuple):
-    """All that an edit call changes."""
-
-    learned: Snapshot
-    attached: bool
-
-
 class BaFTEditor:
     """Edits a causal language model in place, by hooks that can be taken off again.
 
     Several edit calls learn one after another into the same parameters (continual editing). A new
-    editor on a model that carries an edit goes on with that edit.
+    editor on a model that carries an edit goes on with that edit. `save` and `load` keep an edit
+    on disk; an editor from `open` keeps every change there, with its history.
 
     Args:
         model: A decoder-only Hugging Face model.
@@ -69,10 +76,13 @@ class BaFTEditor:
         self.tokenizer = tokenizer
         self.hparams = hparams
         self.max_context: int | None = getattr(config, "max_position_embeddings", None)
-        self._history: deque[_State] = deque(maxlen=undo_depth)
+        self._history: deque[tuple[int, EditState]] = deque(maxlen=undo_depth)
+        self._memory: dict[str, Any] = {}  # JSON that travels with what is learned
+        self._directory: KeptDirectory | None = None
+        self._config: KeptConfig | None = None
         carried = attached_edit(model)
         if carried is not None:
-            _check_same_shape(carried, hparams)
+            _check_same_shape(carried, hparams, "the edit that the model already carries")
         self.model_edit = carried or ModelEdit(
             config.hidden_size,
             hparams.layers,
@@ -81,6 +91,12 @@ class BaFTEditor:
             hparams.num_prompt_positions,
             hparams.seed if seed is None else seed,
         )
+
+    def __enter__(self) -> "BaFTEditor":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def is_attached(self) -> bool:
@@ -101,18 +117,21 @@ class BaFTEditor:
             ValueError: If a request is unusable; nothing has changed then.
             TypeError: If a request has values of the wrong type; likewise.
             FloatingPointError: If the loss is not finite; the edit has been undone then.
+            OSError: If the edit could not be written to the open directory; likewise.
         """
-        batch = self._batch(as_requests(requests))
-        before = self._state()
-        try:
-            if not before.attached:
-                self.model_edit.attach(self.model)
-            (learned,) = learn(self.model, self.model_edit, batch, self.hparams)
-            self.model_edit.restore(learned.state)
-        except BaseException:
-            self._go_back(before)
-            raise
-        self._history.append(before)
+        checked = as_requests(requests)
+        with self._all_or_nothing():
+            report = self._learn(checked, self.hparams)
+            self._keep("edit", checked, report)
+        return report
+
+    def _learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
+        """Learn requests; all that this changes is in `_state`."""
+        batch = self._batch(requests)
+        if not self.is_attached:
+            self.model_edit.attach(self.model)
+        (learned,) = learn(self.model, self.model_edit, batch, hparams)
+        self.model_edit.restore(learned.state)
         return learned.report
 
     def learn_apart(
@@ -168,39 +187,335 @@ class BaFTEditor:
             if attached:
                 self.model_edit.attach(self.model)
 
-    def install(self, learned: Learned) -> None:
+    def install(
+        self,
+        learned: Learned,
+        requests: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         """Make the model use what `learn_apart` learned; `undo` takes it back.
+
+        Args:
+            learned: One of its results.
+            requests: What it was learned from, for the journal of an open directory.
 
         Raises:
             ValueError: If it was learned with other layers, rank or gate; nothing has changed then.
+            OSError: If it could not be written to the open directory; likewise.
         """
-        before = self._state()
-        self.model_edit.restore(learned.state)
-        if not before.attached:
-            self.model_edit.attach(self.model)
-        self._history.append(before)
-
-    def _state(self) -> _State:
-        """Return all that an edit call changes, as it is now."""
-        return _State(self.model_edit.snapshot(), self.is_attached)
+        checked = [] if requests is None else as_requests(requests)
+        with self._all_or_nothing():
+            self.model_edit.restore(learned.state)
+            if not self.is_attached:
+                self.model_edit.attach(self.model)
+            self._keep("install", checked, learned.report)
 
     def undo(self) -> None:
         """Go back to the state before the latest edit call, bit for bit.
 
+        With an open directory, all edits in it can be undone, one after another, also those of
+        earlier processes.
+
         Raises:
             ValueError: If there is no edit call left to undo.
+            OSError: If the undo could not be written to the open directory; nothing has changed.
         """
-        if not self._history:
+        journal = self._journal()
+        if journal is not None and journal.position > 0:
+            position = journal.entries[journal.position]
+            self._return("undo", position.content["parent"])
+        elif journal is None and self._history:
+            self._restore(self._history.pop()[1])
+        else:
             raise ValueError(
                 "there is no edit to undo: edit() was not called, or undo_depth is used up"
             )
-        self._go_back(self._history.pop())
 
-    def _go_back(self, state: _State) -> None:
-        """Restore an earlier state; the model's own outputs come back with the hooks off."""
+    def rollback(self, to: int) -> None:
+        """Go to exactly the state after an earlier entry of the journal, forwards or backwards.
+
+        It comes from memory or from a checkpoint; edits after that are learned again, and compared
+        with the hashes in the journal.
+
+        Args:
+            to: Id of the entry; 0 for before the first edit.
+
+        Raises:
+            ValueError: If no directory is open, there is no such entry, or it cannot be had bit for
+                bit; nothing has changed then.
+            OSError: If the rollback could not be written; likewise.
+        """
+        journal = self._journal()
+        if journal is None:
+            raise ValueError(
+                "rollback needs the journal of a directory, and none is open: use "
+                "BaFTEditor.open(), or undo()"
+            )
+        if not 0 <= to < len(journal):
+            raise ValueError(f"to must be in [0, {len(journal) - 1}], the journal's ids; got {to}")
+        self._return("rollback", to)
+
+    def _return(self, kind: str, to: int) -> None:
+        """Go to the state after an entry, and keep that."""
+        with self._all_or_nothing():
+            self._restore_entry(to)
+            self._keep(kind, to=to)
+
+    def _restore_entry(self, to: int) -> None:
+        """Restore the state after a journal entry, or learn it again from the nearest one."""
+        directory = self._directory
+        assert directory is not None
+        journal = directory.journal
+        known = {**dict(self._history), journal.position: self._state()}
+        found = directory.nearest(to, known)
+        if found is None:
+            raise ValueError(
+                f"{directory.path} has no intact checkpoint of entry {to} or before it; the states "
+                f"after entries {directory.exact_ids()} are kept"
+            )
+        self._restore(found[1])
+        path = [i for i in journal.ancestors(to) if i > found[0]]
+        for i in reversed(path):
+            self._repeat(journal.entries[i], journal.settings_of(i))
+
+    def _repeat(self, entry: Entry, settings: Entry) -> None:
+        """Learn an entry of the journal again, and compare."""
+        directory = self._directory
+        assert directory is not None
+        where = str(directory.path)
+        if entry.kind == "edit":
+            hparams = hparams_of(settings.content["hparams"], self.model, where)
+            self._learn(as_requests(entry.requests), hparams)
+            if state_hash(self._state()) == entry.state_hash:
+                return
+        then, now = settings.content["environment"], environment(self.model)
+        different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+        raise ValueError(
+            f"entry {entry.id} of {where} ({entry.kind}) could not be learned again bit for bit "
+            f"({'; '.join(different) or 'the environment looks the same'}); the states after "
+            f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
+        )
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Go back if anything goes wrong before the change is kept."""
+        if self._directory is not None:
+            self._directory.check_usable()
+            self._keep_settings()
+        before, journal = self._state(), self._journal()
+        position, size = (0, 0) if journal is None else (journal.position, len(journal))
+        try:
+            yield
+            self._history.append((position, before))
+        except BaseException:
+            if journal is None or len(journal) == size:  # else it is complete already
+                self._restore(before)
+            raise
+
+    def _state(self) -> EditState:
+        """Return all that an edit call changes, as it is now."""
+        return EditState(self.model_edit.snapshot(), self.is_attached, copy.deepcopy(self._memory))
+
+    def _restore(self, state: EditState) -> None:
+        """Restore a `_state`; the model's own outputs come back with the hooks off."""
         self.model_edit.restore(state.learned)
-        if not state.attached:
+        self._memory = copy.deepcopy(dict(state.extra))
+        if state.attached and not self.is_attached:
+            self.model_edit.attach(self.model)
+        elif not state.attached:
             self.model_edit.detach()
+
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        directory: str | os.PathLike[str],
+        hparams: BaFTHyperParams | None = None,
+        checkpoint_every: int = 100,
+        undo_depth: int = 10,
+        repair: bool = False,
+    ) -> "BaFTEditor":
+        """Keep an edit in a directory: begin one, or go on with the one that is there.
+
+        Every edit, install, undo and rollback is on the disk before its call returns. Use it in a
+        `with` statement, or call `close`; the directory is locked until then. The model keeps the
+        edit.
+
+        Args:
+            model: The model; for an edit that is there, the one that it was learned on.
+            tokenizer: Its tokenizer.
+            directory: The directory; made if there is none.
+            hparams: Hyper-parameters; None for those in the directory.
+            checkpoint_every: Changes between two checkpoints. Fewer: more room on the disk, and a
+                shorter `rollback`, which learns again what is between.
+            undo_depth: How many states are kept in memory, too.
+            repair: If the state file is damaged, lost, or older than the journal, go on from the
+                newest intact state.
+
+        Raises:
+            BlockingIOError: If another editor has the directory open.
+            OSError: If it cannot be written.
+            ValueError: If the model or the hyper-parameters are not those of the edit, the files
+                are damaged, or a new directory gets no hyper-parameters; the message says what to
+                do.
+        """
+        if hparams is None and not holds_edit(directory):
+            raise ValueError(f"hparams must be given to begin an edit in {directory}; got None")
+        kept = KeptDirectory(directory, checkpoint_every, repair)
+        try:
+            if kept.latest is None:
+                editor = cls._beginning(model, tokenizer, hparams, undo_depth)
+            else:
+                kept.latest.config.check_model(model, str(kept.path))
+                editor = cls._holding(
+                    kept.latest, str(kept.path), model, tokenizer, hparams, undo_depth
+                )
+            editor._directory = kept
+            editor._keep_settings()
+            kept.ensure_checkpoint()
+        except BaseException:
+            kept.close()
+            raise
+        return editor
+
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        directory: str | os.PathLike[str],
+        allow_other_model: bool = False,
+    ) -> "BaFTEditor":
+        """Attach a kept edit to a model; the directory is only read, now, and not locked.
+
+        The editor begins without a history: what it does is not written to the directory.
+
+        Args:
+            model: The model that the edit was learned on.
+            tokenizer: Its tokenizer.
+            directory: Where `save` or `open` kept the edit.
+            allow_other_model: Use the edit on another model of the same shape.
+
+        Raises:
+            FileNotFoundError: If no edit is kept there.
+            ValueError: If the model is another one or carries another edit, or the file is damaged.
+        """
+        latest = checked_latest(model, directory, allow_other_model)
+        return cls._holding(latest, str(directory), model, tokenizer)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the edit, and the journal if there is one, into a directory.
+
+        Until all is there, the directory holds what it held before. A saved directory can be
+        loaded, or opened to go on.
+
+        Args:
+            directory: A new one; or one that `save` wrote before, which is brought up to date.
+
+        Raises:
+            BlockingIOError: If another editor has the directory open.
+            OSError: If it cannot be written.
+            ValueError: If it holds the history of another edit.
+        """
+        own = self._directory
+        if own is not None and os.path.isdir(directory) and os.path.samefile(own.path, directory):
+            own.check_usable()
+            return
+        config = self._config or KeptConfig.of(self.model, self.hparams)
+        state = self._state()
+        journal = self._journal()
+        entries = journal.entries if journal else [self._start_entry(state)]
+        target = KeptDirectory(directory)
+        try:
+            target.take_over(entries, state, config)
+        finally:
+            target.close()
+
+    def close(self) -> None:
+        """Let others open the directory, if one is open; the model keeps its edit."""
+        if self._directory is not None:
+            self._directory.close()
+
+    @classmethod
+    def _beginning(
+        cls, model: nn.Module, tokenizer: Any, hparams: BaFTHyperParams | None, undo_depth: int
+    ) -> "BaFTEditor":
+        """Make the editor of a new directory."""
+        if hparams is None:
+            raise ValueError("hparams must be given: the journal of the directory is empty")
+        return cls(model, tokenizer, hparams, undo_depth=undo_depth)
+
+    @classmethod
+    def _holding(
+        cls,
+        kept: StateFile,
+        where: str,
+        model: nn.Module,
+        tokenizer: Any,
+        hparams: BaFTHyperParams | None = None,
+        undo_depth: int = 10,
+    ) -> "BaFTEditor":
+        """Make an editor whose edit is a kept one."""
+        own = hparams_of(kept.config.hparams, model, where)
+        edit = new_edit(own, model)
+        check_fits(kept.state, edit, where)
+        if hparams is not None:
+            _check_same_shape(edit, hparams, f"the edit in {where}")
+        carried = attached_edit(model)
+        editor = cls(model, tokenizer, hparams or own, undo_depth=undo_depth)
+        if carried is not None:
+            now = EditState(carried.snapshot(), kept.state.attached, kept.state.extra)
+            if state_hash(now) != kept.entries[-1].state_hash:
+                raise ValueError(
+                    f"the model must carry no edit, or that in {where}; it carries another: call "
+                    "attached_edit(model).detach() first"
+                )
+        editor._config = kept.config
+        editor._restore(kept.state)
+        return editor
+
+    def _journal(self) -> Journal | None:
+        """Return the journal of the directory that this editor has open, or had."""
+        return None if self._directory is None else self._directory.journal
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what `learn` depends on beside the state and the requests."""
+        return {"hparams": method_of(self.hparams), "environment": environment(self.model)}
+
+    def _start_entry(self, state: EditState) -> Entry:
+        """Return the first entry of a new journal."""
+        return Journal().next("start", state_hash(state), self._settings())
+
+    def _keep_settings(self) -> None:
+        """Note in the journal how edits are learned from now on, unless it says so already."""
+        if self._directory is None:
+            return
+        journal, settings = self._directory.journal, self._settings()
+        if len(journal) and journal.settings_of(len(journal) - 1).content == settings:
+            return
+        config = self._config or KeptConfig.of(self.model, self.hparams)
+        self._config = config.with_settings(self.hparams)
+        kind = "settings" if len(journal) else "start"
+        self._directory.commit(kind, self._state(), self._config, settings)
+
+    def _keep(
+        self,
+        kind: str,
+        requests: Sequence[EditRequest] = (),
+        report: EditReport | None = None,
+        to: int | None = None,
+    ) -> None:
+        """Commit a change to the open directory, if there is one."""
+        if self._directory is None:
+            return
+        assert self._config is not None
+        content: dict[str, Any] = {"to": to}
+        if report is not None:
+            content = {
+                "requests": [request_dict(request) for request in requests],
+                "report": report_dict(report),
+            }
+        self._directory.commit(kind, self._state(), self._config, content)
 
     def _batch(self, requests: Sequence[EditRequest]) -> EditBatch:
         """Tokenise requests that are learned together."""
@@ -216,8 +531,8 @@ class BaFTEditor:
         )
 
 
-def _check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams) -> None:
-    """Raise ValueError unless a model's edit is one that these hyper-parameters would make."""
+def _check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
+    """Raise ValueError unless an edit is one that these hyper-parameters would make."""
     wanted = {
         "layers": tuple(hparams.layers),
         "rank": hparams.rank,
@@ -227,8 +542,8 @@ def _check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams) -> None:
     for name, value in wanted.items():
         if getattr(carried, name) != value:
             raise ValueError(
-                f"{name} must be {getattr(carried, name)!r}, as in the edit that the model already "
-                f"carries; got {value!r}: undo that edit, or use its hyper-parameters"
+                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {value!r}: undo "
+                "that edit, or use its hyper-parameters"
             )
 
 

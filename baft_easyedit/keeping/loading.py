@@ -1,0 +1,52 @@
+"""Read a kept edit and attach it to a model."""
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from baft_easyedit.hooks import ModelEdit
+from baft_easyedit.keeping.config import hparams_of, new_edit
+from baft_easyedit.keeping.directory import read_latest
+from baft_easyedit.keeping.state import StateFile, check_fits
+
+
+def checked_latest(
+    model: nn.Module, directory: str | os.PathLike[str], allow_other_model: bool
+) -> StateFile:
+    """Read the state of a kept directory for a model.
+
+    Raises:
+        FileNotFoundError: If no edit is kept there.
+        ValueError: If it is damaged, or belongs to another model and that is not allowed.
+    """
+    latest = read_latest(Path(directory))
+    if not allow_other_model:
+        latest.config.check_model(model, str(directory))
+    return latest
+
+
+def attach(
+    model: nn.Module, directory: str | os.PathLike[str], allow_other_model: bool = False
+) -> ModelEdit:
+    """Make a model use a kept edit; no tokenizer is needed. The directory is only read.
+
+    Args:
+        model: The model that the edit was learned on; it must carry none now.
+        directory: Where `BaFTEditor.save` or `BaFTEditor.open` kept the edit.
+        allow_other_model: Use the edit on another model of the same shape.
+
+    Returns:
+        The edit, attached; its `detach` takes it off again.
+
+    Raises:
+        FileNotFoundError: If no edit is kept there.
+        ValueError: If the model is another one, does not fit, or carries an edit; or the file is
+            damaged.
+    """
+    latest = checked_latest(model, directory, allow_other_model)
+    edit = new_edit(hparams_of(latest.config.hparams, model, str(directory)), model)
+    check_fits(latest.state, edit, str(directory))
+    edit.restore(latest.state.learned)
+    edit.attach(model)
+    return edit
