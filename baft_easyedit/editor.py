@@ -401,7 +401,10 @@ class BaFTEditor:
             ValueError: If the model is another one or carries another edit, or the file is damaged.
         """
         latest = checked_latest(model, directory, allow_other_model)
-        return cls._holding(latest, str(directory), model, tokenizer)
+        editor = cls._holding(latest, str(directory), model, tokenizer)
+        if allow_other_model:
+            editor._config = None  # from now on it is an edit of this model
+        return editor
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the edit, and the journal if there is one, into a directory.
@@ -421,8 +424,7 @@ class BaFTEditor:
         if own is not None and os.path.isdir(directory) and os.path.samefile(own.path, directory):
             own.check_usable()
             return
-        config = self._config or KeptConfig.of(self.model, self.hparams)
-        state = self._state()
+        config, state = self.kept_config(), self._state()
         journal = self._journal()
         entries = journal.entries if journal else [self._start_entry(state)]
         target = KeptDirectory(directory)
@@ -435,6 +437,101 @@ class BaFTEditor:
         """Let others open the directory, if one is open; the model keeps its edit."""
         if self._directory is not None:
             self._directory.close()
+
+    def kept_config(self) -> KeptConfig:
+        """Describe the edit for a kept directory: its method, model, and versions."""
+        config = self._config or KeptConfig.of(self.model, self.hparams)
+        return config.with_settings(self.hparams)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the edit as it would be pushed to the Hub: as `save` does, and a model card.
+
+        Args:
+            directory: A new one, or one from before.
+
+        Raises:
+            BlockingIOError: If another editor has the directory open.
+            OSError: If it cannot be written.
+            ValueError: If it holds the history of another edit.
+        """
+        from baft_easyedit.hub import HubEdit
+
+        HubEdit(self).save_pretrained(os.fspath(directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Push an edit",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload the edit to the Hub, with its journal, which holds the requests.
+
+        Args:
+            repo_id: The repository; made if there is none.
+            commit_message: Of the upload.
+            private: Whether a new repository is private; the Hub's choice if None.
+            token: The Hub's; that of the login if None.
+            branch: Where to push; `main` if None.
+            create_pr: Make a pull request instead.
+
+        Returns:
+            The commit's address.
+        """
+        from baft_easyedit.hub import HubEdit
+
+        return HubEdit(self).push_to_hub(
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_directory: str | os.PathLike[str],
+        *,
+        model: nn.Module,
+        tokenizer: Any,
+        allow_other_model: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> "BaFTEditor":
+        """Attach an edit from the Hub, or from a directory as `load` does.
+
+        Args:
+            repo_or_directory: A repository, or where `save` or `save_pretrained` wrote.
+            model: The model that the edit was learned on.
+            tokenizer: Its tokenizer.
+            allow_other_model: Use the edit on another model of the same shape.
+            revision: Branch, tag or commit of the repository.
+            token: The Hub's; that of the login if None.
+            cache_dir: Where downloads go.
+            local_files_only: Download nothing.
+
+        Raises:
+            FileNotFoundError: If no edit is kept there.
+            ValueError: If the model is another one or carries another edit, or a file is damaged.
+        """
+        from baft_easyedit.hub import HubEdit
+
+        return HubEdit.from_pretrained(
+            os.fspath(repo_or_directory),
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=local_files_only,
+            model=model,
+            tokenizer=tokenizer,
+            allow_other_model=allow_other_model,
+        ).editor
 
     @classmethod
     def _beginning(
@@ -493,8 +590,7 @@ class BaFTEditor:
         journal, settings = self._directory.journal, self._settings()
         if len(journal) and journal.settings_of(len(journal) - 1).content == settings:
             return
-        config = self._config or KeptConfig.of(self.model, self.hparams)
-        self._config = config.with_settings(self.hparams)
+        self._config = self.kept_config()
         kind = "settings" if len(journal) else "start"
         self._directory.commit(kind, self._state(), self._config, settings)
 
@@ -508,14 +604,13 @@ class BaFTEditor:
         """Commit a change to the open directory, if there is one."""
         if self._directory is None:
             return
-        assert self._config is not None
         content: dict[str, Any] = {"to": to}
         if report is not None:
             content = {
                 "requests": [request_dict(request) for request in requests],
                 "report": report_dict(report),
             }
-        self._directory.commit(kind, self._state(), self._config, content)
+        self._directory.commit(kind, self._state(), self.kept_config(), content)
 
     def _batch(self, requests: Sequence[EditRequest]) -> EditBatch:
         """Tokenise requests that are learned together."""

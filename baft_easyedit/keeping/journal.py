@@ -67,6 +67,7 @@ class Entry:
         elif kind in _SETTINGS:
             needed = {"hparams": dict, "environment": dict}
         others = {key: taken(content, key, value, where) for key, value in needed.items()}
+        _check_report(others, where)
         for key in ("parent", "to"):
             if not 0 <= others.get(key, 0) < max(entry_id, 1):
                 raise ValueError(
@@ -83,7 +84,7 @@ class Entry:
         return hashlib.sha256(self.line.encode()).hexdigest()
 
     @property
-    def requests(self) -> list[Any]:
+    def requests(self) -> list[dict[str, Any]]:
         """EasyEdit's request dicts, as `request_dict` gives them; empty where there are none."""
         return self.content.get("requests", [])
 
@@ -97,9 +98,35 @@ class Entry:
         """Where an undo or rollback went."""
         return self.content.get("to")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the line as a JSON object."""
-        return parse_json(self.line, f"journal entry {self.id}")
+    def summary(self) -> str:
+        """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
+        parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
+        if self.to is not None:
+            parts.append(f"to {self.to}")
+        if self.requests:
+            request = self.requests[0]
+            more = f" (and {len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
+            parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
+        if report := self.report:
+            parts.append(
+                f"[{report['num_steps']} steps, loss {report['losses']['answer'][-1]:.3f}, "
+                f"{report['time_s']:.2f} s]"
+            )
+        text = " ".join(parts)
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _check_report(content: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless the requests and the report of an entry are such."""
+    if not all(isinstance(request, dict) for request in content.get("requests", ())):
+        raise ValueError(f"requests in {where} must be JSON objects")
+    if "report" in content:
+        report, number = content["report"], (int, float)
+        taken(report, "num_steps", int, where)
+        taken(report, "time_s", number, where)
+        answer = taken(taken(report, "losses", dict, where), "answer", list, where)
+        if not answer or any(type(loss) not in number for loss in answer):
+            raise ValueError(f"losses in {where} must be numbers; got {answer!r}")
 
 
 class Journal:

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-_NAME = "lock"
+LOCK = "lock"
+"""Name of the locked file."""
 
 
 def _fcntl() -> ModuleType | None:
@@ -30,7 +31,7 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = directory / _NAME
+        self._file = directory / LOCK
         self._fcntl = _fcntl()
         self._owner = os.getpid()
         flags = os.O_RDWR | os.O_CREAT
