@@ -104,29 +104,32 @@ class Child:
         finally:
             os._exit(status)
 
-    def wait(self, seconds: float | None) -> bool:
-        """Wait until it has ended by itself; kill it after so many seconds.
+    def kill(self, seconds: float, is_open: bool) -> bool:
+        """Kill it unless it has ended by itself.
+
+        Args:
+            seconds: How long to wait before.
+            is_open: Count from when it has opened the directory, not from its start.
 
         Returns:
             Whether it had to be killed.
+        """
+        if is_open:
+            select.select([self._pipe], [], [])  # it says something, or ends
+        time.sleep(seconds)
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def wait(self) -> bool:
+        """Wait until it has ended; return whether it was killed.
 
         Raises:
             RuntimeError: If it failed.
         """
-        if seconds is not None and not self._has_ended(seconds):
-            os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
-        is_killed = os.WIFSIGNALED(status)
-        if not is_killed and os.WEXITSTATUS(status):
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
             raise RuntimeError("the child failed")
-        return is_killed
-
-    def _has_ended(self, seconds: float) -> bool:
-        """Wait; tell whether it closed its end of the pipe, by ending."""
-        time.sleep(seconds)
-        poll = select.poll()
-        poll.register(self._pipe, 0)  # only whether the other end is closed
-        return bool(poll.poll(0))
+        return os.WIFSIGNALED(status)
 
     def said(self) -> list[int]:
         """Return what it said."""
@@ -152,16 +155,17 @@ def run(kills: int, edits: int, seed: int, root: Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     undisturbed = Child(root / "undisturbed", edits)
-    undisturbed.wait(None)
+    undisturbed.wait()
     step_s = (time.perf_counter() - start) / (edits + 1)
     undisturbed.said()
     moments = random.Random(seed)
     done = ahead = killed = unopened = 0
     span = 2 * step_s
     while killed < kills and done < edits:
-        span *= 0.8 if done * kills > killed * edits else 1.25  # keeps both in step
+        span *= 0.7 if done * kills > killed * edits else 1.2  # keeps both in step
         child = Child(root / "killed", edits)
-        killed += child.wait(moments.uniform(0, span))
+        is_open = moments.random() < 0.8
+        killed += child.kill(moments.uniform(0, span if is_open else 0.05), is_open)
         said = child.said()
         unopened += not said
         if said and said[0] not in (done, done + 1):
@@ -169,7 +173,7 @@ def run(kills: int, edits: int, seed: int, root: Path) -> dict[str, Any]:
         ahead += bool(said) and said[0] == done + 1
         done = said[-1] if said else done
     last = Child(root / "killed", edits)
-    last.wait(None)
+    last.wait()
     _check_same(root / "killed", root / "undisturbed")
     return {
         "changes": edits,

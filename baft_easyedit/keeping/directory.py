@@ -60,7 +60,9 @@ class KeptDirectory:
         """The content of the state file when it was opened; None if there was none."""
         self._checkpoint_every = checkpoint_every
         self._is_sound = True
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_dir():
+            self.path.mkdir(parents=True)
+            sync_directory(self.path.parent)
         self._lock = DirectoryLock(self.path)
         try:
             self._recover(repair)
@@ -195,6 +197,7 @@ class KeptDirectory:
         for entry in entries:
             self.journal.append(entry)
         self._is_sound = True  # until here, an interruption leaves it to the next open
+        remove_temporaries(self.path)
 
     def _replace(self, data: bytes, entries: Sequence[Entry]) -> None:
         """Replace the state file, which commits, and append to the journal; or do neither."""
@@ -204,21 +207,19 @@ class KeptDirectory:
             length = journal.stat().st_size if journal.exists() else 0
             write_temporary(file, data)
             self._is_sound = False
-            try:
-                os.replace(temporary_of(file), file)
+            os.replace(temporary_of(file), file)
+            sync_directory(self.path)
+            self._write_journal(entries)
+        except BaseException:
+            if not self._is_sound and not temporary_of(file).exists():  # it has been replaced
+                _put_back(journal, before[1])
+                if before[1] is not None:
+                    truncate_durably(journal, length)
+                _put_back(file, before[0])
                 sync_directory(self.path)
-                self._write_journal(entries)
-            except BaseException:
-                if not temporary_of(file).exists():  # it has been replaced
-                    _put_back(journal, before[1])
-                    if before[1] is not None:
-                        truncate_durably(journal, length)
-                    _put_back(file, before[0])
-                    sync_directory(self.path)
-                self._is_sound = True
-                raise
-        finally:
+            self._is_sound = True
             remove_temporaries(self.path)
+            raise
 
     def _write_journal(self, entries: Sequence[Entry]) -> None:
         """Bring committed entries into the journal file; entry 0 begins it anew."""
@@ -230,7 +231,7 @@ class KeptDirectory:
 
     def _write_config(self, config: KeptConfig) -> None:
         """Write the copy of the configuration that people read."""
-        text = json.dumps(config.to_json(), indent=2) + "\n"
+        text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
         write_durably(self.path / CONFIG, text.encode())
 
     def _write_checkpoint(self, entry_id: int, data: bytes) -> None:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 LOCK = "lock"
 """Name of the locked file."""
@@ -34,48 +35,44 @@ class DirectoryLock:
         self._file = directory / LOCK
         self._fcntl = _fcntl()
         self._owner = os.getpid()
+        self._stream: BinaryIO | None = None
         flags = os.O_RDWR | os.O_CREAT
         try:
-            self._descriptor: int | None = os.open(
-                self._file, flags if self._fcntl else flags | os.O_EXCL, 0o644
-            )
+            descriptor = os.open(self._file, flags if self._fcntl else flags | os.O_EXCL, 0o644)
         except FileExistsError:
             raise BlockingIOError(self._refusal(f"delete {self._file} if it is not")) from None
+        stream = os.fdopen(descriptor, "r+b")  # a lost editor's lock goes with it
         try:
             if self._fcntl is not None:
-                self._fcntl.flock(self._descriptor, self._fcntl.LOCK_EX | self._fcntl.LOCK_NB)
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, f"{self._owner}\n".encode())
+                self._fcntl.flock(stream, self._fcntl.LOCK_EX | self._fcntl.LOCK_NB)
+            stream.truncate(0)
+            stream.write(f"{self._owner}\n".encode())
+            stream.flush()
         except BlockingIOError:
-            self._close()
+            stream.close()
             raise BlockingIOError(
                 self._refusal("close that editor, or wait; reading needs no lock")
             ) from None
         except BaseException:
-            self._close()
+            stream.close()
             raise
+        self._stream = stream
 
     @property
     def is_held(self) -> bool:
         """Whether this process holds the lock; a fork of it does not."""
-        return self._descriptor is not None and self._owner == os.getpid()
+        return self._stream is not None and self._owner == os.getpid()
 
     def release(self) -> None:
         """Let others have the directory."""
-        if not self.is_held:
+        if self._stream is None or not self.is_held:
             return
         if self._fcntl is None:
             self._file.unlink(missing_ok=True)
         else:
-            assert self._descriptor is not None
-            self._fcntl.flock(self._descriptor, self._fcntl.LOCK_UN)
-        self._close()
-
-    def _close(self) -> None:
-        """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._fcntl.flock(self._stream, self._fcntl.LOCK_UN)
+        self._stream.close()
+        self._stream = None
 
     def _refusal(self, remedy: str) -> str:
         """Say who holds the lock."""
