@@ -120,7 +120,7 @@ class BaFTEditor:
             OSError: If the edit could not be written to the open directory; likewise.
         """
         checked = as_requests(requests)
-        with self._all_or_nothing():
+        with self._all_or_nothing(is_return=False):
             report = self._learn(checked, self.hparams)
             self._keep("edit", checked, report)
         return report
@@ -203,7 +203,7 @@ class BaFTEditor:
             OSError: If it could not be written to the open directory; likewise.
         """
         checked = [] if requests is None else as_requests(requests)
-        with self._all_or_nothing():
+        with self._all_or_nothing(is_return=False):
             self.model_edit.restore(learned.state)
             if not self.is_attached:
                 self.model_edit.attach(self.model)
@@ -256,7 +256,7 @@ class BaFTEditor:
 
     def _return(self, kind: str, to: int) -> None:
         """Go to the state after an entry, and keep that."""
-        with self._all_or_nothing():
+        with self._all_or_nothing(is_return=True):
             self._restore_entry(to)
             self._keep(kind, to=to)
 
@@ -296,11 +296,17 @@ class BaFTEditor:
         )
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Go back if anything goes wrong before the change is kept."""
+    def _all_or_nothing(self, is_return: bool) -> Iterator[None]:
+        """Go back if anything goes wrong before the change is kept.
+
+        Args:
+            is_return: Whether the change goes to an earlier state, whatever the present one is.
+        """
         if self._directory is not None:
             self._directory.check_usable()
-            self._keep_settings()
+            if not is_return:
+                self._check_untouched(self._directory)
+                self._keep_settings()
         before, journal = self._state(), self._journal()
         position, size = (0, 0) if journal is None else (journal.position, len(journal))
         try:
@@ -310,6 +316,15 @@ class BaFTEditor:
             if journal is None or len(journal) == size:  # else it is complete already
                 self._restore(before)
             raise
+
+    def _check_untouched(self, directory: KeptDirectory) -> None:
+        """Raise ValueError if the edit is not as the directory keeps it."""
+        if directory.present(self._state()) is None:
+            raise ValueError(
+                f"the edit must be as {directory.path} keeps it, and was changed by other means "
+                f"than this editor: call rollback(to={directory.journal.position}) first, or "
+                "save() it elsewhere"
+            )
 
     def _state(self) -> EditState:
         """Return all that an edit call changes, as it is now."""
@@ -410,7 +425,8 @@ class BaFTEditor:
         """Write the edit, and the journal if there is one, into a directory.
 
         Until all is there, the directory holds what it held before. A saved directory can be
-        loaded, or opened to go on.
+        loaded, or opened to go on. An edit that was changed by other means than its editor is
+        saved without the journal.
 
         Args:
             directory: A new one; or one that `save` wrote before, which is brought up to date.
@@ -423,13 +439,17 @@ class BaFTEditor:
         own = self._directory
         if own is not None and os.path.isdir(directory) and os.path.samefile(own.path, directory):
             own.check_usable()
+            self._check_untouched(own)  # all else is there already
             return
-        config, state = self.kept_config(), self._state()
-        journal = self._journal()
-        entries = journal.entries if journal else [self._start_entry(state)]
+        state = self._state()
+        present = None if own is None else own.present(state)
+        if own is None or present is None:
+            entries = [self._start_entry(state)]
+        else:
+            entries, state = own.journal.entries, present
         target = KeptDirectory(directory)
         try:
-            target.take_over(entries, state, config)
+            target.take_over(entries, state, self.kept_config())
         finally:
             target.close()
 

@@ -104,10 +104,10 @@ class KeptDirectory:
         """
         self.check_usable()
         entry = self.journal.next(kind, state_hash(state), content)
-        if entry.to is not None and entry.state_hash != self.journal.entries[entry.to].state_hash:
+        if entry.to is not None and not self._is_exact(state, entry.to):
             raise ValueError(
                 f"the state after entry {entry.to} of {self.path} must have the hash in the "
-                "journal, and has not: the edit was changed by other means than this editor"
+                "journal, and has not: roll back to an entry with a checkpoint"
             )
         has_checkpoint = kind in ("start", "install") or entry.id % self._checkpoint_every == 0
         self._write([entry], state, config, has_checkpoint)
@@ -130,6 +130,16 @@ class KeptDirectory:
                 f"holds another edit with a history of {len(own)} entries: choose another directory"
             )
 
+    def present(self, state: EditState) -> EditState | None:
+        """Return a state as the journal has it, attached or not; None if it was changed."""
+        either = (state._replace(attached=attached) for attached in (True, False))
+        return next((s for s in either if self._is_exact(s, len(self.journal) - 1)), None)
+
+    def _is_exact(self, state: EditState, entry_id: int) -> bool:
+        """Tell whether a state is that after an entry, bit for bit."""
+        position = self.journal.position_of(entry_id)
+        return state_hash(state) == self.journal.entries[position].state_hash
+
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint of the present state if there is none at all, as after `save`."""
         if self.latest is not None and not self._checkpoint_ids():
@@ -142,7 +152,7 @@ class KeptDirectory:
 
         Args:
             entry_id: The entry.
-            known: Exact states in memory, by their positions.
+            known: States in memory, by their positions; those that were changed do not count.
 
         Returns:
             The state and its position; None if there is none.
@@ -152,7 +162,7 @@ class KeptDirectory:
             if i < len(self.journal):
                 checkpoints.setdefault(self.journal.position_of(i), []).append(i)
         for position in self.journal.ancestors(entry_id):
-            if position in known:
+            if position in known and self._is_exact(known[position], position):
                 return position, known[position]
             for i in checkpoints.get(position, ()):
                 content = self._read_checkpoint(i)

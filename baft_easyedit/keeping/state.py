@@ -80,11 +80,12 @@ def encode(content: StateFile) -> bytes:
     from safetensors.torch import save
 
     check_finite(content.state)
+    assert state_hash(content.state) == content.entries[-1].state_hash
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "entry_id": str(content.entries[-1].id),
         "entries": "\n".join(entry.line for entry in content.entries),
-        "state_hash": state_hash(content.state),
+        "state_hash": content.entries[-1].state_hash,
         "attached": to_json(content.state.attached),
         "extra": to_json(content.state.extra),
         "config": to_json(content.config.to_json()),
