@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,6 +458,29 @@ def test_append_that_fails_takes_the_commit_back(opened, kept, monkeypatch, has_
     assert now(editor) == before
     assert {f: f.read_bytes() for f in kept.iterdir() if f.is_file()} == files
     editor.edit(fact(1))
+
+
+def test_directory_that_cannot_be_begun_is_left_empty(opened, kept, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write = directory_module.write_durably
+
+    def write_all_but_the_journal(file, data):
+        if file.name == "journal.jsonl":
+            raise full
+        write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_module, "write_durably", write_all_but_the_journal)
+        with pytest.raises(OSError, match="could not take journal entry 0: No space left"):
+            opened()
+    assert not (kept / "baft.safetensors").exists()
+    no_locks = OSError(errno.ENOLCK, "No locks available")
+    with monkeypatch.context() as patch:
+        stub = SimpleNamespace(LOCK_EX=1, LOCK_NB=2, flock=failing(no_locks))
+        patch.setattr(lock_module, "_fcntl", lambda: stub)
+        with pytest.raises(OSError, match="No locks available"):
+            opened()
+    opened().edit(fact(0))
 
 
 def test_commit_that_cannot_be_taken_back_is_left_to_the_next_opening(opened, kept, monkeypatch):

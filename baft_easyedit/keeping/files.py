@@ -35,14 +35,11 @@ def write_durably(file: Path, data: bytes) -> None:
 
 
 def append_durably(file: Path, data: bytes) -> None:
-    """Append to a file, down to the disk."""
-    is_new = not file.exists()
+    """Append to a file that exists, down to the disk."""
     with open(file, "ab") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    if is_new:
-        sync_directory(file.parent)
 
 
 def truncate_durably(file: Path, size: int) -> None:
