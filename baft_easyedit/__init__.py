@@ -13,6 +13,7 @@ from baft_easyedit.easyedit import register
 from baft_easyedit.editor import BaFTEditor, EditReport
 from baft_easyedit.hooks import ModelEdit, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.keeping.loading import attach
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "EditReport",
     "ModelEdit",
     "ReFTHyperParams",
+    "attach",
     "attached_edit",
     "register",
 ]

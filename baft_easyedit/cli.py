@@ -1,4 +1,4 @@
-"""The command line: `baft-easyedit demo | edit | bench | report | diagnose | speed | doctor`."""
+"""The command line: `baft-easyedit COMMAND`; `baft-easyedit --help` lists the commands."""
 
 import argparse
 import sys
@@ -54,7 +54,21 @@ def _parser() -> argparse.ArgumentParser:
         "--ask", action="append", default=[], help="another prompt to answer; may be repeated"
     )
     edit.add_argument("--dtype", choices=_DTYPES, default="float32", help="(%(default)s)")
+    edit.add_argument(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="keep the edit in a directory, and go on with the one that is there",
+    )
+    edit.add_argument(
+        "--from", dest="source", type=Path, metavar="DIR", help="begin with a kept edit, unchanged"
+    )
     edit.set_defaults(run=_edit)
+
+    history = commands.add_parser("history", help="list what a kept edit went through")
+    history.add_argument("directory", type=Path, metavar="DIR")
+    history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
+    history.set_defaults(run=_history)
 
     demo = commands.add_parser(
         "demo", help="edits shown as text, then BaFT beside other methods through EasyEdit"
@@ -214,26 +228,51 @@ def _edit(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from baft_easyedit.editor import BaFTEditor
     from baft_easyedit.generation import generate_answers, load_model
 
     _silence_loading()
     model, tokenizer = load_model(arguments.model, hparams.device, getattr(torch, arguments.dtype))
-    editor = BaFTEditor(model, tokenizer, hparams)
     prompts = [arguments.prompt, *arguments.ask]
-    before = generate_answers(model, tokenizer, prompts)
-    report = editor.edit(request)
-    after = generate_answers(model, tokenizer, prompts)
+    with _editor(arguments, model, tokenizer, hparams) as editor:
+        before = generate_answers(model, tokenizer, prompts)
+        report = editor.edit(request)
+        after = generate_answers(model, tokenizer, prompts)
+        if arguments.save is not None:
+            editor.save(arguments.save)
     for prompt, old, new in zip(prompts, before, after, strict=True):
         print(f"{prompt}\n  before: {old}\n  after:  {new}")
     stop = "stopped early" if report.stopped_early else "all steps"
     print(
-        f"{hparams.alg_name}: {report.num_steps} steps ({stop}), {report.time_s:.2f} s, "
+        f"{editor.hparams.alg_name}: {report.num_steps} steps ({stop}), {report.time_s:.2f} s, "
         f"answer loss {report.losses[0].answer:.3f} -> {report.final_loss:.3f}, "
         f"{editor.model_edit.num_parameters:,} parameters"
     )
     for warning in report.gates.warnings() if report.gates is not None else ():
         print(f"warning: {warning}")
+
+
+def _editor(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, hparams: BaFTHyperParams
+) -> Any:
+    """Make the editor that `--save` and `--from` ask for; a kept edit brings its own settings."""
+    from baft_easyedit.editor import BaFTEditor
+    from baft_easyedit.keeping.directory import holds_edit
+
+    if arguments.source not in (None, arguments.save):
+        return BaFTEditor.load(model, tokenizer, arguments.source)
+    if arguments.save is None:
+        return BaFTEditor(model, tokenizer, hparams)
+    is_new = not holds_edit(arguments.save)
+    given = hparams if is_new or arguments.hparams else None
+    return BaFTEditor.open(model, tokenizer, arguments.save, given)
+
+
+def _history(arguments: argparse.Namespace) -> None:
+    """Print the journal of a kept edit."""
+    from baft_easyedit.keeping.directory import read_history
+
+    for entry in read_history(arguments.directory):
+        print(entry.line if arguments.json else entry.summary())
 
 
 def _silence_loading() -> None:

@@ -43,6 +43,12 @@ class Gate(nn.Module):
         """Return w, [..., r], of the logits W h / rms(h), [..., n]."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def continue_from(self, smaller: "Gate") -> None:
+        """Take over a gate of the same kind with fewer bases, whose weights stay what they are."""
+        for name, value in smaller.named_parameters():
+            self.get_parameter(name)[: len(value)] = value
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return w(h), [..., r]."""
         return self.activate(F.linear(unit_rms(hidden), self.matrix()))
@@ -80,6 +86,10 @@ class SoftmaxNullGate(Gate):
         """Return w, [..., r]; each row sums to at most 1."""
         return torch.softmax(logits, dim=-1)[..., :-1]
 
+    def continue_from(self, smaller: Gate) -> None:  # noqa: ARG002
+        """Raise ValueError: a new basis takes weight from all others."""
+        raise ValueError("gate must not be 'softmax-null' to grow: a new basis changes old weights")
+
 
 class BasisSubspaceGate(Gate):
     """w = sigmoid(W h / rms(h)) * sigmoid(v . h / rms(h)); (r + 1) D parameters."""
@@ -92,6 +102,12 @@ class BasisSubspaceGate(Gate):
         """Return w, [..., r]."""
         gates = torch.sigmoid(logits)  # [..., r + 1]
         return gates[..., :-1] * gates[..., -1:]
+
+    @torch.no_grad()
+    def continue_from(self, smaller: Gate) -> None:
+        """Take over a gate with fewer bases; the row of the subspace stays last."""
+        self.weight[: smaller.rank] = smaller.weight[:-1]
+        self.weight[-1] = smaller.weight[-1]
 
 
 class SigmoidGate(Gate):

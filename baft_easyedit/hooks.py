@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from baft_easyedit.intervention import BaFTIntervention
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.positions import PromptLengths, positions_of_call
+from baft_easyedit.recordings import Recordings
+from baft_easyedit.rehearsal import RehearsalMemory
 
 Snapshot = Mapping[str, Tensor]
 
@@ -84,6 +86,8 @@ class ModelEdit(nn.Module):
         self.rank = rank
         self.gate = gate
         self.num_prompt_positions = num_prompt_positions
+        self.memory = RehearsalMemory()
+        self.recordings: Recordings | None = None
         self._handles: list[RemovableHandle] = []
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
@@ -112,6 +116,47 @@ class ModelEdit(nn.Module):
     def usage(self, layer: int) -> BasisUsage:
         """Return how much the bases of one edited layer have been used so far."""
         return cast(BasisUsage, self._usage[str(layer)])
+
+    def grow(self, rank: int, seed: int = 0) -> None:
+        """Add bases to each layer, up to `rank`; the new ones change nothing until they learn.
+
+        Args:
+            rank: r from now on, at least what it was, at most the hidden size.
+            seed: Seed of the new bases.
+
+        Raises:
+            ValueError: If the gate cannot grow or the rank is out of range; nothing has changed.
+        """
+        old = {i: (self.intervention(i), self.usage(i)) for i in self.layers}
+        snapshot, before = self.snapshot(), self.rank
+        self.start_afresh(rank, seed)
+        try:
+            for i, (intervention, usage) in old.items():
+                self.intervention(i).continue_from(intervention)
+                self.usage(i).continue_from(usage)
+        except BaseException:
+            self.start_afresh(before, seed)
+            self.restore(snapshot)
+            raise
+
+    def start_afresh(self, rank: int, seed: int = 0) -> None:
+        """Forget everything that was learned, and have another rank.
+
+        Args:
+            rank: r from now on, in [1, hidden size].
+            seed: Seed of the random bases.
+
+        Raises:
+            ValueError: If the rank is out of range; nothing has changed then.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        size = len(self.intervention(self.layers[0]).raw_basis)
+        new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
+        for i, intervention in new.items():
+            device = self.intervention(i).source_bias.device
+            self._interventions[str(i)] = intervention.to(device)
+            self._usage[str(i)] = BasisUsage(rank).to(device)
+        self.rank = rank
 
     @property
     def num_edits(self) -> int:
@@ -307,6 +352,18 @@ class ModelEdit(nn.Module):
         if intervention.source_bias.device != device:
             intervention.to(device)
             self.usage(layer).to(device)
+
+
+def rank_of(snapshot: Snapshot) -> int:
+    """Return the rank of the edit that a snapshot is of.
+
+    Raises:
+        ValueError: If it is not one of an edit.
+    """
+    for name, value in snapshot.items():
+        if name.endswith(".raw_basis") and value.dim() == 2:
+            return value.shape[1]
+    raise ValueError(f"the snapshot must hold a basis [D, r]; it holds {sorted(snapshot)}")
 
 
 class _LayerHook:

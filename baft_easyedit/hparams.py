@@ -23,8 +23,8 @@ ENGINES = ("replay", "full")
 """How a model is run in each step: layer replay on a frozen prefix, or all of its forward."""
 
 POLICIES = ("uniform", "most-forgotten", "reservoir")
-"""Which past edits a step rehearses: any, those of the highest last known loss, or any of a bounded
-memory that holds each past edit with the same chance."""
+"""Which past edits a step rehearses: any; half of them those of the highest last known loss; or any
+of a bounded memory that holds each past edit with the same chance."""
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -182,6 +182,18 @@ class BaFTHyperParams:
         if self.rank_growth:
             rule = "not be 'softmax-null' with rank_growth, where a new basis changes old weights"
             _check(self.gate != "softmax-null", "gate", rule, self.gate)
+
+    def grown_rank(self, num_requests: int) -> int:
+        """Return the rank after so many requests."""
+        if not self.rank_growth:
+            return self.rank
+        grown = self.rank + self.rank_growth * (num_requests // self.rank_growth_every)
+        return min(grown, max(self.rank, self.max_rank))
+
+    def can_have_rank(self, rank: int) -> bool:
+        """Tell whether an edit of this method can have a rank now, or after some growth."""
+        most = max(self.rank, self.max_rank) if self.rank_growth else self.rank
+        return self.rank <= rank <= most
 
     @classmethod
     def from_hparams(cls: type[HParams], path: str | Path, **overrides: Any) -> HParams:

@@ -103,6 +103,22 @@ class BaFTIntervention(nn.Module):
         self.gate = make_gate(gate, hidden_size, rank)
         self._known: tuple[list[int], _Folded] | None = None
 
+    @torch.no_grad()
+    def continue_from(self, smaller: "BaFTIntervention") -> None:
+        """Take over what one of fewer bases has learned; the bases beyond change nothing (A = R).
+
+        QR takes the columns in turn, so the first bases stay what they are, up to rounding.
+
+        Raises:
+            ValueError: If the gate cannot grow.
+        """
+        rank = smaller.raw_basis.shape[1]
+        self.gate.continue_from(smaller.gate)
+        self.raw_basis[:, :rank] = smaller.raw_basis
+        self.source_weight.copy_(orthonormal_rows(self.raw_basis))
+        self.source_weight[:rank] = smaller.source_weight
+        self.source_bias[:rank] = smaller.source_bias
+
     def basis(self) -> Tensor:
         """Return R, [r, D], fp32, differentiable; without gradients it is computed once."""
         if torch.is_grad_enabled():

@@ -67,6 +67,11 @@ class BasisUsage(nn.Module):
         self.register_buffer("total", torch.zeros(rank))  # [r] sum of w over past positions
         self.register_buffer("count", torch.zeros(()))  # number of past positions
 
+    def continue_from(self, smaller: "BasisUsage") -> None:
+        """Take over the usage of fewer bases; those beyond were not used so far."""
+        self.total[: len(smaller.total)] = smaller.total
+        self.count.copy_(smaller.count)
+
     def with_current(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return `total` [..., r] and `count` [...] as they are once the current edit is past.
 

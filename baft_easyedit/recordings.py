@@ -58,6 +58,7 @@ class Recordings:
     def __init__(self, limit_bytes: int, spill_bytes: int = 0) -> None:
         self.layer_extras: tuple[Any, ...] | None = None
         """What the last recorded layer returned after its hidden states; None if a bare tensor."""
+        self.limits = (limit_bytes, spill_bytes)
         self._limits = {"near": limit_bytes, "spilled": spill_bytes}
         self._tiers: dict[str, OrderedDict[TextRow, Recording]] = {
             tier: OrderedDict() for tier in self._limits
@@ -71,7 +72,7 @@ class Recordings:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recordings":
         """Return an empty one: a copied model makes its own."""
-        return Recordings(self._limits["near"], self._limits["spilled"])
+        return Recordings(*self.limits)
 
     @property
     def num_bytes(self) -> int:

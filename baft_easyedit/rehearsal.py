@@ -5,7 +5,7 @@ requests (text, no weights), and each optimisation step takes some of them along
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from baft_easyedit.hparams import BaFTHyperParams
@@ -26,6 +26,8 @@ class RehearsalMemory:
     def __init__(self) -> None:
         self._past: dict[str, PastEdit] = {}
         self._num_seen = 0
+        self.tokenised: dict[Hashable, Sequence[TextRow]] = {}
+        """Rows of requests, to save time; no part of the `state`."""
 
     def __len__(self) -> int:
         return len(self._past)
@@ -35,6 +37,13 @@ class RehearsalMemory:
 
     def __getitem__(self, prompt: str) -> PastEdit:
         return self._past[prompt]
+
+    def copy(self) -> "RehearsalMemory":
+        """Return one of the same edits."""
+        other = RehearsalMemory()
+        other._past, other._num_seen = dict(self._past), self._num_seen
+        other.tokenised = self.tokenised
+        return other
 
     @property
     def num_seen(self) -> int:
@@ -137,18 +146,25 @@ class Rehearsal:
         self._memory = memory
         self._drawn: list[str] = []
 
+    def __len__(self) -> int:
+        """How many past edits a step takes."""
+        return min(self._hparams.rehearsal, len(self._prompts))
+
     def draw(self) -> list[TextRow]:
         """Return the rows of the next step: past edits, then irrelevant prompts of some of them."""
-        self._drawn = self._choose(min(self._hparams.rehearsal, len(self._prompts)))
+        self._drawn = self._choose(len(self))
         rows = [self._rows_of(self._memory[prompt].request) for prompt in self._drawn]
         with_irrelevant = rows[: self._hparams.rehearsal_irrelevant]
         return [*(r[0] for r in rows), *(row for r in with_irrelevant for row in r[1:])]
 
     def _choose(self, count: int) -> list[str]:
         """Return the prompts of the next step."""
-        if self._hparams.rehearsal_policy == "most-forgotten":
-            return sorted(self._prompts, key=lambda prompt: -self._memory[prompt].loss)[:count]
-        return self._generator.sample(self._prompts, count)
+        if self._hparams.rehearsal_policy != "most-forgotten":
+            return self._generator.sample(self._prompts, count)
+        by_loss = sorted(self._prompts, key=lambda prompt: -self._memory[prompt].loss)
+        first = count - count // 2
+        # A loss is known only since its edit was drawn last: half are any, to look at them again.
+        return by_loss[:first] + self._generator.sample(by_loss[first:], count - first)
 
     def note(self, losses: Sequence[float]) -> None:
         """Take note of the losses of the rows drawn last."""

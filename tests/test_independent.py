@@ -118,11 +118,11 @@ def test_a_report_is_of_its_own_edit(model, tokenizer, hparams):
 def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
     sizes, original = [], editor.learn
 
-    def learn(model, edits, batch, hparams):
+    def learn(model, edits, *others):
         sizes.append(edits.num_edits)
         if edits.num_edits > 1:
             raise torch.cuda.OutOfMemoryError("full")
-        return original(model, edits, batch, hparams)
+        return original(model, edits, *others)
 
     monkeypatch.setattr(editor, "learn", learn)
     apart = BaFTEditor(model, tokenizer, replace(hparams, num_steps=2)).learn_apart(REQUESTS[:3])

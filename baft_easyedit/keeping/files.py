@@ -1,0 +1,139 @@
+"""Write files that survive a crash, and read JSON that others wrote. Needs the standard library."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_TEMPORARY = ".baft-tmp"
+
+
+def temporary_of(file: Path) -> Path:
+    """Return where `write_temporary` writes."""
+    return file.parent / f".{file.name}{_TEMPORARY}"
+
+
+def write_temporary(file: Path, data: bytes) -> Path:
+    """Write `data` beside `file`, down to the disk; return where, for `os.replace`."""
+    temporary = temporary_of(file)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return temporary
+
+
+def write_durably(file: Path, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all, whatever happens."""
+    temporary = write_temporary(file, data)
+    os.replace(temporary, file)
+    sync_directory(file.parent)
+
+
+def append_durably(file: Path, data: bytes) -> None:
+    """Append to a file that exists, down to the disk."""
+    with open(file, "ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def truncate_durably(file: Path, size: int) -> None:
+    """Cut a file to `size` bytes, down to the disk."""
+    with open(file, "r+b") as stream:
+        stream.truncate(size)
+        os.fsync(stream.fileno())
+
+
+def set_aside(file: Path) -> Path | None:
+    """Give a file, if it exists, a second temporary name under which it outlives a replacement."""
+    if not file.exists():
+        return None
+    aside = file.parent / f".{file.name}.before{_TEMPORARY}"
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(file, aside)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(file, aside)
+    return aside
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what writes that were interrupted left behind."""
+    for leftover in directory.glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):  # only untidy
+            leftover.unlink()
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory down to the disk, where the platform can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> str:
+    """Return a value as one line of ASCII, the same for equal values.
+
+    Raises:
+        ValueError: If it is not JSON: NaN, an infinity, a key or value of another type, a cycle.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"what is kept must be JSON; {error}") from None
+
+
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        text: What somebody else wrote.
+        where: Its name in messages.
+
+    Raises:
+        ValueError: If it is not JSON (NaN and infinities are not), too deep, or not an object.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be JSON, and is not: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    """Refuse NaN and the infinities."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
+    """Return `content[key]`, checked.
+
+    Args:
+        content: A JSON object.
+        key: Its key.
+        kind: A type, or a tuple of types; a bool is no int.
+        where: The name of `content` in messages.
+
+    Raises:
+        ValueError: If the key is missing, or its value of another type.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if key not in content:
+        raise ValueError(f"{where} must have the key {key!r}, and has not")
+    if type(content[key]) not in kinds:
+        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise ValueError(
+            f"{where} must have a {names} as {key!r}; got {type(content[key]).__name__}"
+        )
+    return content[key]

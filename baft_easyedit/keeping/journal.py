@@ -1,0 +1,271 @@
+"""The journal: one line for each change of a kept edit, never rewritten.
+
+Every line names the SHA-256 of the line before it, so that a change of any but the last is found;
+the state file holds a copy of the last. Entries form a tree: an edit grows from the state that it
+began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from baft_easyedit.keeping.files import parse_json, taken, to_json
+from baft_easyedit.learning import EditReport, StepLosses
+
+MAX_LINE = 16 * 2**20
+"""Longest line, in bytes."""
+
+KINDS = ("start", "settings", "edit", "consolidate", "install", "undo", "rollback")
+"""`start` is entry 0; `settings` notes that hyper-parameters or the environment changed."""
+_CHANGES = ("edit", "consolidate", "install")
+_RETURNS = ("undo", "rollback")
+_SETTINGS = ("start", "settings")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line."""
+
+    id: int
+    kind: str
+    """One of `KINDS`."""
+    time: str
+    """When it was completed, UTC."""
+    state_hash: str
+    """Hash of the state after it; see `state.state_hash`."""
+    previous: str
+    """SHA-256 of the line before; empty for the first."""
+    content: dict[str, Any] = field(repr=False)
+    """What else the line holds: `requests` and `report`, `parent` or `to`, `hparams` and
+    `environment`."""
+    line: str = field(repr=False)
+    """The line itself, without its end."""
+
+    @classmethod
+    def from_line(cls, line: str, where: str) -> "Entry":
+        """Read a line.
+
+        Raises:
+            ValueError: If it is too long, not JSON, or lacks what its kind has.
+        """
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{where} must be below {MAX_LINE} bytes; got {len(line)}")
+        content = parse_json(line, where)
+        kind = taken(content, "kind", str, where)
+        if kind not in KINDS:
+            raise ValueError(f"kind in {where} must be one of {', '.join(KINDS)}; got {kind!r}")
+        entry_id = taken(content, "id", int, where)
+        needed: dict[str, type] = {}
+        if kind in _CHANGES:
+            needed = {"parent": int, "requests": list, "report": dict}
+        elif kind in _RETURNS:
+            needed = {"to": int}
+        elif kind in _SETTINGS:
+            needed = {"hparams": dict, "environment": dict}
+        others = {key: taken(content, key, value, where) for key, value in needed.items()}
+        _check_report(others, where)
+        for key in ("parent", "to"):
+            if not 0 <= others.get(key, 0) < max(entry_id, 1):
+                raise ValueError(
+                    f"{key} in {where} must be an entry before {entry_id}; got {others[key]}"
+                )
+        time, state_hash, previous = (
+            taken(content, key, str, where) for key in ("time", "state_hash", "previous")
+        )
+        return cls(entry_id, kind, time, state_hash, previous, others, line)
+
+    @property
+    def sha256(self) -> str:
+        """What the next line calls this one."""
+        return hashlib.sha256(self.line.encode()).hexdigest()
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """EasyEdit's request dicts, as `request_dict` gives them; empty where there are none."""
+        return self.content.get("requests", [])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `report_dict` gives; empty where nothing was learned."""
+        return self.content.get("report", {})
+
+    @property
+    def to(self) -> int | None:
+        """Where an undo or rollback went."""
+        return self.content.get("to")
+
+    def summary(self) -> str:
+        """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
+        parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
+        if self.to is not None:
+            parts.append(f"to {self.to}")
+        if self.requests:
+            request = self.requests[0]
+            more = f" (and {len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
+            parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
+        if report := self.report:
+            parts.append(
+                f"[{report['num_steps']} steps, loss {report['losses']['answer'][-1]:.3f}, "
+                f"{report['time_s']:.2f} s]"
+            )
+        text = " ".join(parts)
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _check_report(content: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless the requests and the report of an entry are such."""
+    if not all(isinstance(request, dict) for request in content.get("requests", ())):
+        raise ValueError(f"requests in {where} must be JSON objects")
+    if "report" in content:
+        report, number = content["report"], (int, float)
+        taken(report, "num_steps", int, where)
+        taken(report, "time_s", number, where)
+        answer = taken(taken(report, "losses", dict, where), "answer", list, where)
+        if not answer or any(type(loss) not in number for loss in answer):
+            raise ValueError(f"losses in {where} must be numbers; got {answer!r}")
+
+
+class Journal:
+    """The entries so far, and where in their tree the state is.
+
+    Args:
+        entries: From entry 0 on.
+
+    Raises:
+        ValueError: If they do not follow one another.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.entries: list[Entry] = []
+        self._positions: list[int] = []
+        for entry in entries:
+            self.append(entry)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def append(self, entry: Entry) -> None:
+        """Add the next entry.
+
+        Raises:
+            ValueError: If it does not follow the last one.
+        """
+        previous = self.entries[-1].sha256 if self.entries else ""
+        if (
+            entry.id != len(self)
+            or entry.previous != previous
+            or (entry.kind == "start") != (entry.id == 0)
+        ):
+            raise ValueError(f"journal entry {len(self)} must follow the one before it")
+        position = entry.id
+        if entry.to is not None:
+            position = self._positions[entry.to]
+        elif entry.kind == "settings":
+            position = self._positions[-1]
+        self._positions.append(position)
+        self.entries.append(entry)
+
+    def next(self, kind: str, state_hash: str, content: Mapping[str, Any]) -> Entry:
+        """Return a new entry that follows the last one, not yet appended.
+
+        Raises:
+            ValueError: If its line would be too long.
+        """
+        line = to_json(
+            {
+                "id": len(self),
+                "kind": kind,
+                "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+                "state_hash": state_hash,
+                "previous": self.entries[-1].sha256 if self.entries else "",
+                **({"parent": self.position} if kind in _CHANGES else {}),
+                **content,
+            }
+        )
+        return Entry.from_line(line, f"journal entry {len(self)}")
+
+    @property
+    def position(self) -> int:
+        """The start, edit or install whose state is the present one."""
+        return self._positions[-1]
+
+    def position_of(self, entry_id: int) -> int:
+        """Return the start, edit or install whose state is that after an entry."""
+        return self._positions[entry_id]
+
+    def ancestors(self, entry_id: int) -> Iterator[int]:
+        """Yield the position of an entry, that which it grew from, and so on down to 0."""
+        position = self._positions[entry_id]
+        yield position
+        while position:
+            position = self._positions[self.entries[position].content["parent"]]
+            yield position
+
+    def settings_of(self, entry_id: int) -> Entry:
+        """Return the entry with the hyper-parameters and environment that an entry was made in."""
+        return next(e for e in reversed(self.entries[: entry_id + 1]) if e.kind in _SETTINGS)
+
+
+def read_lines(file: Path) -> tuple[list[str], str]:
+    """Read the complete lines of a journal, and what follows the last of them.
+
+    Raises:
+        ValueError: If a line is too long.
+    """
+    lines: list[str] = []
+    if not file.exists():
+        return lines, ""
+    with open(file, "rb") as stream:
+        while raw := stream.readline(MAX_LINE + 2):
+            text = raw.decode("ascii", errors="replace")
+            if len(raw) > MAX_LINE + 1:
+                raise ValueError(
+                    f"line {len(lines) + 1} of {file} must be below {MAX_LINE} bytes, and is not"
+                )
+            if not text.endswith("\n"):
+                return lines, text
+            lines.append(text[:-1])
+    return lines, ""
+
+
+def parse_lines(lines: Sequence[str], where: str) -> Journal:
+    """Read the lines of a journal.
+
+    Raises:
+        ValueError: If one is damaged; the message tells which, and how to go on.
+    """
+    journal = Journal()
+    for number, line in enumerate(lines, 1):
+        try:
+            journal.append(Entry.from_line(line, f"line {number}"))
+        except ValueError as error:
+            raise ValueError(
+                f"{where} is damaged at line {number} or the one before it ({error}): restore it "
+                "from a backup; or go on without the history: load() reads the state alone, and "
+                "save() puts it into a new directory"
+            ) from None
+    return journal
+
+
+def report_dict(report: EditReport) -> dict[str, Any]:
+    """Return what the journal keeps of a report: of each term, its first and last value."""
+    return {
+        "num_requests": report.num_requests,
+        "num_steps": report.num_steps,
+        "stopped_early": report.stopped_early,
+        "time_s": report.time_s,
+        "losses": _ends(report.losses),
+    } | ({"consolidation": report_dict(again)} if (again := report.consolidation) else {})
+
+
+def _ends(losses: Sequence[StepLosses]) -> dict[str, list[float]]:
+    """Return the first and last value of each term in use."""
+    first, last = losses[0], losses[-1]
+    return {
+        name: [getattr(first, name), getattr(last, name)]
+        for name in ("answer", "rehearsal", "balance", "locality")
+        if getattr(first, name) is not None
+    }

@@ -1,0 +1,68 @@
+"""Read a kept edit and attach it to a model."""
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from baft_easyedit.hooks import ModelEdit, rank_of
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.keeping.config import hparams_of, new_edit
+from baft_easyedit.keeping.directory import read_latest
+from baft_easyedit.keeping.state import EditState, StateFile, check_fits
+
+
+def checked_latest(
+    model: nn.Module, directory: str | os.PathLike[str], allow_other_model: bool
+) -> StateFile:
+    """Read the state of a kept directory for a model.
+
+    Raises:
+        FileNotFoundError: If no edit is kept there.
+        ValueError: If it is damaged, or belongs to another model and that is not allowed.
+    """
+    latest = read_latest(Path(directory))
+    if not allow_other_model:
+        latest.config.check_model(model, str(directory))
+    return latest
+
+
+def attach(
+    model: nn.Module, directory: str | os.PathLike[str], allow_other_model: bool = False
+) -> ModelEdit:
+    """Make a model use a kept edit; no tokenizer is needed. The directory is only read.
+
+    Args:
+        model: The model that the edit was learned on; it must carry none now.
+        directory: Where `BaFTEditor.save` or `BaFTEditor.open` kept the edit.
+        allow_other_model: Use the edit on another model of the same shape.
+
+    Returns:
+        The edit, attached; its `detach` takes it off again.
+
+    Raises:
+        FileNotFoundError: If no edit is kept there.
+        ValueError: If the model is another one, does not fit, or carries an edit; or the file is
+            damaged.
+    """
+    latest = checked_latest(model, directory, allow_other_model)
+    hparams = hparams_of(latest.config.hparams, model, str(directory))
+    edit = edit_of(latest.state, hparams, model, str(directory))
+    edit.attach(model)
+    return edit
+
+
+def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where: str) -> ModelEdit:
+    """Make the edit that a kept state is of.
+
+    Raises:
+        ValueError: If the state does not fit the model or the hyper-parameters.
+    """
+    try:
+        edit = new_edit(hparams, model, rank_of(state.learned))
+    except ValueError as error:
+        raise ValueError(f"the edit in {where} cannot be used: {error}") from None
+    check_fits(state, edit, where)
+    edit.restore(state.learned)
+    edit.memory.restore(state.extra)
+    return edit

@@ -1,0 +1,764 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, attach, attached_edit
+from baft_easyedit.cli import main
+from baft_easyedit.hooks import rank_of
+from baft_easyedit.keeping import directory as directory_module
+from baft_easyedit.keeping import files as files_module
+from baft_easyedit.keeping import lock as lock_module
+from baft_easyedit.keeping.directory import read_history
+from baft_easyedit.keeping.state import state_hash
+from tests.conftest import make_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def fact(i):
+    return {"prompt": f"Fact number {i} is", "target_new": f"no {i}", "loc_prompt": "Tea is hot"}
+
+
+def now(editor):
+    return state_hash(editor._state())
+
+
+def of(editor):
+    """The editor's journal."""
+    return editor._directory.journal
+
+
+@pytest.fixture
+def quick(hparams):
+    return replace(hparams, num_steps=2)
+
+
+@pytest.fixture
+def opened(tokenizer, quick, tmp_path):
+    """Opens an editor of a fresh model; closes all in the end."""
+    editors = []
+
+    def open_(path=None, hparams=quick, model=None, **options):
+        model = model or make_model()
+        editors.append(
+            BaFTEditor.open(model, tokenizer, path or tmp_path / "kept", hparams, **options)
+        )
+        return editors[-1]
+
+    yield open_
+    for editor in editors:
+        editor.close()
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return tmp_path / "kept"
+
+
+# ---- keeping
+
+
+def test_edits_are_kept_and_go_on_after_a_reopening(opened, kept):
+    hashes = []
+    for start in (0, 3):
+        with opened(hparams=None if start else opened.__defaults__[1]) as editor:
+            for i in range(start, start + 3):
+                report = editor.edit(fact(i))
+                hashes.append(now(editor))
+    entries = read_history(kept)
+    assert [e.kind for e in entries] == ["start"] + ["edit"] * 6
+    assert [e.state_hash for e in entries[1:]] == hashes
+    last = json.loads(entries[-1].line)
+    assert last["requests"] == [{**fact(5), "loc_prompt": ["Tea is hot"]}]
+    assert last["report"]["num_steps"] == 2
+    assert last["report"]["losses"]["answer"] == [
+        report.losses[0].answer,
+        report.losses[-1].answer,
+    ]
+    assert last["report"]["time_s"] == report.time_s
+    with opened(kept.parent / "at once") as editor:  # in one go, the states are the same
+        for i in range(6):
+            editor.edit(fact(i))
+            assert now(editor) == hashes[i]
+
+
+def test_undo_reaches_back_to_earlier_openings(opened, kept):
+    with opened() as editor:
+        before = now(editor)
+        for i in range(3):
+            editor.edit(fact(i))
+    with opened(hparams=None) as editor:
+        for expected in (2, 1):
+            editor.undo()
+            assert now(editor) == read_history(kept)[expected].state_hash
+        editor.edit(fact(9))
+        editor.undo()
+        editor.undo()
+        assert now(editor) == before
+        assert not editor.is_attached
+        with pytest.raises(ValueError, match="there is no edit to undo"):
+            editor.undo()
+    assert [e.kind for e in read_history(kept)][4:] == ["undo", "undo", "edit", "undo", "undo"]
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_rollback_goes_to_the_state_after_any_entry(opened, kept, every):
+    with opened(checkpoint_every=every) as editor:
+        for i in range(7):
+            editor.edit(fact(i))
+    with opened(hparams=None, undo_depth=1, checkpoint_every=every) as editor:
+        for to in (4, 0, 7, 2, 8):  # 8 is the rollback to 4
+            editor.rollback(to=to)
+            assert now(editor) == read_history(kept)[to].state_hash
+            assert read_history(kept)[-1].to == to
+        for to in (-1, 99):
+            with pytest.raises(ValueError, match=rf"to must be in \[0, 12\].*; got {to}"):
+                editor.rollback(to=to)
+    has_files = {int(f.stem) for f in (kept / "checkpoints").iterdir()}
+    assert has_files == ({0, 3, 6, 9, 12} if every == 3 else {0})
+
+
+def test_replay_uses_the_hparams_of_the_time(opened, quick, kept):
+    with opened() as editor:
+        editor.edit(fact(0))
+        editor.hparams = replace(quick, num_steps=3)
+        editor.edit(fact(1))
+    with opened(hparams=replace(quick, lr=1.0e-3)) as editor:
+        editor.edit(fact(2))
+        expected = [e.state_hash for e in read_history(kept)]
+        editor._history.clear()
+        for to in (3, 5, 1):
+            editor.rollback(to=to)
+            assert now(editor) == expected[to]
+    kinds = [e.kind for e in read_history(kept)][:6]
+    assert kinds == ["start", "edit", "settings", "edit", "settings", "edit"]
+    assert json.loads((kept / "baft_config.json").read_text())["hparams"]["lr"] == 1.0e-3
+
+
+def test_installed_edit_is_kept_as_a_checkpoint(opened, kept):
+    with opened() as editor:
+        editor.edit(fact(0))
+        (learned,) = editor.learn_apart([fact(1)])
+        editor.install(learned, fact(1))
+        editor.edit(fact(2))
+        editor._history.clear()
+        editor.rollback(to=2)
+        assert now(editor) == read_history(kept)[2].state_hash
+        editor.rollback(to=3)
+        (kept / "checkpoints/00000002.safetensors").unlink()
+        editor._history.clear()
+        editor.rollback(to=0)
+        editor._history.clear()
+        at = now(editor)
+        with pytest.raises(
+            ValueError,
+            match=r"entry 2 of .* \(install\) could not be learned again bit for bit \(the env"
+            r".*entries \[0\] are kept",
+        ):
+            editor.rollback(to=2)
+        assert now(editor) == at
+    assert read_history(kept)[2].requests[0]["prompt"] == fact(1)["prompt"]
+
+
+def test_replay_that_comes_out_otherwise_is_refused(opened, kept):
+    with opened() as editor:
+        for i in range(3):
+            editor.edit(fact(i))
+        editor.edit(fact(3))
+        editor._history.clear()
+        before, size = now(editor), len(of(editor))
+        with torch.no_grad():
+            editor.model.lm_head.weight.mul_(1.5)  # as another machine would compute
+        with pytest.raises(
+            ValueError, match=r"entry 1 of .* \(edit\) could not be learned again .*entries \[0\]"
+        ):
+            editor.rollback(to=2)
+        assert now(editor) == before
+        assert len(of(editor)) == size
+        editor.rollback(to=0)
+
+
+def test_change_behind_the_editors_back_is_not_kept(opened, kept, tmp_path):
+    with opened() as editor:
+        editor.edit(fact(0))
+        editor.edit(fact(1))
+        editor._history[1][1].learned["_interventions.1.source_bias"].add_(1)
+        editor.undo()  # learned again, as what is in memory has another hash
+        assert now(editor) == read_history(kept)[1].state_hash
+        with torch.no_grad():
+            editor.model_edit.intervention(1).source_bias.add_(1)
+        with pytest.raises(ValueError, match=r"was changed by other means .* rollback\(to=1\) fir"):
+            editor.edit(fact(1))
+        with pytest.raises(ValueError, match=r"state after entry 1 of .* must have the hash in"):
+            editor._keep("rollback", to=1)
+        with pytest.raises(ValueError, match="was changed by other means"):
+            editor.save(kept)
+        assert len(read_history(kept)) == 4
+        editor.save(tmp_path / "changed")
+        assert now(opened(tmp_path / "changed", None)) == now(editor)
+        editor.rollback(to=1)
+        editor.edit(fact(1))
+        assert now(editor) == read_history(kept)[2].state_hash
+
+
+def test_edit_that_was_detached_for_a_while_goes_on(opened, kept):
+    with opened() as editor:
+        editor.edit(fact(0))
+        editor.model_edit.detach()
+        editor.save(kept.parent / "saved")
+        assert read_history(kept.parent / "saved") == read_history(kept)
+        editor.edit(fact(1))
+        editor.undo()
+        assert now(editor) == read_history(kept)[1].state_hash
+
+
+def test_rollback_without_a_checkpoint_is_refused(opened, kept):
+    with opened() as editor:
+        editor.edit(fact(0))
+        editor.edit(fact(1))
+        editor.save(kept.parent / "saved")
+    with opened(kept.parent / "saved", None) as editor:
+        assert [f.name for f in (kept.parent / "saved/checkpoints").iterdir()] == [
+            "00000002.safetensors"
+        ]
+        with pytest.raises(ValueError, match=r"no intact checkpoint of entry 1 .* \[2\] are kept"):
+            editor.rollback(to=1)
+        editor.edit(fact(2))
+        editor.undo()
+
+
+def test_memory_goes_back_and_is_replayed_with_the_state(opened, quick):
+    continual = {"rehearsal": 2, "consolidate_every": 2, "rank_growth": 1, "rank_growth_every": 2}
+    with opened(hparams=replace(quick, **continual)) as editor:
+        states = [editor._state()]
+        for i in range(3):
+            editor.edit(fact(i))
+            states.append(editor._state())
+        editor.consolidate(2)
+        states.append(editor._state())
+        assert [len(state.extra.get("past", ())) for state in states] == [0, 1, 2, 3, 3]
+        assert [rank_of(state.learned) for state in states] == [4, 4, 4, 5, 5]
+        editor.undo()
+        assert state_hash(editor._state()) == state_hash(states[3])
+        for to in (0, 4, 3, 1):
+            editor._history.clear()
+            editor.rollback(to=to)
+            assert state_hash(editor._state()) == state_hash(states[to])
+
+
+# ---- saving
+
+
+def test_save_brings_an_earlier_save_up_to_date(opened, kept, tmp_path):
+    saved = tmp_path / "saved"
+    with opened() as editor:
+        for i in range(2):
+            editor.edit(fact(i))
+            editor.save(saved)
+            editor.save(saved)
+            assert read_history(saved) == read_history(kept)
+            assert (saved / "journal.jsonl").read_bytes() == (kept / "journal.jsonl").read_bytes()
+        editor.save(kept)
+    with opened(saved, None) as other:
+        assert now(other) == now(editor)
+        other.edit(fact(7))
+    with pytest.raises(ValueError, match="it holds another edit with a history of 4 entries"):
+        editor.save(saved)
+    with pytest.raises(ValueError, match="must be open in this process to take a change, and is"):
+        editor.save(kept)
+
+
+def test_new_directory_needs_hparams(opened, kept):
+    with pytest.raises(ValueError, match="hparams must be given to begin an edit in"):
+        opened(hparams=None)
+    assert not kept.exists()
+    kept.mkdir()
+    (kept / "journal.jsonl").touch()
+    with pytest.raises(ValueError, match="hparams must be given: the journal of the directory is"):
+        opened(hparams=None)
+
+
+def test_hparams_of_another_shape_are_refused(opened, quick):
+    opened().close()
+    with pytest.raises(ValueError, match=r"rank must be 4, as in the edit in .*; got 2"):
+        opened(hparams=replace(quick, rank=2))
+
+
+def test_checkpoint_every_below_one_is_refused(opened):
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1; got 0"):
+        opened(checkpoint_every=0)
+
+
+def test_closed_editor_takes_no_edit_and_the_model_keeps_its_own(opened):
+    model = make_model()
+    with opened(model=model) as editor:
+        editor.edit(fact(0))
+    before = now(editor)
+    for use in (lambda: editor.edit(fact(1)), editor.undo, lambda: editor.rollback(0)):
+        with pytest.raises(ValueError, match="is closed: open it again"):
+            use()
+    assert now(editor) == before
+    assert attached_edit(model) is editor.model_edit
+    with opened(model=model, hparams=None) as again:
+        assert again.model_edit is editor.model_edit
+        again.edit(fact(1))
+
+
+# ---- the lock
+
+
+def test_second_process_is_refused_and_told_who_is_there(opened, kept):
+    opened().close()
+    code = (
+        "import fcntl, os, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "f.truncate(); f.write(str(os.getpid())); f.flush(); print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(kept / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(BlockingIOError, match=rf"process {other.pid} has it: close that edit"):
+            opened(hparams=None)
+        attach(make_model(), kept)  # reading needs no lock
+        assert len(read_history(kept)) == 1
+        other.kill()
+    opened(hparams=None).edit(fact(0))
+    with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} has it"):
+        opened(hparams=None)
+
+
+def test_lock_without_fcntl_is_a_file(opened, kept, monkeypatch):
+    monkeypatch.setattr(lock_module, "_fcntl", lambda: None)
+    with opened(), pytest.raises(BlockingIOError, match=r"has it: delete .*lock if it is not"):
+        opened()
+    assert not (kept / "lock").exists()
+
+
+def test_fork_of_the_owner_does_not_write(opened, monkeypatch):
+    editor = opened()
+    monkeypatch.setattr(lock_module.os, "getpid", lambda: 1)
+    with pytest.raises(ValueError, match="must be open in this process"):
+        editor.edit(fact(0))
+    editor.close()
+    monkeypatch.undo()
+    editor.edit(fact(0))
+
+
+# ---- faults
+
+
+class Fault:
+    """Counts what goes to the disk, and does something before one of these steps, or each."""
+
+    STEPS = ("replace", "fsync", "open", "link", "unlink", "ftruncate")
+
+    def __init__(self, monkeypatch, at, what):
+        self.count, self.at, self.what = 0, at, what
+        for name in self.STEPS:
+            monkeypatch.setattr(os, name, self._wrapped(getattr(os, name)))
+
+    def _wrapped(self, function):
+        def step(*args, **kwargs):
+            self.count += 1
+            if self.at in (None, self.count - 1):
+                self.what()
+            return function(*args, **kwargs)
+
+        return step
+
+
+TRUE = {name: getattr(os, name) for name in Fault.STEPS}
+
+
+def attempt(use):
+    """Returns what goes wrong, if anything."""
+    try:
+        use()
+    except (OSError, KeyboardInterrupt) as failure:
+        return failure
+
+
+def failing(error):
+    """A function that fails."""
+
+    def fail(*args):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system"),
+        KeyboardInterrupt(),
+    ],
+    ids=["full", "read-only", "interrupted"],
+)
+def test_failed_commit_changes_nothing(opened, kept, monkeypatch, error):
+    editor = opened(checkpoint_every=2)
+    editor.edit(fact(0))
+    before, size = now(editor), len(of(editor))
+    for at in range(100):
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, at, failing(error))
+            failure = attempt(lambda: editor.edit(fact(1)))
+        if fault.count <= at:
+            break
+        if len(of(editor)) > size:  # it was complete, and the step only to tidy up
+            assert failure is (error if isinstance(error, KeyboardInterrupt) else None)
+            assert now(editor) == read_history(kept)[-1].state_hash
+            editor.rollback(to=1)
+            size = len(of(editor))
+        elif failure is not error:
+            assert f"{kept} could not take journal entry {size}: {error.strerror}" in str(failure)
+            assert "the change was undone: free space or make it writable" in str(failure)
+            assert failure.errno == error.errno
+        assert now(editor) == before
+        assert len(of(editor)) == size == len(read_history(kept))
+    assert at > 8
+    with opened(kept.parent / "twin") as twin:
+        twin.edit(fact(0))
+        twin.edit(fact(1))
+        assert now(twin) == now(editor)
+    editor.close()
+    assert now(opened(hparams=None)) == now(twin)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_append_that_fails_takes_the_commit_back(opened, kept, monkeypatch, has_links):
+    if not has_links:
+        error = OSError(errno.EPERM, "Operation not permitted")
+        monkeypatch.setattr(os, "link", failing(error))
+    editor = opened()
+    editor.edit(fact(0))
+    before, files = now(editor), {f: f.read_bytes() for f in kept.iterdir() if f.is_file()}
+
+    def append(file, data):
+        with open(file, "ab") as stream:
+            stream.write(data[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_module, "append_durably", append)
+        with pytest.raises(OSError, match="could not take journal entry 2: No space left"):
+            editor.edit(fact(1))
+    assert now(editor) == before
+    assert {f: f.read_bytes() for f in kept.iterdir() if f.is_file()} == files
+    editor.edit(fact(1))
+
+
+def test_directory_that_cannot_be_begun_is_left_empty(opened, kept, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write = directory_module.write_durably
+
+    def write_all_but_the_journal(file, data):
+        if file.name == "journal.jsonl":
+            raise full
+        write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_module, "write_durably", write_all_but_the_journal)
+        with pytest.raises(OSError, match="could not take journal entry 0: No space left"):
+            opened()
+    assert not (kept / "baft.safetensors").exists()
+    no_locks = OSError(errno.ENOLCK, "No locks available")
+    with monkeypatch.context() as patch:
+        stub = SimpleNamespace(LOCK_EX=1, LOCK_NB=2, flock=failing(no_locks))
+        patch.setattr(lock_module, "_fcntl", lambda: stub)
+        with pytest.raises(OSError, match="No locks available"):
+            opened()
+    opened().edit(fact(0))
+
+
+def test_commit_that_cannot_be_taken_back_is_left_to_the_next_opening(opened, kept, monkeypatch):
+    editor = opened()
+    before = now(editor)
+    with monkeypatch.context() as patch:
+        error = OSError(errno.EIO, "Input/output error")
+        patch.setattr(directory_module, "append_durably", failing(error))
+        patch.setattr(directory_module, "_put_back", failing(error))
+        with pytest.raises(OSError, match="it may hold it all the same: close this editor and"):
+            editor.edit(fact(0))
+    assert now(editor) == before
+    with pytest.raises(ValueError, match="could not be brought back after a failure: close this"):
+        editor.edit(fact(0))
+    editor.close()
+    assert [e.kind for e in of(opened(hparams=None)).entries] == ["start", "edit"]
+
+
+def test_failed_learning_leaves_the_directory_alone(opened, kept, monkeypatch):
+    editor = opened()
+    editor.edit(fact(0))
+    before = now(editor)
+    for error in (FloatingPointError(), torch.cuda.OutOfMemoryError(), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", failing(error))
+            with pytest.raises(type(error)):
+                editor.edit(fact(1))
+        assert now(editor) == before
+        assert len(read_history(kept)) == 2
+    (learned,) = editor.learn_apart([fact(1)])
+    learned.state["_interventions.1.source_bias"].fill_(float("nan"))
+    with pytest.raises(ValueError, match="every learned value must be finite"):
+        editor.install(learned)
+    assert now(editor) == before
+
+
+def test_interruption_after_the_commit_keeps_the_edit(opened, kept, monkeypatch):
+    editor = opened()
+    keep = editor._keep
+
+    def interrupted(*args, **kwargs):
+        keep(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(editor, "_keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(fact(0))
+    assert now(editor) == read_history(kept)[-1].state_hash
+    monkeypatch.undo()
+    editor.undo()
+
+
+def copied_at_each_step(path, monkeypatch, use):
+    """Returns copies of a directory as it is before each step to the disk, and in the end."""
+    copies = []
+
+    def copy():  # with the true functions, which the fault counts too
+        with monkeypatch.context() as patch:
+            for name, function in TRUE.items():
+                patch.setattr(os, name, function)
+            if path.exists():
+                to = path.parent / f"copy {len(list(path.parent.iterdir()))}"
+                copies.append(shutil.copytree(path, to))
+
+    with monkeypatch.context() as patch:
+        Fault(patch, None, copy)
+        use()
+    copy()
+    return copies
+
+
+def test_crash_while_a_directory_is_begun_or_saved_is_recovered(
+    opened, kept, tokenizer, monkeypatch
+):
+    for path in copied_at_each_step(kept, monkeypatch, lambda: opened().close()):
+        opened(path).edit(fact(0))
+    with opened(hparams=None) as editor:
+        editor.edit(fact(0))
+        editor.edit(fact(1))
+    twin = BaFTEditor.load(make_model(), tokenizer, kept)
+    saved = kept.parent / "saved"
+    before = now(twin)
+    for path in copied_at_each_step(saved, monkeypatch, lambda: twin.save(saved)):
+        if (path / "baft.safetensors").exists():
+            assert now(opened(path, None)) == before
+    twin.edit(fact(2))
+    found = []
+    for path in copied_at_each_step(saved, monkeypatch, lambda: twin.save(saved)):
+        shutil.rmtree(path.parent / "as read", ignore_errors=True)
+        shutil.copytree(path, path.parent / "as read")
+        found.append(now(opened(path, None, model=make_model())))
+        assert now(BaFTEditor.load(make_model(), tokenizer, path.parent / "as read")) == found[-1]
+    assert found == sorted(found, key=[before, now(twin)].index)
+    assert found[-1] == now(twin)
+
+
+def test_crash_between_any_two_steps_is_recovered(opened, kept, monkeypatch):
+    editor = opened(checkpoint_every=2)
+    editor.edit(fact(0))
+    before = now(editor)
+    copies = copied_at_each_step(kept, monkeypatch, lambda: editor.edit(fact(1)))
+    after = now(editor)
+    found = []
+    for path in copies:
+        with opened(path, None) as again:
+            found.append(now(again))
+            assert found[-1] == of(again).entries[-1].state_hash
+            assert not [f for f in path.rglob(".*") if f.is_file()]
+            if found[-1] == before:
+                again.edit(fact(1))
+            assert now(again) == after
+    assert found == sorted(found, key=[before, after].index)
+    assert set(found) == {before, after}
+
+
+def test_kills_lose_nothing():
+    command = [sys.executable, str(ROOT / "scripts/kill_test.py"), "--kills", "5", "--edits", "12"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "nothing was lost, and the final states are bit-equal" in run.stdout
+
+
+# ---- recovery and damage
+
+
+@pytest.fixture
+def three(opened, kept):
+    """The directory of three edits, with checkpoints after each two entries."""
+    with opened(checkpoint_every=2) as editor:
+        for i in range(3):
+            editor.edit(fact(i))
+    return kept
+
+
+@pytest.mark.parametrize("cut", [0, 1, 50])
+def test_line_that_the_crash_cut_is_completed(opened, three, cut):
+    text = (three / "journal.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    (three / "journal.jsonl").write_text("".join(lines[:3]) + lines[3][:cut])
+    assert len(read_history(three)) == 4
+    opened(hparams=None)
+    assert (three / "journal.jsonl").read_text() == text
+
+
+def test_config_is_written_again(opened, three):
+    text = (three / "baft_config.json").read_text()
+    for damage in ("", "{}", "[" * 10_000):
+        (three / "baft_config.json").write_text(damage)
+        opened(hparams=None).close()
+        assert (three / "baft_config.json").read_text() == text
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "lost"])
+def test_damaged_state_goes_on_from_a_checkpoint(opened, three, damage):
+    expected = read_history(three)[3].state_hash
+    file = three / "baft.safetensors"
+    data = file.read_bytes()
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-9] if damage == "cut" else data[:-9] + b"\0\1\2\3\4\5\6\7\0")
+    hint = r"goes on from .*00000002.safetensors, the state after entry 2, and rollback\(to=...\)"
+    for use in (lambda: opened(hparams=None), lambda: attach(make_model(), three)):
+        with pytest.raises(ValueError, match=hint):
+            use()
+    assert len(read_history(three)) == 4
+    with opened(hparams=None, repair=True) as editor:
+        assert now(editor) == read_history(three)[2].state_hash
+        assert read_history(three)[4].to == 2
+        editor.rollback(to=3)  # nothing is lost
+        assert now(editor) == expected
+    opened(hparams=None)
+
+
+def test_older_state_is_refused_until_it_is_repaired(opened, three):
+    shutil.copy(three / "checkpoints/00000002.safetensors", three / "baft.safetensors")
+    with pytest.raises(
+        ValueError, match=r"must end with entry 2, as baft.safetensors does, and ha"
+    ):
+        opened(hparams=None)
+    editor = opened(hparams=None, repair=True)
+    assert [e.to for e in of(editor).entries] == [None] * 4 + [2]
+    editor.edit(fact(8))
+
+
+def test_part_of_a_line_that_no_state_holds_is_refused(opened, three):
+    with open(three / "journal.jsonl", "a") as file:
+        file.write('{"id":4')
+    with pytest.raises(ValueError, match="has 4 lines and a part of one"):
+        opened(hparams=None)
+    editor = opened(hparams=None, repair=True)
+    assert len((three / "journal.jsonl").read_text().splitlines()) == len(of(editor)) == 5
+
+
+def test_damaged_checkpoint_is_passed_over(opened, three):
+    file = three / "checkpoints/00000002.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    expected = read_history(three)[2].state_hash
+    with opened(hparams=None) as editor:
+        editor.rollback(to=2)  # learned again from the first
+        assert now(editor) == expected
+
+
+def test_checkpoint_of_an_edit_that_was_never_completed_is_passed_over(opened, three, tmp_path):
+    with opened(tmp_path / "other", checkpoint_every=2) as other:
+        other.edit(fact(5))
+        other.edit(fact(6))
+    shutil.copy(tmp_path / "other/checkpoints/00000002.safetensors", three / "checkpoints")
+    expected = read_history(three)[2].state_hash
+    with opened(hparams=None) as editor:
+        editor.rollback(to=2)
+        assert now(editor) == expected
+
+
+def test_nothing_intact_is_said(opened, three):
+    for file in [three / "baft.safetensors", *(three / "checkpoints").iterdir()]:
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="there is no intact checkpoint: restore the directory"):
+        opened(hparams=None)
+    with pytest.raises(ValueError, match=r"cannot be repaired: neither baft.safetensors nor"):
+        opened(hparams=None, repair=True)
+
+
+def test_damaged_journal_leaves_the_state_to_load_and_save(opened, three, tokenizer, tmp_path):
+    file = three / "journal.jsonl"
+    file.write_text(file.read_text().replace("number 0", "number 7"))
+    message = r"journal.jsonl is damaged at line 3 .*load\(\) reads the state alone"
+    for use in (lambda: opened(hparams=None), lambda: read_history(three)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    editor = BaFTEditor.load(make_model(), tokenizer, three)
+    editor.save(tmp_path / "new")
+    assert now(opened(tmp_path / "new", None)) == now(editor)
+
+
+def test_damaged_last_line_is_found(opened, three):
+    file = three / "journal.jsonl"
+    file.write_text(file.read_text().replace("number 2", "number 7"))
+    with pytest.raises(ValueError, match=r"line 4 of .* is damaged"):
+        read_history(three)
+    with pytest.raises(ValueError, match="must end with entry 3"):
+        opened(hparams=None)
+
+
+def test_directories_are_not_synced_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(files_module.os, "name", "nt")
+    files_module.sync_directory(tmp_path / "none")
+
+
+# ---- the command line
+
+
+def test_history_is_printed(three, capsys, tmp_path):
+    assert main(["history", str(three)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert "edit     Fact number 2 is -> no 2 [2 steps, loss " in lines[3]
+    assert main(["history", str(three), "--json"]) == 0
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["id"] for e in entries] == [0, 1, 2, 3]
+    assert main(["history", str(tmp_path)]) == 2
+    assert "must be a directory with an edit that save() or open()" in capsys.readouterr().err
+
+
+def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = tmp_path / "mine.yaml"
+    file.write_text("{model_name: m, layers: [1, 3], rank: 4, num_steps: 1, device: cpu}")
+    options = ["--model", str(tmp_path / "model"), "--device", "cpu", "--target", "Rome"]
+    kept, other = str(tmp_path / "kept"), str(tmp_path / "other")
+
+    def edit(prompt, *more):
+        assert main(["edit", "--prompt", prompt, *options, *more]) == 0
+
+    edit("The capital of France is", "--hparams", str(file), "--save", kept)
+    edit("The capital of Spain is", "--save", kept)
+    edit("The capital of Malta is", "--from", kept, "--save", other)
+    capsys.readouterr()
+    main(["history", kept])
+    assert capsys.readouterr().out.count("-> Rome [1 steps") == 2
+    assert len(read_history(other)) == 1
+    edit("The capital of Malta is", "--from", kept, "--save", kept)
+    assert len(read_history(kept)) == 4
