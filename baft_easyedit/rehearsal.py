@@ -5,10 +5,12 @@ requests (text, no weights), and each optimisation step takes some of them along
 """
 
 import random
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.reading import taken
 from baft_easyedit.requests import EditRequest, TextRow
 
 
@@ -103,17 +105,22 @@ class RehearsalMemory:
             ValueError: If it is not one; nothing has changed then.
             TypeError: If a value of a request has the wrong type; likewise.
         """
+        where = "the rehearsal memory"
         if not state:
             self._past, self._num_seen = {}, 0
             return
         past = {}
-        try:
-            num_seen = int(state["num_seen"])
-            for item in state["past"]:
-                request = EditRequest.from_dict(item["request"])
-                past[request.prompt] = PastEdit(request, float(item["loss"]))
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"the rehearsal memory must have the key {error}") from error
+        num_seen = taken(state, "num_seen", int, where)
+        for item in taken(state, "past", list, where):
+            if not isinstance(item, Mapping):
+                raise TypeError(
+                    f"a past edit in {where} must be a mapping; got {type(item).__name__}"
+                )
+            request = EditRequest.from_dict(taken(item, "request", dict, where))
+            loss = taken(item, "loss", (int, float), where)
+            if isinstance(loss, int) and abs(loss) > sys.float_info.max:
+                raise ValueError(f"a loss in {where} must be a number of nats per token")
+            past[request.prompt] = PastEdit(request, float(loss))
         if num_seen < len(past):
             raise ValueError(
                 f"num_seen must be at least the {len(past)} edits of the memory; got {num_seen}"

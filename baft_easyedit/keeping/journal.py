@@ -6,6 +6,8 @@ began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
 """
 
 import hashlib
+import reprlib
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.keeping.files import parse_json, taken, to_json
+from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.learning import EditReport, StepLosses
+from baft_easyedit.reading import taken
 
 MAX_LINE = 16 * 2**20
 """Longest line, in bytes."""
@@ -60,10 +63,12 @@ class Entry:
         """
         if len(line) > MAX_LINE:
             raise ValueError(f"{where} must be below {MAX_LINE} bytes; got {len(line)}")
-        content = parse_json(line, where)
+        content = parse_object(line, where)
         kind = taken(content, "kind", str, where)
         if kind not in KINDS:
-            raise ValueError(f"kind in {where} must be one of {', '.join(KINDS)}; got {kind!r}")
+            raise ValueError(
+                f"kind in {where} must be one of {', '.join(KINDS)}; got {kind[:20]!r}"
+            )
         entry_id = taken(content, "id", int, where)
         others = {key: taken(content, key, t, where) for key, t in _CONTENT[kind].items()}
         _check_report(others, where)
@@ -86,7 +91,7 @@ class Entry:
     @property
     def content(self) -> dict[str, Any]:
         """What the line holds beside: `requests` and `report`, or `hparams` and `environment`."""
-        content = parse_json(self.line, f"journal entry {self.id}")
+        content = parse_object(self.line, f"journal entry {self.id}")
         return {key: content[key] for key in _CONTENT[self.kind]}
 
     @property
@@ -122,12 +127,17 @@ def _check_report(content: Mapping[str, Any], where: str) -> None:
     if not all(isinstance(request, dict) for request in content.get("requests", ())):
         raise ValueError(f"requests in {where} must be JSON objects")
     if "report" in content:
-        report, number = content["report"], (int, float)
+        report = content["report"]
         taken(report, "num_steps", int, where)
-        taken(report, "time_s", number, where)
+        time_s = taken(report, "time_s", (int, float), where)
         answer = taken(taken(report, "losses", dict, where), "answer", list, where)
-        if not answer or any(type(loss) not in number for loss in answer):
-            raise ValueError(f"losses in {where} must be numbers; got {answer!r}")
+        if not answer or not all(map(_is_number, [time_s, *answer])):
+            raise ValueError(f"losses in {where} must be numbers; got {reprlib.repr(answer)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class Journal:

@@ -65,7 +65,10 @@ def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
     check_fits(state, edit, where)
     edit.restore(state.learned)
-    edit.memory.restore(state.memory)
+    try:
+        edit.memory.restore(state.memory)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the memory in {where} cannot be used: {error}") from None
     return edit
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.keeping.config import FORMAT_VERSION, KeptConfig
-from baft_easyedit.keeping.files import parse_json, to_json
+from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.keeping.journal import Entry
 from baft_easyedit.learner import EditState
 
@@ -106,14 +106,14 @@ def read_state(file: Path) -> StateFile:
     state = EditState(
         tensors,
         attached=content["attached"] == "true",
-        memory=parse_json(content["memory"], f"memory in {where}"),
+        memory=parse_object(content["memory"], f"memory in {where}"),
     )
     lines = content["entries"].split("\n")
     entries = tuple(Entry.from_line(line, f"a journal entry in {where}") for line in lines)
     if not state_hash(state) == content["state_hash"] == entries[-1].state_hash:
         raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
     check_finite(state)
-    config = parse_json(content["config"], f"config in {where}")
+    config = parse_object(content["config"], f"config in {where}")
     return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"))
 
 
@@ -140,13 +140,13 @@ def _header(data: bytes, where: str, has_tensors: bool = True) -> dict[str, Any]
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
         raise ValueError(f"{where} is damaged: it ends within its header")
-    header = parse_json(data[8 : 8 + length], f"the header of {where}")
+    header = parse_object(data[8 : 8 + length], f"the header of {where}")
     end = 0
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
         dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"{where} must hold float32 tensors; {name} is {dtype}")
         offsets = tensor.get("data_offsets")
         if not (isinstance(offsets, list) and all(type(o) is int for o in offsets)):
