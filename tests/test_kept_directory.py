@@ -762,3 +762,15 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
     assert len(read_history(other)) == 1
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
+
+
+@pytest.mark.slow
+def test_many_edits_cost_no_more(tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([fact(i) for i in range(30)]))
+    command = [sys.executable, str(ROOT / "scripts/soak.py"), "--model", "bundled", "--data", data]
+    command += ["--edits", "100", "--out", str(tmp_path / "out"), "--layers", "1", "--steps", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count(": yes") == 6
+    assert len((tmp_path / "out/soak.jsonl").read_text().splitlines()) == 1
