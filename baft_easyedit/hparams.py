@@ -5,6 +5,7 @@ object for `model_name`, `device`, `fp16`, `batch_size` and a few more. Needs py
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -310,7 +311,7 @@ def _check_types(hparams: BaFTHyperParams) -> None:
     hints = get_type_hints(type(hparams))
     for f in fields(hparams):
         value, hint = getattr(hparams, f.name), hints[f.name]
-        if hint is float and type(value) is int:
+        if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
             setattr(hparams, f.name, value)
         if not _has_type(value, hint):

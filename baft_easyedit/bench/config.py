@@ -205,5 +205,6 @@ def _rows(wanted: Any, described: Any) -> Any:
     """Replace names of rows by what the file says of them."""
     if not isinstance(wanted, list) or not isinstance(described, list):
         return wanted
-    rows = {row["name"]: row for row in described if isinstance(row, Mapping) and "name" in row}
+    mappings = [row for row in described if isinstance(row, Mapping)]
+    rows = {row["name"]: row for row in mappings if isinstance(row.get("name"), str)}
     return [rows.get(name, name) if isinstance(name, str) else name for name in wanted]

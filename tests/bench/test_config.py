@@ -74,3 +74,9 @@ def test_every_benchmark_of_the_package_can_be_read(name):
     assert config.methods
     first_line = (hparams_root() / "bench" / f"{name}.yaml").read_text().splitlines()[1]
     assert f"baft-easyedit bench bench/{name} " in first_line
+
+
+def test_row_whose_name_is_no_text_is_refused(tmp_path):
+    (tmp_path / "row.yaml").write_text("{data: {kind: facts}, methods: [{name: [a]}]}")
+    with pytest.raises(ValueError, match=r"methods\.0\.name: .*\(in .*row\.yaml\)"):
+        read_config(tmp_path / "row.yaml")
