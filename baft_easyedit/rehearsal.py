@@ -6,10 +6,12 @@ requests (text, no weights), and each optimisation step takes some of them along
 
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.requests import EditRequest, TextRow
+
+Value = TypeVar("Value")
 
 
 class PastEdit(NamedTuple):
@@ -106,19 +108,32 @@ class RehearsalMemory:
         if not state:
             self._past, self._num_seen = {}, 0
             return
+        num_seen = _taken(state, "num_seen", int)
         past = {}
-        try:
-            num_seen = int(state["num_seen"])
-            for item in state["past"]:
-                request = EditRequest.from_dict(item["request"])
-                past[request.prompt] = PastEdit(request, float(item["loss"]))
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"the rehearsal memory must have the key {error}") from error
+        for item in _taken(state, "past", list):
+            request = EditRequest.from_dict(_taken(item, "request", dict))
+            past[request.prompt] = PastEdit(request, _taken(item, "loss", float))
         if num_seen < len(past):
             raise ValueError(
                 f"num_seen must be at least the {len(past)} edits of the memory; got {num_seen}"
             )
         self._past, self._num_seen = past, num_seen
+
+
+def _taken(state: Any, key: str, wanted: type[Value]) -> Value:
+    """Return a value of a memory's state, which may come from a damaged file.
+
+    Raises:
+        ValueError: If it is not there.
+        TypeError: If it has the wrong type.
+    """
+    if not isinstance(state, Mapping) or key not in state:
+        raise ValueError(f"the rehearsal memory must have the key {key!r} where it has {state!r}")
+    if type(state[key]) is not wanted:
+        raise TypeError(
+            f"{key} of the rehearsal memory must be of type {wanted.__name__}; got {state[key]!r}"
+        )
+    return state[key]
 
 
 class Rehearsal:
