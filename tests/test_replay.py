@@ -38,8 +38,11 @@ NOT_REPLAYED = {"gemma2", "gemma3", "gpt2"} if OLD else set()
 def set_attention(model, attention):
     if OLD:
         model.config._attn_implementation = attention
-    else:
+        return
+    try:
         model.set_attn_implementation(attention)
+    except ValueError as error:  # newer transformers refuse what an architecture cannot do
+        pytest.skip(str(error))
 
 
 def hidden_of(output):
