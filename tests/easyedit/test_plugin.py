@@ -71,7 +71,7 @@ def test_edits_accumulate_when_asked(host, make_editor, requests):
 def test_edits_are_rehearsed_across_calls(host, make_editor, requests):
     editor = make_editor(rehearsal=2)
     sequential = {"sequential_edit": True} if host.generation == "current" else {}
-    metrics, _, _ = editor.edit(**edit_arguments(requests), **sequential)
+    editor.edit(**edit_arguments(requests), **sequential)
     memory = attached_edit(editor.model).memory
     assert [past.request.prompt for past in memory] == [r["prompt"] for r in requests]
     editor.edit(**edit_arguments(requests[:1]), **sequential)
