@@ -729,7 +729,7 @@ class BaFTEditor:
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
         """Tokenise a remembered request, once."""
         h = hparams
-        key = (request, h.use_chat_template, h.locality, h.loc_positions)
+        key = (request, h.use_chat_template, h.locality, h.loc_positions, h.learn_end)
         tokenised = self.model_edit.memory.tokenised
         if key not in tokenised:
             tokenised[key] = self._rows([request], hparams)
@@ -746,6 +746,7 @@ class BaFTEditor:
             use_chat_template=h.use_chat_template,
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
+            with_end=h.learn_end,
         )
 
 
