@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from baft_easyedit.gates import GATES
 from baft_easyedit.objective import RESCALINGS
+from baft_easyedit.reading import read_yaml
 from baft_easyedit.resources import hparams_file, model_location
 
 _PAPER_DEPTH = 32
@@ -215,7 +214,8 @@ class BaFTHyperParams:
             TypeError: If a value has the wrong type.
             ValueError: If a key is unknown or missing, or a value is out of range.
         """
-        return cls.from_dict({**_read_yaml(path), **overrides})
+        file = hparams_file(path)
+        return _of_file(file, cls, {**read_yaml(file, "hyper-parameters"), **overrides})
 
     @classmethod
     def from_dict(cls: type[HParams], config: Mapping[str, Any]) -> HParams:
@@ -263,11 +263,14 @@ def read_hparams(path: str | Path) -> BaFTHyperParams:
         TypeError: If a value has the wrong type.
         ValueError: If `alg_name` is neither BaFT nor ReFT, or a value breaks a rule.
     """
-    config = _read_yaml(path)
+    file = hparams_file(path)
+    config = read_yaml(file, "hyper-parameters")
     classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
     name = config.get("alg_name", "BaFT")
-    _check_choice("alg_name", name, classes)
-    return classes[name].from_dict(config)
+    if not isinstance(name, str) or name not in classes:
+        names = ", ".join(classes)
+        raise ValueError(f"alg_name must be one of {names}; got {name!r} (in {file})")
+    return _of_file(file, classes[name], config)
 
 
 def scaled_layers(depth: int) -> list[int]:
@@ -281,13 +284,12 @@ def scaled_layers(depth: int) -> list[int]:
     return sorted({layer * depth // _PAPER_DEPTH for layer in _PAPER_LAYERS})
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that must hold a mapping."""
-    file = hparams_file(path)
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise TypeError(f"{file} must hold a mapping of hyper-parameters; got {config!r}")
-    return config
+def _of_file(file: Path, hparams: type[HParams], content: Mapping[str, Any]) -> HParams:
+    """Build hyper-parameters; errors name the file."""
+    try:
+        return hparams.from_dict(content)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (in {file})") from None
 
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:

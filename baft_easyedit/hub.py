@@ -1,15 +1,16 @@
-"""A kept edit on the Hugging Face Hub, through `huggingface_hub.ModelHubMixin`.
+"""A kept edit on the Hugging Face Hub; uploads go through `huggingface_hub.ModelHubMixin`.
 
 Imported only when it is used: `BaFTEditor.save_pretrained`, `push_to_hub` and `from_pretrained`.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
-from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.keeping.config import KeptConfig
 from baft_easyedit.keeping.directory import CONFIG, JOURNAL, STATE
 from baft_easyedit.keeping.lock import LOCK
 
@@ -40,24 +41,26 @@ class HubEdit(
     repo_url=_URL,
     model_card_template=_CARD,
 ):
-    """An editor as the Hub sees it.
+    """A kept edit as the Hub sees it.
 
     Args:
-        editor: The editor whose edit is saved, or was loaded.
+        config: What it says of itself.
+        save: Writes it into a directory.
     """
 
-    def __init__(self, editor: BaFTEditor) -> None:
-        self.editor = editor
+    def __init__(self, config: KeptConfig, save: Callable[[Path], None]) -> None:
+        self._config = config
+        self._save = save
         self._hub_mixin_config = {"library_name": "baft_easyedit"}  # the Hub counts config.json
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the edit."""
-        self.editor.save(save_directory)
+        self._save(save_directory)
         (save_directory / LOCK).unlink(missing_ok=True)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Describe the edit."""
-        config = self.editor.kept_config()
+        config = self._config
         card = super().generate_model_card(
             *args, base_model=config.base_model, layers=config.hparams["layers"], **kwargs
         )
@@ -65,35 +68,23 @@ class HubEdit(
             card.data["base_model"] = config.base_model
         return card
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **model_kwargs: Any,  # the mixin's signature: model, tokenizer, allow_other_model
-    ) -> "HubEdit":
-        """Find or download the files, and load them."""
-        directory = model_id
-        if not os.path.isdir(directory):
-            directory = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=[STATE, CONFIG, JOURNAL],
-            )
-        return cls(
-            BaFTEditor.load(
-                model_kwargs["model"],
-                model_kwargs["tokenizer"],
-                directory,
-                model_kwargs["allow_other_model"],
-            )
-        )
+
+def local_directory(
+    repo_or_directory: str | os.PathLike[str],
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> str:
+    """Return a directory as it is, or that of a repository, downloaded; no checkpoints."""
+    directory = os.fspath(repo_or_directory)
+    if os.path.isdir(directory):
+        return directory
+    return snapshot_download(
+        directory,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        local_files_only=local_files_only,
+        allow_patterns=[STATE, CONFIG, JOURNAL, "config.json"],
+    )

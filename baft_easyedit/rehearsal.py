@@ -5,13 +5,13 @@ requests (text, no weights), and each optimisation step takes some of them along
 """
 
 import random
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.reading import taken
 from baft_easyedit.requests import EditRequest, TextRow
-
-Value = TypeVar("Value")
 
 
 class PastEdit(NamedTuple):
@@ -105,35 +105,27 @@ class RehearsalMemory:
             ValueError: If it is not one; nothing has changed then.
             TypeError: If a value of a request has the wrong type; likewise.
         """
+        where = "the rehearsal memory"
         if not state:
             self._past, self._num_seen = {}, 0
             return
-        num_seen = _taken(state, "num_seen", int)
         past = {}
-        for item in _taken(state, "past", list):
-            request = EditRequest.from_dict(_taken(item, "request", dict))
-            past[request.prompt] = PastEdit(request, _taken(item, "loss", float))
+        num_seen = taken(state, "num_seen", int, where)
+        for item in taken(state, "past", list, where):
+            if not isinstance(item, Mapping):
+                raise TypeError(
+                    f"a past edit in {where} must be a mapping; got {type(item).__name__}"
+                )
+            request = EditRequest.from_dict(taken(item, "request", dict, where))
+            loss = taken(item, "loss", (int, float), where)
+            if isinstance(loss, int) and abs(loss) > sys.float_info.max:
+                raise ValueError(f"a loss in {where} must be a number of nats per token")
+            past[request.prompt] = PastEdit(request, float(loss))
         if num_seen < len(past):
             raise ValueError(
                 f"num_seen must be at least the {len(past)} edits of the memory; got {num_seen}"
             )
         self._past, self._num_seen = past, num_seen
-
-
-def _taken(state: Any, key: str, wanted: type[Value]) -> Value:
-    """Return a value of a memory's state, which may come from a damaged file.
-
-    Raises:
-        ValueError: If it is not there.
-        TypeError: If it has the wrong type.
-    """
-    if not isinstance(state, Mapping) or key not in state:
-        raise ValueError(f"the rehearsal memory must have the key {key!r} where it has {state!r}")
-    if type(state[key]) is not wanted:
-        raise TypeError(
-            f"{key} of the rehearsal memory must be of type {wanted.__name__}; got {state[key]!r}"
-        )
-    return state[key]
 
 
 class Rehearsal:

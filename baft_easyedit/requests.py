@@ -4,6 +4,7 @@ A target's tokens are those of `prompt + " " + target_new` after the prompt's ow
 EasyEdit's evaluators count them.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,14 @@ class EditRequest:
             )
         for key in ("prompt", "target_new"):
             if key not in request:
-                raise ValueError(f"a request must have the key {key!r}; got {sorted(request)}")
+                raise ValueError(
+                    f"a request must have the key {key!r}; got {sorted(map(str, request))}"
+                )
         irrelevant = request.get("loc_prompt") or ()
         if not isinstance(irrelevant, (str, list, tuple)):
-            raise TypeError(f"loc_prompt must be a string or a list of strings; got {irrelevant!r}")
+            raise TypeError(
+                f"loc_prompt must be a string or a list of strings; got {reprlib.repr(irrelevant)}"
+            )
         return cls(
             prompt=request["prompt"],
             target_new=request["target_new"],
@@ -82,7 +87,7 @@ class EditRequest:
 def _check_text(key: str, text: object) -> None:
     """Raise unless `text` is a string with something in it."""
     if not isinstance(text, str):
-        raise TypeError(f"{key} must be a string; got {text!r}")
+        raise TypeError(f"{key} must be a string; got {reprlib.repr(text)}")
     if not text.strip():
         raise ValueError(f"{key} must not be empty; got {text!r}")
 

@@ -139,7 +139,7 @@ def test_snapshot_is_brought_up_to_date(model, tokenizer, quick, request_dict, t
         editor.edit(request_dict)
         editor.save(tmp_path)
         assert state_hash(read_state(tmp_path / "baft.safetensors").state) == state_hash(
-            editor._state()
+            editor._learner.state()
         )
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
 
@@ -271,23 +271,23 @@ def test_hparams_of_a_directory_are_checked(model, quick, change, message):
 # ---- the state file
 
 
-def content_of(model, quick, edit=None, extra=None):
-    state = EditState((edit or random_edit()).snapshot(), True, extra or {})
+def content_of(model, quick, edit=None, memory=None):
+    state = EditState((edit or random_edit()).snapshot(), True, memory or {})
     settings = {"hparams": method_of(quick), "environment": {}}
     entry = Journal().next("start", state_hash(state), settings)
     return StateFile(state, (entry,), KeptConfig.of(model, quick))
 
 
 def test_state_file_comes_back(model, quick, tmp_path):
-    content = content_of(model, quick, extra={"a": [1, "é"]})
+    content = content_of(model, quick, memory={"a": [1, "é"]})
     file = tmp_path / "state"
     file.write_bytes(encode(content))
     found = read_state(file)
     assert found.entries == content.entries == read_entries(file)
     assert found.config == content.config
     assert state_hash(found.state) == state_hash(content.state)
-    assert found.state.extra == {"a": [1, "é"]}
-    other = [content.state._replace(attached=False), content.state._replace(extra={"a": 1})]
+    assert found.state.memory == {"a": [1, "é"]}
+    other = [content.state._replace(attached=False), content.state._replace(memory={"a": 1})]
     assert state_hash(content.state) not in map(state_hash, other)
 
 
@@ -318,7 +318,7 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
         (save(tensors), "its metadata are not of one"),
         (save(tensors, {"format_version": "1"}), "metadata do not have the hash that they name"),
         (rewritten(data, {"format_version": "9"}), "must have format_version 1; got '9'"),
-        (rewritten(data, {"extra": "[]"}), "extra in .* must be a JSON object; got list"),
+        (rewritten(data, {"memory": "[]"}), "memory in .* must be a JSON object; got list"),
         (rewritten(data, {"entries": "{}"}), "a journal entry in .* must have the key 'kind'"),
         (rewritten(data, {"state_hash": "0"}), "its tensors do not have the hash that it names"),
         (
@@ -354,7 +354,7 @@ def test_values_that_are_not_finite_are_refused(model, quick, tmp_path):
 def test_too_much_memory_is_refused(model, quick, monkeypatch):
     monkeypatch.setattr(state_module, "_MAX_HEADER", 10_000)
     with pytest.raises(ValueError, match=r"must be below 5000 bytes; got .*smaller batches"):
-        encode(content_of(model, quick, extra={"a": "x" * 5_000}))
+        encode(content_of(model, quick, memory={"a": "x" * 5_000}))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baft_easyedit import BaFTEditor, editor
+from baft_easyedit import BaFTEditor, learner
 from baft_easyedit.gates import GATES
 from baft_easyedit.independent import IndependentEdits
 from tests.conftest import HIDDEN, make_model, random_edit
@@ -116,7 +116,7 @@ def test_a_report_is_of_its_own_edit(model, tokenizer, hparams):
 
 
 def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
-    sizes, original = [], editor.learn
+    sizes, original = [], learner.learn
 
     def learn(model, edits, *others):
         sizes.append(edits.num_edits)
@@ -124,7 +124,7 @@ def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
             raise torch.cuda.OutOfMemoryError("full")
         return original(model, edits, *others)
 
-    monkeypatch.setattr(editor, "learn", learn)
+    monkeypatch.setattr(learner, "learn", learn)
     apart = BaFTEditor(model, tokenizer, replace(hparams, num_steps=2)).learn_apart(REQUESTS[:3])
     assert sizes == [3, 1, 1, 1]
     assert len(apart) == 3
@@ -132,7 +132,7 @@ def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
     def never(*args):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(editor, "learn", never)
+    monkeypatch.setattr(learner, "learn", never)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS[:1])
     assert not any(layer._forward_hooks for layer in model.model.layers)

@@ -5,7 +5,7 @@ import pytest
 
 from baft_easyedit import EditReport
 from baft_easyedit.editor import StepLosses
-from baft_easyedit.keeping.files import parse_json, to_json
+from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.keeping.journal import (
     MAX_LINE,
     Entry,
@@ -115,7 +115,7 @@ def test_what_is_not_json_is_not_kept(value):
 def test_deep_json_is_refused():
     deep = '{"a":' * 50_000 + "1" + "}" * 50_000
     with pytest.raises(ValueError, match="here must be JSON, and is not"):
-        parse_json(deep, "here")
+        parse_object(deep, "here")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

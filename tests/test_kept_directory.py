@@ -29,12 +29,12 @@ def fact(i):
 
 
 def now(editor):
-    return state_hash(editor._state())
+    return state_hash(editor._learner.state())
 
 
 def of(editor):
     """The editor's journal."""
-    return editor._directory.journal
+    return editor._history.journal
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_replay_uses_the_hparams_of_the_time(opened, quick, kept):
     with opened(hparams=replace(quick, lr=1.0e-3)) as editor:
         editor.edit(fact(2))
         expected = [e.state_hash for e in read_history(kept)]
-        editor._history.clear()
+        editor._history.recent.clear()
         for to in (3, 5, 1):
             editor.rollback(to=to)
             assert now(editor) == expected[to]
@@ -150,14 +150,14 @@ def test_installed_edit_is_kept_as_a_checkpoint(opened, kept):
         (learned,) = editor.learn_apart([fact(1)])
         editor.install(learned, fact(1))
         editor.edit(fact(2))
-        editor._history.clear()
+        editor._history.recent.clear()
         editor.rollback(to=2)
         assert now(editor) == read_history(kept)[2].state_hash
         editor.rollback(to=3)
         (kept / "checkpoints/00000002.safetensors").unlink()
-        editor._history.clear()
+        editor._history.recent.clear()
         editor.rollback(to=0)
-        editor._history.clear()
+        editor._history.recent.clear()
         at = now(editor)
         with pytest.raises(
             ValueError,
@@ -174,7 +174,7 @@ def test_replay_that_comes_out_otherwise_is_refused(opened, kept):
         for i in range(3):
             editor.edit(fact(i))
         editor.edit(fact(3))
-        editor._history.clear()
+        editor._history.recent.clear()
         before, size = now(editor), len(of(editor))
         with torch.no_grad():
             editor.model.lm_head.weight.mul_(1.5)  # as another machine would compute
@@ -191,7 +191,7 @@ def test_change_behind_the_editors_back_is_not_kept(opened, kept, tmp_path):
     with opened() as editor:
         editor.edit(fact(0))
         editor.edit(fact(1))
-        editor._history[1][1].learned["_interventions.1.source_bias"].add_(1)
+        editor._history.recent[1][1].learned["_interventions.1.source_bias"].add_(1)
         editor.undo()  # learned again, as what is in memory has another hash
         assert now(editor) == read_history(kept)[1].state_hash
         with torch.no_grad():
@@ -199,7 +199,7 @@ def test_change_behind_the_editors_back_is_not_kept(opened, kept, tmp_path):
         with pytest.raises(ValueError, match=r"was changed by other means .* rollback\(to=1\) fir"):
             editor.edit(fact(1))
         with pytest.raises(ValueError, match=r"state after entry 1 of .* must have the hash in"):
-            editor._keep("rollback", to=1)
+            editor._history.keep("rollback", to=1)
         with pytest.raises(ValueError, match="was changed by other means"):
             editor.save(kept)
         assert len(read_history(kept)) == 4
@@ -239,20 +239,20 @@ def test_rollback_without_a_checkpoint_is_refused(opened, kept):
 def test_memory_goes_back_and_is_replayed_with_the_state(opened, quick):
     continual = {"rehearsal": 2, "consolidate_every": 2, "rank_growth": 1, "rank_growth_every": 2}
     with opened(hparams=replace(quick, **continual)) as editor:
-        states = [editor._state()]
+        states = [editor._learner.state()]
         for i in range(3):
             editor.edit(fact(i))
-            states.append(editor._state())
+            states.append(editor._learner.state())
         editor.consolidate(2)
-        states.append(editor._state())
-        assert [len(state.extra.get("past", ())) for state in states] == [0, 1, 2, 3, 3]
+        states.append(editor._learner.state())
+        assert [len(state.memory.get("past", ())) for state in states] == [0, 1, 2, 3, 3]
         assert [rank_of(state.learned) for state in states] == [4, 4, 4, 5, 5]
         editor.undo()
-        assert state_hash(editor._state()) == state_hash(states[3])
+        assert state_hash(editor._learner.state()) == state_hash(states[3])
         for to in (0, 4, 3, 1):
-            editor._history.clear()
+            editor._history.recent.clear()
             editor.rollback(to=to)
-            assert state_hash(editor._state()) == state_hash(states[to])
+            assert state_hash(editor._learner.state()) == state_hash(states[to])
 
 
 # ---- saving
@@ -516,13 +516,13 @@ def test_failed_learning_leaves_the_directory_alone(opened, kept, monkeypatch):
 
 def test_interruption_after_the_commit_keeps_the_edit(opened, kept, monkeypatch):
     editor = opened()
-    keep = editor._keep
+    keep = editor._history.keep
 
     def interrupted(*args, **kwargs):
         keep(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(editor, "_keep", interrupted)
+    monkeypatch.setattr(editor._history, "keep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(fact(0))
     assert now(editor) == read_history(kept)[-1].state_hash
@@ -762,3 +762,15 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
     assert len(read_history(other)) == 1
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
+
+
+@pytest.mark.slow
+def test_many_edits_cost_no_more(tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([fact(i) for i in range(30)]))
+    command = [sys.executable, str(ROOT / "scripts/soak.py"), "--model", "bundled", "--data", data]
+    command += ["--edits", "100", "--out", str(tmp_path / "out"), "--layers", "1", "--steps", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count(": yes") == 6
+    assert len((tmp_path / "out/soak.jsonl").read_text().splitlines()) == 1

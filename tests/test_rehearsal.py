@@ -96,9 +96,19 @@ def test_state_comes_back(rehearsing):
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        ({"past": None}, TypeError, "past of the rehearsal memory must be of type list; got None"),
-        ({"num_seen": "1"}, TypeError, "num_seen of the .* must be of type int; got '1'"),
+        ({"past": None}, ValueError, "the rehearsal memory must have a list as 'past'; got None"),
+        ({"num_seen": "1"}, ValueError, "memory must have a int as 'num_seen'; got str"),
+        (
+            {"past": [1]},
+            TypeError,
+            "a past edit in the rehearsal memory must be a mapping; got int",
+        ),
         ({"num_seen": 0}, ValueError, "num_seen must be at least the 1 edits of the memory; got 0"),
+        (
+            {"past": [{"request": {"prompt": "a", "target_new": "b"}, "loss": 10**400}]},
+            ValueError,
+            "a loss in the rehearsal memory must be a number of nats",
+        ),
         ({"past": [{"loss": 0.1}]}, ValueError, "must have the key 'request'"),
         ({"past": [{"request": {"prompt": "a"}, "loss": 0.1}]}, ValueError, "key 'target_new'"),
     ],

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from baft_easyedit.reading import read_yaml
 from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
 
@@ -172,16 +172,17 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         ValueError: If a key is unknown or missing, or a value breaks a rule.
     """
     file = hparams_file(path)
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise TypeError(f"{file} must hold a mapping of benchmark settings; got {content!r}")
+    content = read_yaml(file, "benchmark settings")
     merged = merged_settings(content, overrides or {})
     if merged.get("model") != content.get("model"):  # presets are for the file's model
         merged |= {"preset": None, "peer_preset": None}
         merged |= {k: v for k, v in (overrides or {}).items() if k in ("preset", "peer_preset")}
     if "methods" in merged:
         merged["methods"] = _rows(merged["methods"], content.get("methods"))
-    return make_config(merged)
+    try:
+        return make_config(merged)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {file})") from None
 
 
 def make_config(content: Mapping[str, Any]) -> BenchConfig:

@@ -13,5 +13,5 @@ A change is complete once `baft.safetensors` has been replaced, which happens as
 all; everything else can be made again from it. There is no pickle: safetensors and JSON only.
 
 `state` is the format, `journal` the history, `directory` the commits and recovery, `fingerprint`
-says which model an edit belongs to. They know nothing of editors.
+says which model an edit belongs to, `loading` attaches it. They know nothing of editors.
 """

@@ -13,8 +13,8 @@ from torch import nn
 
 from baft_easyedit.hooks import ModelEdit, input_device, text_config
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.keeping.files import taken
 from baft_easyedit.keeping.fingerprint import Fingerprint
+from baft_easyedit.reading import taken
 
 FORMAT_VERSION = 1
 

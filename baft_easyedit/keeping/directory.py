@@ -21,13 +21,13 @@ from baft_easyedit.keeping.files import (
 from baft_easyedit.keeping.journal import Entry, Journal, parse_lines, read_lines
 from baft_easyedit.keeping.lock import DirectoryLock
 from baft_easyedit.keeping.state import (
-    EditState,
     StateFile,
     encode,
     read_entries,
     read_state,
     state_hash,
 )
+from baft_easyedit.learner import EditState
 
 STATE = "baft.safetensors"
 CONFIG = "baft_config.json"

@@ -1,12 +1,13 @@
-"""Write files that survive a crash, and read JSON that others wrote. Needs the standard library."""
+"""Write files that survive a crash, and JSON as a kept directory has it."""
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from baft_easyedit.reading import parse_json
 
 _TEMPORARY = ".baft-tmp"
 
@@ -92,7 +93,7 @@ def to_json(value: Any) -> str:
         raise ValueError(f"what is kept must be JSON; {error}") from None
 
 
-def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
@@ -102,38 +103,7 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
     Raises:
         ValueError: If it is not JSON (NaN and infinities are not), too deep, or not an object.
     """
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be JSON, and is not: {error}") from None
+    value = parse_json(text, where, allow_nan=False)
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}")
     return value
-
-
-def _refuse_constant(name: str) -> Any:
-    """Refuse NaN and the infinities."""
-    raise ValueError(f"{name} is no JSON number")
-
-
-def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
-    """Return `content[key]`, checked.
-
-    Args:
-        content: A JSON object.
-        key: Its key.
-        kind: A type, or a tuple of types; a bool is no int.
-        where: The name of `content` in messages.
-
-    Raises:
-        ValueError: If the key is missing, or its value of another type.
-    """
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if key not in content:
-        raise ValueError(f"{where} must have the key {key!r}, and has not")
-    if type(content[key]) not in kinds:
-        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise ValueError(
-            f"{where} must have a {names} as {key!r}; got {type(content[key]).__name__}"
-        )
-    return content[key]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.keeping.files import taken
+from baft_easyedit.reading import taken
 
 _SAMPLES = 1024
 """About how many values of each parameter are looked at."""

@@ -6,14 +6,18 @@ began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
 """
 
 import hashlib
+import reprlib
+import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.keeping.files import parse_json, taken, to_json
+from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.learning import EditReport, StepLosses
+from baft_easyedit.reading import taken
 
 MAX_LINE = 16 * 2**20
 """Longest line, in bytes."""
@@ -21,13 +25,18 @@ MAX_LINE = 16 * 2**20
 KINDS = ("start", "settings", "edit", "consolidate", "install", "undo", "rollback")
 """`start` is entry 0; `settings` notes that hyper-parameters or the environment changed."""
 _CHANGES = ("edit", "consolidate", "install")
-_RETURNS = ("undo", "rollback")
 _SETTINGS = ("start", "settings")
+_CONTENT: dict[str, dict[str, type]] = {
+    **{kind: {"parent": int, "requests": list, "report": dict} for kind in _CHANGES},
+    **{kind: {"to": int} for kind in ("undo", "rollback")},
+    **{kind: {"hparams": dict, "environment": dict} for kind in _SETTINGS},
+}
+"""What a line holds beside what all have, by its kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One line."""
+    """One line; of what is in it, only what is needed all the time is kept apart in memory."""
 
     id: int
     kind: str
@@ -38,9 +47,10 @@ class Entry:
     """Hash of the state after it; see `state.state_hash`."""
     previous: str
     """SHA-256 of the line before; empty for the first."""
-    content: dict[str, Any] = field(repr=False)
-    """What else the line holds: `requests` and `report`, `parent` or `to`, `hparams` and
-    `environment`."""
+    parent: int | None
+    """What an edit grew from."""
+    to: int | None
+    """Where an undo or rollback went."""
     line: str = field(repr=False)
     """The line itself, without its end."""
 
@@ -53,19 +63,14 @@ class Entry:
         """
         if len(line) > MAX_LINE:
             raise ValueError(f"{where} must be below {MAX_LINE} bytes; got {len(line)}")
-        content = parse_json(line, where)
+        content = parse_object(line, where)
         kind = taken(content, "kind", str, where)
         if kind not in KINDS:
-            raise ValueError(f"kind in {where} must be one of {', '.join(KINDS)}; got {kind!r}")
+            raise ValueError(
+                f"kind in {where} must be one of {', '.join(KINDS)}; got {kind[:20]!r}"
+            )
         entry_id = taken(content, "id", int, where)
-        needed: dict[str, type] = {}
-        if kind in _CHANGES:
-            needed = {"parent": int, "requests": list, "report": dict}
-        elif kind in _RETURNS:
-            needed = {"to": int}
-        elif kind in _SETTINGS:
-            needed = {"hparams": dict, "environment": dict}
-        others = {key: taken(content, key, value, where) for key, value in needed.items()}
+        others = {key: taken(content, key, t, where) for key, t in _CONTENT[kind].items()}
         _check_report(others, where)
         for key in ("parent", "to"):
             if not 0 <= others.get(key, 0) < max(entry_id, 1):
@@ -75,12 +80,19 @@ class Entry:
         time, state_hash, previous = (
             taken(content, key, str, where) for key in ("time", "state_hash", "previous")
         )
-        return cls(entry_id, kind, time, state_hash, previous, others, line)
+        places = others.get("parent"), others.get("to")
+        return cls(entry_id, kind, time, state_hash, previous, *places, line)
 
     @property
     def sha256(self) -> str:
         """What the next line calls this one."""
         return hashlib.sha256(self.line.encode()).hexdigest()
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the line holds beside: `requests` and `report`, or `hparams` and `environment`."""
+        content = parse_object(self.line, f"journal entry {self.id}")
+        return {key: content[key] for key in _CONTENT[self.kind]}
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -92,19 +104,14 @@ class Entry:
         """What `report_dict` gives; empty where nothing was learned."""
         return self.content.get("report", {})
 
-    @property
-    def to(self) -> int | None:
-        """Where an undo or rollback went."""
-        return self.content.get("to")
-
     def summary(self) -> str:
         """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
         parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
         if self.to is not None:
             parts.append(f"to {self.to}")
-        if self.requests:
-            request = self.requests[0]
-            more = f" (and {len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
+        if requests := self.requests:
+            request = requests[0]
+            more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
             parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
         if report := self.report:
             parts.append(
@@ -120,12 +127,17 @@ def _check_report(content: Mapping[str, Any], where: str) -> None:
     if not all(isinstance(request, dict) for request in content.get("requests", ())):
         raise ValueError(f"requests in {where} must be JSON objects")
     if "report" in content:
-        report, number = content["report"], (int, float)
+        report = content["report"]
         taken(report, "num_steps", int, where)
-        taken(report, "time_s", number, where)
+        time_s = taken(report, "time_s", (int, float), where)
         answer = taken(taken(report, "losses", dict, where), "answer", list, where)
-        if not answer or any(type(loss) not in number for loss in answer):
-            raise ValueError(f"losses in {where} must be numbers; got {answer!r}")
+        if not answer or not all(map(_is_number, [time_s, *answer])):
+            raise ValueError(f"losses in {where} must be numbers; got {reprlib.repr(answer)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class Journal:
@@ -141,6 +153,7 @@ class Journal:
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: list[Entry] = []
         self._positions: list[int] = []
+        self._settings: list[int] = []
         for entry in entries:
             self.append(entry)
 
@@ -166,6 +179,8 @@ class Journal:
         elif entry.kind == "settings":
             position = self._positions[-1]
         self._positions.append(position)
+        if entry.kind in _SETTINGS:
+            self._settings.append(entry.id)
         self.entries.append(entry)
 
     def next(self, kind: str, state_hash: str, content: Mapping[str, Any]) -> Entry:
@@ -200,13 +215,13 @@ class Journal:
         """Yield the position of an entry, that which it grew from, and so on down to 0."""
         position = self._positions[entry_id]
         yield position
-        while position:
-            position = self._positions[self.entries[position].content["parent"]]
+        while (parent := self.entries[position].parent) is not None:
+            position = self._positions[parent]
             yield position
 
     def settings_of(self, entry_id: int) -> Entry:
         """Return the entry with the hyper-parameters and environment that an entry was made in."""
-        return next(e for e in reversed(self.entries[: entry_id + 1]) if e.kind in _SETTINGS)
+        return self.entries[self._settings[bisect_right(self._settings, entry_id) - 1]]
 
 
 def read_lines(file: Path) -> tuple[list[str], str]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import nn
 
-from baft_easyedit.hooks import ModelEdit, rank_of
+from baft_easyedit.hooks import ModelEdit, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.keeping.config import hparams_of, new_edit
 from baft_easyedit.keeping.directory import read_latest
-from baft_easyedit.keeping.state import EditState, StateFile, check_fits
+from baft_easyedit.keeping.state import StateFile, check_fits, state_hash
+from baft_easyedit.learner import EditState
 
 
 def checked_latest(
@@ -64,5 +65,37 @@ def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
     check_fits(state, edit, where)
     edit.restore(state.learned)
-    edit.memory.restore(state.extra)
+    try:
+        edit.memory.restore(state.memory)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the memory in {where} cannot be used: {error}") from None
     return edit
+
+
+def check_carries_no_other(model: nn.Module, kept: StateFile, where: str) -> None:
+    """Raise ValueError if a model carries another edit than the kept one."""
+    carried = attached_edit(model)
+    if carried is None:
+        return
+    now = EditState(carried.snapshot(), kept.state.attached, kept.state.memory)
+    if state_hash(now) != kept.entries[-1].state_hash:
+        raise ValueError(
+            f"the model must carry no edit, or that in {where}; it carries another: call "
+            "attached_edit(model).detach() first"
+        )
+
+
+def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
+    """Raise ValueError unless an edit is one that these hyper-parameters would make."""
+    wanted = {
+        "layers": tuple(hparams.layers),
+        "rank": carried.rank if hparams.can_have_rank(carried.rank) else hparams.rank,
+        "gate": hparams.gate,
+        "num_prompt_positions": hparams.num_prompt_positions,
+    }
+    for name, value in wanted.items():
+        if getattr(carried, name) != value:
+            raise ValueError(
+                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {value!r}: undo "
+                "that edit, or use its hyper-parameters"
+            )

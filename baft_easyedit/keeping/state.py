@@ -2,39 +2,29 @@
 
 Metadata keys: `format_version`; `entry_id` and `entries`, the id of the latest journal entry and
 its line (after a save, all lines that the directory did not have); `state_hash`; `attached`;
-`extra`; `config`; `metadata_hash`, over all the others.
+`memory`; `config`; `metadata_hash`, over all the others.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from baft_easyedit.hooks import ModelEdit, Snapshot
+from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.keeping.config import FORMAT_VERSION, KeptConfig
-from baft_easyedit.keeping.files import parse_json, to_json
+from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.keeping.journal import Entry
+from baft_easyedit.learner import EditState
 
 _MAX_HEADER = 100_000_000
 """Longest header that safetensors reads, in bytes."""
 _DTYPES = {"F32": torch.float32}
 """What an edit is made of."""
-_KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "extra", "config")
-
-
-class EditState(NamedTuple):
-    """All that an edit call changes."""
-
-    learned: Snapshot
-    """What `ModelEdit.snapshot` returns."""
-    attached: bool
-    """Whether the model computes with it."""
-    extra: Mapping[str, Any] = {}
-    """Whatever else travels with the tensors; JSON."""
+_KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "memory", "config")
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ def state_hash(state: EditState) -> str:
         value = state.learned[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(_bytes(value))
-    digest.update(to_json([state.attached, state.extra]).encode())
+    digest.update(to_json([state.attached, state.memory]).encode())
     return digest.hexdigest()
 
 
@@ -75,7 +65,7 @@ def encode(content: StateFile) -> bytes:
     """Return the bytes of a state file.
 
     Raises:
-        ValueError: If a value is not finite, `extra` is not JSON, or it is all too long.
+        ValueError: If a value is not finite, `memory` is not JSON, or it is all too long.
     """
     from safetensors.torch import save
 
@@ -87,7 +77,7 @@ def encode(content: StateFile) -> bytes:
         "entries": "\n".join(entry.line for entry in content.entries),
         "state_hash": content.entries[-1].state_hash,
         "attached": to_json(content.state.attached),
-        "extra": to_json(content.state.extra),
+        "memory": to_json(content.state.memory),
         "config": to_json(content.config.to_json()),
     }
     metadata["metadata_hash"] = _metadata_hash(metadata)
@@ -116,14 +106,14 @@ def read_state(file: Path) -> StateFile:
     state = EditState(
         tensors,
         attached=content["attached"] == "true",
-        extra=parse_json(content["extra"], f"extra in {where}"),
+        memory=parse_object(content["memory"], f"memory in {where}"),
     )
     lines = content["entries"].split("\n")
     entries = tuple(Entry.from_line(line, f"a journal entry in {where}") for line in lines)
     if not state_hash(state) == content["state_hash"] == entries[-1].state_hash:
         raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
     check_finite(state)
-    config = parse_json(content["config"], f"config in {where}")
+    config = parse_object(content["config"], f"config in {where}")
     return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"))
 
 
@@ -150,13 +140,13 @@ def _header(data: bytes, where: str, has_tensors: bool = True) -> dict[str, Any]
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
         raise ValueError(f"{where} is damaged: it ends within its header")
-    header = parse_json(data[8 : 8 + length], f"the header of {where}")
+    header = parse_object(data[8 : 8 + length], f"the header of {where}")
     end = 0
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
         dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ValueError(f"{where} must hold float32 tensors; {name} is {dtype}")
         offsets = tensor.get("data_offsets")
         if not (isinstance(offsets, list) and all(type(o) is int for o in offsets)):

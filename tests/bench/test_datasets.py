@@ -173,8 +173,8 @@ def test_missing_file_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b"[{]", ValueError, r"bad\.json must be JSON; Expecting property name"),
-        (b'["\xff\xfe"]', ValueError, r"bad\.json must be JSON; .*codec can't decode"),
+        (b"[{]", ValueError, r"bad\.json must be JSON, and is not: Expecting property name"),
+        (b'["\xff\xfe"]', ValueError, r"bad\.json must be JSON, and is not: .*codec can't decode"),
         (b'{"prompt": "x"}', TypeError, r"bad\.json must hold a list of records; got dict"),
         (b"[]", ValueError, r"bad\.json must hold at least one record; got an empty list"),
         (b'["x"]', ValueError, r"bad\.json, record 0: the record: Input should be .*; got 'x'"),

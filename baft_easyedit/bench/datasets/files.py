@@ -1,11 +1,12 @@
 """Files on disk: finding them, hashing them, and reading JSON with errors that name the file."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from baft_easyedit.reading import parse_json
 
 T = TypeVar("T")
 
@@ -59,18 +60,6 @@ def read_records(path: Path) -> tuple[list[Any], FileHash]:
     if not records:
         raise ValueError(f"{path.name} must hold at least one record; got an empty list")
     return records, file
-
-
-def parse_json(content: bytes | str, place: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: If it is none; the message starts with `place`.
-    """
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{place} must be JSON; {error}") from None
 
 
 def select(items: Sequence[T], start: int, limit: int | None, what: str) -> list[T]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from baft_easyedit.bench.datasets.files import FileHash, find_file, parse_json, read_file, select
+from baft_easyedit.bench.datasets.files import FileHash, find_file, read_file, select
 from baft_easyedit.bench.datasets.schema import Layout, Text, check
+from baft_easyedit.reading import parse_json
 
 
 class PiqaItem(Layout):

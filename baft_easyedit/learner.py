@@ -1,0 +1,232 @@
+"""Learner: learn requests into a model's edit, and rehearse, consolidate, grow. In memory only.
+
+Each call minimises the objective over the parameters of the model's `ModelEdit`; the model's own
+weights never change. What a call changes is an `EditState`, which can be taken and restored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of, text_config
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.independent import IndependentEdits
+from baft_easyedit.learning import EditReport, Learned, learn
+from baft_easyedit.recordings import Recordings
+from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
+from baft_easyedit.requests import EditRequest, TextRow, text_rows
+
+
+class EditState(NamedTuple):
+    """All that an edit call changes."""
+
+    learned: Snapshot
+    """What `ModelEdit.snapshot` returns."""
+    attached: bool
+    """Whether the model computes with it."""
+    memory: Mapping[str, Any] = {}
+    """What `RehearsalMemory.state` returns."""
+
+
+class Learner:
+    """Learns into one edit of one model, and attaches it.
+
+    Args:
+        model: A decoder-only Hugging Face model.
+        tokenizer: Its tokenizer.
+        edit: What is learned into.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, edit: ModelEdit) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.edit = edit
+        self._config = text_config(model)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model computes with the edit now."""
+        return attached_edit(self.model) is self.edit
+
+    def state(self) -> EditState:
+        """Return all that the methods below change, as it is now."""
+        return EditState(self.edit.snapshot(), self.is_attached, self.edit.memory.state())
+
+    def restore(self, state: EditState) -> None:
+        """Go back to a `state`; the model's own outputs come back with the hooks off."""
+        rank = rank_of(state.learned)
+        if rank != self.edit.rank:
+            self.edit.start_afresh(rank)
+        self.edit.restore(state.learned)
+        self.edit.memory.restore(state.memory)
+        if state.attached:
+            self._attach()
+        else:
+            self.edit.detach()
+
+    def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
+        """Learn requests together, beside past ones; then consolidate, if it is time."""
+        rows, memory = self._rows(requests, hparams), self.edit.memory
+        self._attach()
+        self._grow(hparams)
+        rehearsal = self._rehearsal(hparams, memory, requests)
+        (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
+        self.edit.restore(learned.state)
+        num_seen = memory.num_seen
+        memory.remember(requests, learned.report.request_losses, hparams)
+        every = hparams.consolidate_every
+        if not every or memory.num_seen // every == num_seen // every:
+            return learned.report
+        again = self.consolidate(hparams.consolidate_steps, hparams)
+        return replace(learned.report, consolidation=again)
+
+    def consolidate(self, steps: int, hparams: BaFTHyperParams) -> EditReport:
+        """Learn what is remembered, in turn."""
+        self._attach()
+        fixed = replace(hparams, num_steps=steps, early_stop_loss=0.0)
+        review = Review(self.edit.memory, fixed, partial(self._known_rows, hparams=fixed))
+        (learned,) = self._learned(self.edit, [[]], fixed, review)
+        self.edit.restore(learned.state)
+        return learned.report
+
+    def learn_apart(
+        self, requests: Sequence[EditRequest], batch_size: int, hparams: BaFTHyperParams
+    ) -> list[Learned]:
+        """Learn each request on its own from the present state, which is left as it is.
+
+        `batch_size` of them are learned at once; it is halved while a GPU's memory is short.
+        """
+        edits = [self._rows([request], hparams) for request in requests]
+        learned: dict[int, Learned] = {}
+        for indices in _of_equal_rows(edits):
+            rest = indices
+            while rest:
+                part, rest = rest[:batch_size], rest[batch_size:]
+                try:
+                    results = self._learn_side_by_side(
+                        [edits[i] for i in part], [requests[i] for i in part], hparams
+                    )
+                except torch.cuda.OutOfMemoryError:
+                    if batch_size == 1:
+                        raise
+                    batch_size, rest = max(1, len(part) // 2), part + rest
+                    continue
+                learned |= dict(zip(part, results, strict=True))
+        return [learned[i] for i in range(len(edits))]
+
+    def install(
+        self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
+    ) -> None:
+        """Put in what was learned apart, from these requests where they are known."""
+        self.edit.restore(learned.state)
+        self._attach()
+        losses = learned.report.request_losses
+        self.edit.memory.remember(requests, losses[: len(requests)], hparams)
+
+    def _attach(self) -> None:
+        """Make the model compute with the edit, unless it does."""
+        if not self.is_attached:
+            self.edit.attach(self.model)
+
+    def _grow(self, hparams: BaFTHyperParams) -> None:
+        """Add bases if it is time."""
+        num_seen = self.edit.memory.num_seen
+        rank = min(hparams.grown_rank(num_seen), self._config.hidden_size)
+        if rank > self.edit.rank:
+            self.edit.grow(rank, hparams.seed + num_seen)
+
+    def _learn_side_by_side(
+        self,
+        edits: Sequence[Sequence[TextRow]],
+        requests: Sequence[EditRequest],
+        hparams: BaFTHyperParams,
+    ) -> list[Learned]:
+        """Learn independent edits of as many rows each, beside the same past ones."""
+        attached = self.is_attached
+        memory = self.edit.memory.copy()  # what is not installed leaves no trace
+        rehearsal = self._rehearsal(hparams, memory, requests)
+        copies = IndependentEdits(self.edit, len(edits))
+        try:
+            if attached:
+                self.edit.detach()
+            copies.attach(self.model)
+            return self._learned(copies, edits, hparams, rehearsal)
+        finally:
+            copies.detach()
+            if attached:
+                self.edit.attach(self.model)
+
+    def _learned(
+        self,
+        into: ModelEdit,
+        edits: Sequence[Sequence[TextRow]],
+        hparams: BaFTHyperParams,
+        rehearsal: Rehearsal | None,
+    ) -> list[Learned]:
+        """Learn rows into an edit."""
+        recordings = self._recordings(hparams) if hparams.rehearsal else None
+        return learn(self.model, into, edits, hparams, rehearsal, recordings)
+
+    def _rehearsal(
+        self, hparams: BaFTHyperParams, memory: RehearsalMemory, new: Sequence[EditRequest]
+    ) -> Rehearsal | None:
+        """Return what the steps of an edit call learn again; None if there is nothing."""
+        rehearsal = Rehearsal(memory, hparams, partial(self._known_rows, hparams=hparams), new)
+        return rehearsal if len(rehearsal) else None
+
+    def _recordings(self, hparams: BaFTHyperParams) -> Recordings:
+        """Return the recordings that outlive an edit call, within the bounds of now."""
+        limits = hparams.rehearsal_cache_mib * 2**20, hparams.rehearsal_spill_mib * 2**20
+        known = self.edit.recordings
+        if known is None or known.limits != limits:
+            known = self.edit.recordings = Recordings(*limits)
+        return known
+
+    def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
+        """Tokenise a remembered request, once."""
+        h = hparams
+        key = (request, h.use_chat_template, h.locality, h.loc_positions, h.learn_end)
+        tokenised = self.edit.memory.tokenised
+        if key not in tokenised:
+            tokenised[key] = self._rows([request], hparams)
+        return tokenised[key]
+
+    def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
+        """Tokenise requests that are learned together."""
+        h = hparams
+        _check_differentiable(self.model)
+        return text_rows(
+            requests,
+            self.tokenizer,
+            max_context=getattr(self._config, "max_position_embeddings", None),
+            use_chat_template=h.use_chat_template,
+            with_irrelevant=h.locality,
+            loc_positions=None if h.loc_positions == "all" else 0,
+            with_end=h.learn_end,
+        )
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError if the model has layers through which no gradient passes."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise ValueError(
+                f"model must let gradients pass to be edited, but {name} is quantised by torch.ao, "
+                "which has none: edit the model before, or quantise it by bitsandbytes"
+            )
+
+
+def _of_equal_rows(edits: Sequence[Sequence[TextRow]]) -> list[list[int]]:
+    """Group edits, by index, that have as many rows; only those are learned side by side.
+
+    Those of a group are in the order of their sizes, so that little is padded.
+    """
+    sizes = [sum(len(row.ids) for row in rows) for rows in edits]
+    groups: dict[int, list[int]] = {}
+    for i in sorted(range(len(edits)), key=sizes.__getitem__):
+        groups.setdefault(len(edits[i]), []).append(i)
+    return list(groups.values())

@@ -1,0 +1,86 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from baft_easyedit.reading import parse_json, read_yaml, taken
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "here must be JSON, and is not: Expecting"),
+        (b"\xff", "here must be JSON, and is not: .*codec"),
+        ("9" * 5000, "here must be JSON, and is not: Exceeds the limit"),
+        ("[" * 100_000, "here must be JSON, and is not: maximum recursion"),
+        ("[" * 101 + "]" * 101, "here must be nested at most 100 deep"),
+    ],
+)
+def test_what_is_not_json_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_json(text, "here")
+
+
+def test_nan_is_read_where_it_is_allowed():
+    assert parse_json('[NaN, {"a": 1}]', "here")[1] == {"a": 1}
+    with pytest.raises(ValueError, match="here must be JSON, and is not: NaN is no JSON number"):
+        parse_json("[NaN]", "here", allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "a: !!timestamp x", "a: !!int ''", "a: !!bool x", "a: 2001-99-99", "a: *b", "{[]: 1}",
+     "[" * 5000, "a: !!python/object/apply:os.system ['touch canary']", "a: !!python/module:os",
+     "--- a\n--- b", "a: \x00"],
+)  # fmt: skip
+def test_what_is_not_plain_yaml_is_refused_and_not_executed(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"it\.yaml must be plain YAML, and is not: "):
+        read_yaml(tmp_path / "it.yaml", "settings")
+    assert [file.name for file in tmp_path.iterdir()] == ["it.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (b"\xff\xfe\x00", ValueError, "must be plain YAML"),
+        (b"- 1", TypeError, r"must hold a mapping of settings; got \[1\]"),
+        (b"1: 2", TypeError, r"must hold a mapping of settings; got \{1: 2\}"),
+        (b"a: &a [*a]", ValueError, "must be nested at most 100 deep"),
+        (b"a: " + b"x" * 70_000, ValueError, "must have at most 65536 bytes"),
+        (
+            b"a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+            + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9))
+                       for i in range(1, 30)),
+            ValueError,
+            "must hold at most 100,000 values",
+        ),
+    ],
+)  # fmt: skip
+def test_yaml_of_another_shape_is_refused(text, error, message, tmp_path):
+    (tmp_path / "it.yaml").write_bytes(text)
+    with pytest.raises(error, match=message):
+        read_yaml(tmp_path / "it.yaml", "settings")
+
+
+def test_values_are_taken_by_type():
+    assert taken({"a": None}, "a", (int, type(None)), "here") is None
+    with pytest.raises(ValueError, match="here must have the key 'a', and has not"):
+        taken({}, "a", int, "here")
+    with pytest.raises(ValueError, match="here must have a int or null as 'a'; got bool"):
+        taken({"a": True}, "a", (int, type(None)), "here")
+
+
+def test_damaged_files_are_read_rightly_or_refused():
+    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts/fuzz_readers.py")
+    fuzz = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzz)
+    counts, findings = fuzz.run(400, seed=1)
+    assert findings == []
+    assert len(counts) == 16
+    assert all(outcomes.total() == 25 for outcomes in counts.values())
+    assert json.dumps(counts)
