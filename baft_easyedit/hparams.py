@@ -60,6 +60,9 @@ class BaFTHyperParams:
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
     """Stop once the answer loss is below this, in nats per token; 0 never stops early."""
+    learn_end: bool = False
+    """Learn that the answer ends, too: its last token is followed by the tokenizer's eos token. Not
+    in the paper, whose scores are teacher forced; generated answers then stop where they should."""
     balance: bool = True
     """Use the load-balance term R_bal."""
     locality: bool = True

@@ -189,7 +189,7 @@ class Learner:
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
         """Tokenise a remembered request, once."""
         h = hparams
-        key = (request, h.use_chat_template, h.locality, h.loc_positions)
+        key = (request, h.use_chat_template, h.locality, h.loc_positions, h.learn_end)
         tokenised = self.edit.memory.tokenised
         if key not in tokenised:
             tokenised[key] = self._rows([request], hparams)
@@ -206,6 +206,7 @@ class Learner:
             use_chat_template=h.use_chat_template,
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
+            with_end=h.learn_end,
         )
 
 

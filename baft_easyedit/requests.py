@@ -126,6 +126,7 @@ def text_rows(
     use_chat_template: bool = False,
     with_irrelevant: bool = True,
     loc_positions: int | None = None,
+    with_end: bool = False,
 ) -> list[TextRow]:
     """Tokenise requests, in their order, and then their irrelevant prompts.
 
@@ -138,11 +139,14 @@ def text_rows(
         with_irrelevant: Add the irrelevant prompts.
         loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
             for all.
+        with_end: Put the tokenizer's end-of-sequence token behind each target, as its last one.
 
     Raises:
-        ValueError: If a target has no token of its own, or a text is longer than `max_context`.
+        ValueError: If a target has no token of its own, a text is longer than `max_context`, or the
+            tokenizer has no end-of-sequence token.
     """
-    rows = [_edit_row(request, tokenizer, use_chat_template) for request in requests]
+    end = _end(tokenizer) if with_end else ()
+    rows = [_edit_row(request, tokenizer, use_chat_template, end) for request in requests]
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         rows += [_irrelevant_row(text, tokenizer, loc_positions) for text in texts]
@@ -155,8 +159,20 @@ def text_rows(
     return rows
 
 
-def _edit_row(request: EditRequest, tokenizer: Any, use_chat_template: bool) -> TextRow:
-    """Tokenise a prompt and its target."""
+def _end(tokenizer: Any) -> tuple[int]:
+    """Return the token that ends an answer."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "tokenizer must have an eos_token to learn where an answer ends; got None: set one, or "
+            "learn_end to false"
+        )
+    return (tokenizer.eos_token_id,)
+
+
+def _edit_row(
+    request: EditRequest, tokenizer: Any, use_chat_template: bool, end: tuple[int, ...]
+) -> TextRow:
+    """Tokenise a prompt and its target, and what ends it."""
     prompt = format_prompt(request.prompt, tokenizer, use_chat_template)
     ids = _token_ids(tokenizer, prompt + " " + request.target_new)
     length = len(_token_ids(tokenizer, prompt))
@@ -165,7 +181,7 @@ def _edit_row(request: EditRequest, tokenizer: Any, use_chat_template: bool) -> 
             f"target_new must have at least one token; {request.target_new!r} adds none to "
             f"{prompt!r}"
         )
-    return TextRow(ids, length, is_edit=True)
+    return TextRow(ids + end, length, is_edit=True)
 
 
 def _irrelevant_row(text: str, tokenizer: Any, loc_positions: int | None) -> TextRow:

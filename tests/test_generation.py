@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from baft_easyedit import BaFTEditor
 from baft_easyedit.generation import generate_answers, load_model
 from tests.conftest import make_model
 
@@ -32,3 +35,10 @@ def test_answers_do_not_depend_on_the_batch(saved):
 def test_model_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises((OSError, ValueError), match="nowhere"):
         load_model(str(tmp_path / "nowhere"))
+
+
+def test_an_answer_whose_end_was_learned_stops_there(model, tokenizer, hparams, request_dict):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, learn_end=True, num_steps=100))
+    assert editor.edit(request_dict).final_loss < 0.05
+    (answer,) = generate_answers(model, tokenizer, [request_dict["prompt"]])
+    assert answer.strip() == "Rome"

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.objective import token_losses
@@ -26,6 +28,26 @@ def rows(tokenizer):
 @pytest.fixture(params=["sdpa", "eager"])
 def attention(request):
     return request.param
+
+
+OLD = Version(transformers.__version__) < Version("4.53")
+NOT_REPLAYED = {"gemma2", "gemma3", "gpt2"} if OLD else set()
+"""Families whose masks older transformers do not take as they are given."""
+
+
+def set_attention(model, attention):
+    if OLD:
+        model.config._attn_implementation = attention
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError as error:  # newer transformers refuse what an architecture cannot do
+        pytest.skip(str(error))
+
+
+def hidden_of(output):
+    """A layer's hidden states; older transformers return tuples."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def with_edit(model, **options):
@@ -62,8 +84,10 @@ def transformers_loss(model, tokenizer, edit):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("engine", [LayerReplay, FullForward])
 def test_engines_equal_the_model_itself(family, engine, attention, tokenizer, rows):
+    if engine is LayerReplay and family in NOT_REPLAYED:
+        pytest.skip("not replayed under transformers below 4.53")
     model = make_model(family)
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
     edit = with_edit(model)
     loss, gradients = loss_and_gradients(transformers_loss(model, tokenizer, edit), edit)
     forward = engine(model, edit).prepare([rows])
@@ -77,6 +101,8 @@ def test_engines_equal_the_model_itself(family, engine, attention, tokenizer, ro
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_gates_are_those_of_the_full_forward(family, tokenizer, rows):
+    if family in NOT_REPLAYED:
+        pytest.skip("not replayed under transformers below 4.53")
     model = make_model(family)
     edit = with_edit(model)
     weights = {}
@@ -96,7 +122,9 @@ def test_replayed_gates_are_those_of_the_full_forward(family, tokenizer, rows):
 def test_replay_computes_no_more_tokens_than_an_edit_can_change(model, rows):
     edit = with_edit(model)
     seen, scored = [], []
-    model.model.layers[3].register_forward_hook(lambda m, a, out: seen.append(out.shape[:2]))
+    model.model.layers[3].register_forward_hook(
+        lambda m, a, out: seen.append(hidden_of(out).shape[:2])
+    )
     model.lm_head.register_forward_hook(lambda m, a, out: scored.append(out.shape[:2]))
     forward = LayerReplay(model, edit).prepare([rows])
     seen.clear(), scored.clear()
@@ -116,15 +144,15 @@ def test_rows_are_recorded_once(model, rows):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_family_needs_the_full_forward(family, rows, caplog):
+def test_only_old_versions_need_the_full_forward(family, rows, caplog):
     model = make_model(family)
     edit = with_edit(model)
     with caplog.at_level(logging.INFO):
         engine = Engine(model, edit, "replay")
         engine.prepare([rows])
-    assert engine.is_replay
+    assert engine.is_replay == (family not in NOT_REPLAYED)
     assert not Engine(model, edit, "full").is_replay
-    assert "full forward" not in caplog.text
+    assert ("full forward" in caplog.text) == (family in NOT_REPLAYED)
 
 
 def test_edits_are_the_same_with_either_engine(tokenizer, hparams, request_dict):
@@ -171,7 +199,13 @@ def test_replay_that_gives_other_logits_is_refused(model, rows):
     edit = with_edit(model)
     # A layer that looks at more than its mask: it adds the mean over columns.
     layer = model.model.layers[3]
-    layer.register_forward_hook(lambda m, a, out: out + out.mean(1, keepdim=True))
+
+    def add_mean(module, arguments, output):
+        hidden = hidden_of(output)
+        hidden = hidden + hidden.mean(1, keepdim=True)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    layer.register_forward_hook(add_mean)
     with pytest.raises(ValueError, match=r"replayed logits differ by .* from the full"):
         LayerReplay(model, edit).prepare([rows])
     engine = Engine(model, edit, "replay")

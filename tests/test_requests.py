@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from baft_easyedit.requests import EditRequest, as_requests, text_rows
@@ -67,6 +69,16 @@ def test_irrelevant_prompts_follow_the_edits(tokenizer, loc_positions, length):
     assert [row.is_edit for row in rows] == [True, False, False]
     assert [row.prompt_length for row in rows] == [25, length, length]
     assert len(text_rows(requests, tokenizer, with_irrelevant=False)) == 1
+
+
+def test_the_end_of_an_answer_is_its_last_token(tokenizer):
+    without, irrelevant = text_rows(as_requests({**REQUEST, "loc_prompt": "Ice"}), tokenizer)
+    rows = text_rows(as_requests({**REQUEST, "loc_prompt": "Ice"}), tokenizer, with_end=True)
+    assert rows[0].ids == (*without.ids, tokenizer.eos_token_id)
+    assert rows[0].prompt_length == without.prompt_length
+    assert rows[1] == irrelevant
+    with pytest.raises(ValueError, match="must have an eos_token to learn where an answer ends"):
+        text_rows(as_requests(REQUEST), SimpleNamespace(eos_token_id=None), with_end=True)
 
 
 def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):

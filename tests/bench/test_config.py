@@ -1,6 +1,8 @@
 import pytest
 
-from baft_easyedit.bench.config import make_config, read_config
+from baft_easyedit.bench.config import BenchConfig, MethodConfig, make_config, read_config
+from baft_easyedit.bench.plan import Protocol
+from baft_easyedit.bench.settings import check_methods, our_hparams
 from baft_easyedit.resources import hparams_root
 
 SMALLEST = {"data": {"kind": "facts"}, "methods": ["BaFT"]}
@@ -80,3 +82,54 @@ def test_row_whose_name_is_no_text_is_refused(tmp_path):
     (tmp_path / "row.yaml").write_text("{data: {kind: facts}, methods: [{name: [a]}]}")
     with pytest.raises(ValueError, match=r"methods\.0\.name: .*\(in .*row\.yaml\)"):
         read_config(tmp_path / "row.yaml")
+
+
+def test_a_name_asks_for_rehearsal():
+    asked, given, without = (
+        MethodConfig.model_validate(value)
+        for value in (
+            "BaFT+rehearsal",
+            {"name": "FT-M+rehearsal of 4", "method": "FT-M", "rehearsal": 4},
+            "BaFT",
+        )
+    )
+    assert (asked.method, asked.rehearsal) == ("BaFT", 16)
+    assert (given.method, given.rehearsal) == ("FT-M", 4)
+    assert (without.method, without.rehearsal) == ("BaFT", 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "BaFT", "rehearsal": 4}, r"'\+rehearsal' in it if, and only if, .* got 'BaFT'"),
+        ({"name": "x+rehearsal y", "method": "BaFT"}, "only if, rehearsal is above 0"),
+        ({"name": "BaFT", "set": {"rehearsal": 4}}, "set must not have rehearsal in it"),
+    ],
+)
+def test_rehearsal_without_its_name_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig.model_validate(value)
+
+
+def test_settings_of_rehearsal_are_those_of_the_row():
+    config = BenchConfig.model_validate(
+        {"data": {"kind": "facts"}, "methods": ["BaFT+rehearsal", "ReFT+rehearsal", "BaFT"]}
+    )
+    rows = [our_hparams(config, method, Protocol(10, 1)) for method in config.methods]
+    assert [h.rehearsal for h in rows] == [16, 16, 0]
+    assert rows[0].rank == rows[1].rank != rows[2].rank
+
+
+def test_a_file_that_rehearses_needs_a_row_that_says_so(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model_name: x\nlayers: [1]\nrehearsal: 4\n")
+    row = {"name": "BaFT", "hparams": str(file)}
+    config = BenchConfig.model_validate({"data": {"kind": "facts"}, "methods": [row]})
+    with pytest.raises(ValueError, match=r"rehearsal must be 0 in .*, as in the row 'BaFT'; got 4"):
+        check_methods(config)
+
+
+def test_methods_that_edit_one_request_at_a_time_cannot_rehearse():
+    config = BenchConfig.model_validate({"data": {"kind": "facts"}, "methods": ["ROME+rehearsal"]})
+    with pytest.raises(ValueError, match="rehearsal must be 0 for ROME, which edits one request"):
+        check_methods(config)

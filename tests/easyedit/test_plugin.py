@@ -68,6 +68,17 @@ def test_edits_accumulate_when_asked(host, make_editor, requests):
     assert metrics[-1]["post"]["rewrite_acc"][0] == 1.0
 
 
+def test_edits_are_rehearsed_across_calls(host, make_editor, requests):
+    editor = make_editor(rehearsal=2)
+    sequential = {"sequential_edit": True} if host.generation == "current" else {}
+    editor.edit(**edit_arguments(requests), **sequential)
+    memory = attached_edit(editor.model).memory
+    assert [past.request.prompt for past in memory] == [r["prompt"] for r in requests]
+    editor.edit(**edit_arguments(requests[:1]), **sequential)
+    assert [past.request.prompt for past in memory][-1] == requests[0]["prompt"]
+    assert (len(memory), memory.num_seen) == (3, 4)
+
+
 def test_batch_edit_learns_several_requests_in_one_call(host, make_editor, requests, undoing):
     editor = make_editor(batch_size=3)
     before = logits(editor, requests[0]["prompt"])

@@ -1,0 +1,388 @@
+"""Rehearsal: what is remembered, what is drawn, and that earlier edits stay."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, ReFTHyperParams
+from baft_easyedit.gates import GATES
+from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
+from baft_easyedit.requests import EditRequest, TextRow
+from tests.conftest import make_model, random_edit
+
+FACTS = [
+    {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
+    {"prompt": "Water freezes into", "target_new": "sand", "loc_prompt": "The sky is blue"},
+    {"prompt": "Snow falls in", "target_new": "July", "loc_prompt": "a b"},
+]
+
+
+def request(i, target="x"):
+    return EditRequest(f"prompt {i}", target, loc_prompts=("irrelevant",))
+
+
+def memory_of(hparams, count, losses=None):
+    memory = RehearsalMemory()
+    for i in range(count):
+        memory.remember([request(i)], [losses[i] if losses else 0.0], hparams)
+    return memory
+
+
+def rows_of(request):
+    """The number of the prompt as the only token, and an irrelevant one."""
+    number = int(request.prompt.split()[1])
+    return [TextRow((number,), 1, True), TextRow((-1 - number,), 0, False)]
+
+
+def loss_of(editor, fact):
+    """The answer loss of a fact, without learning anything."""
+    look = BaFTEditor(editor.model, editor.tokenizer, replace(editor.hparams, num_steps=1))
+    report = look.edit({k: v for k, v in fact.items() if k != "loc_prompt"})
+    look.undo()
+    return report.losses[0].answer
+
+
+@pytest.fixture
+def rehearsing(hparams):
+    return replace(hparams, rehearsal=2)
+
+
+# ---- the memory
+
+
+def test_nothing_is_remembered_without_rehearsal(hparams):
+    memory = memory_of(hparams, 3)
+    assert (len(memory), memory.num_seen) == (0, 3)
+
+
+def test_a_later_edit_of_a_prompt_replaces_the_earlier_one(rehearsing):
+    memory = memory_of(rehearsing, 3)
+    memory.remember([request(1, "new")], [0.5], rehearsing)
+    assert [past.request.prompt for past in memory] == ["prompt 0", "prompt 2", "prompt 1"]
+    assert memory["prompt 1"].request.target_new == "new"
+    assert memory.num_seen == 4
+
+
+def test_a_full_memory_forgets_the_oldest(rehearsing):
+    memory = memory_of(replace(rehearsing, rehearsal_memory=2), 5)
+    assert [past.request.prompt for past in memory] == ["prompt 3", "prompt 4"]
+
+
+def test_a_reservoir_keeps_each_past_edit_with_the_same_chance(rehearsing):
+    kept = Counter()
+    for seed in range(400):
+        hparams = replace(rehearsing, rehearsal_policy="reservoir", rehearsal_memory=3, seed=seed)
+        memory = memory_of(hparams, 12)
+        assert len(memory) == 3
+        kept.update(past.request.prompt for past in memory)
+    expected = 400 * 3 / 12
+    chi2 = sum((kept[f"prompt {i}"] - expected) ** 2 / expected for i in range(12))
+    assert chi2 < 24.7  # 11 degrees of freedom, p = 0.01
+
+
+def test_state_comes_back(rehearsing):
+    memory = memory_of(rehearsing, 3, [0.1, 0.2, 0.3])
+    other = RehearsalMemory()
+    other.restore(memory.state())
+    assert list(other) == list(memory)
+    assert other.num_seen == 3
+    other.restore({})
+    assert (len(other), other.num_seen) == (0, 0)
+    assert RehearsalMemory().state() == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        ({"past": None}, ValueError, "the rehearsal memory must have a list as 'past'; got None"),
+        ({"num_seen": "1"}, ValueError, "memory must have a int as 'num_seen'; got str"),
+        (
+            {"past": [1]},
+            TypeError,
+            "a past edit in the rehearsal memory must be a mapping; got int",
+        ),
+        ({"num_seen": 0}, ValueError, "num_seen must be at least the 1 edits of the memory; got 0"),
+        (
+            {"past": [{"request": {"prompt": "a", "target_new": "b"}, "loss": 10**400}]},
+            ValueError,
+            "a loss in the rehearsal memory must be a number of nats",
+        ),
+        ({"past": [{"loss": 0.1}]}, ValueError, "must have the key 'request'"),
+        ({"past": [{"request": {"prompt": "a"}, "loss": 0.1}]}, ValueError, "key 'target_new'"),
+    ],
+)
+def test_damaged_states_are_refused_and_change_nothing(rehearsing, damage, error, message):
+    memory = memory_of(rehearsing, 1)
+    before = memory.state()
+    with pytest.raises(error, match=message):
+        memory.restore({**before, **damage})
+    assert memory.state() == before
+
+
+# ---- what a step takes
+
+
+def test_draws_repeat_themselves_and_differ_by_step_and_edit(rehearsing):
+    memory = memory_of(rehearsing, 30)
+    first, again = (Rehearsal(memory, rehearsing, rows_of) for _ in range(2))
+    steps = [first.draw() for _ in range(5)]
+    assert [again.draw() for _ in range(5)] == steps
+    assert len({tuple(rows) for rows in steps}) > 1
+    memory.remember([request(30)], [0.0], rehearsing)
+    assert [Rehearsal(memory, rehearsing, rows_of).draw() for _ in range(5)] != steps
+
+
+def test_a_step_takes_each_edit_once_and_the_irrelevant_prompts_of_some(rehearsing):
+    hparams = replace(rehearsing, rehearsal=4, rehearsal_irrelevant=1)
+    rows = Rehearsal(memory_of(hparams, 6), hparams, rows_of).draw()
+    edits = [row.ids[0] for row in rows if row.is_edit]
+    assert len(set(edits)) == 4
+    assert [row.ids[0] for row in rows if not row.is_edit] == [-1 - edits[0]]
+
+
+def test_what_is_learned_anew_is_not_rehearsed(rehearsing):
+    rehearsal = Rehearsal(memory_of(rehearsing, 3), rehearsing, rows_of, [request(1), request(2)])
+    assert len(rehearsal) == 1
+    assert rehearsal.draw()[0].ids == (0,)
+
+
+def test_half_of_the_most_forgotten_and_half_of_any(rehearsing):
+    hparams = replace(rehearsing, rehearsal=4, rehearsal_policy="most-forgotten")
+    memory = memory_of(hparams, 20, [i / 20 for i in range(20)])
+    rehearsal = Rehearsal(memory, hparams, rows_of)
+    drawn = [[row.ids[0] for row in rehearsal.draw() if row.is_edit] for _ in range(20)]
+    assert all(edits[:2] == [19, 18] for edits in drawn)
+    assert len({edit for edits in drawn for edit in edits[2:]}) > 10
+
+
+def test_losses_are_noted(rehearsing):
+    memory = memory_of(rehearsing, 3)
+    rehearsal = Rehearsal(memory, rehearsing, rows_of)
+    edits = [row.ids[0] for row in rehearsal.draw() if row.is_edit]
+    rehearsal.note([0.5, 0.25, 0.0, 0.0])
+    assert [memory[f"prompt {i}"].loss for i in edits] == [0.5, 0.25]
+
+
+def test_a_review_takes_all_in_turn(rehearsing):
+    hparams = replace(rehearsing, rehearsal=3)
+    review = Review(memory_of(hparams, 9), hparams, rows_of)
+    seen = Counter(row.ids[0] for _ in range(6) for row in review.draw() if row.is_edit)
+    assert seen == dict.fromkeys(range(9), 2)
+
+
+# ---- learning
+
+
+def test_rehearsing_an_edit_is_learning_both_at_once(tokenizer, hparams):
+    """With answers of as many tokens, and nothing that tells new from past."""
+    first, second = ({**fact, "target_new": "Rome"} for fact in FACTS[:2])
+    hparams = replace(hparams, balance=False, num_steps=4, early_stop_loss=0.0)
+    batched = BaFTEditor(make_model(), tokenizer, hparams)
+    together = batched.edit([first, second])
+    editor = BaFTEditor(make_model(), tokenizer, replace(hparams, rehearsal=1))
+    editor.model_edit.memory.remember(
+        [EditRequest.from_dict(first)], [1.0], replace(hparams, rehearsal=1)
+    )
+    report = editor.edit(second)
+    for one, both in zip(report.losses, together.losses, strict=True):
+        assert (one.answer + one.rehearsal) / 2 == pytest.approx(both.answer, abs=1e-4)
+    learned, expected = editor.model_edit.snapshot(), batched.model_edit.snapshot()
+    for name in expected:
+        if "_usage" not in name:
+            assert torch.allclose(learned[name], expected[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("method", ["BaFT", "ReFT"])
+def test_rehearsed_edits_stay(tokenizer, hparams, method):
+    if method == "ReFT":
+        hparams = ReFTHyperParams("tiny-llama", [1, 3], device="cpu", rank=4, lr=3e-2)
+    forgotten, kept = (
+        BaFTEditor(make_model(), tokenizer, replace(hparams, num_steps=30, rehearsal=m))
+        for m in (0, 2)
+    )
+    for fact in FACTS:
+        forgotten.edit(fact)
+        kept.edit(fact)
+    for fact in FACTS[:2]:
+        assert loss_of(kept, fact) < loss_of(forgotten, fact) / 3
+
+
+def test_an_early_stop_waits_for_rehearsed_edits(tokenizer, hparams):
+    steps = []
+    h = replace(hparams, rehearsal=2, early_stop_loss=0.5, num_steps=100)
+    for limit in (1e9, 0.1):
+        h = replace(h, rehearsal_stop_loss=limit)
+        editor = BaFTEditor(make_model(), tokenizer, h)
+        for fact in FACTS[:2]:
+            report = editor.edit(fact)
+        steps.append(report.num_steps)
+        assert report.final_loss < 0.5
+    assert report.losses[-1].rehearsal <= 0.1
+    assert steps[0] < steps[1]
+
+
+@pytest.mark.parametrize("changes", [{"engine": "full"}, {"rehearsal_cache_mib": 0}])
+def test_neither_engine_nor_cache_changes_what_is_learned(tokenizer, rehearsing, changes):
+    losses = []
+    for hparams in (rehearsing, replace(rehearsing, **changes)):
+        editor = BaFTEditor(make_model(), tokenizer, replace(hparams, num_steps=4))
+        for fact in FACTS:
+            editor.edit(fact)
+        losses.append([past.loss for past in editor.model_edit.memory])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_recordings_outlive_an_edit_call(model, tokenizer, rehearsing):
+    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
+    for fact in FACTS:
+        editor.edit(fact)
+    recordings = editor.model_edit.recordings
+    assert len(recordings) == 6  # three edits, three irrelevant prompts
+    assert recordings.num_bytes > 0
+    BaFTEditor(model, tokenizer, editor.hparams).edit(FACTS[0])
+    assert editor.model_edit.recordings is recordings
+
+
+def test_rehearsed_edits_are_not_used_again_for_balance(tokenizer, rehearsing):
+    editor = BaFTEditor(make_model(), tokenizer, replace(rehearsing, num_steps=2))
+    counts = []
+    for fact in FACTS:
+        editor.edit(fact)
+        counts.append(editor.model_edit.usage(1).count.item())
+    assert counts == [3 + 5, 2 * (3 + 5), 3 * (3 + 5)]  # the prompt's last, and " Rome"
+
+
+def test_undo_takes_back_what_is_remembered(tokenizer, rehearsing):
+    editor = BaFTEditor(make_model(), tokenizer, replace(rehearsing, num_steps=2))
+    states = []
+    for fact in FACTS:
+        states.append(editor.model_edit.memory.state())
+        editor.edit(fact)
+    for state in reversed(states):
+        editor.undo()
+        assert editor.model_edit.memory.state() == state
+
+
+def test_a_failed_edit_leaves_the_memory_as_it_was(model, tokenizer, rehearsing, monkeypatch):
+    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
+    editor.edit(FACTS[0])
+    before = editor.model_edit.memory.state()
+    monkeypatch.setattr(RehearsalMemory, "remember", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        editor.edit(FACTS[1])
+    assert editor.model_edit.memory.state() == before
+
+
+def test_a_batch_is_remembered_one_by_one(model, tokenizer, rehearsing):
+    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
+    report = editor.edit(FACTS)
+    assert [past.request.prompt for past in editor.model_edit.memory] == [
+        fact["prompt"] for fact in FACTS
+    ]
+    losses = tuple(past.loss for past in editor.model_edit.memory)
+    assert losses == report.request_losses
+    assert len(set(losses)) == 3
+
+
+def test_edits_apart_rehearse_too_and_leave_no_trace(model, tokenizer, rehearsing):
+    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=3))
+    editor.edit(FACTS[0])
+    before = editor.model_edit.memory.state()
+    apart = editor.learn_apart(FACTS[1:])
+    assert editor.model_edit.memory.state() == before
+    for learned, fact in zip(apart, FACTS[1:], strict=True):
+        assert learned.report.losses[0].rehearsal is not None
+        alone = editor.edit(fact)
+        editor.undo()
+        assert learned.report.final_loss == pytest.approx(alone.final_loss, abs=1e-3)
+    editor.install(apart[0], FACTS[1])
+    assert len(editor.model_edit.memory) == 2
+
+
+# ---- consolidation
+
+
+def test_consolidation_goes_over_what_is_remembered(tokenizer, rehearsing):
+    hparams = replace(rehearsing, num_steps=4)
+    editor = BaFTEditor(make_model(), tokenizer, hparams)
+    for fact in FACTS:
+        editor.edit(fact)
+    before = sum(loss_of(editor, fact) for fact in FACTS)
+    usage = editor.model_edit.usage(1).count.item()
+    report = editor.consolidate(steps=40)
+    assert (report.num_steps, report.num_requests) == (40, 0)
+    assert sum(loss_of(editor, fact) for fact in FACTS) < before / 2
+    assert editor.model_edit.usage(1).count.item() == usage
+    editor.undo()
+    assert sum(loss_of(editor, fact) for fact in FACTS) == pytest.approx(before)
+
+
+def test_consolidation_comes_every_so_many_edits(tokenizer, rehearsing):
+    hparams = replace(rehearsing, num_steps=2, consolidate_every=2, consolidate_steps=3)
+    editor = BaFTEditor(make_model(), tokenizer, hparams)
+    reports = [editor.edit(fact) for fact in FACTS] + [editor.edit(FACTS[0])]
+    assert [r.consolidation and r.consolidation.num_steps for r in reports] == [None, 3, None, 3]
+
+
+def test_what_cannot_be_consolidated_is_refused(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+        editor.consolidate(0)
+    editor.edit(FACTS[0])
+    with pytest.raises(ValueError, match="no edit to consolidate: set rehearsal"):
+        editor.consolidate()
+
+
+# ---- growth
+
+
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "softmax-null"])
+def test_new_bases_change_nothing_and_old_ones_keep_their_values(gate):
+    edit = random_edit(gate=gate)
+    hidden = torch.randn(2, 5, 32)
+    before = [edit.intervention(i)(hidden) for i in (1, 2)]
+    num_parameters = edit.num_parameters
+    edit.usage(1).total += 1
+    edit.grow(6, seed=1)
+    assert edit.rank == 6
+    for i, (expected, weights) in zip((1, 2), before, strict=True):
+        edited, now = edit.intervention(i)(hidden)
+        assert torch.allclose(edited, expected, atol=1e-5)
+        assert torch.allclose(now[..., :4], weights, atol=1e-6)
+        assert edit.intervention(i).basis().shape == (6, 32)
+    assert edit.usage(1).total.tolist() == [1, 1, 1, 1, 0, 0]
+    assert edit.num_parameters > num_parameters
+
+
+def test_a_gate_that_cannot_grow_is_refused_and_nothing_changes():
+    edit = random_edit(gate="softmax-null")
+    before = edit.snapshot()
+    with pytest.raises(ValueError, match="gate must not be 'softmax-null' to grow"):
+        edit.grow(6)
+    assert edit.rank == 4
+    assert all(torch.equal(value, before[name]) for name, value in edit.snapshot().items())
+    with pytest.raises(ValueError, match="rank must be in"):
+        random_edit().grow(33)
+
+
+def test_rank_grows_with_the_edits_up_to_its_limit_and_is_undone(tokenizer, hparams):
+    growing = replace(
+        hparams, num_steps=2, rank_growth=2, rank_growth_every=1, max_rank=7, rehearsal=1
+    )
+    editor = BaFTEditor(make_model(), tokenizer, growing)
+    ranks, sizes = [], []
+    for fact in FACTS:
+        editor.edit(fact)
+        ranks.append(editor.model_edit.rank)
+        sizes.append(editor.model_edit.num_parameters)
+    assert ranks == [4, 6, 7]
+    assert sizes[0] < sizes[1] < sizes[2]
+    editor.undo()
+    assert editor.model_edit.rank == 6
+    assert editor.model_edit.num_parameters == sizes[1]
+    BaFTEditor(editor.model, tokenizer, growing).edit(FACTS[2])
+    assert editor.model_edit.rank == 7
+    with pytest.raises(ValueError, match="rank must be 7, as in the edit that the model"):
+        BaFTEditor(editor.model, tokenizer, hparams)
