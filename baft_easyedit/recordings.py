@@ -119,6 +119,6 @@ class Recordings:
 def model_version(model: nn.Module) -> Hashable:
     """Return what changes when a weight of the model is moved, replaced or written to.
 
-    Writes through `Tensor.data` are not seen.
+    Writes through `Tensor.data` are not seen, nor adapters that are switched on or off.
     """
     return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())

@@ -288,7 +288,8 @@ class LayerReplay:
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
         self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
-        self._recordings.make_valid_for((model_version(model), edit.layers, type(model)))
+        shape = (edit.layers, edit.num_prompt_positions)
+        self._recordings.make_valid_for((model_version(model), shape))
 
     def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
         """Lay out the rows of each edit and join their recordings, made where they are missing.
