@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from baft_easyedit.caches import FrozenPrefix, Recorder
 from baft_easyedit.hooks import ModelEdit, decoder_layers, input_device, text_config
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.packing import Layout, Piece, lay_out
@@ -204,72 +205,6 @@ def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
             handle.remove()
 
 
-class FrozenPrefix(DynamicCache):
-    """A key-value cache of fixed columns that stores nothing new, so that it serves every step.
-
-    Args:
-        states: Keys and values of each layer, [B, N, n, H]; a layer that is not there has no past.
-        length: n, the number of columns.
-    """
-
-    def __init__(self, states: Mapping[int, tuple[Tensor, Tensor]], length: int) -> None:
-        super().__init__()
-        self.states = states
-        self.length = length
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return past and new keys and values."""
-        if layer_idx not in self.states:
-            return key_states, value_states
-        keys, values = self.states[layer_idx]
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Windows are left to the masks, which see all columns."""
-        return [False]
-
-    def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
-        """Return the number of past columns."""
-        return self.length
-
-    def get_query_offset(self, *_args: Any, **_kwargs: Any) -> int:
-        """Return the column of the first new token."""
-        return self.length
-
-    def get_mask_sizes(self, query: Any, *_args: Any) -> tuple[int, int]:
-        """Return the number of columns attended to, and the first of them.
-
-        Args:
-            query: The number of new tokens, or (older transformers) their columns.
-        """
-        num_new = query.shape[0] if isinstance(query, Tensor) else int(query)
-        return self.length + num_new, 0
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __bool__(self) -> bool:
-        return True  # also without states: it is a cache
-
-
-class _Recorder(FrozenPrefix):
-    """An empty cache that keeps what each layer would store."""
-
-    def __init__(self) -> None:
-        super().__init__({}, 0)
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return new keys and values."""
-        self.seen[layer_idx] = (key_states, value_states)
-        return key_states, value_states
-
-
 class LayerReplay:
     """The model's forward on the columns that an edit can change.
 
@@ -313,7 +248,7 @@ class LayerReplay:
     @torch.no_grad()
     def _record(self, rows: Sequence[TextRow]) -> dict[TextRow, Recording]:
         """Run the unedited model once and keep what no edit can change."""
-        recorder = _Recorder()
+        recorder = Recorder()
         with self._edit.disabled(), _watching(self._stubs[-1]) as seen:
             logits = self._full.record(rows, recorder)()
         is_tuple = isinstance(seen[0], tuple)
