@@ -13,6 +13,7 @@ from baft_easyedit.keeping import state as state_module
 from baft_easyedit.keeping.config import KeptConfig, hparams_of, method_of, model_name
 from baft_easyedit.keeping.fingerprint import Fingerprint
 from baft_easyedit.keeping.journal import Journal
+from baft_easyedit.keeping.loading import edit_of
 from baft_easyedit.keeping.state import (
     EditState,
     StateFile,
@@ -443,3 +444,11 @@ def test_no_pickle_is_read(kept, model):
     save_file({"a": torch.ones(1)}, kept / "baft.safetensors")
     with pytest.raises(ValueError, match="must be a state of baft_easyedit"):
         attach(model, kept)
+
+
+def test_a_rank_that_cannot_have_grown_is_refused(model, quick):
+    state = EditState(random_edit(layers=(1, 3), rank=6).snapshot(), True)
+    with pytest.raises(ValueError, match="edit in here cannot be used: rank must be 4, or have gr"):
+        edit_of(state, quick, model, "here")
+    grown = edit_of(state, replace(quick, rank_growth=2), model, "here")
+    assert grown.rank == 6

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baft_easyedit import ModelEdit, attached_edit
-from baft_easyedit.hooks import check_layers, decoder_layers, text_config
+from baft_easyedit.hooks import check_layers, decoder_layers, rank_of, text_config
 from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -289,3 +289,9 @@ def test_output_that_does_not_fit_the_call_is_an_error(model):
 
 def test_layers_of_an_edit_are_listed_in_order():
     assert ModelEdit(HIDDEN, [3, 1], 2, "one", 3).layers == (3, 1)
+
+
+def test_rank_is_read_from_a_snapshot_of_an_edit_only():
+    assert rank_of(random_edit(rank=5).snapshot()) == 5
+    with pytest.raises(ValueError, match=r"must hold a basis \[D, r\]; it holds \['a'\]"):
+        rank_of({"a": torch.zeros(2, 3)})
