@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from baft_easyedit.history import History
-from baft_easyedit.hooks import ModelEdit, attached_edit, check_layers, decoder_layers, text_config
+from baft_easyedit.hooks import ModelEdit, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.keeping.config import hparams_of
 from baft_easyedit.keeping.directory import KeptDirectory, holds_edit
@@ -24,6 +24,7 @@ from baft_easyedit.keeping.loading import (
 from baft_easyedit.keeping.state import StateFile
 from baft_easyedit.learner import Learner
 from baft_easyedit.learning import EditReport, Learned, StepLosses
+from baft_easyedit.models import check_layers, decoder_layers, text_config
 from baft_easyedit.requests import as_requests
 
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]

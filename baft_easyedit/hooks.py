@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from baft_easyedit.intervention import BaFTIntervention
+from baft_easyedit.models import check_layers, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.positions import PromptLengths, positions_of_call
 from baft_easyedit.recordings import Recordings
@@ -206,7 +207,7 @@ class ModelEdit(nn.Module):
         stack = decoder_layers(model)
         check_layers(self.layers, len(stack))
         handles = [model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)]
-        owner = _owner(model, stack)
+        owner = owner_of(model, stack)
         if owner is not model:
             hook = owner.register_forward_pre_hook(self._on_decoder_call, with_kwargs=True)
             handles.append(hook)
@@ -399,65 +400,3 @@ def attached_edit(model: nn.Module) -> ModelEdit | None:
             if isinstance(owner, ModelEdit):
                 return owner
     return None
-
-
-def text_config(model: nn.Module) -> Any:
-    """Return the configuration of a model's text decoder.
-
-    Raises:
-        ValueError: If the model has no Hugging Face configuration.
-    """
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError(
-            f"model must be a Hugging Face causal language model; {type(model).__name__} has no "
-            "config"
-        )
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the stack of decoder layers of a causal language model.
-
-    It is the least nested `ModuleList` with as many entries as the configuration has layers.
-
-    Raises:
-        ValueError: If there is none, or the model is an encoder-decoder.
-    """
-    config = text_config(model)
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model must be a decoder-only language model; {name} has an encoder")
-    depth = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (path.count("."), module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not stacks:
-        raise ValueError(
-            f"model has no recognisable decoder stack: {name} holds no ModuleList of "
-            f"config.num_hidden_layers = {depth} layers"
-        )
-    return min(stacks, key=lambda stack: stack[0])[1]
-
-
-def _owner(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
-    """Return the module inside a model that holds a decoder stack directly."""
-    return next(m for m in model.modules() if any(child is stack for child in m.children()))
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Return where a model wants its tokens, also if accelerate keeps the weights elsewhere."""
-    embedding = cast(Any, model).get_input_embeddings()
-    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return embedding.weight.device if execution is None else torch.device(execution)
-
-
-def check_layers(layers: Sequence[int], depth: int) -> None:
-    """Raise ValueError unless all `layers` exist in a model of `depth` decoder layers."""
-    beyond = [i for i in layers if i >= depth]
-    if beyond:
-        raise ValueError(
-            f"layers must be below {depth}, the depth of this model (0-based); got {beyond[0]}"
-        )

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of, text_config
+from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import EditReport, Learned, learn
+from baft_easyedit.models import text_config
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows

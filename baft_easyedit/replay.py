@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from baft_easyedit.caches import FrozenPrefix, Recorder
-from baft_easyedit.hooks import ModelEdit, decoder_layers, input_device, text_config
+from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import ENGINES
+from baft_easyedit.models import decoder_layers, input_device, text_config
 from baft_easyedit.packing import Layout, Piece, lay_out
 from baft_easyedit.positions import first_edited
 from baft_easyedit.recordings import Recording, Recordings, model_version

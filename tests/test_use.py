@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
 from baft_easyedit import BaFTEditor, attached_edit
-from baft_easyedit.hooks import decoder_layers
+from baft_easyedit.models import decoder_layers
 from tests.conftest import make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from baft_easyedit.hooks import ModelEdit, input_device, text_config
+from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.keeping.fingerprint import Fingerprint
+from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
 
 FORMAT_VERSION = 1

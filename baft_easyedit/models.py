@@ -1,0 +1,69 @@
+"""Where a Hugging Face causal language model keeps what is edited. Needs torch only."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text decoder.
+
+    Raises:
+        ValueError: If the model has no Hugging Face configuration.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(
+            f"model must be a Hugging Face causal language model; {type(model).__name__} has no "
+            "config"
+        )
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the stack of decoder layers of a causal language model.
+
+    It is the least nested `ModuleList` with as many entries as the configuration has layers.
+
+    Raises:
+        ValueError: If there is none, or the model is an encoder-decoder.
+    """
+    config = text_config(model)
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a decoder-only language model; {name} has an encoder")
+    depth = getattr(config, "num_hidden_layers", None)
+    stacks = [
+        (path.count("."), module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not stacks:
+        raise ValueError(
+            f"model has no recognisable decoder stack: {name} holds no ModuleList of "
+            f"config.num_hidden_layers = {depth} layers"
+        )
+    return min(stacks, key=lambda stack: stack[0])[1]
+
+
+def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
+    """Return the module inside a model that holds a decoder stack directly."""
+    return next(m for m in model.modules() if any(child is stack for child in m.children()))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model wants its tokens, also if accelerate keeps the weights elsewhere."""
+    embedding = cast(Any, model).get_input_embeddings()
+    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if execution is None else torch.device(execution)
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise ValueError unless all `layers` exist in a model of `depth` decoder layers."""
+    beyond = [i for i in layers if i >= depth]
+    if beyond:
+        raise ValueError(
+            f"layers must be below {depth}, the depth of this model (0-based); got {beyond[0]}"
+        )
