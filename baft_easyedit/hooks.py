@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from baft_easyedit.intervention import BaFTIntervention
+from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.models import check_layers, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.positions import PromptLengths, positions_of_call
@@ -93,6 +93,7 @@ class ModelEdit(nn.Module):
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
         self._given_positions: Tensor | None = None
+        self._given_bases: Mapping[str, Tensor] = {}
         self._record: GateRecord | None = None
         # By thread, since forwards of one model may run side by side; and the latest of all, for
         # the threads in which autograd repeats a forward.
@@ -117,6 +118,10 @@ class ModelEdit(nn.Module):
     def usage(self, layer: int) -> BasisUsage:
         """Return how much the bases of one edited layer have been used so far."""
         return cast(BasisUsage, self._usage[str(layer)])
+
+    def joint_usage(self) -> BasisUsage:
+        """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""
+        return BasisUsage.stacked([self.usage(i) for i in self.layers])
 
     def grow(self, rank: int, seed: int = 0) -> None:
         """Add bases to each layer, up to `rank`; the new ones change nothing until they learn.
@@ -167,6 +172,14 @@ class ModelEdit(nn.Module):
     def learned_parameters(self) -> dict[str, Tensor]:
         """Return what is trained, by the names of `snapshot`; gates have `.gate.` in theirs."""
         return dict(self.named_parameters())
+
+    def bases(self) -> dict[str, Tensor]:
+        """Return R of each layer, [..., r, D], differentiable, by the name of what it is made from.
+
+        The names are those of `learned_parameters`.
+        """
+        parameters = self.learned_parameters()
+        return {n: orthonormal_rows(parameters[n]) for n in map(_raw_basis, self.layers)}
 
     def state_of(self, edit: int, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
         """Return a copy of what one of the `num_edits` edits has learned.
@@ -257,6 +270,15 @@ class ModelEdit(nn.Module):
             self._given_positions = previous
 
     @contextmanager
+    def given_bases(self, bases: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let learning inside this context use these `bases`, not those of the parameters."""
+        previous, self._given_bases = self._given_bases, bases
+        try:
+            yield
+        finally:
+            self._given_bases = previous
+
+    @contextmanager
     def recording(self) -> Iterator[GateRecord]:
         """Record the basis weights of the forward passes inside this context."""
         previous, self._record = self._record, GateRecord()
@@ -345,7 +367,11 @@ class ModelEdit(nn.Module):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        return self.intervention(layer)(hidden)
+        return self.intervention(layer)(hidden, self._given_basis(layer))
+
+    def _given_basis(self, layer: int) -> Tensor | None:
+        """Return the basis that `given_bases` has for a layer."""
+        return self._given_bases.get(_raw_basis(layer))
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Bring what a layer has learned to where the layer computes now."""
@@ -365,6 +391,11 @@ def rank_of(snapshot: Snapshot) -> int:
         if name.endswith(".raw_basis") and value.dim() == 2:
             return value.shape[1]
     raise ValueError(f"the snapshot must hold a basis [D, r]; it holds {sorted(snapshot)}")
+
+
+def _raw_basis(layer: int) -> str:
+    """Return the name of a layer's parameter that its basis is made from."""
+    return f"_interventions.{layer}.raw_basis"
 
 
 class _LayerHook:

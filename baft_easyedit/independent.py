@@ -55,11 +55,13 @@ class IndependentEdits(ModelEdit):
         """Edit the rows of each edit, [E R, T, D], with its own parameters."""
         intervention, values = self.intervention(layer), self._values_at(layer)
 
-        def intervene(own: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-            return functional_call(intervention, own, (rows,))
+        def intervene(own: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return functional_call(intervention, own, inputs)
 
         rows = hidden.view(self._num_edits, -1, *hidden.shape[1:])
-        edited, weights = torch.vmap(intervene)(values, rows)
+        basis = self._given_basis(layer)  # [E, r, D]
+        inputs = (rows,) if basis is None else (rows, basis)
+        edited, weights = torch.vmap(intervene)(values, *inputs)
         return edited.flatten(0, 1), weights.flatten(0, 1)
 
     def _values_at(self, layer: int) -> dict[str, Tensor]:

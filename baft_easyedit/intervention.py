@@ -4,6 +4,7 @@ Not here: where it applies (`positions`), how it reaches a model (`hooks`), how 
 (`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,14 +21,15 @@ def orthonormal_rows(raw: Tensor) -> Tensor:
     a continuous function of `raw`, and a `raw` with orthonormal columns is its own basis.
 
     Args:
-        raw: Unconstrained matrix, [D, r], D >= r.
+        raw: Unconstrained matrix, [..., D, r], D >= r.
 
     Returns:
-        R, [r, D], with R R^T = 1.
+        R, [..., r, D], with R R^T = 1.
     """
-    q, triangular = torch.linalg.qr(raw)  # [D, r], [r, r]
-    signs = torch.where(torch.diagonal(triangular) < 0, -1.0, 1.0)  # [r]
-    return (q * signs).mT
+    q, triangular = torch.linalg.qr(raw)  # [..., D, r], [..., r, r]
+    diagonal = torch.diagonal(triangular, dim1=-2, dim2=-1)
+    signs = torch.where(diagonal < 0, -1.0, 1.0)  # [..., r]
+    return (q * signs[..., None, :]).mT
 
 
 def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -129,17 +131,18 @@ class BaFTIntervention(nn.Module):
         """Return the wanted coordinates A h + b, [..., r], of hidden states [..., D]."""
         return F.linear(hidden, self.source_weight, self.source_bias)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Edit hidden states.
 
         Args:
             hidden: h, [..., D], any floating dtype.
+            basis: R, [r, D], to take gradients with respect to it; this module's own if None.
 
         Returns:
             Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
         """
         h, device = hidden.float(), hidden.device.type
-        edit = self._edit if torch.is_grad_enabled() else self._edit_folded
+        edit = partial(self._edit, basis) if torch.is_grad_enabled() else self._edit_folded
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 edited, weights = edit(h)
@@ -147,10 +150,11 @@ class BaFTIntervention(nn.Module):
             edited, weights = edit(h)
         return edited.to(hidden.dtype), weights
 
-    def _edit(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _edit(self, basis: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return Phi(h) [..., D] and w(h) [..., r], differentiable."""
         weights = self.gate(h)
-        return basis_edit(h, self.basis(), self.learned_source(h), weights), weights
+        basis = self.basis() if basis is None else basis
+        return basis_edit(h, basis, self.learned_source(h), weights), weights
 
     def _edit_folded(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same without gradients, as h + R^T diag(w) ((A - R) h + b): fewer products."""

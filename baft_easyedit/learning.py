@@ -1,38 +1,25 @@
 """The optimisation loop: minimise the objective over an edit's parameters with AdamW.
 
-One edit, or E independent ones side by side. Shapes: E edits, b bins of an edit (see `packing`), W
-columns, A answer tokens, V vocabulary, r rank.
+One edit, or E independent ones side by side.
 """
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.descent import Descent, Step
 from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import ModelEdit, Snapshot
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.objective import (
-    Rescaling,
-    answer_loss,
-    joint_loss,
-    load_balance,
-    locality_margin,
-    token_losses,
-)
-from baft_easyedit.packing import Layout
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal
 from baft_easyedit.requests import TextRow
-
-if TYPE_CHECKING:  # it imports transformers
-    from baft_easyedit.replay import Forward
 
 _CHECK_EVERY = 4
 """Steps between two looks at the losses on a GPU, where each look waits for it."""
@@ -82,24 +69,6 @@ class Learned(NamedTuple):
     report: EditReport
 
 
-class _Step(NamedTuple):
-    """What one forward gives."""
-
-    terms: dict[str, Tensor]
-    """The terms of the objective that are in use, [E], averaged over the edited layers; of L1, its
-    parts."""
-    loss: Tensor
-    """L1 of new and rehearsed requests, [E]."""
-    weights: dict[int, Tensor]
-    """Basis weights of each layer, [E, b, W, r]."""
-    new: Tensor
-    """True at the positions of edits that are not rehearsed, [E, b, W]."""
-    irrelevant: Tensor
-    """True at those of irrelevant prompts, [E, b, W]."""
-    row_losses: Tensor
-    """Mean loss of each row's answer tokens, [R]; 0 for irrelevant prompts."""
-
-
 def learn(
     model: nn.Module,
     edit: ModelEdit,
@@ -129,19 +98,17 @@ def learn(
 
     start = time.perf_counter()
     optimizer = _optimizer(edit, hparams)
-    rescaling = Rescaling(hparams.rescaling)
     run = _Run(edit, edits, hparams, rehearsal)
     with _frozen(model):
         engine = replay.Engine(model, edit, hparams.engine, recordings)
+        descent = Descent(edit, hparams)
         forward = None
         while True:
             if rehearsal is not None or forward is None:
                 forward = engine.prepare(edits, () if rehearsal is None else rehearsal.draw())
-            step = _compute_step(edit, forward, hparams)
+            step = descent.step(forward)
             if run.is_over_after(step):
                 break
-            optimizer.zero_grad()
-            torch.autograd.backward(_total(step, rescaling, hparams))
             optimizer.step()
     return run.results((time.perf_counter() - start) / edit.num_edits)
 
@@ -192,13 +159,13 @@ class _Run:
         self._terms: list[dict[str, Tensor]] = []  # of each step, [E]
         self._done: dict[int, _Done] = {}
 
-    def is_over_after(self, step: _Step) -> bool:
+    def is_over_after(self, step: Step) -> bool:
         """Take note of a step; return whether all edits are done.
 
         Raises:
             FloatingPointError: If a loss is not finite.
         """
-        self._terms.append({name: term.detach() for name, term in step.terms.items()})
+        self._terms.append({name: term.clone() for name, term in step.terms.items()})
         num_steps = len(self._terms) - 1
         is_last = num_steps == self._hparams.num_steps
         every = 1 if step.loss.device.type == "cpu" else _CHECK_EVERY
@@ -223,12 +190,10 @@ class _Run:
             learned = learned & (terms["rehearsal"] <= h.rehearsal_stop_loss)
         return learned.tolist()
 
-    def _learned(self, i: int, step: _Step) -> tuple[Snapshot, GateReport | None]:
+    def _learned(self, i: int, step: Step) -> tuple[Snapshot, GateReport | None]:
         """Return what edit i has learned, its own usage counted as past, and how its gates are."""
-        usage = {
-            layer: self._edit.usage(layer).with_current(w, step.new.to(w.device))
-            for layer, w in step.weights.items()
-        }
+        total, count = self._edit.joint_usage().with_current(step.weights, step.new)
+        usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}
         has_gates = self._hparams.gate != "one" and len(self._terms) > 1 and self._num_requests > 0
         gates = _gate_report(i, step, usage) if has_gates else None
         return self._edit.state_of(i, usage), gates
@@ -259,14 +224,11 @@ class _Run:
         return Learned(done.state, report)
 
 
-def _gate_report(i: int, step: _Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> GateReport:
+def _gate_report(i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> GateReport:
     """Sum up what the gates of edit i did in a forward."""
     layers = {}
-    for layer, weights in step.weights.items():
-        edited, irrelevant = (
-            weights[i][at[i].to(weights.device)] for at in (step.new, step.irrelevant)
-        )
-        total, count = usage[layer]
+    for weights, (layer, (total, count)) in zip(step.weights, usage.items(), strict=True):
+        edited, irrelevant = (weights[i][at[i]] for at in (step.new, step.irrelevant))
         layers[layer] = LayerGates.of(edited, irrelevant, total[i] / count[i])
     return GateReport(layers)
 
@@ -282,62 +244,6 @@ def _check_finite(steps: list[dict[str, Tensor]], done: set[int]) -> None:
                     f"the {name} loss became {value}: the edit was undone; lower lr, or load the "
                     "model in a wider dtype"
                 )
-
-
-def _compute_step(edit: ModelEdit, forward: "Forward", h: BaFTHyperParams) -> _Step:
-    """Run the model once and compute the objective's terms."""
-    layout = forward.layout
-    with edit.recording() as record:
-        losses = token_losses(forward(), layout.labels)  # [A]
-    weights = {i: _by_edit(w, edit) for i, w in record.weights.items()}
-    edited, irrelevant = _by_edit(layout.edited, edit), _by_edit(layout.irrelevant, edit)
-    new = edited & _by_edit(layout.is_new, edit)
-    terms, loss = _answer_terms(losses, layout)
-    if h.balance and layout.num_new:
-        terms["balance"] = _mean(
-            load_balance(edit.usage(i).mean_with(w, new.to(w.device))) for i, w in weights.items()
-        )
-    if h.locality and not all(row.is_edit for row in layout.rows):
-        margin = partial(locality_margin, alpha=h.alpha, beta=h.beta, gamma=h.gamma)
-        terms["locality"] = _mean(
-            margin(w, edited.to(w.device), w, irrelevant.to(w.device)) for w in weights.values()
-        )
-    row_losses = answer_loss(losses.detach(), layout.label_rows, len(layout.rows))
-    return _Step(terms, loss, weights, new, irrelevant, row_losses)
-
-
-def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the parts of L1, new and rehearsed requests, and both together, [E]."""
-    n, num_rehearsed = layout.num_edits, layout.num_rehearsed
-    by_owner = answer_loss(losses, layout.label_owners, 2 * n)
-    new, rehearsed = by_owner[:n], by_owner[n:]
-    if not layout.num_new:
-        return {"answer": rehearsed}, rehearsed
-    if not num_rehearsed:
-        return {"answer": new}, new
-    terms = {"answer": new, "rehearsal": rehearsed}
-    return terms, joint_loss(new, rehearsed, layout.num_new, num_rehearsed)
-
-
-def _by_edit(bins: Tensor, edit: ModelEdit) -> Tensor:
-    """Give each edit its bins: [E b, ...] to [E, b, ...]."""
-    return bins.reshape(edit.num_edits, -1, *bins.shape[1:])
-
-
-def _mean(terms: Iterable[Tensor]) -> Tensor:
-    """Average values [E] of layers that may live on several devices."""
-    values = list(terms)
-    return torch.stack([value.to(values[0].device) for value in values]).mean(0)
-
-
-def _total(step: _Step, rescaling: Rescaling, h: BaFTHyperParams) -> Tensor:
-    """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""
-    total = step.loss
-    for name, coef in (("balance", h.balance_coef), ("locality", h.locality_coef)):
-        if name in step.terms:
-            term = step.terms[name].to(total.device)
-            total = total + coef * rescaling.factor(name, term, step.loss) * term
-    return total.sum()
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """The objective L = L1 + R_bal + R_loc (Liu et al. 2025, Eq. 4). Needs torch only.
 
 The regularisers average over the intervened positions of one edit. Leading dimensions, written ...,
-are independent edits: each gets its own value.
-Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, r rank.
+are layers and independent edits: each gets its own value.
+Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, L layers, r rank.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ def answer_loss(losses: Tensor, owners: Tensor, num_owners: int) -> Tensor:
     Returns:
         [E], in nats per answer token; 0 for an owner of none.
     """
-    owned = F.one_hot(owners, num_owners).to(losses.dtype)  # [A, E]  a sum by matmul repeats itself
+    everyone = torch.arange(num_owners, device=owners.device)
+    owned = (owners[:, None] == everyone).to(losses.dtype)  # [A, E]  a sum by matmul repeats itself
     return losses @ owned / owned.sum(0).clamp_min(1)
 
 
@@ -66,6 +69,14 @@ class BasisUsage(nn.Module):
         super().__init__()
         self.register_buffer("total", torch.zeros(rank))  # [r] sum of w over past positions
         self.register_buffer("count", torch.zeros(()))  # number of past positions
+
+    @classmethod
+    def stacked(cls, layers: Sequence["BasisUsage"]) -> "BasisUsage":
+        """Join a copy of what L layers used: `total` [L, 1, r] and `count` [L, 1]."""
+        joined, device = cls(len(layers[0].total)), layers[0].total.device
+        joined.total = torch.stack([usage.total.to(device) for usage in layers])[:, None]
+        joined.count = torch.stack([usage.count.to(device) for usage in layers])[:, None]
+        return joined
 
     def continue_from(self, smaller: "BasisUsage") -> None:
         """Take over the usage of fewer bases; those beyond were not used so far."""

@@ -70,6 +70,12 @@ class Forward:
         self._stubs = stubs
         self._output = output
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model is; None if on several devices."""
+        devices = {p.device for p in self._model.parameters()}
+        return devices.pop() if len(devices) == 1 else None
+
     def __call__(self) -> Tensor:
         """Run the model as the edit has it now; return the logits of answer tokens, [A, V]."""
         model, columns = self._model, self.layout.predicting

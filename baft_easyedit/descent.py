@@ -1,0 +1,197 @@
+"""A step of learning: run the model, compute the objective (Eq. 4) and its gradient.
+
+Steps on one forward run the same kernels again and again. With the engine `replay` they are
+recorded, and what is left of a step is these kernels (see `repeat`).
+
+Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, L edited layers, r
+rank.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.hooks import ModelEdit
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.objective import (
+    Rescaling,
+    answer_loss,
+    joint_loss,
+    load_balance,
+    locality_margin,
+    token_losses,
+)
+from baft_easyedit.packing import Layout
+from baft_easyedit.repeat import CudaGraph, Repeatable, Repeated
+from baft_easyedit.tape import Tape
+
+if TYPE_CHECKING:  # it imports transformers
+    from baft_easyedit.replay import Forward
+
+
+class Step(NamedTuple):
+    """What one forward gives, without its graph."""
+
+    terms: dict[str, Tensor]
+    """The terms of the objective that are in use, [E], averaged over the edited layers; of L1, its
+    parts."""
+    loss: Tensor
+    """L1 of new and rehearsed requests, [E]."""
+    weights: Tensor
+    """Basis weights, [L, E, b, W, r]."""
+    new: Tensor
+    """True at the positions of edits that are not rehearsed, [E, b, W]."""
+    irrelevant: Tensor
+    """True at those of irrelevant prompts, [E, b, W]."""
+    row_losses: Tensor
+    """Mean loss of each row's answer tokens, [R]; 0 for irrelevant prompts."""
+
+
+Gradients = list[Tensor | None]
+"""Of each parameter that is learned, in order; None for one that the objective is not made of."""
+
+_Computed = tuple[Step, Gradients]
+
+_TAPE_BYTES = 2**28
+"""Most memory of the kernels of a step; with more to compute, there is little to gain."""
+
+
+class Descent:
+    """Steps towards the least objective over what an edit learns; the optimiser goes them.
+
+    Args:
+        edit: The edit, or E independent ones.
+        hparams: How to learn.
+    """
+
+    def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
+        self._edit = edit
+        self._hparams = hparams
+        self._rescaling = Rescaling(hparams.rescaling)
+        self._parameters = list(edit.learned_parameters().values())
+        self._forward: Forward | None = None
+
+    def step(self, forward: "Forward") -> Step:
+        """Compute a step, and leave its gradient in `grad` of what is learned.
+
+        The step lies in memory that the next one may use again.
+        """
+        if forward is not self._forward:
+            compute = partial(self._gradients, forward)
+            self._forward, self._compute = forward, Repeated(compute, self._recorder(forward))
+        step, gradients = self._compute()
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return step
+
+    def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
+        """Return what records the steps on a forward, if there is something to gain."""
+        if self._hparams.engine != "replay" or forward.device is None:
+            return None
+        if forward.device.type == "cpu":
+            compute = partial(self._gradients, forward)
+            return lambda: Tape(compute, self._parameters, _TAPE_BYTES)
+        if forward.device.type == "cuda":
+            return lambda: _StepGraph(self._edit, partial(self._gradients, forward))
+        return None
+
+    def _gradients(
+        self, forward: "Forward", parameters: Sequence[Tensor] | None = None
+    ) -> _Computed:
+        """Compute a step and the gradient of its objective with respect to some parameters."""
+        step = self._terms(forward)
+        wanted = self._parameters if parameters is None else parameters
+        gradients = torch.autograd.grad(self._total(step), wanted, allow_unused=True)
+        terms = {name: term.detach() for name, term in step.terms.items()}
+        step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
+        # The kernel of AdamW takes for granted that they lie in memory as the parameters do.
+        return step, [None if g is None else g.contiguous() for g in gradients]
+
+    def _terms(self, forward: "Forward") -> Step:
+        """Run the model once and compute the objective's terms."""
+        layout, edit, h = forward.layout, self._edit, self._hparams
+        with edit.recording() as record:
+            losses = token_losses(forward(), layout.labels)  # [A]
+        device = record.weights[edit.layers[0]].device
+        weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
+        weights = weights.view(len(weights), edit.num_edits, -1, *weights.shape[2:])
+        edited, irrelevant, is_new = (
+            at.to(device).view(edit.num_edits, -1, at.shape[1])  # [E, b, W]
+            for at in (layout.edited, layout.irrelevant, layout.is_new)
+        )
+        new = edited & is_new
+        terms, loss = _answer_terms(losses, layout)
+        if h.balance and layout.num_new:
+            balance = load_balance(edit.joint_usage().mean_with(weights, new))  # [L, E]
+            terms["balance"] = balance.mean(0)
+        if h.locality and not all(row.is_edit for row in layout.rows):
+            margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
+            locality = locality_margin(weights, edited, weights, irrelevant, **margins)  # [L, E]
+            terms["locality"] = locality.mean(0)
+        row_losses = answer_loss(losses.detach(), layout.label_rows, len(layout.rows))
+        return Step(terms, loss, weights, new, irrelevant, row_losses)
+
+    def _total(self, step: Step) -> Tensor:
+        """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""
+        coefficients = {
+            "balance": self._hparams.balance_coef,
+            "locality": self._hparams.locality_coef,
+        }
+        total = step.loss
+        for name, coefficient in coefficients.items():
+            if name in step.terms:
+                term = step.terms[name].to(total.device)
+                factor = self._rescaling.factor(name, term, step.loss)
+                total = total + coefficient * factor * term
+        return total.sum()
+
+
+class _StepGraph:
+    """A CUDA graph of a step. The bases are made outside of it, as CUDA captures no QR for sure.
+
+    Args:
+        edit: The edit, or E independent ones.
+        gradients: Computes a step, and its gradient with respect to given tensors.
+    """
+
+    def __init__(self, edit: ModelEdit, gradients: Callable[[Sequence[Tensor]], _Computed]) -> None:
+        self._edit = edit
+        self._parameters = edit.learned_parameters()
+        self._bases = {name: b.detach().requires_grad_() for name, b in edit.bases().items()}
+        wanted = list((self._parameters | self._bases).values())
+        self.result: _Computed | None = None
+        with edit.given_bases(self._bases):
+            self._graph = CudaGraph(partial(gradients, wanted))
+
+    def run(self) -> _Computed:
+        """Compute a step on what is learned by now."""
+        bases = self._edit.bases()
+        with torch.no_grad():
+            for name, basis in bases.items():
+                self._bases[name].copy_(basis)
+        step, gradients = self._graph.run()
+        of = dict(zip(self._parameters, gradients, strict=True))
+        of_raw = torch.autograd.grad(
+            list(bases.values()),
+            [self._parameters[name] for name in bases],
+            [of[name] for name in bases],
+        )
+        of |= {name: g.contiguous() for name, g in zip(bases, of_raw, strict=True)}
+        self.result = step, list(of.values())
+        return self.result
+
+
+def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the parts of L1, new and rehearsed requests, and both together, [E]."""
+    n, num_rehearsed = layout.num_edits, layout.num_rehearsed
+    by_owner = answer_loss(losses, layout.label_owners, 2 * n)
+    new, rehearsed = by_owner[:n], by_owner[n:]
+    if not layout.num_new:
+        return {"answer": rehearsed}, rehearsed
+    if not num_rehearsed:
+        return {"answer": new}, new
+    terms = {"answer": new, "rehearsal": rehearsed}
+    return terms, joint_loss(new, rehearsed, layout.num_new, num_rehearsed)

@@ -1,0 +1,136 @@
+"""Do one computation many times: a few times as it is, then by a recording of its kernels.
+
+On the CPU the recording is a `Tape`, on a CUDA device a `CudaGraph`. What a recording gives the
+first time is compared with the computation; if they differ, or it cannot be recorded, the
+computation goes on as it is, and a line in the log says why.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from baft_easyedit.tape import Result
+
+Given = TypeVar("Given", covariant=True)
+
+logger = logging.getLogger(__name__)
+
+_NUM_COMPUTED = 2
+"""Times that a computation is done before it is recorded, which takes as long as some more."""
+
+_TOLERANCE = 1e-3
+"""How far a recording may be off, relative to the largest value; a tape is not off at all."""
+
+
+class Repeatable(Protocol[Given]):
+    """A recording of a computation."""
+
+    @property
+    def result(self) -> Given | None:
+        """What was computed last; None if nothing was yet, as a recording need not compute."""
+        ...
+
+    def run(self) -> Given:
+        """Compute again on what the inputs hold now; in the memory of the last time."""
+        ...
+
+
+class CudaGraph(Generic[Result]):
+    """The kernels of a computation on a CUDA device, launched as one.
+
+    Args:
+        compute: Runs the same kernels on the same memory each time, without waiting for the device;
+            it has run on this device before.
+
+    Raises:
+        RuntimeError: If CUDA cannot capture it.
+    """
+
+    def __init__(self, compute: Callable[[], Result]) -> None:
+        self.result: Result | None = None
+        self._graph = torch.cuda.CUDAGraph()
+        # Not by torch.cuda.graph, which collects garbage and empties the cache: that takes longer
+        # than a step. Nothing is computed yet.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin()  # type: ignore[no-untyped-call]
+            try:
+                self._memory = compute()
+            finally:
+                self._graph.capture_end()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def run(self) -> Result:
+        """Compute again."""
+        self._graph.replay()
+        self.result = self._memory
+        return self._memory
+
+
+class Repeated(Generic[Result]):
+    """Calls a computation, or its recording once there is one.
+
+    Args:
+        compute: The computation.
+        record: Makes a recording of it; None if that is not wanted.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[], Result],
+        record: Callable[[], Repeatable[Result]] | None,
+    ) -> None:
+        self._compute = compute
+        self._record = record
+        self._num_calls = 0
+        self._recording: Repeatable[Result] | None = None
+        self._is_checked = False
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next call runs a recording."""
+        return self._recording is not None
+
+    def __call__(self) -> Result:
+        """Compute, one way or the other."""
+        self._num_calls += 1
+        if self._recording is not None and self._is_checked:
+            return self._recording.run()
+        if self._num_calls <= _NUM_COMPUTED or self._record is None:
+            return self._compute()
+        try:
+            return self._checked() if self._recording is not None else self._recorded(self._record)
+        # Whatever a model's code does that cannot be recorded.
+        except Exception as error:  # noqa: BLE001
+            reason = f"{type(error).__name__}: {error}"
+            logger.info("steps are computed one by one: they cannot be repeated (%s)", reason)
+            self._recording = self._record = None
+            return self._compute()
+
+    def _recorded(self, record: Callable[[], Repeatable[Result]]) -> Result:
+        """Make the recording, which is not relied on yet."""
+        self._recording = record()
+        return self._compute() if self._recording.result is None else self._recording.result
+
+    def _checked(self) -> Result:
+        """Compare the recording with the computation, on what the inputs hold by now."""
+        assert self._recording is not None
+        computed, repeated = self._compute(), self._recording.run()
+        for a, b in zip(tree_leaves(computed), tree_leaves(repeated), strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point():
+                _check_close(a, b)
+        self._is_checked = True
+        return computed
+
+
+def _check_close(computed: Tensor, repeated: Tensor) -> None:
+    """Raise ValueError unless two results are equal up to rounding."""
+    largest = float(computed.abs().max()) if computed.numel() else 0.0
+    difference = float((computed - repeated).abs().max()) if computed.numel() else 0.0
+    if not difference <= _TOLERANCE * largest:
+        raise ValueError(f"it is off by {difference:.2g}, of values up to {largest:.2g}")

@@ -1,0 +1,252 @@
+"""Steps by a recording against steps as they are, and what a step must not do on a GPU."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, descent
+from baft_easyedit.descent import Descent
+from baft_easyedit.gates import GATES
+from baft_easyedit.independent import IndependentEdits
+from baft_easyedit.learning import _frozen
+from baft_easyedit.repeat import CudaGraph, Repeated
+from baft_easyedit.replay import Engine, Forward
+from baft_easyedit.requests import as_requests, text_rows
+from baft_easyedit.tape import Tape
+from tests.conftest import random_edit
+
+REQUESTS = [
+    {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
+    {"prompt": "The capital of Peru is", "target_new": "Oslo", "loc_prompt": "Fire is hot"},
+]
+
+
+@pytest.fixture
+def rows(tokenizer):
+    return text_rows(as_requests(REQUESTS), tokenizer)
+
+
+def never_recorded(monkeypatch):
+    monkeypatch.setattr(Descent, "_recorder", lambda *_: None)
+
+
+class StandIn:
+    """Takes the place of a CUDA graph: the computation itself, in the same memory each time."""
+
+    result = None
+
+    def __init__(self, compute):
+        self.compute = compute
+        self.edit = compute.func.__self__._edit
+        self.bases = self.edit._given_bases
+        self.gradients = compute()[1]
+
+    def run(self):
+        with self.edit.given_bases(self.bases):  # which a graph has captured
+            step, gradients = self.compute()
+        for memory, gradient in zip(self.gradients, gradients, strict=True):
+            memory.copy_(gradient)
+        return step, self.gradients
+
+
+def with_stand_in(monkeypatch):
+    monkeypatch.setattr(Forward, "device", torch.device("cuda"))
+    monkeypatch.setattr(descent, "CudaGraph", StandIn)
+
+
+def states(model, tokenizer, hparams, requests):
+    """What two edits in a row learn, and their reports but for the time."""
+    editor = BaFTEditor(model, tokenizer, hparams)
+    reports = [replace(editor.edit(request), time_s=0) for request in requests]
+    state = editor.model_edit.snapshot()
+    editor.model_edit.detach()
+    return state, reports
+
+
+@pytest.fixture
+def long(hparams):
+    return replace(hparams, num_steps=12, early_stop_loss=0.0, lr=1e-3, gate_lr=1e-2)
+
+
+@pytest.mark.parametrize("gate", sorted(GATES.keys() - {"one"}))
+def test_recorded_edits_equal_computed_ones_to_the_bit(gate, model, tokenizer, long, monkeypatch):
+    hparams = replace(long, gate=gate)
+    recorded, reports = states(model, tokenizer, hparams, REQUESTS)
+    never_recorded(monkeypatch)
+    computed, expected = states(model, tokenizer, hparams, REQUESTS)
+    assert reports == expected
+    for name, value in computed.items():
+        assert torch.equal(recorded[name], value)
+
+
+def test_every_family_is_recorded(family_model, rows, long, caplog):
+    """Also in the full forward, which some have to fall back to."""
+    edit = random_edit(layers=long.layers)
+    edit.attach(family_model)
+    steps = Descent(edit, long)
+    computed = Descent(edit, replace(long, engine="full"))
+    with _frozen(family_model), caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        forward = Engine(family_model, edit, "replay").prepare([rows])
+        for _ in range(6):
+            with torch.no_grad():
+                for p in edit.parameters():
+                    p.add_(torch.randn_like(p) * 1e-2)
+            step = steps.step(forward)
+            gradients = [p.grad.clone() for p in edit.parameters()]
+            expected = computed.step(forward)
+            assert torch.equal(step.loss, expected.loss)
+            assert step.terms.keys() == expected.terms.keys() == {"answer", "balance", "locality"}
+            for gradient, p in zip(gradients, edit.parameters(), strict=True):
+                assert torch.equal(gradient, p.grad)
+    assert isinstance(steps._compute._recording, Tape)
+    assert not computed._compute.is_recorded
+    assert not caplog.messages
+
+
+def test_reft_and_edits_side_by_side_are_recorded(model, tokenizer, long, monkeypatch):
+    reft = ReFTHyperParams("x", long.layers, device="cpu", rank=4, num_steps=12)
+    for hparams in (replace(reft, early_stop_loss=0.0), long):
+        recorded = BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
+        with monkeypatch.context() as patch:
+            never_recorded(patch)
+            computed = BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
+        for a, b in zip(recorded, computed, strict=True):
+            assert a.report.losses == b.report.losses
+            for name, value in b.state.items():
+                assert torch.equal(a.state[name], value)
+
+
+def test_what_cannot_be_recorded_is_edited_all_the_same(
+    model, tokenizer, long, monkeypatch, caplog
+):
+    monkeypatch.setattr(descent, "_TAPE_BYTES", 1000)
+    with caplog.at_level(logging.INFO, logger="baft_easyedit"):
+        reports = states(model, tokenizer, long, REQUESTS[:1])[1]
+    assert "steps are computed one by one" in caplog.text
+    assert "more than 1000 bytes" in caplog.text
+    never_recorded(monkeypatch)
+    assert reports == states(model, tokenizer, long, REQUESTS[:1])[1]
+
+
+def test_the_full_engine_is_never_recorded(model, rows, long):
+    edit = random_edit(layers=long.layers)
+    edit.attach(model)
+    steps = Descent(edit, replace(long, engine="full"))
+    with _frozen(model):
+        forward = Engine(model, edit, "full").prepare([rows])
+        for _ in range(6):
+            steps.step(forward)
+    assert not steps._compute.is_recorded
+
+
+def test_another_forward_is_recorded_anew(model, rows, long):
+    edit = random_edit(layers=long.layers)
+    edit.attach(model)
+    steps = Descent(edit, long)
+    with _frozen(model):
+        engine = Engine(model, edit, "replay")
+        forwards = [engine.prepare([rows]), engine.prepare([rows[:1]])]
+        for forward in forwards:
+            for _ in range(5):
+                step = steps.step(forward)
+            assert steps._compute.is_recorded
+            assert len(step.row_losses) == len(forward.layout.rows)
+
+
+def test_models_on_several_devices_are_not_recorded(model, rows, long, monkeypatch):
+    edit = random_edit(layers=long.layers)
+    edit.attach(model)
+    with _frozen(model):
+        forward = Engine(model, edit, "replay").prepare([rows])
+        assert forward.device == torch.device("cpu")
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
+        assert forward.device is None
+        assert Descent(edit, long)._recorder(forward) is None
+
+
+@pytest.mark.parametrize("num_edits", [1, 2])
+def test_graph_of_a_step_leaves_the_bases_outside(num_edits, model, rows, long, monkeypatch):
+    """With a stand-in for CUDA's graph; the gradients are those of the step as it is."""
+    with_stand_in(monkeypatch)
+    edit: ModelEdit = random_edit(layers=long.layers)
+    edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
+    edit.attach(model)
+    parameters = list(edit.learned_parameters().values())
+    steps = Descent(edit, long)
+    with _frozen(model):
+        forward = Engine(model, edit, "replay").prepare([rows] * num_edits)
+        for _ in range(6):
+            with torch.no_grad():
+                for p in parameters:
+                    p.add_(torch.randn_like(p) * 1e-2)
+            step, gradients = steps._gradients(forward)
+            repeated = steps.step(forward)
+            assert torch.allclose(repeated.loss, step.loss)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                assert torch.allclose(p.grad, gradient, atol=1e-6, rtol=1e-4)
+                assert p.grad.is_contiguous()
+    assert isinstance(steps._compute, Repeated)
+    assert isinstance(steps._compute._recording, descent._StepGraph)
+
+
+def test_edits_by_graphs_are_those_without(model, tokenizer, long, monkeypatch, caplog):
+    computed, expected = states(model, tokenizer, long, REQUESTS)
+    with_stand_in(monkeypatch)
+    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        recorded, reports = states(model, tokenizer, long, REQUESTS)
+    assert not caplog.messages
+    for report, other in zip(reports, expected, strict=True):
+        assert report.final_loss == pytest.approx(other.final_loss, rel=1e-3)
+    for name, value in computed.items():
+        assert torch.allclose(recorded[name], value, atol=1e-3)
+
+
+class NoLooking(TorchDispatchMode):
+    """Raises where a computation looks at values, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        given = [a for arg in args[1:] for a in (arg if isinstance(arg, list) else [arg])]
+        is_mask = any(isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in given)
+        if torch.Tag.dynamic_output_shape in op.tags and "index" in str(op):
+            assert not is_mask, f"{op} waits"
+        else:
+            assert not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {
+                *op.tags
+            }, f"{op} waits"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_edits", [1, 2])
+def test_a_replayed_step_waits_for_no_value(num_edits, model, rows, long, monkeypatch):
+    edit: ModelEdit = random_edit(layers=long.layers)
+    edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
+    edit.attach(model)
+    with _frozen(model):
+        forward = Engine(model, edit, "replay").prepare([rows] * num_edits)
+        monkeypatch.setattr("baft_easyedit.hooks._is_known_true", lambda _: False)  # as on a GPU
+        steps = Descent(edit, replace(long, engine="full"))
+        with NoLooking():
+            steps.step(forward)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
+    model.to("cuda", dtype)
+    edit = random_edit(layers=long.layers).cuda()
+    edit.attach(model)
+    steps, computed = Descent(edit, long), Descent(edit, replace(long, engine="full"))
+    with _frozen(model), caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        forward = Engine(model, edit, "replay").prepare([rows])
+        for _ in range(8):
+            with torch.no_grad():
+                for p in edit.parameters():
+                    p.add_(torch.randn_like(p) * 1e-2)
+            loss = steps.step(forward).loss.clone()
+            assert torch.allclose(loss, computed.step(forward).loss, rtol=1e-2)
+    assert isinstance(steps._compute._recording._graph, CudaGraph)
+    assert not caplog.messages

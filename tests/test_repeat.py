@@ -1,0 +1,105 @@
+"""When a computation is done as it is, and when by its recording."""
+
+import logging
+
+import pytest
+import torch
+
+from baft_easyedit.repeat import CudaGraph, Repeated
+
+X = torch.tensor([1.0, 2.0])
+
+
+class Counted:
+    """Counts its calls."""
+
+    def __init__(self, function):
+        self.function = function
+        self.count = 0
+        self.result = None
+
+    def __call__(self):
+        self.count += 1
+        return self.function()
+
+    run = __call__
+
+
+def test_the_first_calls_are_computed_then_one_recording_serves():
+    compute, recording = Counted(lambda: {"x": X * 2}), Counted(lambda: {"x": X * 2})
+    repeated = Repeated(compute, lambda: recording)
+    for _ in range(10):
+        assert torch.equal(repeated()["x"], X * 2)
+    assert repeated.is_recorded
+    assert (compute.count, recording.count) == (4, 7)  # in the fourth call both, to compare
+
+
+def test_what_was_computed_for_the_recording_is_not_computed_again():
+    compute, recording = Counted(lambda: X), Counted(lambda: X)
+    recording.result = X * 1
+    repeated = Repeated(compute, lambda: recording)
+    assert [repeated() is recording.result for _ in range(4)] == [False, False, True, False]
+    assert (compute.count, recording.count) == (3, 1)
+
+
+def test_without_a_recorder_all_is_computed():
+    compute = Counted(lambda: X)
+    repeated = Repeated(compute, None)
+    for _ in range(10):
+        repeated()
+    assert compute.count == 10
+    assert not repeated.is_recorded
+
+
+def raising(error):
+    def record():
+        raise error
+
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (raising(RuntimeError("no such kernel")), "RuntimeError: no such kernel"),
+        (raising(TypeError("no such type")), "TypeError: no such type"),
+        (lambda: Counted(lambda: X * 3), "ValueError: it is off by 2, of values up to 4"),
+        (lambda: Counted(lambda: X * float("nan")), "ValueError: it is off by nan"),
+    ],
+)
+def test_what_cannot_be_recorded_rightly_is_computed(record, reason, caplog):
+    repeated = Repeated(lambda: X * 2, record)
+    with caplog.at_level(logging.INFO, logger="baft_easyedit"):
+        results = [repeated() for _ in range(6)]
+    assert not repeated.is_recorded
+    assert all(torch.equal(result, X * 2) for result in results)
+    (line,) = caplog.messages
+    assert line.startswith("steps are computed one by one: they cannot be repeated")
+    assert reason in line
+
+
+def test_integers_and_empty_tensors_are_compared_too(caplog):
+    results = (torch.tensor([1]), torch.empty(0), None)
+    repeated = Repeated(lambda: results, lambda: Counted(lambda: results))
+    for _ in range(5):
+        repeated()
+    assert repeated.is_recorded
+    assert not caplog.messages
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graph_equals_the_computation():
+    x = torch.randn(8, 8, device="cuda", requires_grad=True)
+
+    def compute():
+        loss = (x @ x).sin().sum()
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    compute()
+    graph = CudaGraph(compute)
+    for _ in range(3):
+        with torch.no_grad():
+            x.add_(1)
+        for a, b in zip(compute(), graph.run(), strict=True):
+            assert torch.allclose(a, b)

@@ -1,0 +1,129 @@
+"""A tape against the computation that it recorded, which it must equal to the bit."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from baft_easyedit.tape import Tape
+
+MIB = 2**20
+
+
+def tape_of(compute, *inputs, limit=MIB):
+    return Tape(compute, inputs, limit)
+
+
+def change(*inputs):
+    with torch.no_grad():
+        for x in inputs:
+            x.add_(torch.randn_like(x))
+
+
+def network(x, weight):
+    """Products, views, in-place changes, a cast, an operator without `out`, and a gradient."""
+    total = torch.zeros(4, 6)
+    total += x @ weight  # a constant memory that the computation changes
+    rotated = torch.cat([-total[:, 3:], total[:, :3]], -1)
+    hidden = F.silu(rotated).unsqueeze(0).transpose(1, 2).contiguous()
+    hidden = hidden.squeeze_(0)  # seen in another way from now on
+    attended = F.scaled_dot_product_attention(*[hidden.view(1, 2, 3, 4)] * 3)
+    loss = F.relu(attended).double().square().mean() + F.cross_entropy(
+        total, torch.tensor([0, 1, 2, 3])
+    )
+    return {"loss": loss, "gradients": torch.autograd.grad(loss, [x, weight])}
+
+
+def test_tape_equals_the_computation_to_the_bit():
+    inputs = [torch.randn(4, 5, requires_grad=True), torch.randn(5, 6, requires_grad=True)]
+    tape = tape_of(lambda: network(*inputs), *inputs)
+    for _ in range(3):
+        change(*inputs)
+        expected, run = network(*inputs), tape.run()
+        assert torch.equal(run["loss"], expected["loss"])
+        for a, b in zip(run["gradients"], expected["gradients"], strict=True):
+            assert torch.equal(a, b)
+    assert not run["loss"].requires_grad
+
+
+def test_runs_use_the_same_memory():
+    x = torch.randn(3)
+    tape = tape_of(lambda: [x * 2], x)
+    first = tape.run()[0]
+    change(x)
+    assert tape.run()[0].data_ptr() == first.data_ptr()
+    assert torch.equal(first, x * 2)
+
+
+def test_what_does_not_depend_on_the_inputs_is_not_run_again():
+    x, constant = torch.randn(3, 3), torch.randn(3, 3)
+    tape = tape_of(lambda: x.t() @ constant.exp().log().cos().t() + torch.arange(3).sin(), x)
+    assert len(tape) == 2  # the product and the sum
+
+
+def test_what_nobody_asks_for_is_not_run_again():
+    x = torch.randn(3)
+
+    def compute():
+        x.exp().cos()
+        return x.sin()
+
+    assert len(tape_of(compute, x)) == 1
+
+
+def test_memory_that_is_changed_in_place_begins_as_it_did():
+    x, counter = torch.ones(2), torch.zeros(2)
+
+    def compute():
+        held = torch.full((2,), 5.0)
+        held[0] = x[1]
+        return held.add_(x), counter + 0
+
+    tape = tape_of(compute, x)
+    x.fill_(3.0)
+    for _ in range(2):
+        assert tape.run()[0].tolist() == [6.0, 8.0]
+
+
+def test_a_recording_under_autocast_stays_what_it_is():
+    x, weight = torch.randn(4, 5), torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        tape = tape_of(lambda: x @ weight, x)
+        change(x)
+        assert torch.equal(tape.run(), x @ weight)
+    assert tape.run().dtype == torch.bfloat16
+    plain = tape_of(lambda: x @ weight, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        run = plain.run()
+    assert torch.equal(run, x @ weight)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x + (1 if x.sum() > 0 else 2),
+        lambda x: x[x > 0].sum(),
+        lambda x: x.nonzero(),
+        lambda x: F.dropout(x, 0.5),
+        lambda x: x * torch.rand_like(x),
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    ],
+)
+def test_what_depends_on_values_or_chance_is_refused(compute):
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(RuntimeError, match="depends on values"):
+        tape_of(lambda: compute(x), x)
+
+
+def test_constant_masks_and_values_are_no_obstacle():
+    x, mask, index = torch.randn(3), torch.tensor([True, False, True]), torch.tensor([2, 0])
+    tape = tape_of(lambda: x[mask] * mask.sum().item() + x[index], x)
+    change(x)
+    assert torch.equal(tape.run(), x[mask] * 2 + x[index])
+
+
+def test_a_tape_keeps_no_more_memory_than_it_may():
+    x = torch.randn(1000)
+    with pytest.raises(RuntimeError, match="tensors take more than 10000 bytes"):
+        tape_of(lambda: ((x + 1) + 1) + 1, x, limit=10_000)
+    assert len(tape_of(lambda: ((x + 1) + 1) + 1, x, limit=12_000)) == 3
