@@ -59,52 +59,26 @@ _TAPE_BYTES = 2**28
 """Most memory of the kernels of a step; with more to compute, there is little to gain."""
 
 
-class Descent:
-    """Steps towards the least objective over what an edit learns; the optimiser goes them.
+class Objective:
+    """What is minimised over what an edit learns, L = L1 + R_bal + R_loc (Eq. 4).
 
     Args:
         edit: The edit, or E independent ones.
-        hparams: How to learn.
+        hparams: Which terms, and their coefficients.
     """
 
     def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
         self._edit = edit
         self._hparams = hparams
         self._rescaling = Rescaling(hparams.rescaling)
-        self._parameters = list(edit.learned_parameters().values())
-        self._forward: Forward | None = None
 
-    def step(self, forward: "Forward") -> Step:
-        """Compute a step, and leave its gradient in `grad` of what is learned.
+    def gradients(self, forward: "Forward", parameters: Sequence[Tensor]) -> _Computed:
+        """Compute a step and the gradient with respect to some parameters.
 
-        The step lies in memory that the next one may use again.
+        A gradient is None if the objective does not depend on the parameter.
         """
-        if forward is not self._forward:
-            compute = partial(self._gradients, forward)
-            self._forward, self._compute = forward, Repeated(compute, self._recorder(forward))
-        step, gradients = self._compute()
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return step
-
-    def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
-        """Return what records the steps on a forward, if there is something to gain."""
-        if self._hparams.engine != "replay" or forward.device is None:
-            return None
-        if forward.device.type == "cpu":
-            compute = partial(self._gradients, forward)
-            return lambda: Tape(compute, self._parameters, _TAPE_BYTES)
-        if forward.device.type == "cuda":
-            return lambda: _StepGraph(self._edit, partial(self._gradients, forward))
-        return None
-
-    def _gradients(
-        self, forward: "Forward", parameters: Sequence[Tensor] | None = None
-    ) -> _Computed:
-        """Compute a step and the gradient of its objective with respect to some parameters."""
         step = self._terms(forward)
-        wanted = self._parameters if parameters is None else parameters
-        gradients = torch.autograd.grad(self._total(step), wanted, allow_unused=True)
+        gradients = torch.autograd.grad(self._total(step), parameters, allow_unused=True)
         terms = {name: term.detach() for name, term in step.terms.items()}
         step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
         # The kernel of AdamW takes for granted that they lie in memory as the parameters do.
@@ -147,6 +121,48 @@ class Descent:
                 factor = self._rescaling.factor(name, term, step.loss)
                 total = total + coefficient * factor * term
         return total.sum()
+
+
+class Descent:
+    """Steps towards the least objective; the optimiser goes them.
+
+    Args:
+        edit: The edit, or E independent ones.
+        hparams: How to learn.
+    """
+
+    def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
+        self._edit = edit
+        self._records = hparams.engine == "replay"
+        self._objective = Objective(edit, hparams)
+        self._parameters = list(edit.learned_parameters().values())
+        self._forward: Forward | None = None
+
+    def step(self, forward: "Forward") -> Step:
+        """Compute a step, and leave its gradient in `grad` of what is learned.
+
+        The step lies in memory that the next one may use again.
+        """
+        if forward is not self._forward:
+            compute = partial(self._objective.gradients, forward, self._parameters)
+            self._forward, self._compute = forward, Repeated(compute, self._recorder(forward))
+        step, gradients = self._compute()
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return step
+
+    def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
+        """Return what records the steps on a forward, if there is something to gain."""
+        if not self._records or forward.device is None:
+            return None
+        gradients = partial(self._objective.gradients, forward)
+        if forward.device.type == "cpu":
+            return partial(
+                Tape, partial(gradients, self._parameters), self._parameters, _TAPE_BYTES
+            )
+        if forward.device.type == "cuda":
+            return partial(_StepGraph, self._edit, gradients)
+        return None
 
 
 class _StepGraph:

@@ -55,14 +55,14 @@ class CudaGraph(Generic[Result]):
         self._graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which collects garbage and empties the cache: that takes longer
         # than a step. Nothing is computed yet.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._graph.capture_begin()  # type: ignore[no-untyped-call]
+            self._graph.capture_begin()
             try:
                 self._memory = compute()
             finally:
-                self._graph.capture_end()  # type: ignore[no-untyped-call]
+                self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def run(self) -> Result:

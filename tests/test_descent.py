@@ -182,7 +182,7 @@ def test_graph_of_a_step_leaves_the_bases_outside(num_edits, model, rows, long, 
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p) * 1e-2)
-            step, gradients = steps._gradients(forward)
+            step, gradients = steps._objective.gradients(forward, parameters)
             repeated = steps.step(forward)
             assert torch.allclose(repeated.loss, step.loss)
             for p, gradient in zip(parameters, gradients, strict=True):
