@@ -6,7 +6,9 @@ that they touch; running them again is one loop. What does not depend on the inp
 again: positions, masks, embeddings, views. The results are those of the computation, to the bit.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -53,15 +55,16 @@ class Tape(Generic[Result]):
     def __init__(
         self, compute: Callable[[], Result], inputs: Sequence[Tensor], limit_bytes: int
     ) -> None:
-        with _Recorder(limit_bytes) as recorder:
-            result = compute()
-        self.result: Result = tree_map_only(Tensor, Tensor.detach, result)
-        """What the latest run gave, in the same memory each time."""
-        if recorder.num_bytes > limit_bytes:
-            raise RuntimeError(f"its tensors take more than {limit_bytes} bytes")
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        needed = _needed(recorder.calls, _memories(inputs), _memories(outputs))
-        self._kernels = [_kernel(call) for call in needed if not call.is_view]
+        with _uncollected():
+            with _Recorder(limit_bytes) as recorder:
+                result = compute()
+            self.result: Result = tree_map_only(Tensor, Tensor.detach, result)
+            """What the latest run gave, in the same memory each time."""
+            if recorder.num_bytes > limit_bytes:
+                raise RuntimeError(f"its tensors take more than {limit_bytes} bytes")
+            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            needed = _needed(recorder.calls, _memories(inputs), _memories(outputs))
+            self._kernels = [_kernel(call) for call in needed if not call.is_view]
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -73,6 +76,18 @@ class Tape(Generic[Result]):
             for kernel, args, kwargs in self._kernels:
                 kernel(*args, **kwargs)
         return self.result
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector out: for so many small objects it would search them all."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Call(NamedTuple):
