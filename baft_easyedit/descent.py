@@ -55,7 +55,7 @@ Gradients = list[Tensor | None]
 
 _Computed = tuple[Step, Gradients]
 
-_TAPE_BYTES = 2**28
+_TAPE_BYTES = 2**30
 """Most memory of the kernels of a step; with more to compute, there is little to gain."""
 
 

@@ -19,8 +19,8 @@ Given = TypeVar("Given", covariant=True)
 
 logger = logging.getLogger(__name__)
 
-_NUM_COMPUTED = 2
-"""Times that a computation is done before it is recorded, which takes as long as some more."""
+_NUM_COMPUTED = 1
+"""Times that a computation is done before it is recorded, which takes as long as a few more."""
 
 _TOLERANCE = 1e-3
 """How far a recording may be off, relative to the largest value; a tape is not off at all."""

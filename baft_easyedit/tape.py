@@ -39,6 +39,9 @@ _DIRECT = {
 }
 """Kernels that torch's function of the same name calls with less ado than the operator itself."""
 
+_CACHED_BYTES = 2**24
+"""Memory that a processor's caches more or less hold: less of it makes no run quicker."""
+
 
 class Tape(Generic[Result]):
     """The kernels of a computation, in a row.
@@ -64,7 +67,10 @@ class Tape(Generic[Result]):
                 raise RuntimeError(f"its tensors take more than {limit_bytes} bytes")
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             needed = _needed(recorder.calls, _memories(inputs), _memories(outputs))
-            self._kernels = [_kernel(call) for call in needed if not call.is_view]
+            calls = [call for call in needed if not call.is_view]
+            if recorder.num_bytes > _CACHED_BYTES:
+                calls = _Reuse(calls, _memories([*inputs, *outputs])).calls
+            self._kernels = [_kernel(call) for call in calls]
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -227,6 +233,60 @@ def _check_repeatable(call: _Call, changing: set[int]) -> None:
         depends = not str(op).startswith("aten.index") or bool(_memories(masks) & changing)
     if depends:
         raise RuntimeError(f"{op} depends on values")
+
+
+class _Reuse:
+    """Lets calls share memory: what nobody reads any more serves for what comes next.
+
+    Args:
+        calls: In order; no views.
+        kept: Memories that are not shared: inputs and outputs.
+    """
+
+    def __init__(self, calls: Sequence[_Call], kept: set[int]) -> None:
+        self._free: list[torch.UntypedStorage] = []
+        self._shared: dict[int, torch.UntypedStorage] = {}
+        last = {memory: i for i, call in enumerate(calls) for memory in call.reads | call.writes}
+        seen = set(kept)
+        self.calls = []
+        for i, call in enumerate(calls):
+            for output in call.outputs:
+                own = output.untyped_storage()
+                if own._cdata not in seen | call.reads:  # what it reads has been there before
+                    self._shared[own._cdata] = self._taken(own)
+            seen |= call.reads | call.writes
+            self.calls.append(self._moved_call(call))
+            for memory in call.reads | call.writes:
+                if last[memory] == i and memory in self._shared:
+                    self._free.append(self._shared[memory])
+
+    def _taken(self, wanted: torch.UntypedStorage) -> torch.UntypedStorage:
+        """Take the smallest free memory that is not much too large, or that of the call itself."""
+        size = wanted.nbytes()
+        fitting = [free for free in self._free if size <= free.nbytes() <= 4 * size + 4096]
+        best = min(fitting, key=torch.UntypedStorage.nbytes, default=wanted)
+        if fitting:
+            self._free.remove(best)
+        return best
+
+    def _moved_call(self, call: _Call) -> _Call:
+        """Return a call with its tensors where they are now."""
+        kwargs = {name: self._moved(value) for name, value in call.kwargs.items()}
+        return call._replace(
+            args=self._moved(call.args), kwargs=kwargs, outputs=self._moved(call.outputs)
+        )
+
+    def _moved(self, value: Any) -> Any:
+        """Return an argument with its tensors where they are now."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._moved, value))
+        if not isinstance(value, Tensor):
+            return value
+        memory = self._shared.get(value.untyped_storage()._cdata)
+        if memory is None:
+            return value
+        place = value.storage_offset(), value.shape, value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(memory, *place)
 
 
 def _kernel(call: _Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:

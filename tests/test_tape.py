@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baft_easyedit.tape import Tape
+from baft_easyedit.tape import Tape, _tensors
 
 MIB = 2**20
 
@@ -120,6 +120,33 @@ def test_constant_masks_and_values_are_no_obstacle():
     tape = tape_of(lambda: x[mask] * mask.sum().item() + x[index], x)
     change(x)
     assert torch.equal(tape.run(), x[mask] * 2 + x[index])
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_memory_is_used_again_when_nobody_reads_it_any_more(reused, monkeypatch):
+    monkeypatch.setattr("baft_easyedit.tape._CACHED_BYTES", 0 if reused else MIB)
+    inputs = [torch.randn(4, 5, requires_grad=True), torch.randn(5, 6, requires_grad=True)]
+    constant = torch.randn(4, 5)
+
+    def compute():
+        x = inputs[0] * constant
+        for _ in range(20):
+            x = (x + constant).sin()
+        return network(x, inputs[1]), x
+
+    tape = tape_of(compute, *inputs)
+    used = [t for _, args, _ in tape._kernels for t in _tensors(args)]
+    memories = {t.untyped_storage()._cdata for t in used}
+    assert len(memories) < 30 if reused else len(memories) > 60
+    before = constant.clone()
+    for _ in range(3):
+        change(*inputs)
+        (expected, x), (run, y) = compute(), tape.run()
+        assert torch.equal(x, y)
+        assert torch.equal(run["loss"], expected["loss"])
+        for a, b in zip(run["gradients"], expected["gradients"], strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(constant, before)
 
 
 def test_a_tape_keeps_no_more_memory_than_it_may():
