@@ -21,6 +21,9 @@ from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows
 
+_MOST_PADDING = 1.5
+"""How much longer than the shortest an edit learned beside it may be."""
+
 
 class EditState(NamedTuple):
     """All that an edit call changes."""
@@ -103,7 +106,7 @@ class Learner:
         """
         edits = [self._rows([request], hparams) for request in requests]
         learned: dict[int, Learned] = {}
-        for indices in _of_equal_rows(edits):
+        for indices in _alike(edits):
             rest = indices
             while rest:
                 part, rest = rest[:batch_size], rest[batch_size:]
@@ -221,13 +224,18 @@ def _check_differentiable(model: nn.Module) -> None:
             )
 
 
-def _of_equal_rows(edits: Sequence[Sequence[TextRow]]) -> list[list[int]]:
-    """Group edits, by index, that have as many rows; only those are learned side by side.
+def _alike(edits: Sequence[Sequence[TextRow]]) -> list[list[int]]:
+    """Group edits, by index, that have as many rows, and not much longer ones.
 
-    Those of a group are in the order of their sizes, so that little is padded.
+    Only the former are learned side by side; and each is padded to the longest one beside it.
     """
     sizes = [sum(len(row.ids) for row in rows) for rows in edits]
-    groups: dict[int, list[int]] = {}
-    for i in sorted(range(len(edits)), key=sizes.__getitem__):
-        groups.setdefault(len(edits[i]), []).append(i)
-    return list(groups.values())
+    groups: list[list[int]] = []
+    for i in sorted(range(len(edits)), key=lambda i: (len(edits[i]), sizes[i])):
+        first = groups[-1][0] if groups else i
+        is_alike = len(edits[i]) == len(edits[first]) and sizes[i] <= _MOST_PADDING * sizes[first]
+        if groups and is_alike:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
