@@ -14,8 +14,9 @@ from baft_easyedit.resources import BUNDLED_MODEL, model_location
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _SPEED_NUMBERS = {
-    "--prompt-length": "tokens of a prompt; 32 if absent",
-    "--answer-length": "tokens of an answer; 4 if absent",
+    "--start": "first of the records; 0 if absent",
+    "--prompt-length": "tokens of a prompt of random words; 32 if absent",
+    "--answer-length": "tokens of its answer; 4 if absent",
     "--batch-size": "requests of an edit call; 1 if absent",
     "--rank": "bases per layer; 12 if absent",
     "--repeats": "measurements of each row; 5 if absent",
@@ -141,6 +142,7 @@ def _add_speed(commands: Any) -> None:
     speed.add_argument("--methods", type=_names, help="comma-separated list; BaFT,ReFT if absent")
     for name, help_text in _SPEED_NUMBERS.items():
         speed.add_argument(name, type=int, help=help_text)
+    speed.add_argument("--data", help="records to edit, such as zsre=DIR; random words if absent")
     stop = speed.add_mutually_exclusive_group()
     stop.add_argument("--steps", type=int, help="steps of BaFT and ReFT; 40 if absent")
     stop.add_argument("--early-stop", action="store_true", help="stop once an answer is learned")

@@ -142,10 +142,7 @@ def _caption(report: "SpeedReport") -> str:
     made_on = report.environment["hardware"]
     on_gpu = made_on["gpus"] and o.device != "cpu"
     place = made_on["gpus"][0] if on_gpu else f"CPU threads: {made_on['torch_threads']}"
-    return (
-        f"{model}, {o.dtype}, {place}: prompt {o.prompt_length}, answer {o.answer_length} tokens, "
-        f"batch {o.batch_size}; medians of {o.repeats}"
-    )
+    return f"{model}, {o.dtype}, {place}: {o.texts}, batch {o.batch_size}; medians of {o.repeats}"
 
 
 def _saved(figure: "Figure", file: Path) -> Path:

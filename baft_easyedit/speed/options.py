@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from baft_easyedit.bench.datasets import DATASETS
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peer_methods import why_not
 from baft_easyedit.hparams import ENGINES
@@ -18,6 +19,7 @@ MIN_PROMPT_LENGTH = 4
 MAX_UNASKED_PARAMETERS = 1_000_000_000
 """Larger random models are written to a disk only where the user says."""
 
+_DATA_RULE = f"have the form KIND=PATH, with a kind of {', '.join(DATASETS)}"
 _SWEPT_METHODS = ("BaFT", "ReFT")
 _SWEPT = {
     "prompt-length": "prompt_length",
@@ -118,10 +120,14 @@ class SpeedOptions:
     methods: tuple[str, ...] = ("BaFT", "ReFT")
     """BaFT (with every engine), BaFT-full or BaFT-replay, likewise ReFT (with the default engine
     if it names none), or methods of EasyEdit."""
+    data: str | None = None
+    """Benchmark records to edit, KIND=PATH such as zsre=DIR; texts of random words if None."""
+    start: int = 0
+    """First of these records; each repeat takes the next ones."""
     prompt_length: int = 32
-    """Tokens of each prompt."""
+    """Tokens of each prompt of random words."""
     answer_length: int = 4
-    """Tokens of each answer."""
+    """Tokens of each answer of random words."""
     batch_size: int = 1
     """Requests of an edit call."""
     rank: int = 12
@@ -155,7 +161,11 @@ class SpeedOptions:
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         suffix = "name a .json file"
         _check(self.out is None or self.out.suffix == ".json", "out", suffix, self.out)
+        if self.data is not None:
+            _check(self.data.partition("=")[0] in DATASETS, "data", _DATA_RULE, self.data)
         named = [sweep.what for sweep in self.sweeps]
+        fixed = self.data is not None and "prompt-length" in named
+        _check(not fixed, "sweeps", "leave prompt-length out with data", named)
         _check(len(set(named)) == len(named), "sweeps", "not repeat a setting", named)
         for what, value in self._values():
             rule = f"be at least {MIN_PROMPT_LENGTH} tokens"
@@ -171,7 +181,8 @@ class SpeedOptions:
         for name in ("answer_length", "batch_size", "rank", "steps", "repeats"):
             value = getattr(self, name)
             _check(value >= 1, name, "be at least 1", value)
-        _check(self.new_tokens >= 0, "new_tokens", "be at least 0", self.new_tokens)
+        for name in ("new_tokens", "start"):
+            _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         _check(self.threads is None or self.threads >= 1, "threads", "be at least 1", self.threads)
 
     def _values(self) -> list[tuple[str, int]]:
@@ -197,6 +208,13 @@ class SpeedOptions:
     def shape_name(self) -> str:
         """The shape of the random weights."""
         return self.shape or DEFAULT_SHAPE
+
+    @property
+    def texts(self) -> str:
+        """What is edited, in words."""
+        if self.data is not None:
+            return f"{self.data.partition('=')[0]} records from {self.start} on"
+        return f"prompt of {self.prompt_length} and answer of {self.answer_length} tokens"
 
     def as_json(self) -> dict[str, Any]:
         """Return the options as plain data."""

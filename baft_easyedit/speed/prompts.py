@@ -1,12 +1,28 @@
-"""Requests whose prompts and answers have an exact number of tokens, under any tokenizer."""
+"""What is edited: benchmark records, or texts of an exact number of tokens."""
 
 import random
 from typing import Any
+
+from baft_easyedit.bench.datasets import load_dataset
+from baft_easyedit.speed.options import SpeedOptions
 
 _NUM_WORDS = 256
 _MIN_WORDS = 16
 _MAX_TRIED = 20_000
 _MAX_TRIES = 50
+
+
+def records(options: SpeedOptions, count: int) -> list[dict[str, Any]]:
+    """Return benchmark records, as many as asked for; none if the options name no data.
+
+    Raises:
+        ValueError: If there are fewer, or one breaks a rule.
+        FileNotFoundError: If the file is missing.
+    """
+    if options.data is None:
+        return []
+    kind, _, path = options.data.partition("=")
+    return load_dataset(kind, path or None, start=options.start, limit=count).requests
 
 
 class PromptMaker:

@@ -129,8 +129,8 @@ class SpeedReport:
         gigabytes = "not measured" if self.bandwidth is None else f"{self.bandwidth / 1e9:.1f} GB/s"
         return [
             f"{model}, {o.dtype}, device {o.device}, CPU threads {made_on['torch_threads']}",
-            f"prompt of {o.prompt_length} and answer of {o.answer_length} tokens, batch size "
-            f"{o.batch_size}, rank {o.rank}, {steps} of BaFT and ReFT; medians of {o.repeats}",
+            f"{o.texts}, batch size {o.batch_size}, rank {o.rank}, {steps} of BaFT and ReFT; "
+            f"medians of {o.repeats}",
             f"copy bandwidth {gigabytes}; x bound: a step's time over that of reading the weights "
             "it must read",
         ]

@@ -19,6 +19,7 @@ from baft_easyedit.speed.measure import Sample
 from baft_easyedit.speed.options import Row, SpeedOptions, make_rows
 from baft_easyedit.speed.ours import load
 from baft_easyedit.speed.process import Worker, WorkerError
+from baft_easyedit.speed.prompts import records
 from baft_easyedit.speed.report import RowResult, SpeedReport, environment
 from baft_easyedit.speed.worker import as_device
 
@@ -38,12 +39,15 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
 
     Raises:
         ImportError: If charts are wanted and matplotlib is not installed.
+        ValueError: If there are fewer records than are to be edited, or one breaks a rule.
+        FileNotFoundError: If the file of the records is missing.
         WorkerError: If no row could be measured.
     """
     if options.out is not None:
         import matplotlib  # noqa: F401  # before an hour of measuring, not after it
 
     rows = make_rows(options)
+    requests = records(options, (options.repeats + 1) * max(row.batch_size for row in rows))
     total = len(rows) * (options.repeats + 1)
     advance = start_progress(total, 0) if start_progress else lambda _: None
     report = SpeedReport(options, environment(options), [RowResult(row) for row in rows])
@@ -51,7 +55,9 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
         groups = _groups(options, rows)
         for together in [[group] for group in groups] if options.one_by_one else [groups]:
             with ExitStack() as stack:
-                jobs = [_job(options, group, weights) for group in together]
+                jobs = [
+                    _job(options, group, weights) | {"requests": requests} for group in together
+                ]
                 workers = [stack.enter_context(Worker(job)) for job in jobs]
                 _Measurement(report, workers, advance).run()
     if all(result.error for result in report.rows):

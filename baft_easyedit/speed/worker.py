@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from baft_easyedit.speed.hardware import MemoryMeter, bytes_per_step, copy_bandwidth
-from baft_easyedit.speed.measure import Method, measure, run_once
+from baft_easyedit.speed.measure import Method, Requests, measure, run_once
 from baft_easyedit.speed.options import Row
 from baft_easyedit.speed.ours import OurMethod, hparams_of, load
 from baft_easyedit.speed.prompts import PromptMaker
@@ -86,7 +86,8 @@ class Bench:
 
     Args:
         job: `rows`, `model` (or None), `shape`, `device`, `dtype`, `threads`, `steps`,
-            `early_stop`, `new_tokens`, and `meters`, whether memory is measured.
+            `early_stop`, `new_tokens`, `requests` (none for random words), and `meters`, whether
+            memory is measured.
         log: What this package has logged, which may grow.
     """
 
@@ -140,11 +141,15 @@ class Bench:
         if command[0] == "bandwidth":
             return {"bytes_per_s": copy_bandwidth(self.device, tries=_NUM_BANDWIDTH_TRIES)}
         row = self.rows[command[1]]
-        requests = self._maker.requests(
-            row.prompt_length, row.answer_length, row.batch_size, seed=command[2]
-        )
-        method = self.methods[row.name]
+        method, requests = self.methods[row.name], self._requests(row, command[2])
         return asdict(measure(method, requests, self.job["new_tokens"], self._meter))
+
+    def _requests(self, row: Row, repeat: int) -> Requests:
+        """Return what a row edits in one of its measurements."""
+        size = row.batch_size
+        if self.job["requests"]:
+            return self.job["requests"][repeat * size :][:size]
+        return self._maker.requests(row.prompt_length, row.answer_length, size, seed=repeat)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from baft_easyedit.bench.datasets import load_dataset
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.generation import load_model
 from baft_easyedit.speed import SpeedOptions, Sweep
 from baft_easyedit.speed.options import make_rows, swept_value
 from baft_easyedit.speed.ours import edited_layers
-from baft_easyedit.speed.prompts import PromptMaker
+from baft_easyedit.speed.prompts import PromptMaker, records
 from baft_easyedit.speed.shapes import find_shape, word_tokenizer
 
 
@@ -55,6 +56,12 @@ def test_sweep_changes_one_setting_for_baft_and_reft():
         ({"out": Path("speed.txt")}, "out must name a .json file"),
         ({"sweeps": (Sweep("rank", (1,)), Sweep("rank", (2,)))}, "sweeps must not repeat"),
         ({"sweeps": (Sweep("prompt-length", (2,)),)}, "prompt-length must be at least 4"),
+        ({"start": -1}, "start must be at least 0; got -1"),
+        ({"data": "zsre.json"}, "data must have the form KIND=PATH, with a kind of facts, zsre"),
+        (
+            {"data": "facts=", "sweeps": (Sweep("prompt-length", (8,)),)},
+            "sweeps must leave prompt-length out with data",
+        ),
         (
             {"shape": "llama-2-7b", "methods": ("FT-M",), "dtype": "bfloat16"},
             "weights_dir must be given to run FT-M on llama-2-7b; got None: .* of 14 GB",
@@ -79,6 +86,14 @@ def test_bad_option_is_named(options, match):
 def test_bad_sweep_is_named(text, match):
     with pytest.raises(ValueError, match=match):
         Sweep.parse(text)
+
+
+def test_records_are_those_of_the_benchmarks():
+    options = SpeedOptions(data="facts=", start=3)
+    expected = load_dataset("facts", start=3, limit=5).requests
+    assert records(options, 5) == expected
+    assert records(SpeedOptions(), 5) == []
+    assert options.texts == "facts records from 3 on"
 
 
 def test_large_shape_needs_no_directory_for_our_methods():

@@ -39,6 +39,7 @@ JOB = {
     "early_stop": False,
     "new_tokens": 0,
     "meters": True,
+    "requests": [],
 }
 
 
@@ -148,6 +149,14 @@ def test_bench_measures_each_row_on_one_model():
     for name in ("BaFT-replay", "BaFT-full", "ReFT"):
         assert Sample(**bench.answer(["measure", name, 1])).num_steps == 3
     assert bench.answer(["bandwidth"])["bytes_per_s"] > 0
+
+
+def test_bench_edits_records_in_turn():
+    requests = [{"prompt": f"Number {i} is", "target_new": "so"} for i in range(4)]
+    bench = Bench(job(methods=("ReFT",), batch_size=2) | {"requests": requests})
+    row = bench.rows["ReFT"]
+    assert bench._requests(row, 1) == requests[2:]
+    assert Sample(**bench.answer(["measure", "ReFT", 0])).num_steps == 3
 
 
 def test_devices_are_read_like_those_of_easyedit():
