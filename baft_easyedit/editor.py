@@ -159,7 +159,7 @@ class BaFTEditor:
 
     @torch.inference_mode(False)
     def learn_apart(
-        self, requests: Sequence[Mapping[str, Any]], batch_size: int = 8
+        self, requests: Sequence[Mapping[str, Any]], batch_size: int | None = None
     ) -> list[Learned]:
         """Learn each request on its own from the present state, many side by side.
 
@@ -169,7 +169,8 @@ class BaFTEditor:
         Args:
             requests: EasyEdit's request dicts.
             batch_size: Requests learned at once, at least 1; halved while a GPU's memory is short.
-                Larger ones pay on a GPU, which a single edit leaves idle; a CPU is soon full.
+                None: on a CUDA device as many as its free memory holds, on a CPU, which is soon
+                full, 8.
 
         Returns:
             What was learned of each request, in their order.
@@ -180,7 +181,7 @@ class BaFTEditor:
             TypeError: If a request has values of the wrong type.
             FloatingPointError: If a loss is not finite.
         """
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         return self._learner.learn_apart(as_requests(requests), batch_size, self.hparams)
 

@@ -12,17 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from baft_easyedit.batching import BatchSize, alike
 from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import EditReport, Learned, learn
-from baft_easyedit.models import text_config
+from baft_easyedit.models import input_device, text_config
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows
-
-_MOST_PADDING = 1.5
-"""How much longer than the shortest an edit learned beside it may be."""
 
 
 class EditState(NamedTuple):
@@ -98,27 +96,31 @@ class Learner:
         return learned.report
 
     def learn_apart(
-        self, requests: Sequence[EditRequest], batch_size: int, hparams: BaFTHyperParams
+        self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
     ) -> list[Learned]:
         """Learn each request on its own from the present state, which is left as it is.
 
-        `batch_size` of them are learned at once; it is halved while a GPU's memory is short.
+        `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
+        size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
-        for indices in _alike(edits):
+        for indices in alike(edits):
             rest = indices
             while rest:
-                part, rest = rest[:batch_size], rest[batch_size:]
+                part, rest = rest[: size.value], rest[size.value :]
+                size.start()
                 try:
                     results = self._learn_side_by_side(
                         [edits[i] for i in part], [requests[i] for i in part], hparams
                     )
                 except torch.cuda.OutOfMemoryError:
-                    if batch_size == 1:
+                    if len(part) == 1:
                         raise
-                    batch_size, rest = max(1, len(part) // 2), part + rest
+                    size.fail(len(part))
+                    rest = part + rest
                     continue
+                size.finish(len(part))
                 learned |= dict(zip(part, results, strict=True))
         return [learned[i] for i in range(len(edits))]
 
@@ -222,20 +224,3 @@ def _check_differentiable(model: nn.Module) -> None:
                 f"model must let gradients pass to be edited, but {name} is quantised by torch.ao, "
                 "which has none: edit the model before, or quantise it by bitsandbytes"
             )
-
-
-def _alike(edits: Sequence[Sequence[TextRow]]) -> list[list[int]]:
-    """Group edits, by index, that have as many rows, and not much longer ones.
-
-    Only the former are learned side by side; and each is padded to the longest one beside it.
-    """
-    sizes = [sum(len(row.ids) for row in rows) for rows in edits]
-    groups: list[list[int]] = []
-    for i in sorted(range(len(edits)), key=lambda i: (len(edits[i]), sizes[i])):
-        first = groups[-1][0] if groups else i
-        is_alike = len(edits[i]) == len(edits[first]) and sizes[i] <= _MOST_PADDING * sizes[first]
-        if groups and is_alike:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

@@ -8,8 +8,6 @@ import torch
 from baft_easyedit import BaFTEditor, learner
 from baft_easyedit.gates import GATES
 from baft_easyedit.independent import IndependentEdits
-from baft_easyedit.learner import _alike
-from baft_easyedit.requests import TextRow
 from tests.conftest import HIDDEN, make_model, random_edit
 
 REQUESTS = [
@@ -138,12 +136,6 @@ def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS[:1])
     assert not any(layer._forward_hooks for layer in model.model.layers)
-
-
-def test_a_long_edit_does_not_pad_the_others():
-    lengths = [(5, 9), (40, 200), (5, 7), (6,), (5, 12), (7,), (5, 6)]
-    edits = [[TextRow(tuple(range(n)), 3, is_edit=True) for n in rows] for rows in lengths]
-    assert _alike(edits) == [[3, 5], [6, 2, 0], [4], [1]]
 
 
 def test_bad_numbers_are_refused(model, tokenizer, hparams):
