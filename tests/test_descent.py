@@ -16,7 +16,7 @@ from baft_easyedit.repeat import CudaGraph, Repeated
 from baft_easyedit.replay import Engine, Forward
 from baft_easyedit.requests import as_requests, text_rows
 from baft_easyedit.tape import Tape
-from tests.conftest import random_edit
+from tests.conftest import make_model, random_edit
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -104,6 +104,18 @@ def test_every_family_is_recorded(family_model, rows, long, caplog):
     assert isinstance(steps._compute._recording, Tape)
     assert not computed._compute.is_recorded
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision_are_recorded(dtype, tokenizer, long, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        recorded, reports = states(make_model(dtype=dtype), tokenizer, long, REQUESTS)
+    assert not caplog.messages
+    never_recorded(monkeypatch)
+    computed, expected = states(make_model(dtype=dtype), tokenizer, long, REQUESTS)
+    assert reports == expected
+    for name, value in computed.items():
+        assert torch.equal(recorded[name], value)
 
 
 def test_reft_and_edits_side_by_side_are_recorded(model, tokenizer, long, monkeypatch):
