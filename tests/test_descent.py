@@ -232,12 +232,12 @@ class NoLooking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("num_edits", [1, 2])
-def test_a_replayed_step_waits_for_no_value(num_edits, model, rows, long, monkeypatch):
+def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long, monkeypatch):
     edit: ModelEdit = random_edit(layers=long.layers)
     edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
-    edit.attach(model)
-    with _frozen(model):
-        forward = Engine(model, edit, "replay").prepare([rows] * num_edits)
+    edit.attach(family_model)
+    with _frozen(family_model):
+        forward = Engine(family_model, edit, "replay").prepare([rows] * num_edits)
         monkeypatch.setattr("baft_easyedit.hooks._is_known_true", lambda _: False)  # as on a GPU
         steps = Descent(edit, replace(long, engine="full"))
         with NoLooking():

@@ -190,7 +190,7 @@ def fake_worker(tmp_path, monkeypatch):
 
 def test_error_of_a_process_is_raised(fake_worker):
     with (
-        fake_worker("""read line; echo '{"error": "ValueError: no"}'; sleep 9""") as worker,
+        fake_worker("""read line; echo '{"error": "ValueError: no"}'; sleep 1""") as worker,
         pytest.raises(WorkerError, match="ValueError: no"),
     ):
         worker.ask("describe")
