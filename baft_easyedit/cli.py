@@ -159,6 +159,9 @@ def _add_speed(commands: Any) -> None:
     speed.add_argument(
         "--one-by-one", action="store_true", help="one model in memory at a time, not in turn"
     )
+    speed.add_argument(
+        "--profile", action="store_true", help="also write where the time of an edit goes"
+    )
     speed.add_argument("--out", type=Path, help="JSON file, with charts beside it")
     speed.set_defaults(run=_speed)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from baft_easyedit.speed.hardware import MemoryMeter, timed
 
@@ -80,6 +81,22 @@ def measure(
     method.undo()
     unedited = _tokens_per_s(method, requests, new_tokens)
     return Sample(*cost, peak, edited, unedited)
+
+
+def profiled(method: Method, requests: Requests) -> str:
+    """Edit and undo; return where the time of the edit went, a kernel or operator a line.
+
+    Args:
+        method: What is measured; its model is unedited, before and after.
+        requests: What is edited in one call.
+    """
+    on_gpu = method.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as seen:
+        method.edit(requests)
+    method.undo()
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return seen.key_averages().table(sort_by=order, row_limit=50, max_name_column_width=80)
 
 
 @torch.no_grad()

@@ -152,6 +152,8 @@ class SpeedOptions:
     """Measure one process after another, with one model in memory at a time, not interleaved."""
     sweeps: tuple[Sweep, ...] = ()
     """If any, these are measured, and `methods` is not."""
+    profile: bool = False
+    """Also say where the time of an edit goes, in a text file beside `out` for each row."""
     out: Path | None = None
     """JSON file to write, with charts beside it."""
 
@@ -161,6 +163,7 @@ class SpeedOptions:
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         suffix = "name a .json file"
         _check(self.out is None or self.out.suffix == ".json", "out", suffix, self.out)
+        _check(not self.profile or self.out is not None, "out", "be given with profile", self.out)
         if self.data is not None:
             _check(self.data.partition("=")[0] in DATASETS, "data", _DATA_RULE, self.data)
         named = [sweep.what for sweep in self.sweeps]

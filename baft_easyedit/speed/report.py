@@ -46,6 +46,8 @@ class RowResult:
     notes: Sequence[str] = ()
     error: str | None = None
     """Why there are not as many samples as there should be."""
+    profile: str | None = None
+    """Where the time of an edit goes, a kernel or operator a line."""
 
     def median(self, name: str) -> float | None:
         """Return the median of one of `Sample`'s fields; None if it was not measured."""
@@ -147,16 +149,31 @@ class SpeedReport:
             **self.environment,
             "options": self.options.as_json(),
             "bandwidth_bytes_per_s": {"median": self.bandwidth, "samples": self.bandwidths},
-            "rows": [{**asdict(r), "summary": self.summary(r)} for r in self.rows],
+            "rows": [self._row_as_json(result) for result in self.rows],
         }
 
+    def _row_as_json(self, result: RowResult) -> dict[str, Any]:
+        """Return a row as plain data; its profile is a file of its own."""
+        plain = {k: v for k, v in asdict(result).items() if k != "profile"}
+        return {**plain, "summary": self.summary(result)}
+
     def write(self, out: Path) -> None:
-        """Write the JSON, and beside it a bar chart, or a line plot for each sweep."""
+        """Write the JSON, and beside it profiles and a bar chart, or a line plot for each sweep."""
         from baft_easyedit.speed.charts import write_charts
 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        self.files = [out, *write_charts(self, out.with_suffix(""))]
+        self.files = [out, *self._write_profiles(out), *write_charts(self, out.with_suffix(""))]
+
+    def _write_profiles(self, out: Path) -> list[Path]:
+        """Write the profile of each row that has one."""
+        files = []
+        for result in self.rows:
+            if result.profile is not None:
+                name = result.row.name.replace(" ", "-")
+                files.append(out.with_name(f"{out.stem}-{name}-profile.txt"))
+                files[-1].write_text(result.profile, encoding="utf-8")
+        return files
 
 
 _COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {

@@ -131,6 +131,8 @@ class _Measurement:
                     self._advance(1)
         for worker in self._workers:  # again, for what has been logged since
             self._try(worker.rows, partial(self._describe, worker))
+            for name in worker.rows if self._report.options.profile else ():
+                self._try([name], partial(self._profile, worker, name))
 
     def _try(self, names: Sequence[str], action: Callable[[], None]) -> None:
         """Do something for rows that have not failed; they have if it fails."""
@@ -158,6 +160,10 @@ class _Measurement:
             result.warm_up = sample
         else:
             result.samples.append(sample)
+
+    def _profile(self, worker: Worker, name: str) -> None:
+        """Ask where the time of a row's edit goes."""
+        self._results[name].profile = worker.ask("profile", name, 0)["profile"]
 
     def _measure_bandwidth(self) -> None:
         """Measure the device in the first process that works."""

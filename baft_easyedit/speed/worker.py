@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from baft_easyedit.speed.hardware import MemoryMeter, bytes_per_step, copy_bandwidth
-from baft_easyedit.speed.measure import Method, Requests, measure, run_once
+from baft_easyedit.speed.measure import Method, Requests, measure, profiled, run_once
 from baft_easyedit.speed.options import Row
 from baft_easyedit.speed.ours import OurMethod, hparams_of, load
 from baft_easyedit.speed.prompts import PromptMaker
@@ -135,13 +135,15 @@ class Bench:
         return method
 
     def answer(self, command: list[Any]) -> dict[str, Any]:
-        """Do one command: `["describe"]`, `["measure", row, repeat]` or `["bandwidth"]`."""
+        """Do one command: describe, bandwidth, or measure or profile with a row and a repeat."""
         if command[0] == "describe":
             return {"notes": [*self.notes, *self.log], "step_bytes": self.step_bytes}
         if command[0] == "bandwidth":
             return {"bytes_per_s": copy_bandwidth(self.device, tries=_NUM_BANDWIDTH_TRIES)}
         row = self.rows[command[1]]
         method, requests = self.methods[row.name], self._requests(row, command[2])
+        if command[0] == "profile":
+            return {"profile": profiled(method, requests)}
         return asdict(measure(method, requests, self.job["new_tokens"], self._meter))
 
     def _requests(self, row: Row, repeat: int) -> Requests:

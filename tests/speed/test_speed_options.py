@@ -56,6 +56,7 @@ def test_sweep_changes_one_setting_for_baft_and_reft():
         ({"out": Path("speed.txt")}, "out must name a .json file"),
         ({"sweeps": (Sweep("rank", (1,)), Sweep("rank", (2,)))}, "sweeps must not repeat"),
         ({"sweeps": (Sweep("prompt-length", (2,)),)}, "prompt-length must be at least 4"),
+        ({"profile": True}, "out must be given with profile; got None"),
         ({"start": -1}, "start must be at least 0; got -1"),
         ({"data": "zsre.json"}, "data must have the form KIND=PATH, with a kind of facts, zsre"),
         (

@@ -227,6 +227,7 @@ def test_run_measures_in_a_process_and_writes_files(tmp_path):
         repeats=2,
         threads=1,
         new_tokens=2,
+        profile=True,
         out=out,
     )
     report = run_speed(options, lambda total, done: lambda n: moved.append((total, n)))
@@ -239,6 +240,8 @@ def test_run_measures_in_a_process_and_writes_files(tmp_path):
     assert len(report.bandwidths) == 3
     assert out.is_file()
     assert out.with_suffix(".png").is_file()
+    assert "aten::mm" in (tmp_path / "speed-BaFT-replay-profile.txt").read_text(encoding="utf-8")
+    assert "aten::mm" not in out.read_text(encoding="utf-8")
 
 
 @pytest.fixture
