@@ -7,6 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -16,6 +18,11 @@ from tests.conftest import make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
 ONES = torch.ones_like(IDS)
+since_5 = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"),
+    reason="transformers 4 runs chunks past the hooks, reports states from before them, computes "
+    "nothing on meta, and has another name for a dynamic cache",
+)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 257}
 
 
@@ -79,7 +86,9 @@ def test_row_of_a_batch_padded_on_the_left_is_the_row_alone(edited, options):
     assert torch.equal(together[:num, 9 : 9 + width], alone[:, 5:])
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic_full", "offloaded"])
+@pytest.mark.parametrize(
+    "cache", ["static", pytest.param("dynamic_full", marks=since_5), "offloaded"]
+)
 def test_every_cache_gives_the_same_tokens(edited, cache):
     if cache == "offloaded" and not torch.cuda.is_available():
         pytest.skip("offloaded caches need a GPU; run where there is one")
@@ -112,6 +121,7 @@ def test_guesses_behind_a_prompt_are_edited_as_output(edited):
     assert torch.equal(logits(model, logits_to_keep=4), expected)
 
 
+@since_5
 def test_prompt_in_chunks_needs_its_length_and_is_then_right(edited):
     model, edit = edited
     with pytest.raises(ValueError, match=r"prompt_lengths must be given.*4 new tokens after 4 may"):
@@ -179,6 +189,7 @@ def test_pipeline_answers_as_generate_does(edited, tokenizer, batch_size):
 # Arguments of a forward
 
 
+@since_5
 def test_reported_hidden_states_are_the_edited_ones(edited):
     model, edit = edited
     with torch.no_grad():
@@ -208,7 +219,7 @@ def test_every_way_to_call_the_model_gives_the_same_logits(edited):
 
 def test_attentions_are_those_of_the_edited_model(edited):
     model, edit = edited
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"  # transformers 4.51 has no setter
     with torch.no_grad():
         output = model(input_ids=IDS, output_attentions=True)
         with edit.disabled():
@@ -391,6 +402,7 @@ def test_model_of_another_dtype_keeps_the_edit_in_fp32(edited, dtype):
     assert (after - before).abs().mean() < 0.1 * before.abs().mean()
 
 
+@since_5
 def test_meta_device_does_not_lose_what_is_learned(edited):
     model, edit = edited
     learned = edit.snapshot()
