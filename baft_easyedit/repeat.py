@@ -1,4 +1,4 @@
-"""Do one computation many times: a few times as it is, then by a recording of its kernels.
+"""Do one computation many times: first as it is, then by a recording of its kernels.
 
 On the CPU the recording is a `Tape`, on a CUDA device a `CudaGraph`. What a recording gives the
 first time is compared with the computation; if they differ, or it cannot be recorded, the

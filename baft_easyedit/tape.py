@@ -226,11 +226,11 @@ def _check_repeatable(call: _Call, changing: set[int]) -> None:
     tags, op = call.op.tags, call.op
     depends = torch.Tag.data_dependent_output in tags
     if torch.Tag.nondeterministic_seeded in tags:  # attention is not random without dropout
-        depends = _by_name(op, call.args, call.kwargs).get("dropout_p") != 0
+        depends |= _by_name(op, call.args, call.kwargs).get("dropout_p") != 0
     if torch.Tag.dynamic_output_shape in tags:  # of indexing, only a mask's values make shapes
         indices = _tensors(call.args[1:])
         masks = [i for i in indices if i.dtype in (torch.bool, torch.uint8)]
-        depends = not str(op).startswith("aten.index") or bool(_memories(masks) & changing)
+        depends |= not str(op).startswith("aten.index") or bool(_memories(masks) & changing)
     if depends:
         raise RuntimeError(f"{op} depends on values")
 

@@ -31,6 +31,12 @@ def test_orthonormal_matrix_is_its_own_basis():
     assert torch.allclose(orthonormal_rows(raw), raw.mT, atol=1e-6)
 
 
+def test_bases_of_many_are_those_of_each():
+    raw = torch.randn(3, D, R)
+    for many, one in zip(orthonormal_rows(raw), raw, strict=True):
+        assert torch.allclose(many, orthonormal_rows(one), atol=1e-6)
+
+
 def test_basis_stays_orthonormal_after_an_optimiser_step():
     intervention = random_intervention()
     optimizer = torch.optim.AdamW(intervention.parameters(), lr=0.1)
