@@ -1,10 +1,8 @@
-"""Which edits are learned side by side, and how many at once. Needs torch only."""
+"""What is computed side by side, and how much of it at once. Needs torch only."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
-
-from baft_easyedit.requests import TextRow
 
 _FIRST = 8
 """Edits learned at once before the memory that they take is known; on a CPU always."""
@@ -16,24 +14,26 @@ _SHARE = 0.8
 """Of the free memory that is used."""
 
 _MOST_PADDING = 1.5
-"""How much longer than the shortest an edit learned beside it may be."""
+"""How much longer than the shortest something computed beside it may be."""
 
 
-def alike(edits: Sequence[Sequence[TextRow]]) -> list[list[int]]:
-    """Group edits, by index, that have as many rows, and not much longer ones.
+def alike(sizes: Sequence[int], kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
+    """Group things, by index, of one kind and about one size, the smallest first.
 
-    Only the former are learned side by side; and each is padded to the longest one beside it.
+    What is computed side by side is padded to the largest of it.
+
+    Args:
+        sizes: Of each thing, in tokens.
+        kinds: Of each thing; all of one kind if None.
     """
-    sizes = [sum(len(row.ids) for row in rows) for rows in edits]
-    groups: list[list[int]] = []
-    for i in sorted(range(len(edits)), key=lambda i: (len(edits[i]), sizes[i])):
-        first = groups[-1][0] if groups else i
-        is_alike = len(edits[i]) == len(edits[first]) and sizes[i] <= _MOST_PADDING * sizes[first]
-        if groups and is_alike:
+    by_kind: dict[Hashable, list[list[int]]] = {}
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        groups = by_kind.setdefault(None if kinds is None else kinds[i], [])
+        if groups and sizes[i] <= _MOST_PADDING * sizes[groups[-1][0]]:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return groups
+    return [group for groups in by_kind.values() for group in groups]
 
 
 class BatchSize:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from baft_easyedit.batching import alike
 from baft_easyedit.resources import model_location
 
 
@@ -35,12 +36,11 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-@torch.no_grad()
 def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
-    max_new_tokens: int = 12,
+    max_new_tokens: int | Sequence[int] = 12,
     device: torch.device | None = None,
     batch_size: int = 64,
 ) -> list[str]:
@@ -50,28 +50,39 @@ def generate_answers(
         model: A causal language model, edited or not, or a wrapper of one with its `generate`.
         tokenizer: Its tokenizer; prompts are padded on the left, whatever its own side.
         prompts: One text per answer.
-        max_new_tokens: Where an answer that does not stop is cut, in tokens.
+        max_new_tokens: Where an answer that does not stop is cut, in tokens; of all, or of each.
         device: Where the model wants its tokens; its own `device` if None.
-        batch_size: Prompts decoded together.
+        batch_size: Most prompts decoded together; those are of about one length.
 
     Returns:
         The new text after each prompt, stripped.
     """
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(
-            list(prompts[start : start + batch_size]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
-        inputs = {k: batch[k].to(device or model.device) for k in ("input_ids", "attention_mask")}
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    given = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = dict(enumerate(given))
+    sizes = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    answers: dict[int, str] = {}
+    for group in alike(sizes, [limit.bit_length() for limit in limits.values()]):
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            longest = max(limits[i] for i in part)
+            tokens = _continued(model, tokenizer, [prompts[i] for i in part], longest, device)
+            for i, new in zip(part, tokens, strict=True):
+                text = tokenizer.decode(new[: limits[i]], skip_special_tokens=True)
+                answers[i] = text.strip()
+    return [answers[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def _continued(
+    model: Any, tokenizer: Any, prompts: list[str], num_tokens: int, device: torch.device | None
+) -> torch.Tensor:
+    """Return the new tokens after each prompt, [B, at most num_tokens]."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {k: batch[k].to(device or model.device) for k in ("input_ids", "attention_mask")}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return output[:, inputs["input_ids"].shape[1] :]

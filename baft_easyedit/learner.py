@@ -105,7 +105,8 @@ class Learner:
         edits = [self._rows([request], hparams) for request in requests]
         size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
-        for indices in alike(edits):
+        sizes = [sum(len(row.ids) for row in rows) for rows in edits]
+        for indices in alike(sizes, [len(rows) for rows in edits]):
             rest = indices
             while rest:
                 part, rest = rest[: size.value], rest[size.value :]

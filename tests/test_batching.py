@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from baft_easyedit.batching import BatchSize, alike
-from baft_easyedit.requests import TextRow
 
 CUDA = torch.device("cuda", 0)
 GIB = 2**30
 
 
-def test_a_long_edit_does_not_pad_the_others():
-    lengths = [(5, 9), (40, 200), (5, 7), (6,), (5, 12), (7,), (5, 6)]
-    edits = [[TextRow(tuple(range(n)), 3, is_edit=True) for n in rows] for rows in lengths]
-    assert alike(edits) == [[3, 5], [6, 2, 0], [4], [1]]
+def test_long_texts_do_not_pad_the_others():
+    assert alike([14, 240, 12, 6, 17, 7, 11]) == [[3, 5], [6, 2, 0], [4], [1]]
+    assert alike([]) == []
+
+
+def test_different_kinds_are_kept_apart():
+    assert alike([5, 6, 5, 6], ["a", "b", "b", "a"]) == [[0, 3], [2, 1]]
 
 
 def test_a_given_size_stays_until_memory_is_short():

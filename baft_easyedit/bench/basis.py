@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baft_easyedit.bench.scoring import as_list
+from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.hooks import GateRecord, ModelEdit, attached_edit
 from baft_easyedit.replay import FullForward
 from baft_easyedit.requests import EditRequest, text_rows

@@ -19,7 +19,7 @@ from baft_easyedit.bench.datasets import PiqaItem
 from baft_easyedit.bench.downstream import piqa_accuracy
 from baft_easyedit.bench.plan import Unit
 from baft_easyedit.bench.scores import plain
-from baft_easyedit.bench.scoring import PreEditScores, immediate_scores, score_case
+from baft_easyedit.bench.scoring import PreEditScores, immediate_scores, score_cases
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, write_json
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.editor import Learned
@@ -76,8 +76,9 @@ class ChunkRunner:
             learned: What was learned of a single edit before.
         """
         session = self.session
+        requests = [self.requests[i] for i in unit.indices]
         seed_everything(self.config.seed)
-        pre = {i: self.pre_edit.get(session, i, self.requests[i]) for i in unit.indices}
+        pre = self.pre_edit.get(session, requests)
         before = self._ask_downstream() if self.downstream else None
         _reset_peak_memory()
         times, immediate = self._edit(unit, progress, learned)
@@ -93,9 +94,10 @@ class ChunkRunner:
             "notes": [*notes, *(["learned side by side"] if learned is not None else [])],
             "error": None,
         }
-        for position, i in enumerate(unit.indices):
+        scored = score_cases(session, requests, pre, self.config.generation)
+        for position, (i, case) in enumerate(zip(unit.indices, scored, strict=True)):
             time_s = times[position // unit.protocol.batch_size]
-            record = self._score(unit, i, position, pre[i], immediate.get(i, {}))
+            record = self._record(unit, position, case, immediate.get(i, {}))
             write_json(self.directory.case(unit, i), {**record, "edit_time_s": time_s})
         if before is not None:
             chunk["downstream"] = {
@@ -134,17 +136,12 @@ class ChunkRunner:
         drawn = generator.sample(indices, min(self.rehearsal, len(indices)))
         return [self.requests[i] for i in drawn]
 
-    def _score(
-        self,
-        unit: Unit,
-        index: int,
-        position: int,
-        pre: Mapping[str, Any],
-        immediate: Mapping[str, Any],
+    def _record(
+        self, unit: Unit, position: int, scored: Mapping[str, Any], immediate: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Score one case after all edits of its chunk."""
+        """Return the record of a chunk's case after all edits, as `score_cases` scored it."""
+        index = unit.indices[position]
         session, request = self.session, self.requests[index]
-        scored = score_case(session, request, pre, self.config.generation)
         basis = None
         if self.config.basis:
             basis = basis_record(session.model, session.editor.tok, request)

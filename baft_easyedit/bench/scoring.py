@@ -1,19 +1,21 @@
-"""Score one case on the model as a session has it: teacher forced, by generation, any alias.
+"""Score cases on the model as a session has it: teacher forced, by generation, any alias.
 
-The unedited model's scores are needed for every method and protocol: they are computed once, and
-kept under a key of everything that they depend on.
+The unedited model's scores are needed for every method: they are computed once, and kept under a
+key of everything that they depend on.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from baft_easyedit.bench.scores import metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, read_json, write_json
+from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.requests import format_prompt
 
@@ -47,19 +49,21 @@ def questions_of(request: Request) -> list[Question]:
     return asked
 
 
-def as_list(value: Any) -> list[Any]:
-    """Return one text, or several, as a list."""
-    return [value] if isinstance(value, str) else list(value)
-
-
-def answer_questions(session: Session, request: Request) -> list[str]:
-    """Let the model answer a case's questions by greedy generation."""
+def answer_questions(session: Session, requests: Sequence[Request]) -> list[list[str]]:
+    """Let the model answer the questions of each case by greedy generation."""
     tok, hparams = session.editor.tok, session.editor.hparams
-    asked = questions_of(request)
-    longest = max(len(tok(q.answer, add_special_tokens=False)["input_ids"]) for q in asked)
     chat = bool(getattr(hparams, "use_chat_template", False))
-    prompts = [format_prompt(q.prompt, tok, chat and q.section != "locality") for q in asked]
-    return session.answers(prompts, max(longest + _SLACK, _SHORTEST_ANSWER))
+    prompts: list[str] = []
+    limits: list[int] = []
+    counts = []
+    for request in requests:
+        asked = questions_of(request)
+        longest = max(len(tok(q.answer, add_special_tokens=False)["input_ids"]) for q in asked)
+        prompts += [format_prompt(q.prompt, tok, chat and q.section != "locality") for q in asked]
+        limits += [max(longest + _SLACK, _SHORTEST_ANSWER)] * len(asked)
+        counts.append(len(asked))
+    answers = iter(session.answers(prompts, limits))
+    return [list(islice(answers, count)) for count in counts]
 
 
 def generation_scores(
@@ -125,40 +129,39 @@ def any_alias_portability(
 
 @dataclass(frozen=True)
 class PreEditScores:
-    """The unedited model's scores, computed once for each key and case.
+    """The unedited model's scores of the cases of a chunk, computed once for all methods.
+
+    They belong to the chunk because the cases are scored together after the edits too: in half
+    precision what else is in a batch makes a difference, which is no edit's doing.
 
     Attributes:
-        file_of: Path of the record of a key and an index.
+        file_of: Path of the record of a key.
         depends_on: What all of this run's scores depend on, such as the model's hash.
         with_answers: Whether the cases are scored by generation too.
     """
 
-    file_of: Callable[[str, int], Path]
+    file_of: Callable[[str], Path]
     depends_on: Mapping[str, Any]
     with_answers: bool
 
-    def get(self, session: Session, index: int, request: Request) -> dict[str, Any]:
-        """Return `metrics` and `answers` of a case; computed on the session's unedited model."""
-        file = self.file_of(self._key(session), index)
-        digest = _digest(request)
+    def get(self, session: Session, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """Return `metrics` and `answers` of each case; computed on the session's unedited model."""
+        file = self.file_of(self._key(session, requests))
         if file.is_file():
-            record = read_json(file)
-            if record["request"] == digest:
-                return record
-        record = {
-            "schema": SCHEMA,
-            "request": digest,
-            "metrics": plain(session.score(request)),
-            "answers": answer_questions(session, request) if self.with_answers else None,
-        }
-        write_json(file, record)
-        return record
+            return list(read_json(file)["cases"])
+        metrics = plain(session.score(requests))
+        answers: Sequence[list[str] | None] = [None] * len(requests)
+        if self.with_answers:
+            answers = answer_questions(session, requests)
+        cases = [{"metrics": m, "answers": a} for m, a in zip(metrics, answers, strict=True)]
+        write_json(file, {"schema": SCHEMA, "cases": cases})
+        return cases
 
-    def _key(self, session: Session) -> str:
-        """Hash what the scores depend on, beside the case."""
+    def _key(self, session: Session, requests: Sequence[Request]) -> str:
+        """Hash what the scores depend on."""
         editor = session.editor
-        settings = {
-            name: getattr(editor.hparams, name, None)
+        settings = {  # which some methods lack: that is False
+            name: getattr(editor.hparams, name, None) or None
             for name in ("max_length", "use_chat_template", "evaluation_type", "fp16")
         }
         scored_by_generation = editor.alg_name == "GRACE"
@@ -169,6 +172,9 @@ class PreEditScores:
                 "padding": editor.tok.padding_side,
                 "by_generation": scored_by_generation,
                 "answers": self.with_answers,
+                "batch_size": session.batch_size,
+                "together": session.scores_together,
+                "cases": requests,
             }
         )[:16]
 
@@ -179,26 +185,44 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def score_case(
-    session: Session, request: Request, pre: Mapping[str, Any], with_answers: bool
-) -> dict[str, Any]:
-    """Score a case after the edits.
+def score_cases(
+    session: Session,
+    requests: Sequence[Request],
+    pre: Sequence[Mapping[str, Any]],
+    with_answers: bool,
+) -> list[dict[str, Any]]:
+    """Score cases after the edits.
+
+    Args:
+        session: With the edited model.
+        requests: The cases of a chunk.
+        pre: Their scores before, of `PreEditScores`.
+        with_answers: Whether to score by generation too.
 
     Returns:
-        `teacher_forced`: EasyEdit's metrics; `answers` before and after, or None; and `scores`.
+        Of each `teacher_forced`: EasyEdit's metrics; `answers` before and after, or None; and
+        `scores`.
     """
-    metrics = plain(session.score_against(pre["metrics"], request))
-    scores = metric_scores(metrics["post"])
-    scores["any_alias_portability_acc"] = any_alias_portability(session, request, metrics["post"])
-    answers = None
+    scored = []
+    for request, metrics in zip(
+        requests, session.score_against([p["metrics"] for p in pre], requests), strict=True
+    ):
+        metrics = plain(metrics)
+        scores = metric_scores(metrics["post"])
+        scores["any_alias_portability_acc"] = any_alias_portability(
+            session, request, metrics["post"]
+        )
+        scored.append({"teacher_forced": metrics, "answers": None, "scores": scores})
     if with_answers:
-        answers = {"pre": pre["answers"], "post": answer_questions(session, request)}
-        scores.update(generation_scores(request, answers["pre"], answers["post"]))
-    return {"teacher_forced": metrics, "answers": answers, "scores": scores}
+        after = answer_questions(session, requests)
+        for request, case, before, new in zip(requests, scored, pre, after, strict=True):
+            case["answers"] = {"pre": before["answers"], "post": new}
+            case["scores"].update(generation_scores(request, before["answers"], new))
+    return scored
 
 
 def immediate_scores(session: Session, request: Request) -> dict[str, float | None]:
     """Score a case's prompt and rephrasing right after its own edit."""
     alone = {**request, "locality": {}, "portability": {}}
-    scores = metric_scores(session.score(alone))
+    scores = metric_scores(session.score([alone])[0])
     return {f"immediate_{name}": scores[name] for name in ("rewrite_acc", "rephrase_acc")}

@@ -4,7 +4,7 @@ config.yaml  run.json  requests.json  summary.json
 cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the scores from them
 chunks/<row>/<protocol>/<chunk>.json    what concerns all cases between two restores; written
                                         last, so a chunk with this file is complete
-pre_edit/<key>/<index>.json             scores of the unedited model
+pre_edit/<key>.json                     scores of the unedited model on a chunk's cases
 """
 
 import json
@@ -60,9 +60,9 @@ class RunDirectory:
         """The record of one chunk."""
         return self._of(unit.method, unit.protocol, "chunks") / f"{unit.chunk:05d}.json"
 
-    def pre_edit(self, key: str, index: int) -> Path:
-        """The unedited model's scores of one case, under the key of all that they depend on."""
-        return self.root / "pre_edit" / key / f"{index:05d}.json"
+    def pre_edit(self, key: str) -> Path:
+        """The unedited model's scores under the key of all that they depend on."""
+        return self.root / "pre_edit" / f"{key}.json"
 
     def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
         """Read the cases of one row, in order; not those that an unfinished chunk left behind."""

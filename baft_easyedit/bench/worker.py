@@ -94,7 +94,8 @@ class _Job:
         requests = prepare_requests(read_json(self.directory.requests))
         path = host_model_path(config.model)
         editor, notes = self._editor(host, path)
-        session = Session(editor, requests[0]["prompt"], config.verify)
+        size = config.scoring_batch_size
+        session = Session(editor, requests[0]["prompt"], config.verify, size)
         depends_on = {**self.depends_on, "easyedit": host.version}
         pre_edit = PreEditScores(self.directory.pre_edit, depends_on, config.generation)
         task = config.downstream

@@ -17,6 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.joint_scoring import (
+    padding_is_harmless,
+    rows_are_independent,
+    score_jointly,
+)
 from baft_easyedit.easyedit.peer_fixes import (
     after_edit,
     edited_request,
@@ -51,13 +56,15 @@ class Session:
         probe: A text on which restored models are compared.
         verify: Compare weights and logits after each restore, and keep a copy of the model to put
             back if they differ. Takes the memory of a second model.
+        batch_size: Most requests that are scored, or prompts that are answered, at once.
     """
 
-    def __init__(self, editor: Any, probe: str, verify: bool = True) -> None:
+    def __init__(self, editor: Any, probe: str, verify: bool = True, batch_size: int = 32) -> None:
         self.editor = editor
         self.generation = register().generation
         self._host = importlib.import_module("easyeditor.editors.editor")
         self._probe = probe
+        self.batch_size = batch_size
         self._edits: list[tuple[Any, Any]] = []  # (edited model, weights_copy) since the restore
         self._unedited = deepcopy(editor.model) if verify else None
         self._reference = self._probe_logits() if verify else None
@@ -114,8 +121,31 @@ class Session:
         self._edits.append((self.editor.model, Undo(editor.undo)))
         return learned.report.time_s
 
-    def score(self, request: Request) -> dict[str, Any]:
-        """Score a request on the model as it is now with EasyEdit's `compute_edit_quality`."""
+    @property
+    def scores_together(self) -> bool:
+        """Whether several requests are scored in one forward: if that is as scoring each alone."""
+        editor = self.editor
+        pads_left = self.generation == "current" or editor.tok.padding_side == "left"
+        generates = getattr(editor.hparams, "evaluation_type", None) in (
+            "LLM-judge",
+            "generate-text",
+        )
+        return (
+            self.batch_size > 1
+            and pads_left
+            and not generates
+            and rows_are_independent(editor.alg_name)
+            and padding_is_harmless(editor.model)
+        )
+
+    def score(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """Score requests on the model as it is now with EasyEdit's `compute_edit_quality`."""
+        if not self.scores_together:
+            return [self._quality(request) for request in requests]
+        return score_jointly(self._quality, requests, self.editor.tok, self.batch_size)
+
+    def _quality(self, request: Request) -> dict[str, Any]:
+        """Call EasyEdit's evaluator."""
         editor = self.editor
         with _evaluating(self.model), honoured_device(self.generation, editor.hparams.device):
             return self._host.compute_edit_quality(
@@ -127,21 +157,25 @@ class Session:
                 editor.hparams.device,
             )
 
-    def score_against(self, pre: Mapping[str, Any], request: Request) -> dict[str, Any]:
-        """Score a request, its locality against the scores `pre` of the unedited model.
+    def score_against(
+        self, pre: Sequence[Mapping[str, Any]], requests: Sequence[Request]
+    ) -> list[dict[str, Any]]:
+        """Score requests, their locality against the scores `pre` of the unedited model.
 
         Returns:
-            EasyEdit's metrics, `pre` and `post`.
+            EasyEdit's metrics of each, `pre` and `post`.
         """
-        metrics = {"pre": deepcopy(dict(pre)), "post": self.score(request)}
-        if self.generation == "current":
-            editor = self.editor
-            self._host.finalize_locality_metrics(
-                metrics, request, editor.hparams, editor.model_name
-            )
-        else:
-            _compare_locality(metrics, request)
-        return metrics
+        editor, scored = self.editor, []
+        for request, before, after in zip(requests, pre, self.score(requests), strict=True):
+            metrics = {"pre": deepcopy(dict(before)), "post": after}
+            if self.generation == "current":
+                self._host.finalize_locality_metrics(
+                    metrics, request, editor.hparams, editor.model_name
+                )
+            else:
+                _compare_locality(metrics, request)
+            scored.append(metrics)
+        return scored
 
     def token_accuracies(self, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
         """Return EasyEdit's teacher-forced token accuracy of each target after its prompt."""
@@ -158,23 +192,19 @@ class Session:
             )
         return [float(score) for score in np.ravel(scores)]
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[str]:
         """Answer prompts by greedy decoding until the model stops by itself.
 
-        Wrappers of EasyEdit's memory methods route a whole batch by one of its prompts: they get
-        the prompts one by one.
+        Args:
+            prompts: One text per answer.
+            max_new_tokens: Where each answer is cut.
         """
-        model, device = self.model, self.editor.hparams.device
-        together = isinstance(model, nn.Module) and hasattr(model, "config")
-        batches = [list(prompts)] if together else [[prompt] for prompt in prompts]
-        with _evaluating(model), honoured_device(self.generation, device):
-            return [
-                answer
-                for batch in batches
-                for answer in generate_answers(
-                    model, self.editor.tok, batch, max_new_tokens, self._input_device()
-                )
-            ]
+        editor, model = self.editor, self.model
+        size = self.batch_size if rows_are_independent(editor.alg_name) else 1
+        with _evaluating(model), honoured_device(self.generation, editor.hparams.device):
+            return generate_answers(
+                model, editor.tok, prompts, max_new_tokens, self._input_device(), size
+            )
 
     def restore(self) -> bool | None:
         """Undo all edits with EasyEdit's own means; put a copy back if they were not exact.

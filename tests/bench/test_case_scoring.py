@@ -1,4 +1,4 @@
-"""Scoring of one case, with a session that answers from a table."""
+"""Scoring of cases, with a session that answers from a table."""
 
 from types import SimpleNamespace
 
@@ -6,11 +6,12 @@ import pytest
 
 from baft_easyedit.bench.scoring import (
     PreEditScores,
+    answer_questions,
     any_alias_portability,
     generation_scores,
     immediate_scores,
     questions_of,
-    score_case,
+    score_cases,
 )
 
 CASE = {
@@ -36,15 +37,21 @@ class Session:
             tok=None, hparams=SimpleNamespace(max_length=40), alg_name="BaFT"
         )
         self.editor.tok = SimpleNamespace(padding_side="left")
+        self.batch_size = 32
+        self.scores_together = True
         self.scored = []
 
-    def score(self, request):
-        self.scored.append(request)
-        return {"rewrite_acc": [0.5], "rephrase_acc": [1.0], "locality": {}, "portability": {}}
+    def score(self, requests):
+        self.scored += requests
+        metrics = {"rewrite_acc": [0.5], "rephrase_acc": [1.0], "locality": {}, "portability": {}}
+        return [metrics] * len(requests)
 
-    def score_against(self, pre, request):
+    def score_against(self, pre, requests):
         post = {"rewrite_acc": [1.0], "portability": {"hop_acc": [0.25, 0.5]}}
-        return {"pre": pre, "post": post}
+        return [{"pre": before, "post": post} for before in pre]
+
+    def answers(self, prompts, max_new_tokens):
+        return [f"{prompt} {limit}" for prompt, limit in zip(prompts, max_new_tokens, strict=True)]
 
     def token_accuracies(self, prompts, targets):
         assert (prompts, targets) == (["H1", "H1"], ["1", "I"])
@@ -85,8 +92,21 @@ def test_the_best_of_the_accepted_answers_counts_beside_the_first():
     assert any_alias_portability(Session(), {**CASE, "portability": {}}, post) is None
 
 
+def test_each_case_gets_its_own_answers_cut_at_its_own_length():
+    session = Session()
+    session.editor.tok = lambda text, **_: {"input_ids": text.split()}
+    other = {"prompt": "Q", "target_new": "w " * 20}
+    answers = answer_questions(session, [CASE, other])
+    assert answers == [[f"{p} 16" for p in ("P", "R", "L1", "L2", "H1", "H2")], ["Q 24"]]
+    pre = {"metrics": {}, "answers": ["P 16", "?", "L1 16", "?", "?", "?"]}
+    (scored,) = score_cases(session, [CASE], [pre], True)
+    assert scored["answers"] == {"pre": pre["answers"], "post": answers[0]}
+    assert scored["scores"]["gen_locality_acc"] == 0.5
+
+
 def test_protocols_are_not_mixed_in_a_case():
-    scored = score_case(Session(), CASE, {"metrics": {"x": 1}, "answers": None}, False)
+    pre = {"metrics": {"x": 1}, "answers": None}
+    scored, _ = score_cases(Session(), [CASE, CASE], [pre, pre], False)
     assert scored["answers"] is None
     assert scored["scores"]["rewrite_acc"] == 1.0
     assert scored["scores"]["portability_acc"] == 0.375
@@ -105,35 +125,44 @@ def test_immediate_scores_leave_the_probes_out():
 @pytest.fixture
 def pre_edit(tmp_path):
     def make(**depends_on):
-        return PreEditScores(lambda key, i: tmp_path / key / f"{i}.json", depends_on, False)
+        return PreEditScores(lambda key: tmp_path / f"{key}.json", depends_on, False)
 
     return make
 
 
 def test_scores_before_the_edit_are_computed_once(pre_edit):
     session = Session()
-    first = pre_edit(model="m").get(session, 3, CASE)
-    assert pre_edit(model="m").get(session, 3, CASE) == first
+    first = pre_edit(model="m").get(session, [CASE])
+    session.editor.hparams.use_chat_template = False  # as if it were absent
+    assert pre_edit(model="m").get(session, [CASE]) == first
     assert len(session.scored) == 1
 
 
-@pytest.mark.parametrize("what", ["model", "padding", "case", "length", "scoring"])
+@pytest.mark.parametrize(
+    "what", ["model", "padding", "case", "company", "batch", "alone", "length", "scoring"]
+)
 def test_scores_before_the_edit_depend_on_all_that_matters(pre_edit, what):
     session = Session()
-    pre_edit(model="m").get(session, 0, CASE)
-    case, model = CASE, "m"
+    pre_edit(model="m").get(session, [CASE])
+    cases, model = [CASE], "m"
     if what == "model":
         model = "other"
     elif what == "padding":
         session.editor.tok.padding_side = "right"
     elif what == "case":
-        case = {**CASE, "target_new": "newer"}
+        cases = [{**CASE, "target_new": "newer"}]
+    elif what == "company":
+        cases = [CASE, CASE]
+    elif what == "batch":
+        session.batch_size = 2
+    elif what == "alone":
+        session.scores_together = False
     elif what == "length":
         session.editor.hparams.max_length = 80
     else:
         session.editor.alg_name = "GRACE"  # scored by generation
-    pre_edit(model=model).get(session, 0, case)
-    assert len(session.scored) == 2
+    pre_edit(model=model).get(session, cases)
+    assert len(session.scored) == 1 + len(cases)
 
 
 def test_graces_aliases_are_not_scored_by_another_protocol():

@@ -92,8 +92,9 @@ def test_a_method_edits_in_a_row_and_is_restored(host, make_peer, complete, name
     session = Session(editor, "The sky is")
     for request in complete[:2]:
         session.edit([request])
-    scores = session.score(complete[0])
-    assert 0 <= scores["rewrite_acc"][0] <= 1
+    alone = [score for request in complete for score in session.score([request])]
+    assert session.score(complete) == alone
+    assert 0 <= alone[0]["rewrite_acc"][0] <= 1
     assert session.restore() is True
     session.edit(complete[2:])  # a new sequence starts from the unedited model
     assert session.restore() is True

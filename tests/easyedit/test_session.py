@@ -34,9 +34,9 @@ def test_an_edit_is_scored_and_restored(make_editor, complete):
     editor = make_editor()
     before = logits(editor, "The sky is")
     session = Session(editor, "The sky is")
-    pre = session.score(complete[0])
+    (pre,) = session.score(complete[:1])
     assert session.edit(complete[:1]) > 0
-    metrics = session.score_against(pre, complete[0])
+    (metrics,) = session.score_against([pre], complete[:1])
     assert metrics["pre"]["rewrite_acc"] != metrics["post"]["rewrite_acc"] == [1.0]
     assert 0 <= metrics["post"]["locality"]["nq_acc"][0] <= 1
     assert session.restore() is True
@@ -59,7 +59,7 @@ def test_edits_in_a_row_add_up_and_are_undone_together(make_editor, complete):
     session = Session(editor, "The sky is")
     for request in complete:
         session.edit([request])
-        assert session.score(request)["rewrite_acc"] == [1.0]
+        assert session.score([request])[0]["rewrite_acc"] == [1.0]
     assert session.restore() is True
     assert torch.equal(logits(editor, "The sky is"), before)
 
@@ -67,7 +67,7 @@ def test_edits_in_a_row_add_up_and_are_undone_together(make_editor, complete):
 def test_requests_can_be_edited_together(make_editor, complete):
     session = Session(make_editor(), "The sky is")
     session.edit(complete)
-    assert [session.score(r)["rewrite_acc"] for r in complete] == [[1.0]] * 3
+    assert [score["rewrite_acc"] for score in session.score(complete)] == [[1.0]] * 3
 
 
 def test_lora_is_scored_without_dropout(make_peer, complete):
@@ -85,9 +85,9 @@ def test_lora_is_scored_without_dropout(make_peer, complete):
 def test_answers_are_generated_by_the_edited_model(make_editor, complete):
     session = Session(make_editor(), "The sky is")
     prompts = [complete[0]["prompt"], "The sky is"]
-    before = session.answers(prompts, 6)
+    before = session.answers(prompts, [6, 4])
     session.edit(complete[:1])
-    after = session.answers(prompts, 6)
+    after = session.answers(prompts, [6, 4])
     assert after[0].startswith("Oslo")
     assert not before[0].startswith("Oslo")
 
@@ -142,8 +142,8 @@ def test_each_case_is_scored_by_easyedit(host, make_editor, complete, monkeypatc
         module, "compute_edit_quality", lambda *a, **k: seen.append(a[4]) or original(*a, **k)
     )
     session = Session(make_editor(num_steps=1), "a")
-    pre = session.score(complete[0])
-    session.score_against(pre, complete[0])
+    pre = session.score(complete[:1])
+    session.score_against(pre, complete[:1])
     assert seen == [complete[0], complete[0]]
 
 
