@@ -1,21 +1,23 @@
 """A step of learning: run the model, compute the objective (Eq. 4) and its gradient.
 
 Steps on one forward run the same kernels again and again. With the engine `replay` they are
-recorded, and what is left of a step is these kernels (see `repeat`).
+recorded, and what is left of a step is these kernels (see `repeat`). Later edits of the same sizes
+put their contents where those of the first were, and go on with its recording (`KnownSteps`).
 
 Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, L edited layers, r
 rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.known_steps import KnownStep, KnownSteps
 from baft_easyedit.objective import (
     Rescaling,
     answer_loss,
@@ -71,6 +73,23 @@ class Objective:
         self._edit = edit
         self._hparams = hparams
         self._rescaling = Rescaling(hparams.rescaling)
+
+    @property
+    def settings(self) -> Hashable:
+        """What of the hyper-parameters it depends on."""
+        h = self._hparams
+        terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
+        return (*terms, h.alpha, h.beta, h.gamma, h.rescaling)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a step depends on the first one of the edit."""
+        return self._hparams.rescaling == "match-first-step"
+
+    @torch.no_grad()
+    def value(self, forward: "Forward") -> Step:
+        """Compute a step without the gradient."""
+        return self._terms(forward)
 
     def gradients(self, forward: "Forward", parameters: Sequence[Tensor]) -> _Computed:
         """Compute a step and the gradient with respect to some parameters.
@@ -129,13 +148,21 @@ class Descent:
     Args:
         edit: The edit, or E independent ones.
         hparams: How to learn.
+        known: Steps of earlier calls on the same model; it is added to. None if the steps of this
+            one are on many forwards, which are not worth it.
     """
 
-    def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
+    def __init__(
+        self, edit: ModelEdit, hparams: BaFTHyperParams, known: KnownSteps | None = None
+    ) -> None:
         self._edit = edit
         self._records = hparams.engine == "replay"
         self._objective = Objective(edit, hparams)
         self._parameters = list(edit.learned_parameters().values())
+        self._usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
+        self._known = None if self._objective.keeps_state else known
+        memory = tuple(t.data_ptr() for t in (*self._parameters, *self._usage))
+        self._made_with = (self._objective.settings, memory)
         self._forward: Forward | None = None
 
     def step(self, forward: "Forward") -> Step:
@@ -144,12 +171,34 @@ class Descent:
         The step lies in memory that the next one may use again.
         """
         if forward is not self._forward:
-            compute = partial(self._objective.gradients, forward, self._parameters)
-            self._forward, self._compute = forward, Repeated(compute, self._recorder(forward))
+            self._forward, self._compute = forward, self._known_or_new(forward)
         step, gradients = self._compute()
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return step
+
+    def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
+        """Return what computes the steps on a forward: if its sizes are known, in their memory."""
+        recorder = self._recorder(forward)
+        if self._known is None or recorder is None:
+            return self._new(forward, recorder)
+        self._known.make_valid_for((forward.weights_version, self._made_with))
+        sizes = forward.sizes
+        known = self._known.get(sizes)
+        if known is not None:
+            known.forward.take(forward)
+            if known.repeated.renew():
+                return known.repeated
+        repeated = self._new(forward, recorder)
+        self._known.put(sizes, KnownStep(forward, repeated))
+        return repeated
+
+    def _new(
+        self, forward: "Forward", recorder: Callable[[], Repeatable[_Computed]] | None
+    ) -> Repeated[_Computed]:
+        """Return what computes the steps on a forward."""
+        compute = partial(self._objective.gradients, forward, self._parameters)
+        return Repeated(compute, recorder, partial(self._objective.value, forward))
 
     def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
         """Return what records the steps on a forward, if there is something to gain."""
@@ -157,11 +206,12 @@ class Descent:
             return None
         gradients = partial(self._objective.gradients, forward)
         if forward.device.type == "cpu":
-            return partial(
-                Tape, partial(gradients, self._parameters), self._parameters, _TAPE_BYTES
-            )
+            compute = partial(gradients, self._parameters)
+            settings = [*self._usage, *forward.tensors.values()]
+            return partial(Tape, compute, self._parameters, _TAPE_BYTES, settings)
         if forward.device.type == "cuda":
-            return partial(_StepGraph, self._edit, gradients)
+            pool = None if self._known is None else self._known.pool
+            return partial(_StepGraph, self._edit, gradients, pool)
         return None
 
 
@@ -171,16 +221,29 @@ class _StepGraph:
     Args:
         edit: The edit, or E independent ones.
         gradients: Computes a step, and its gradient with respect to given tensors.
+        pool: See `CudaGraph`.
     """
 
-    def __init__(self, edit: ModelEdit, gradients: Callable[[Sequence[Tensor]], _Computed]) -> None:
+    can_renew = True
+    num_bytes = 0
+    """All is in the pool."""
+
+    def __init__(
+        self,
+        edit: ModelEdit,
+        gradients: Callable[[Sequence[Tensor]], _Computed],
+        pool: Any = None,
+    ) -> None:
         self._edit = edit
         self._parameters = edit.learned_parameters()
         self._bases = {name: b.detach().requires_grad_() for name, b in edit.bases().items()}
         wanted = list((self._parameters | self._bases).values())
         self.result: _Computed | None = None
         with edit.given_bases(self._bases):
-            self._graph = CudaGraph(partial(gradients, wanted))
+            self._graph = CudaGraph(partial(gradients, wanted), pool)
+
+    def renew(self) -> None:
+        """Do nothing: a graph reads all that it depends on each time."""
 
     def run(self) -> _Computed:
         """Compute a step on what is learned by now."""

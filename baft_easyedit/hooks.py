@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
+from baft_easyedit.known_steps import KnownSteps
 from baft_easyedit.models import check_layers, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.positions import PromptLengths, positions_of_call
@@ -47,13 +48,19 @@ class GateRecord:
         }
 
 
-class _Call(NamedTuple):
+class Positions(NamedTuple):
     """Where one forward pass of a model is intervened on."""
 
-    positions: Tensor
+    at: Tensor
     """True where the intervention applies, [B, T]."""
     is_everywhere: bool
     """Whether that is known to be everywhere, as in most steps of a generation."""
+
+    @classmethod
+    def of(cls, at: Tensor) -> "Positions":
+        """Look whether they are everywhere, where looking costs no wait."""
+        looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
+        return cls(at, looks and bool(at.all()))
 
 
 class ModelEdit(nn.Module):
@@ -89,16 +96,17 @@ class ModelEdit(nn.Module):
         self.num_prompt_positions = num_prompt_positions
         self.memory = RehearsalMemory()
         self.recordings: Recordings | None = None
+        self.known_steps = KnownSteps()
         self._handles: list[RemovableHandle] = []
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
-        self._given_positions: Tensor | None = None
+        self._given_positions: Positions | None = None
         self._given_bases: Mapping[str, Tensor] = {}
         self._record: GateRecord | None = None
         # By thread, since forwards of one model may run side by side; and the latest of all, for
         # the threads in which autograd repeats a forward.
-        self._calls: dict[int, _Call | None] = {}
-        self._latest_call: _Call | None = None
+        self._calls: dict[int, Positions | None] = {}
+        self._latest_call: Positions | None = None
         self._announced: set[int] = set()
 
     @property
@@ -257,12 +265,8 @@ class ModelEdit(nn.Module):
             self._prompt_lengths = previous
 
     @contextmanager
-    def at_positions(self, positions: Tensor) -> Iterator[None]:
-        """Let the forward passes inside this context intervene exactly here.
-
-        Args:
-            positions: True where the intervention applies, [B, T].
-        """
+    def at_positions(self, positions: Positions) -> Iterator[None]:
+        """Let the forward passes inside this context intervene exactly here."""
         previous, self._given_positions = self._given_positions, positions
         try:
             yield
@@ -335,32 +339,32 @@ class ModelEdit(nn.Module):
         """Find the positions of a forward pass from its arguments."""
         positions = self._given_positions
         if positions is None:
-            positions = positions_of_call(
+            at = positions_of_call(
                 module.forward, args, kwargs, self.num_prompt_positions, self._prompt_lengths
             )
-        call = None if positions is None else _Call(positions, _is_known_true(positions))
-        self._calls[_thread()] = self._latest_call = call
+            positions = None if at is None else Positions.of(at)
+        self._calls[_thread()] = self._latest_call = positions
 
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
         call = self._calls.get(_thread(), self._latest_call)
         if not self._enabled or call is None or hidden.is_meta:
             return hidden
-        if call.positions.shape != hidden.shape[:2]:
+        if call.at.shape != hidden.shape[:2]:
             raise RuntimeError(
                 f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}, but the "
-                f"model was called on {tuple(call.positions.shape)} tokens"
+                f"model was called on {tuple(call.at.shape)} tokens"
             )
         self._move(layer, hidden.device)
         if call.is_everywhere:
             edited, weights = self._intervene(layer, hidden)
         else:
-            here = call.positions.to(hidden.device)[..., None]  # [B, T, 1]
+            here = call.at.to(hidden.device)[..., None]  # [B, T, 1]
             # Padding can hold NaN, whose gradient `where` alone would not stop.
             edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
             edited = torch.where(here, edited, hidden)
         if self._record is not None:
-            self._record.positions = call.positions
+            self._record.positions = call.at
             self._record.weights[layer] = weights
             self._record.hidden[layer] = hidden.detach()
         return edited
@@ -414,13 +418,6 @@ class _LayerHook:
 def _thread() -> int:
     """Return which thread runs; a compiled model is one thread's."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def _is_known_true(positions: Tensor) -> bool:
-    """Tell whether all positions are True, where looking at them costs no wait."""
-    if positions.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool(positions.all())
 
 
 def attached_edit(model: nn.Module) -> ModelEdit | None:

@@ -17,9 +17,13 @@ from baft_easyedit.descent import Descent, Step
 from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import ModelEdit, Snapshot
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.models import input_device
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal
 from baft_easyedit.requests import TextRow
+
+_SMALL_BYTES = 2**30
+"""Weights of a model on the CPU whose steps are kept."""
 
 _CHECK_EVERY = 4
 """Steps between two looks at the losses on a GPU, where each look waits for it."""
@@ -99,9 +103,10 @@ def learn(
     start = time.perf_counter()
     optimizer = _optimizer(edit, hparams)
     run = _Run(edit, edits, hparams, rehearsal)
+    known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
     with _frozen(model):
-        engine = replay.Engine(model, edit, hparams.engine, recordings)
-        descent = Descent(edit, hparams)
+        engine = replay.Engine(model, edit, hparams.engine, recordings, known is not None)
+        descent = Descent(edit, hparams, known)
         forward = None
         while True:
             if rehearsal is not None or forward is None:
@@ -111,6 +116,17 @@ def learn(
                 break
             optimizer.step()
     return run.results((time.perf_counter() - start) / edit.num_edits)
+
+
+def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
+    """Tell whether it gains anything to keep recorded steps for later edit calls.
+
+    Not beside other edits, where a step is long and its padding costs more; nor on the CPU with a
+    large model, where a recording takes the time of a few steps of hundreds, and would hold on to
+    weights that are moved elsewhere.
+    """
+    is_small = sum(p.nbytes for p in model.parameters()) <= _SMALL_BYTES
+    return edit.num_edits == 1 and (is_small or input_device(model).type == "cuda")
 
 
 def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimizer:

@@ -8,11 +8,12 @@ its past, A answer tokens, R rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from baft_easyedit.positions import first_edited
 from baft_easyedit.requests import TextRow
@@ -68,9 +69,10 @@ class Layout:
     labels: Tensor
     """[A], int64, the answer tokens."""
     label_rows: Tensor
-    """[A], int64, the index of each answer token's row."""
+    """[A], int64, the index of each answer token's row; R if it belongs to nobody."""
     label_owners: Tensor
-    """[A], int64, the index e of each answer token's edit, or E + e if it is rehearsed."""
+    """[A], int64, the index e of each answer token's edit, E + e if it is rehearsed, 2 E if it
+    belongs to nobody."""
 
     num_new: int
     """Requests of each edit that are not rehearsed."""
@@ -126,7 +128,8 @@ def lay_out(
         return torch.tensor(padded, dtype=torch.long).view(len(bins), columns).to(device)
 
     answers = [(b * width + t, label, i) for i, t, b, label in sorted(tokens.answers)]
-    predicting, labels, label_rows = torch.tensor(answers).view(-1, 3).to(device).unbind(1)
+    columns = torch.tensor(answers, dtype=torch.long).view(-1, 3).to(device)
+    predicting, labels, label_rows = columns.unbind(1)
     owners = [
         e if piece.is_new else len(edits) + e for e, edit in enumerate(edits) for piece in edit
     ]
@@ -149,6 +152,45 @@ def lay_out(
         num_new=sum(piece.row.is_edit for piece in edits[0] if piece.is_new),
         num_rehearsed=sum(piece.row.is_edit for piece in edits[0] if not piece.is_new),
     )
+
+
+def rounded(layout: Layout) -> Layout:
+    """Pad a layout to one of few sizes, so that edits of about one size run the same kernels.
+
+    Columns are added without a token, and answer tokens that belong to nobody.
+    """
+    num_answers = len(layout.labels)
+    columns = _round_up(layout.input_ids.shape[1], 8, 8) - layout.input_ids.shape[1]
+    past = _round_up(layout.past_row_of.shape[1], 8, 4) - layout.past_row_of.shape[1]
+    answers = _round_up(num_answers, 4, 1) - num_answers
+    bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
+
+    def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss
+        return torch.cat([values, values[:1].expand(answers)])
+
+    return replace(
+        layout,
+        input_ids=F.pad(layout.input_ids, (0, columns)),
+        position_ids=F.pad(layout.position_ids, (0, columns)),
+        row_of=F.pad(layout.row_of, (0, columns), value=-1),
+        past_position_ids=F.pad(layout.past_position_ids, (0, past)),
+        past_row_of=F.pad(layout.past_row_of, (0, past), value=-1),
+        edited=F.pad(layout.edited, (0, columns)),
+        is_new=F.pad(layout.is_new, (0, columns)),
+        irrelevant=F.pad(layout.irrelevant, (0, columns)),
+        predicting=again(layout.predicting + bins * columns),
+        labels=again(layout.labels),
+        label_rows=F.pad(layout.label_rows, (0, answers), value=len(layout.rows)),
+        label_owners=F.pad(layout.label_owners, (0, answers), value=2 * layout.num_edits),
+    )
+
+
+def _round_up(size: int, least: int, parts: int) -> int:
+    """Return the next multiple of `least`; of large sizes, the next 1 / `parts` of an octave."""
+    if not size:
+        return 0
+    step = max(least, 2 ** (size.bit_length() - 1) // parts)
+    return -(-size // step) * step
 
 
 class _Columns:

@@ -57,7 +57,8 @@ class Recordings:
 
     def __init__(self, limit_bytes: int, spill_bytes: int = 0) -> None:
         self.layer_extras: tuple[Any, ...] | None = None
-        """What the last recorded layer returned after its hidden states; None if a bare tensor."""
+        """What the last recorded layer returned after its hidden states, without tensors; None if
+        it returned a bare tensor."""
         self.limits = (limit_bytes, spill_bytes)
         self._limits = {"near": limit_bytes, "spilled": spill_bytes}
         self._tiers: dict[str, OrderedDict[TextRow, Recording]] = {

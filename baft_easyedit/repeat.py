@@ -1,13 +1,13 @@
 """Do one computation many times: first as it is, then by a recording of its kernels.
 
 On the CPU the recording is a `Tape`, on a CUDA device a `CudaGraph`. What a recording gives the
-first time is compared with the computation; if they differ, or it cannot be recorded, the
-computation goes on as it is, and a line in the log says why.
+first time, and the first time after it was renewed, is compared with the computation; if they
+differ, or it cannot be recorded, the computation goes on as it is, and a line in the log says why.
 """
 
 import logging
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,22 @@ class Repeatable(Protocol[Given]):
         """What was computed last; None if nothing was yet, as a recording need not compute."""
         ...
 
+    @property
+    def can_renew(self) -> bool:
+        """Whether it can be renewed."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes by itself."""
+        ...
+
     def run(self) -> Given:
         """Compute again on what the inputs hold now; in the memory of the last time."""
+        ...
+
+    def renew(self) -> None:
+        """Take note of what else the computation reads: that may have changed, in place."""
         ...
 
 
@@ -45,12 +59,14 @@ class CudaGraph(Generic[Result]):
     Args:
         compute: Runs the same kernels on the same memory each time, without waiting for the device;
             it has run on this device before.
+        pool: Memory that it shares with other graphs, none of which runs at the same time; its own
+            if None. What one gave is kept until that one runs again.
 
     Raises:
         RuntimeError: If CUDA cannot capture it.
     """
 
-    def __init__(self, compute: Callable[[], Result]) -> None:
+    def __init__(self, compute: Callable[[], Result], pool: Any = None) -> None:
         self.result: Result | None = None
         self._graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which collects garbage and empties the cache: that takes longer
@@ -58,7 +74,7 @@ class CudaGraph(Generic[Result]):
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._graph.capture_begin()
+            self._graph.capture_begin(pool=pool)
             try:
                 self._memory = compute()
             finally:
@@ -78,23 +94,48 @@ class Repeated(Generic[Result]):
     Args:
         compute: The computation.
         record: Makes a recording of it; None if that is not wanted.
+        glance: Computes again what the results begin with, the first of a tuple, for less; with it
+            a renewed recording is compared. All is computed if None.
     """
 
     def __init__(
         self,
         compute: Callable[[], Result],
         record: Callable[[], Repeatable[Result]] | None,
+        glance: Callable[[], Any] | None = None,
     ) -> None:
         self._compute = compute
         self._record = record
+        self._glance = glance
         self._num_calls = 0
         self._recording: Repeatable[Result] | None = None
         self._is_checked = False
+        self._is_renewed = False
 
     @property
     def is_recorded(self) -> bool:
         """Whether the next call runs a recording."""
         return self._recording is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the recording."""
+        return 0 if self._recording is None else self._recording.num_bytes
+
+    def renew(self) -> bool:
+        """Take note that what the computation reads may have changed, in place.
+
+        Returns:
+            Whether it can go on with that: not if it could not be recorded.
+        """
+        if self._record is None:
+            return False
+        if self._recording is not None:
+            if not self._recording.can_renew:
+                return False
+            self._recording.renew()
+            self._is_renewed, self._is_checked = self._is_checked, False
+        return True
 
     def __call__(self) -> Result:
         """Compute, one way or the other."""
@@ -120,12 +161,23 @@ class Repeated(Generic[Result]):
     def _checked(self) -> Result:
         """Compare the recording with the computation, on what the inputs hold by now."""
         assert self._recording is not None
-        computed, repeated = self._compute(), self._recording.run()
-        for a, b in zip(tree_leaves(computed), tree_leaves(repeated), strict=True):
-            if isinstance(a, Tensor) and a.is_floating_point():
-                _check_close(a, b)
+        if self._is_renewed and self._glance is not None:
+            result: Any = self._recording.run()
+            _check_equal(self._glance(), result[0])
+        else:
+            result = self._compute()
+            _check_equal(result, self._recording.run())
         self._is_checked = True
-        return computed
+        return result
+
+
+def _check_equal(computed: Any, repeated: Any) -> None:
+    """Raise ValueError unless all tensors in two results are equal, numbers up to rounding."""
+    for a, b in zip(tree_leaves(computed), tree_leaves(repeated), strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            _check_close(a, b)
+        elif isinstance(a, Tensor) and not torch.equal(a, b):
+            raise ValueError(f"it has other {a.dtype} values")
 
 
 def _check_close(computed: Tensor, repeated: Tensor) -> None:

@@ -13,19 +13,21 @@ vocabulary, D hidden size.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from baft_easyedit.caches import FrozenPrefix, Recorder
-from baft_easyedit.hooks import ModelEdit
+from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.models import decoder_layers, input_device, text_config
-from baft_easyedit.packing import Layout, Piece, lay_out
+from baft_easyedit.packing import Layout, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
 from baft_easyedit.recordings import Recording, Recordings, model_version
 from baft_easyedit.requests import TextRow
@@ -66,9 +68,47 @@ class Forward:
         self._model = model
         self._edit = edit
         self.layout = layout
+        self._positions = Positions.of(layout.positions)
         self._inputs = inputs
         self._stubs = stubs
         self._output = output
+
+    @property
+    def sizes(self) -> Hashable:
+        """What forwards have in common that run the same kernels, on other contents."""
+        layout = self.layout
+        return (
+            tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in self.tensors.items()),
+            (layout.num_edits, len(layout.rows), layout.num_new, layout.num_rehearsed),
+            all(row.is_edit for row in layout.rows),
+            self._positions.is_everywhere,
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The contents: all tensors that a call reads, beside the weights and what is learned."""
+        output = self._output[0] if isinstance(self._output, tuple) else self._output
+        named = {"positions": self._positions.at, "output": output}
+        named |= {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
+        for name, value in self._inputs.items():
+            if isinstance(value, FrozenPrefix):
+                named |= {f"{i}.{k}": t for i, kv in value.states.items() for k, t in enumerate(kv)}
+            elif isinstance(value, Mapping):
+                named |= {f"{name}.{key}": t for key, t in value.items()}
+            else:
+                named[name] = value
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def take(self, other: "Forward") -> None:
+        """Copy the contents of another forward of the same sizes into this one's memory."""
+        others = other.tensors
+        for name, tensor in self.tensors.items():
+            tensor.copy_(others[name])
+
+    @property
+    def weights_version(self) -> Hashable:
+        """What changes with the model's weights."""
+        return model_version(self._model)
 
     @property
     def device(self) -> torch.device | None:
@@ -77,10 +117,13 @@ class Forward:
         return devices.pop() if len(devices) == 1 else None
 
     def __call__(self) -> Tensor:
-        """Run the model as the edit has it now; return the logits of answer tokens, [A, V]."""
+        """Run the model as the edit has it now; return the logits of answer tokens, [A, V].
+
+        Behind them may come some that belong to nobody (see `packing.rounded`).
+        """
         model, columns = self._model, self.layout.predicting
         with (
-            self._edit.at_positions(self.layout.positions),
+            self._edit.at_positions(self._positions),
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
         ):
@@ -97,19 +140,26 @@ class Engine:
         name: One of `ENGINES`. A model that cannot be replayed gets the full forward, and a line
             in the log that says why.
         recordings: What is known of texts already; it is added to.
+        rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits.
 
     Raises:
         ValueError: If there is no such engine.
     """
 
     def __init__(
-        self, model: nn.Module, edit: ModelEdit, name: str, recordings: Recordings | None = None
+        self,
+        model: nn.Module,
+        edit: ModelEdit,
+        name: str,
+        recordings: Recordings | None = None,
+        rounds: bool = False,
     ) -> None:
         if name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
         self._model = model
         self._full = FullForward(model, edit)
-        self._replay = LayerReplay(model, edit, recordings) if name == "replay" else None
+        replays = name == "replay"
+        self._replay = LayerReplay(model, edit, recordings, rounds) if replays else None
 
     @property
     def is_replay(self) -> bool:
@@ -219,13 +269,19 @@ class LayerReplay:
         model: A causal language model of transformers that `edit` is attached to.
         edit: The edit.
         recordings: What is known of texts already; it is added to.
+        rounds: Whether to pad to one of few sizes.
     """
 
     def __init__(
-        self, model: nn.Module, edit: ModelEdit, recordings: Recordings | None = None
+        self,
+        model: nn.Module,
+        edit: ModelEdit,
+        recordings: Recordings | None = None,
+        rounds: bool = False,
     ) -> None:
         self._model = model
         self._edit = edit
+        self._rounds = rounds
         self._full = FullForward(model, edit)
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
@@ -260,11 +316,12 @@ class LayerReplay:
             logits = self._full.record(rows, recorder)()
         is_tuple = isinstance(seen[0], tuple)
         hidden = seen[0][0] if is_tuple else seen[0]  # [R, W, D]
-        self._recordings.layer_extras = seen[0][1:] if is_tuple else None
+        self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
         states = {i: kv for i, kv in recorder.seen.items() if i > self._first_layer}
         new = {row: self._cut(b, row, hidden, states) for b, row in enumerate(rows)}
         with self._edit.disabled():
-            _check_equal(self._replayed(_pieces([rows], (), self._start), new)(), logits)
+            replayed = self._replayed(_pieces([rows], (), self._start), new)()
+        _check_equal(replayed[: len(logits)], logits)
         for row, recording in new.items():
             self._recordings.put(row, recording)
         return new
@@ -287,6 +344,7 @@ class LayerReplay:
         config = text_config(self._model)
         device, num_positions = input_device(self._model), self._edit.num_prompt_positions
         layout = lay_out(pieces, num_positions, config.hidden_size, device)
+        layout = rounded(layout) if self._rounds else layout
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         hidden = _scatter([recording.hidden for recording in in_order], layout.row_of)
         inputs = _inputs(self._model, layout)
@@ -298,6 +356,11 @@ class LayerReplay:
         extras = self._recordings.layer_extras
         output = hidden if extras is None else (hidden, *extras)
         return Forward(self._model, self._edit, layout, inputs, self._stubs, output)
+
+
+def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a layer gives beside hidden states, such as attentions, which belong to texts."""
+    return tuple(tree_map_only(Tensor, lambda _: None, extras))
 
 
 def _scatter(values: Sequence[Tensor], row_of: Tensor) -> Tensor:

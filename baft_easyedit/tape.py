@@ -3,10 +3,12 @@
 A step of learning on few tokens is mostly Python, autograd and allocation around small kernels.
 `Tape` lists the kernels (the operators of ATen) that a computation runs, once, and keeps all memory
 that they touch; running them again is one loop. What does not depend on the inputs is not run
-again: positions, masks, embeddings, views. The results are those of the computation, to the bit.
+again: positions, masks, embeddings, views; what depends on the `settings` alone, when these are
+said to have changed. The results are those of the computation, to the bit.
 """
 
 import gc
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -39,8 +41,12 @@ _DIRECT = {
 }
 """Kernels that torch's function of the same name calls with less ado than the operator itself."""
 
-_CACHED_BYTES = 2**24
-"""Memory that a processor's caches more or less hold: less of it makes no run quicker."""
+_VALUE_TAGS = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.dynamic_output_shape,
+}
+"""What an operator has whose kernel or shapes may depend on more than its arguments' shapes."""
 
 
 class Tape(Generic[Result]):
@@ -50,13 +56,18 @@ class Tape(Generic[Result]):
         compute: Runs the same kernels each time, whatever the inputs hold; it is called once.
         inputs: Tensors whose contents change, in place, from one run to the next.
         limit_bytes: Most memory to keep.
+        settings: Tensors whose contents may change, in place, before `renew`.
 
     Raises:
         RuntimeError: If the kernels depend on what the inputs hold, or the memory is too much.
     """
 
     def __init__(
-        self, compute: Callable[[], Result], inputs: Sequence[Tensor], limit_bytes: int
+        self,
+        compute: Callable[[], Result],
+        inputs: Sequence[Tensor],
+        limit_bytes: int,
+        settings: Sequence[Tensor] = (),
     ) -> None:
         with _uncollected():
             with _Recorder(limit_bytes) as recorder:
@@ -66,22 +77,42 @@ class Tape(Generic[Result]):
             if recorder.num_bytes > limit_bytes:
                 raise RuntimeError(f"its tensors take more than {limit_bytes} bytes")
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            needed = _needed(recorder.calls, _memories(inputs), _memories(outputs))
-            calls = [call for call in needed if not call.is_view]
-            if recorder.num_bytes > _CACHED_BYTES:
-                calls = _Reuse(calls, _memories([*inputs, *outputs])).calls
-            self._kernels = [_kernel(call) for call in calls]
+            read, set_up = _memories(inputs), _memories(settings)
+            calls = _needed(recorder.calls, read | set_up, _memories(outputs))
+            changing = _changing(recorder.calls, read)
+            _check_repeatable(recorder.calls, changing)
+            each_time = [call for call in calls if call.writes & changing]
+            before = [call for call in calls if not call.writes & changing]
+            each_time = _Reuse(each_time, _memories([*inputs, *settings, *outputs])).calls
+            self.can_renew = _are_repeatable(recorder.calls, read | set_up)
+            """Whether `renew` serves: not where kernels depend on what the settings hold."""
+            self.num_bytes = _num_bytes([*before, *each_time])
+            """Memory of all results between inputs and outputs."""
+            self._kernels = [_kernel(call) for call in each_time]
+            self._renewing = [_kernel(call) for call in before]
 
     def __len__(self) -> int:
         return len(self._kernels)
 
-    @torch.no_grad()
     def run(self) -> Result:
         """Run the kernels on what the inputs hold now."""
-        with torch.autocast("cpu", enabled=False):  # they are what autocast made of the computation
-            for kernel, args, kwargs in self._kernels:
-                kernel(*args, **kwargs)
+        _run(self._kernels)
         return self.result
+
+    def renew(self) -> None:
+        """Take note of what the settings hold now."""
+        _run(self._renewing)
+
+
+_Kernel = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+@torch.no_grad()
+def _run(kernels: Iterable[_Kernel]) -> None:
+    """Run kernels in their order."""
+    with torch.autocast("cpu", enabled=False):  # they are what autocast made of the computation
+        for kernel, args, kwargs in kernels:
+            kernel(*args, **kwargs)
 
 
 @contextmanager
@@ -192,11 +223,7 @@ def _changed_arguments(op: Any) -> tuple[str, ...]:
 
 
 def _needed(calls: Sequence[_Call], inputs: set[int], outputs: set[int]) -> list[_Call]:
-    """Return the calls by which the outputs depend on the inputs, in order.
-
-    Raises:
-        RuntimeError: If one of them does something else for other contents of the inputs.
-    """
+    """Return the calls by which the outputs depend on the inputs, in order; no views."""
     changing = _changing(calls, inputs)
     wanted = set(outputs)
     needed = []
@@ -204,10 +231,7 @@ def _needed(calls: Sequence[_Call], inputs: set[int], outputs: set[int]) -> list
         if call.writes & wanted and call.writes & changing:
             needed.append(call)
             wanted |= call.reads
-    for call in calls:
-        if call.reads & changing:
-            _check_repeatable(call, changing)
-    return needed[::-1]
+    return [call for call in reversed(needed) if not call.is_view]
 
 
 def _changing(calls: Sequence[_Call], inputs: set[int]) -> set[int]:
@@ -221,9 +245,27 @@ def _changing(calls: Sequence[_Call], inputs: set[int]) -> set[int]:
     return changing
 
 
-def _check_repeatable(call: _Call, changing: set[int]) -> None:
-    """Raise RuntimeError if a call's kernel or shapes depend on contents that change."""
+def _are_repeatable(calls: Sequence[_Call], inputs: set[int]) -> bool:
+    """Tell whether calls do the same whatever the inputs hold."""
+    try:
+        _check_repeatable(calls, _changing(calls, inputs))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _check_repeatable(calls: Sequence[_Call], changing: set[int]) -> None:
+    """Raise RuntimeError if a kernel or its shapes depend on contents that change."""
+    for call in calls:
+        if call.reads & changing and _depends_on_values(call, changing):
+            raise RuntimeError(f"{call.op} depends on values")
+
+
+def _depends_on_values(call: _Call, changing: set[int]) -> bool:
+    """Tell whether a call's kernel or shapes depend on contents that change."""
     tags, op = call.op.tags, call.op
+    if _VALUE_TAGS.isdisjoint(tags):
+        return False
     depends = torch.Tag.data_dependent_output in tags
     if torch.Tag.nondeterministic_seeded in tags:  # attention is not random without dropout
         depends |= _by_name(op, call.args, call.kwargs).get("dropout_p") != 0
@@ -231,8 +273,20 @@ def _check_repeatable(call: _Call, changing: set[int]) -> None:
         indices = _tensors(call.args[1:])
         masks = [i for i in indices if i.dtype in (torch.bool, torch.uint8)]
         depends |= not str(op).startswith("aten.index") or bool(_memories(masks) & changing)
-    if depends:
-        raise RuntimeError(f"{op} depends on values")
+    return depends
+
+
+def _num_bytes(calls: Iterable[_Call]) -> int:
+    """Return the memory that calls write to."""
+    storages = {
+        output.untyped_storage()._cdata: output.untyped_storage().nbytes()
+        for call in calls
+        for output in call.outputs
+    }
+    return sum(storages.values())
+
+
+_size = torch.UntypedStorage.nbytes
 
 
 class _Reuse:
@@ -244,7 +298,7 @@ class _Reuse:
     """
 
     def __init__(self, calls: Sequence[_Call], kept: set[int]) -> None:
-        self._free: list[torch.UntypedStorage] = []
+        self._free: list[torch.UntypedStorage] = []  # the smallest first
         self._shared: dict[int, torch.UntypedStorage] = {}
         last = {memory: i for i, call in enumerate(calls) for memory in call.reads | call.writes}
         seen = set(kept)
@@ -252,22 +306,21 @@ class _Reuse:
         for i, call in enumerate(calls):
             for output in call.outputs:
                 own = output.untyped_storage()
-                if own._cdata not in seen | call.reads:  # what it reads has been there before
+                # What it reads has been there before.
+                if own._cdata not in seen and own._cdata not in call.reads:
                     self._shared[own._cdata] = self._taken(own)
             seen |= call.reads | call.writes
             self.calls.append(self._moved_call(call))
             for memory in call.reads | call.writes:
                 if last[memory] == i and memory in self._shared:
-                    self._free.append(self._shared[memory])
+                    insort(self._free, self._shared[memory], key=_size)
 
     def _taken(self, wanted: torch.UntypedStorage) -> torch.UntypedStorage:
         """Take the smallest free memory that is not much too large, or that of the call itself."""
-        size = wanted.nbytes()
-        fitting = [free for free in self._free if size <= free.nbytes() <= 4 * size + 4096]
-        best = min(fitting, key=torch.UntypedStorage.nbytes, default=wanted)
-        if fitting:
-            self._free.remove(best)
-        return best
+        size = _size(wanted)
+        i = bisect_left(self._free, size, key=_size)
+        fits = i < len(self._free) and _size(self._free[i]) <= 4 * size + 4096
+        return self._free.pop(i) if fits else wanted
 
     def _moved_call(self, call: _Call) -> _Call:
         """Return a call with its tensors where they are now."""
@@ -289,7 +342,7 @@ class _Reuse:
         return torch.empty(0, dtype=value.dtype).set_(memory, *place)
 
 
-def _kernel(call: _Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def _kernel(call: _Call) -> _Kernel:
     """Return what writes the outputs of a call anew, and its arguments."""
     op, args, kwargs, outputs = call[:4]
     if _changed_arguments(op):

@@ -1,6 +1,7 @@
 """Steps by a recording against steps as they are, and what a step must not do on a GPU."""
 
 import logging
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,7 @@ class StandIn:
 
     result = None
 
-    def __init__(self, compute):
+    def __init__(self, compute, pool):
         self.compute = compute
         self.edit = compute.func.__self__._edit
         self.bases = self.edit._given_bases
@@ -55,6 +56,7 @@ class StandIn:
 def with_stand_in(monkeypatch):
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
     monkeypatch.setattr(descent, "CudaGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
 
 
 def states(model, tokenizer, hparams, requests):
@@ -116,6 +118,148 @@ def test_models_of_half_precision_are_recorded(dtype, tokenizer, long, monkeypat
     assert reports == expected
     for name, value in computed.items():
         assert torch.equal(recorded[name], value)
+
+
+ALIKE = [
+    {"prompt": f"The capital of {country} is", "target_new": city, "loc_prompt": "Ice is cold"}
+    for country, city in (("Fiji", "Rome"), ("Iran", "Oslo"), ("Cuba", "Bern"), ("Oman", "Nice"))
+]
+"""Requests whose texts have as many tokens each."""
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """The tapes that are made."""
+    made = []
+
+    class Counted(Tape):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(descent, "Tape", Counted)
+    return made
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_edits_of_one_size_share_a_recording(gate, model, tokenizer, long, tapes, monkeypatch):
+    hparams = replace(long, gate=gate)
+    if gate == "one":
+        hparams = ReFTHyperParams("x", long.layers, device="cpu", rank=4, num_steps=12)
+        hparams = replace(hparams, early_stop_loss=0.0)
+    repeated, reports = states(model, tokenizer, hparams, ALIKE)
+    assert len(tapes) == 1
+    never_recorded(monkeypatch)
+    computed, expected = states(model, tokenizer, hparams, ALIKE)
+    assert reports == expected
+    for name, value in computed.items():
+        assert torch.equal(repeated[name], value)
+
+
+def test_edits_of_one_size_share_a_recording_in_every_family(family_model, tokenizer, long, tapes):
+    edits = [text_rows(as_requests([request]), tokenizer) for request in ALIKE]
+    edit = random_edit(layers=long.layers)
+    edit.attach(family_model)
+    computed = Descent(edit, replace(long, engine="full"))
+    with _frozen(family_model):
+        for rows in edits:
+            steps = Descent(edit, long, edit.known_steps)
+            forward = Engine(family_model, edit, "replay", rounds=True).prepare([rows])
+            for _ in range(4):
+                loss = steps.step(forward).loss.clone()
+                gradients = [p.grad.clone() for p in edit.parameters()]
+                assert torch.equal(loss, computed.step(forward).loss)
+                for gradient, p in zip(gradients, edit.parameters(), strict=True):
+                    assert torch.equal(gradient, p.grad)
+                with torch.no_grad():
+                    for p in edit.parameters():
+                        p.add_(torch.randn_like(p) * 1e-2)
+    assert len(tapes) == 1
+
+
+def edited_twice(model, tokenizer, hparams, between):
+    """The states after two edits of one size, with something done in between."""
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(ALIKE[0])
+    undo = between(editor)
+    editor.edit(ALIKE[1])
+    state = editor.model_edit.snapshot()
+    if callable(undo):
+        undo()
+    editor.model_edit.detach()
+    return state
+
+
+def scale_a_weight(editor):
+    weight = editor.model.model.layers[3].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.mul_(2)
+
+    def put_back():
+        with torch.no_grad():
+            weight.div_(2)
+
+    return put_back
+
+
+def hook_a_layer(editor):
+    """What no version of the weights tells: the model computes something else from now on."""
+    mlp = editor.model.model.layers[3].mlp
+    return mlp.register_forward_hook(lambda m, a, out: out * 1.5).remove
+
+
+@pytest.mark.parametrize(
+    ("between", "num_tapes"),
+    [
+        (lambda editor: None, 1),
+        (lambda editor: editor.undo(), 1),
+        (lambda editor: setattr(editor, "hparams", replace(editor.hparams, num_steps=7)), 1),
+        (lambda editor: setattr(editor, "hparams", replace(editor.hparams, alpha=0.2)), 2),
+        (lambda editor: editor.model_edit.start_afresh(editor.hparams.rank), 2),
+        (scale_a_weight, 2),
+        (hook_a_layer, 1),
+    ],
+)
+def test_what_happens_between_two_edits_is_taken_note_of(
+    between, num_tapes, model, tokenizer, long, tapes, monkeypatch
+):
+    repeated = edited_twice(model, tokenizer, long, between)
+    assert len(tapes) == num_tapes
+    never_recorded(monkeypatch)
+    computed = edited_twice(model, tokenizer, long, between)
+    for name, value in computed.items():
+        assert torch.equal(repeated[name], value)
+
+
+def test_a_step_that_depends_on_the_first_is_not_shared(model, tokenizer, long, tapes):
+    states(model, tokenizer, replace(long, rescaling="match-first-step"), ALIKE[:2])
+    assert len(tapes) == 2
+
+
+def test_large_models_on_the_cpu_keep_no_steps(model, tokenizer, long, tapes, monkeypatch):
+    monkeypatch.setattr("baft_easyedit.learning._SMALL_BYTES", 1000)
+    states(model, tokenizer, long, ALIKE[:2])
+    assert len(tapes) == 2
+
+
+def test_a_saved_or_copied_model_leaves_the_recordings_behind(model, tokenizer, long, tmp_path):
+    editor = BaFTEditor(model, tokenizer, long)
+    editor.edit(ALIKE[0])
+    assert len(editor.model_edit.known_steps) == 1
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (loaded, deepcopy(model)):
+        copied = BaFTEditor(other, tokenizer, long)
+        assert len(copied.model_edit.known_steps) == 0
+        copied.edit(ALIKE[1])
+        assert len(copied.model_edit.known_steps) == 1
+    assert len(editor.model_edit.known_steps) == 1
+
+
+def test_edits_of_several_sizes_find_their_own_recordings(model, tokenizer, long, tapes):
+    short, wide = ALIKE[:2], [{**r, "loc_prompt": "Ice is cold " * 4} for r in ALIKE[2:]]
+    states(model, tokenizer, long, [short[0], wide[0], short[1], wide[1]])
+    assert len(tapes) == 2
 
 
 def test_reft_and_edits_side_by_side_are_recorded(model, tokenizer, long, monkeypatch):
@@ -232,16 +376,54 @@ class NoLooking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("num_edits", [1, 2])
-def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long, monkeypatch):
+def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long):
     edit: ModelEdit = random_edit(layers=long.layers)
     edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
     edit.attach(family_model)
     with _frozen(family_model):
         forward = Engine(family_model, edit, "replay").prepare([rows] * num_edits)
-        monkeypatch.setattr("baft_easyedit.hooks._is_known_true", lambda _: False)  # as on a GPU
         steps = Descent(edit, replace(long, engine="full"))
         with NoLooking():
             steps.step(forward)
+
+
+def test_edits_of_one_size_share_a_graph(model, tokenizer, long, monkeypatch, caplog):
+    computed, expected = states(model, tokenizer, long, ALIKE)
+    made = []
+
+    class Counted(StandIn):
+        def __init__(self, compute, pool):
+            assert pool == "pool"
+            super().__init__(compute, pool)
+            made.append(self)
+
+    with_stand_in(monkeypatch)
+    monkeypatch.setattr(descent, "CudaGraph", Counted)
+    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        repeated, reports = states(model, tokenizer, long, ALIKE)
+    assert not caplog.messages
+    assert len(made) == 1
+    for report, other in zip(reports, expected, strict=True):
+        assert report.final_loss == pytest.approx(other.final_loss, rel=1e-3)
+    for name, value in computed.items():
+        assert torch.allclose(repeated[name], value, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_edits_of_one_size_share_a_graph_on_cuda(model, tokenizer, long, monkeypatch, caplog):
+    model.cuda()
+    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        editor = BaFTEditor(model, tokenizer, long)
+        reports = [editor.edit(request) for request in (*ALIKE, *REQUESTS, *ALIKE)]
+        known = editor.model_edit.known_steps
+        editor.model_edit.detach()
+    assert not caplog.messages
+    assert 1 <= len(known) <= 3
+    never_recorded(monkeypatch)
+    expected = states(model, tokenizer, long, [*ALIKE, *REQUESTS, *ALIKE])[1]
+    for report, other in zip(reports, expected, strict=True):
+        assert report.final_loss == pytest.approx(other.final_loss, rel=1e-2)
 
 
 @pytest.mark.gpu

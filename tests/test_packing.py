@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from baft_easyedit.packing import Piece, lay_out
+from baft_easyedit.packing import Piece, lay_out, rounded
 from baft_easyedit.positions import edit_positions
 from baft_easyedit.requests import TextRow
 
@@ -92,3 +92,39 @@ def test_little_is_padded():
     rows = [TextRow((1,) * n, 0, is_edit=True) for n in (30, 4, 5, 6, 7, 8, 3, 28)]
     layout = lay_out([pieces(*rows)], 3, 4096, "cpu")
     assert (layout.row_of >= 0).float().mean() > 0.9
+
+
+def test_rounded_sizes_are_few():
+    rows = [TextRow(tuple(range(n)), n - 2, is_edit=True) for n in range(6, 40)]
+    layouts = [rounded(lay_out([pieces(row, IRRELEVANT)], 3, 10**6, "cpu")) for row in rows]
+    assert {tuple(layout.input_ids.shape) for layout in layouts} == {(1, 16)}
+    assert {layout.past_row_of.shape[1] for layout in layouts} == {8, 16, 24, 32, 40}
+    assert {len(layout.labels) for layout in layouts} == {4}
+    long = TextRow(tuple(range(300)), 150, is_edit=True)
+    layout = rounded(lay_out([pieces(long)], 3, 10**6, "cpu"))
+    assert (layout.input_ids.shape[1], layout.past_row_of.shape[1]) == (160, 160)
+    assert len(layout.labels) == 256
+
+
+def test_rounding_adds_nothing_but_padding():
+    exact = lay_out([pieces(LONG, SHORT, IRRELEVANT)], 3, HIDDEN, "cpu")
+    wide = rounded(exact)
+    columns, past = exact.input_ids.shape[1], exact.past_row_of.shape[1]
+    for name in ("input_ids", "position_ids", "row_of", "edited", "is_new", "irrelevant"):
+        assert torch.equal(getattr(wide, name)[:, :columns], getattr(exact, name))
+    assert torch.equal(wide.past_row_of[:, :past], exact.past_row_of)
+    assert (wide.row_of[:, columns:] == -1).all()
+    assert (wide.past_row_of[:, past:] == -1).all()
+    assert not wide.positions[:, columns:].any()
+    num_answers = len(exact.labels)
+    before = wide.input_ids.flatten()[wide.predicting]
+    assert torch.equal(before[:num_answers], exact.input_ids.flatten()[exact.predicting])
+    assert (wide.label_rows[num_answers:] == 3).all()
+    assert (wide.label_owners[num_answers:] == 2).all()
+    assert wide.attention().any(-1).all()
+
+
+def test_texts_without_answers_stay_without():
+    layout = rounded(lay_out([pieces(IRRELEVANT)], 3, HIDDEN, "cpu"))
+    assert len(layout.labels) == 0
+    assert layout.past_row_of.shape[1] == 0

@@ -16,7 +16,13 @@ class Counted:
     def __init__(self, function):
         self.function = function
         self.count = 0
+        self.num_renewed = 0
         self.result = None
+        self.can_renew = True
+        self.num_bytes = 7
+
+    def renew(self):
+        self.num_renewed += 1
 
     def __call__(self):
         self.count += 1
@@ -85,6 +91,87 @@ def test_integers_and_empty_tensors_are_compared_too(caplog):
         repeated()
     assert repeated.is_recorded
     assert not caplog.messages
+
+
+def recorded(recording, **options):
+    """A repeated computation that runs its recording by now."""
+    compute = Counted(lambda: (X * 2, X))
+    repeated = Repeated(compute, lambda: recording, **options)
+    for _ in range(4):
+        repeated()
+    return repeated, compute
+
+
+def test_a_renewed_recording_is_compared_by_a_glance():
+    glance, recording = Counted(lambda: X * 2), Counted(lambda: (X * 2, X))
+    repeated, compute = recorded(recording, glance=glance)
+    assert repeated.num_bytes == 7
+    for n in (1, 2):
+        assert repeated.renew()
+        for _ in range(3):
+            repeated()
+        assert recording.num_renewed == glance.count == n
+    assert compute.count == 3
+    assert recording.count == 2 + 6
+
+
+def test_a_renewed_recording_is_compared_with_all_if_there_is_no_glance():
+    recording = Counted(lambda: (X * 2, X))
+    repeated, compute = recorded(recording)
+    assert repeated.renew()
+    repeated()
+    repeated()
+    assert compute.count == 4
+
+
+@pytest.mark.parametrize(
+    ("glance", "reason"),
+    [
+        (lambda: X * 3, "ValueError: it is off by 2, of values up to 6"),
+        (lambda: [X * 2, X], "ValueError: zip"),
+        (lambda: torch.cuda.no_such_thing, "AttributeError"),
+    ],
+)
+def test_a_renewed_recording_that_is_off_is_not_used(glance, reason, caplog):
+    repeated, compute = recorded(Counted(lambda: (X * 2, X)), glance=glance)
+    assert repeated.renew()
+    with caplog.at_level(logging.INFO, logger="baft_easyedit"):
+        assert torch.equal(repeated()[0], X * 2)
+    assert reason in caplog.text
+    assert compute.count == 4
+    assert not repeated.is_recorded
+    assert repeated.num_bytes == 0
+    assert not repeated.renew()  # once more from the beginning
+
+
+def test_masks_are_compared_too(caplog):
+    mask = torch.tensor([True, False])
+    recording = Counted(lambda: (mask.clone(), X))
+    repeated = Repeated(lambda: (mask, X), lambda: recording, glance=lambda: ~mask)
+    for _ in range(4):
+        repeated()
+    repeated.renew()
+    with caplog.at_level(logging.INFO, logger="baft_easyedit"):
+        repeated()
+    assert "it has other torch.bool values" in caplog.text
+
+
+def test_what_cannot_be_renewed_says_so():
+    recording = Counted(lambda: (X * 2, X))
+    recording.can_renew = False
+    repeated, _ = recorded(recording)
+    assert not repeated.renew()
+    assert recording.num_renewed == 0
+
+
+def test_what_is_not_recorded_yet_goes_on():
+    compute, recording = Counted(lambda: X), Counted(lambda: X)
+    repeated = Repeated(compute, lambda: recording)
+    repeated()
+    assert repeated.renew()
+    for _ in range(3):
+        repeated()
+    assert (compute.count, recording.count) == (3, 2)
 
 
 @pytest.mark.gpu
