@@ -148,8 +148,8 @@ class Descent:
     Args:
         edit: The edit, or E independent ones.
         hparams: How to learn.
-        known: Steps of earlier calls on the same model; it is added to. None if the steps of this
-            one are on many forwards, which are not worth it.
+        known: Steps of earlier calls on the same model, for forwards of one of few sizes; it is
+            added to.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Descent:
     def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
         """Return what computes the steps on a forward: if its sizes are known, in their memory."""
         recorder = self._recorder(forward)
-        if self._known is None or recorder is None:
+        if self._known is None or recorder is None or not forward.is_rounded:
             return self._new(forward, recorder)
         self._known.make_valid_for((forward.weights_version, self._made_with))
         sizes = forward.sizes

@@ -162,7 +162,7 @@ def rounded(layout: Layout) -> Layout:
     num_answers = len(layout.labels)
     columns = _round_up(layout.input_ids.shape[1], 8, 8) - layout.input_ids.shape[1]
     past = _round_up(layout.past_row_of.shape[1], 8, 4) - layout.past_row_of.shape[1]
-    answers = _round_up(num_answers, 4, 1) - num_answers
+    answers = _round_up(num_answers, 4, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
     def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss

@@ -40,6 +40,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _CACHE_BYTES = 2**30
 """Room for the recordings of one edit call; what does not fit is recorded when it is used."""
 
+_MOST_ROUNDED = {"cpu": 64}
+"""Columns of all bins that are padded to one of few numbers, by device; no limit elsewhere."""
+
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
 
@@ -54,6 +57,7 @@ class Forward:
         inputs: Arguments of the forward.
         stubs: Decoder layers that return `output` instead of computing.
         output: Hidden states [B, W, D], or a tuple that begins so.
+        is_rounded: Whether the layout has one of few sizes.
     """
 
     def __init__(
@@ -64,10 +68,12 @@ class Forward:
         inputs: Mapping[str, Any],
         stubs: Sequence[nn.Module] = (),
         output: Any = None,
+        is_rounded: bool = False,
     ) -> None:
         self._model = model
         self._edit = edit
         self.layout = layout
+        self.is_rounded = is_rounded
         self._positions = Positions.of(layout.positions)
         self._inputs = inputs
         self._stubs = stubs
@@ -140,7 +146,8 @@ class Engine:
         name: One of `ENGINES`. A model that cannot be replayed gets the full forward, and a line
             in the log that says why.
         recordings: What is known of texts already; it is added to.
-        rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits.
+        rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits;
+            on a CPU, where time goes with the number of tokens, only if they are few.
 
     Raises:
         ValueError: If there is no such engine.
@@ -344,7 +351,9 @@ class LayerReplay:
         config = text_config(self._model)
         device, num_positions = input_device(self._model), self._edit.num_prompt_positions
         layout = lay_out(pieces, num_positions, config.hidden_size, device)
-        layout = rounded(layout) if self._rounds else layout
+        most = _MOST_ROUNDED.get(device.type, layout.input_ids.numel())
+        is_rounded = self._rounds and layout.input_ids.numel() <= most
+        layout = rounded(layout) if is_rounded else layout
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         hidden = _scatter([recording.hidden for recording in in_order], layout.row_of)
         inputs = _inputs(self._model, layout)
@@ -355,7 +364,7 @@ class LayerReplay:
         )
         extras = self._recordings.layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        return Forward(self._model, self._edit, layout, inputs, self._stubs, output)
+        return Forward(self._model, self._edit, layout, inputs, self._stubs, output, is_rounded)
 
 
 def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -103,7 +103,7 @@ def test_rounded_sizes_are_few():
     long = TextRow(tuple(range(300)), 150, is_edit=True)
     layout = rounded(lay_out([pieces(long)], 3, 10**6, "cpu"))
     assert (layout.input_ids.shape[1], layout.past_row_of.shape[1]) == (160, 160)
-    assert len(layout.labels) == 256
+    assert len(layout.labels) == 160
 
 
 def test_rounding_adds_nothing_but_padding():
