@@ -31,7 +31,7 @@ from baft_easyedit.repeat import CudaGraph, Repeatable, Repeated
 from baft_easyedit.tape import Tape
 
 if TYPE_CHECKING:  # it imports transformers
-    from baft_easyedit.replay import Forward
+    from baft_easyedit.forward import Forward
 
 
 class Step(NamedTuple):

@@ -18,7 +18,7 @@ class KnownStep(NamedTuple):
     """A step that later edits may repeat."""
 
     forward: Any
-    """The `replay.Forward` whose memory it reads."""
+    """The `forward.Forward` whose memory it reads."""
     repeated: Repeated[Any]
     """Computes it."""
 

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, descent
 from baft_easyedit.descent import Descent
+from baft_easyedit.forward import Forward
 from baft_easyedit.gates import GATES
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import _frozen
 from baft_easyedit.repeat import CudaGraph, Repeated
-from baft_easyedit.replay import Engine, Forward
+from baft_easyedit.replay import Engine
 from baft_easyedit.requests import as_requests, text_rows
 from baft_easyedit.tape import Tape
 from tests.conftest import make_model, random_edit
@@ -77,6 +78,13 @@ def states(model, tokenizer, hparams, requests):
     return state, reports
 
 
+def assert_same(state, other):
+    """Compare two states to the bit."""
+    assert state.keys() == other.keys()
+    for name, value in other.items():
+        assert torch.equal(state[name], value), name
+
+
 @pytest.fixture
 def long(hparams):
     return replace(hparams, num_steps=12, early_stop_loss=0.0, lr=1e-3, gate_lr=1e-2)
@@ -89,8 +97,7 @@ def test_recorded_edits_equal_computed_ones_to_the_bit(gate, model, tokenizer, l
     never_recorded(monkeypatch)
     computed, expected = states(model, tokenizer, hparams, REQUESTS)
     assert reports == expected
-    for name, value in computed.items():
-        assert torch.equal(recorded[name], value)
+    assert_same(recorded, computed)
 
 
 def test_every_family_is_recorded(family_model, rows, long, caplog):
@@ -125,8 +132,7 @@ def test_models_of_half_precision_are_recorded(dtype, tokenizer, long, monkeypat
     never_recorded(monkeypatch)
     computed, expected = states(make_model(dtype=dtype), tokenizer, long, REQUESTS)
     assert reports == expected
-    for name, value in computed.items():
-        assert torch.equal(recorded[name], value)
+    assert_same(recorded, computed)
 
 
 ALIKE = [
@@ -161,8 +167,7 @@ def test_edits_of_one_size_share_a_recording(gate, model, tokenizer, long, tapes
     never_recorded(monkeypatch)
     computed, expected = states(model, tokenizer, hparams, ALIKE)
     assert reports == expected
-    for name, value in computed.items():
-        assert torch.equal(repeated[name], value)
+    assert_same(repeated, computed)
 
 
 def test_edits_of_one_size_share_a_recording_in_every_family(family_model, tokenizer, long, tapes):
@@ -236,8 +241,7 @@ def test_what_happens_between_two_edits_is_taken_note_of(
     assert len(tapes) == num_tapes
     never_recorded(monkeypatch)
     computed = edited_twice(model, tokenizer, long, between)
-    for name, value in computed.items():
-        assert torch.equal(repeated[name], value)
+    assert_same(repeated, computed)
 
 
 def test_a_step_that_depends_on_the_first_is_not_shared(model, tokenizer, long, tapes):
