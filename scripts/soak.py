@@ -6,7 +6,7 @@ The records are edited in turn, each time round with other targets. Every 100 ed
 OUT/soak.jsonl tells the memory, the seconds per edit, the size of the journal, and whether model,
 state file and journal agree. In the end:
 
-    memory flat     since the first 1,500 edits, by when all sizes of steps have come up whose
+    memory flat     since the first 2,000 edits, by when all sizes of steps have come up whose
                     recordings are kept, the resident memory has grown by at most 5 %, and by at
                     most 4 KiB an edit, for the journal's lines are kept in memory
     time flat       the median edit of the last 100 takes at most 1.25 times the CPU time of that
@@ -39,7 +39,7 @@ from baft_easyedit.keeping.directory import JOURNAL, STATE, read_history
 from baft_easyedit.keeping.state import read_state
 
 EVERY = 100
-WARM_UP = 1500
+WARM_UP = 2000
 KIB_PER_EDIT = 4.0
 SLOWER = 1.25
 
