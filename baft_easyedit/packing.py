@@ -154,15 +154,19 @@ def lay_out(
     )
 
 
-def rounded(layout: Layout) -> Layout:
+def rounded(layout: Layout, least: int = 8) -> Layout:
     """Pad a layout to one of few sizes, so that edits of about one size run the same kernels.
 
     Columns are added without a token, and answer tokens that belong to nobody.
+
+    Args:
+        layout: What is padded.
+        least: W and S become multiples of it, and A of half of it; an even number.
     """
     num_answers = len(layout.labels)
-    columns = _round_up(layout.input_ids.shape[1], 8, 8) - layout.input_ids.shape[1]
-    past = _round_up(layout.past_row_of.shape[1], 8, 4) - layout.past_row_of.shape[1]
-    answers = _round_up(num_answers, 4, 4) - num_answers
+    columns = _round_up(layout.input_ids.shape[1], least, 8) - layout.input_ids.shape[1]
+    past = _round_up(layout.past_row_of.shape[1], least, 4) - layout.past_row_of.shape[1]
+    answers = _round_up(num_answers, least // 2, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
     def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss

@@ -43,6 +43,10 @@ _CACHE_BYTES = 2**30
 _MOST_ROUNDED = {"cpu": 64}
 """Columns of all bins that are padded to one of few numbers, by device; no limit elsewhere."""
 
+_ROUNDED_TO = {"cpu": 8, "cuda": 32}
+"""What the numbers are multiples of, by device. On a GPU few tokens cost what one does, to read the
+weights, and a graph of each size takes memory."""
+
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
 
@@ -235,7 +239,8 @@ class LayerReplay:
         layout = lay_out(pieces, num_positions, config.hidden_size, device)
         most = _MOST_ROUNDED.get(device.type, layout.input_ids.numel())
         is_rounded = self._rounds and layout.input_ids.numel() <= most
-        layout = rounded(layout) if is_rounded else layout
+        if is_rounded:
+            layout = rounded(layout, _ROUNDED_TO.get(device.type, 8))
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         hidden = _scatter([recording.hidden for recording in in_order], layout.row_of)
         inputs = _inputs(self._model, layout)

@@ -106,9 +106,12 @@ def test_rounded_sizes_are_few():
     assert len(layout.labels) == 160
 
 
-def test_rounding_adds_nothing_but_padding():
+@pytest.mark.parametrize("least", [8, 32])
+def test_rounding_adds_nothing_but_padding(least):
     exact = lay_out([pieces(LONG, SHORT, IRRELEVANT)], 3, HIDDEN, "cpu")
-    wide = rounded(exact)
+    wide = rounded(exact, least)
+    assert wide.input_ids.shape[1] % least == wide.past_row_of.shape[1] % least == 0
+    assert len(wide.labels) % (least // 2) == 0
     columns, past = exact.input_ids.shape[1], exact.past_row_of.shape[1]
     for name in ("input_ids", "position_ids", "row_of", "edited", "is_new", "irrelevant"):
         assert torch.equal(getattr(wide, name)[:, :columns], getattr(exact, name))
