@@ -176,6 +176,13 @@ def test_single_edits_can_be_learned_side_by_side(settings, whole, tmp_path):
     assert scores([single, continual]) == scores(expected[:2])
 
 
+def test_cases_scored_one_by_one_score_the_same(settings, whole, tmp_path):
+    change = {"methods": settings["methods"][:1], "T": [2], "scoring_batch_size": 1}
+    rows = run_bench(make_config({**settings, **change}), tmp_path / "run")
+    assert scores(rows) == scores(read_json(whole[0] / "summary.json"))[1:2]
+    assert len(list(whole[0].glob("pre_edit/*.json"))) == 4 + 2  # of each chunk, for all methods
+
+
 def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
     # ROME needs a subject: one record has none.
     changed = changed_records(settings, tmp_path, lambda records: records[1].pop("subject"))
