@@ -10,7 +10,7 @@ rank.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from baft_easyedit.objective import (
     token_losses,
 )
 from baft_easyedit.packing import Layout
-from baft_easyedit.repeat import CudaGraph, Repeatable, Repeated
+from baft_easyedit.repeat import CudaGraph, GraphPool, Repeatable, Repeated
 from baft_easyedit.tape import Tape
 
 if TYPE_CHECKING:  # it imports transformers
@@ -106,7 +106,7 @@ class Objective:
     def _terms(self, forward: "Forward") -> Step:
         """Run the model once and compute the objective's terms."""
         layout, edit, h = forward.layout, self._edit, self._hparams
-        with edit.recording() as record:
+        with edit.recording() as record, edit.joint_bases():
             losses = token_losses(forward(), layout.labels)  # [A]
         device = record.weights[edit.layers[0]].device
         weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
@@ -210,8 +210,8 @@ class Descent:
             settings = [*self._usage, *forward.tensors.values()]
             return partial(Tape, compute, self._parameters, _TAPE_BYTES, settings)
         if forward.device.type == "cuda":
-            pool = None if self._known is None else self._known.pool
-            return partial(_StepGraph, self._edit, gradients, pool)
+            pool = GraphPool if self._known is None else self._known.pool_on
+            return partial(_StepGraph, self._edit, gradients, partial(pool, forward.device))
         return None
 
 
@@ -221,7 +221,7 @@ class _StepGraph:
     Args:
         edit: The edit, or E independent ones.
         gradients: Computes a step, and its gradient with respect to given tensors.
-        pool: See `CudaGraph`.
+        pool: Makes or returns what it shares with other graphs.
     """
 
     can_renew = True
@@ -232,7 +232,7 @@ class _StepGraph:
         self,
         edit: ModelEdit,
         gradients: Callable[[Sequence[Tensor]], _Computed],
-        pool: Any = None,
+        pool: Callable[[], GraphPool],
     ) -> None:
         self._edit = edit
         self._parameters = edit.learned_parameters()
@@ -240,7 +240,7 @@ class _StepGraph:
         wanted = list((self._parameters | self._bases).values())
         self.result: _Computed | None = None
         with edit.given_bases(self._bases):
-            self._graph = CudaGraph(partial(gradients, wanted), pool)
+            self._graph = CudaGraph(partial(gradients, wanted), pool())
 
     def renew(self) -> None:
         """Do nothing: a graph reads all that it depends on each time."""

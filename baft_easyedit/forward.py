@@ -44,7 +44,9 @@ class Forward:
         self._edit = edit
         self.layout = layout
         self.is_rounded = is_rounded
-        self._positions = Positions.of(layout.positions)
+        # In some layouts of a size there is no padding: it takes another recording to gain by that.
+        at = layout.positions
+        self._positions = Positions(at, False) if is_rounded else Positions.of(at)
         self._inputs = inputs
         self._stubs = stubs
         self._output = output
@@ -57,7 +59,6 @@ class Forward:
             tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in self.tensors.items()),
             (layout.num_edits, len(layout.rows), layout.num_new, layout.num_rehearsed),
             all(row.is_edit for row in layout.rows),
-            self._positions.is_everywhere,
         )
 
     @property

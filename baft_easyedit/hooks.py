@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.known_steps import KnownSteps
-from baft_easyedit.models import check_layers, decoder_layers, owner_of
+from baft_easyedit.models import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.positions import PromptLengths, positions_of_call
 from baft_easyedit.recordings import Recordings
@@ -184,10 +184,16 @@ class ModelEdit(nn.Module):
     def bases(self) -> dict[str, Tensor]:
         """Return R of each layer, [..., r, D], differentiable, by the name of what it is made from.
 
-        The names are those of `learned_parameters`.
+        The names are those of `learned_parameters`. All layers of a device take one QR together.
         """
         parameters = self.learned_parameters()
-        return {n: orthonormal_rows(parameters[n]) for n in map(_raw_basis, self.layers)}
+        names = list(map(_raw_basis, self.layers))
+        bases: dict[str, Tensor] = {}
+        for device in dict.fromkeys(parameters[name].device for name in names):
+            here = [name for name in names if parameters[name].device == device]
+            stacked = orthonormal_rows(torch.stack([parameters[name] for name in here]))
+            bases |= dict(zip(here, stacked.unbind(), strict=True))
+        return {name: bases[name] for name in names}
 
     def state_of(self, edit: int, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
         """Return a copy of what one of the `num_edits` edits has learned.
@@ -242,6 +248,14 @@ class ModelEdit(nn.Module):
             handle.remove()
         self._handles = []
 
+    def follow(self, model: nn.Module) -> None:
+        """Bring what is learned to where the layers of a model compute."""
+        stack = decoder_layers(model)
+        for i in self.layers:
+            device = computing_device(stack[i])
+            if device.type != "meta":  # weights that are loaded later
+                self._move(i, device)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the model without the edit inside this context."""
@@ -281,6 +295,13 @@ class ModelEdit(nn.Module):
             yield
         finally:
             self._given_bases = previous
+
+    @contextmanager
+    def joint_bases(self) -> Iterator[None]:
+        """Let a step of learning inside this context make the bases of all layers at once."""
+        is_needed = torch.is_grad_enabled() and not self._given_bases
+        with self.given_bases(self.bases() if is_needed else self._given_bases):
+            yield
 
     @contextmanager
     def recording(self) -> Iterator[GateRecord]:

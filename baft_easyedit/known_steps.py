@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from baft_easyedit.repeat import Repeated
+from baft_easyedit.repeat import GraphPool, Repeated
 
 _MOST = 32
 """Steps that are kept."""
@@ -33,7 +33,7 @@ class KnownSteps:
     def __init__(self) -> None:
         self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
         self._made_with: Hashable = None
-        self._pool: Any = None
+        self._pool: GraphPool | None = None
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -41,17 +41,17 @@ class KnownSteps:
     def __reduce__(self) -> Any:
         return KnownSteps, ()
 
-    @property
-    def pool(self) -> Any:
-        """Memory of CUDA graphs, which all of them share: they run one after another."""
+    def pool_on(self, device: torch.device) -> GraphPool:
+        """Return what all CUDA graphs share, which run one after another on this device."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = GraphPool(device)
         return self._pool
 
     def make_valid_for(self, version: Hashable) -> None:
         """Forget everything unless it was made with this version of model, edit and settings."""
         if version != self._made_with:
             self._steps.clear()
+            self._pool = None  # it may be another device
             self._made_with = version
 
     def get(self, sizes: Hashable) -> KnownStep | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,7 @@ def learn(
     from baft_easyedit import replay  # it imports transformers
 
     start = time.perf_counter()
+    edit.follow(model)
     optimizer = _optimizer(edit, hparams)
     run = _Run(edit, edits, hparams, rehearsal)
     known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
@@ -130,22 +131,16 @@ def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
 
 
 def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
-    """Make AdamW, with the gate's own learning rate."""
+    """Make AdamW, in one kernel for each learning rate; gates may have their own."""
     parameters = edit.learned_parameters()
-    gates = [p for name, p in parameters.items() if ".gate." in name]
-    others = [p for name, p in parameters.items() if ".gate." not in name]
-    groups: list[dict[str, Any]] = [
-        {"params": others},
-        {"params": gates, "lr": hparams.gate_lr or hparams.lr},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=_can_fuse(others)
-    )
-
-
-def _can_fuse(parameters: list[Tensor]) -> bool:
-    """Tell whether torch has AdamW as one kernel where the parameters are."""
-    return all(p.device.type in ("cpu", "cuda") for p in parameters)
+    alike: dict[float, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        lr = (hparams.gate_lr or hparams.lr) if ".gate." in name else hparams.lr
+        alike.setdefault(lr, []).append(parameter)
+    groups = [{"params": group, "lr": lr} for lr, group in alike.items()]
+    # Not every device has the kernel.
+    can_fuse = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
+    return torch.optim.AdamW(groups, weight_decay=hparams.weight_decay, fused=can_fuse)
 
 
 class _Done(NamedTuple):
@@ -172,7 +167,8 @@ class _Run:
         self._num_rows = len(edits[0])
         self._hparams = hparams
         self._rehearsal = rehearsal
-        self._terms: list[dict[str, Tensor]] = []  # of each step, [E]
+        self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E]
+        self._terms: list[dict[str, list[float]]] = []  # of those before
         self._done: dict[int, _Done] = {}
 
     def is_over_after(self, step: Step) -> bool:
@@ -181,38 +177,64 @@ class _Run:
         Raises:
             FloatingPointError: If a loss is not finite.
         """
-        self._terms.append({name: term.clone() for name, term in step.terms.items()})
-        num_steps = len(self._terms) - 1
+        self._unread.append({name: term.clone() for name, term in step.terms.items()})
+        num_steps = len(self._terms) + len(self._unread) - 1
         is_last = num_steps == self._hparams.num_steps
         every = 1 if step.loss.device.type == "cpu" else _CHECK_EVERY
         if num_steps % every and not is_last:
             return False
-        _check_finite(self._terms[-every:], set(self._done))
-        row_losses = step.row_losses.view(self._edit.num_edits, -1).tolist()
+        row_losses = self._read(step.row_losses)
         if self._rehearsal is not None:
             self._rehearsal.note(row_losses[0][self._num_rows :])
-        learned = self._is_learned(self._terms[-1])
-        for i in range(self._edit.num_edits):
-            if i not in self._done and (is_last or learned[i]):
-                losses = tuple(row_losses[i][: self._num_requests])
-                self._done[i] = _Done(num_steps, losses, *self._learned(i, step))
+        edits = range(self._edit.num_edits)
+        done = [i for i in edits if i not in self._done and (is_last or self._is_learned(i))]
+        if done:
+            losses = {i: tuple(row_losses[i][: self._num_requests]) for i in done}
+            self._done |= self._finished(num_steps, losses, step)
         return len(self._done) == self._edit.num_edits
 
-    def _is_learned(self, terms: Mapping[str, Tensor]) -> list[bool]:
-        """Tell of each edit whether it may stop early."""
-        h = self._hparams
-        learned = terms["answer"] < h.early_stop_loss
-        if "rehearsal" in terms:
-            learned = learned & (terms["rehearsal"] <= h.rehearsal_stop_loss)
-        return learned.tolist()
+    def _read(self, row_losses: Tensor) -> list[list[float]]:
+        """Take note of the latest terms, and return the losses of each edit's rows.
 
-    def _learned(self, i: int, step: Step) -> tuple[Snapshot, GateReport | None]:
-        """Return what edit i has learned, its own usage counted as past, and how its gates are."""
+        It waits for the device once.
+        """
+        device = row_losses.device
+        terms = [term.to(device) for terms in self._unread for term in terms.values()]
+        numbers = torch.cat([*terms, row_losses]).tolist()
+        edits = self._edit.num_edits
+        by_edit = iter([numbers[i : i + edits] for i in range(0, len(terms) * edits, edits)])
+        latest = [{name: next(by_edit) for name in terms} for terms in self._unread]
+        self._unread.clear()
+        self._terms += latest
+        _check_finite(latest, set(self._done))
+        rest = numbers[len(terms) * edits :]
+        each = len(rest) // edits
+        return [rest[i * each : (i + 1) * each] for i in range(edits)]
+
+    def _is_learned(self, i: int) -> bool:
+        """Tell whether edit i may stop early."""
+        h, terms = self._hparams, self._terms[-1]
+        is_rehearsed = "rehearsal" not in terms or terms["rehearsal"][i] <= h.rehearsal_stop_loss
+        return terms["answer"][i] < h.early_stop_loss and is_rehearsed
+
+    def _finished(
+        self, num_steps: int, losses: Mapping[int, tuple[float, ...]], step: Step
+    ) -> dict[int, _Done]:
+        """Return what edits have learned, their own usage counted as past, by their indices.
+
+        Args:
+            num_steps: Steps that they took.
+            losses: Last losses of each one's requests.
+            step: The last step.
+        """
         total, count = self._edit.joint_usage().with_current(step.weights, step.new)
         usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}
-        has_gates = self._hparams.gate != "one" and len(self._terms) > 1 and self._num_requests > 0
-        gates = _gate_report(i, step, usage) if has_gates else None
-        return self._edit.state_of(i, usage), gates
+        has_gates = self._hparams.gate != "one" and num_steps > 0 and self._num_requests > 0
+        reports = _gate_reports(list(losses), step, usage) if has_gates else {}
+        return {
+            i: _Done(num_steps, row_losses, self._edit.state_of(i, usage), reports.get(i))
+            for i, row_losses in losses.items()
+        }
 
     def results(self, time_s: float) -> list[Learned]:
         """Return the states and reports of all edits.
@@ -230,7 +252,7 @@ class _Run:
             num_requests=self._num_requests,
             num_steps=done.num_steps,
             losses=tuple(
-                StepLosses(**{name: float(term[i]) for name, term in t.items()}) for t in terms
+                StepLosses(**{name: values[i] for name, values in t.items()}) for t in terms
             ),
             stopped_early=done.num_steps < self._hparams.num_steps,
             time_s=time_s,
@@ -240,26 +262,33 @@ class _Run:
         return Learned(done.state, report)
 
 
-def _gate_report(i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> GateReport:
-    """Sum up what the gates of edit i did in a forward."""
-    layers = {}
-    for weights, (layer, (total, count)) in zip(step.weights, usage.items(), strict=True):
-        edited, irrelevant = (weights[i][at[i]] for at in (step.new, step.irrelevant))
-        layers[layer] = LayerGates.of(edited, irrelevant, total[i] / count[i])
-    return GateReport(layers)
+def _gate_reports(
+    edits: Sequence[int], step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]
+) -> dict[int, GateReport]:
+    """Sum up what the gates of some edits did in a forward, on the CPU."""
+    weights, new, irrelevant = (t.cpu() for t in (step.weights, step.new, step.irrelevant))
+    means = {layer: (total / count[:, None]).cpu() for layer, (total, count) in usage.items()}
+    return {
+        i: GateReport(
+            {
+                layer: LayerGates.of(here[i][new[i]], here[i][irrelevant[i]], mean[i])
+                for here, (layer, mean) in zip(weights, means.items(), strict=True)
+            }
+        )
+        for i in edits
+    }
 
 
-def _check_finite(steps: list[dict[str, Tensor]], done: set[int]) -> None:
+def _check_finite(steps: Sequence[Mapping[str, Sequence[float]]], done: set[int]) -> None:
     """Raise FloatingPointError if a term of an edit that is not done is not finite."""
-    names = [name for terms in steps for name in terms]
-    values = torch.stack([term.cpu() for terms in steps for term in terms.values()])
-    for name, row in zip(names, values.tolist(), strict=True):
-        for i, value in enumerate(row):
-            if i not in done and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the {name} loss became {value}: the edit was undone; lower lr, or load the "
-                    "model in a wider dtype"
-                )
+    for terms in steps:
+        for name, values in terms.items():
+            for i, value in enumerate(values):
+                if i not in done and not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the {name} loss became {value}: the edit was undone; lower lr, or load "
+                        "the model in a wider dtype"
+                    )
 
 
 @contextmanager

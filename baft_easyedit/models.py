@@ -55,9 +55,16 @@ def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return where a model wants its tokens, also if accelerate keeps the weights elsewhere."""
-    embedding = cast(Any, model).get_input_embeddings()
-    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return embedding.weight.device if execution is None else torch.device(execution)
+    return computing_device(cast(Any, model).get_input_embeddings())
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Return where a module with weights computes, also if accelerate keeps them elsewhere."""
+    for part in module.modules():
+        execution = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+    return next(module.parameters()).device
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

@@ -161,12 +161,12 @@ def rounded(layout: Layout, least: int = 8) -> Layout:
 
     Args:
         layout: What is padded.
-        least: W and S become multiples of it, and A of half of it; an even number.
+        least: W and A become multiples of it, and S, which costs least, of twice as much.
     """
     num_answers = len(layout.labels)
     columns = _round_up(layout.input_ids.shape[1], least, 8) - layout.input_ids.shape[1]
-    past = _round_up(layout.past_row_of.shape[1], least, 4) - layout.past_row_of.shape[1]
-    answers = _round_up(num_answers, least // 2, 4) - num_answers
+    past = _round_up(layout.past_row_of.shape[1], 2 * least, 4) - layout.past_row_of.shape[1]
+    answers = _round_up(num_answers, least, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
     def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from baft_easyedit.tape import Result
+from baft_easyedit.tape import Result, uncollected
 
 Given = TypeVar("Given", covariant=True)
 
@@ -53,33 +53,47 @@ class Repeatable(Protocol[Given]):
         ...
 
 
+class GraphPool:
+    """What CUDA graphs of a device share, none of which runs at the same time as another.
+
+    Args:
+        device: Where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle: Any = torch.cuda.graph_pool_handle()
+        """Memory."""
+        # cuBLAS keeps tens of MiB for each stream that it has been used on.
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        """Where they are captured."""
+
+
 class CudaGraph(Generic[Result]):
     """The kernels of a computation on a CUDA device, launched as one.
 
     Args:
         compute: Runs the same kernels on the same memory each time, without waiting for the device;
             it has run on this device before.
-        pool: Memory that it shares with other graphs, none of which runs at the same time; its own
-            if None. What one gave is kept until that one runs again.
+        pool: What it shares with other graphs. What one gave is kept until that one runs again.
 
     Raises:
         RuntimeError: If CUDA cannot capture it.
     """
 
-    def __init__(self, compute: Callable[[], Result], pool: Any = None) -> None:
+    def __init__(self, compute: Callable[[], Result], pool: GraphPool) -> None:
         self.result: Result | None = None
         self._graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which collects garbage and empties the cache: that takes longer
-        # than a step. Nothing is computed yet.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._graph.capture_begin(pool=pool)
+        # than a step. Nothing is computed yet. No graph may be freed meanwhile.
+        current = torch.cuda.current_stream(pool.stream.device)
+        pool.stream.wait_stream(current)
+        with uncollected(), torch.cuda.stream(pool.stream):
+            self._graph.capture_begin(pool=pool.handle)
             try:
                 self._memory = compute()
             finally:
                 self._graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(pool.stream)
 
     def run(self) -> Result:
         """Compute again."""

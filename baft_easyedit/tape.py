@@ -69,7 +69,7 @@ class Tape(Generic[Result]):
         limit_bytes: int,
         settings: Sequence[Tensor] = (),
     ) -> None:
-        with _uncollected():
+        with uncollected():
             with _Recorder(limit_bytes) as recorder:
                 result = compute()
             self.result: Result = tree_map_only(Tensor, Tensor.detach, result)
@@ -116,7 +116,7 @@ def _run(kernels: Iterable[_Kernel]) -> None:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Keep Python's garbage collector out: for so many small objects it would search them all."""
     was_enabled = gc.isenabled()
     gc.disable()

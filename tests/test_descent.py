@@ -67,6 +67,7 @@ def with_stand_in(monkeypatch):
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
     monkeypatch.setattr(descent, "CudaGraph", StandIn)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
 
 
 def states(model, tokenizer, hparams, requests):
@@ -406,7 +407,7 @@ def test_edits_of_one_size_share_a_graph(model, tokenizer, long, monkeypatch, ca
 
     class Counted(StandIn):
         def __init__(self, compute, pool):
-            assert pool == "pool"
+            assert (pool.handle, pool.stream) == ("pool", "a stream of cuda")
             super().__init__(compute, pool)
             made.append(self)
 

@@ -66,5 +66,8 @@ def test_copies_and_files_know_nothing():
 def test_graphs_share_one_pool(monkeypatch):
     handles = iter("ab")
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: device)
     known = KnownSteps()
-    assert known.pool == known.pool == "a"
+    assert known.pool_on(0) is known.pool_on(0)
+    known.make_valid_for("the model where it was moved to")
+    assert (known.pool_on(1).handle, known.pool_on(1).stream) == ("b", 1)

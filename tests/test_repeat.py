@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from baft_easyedit.repeat import CudaGraph, Repeated
+from baft_easyedit.repeat import CudaGraph, GraphPool, Repeated
 
 X = torch.tensor([1.0, 2.0])
 
@@ -184,7 +184,7 @@ def test_cuda_graph_equals_the_computation():
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
     compute()
-    graph = CudaGraph(compute)
+    graph = CudaGraph(compute, GraphPool(x.device))
     for _ in range(3):
         with torch.no_grad():
             x.add_(1)
