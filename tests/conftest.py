@@ -58,23 +58,7 @@ def make_model(family="llama", dtype=torch.float32, seed=0):
     return model.to(dtype).eval()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)  # the models are too small to share out
-
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-@pytest.fixture(params=FAMILIES)
-def family_model(request):
-    return make_model(request.param)
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: i for i, char in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<unk>": 258}
     backend = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
@@ -92,6 +76,26 @@ def tokenizer():
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)  # the models are too small to share out
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture(params=FAMILIES)
+def family_model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.fixture
