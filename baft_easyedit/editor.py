@@ -43,10 +43,11 @@ class BaFTEditor:
         hparams: Hyper-parameters of BaFT or ReFT.
         seed: Seed of the random initial bases; that of `hparams` if None.
         undo_depth: How many edit calls `undo` can take back.
+        edit: What to learn into if the model carries no edit; a new one if None.
 
     Raises:
         ValueError: If a layer is beyond the model's depth, the rank exceeds its hidden size, it has
-            no recognisable decoder stack, or it carries an edit of other shape.
+            no recognisable decoder stack, or it carries, or is given, an edit of other shape.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class BaFTEditor:
         hparams: BaFTHyperParams,
         seed: int | None = None,
         undo_depth: int = 10,
+        edit: ModelEdit | None = None,
     ) -> None:
         if undo_depth < 1:
             raise ValueError(f"undo_depth must be at least 1; got {undo_depth}")
@@ -63,13 +65,19 @@ class BaFTEditor:
         carried = attached_edit(model)
         if carried is not None:
             check_same_shape(carried, hparams, "the edit that the model already carries")
-        edit = carried or ModelEdit(
-            text_config(model).hidden_size,
-            hparams.layers,
-            hparams.rank,
-            hparams.gate,
-            hparams.num_prompt_positions,
-            hparams.seed if seed is None else seed,
+        elif edit is not None:
+            check_same_shape(edit, hparams, "the given edit")
+        edit = (
+            carried
+            or edit
+            or ModelEdit(
+                text_config(model).hidden_size,
+                hparams.layers,
+                hparams.rank,
+                hparams.gate,
+                hparams.num_prompt_positions,
+                hparams.seed if seed is None else seed,
+            )
         )
         self._learner = Learner(model, tokenizer, edit)
         self._history = History(self._learner, hparams, undo_depth)

@@ -141,6 +141,8 @@ class ModelEdit(nn.Module):
         Raises:
             ValueError: If the gate cannot grow or the rank is out of range; nothing has changed.
         """
+        if rank == self.rank:
+            return
         old = {i: (self.intervention(i), self.usage(i)) for i in self.layers}
         snapshot, before = self.snapshot(), self.rank
         self.start_afresh(rank, seed)
@@ -154,7 +156,7 @@ class ModelEdit(nn.Module):
             raise
 
     def start_afresh(self, rank: int, seed: int = 0) -> None:
-        """Forget everything that was learned, and have another rank.
+        """Forget everything that was learned; what stays as large stays where it is in memory.
 
         Args:
             rank: r from now on, in [1, hidden size].
@@ -167,9 +169,13 @@ class ModelEdit(nn.Module):
         size = len(self.intervention(self.layers[0]).raw_basis)
         new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
         for i, intervention in new.items():
-            device = self.intervention(i).source_bias.device
-            self._interventions[str(i)] = intervention.to(device)
-            self._usage[str(i)] = BasisUsage(rank).to(device)
+            if rank == self.rank:
+                self.intervention(i).load_state_dict(intervention.state_dict())
+                self.usage(i).load_state_dict(BasisUsage(rank).state_dict())
+            else:
+                device = self.intervention(i).source_bias.device
+                self._interventions[str(i)] = intervention.to(device)
+                self._usage[str(i)] = BasisUsage(rank).to(device)
         self.rank = rank
 
     @property

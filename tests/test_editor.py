@@ -6,7 +6,7 @@ import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams, attached_edit
 from baft_easyedit.gates import GATES
-from tests.conftest import HIDDEN, LAYERS, make_model
+from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
 
 TEXT = "The capital of France is"
 
@@ -293,3 +293,12 @@ def test_hparams_that_do_not_fit_the_model_are_refused(model, tokenizer, hparams
 def test_undo_depth_below_one_is_refused(model, tokenizer, hparams):
     with pytest.raises(ValueError, match="undo_depth must be at least 1; got 0"):
         BaFTEditor(model, tokenizer, hparams, undo_depth=0)
+
+
+def test_an_editor_learns_into_a_given_edit_of_its_shape(model, tokenizer, hparams, request_dict):
+    edit = random_edit(layers=hparams.layers, rank=hparams.rank)
+    editor = BaFTEditor(model, tokenizer, hparams, edit=edit)
+    assert editor.model_edit is edit
+    editor.edit(request_dict)
+    with pytest.raises(ValueError, match="rank must be 4, as in the given edit; got 8"):
+        BaFTEditor(make_model(), tokenizer, replace(hparams, rank=8), edit=edit)

@@ -7,7 +7,7 @@ After `register()`, EasyEdit's own scripts take our hyper-parameters:
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -15,7 +15,10 @@ from baft_easyedit.easyedit.base_editor import OUR_METHODS, wrap_base_editor
 from baft_easyedit.easyedit.host import Host, load_host, loaded_generation
 from baft_easyedit.easyedit.scoring import wrap_scoring
 from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.hooks import ModelEdit, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.keeping.loading import check_same_shape
+from baft_easyedit.rehearsal import RehearsalMemory
 
 
 class Undo(dict[str, Any]):
@@ -39,6 +42,37 @@ class Undo(dict[str, Any]):
         """Undo the edit, and have no weights to copy back."""
         self()
         return ()
+
+
+_UNDONE = "_baft_undone"
+"""Attribute of a model that has its `_Undone`."""
+
+
+class _Undone(NamedTuple):
+    """An edit that was taken back. Copies of the model, and files of it, hold nothing instead."""
+
+    edit: ModelEdit
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None:
+    """Return an edit that was taken back from a model, as if it were new; None if there is none.
+
+    EasyEdit edits and undoes, one request after another: an edit in the same memory can repeat the
+    steps that were recorded for those before (see `known_steps`).
+    """
+    undone = vars(model).get(_UNDONE)
+    if undone is None or attached_edit(model) is not None:
+        return None
+    try:
+        check_same_shape(undone.edit, hparams, "the edit before")
+    except ValueError:
+        return None
+    undone.edit.start_afresh(hparams.rank, hparams.seed)
+    undone.edit.memory = RehearsalMemory()
+    return cast(ModelEdit, undone.edit)
 
 
 def apply_baft_to_model(
@@ -75,10 +109,17 @@ def apply_baft_to_model(
     """
     if copy:
         model = deepcopy(model)
-    editor = BaFTEditor(model, tok, hparams)
+    is_first = attached_edit(model) is None
+    editor = BaFTEditor(model, tok, hparams, edit=_undone_edit(model, hparams))
     editor.edit(list(requests))
+
+    def undo() -> None:
+        editor.undo()
+        if is_first:
+            setattr(model, _UNDONE, _Undone(editor.model_edit))
+
     stays = not return_orig_weights or (loaded_generation() == "pypi" and not keep_original_weight)
-    return model, {} if stays else Undo(editor.undo)
+    return model, {} if stays else Undo(undo)
 
 
 apply_reft_to_model = apply_baft_to_model

@@ -1,7 +1,10 @@
 """BaFT and ReFT as methods of a real EasyEdit; runs on whichever generation is found."""
 
+import copy
+import dataclasses
 import importlib
 import os
+import pickle
 import subprocess
 import sys
 
@@ -144,6 +147,55 @@ def test_the_first_undo_takes_back_all_later_edits(make_editor, requests):
     ]
     undos[0]()
     assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+
+
+def test_single_edits_repeat_the_steps_of_those_before(make_editor, requests):
+    """And are what they would be on a model that was never edited."""
+    arguments = {"keep_original_weight": True}
+    alone, states = make_editor(), []
+    for request in requests:
+        apply_baft_to_model(alone.model, alone.tok, [request], alone.hparams)
+        states.append(attached_edit(alone.model).snapshot())
+        attached_edit(alone.model).detach()
+    editor, edits = make_editor(), []
+    for request, state in zip(requests, states, strict=True):
+        _, undo = apply_baft_to_model(
+            editor.model, editor.tok, [request], editor.hparams, **arguments
+        )
+        edits.append(attached_edit(editor.model))
+        for name, value in edits[-1].snapshot().items():
+            assert torch.allclose(value, state[name], atol=1e-6), name
+        undo()
+        assert attached_edit(editor.model) is None
+    assert all(edit is edits[0] for edit in edits)
+    assert 1 <= len(edits[0].known_steps) < len(requests)
+
+
+def test_other_hyper_parameters_begin_another_edit(make_editor, requests):
+    editor = make_editor()
+    edits = []
+    for rank in (4, 2, 2):
+        hparams = dataclasses.replace(editor.hparams, rank=rank)
+        _, undo = apply_baft_to_model(
+            editor.model, editor.tok, requests[:1], hparams, keep_original_weight=True
+        )
+        edits.append(attached_edit(editor.model))
+        assert edits[-1].rank == rank
+        undo()
+    assert edits[0] is not edits[1] is edits[2]
+
+
+def test_copies_and_files_of_a_model_hold_no_undone_edit(make_editor, requests):
+    editor = make_editor()
+    apply_baft_to_model(
+        editor.model, editor.tok, requests[:1], editor.hparams, keep_original_weight=True
+    )[1]()
+    names = [name for name, value in vars(editor.model).items() if "Undone" in repr(value)]
+    assert len(names) == 1
+    for other in (copy.deepcopy(editor.model), pickle.loads(pickle.dumps(editor.model))):
+        assert vars(other)[names[0]] is None
+        apply_baft_to_model(other, editor.tok, requests[:1], editor.hparams)
+        assert attached_edit(other) is not None
 
 
 def test_weights_copy_follows_the_generation(host, make_editor, requests):
