@@ -240,7 +240,8 @@ def _changing(calls: Sequence[_Call], inputs: set[int]) -> set[int]:
     while len(changing) > known:  # memory that is changed in place had a content before
         known = len(changing)
         for call in calls:
-            if not changing.isdisjoint(call.reads):
+            # What writes memory that changes is run each time, with all that it writes.
+            if not (changing.isdisjoint(call.reads) and changing.isdisjoint(call.writes)):
                 changing |= call.writes
     return changing
 

@@ -174,6 +174,35 @@ def test_settings_are_read_when_the_tape_is_renewed():
             assert torch.equal(tape.run()[name], value)
 
 
+def test_what_is_made_together_with_memory_that_changes_is_renewed_with_it():
+    x, scale = torch.randn(50), torch.rand(50)
+
+    def compute():
+        values, order = scale.sort()
+        return values.add_(x), order * 2
+
+    tape = Tape(compute, [x], MIB, [scale])
+    for _ in range(2):
+        change(scale, x)
+        tape.renew()
+        for computed, run in zip(compute(), tape.run(), strict=True):
+            assert torch.equal(computed, run)
+
+
+def test_several_views_and_what_changes_a_view_are_taken_note_of():
+    x = torch.randn(4, 6)
+
+    def compute():
+        first, second = (x + 1).split(3, dim=1)
+        second.mul_(first)
+        return first.t() @ second, torch.stack(second.unbind(1)).unsqueeze_(0).sin()
+
+    tape = tape_of(compute, x)
+    change(x)
+    for computed, run in zip(compute(), tape.run(), strict=True):
+        assert torch.equal(computed, run)
+
+
 @pytest.mark.parametrize(
     "compute",
     [
