@@ -78,14 +78,17 @@ class Tape(Generic[Result]):
                 raise RuntimeError(f"its tensors take more than {limit_bytes} bytes")
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             read, set_up = _memories(inputs), _memories(settings)
-            calls = _needed(recorder.calls, read | set_up, _memories(outputs))
             changing = _changing(recorder.calls, read)
-            _check_repeatable(recorder.calls, changing)
+            renewable = _changing(recorder.calls, read | set_up)
+            dependent = _depending_on_values(recorder.calls, changing)
+            if dependent is not None:
+                raise RuntimeError(f"{dependent.op} depends on values")
+            self.can_renew = _depending_on_values(recorder.calls, renewable) is None
+            """Whether `renew` serves: not where kernels depend on what the settings hold."""
+            calls = _needed(recorder.calls, renewable, _memories(outputs))
             each_time = [call for call in calls if call.writes & changing]
             before = [call for call in calls if not call.writes & changing]
-            each_time = _Reuse(each_time, _memories([*inputs, *settings, *outputs])).calls
-            self.can_renew = _are_repeatable(recorder.calls, read | set_up)
-            """Whether `renew` serves: not where kernels depend on what the settings hold."""
+            _share_memory(each_time, _memories([*inputs, *settings, *outputs]))
             self.num_bytes = _num_bytes([*before, *each_time])
             """Memory of all results between inputs and outputs."""
             self._kernels = [_kernel(call) for call in each_time]
@@ -133,17 +136,21 @@ class _Call(NamedTuple):
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: list[Tensor]
+    """Those among the arguments."""
     outputs: list[Tensor]
     reads: set[int]
     """Memories of the arguments."""
     writes: set[int]
     """Memories of the outputs, and of arguments that are changed in place."""
-    is_view: bool
-    """Whether it only looks at memory in another way."""
+    value_tags: set[torch.Tag]
+    """See `_Facts`."""
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lists the operators that are called in this context, and keeps their tensors.
+
+    Those that only look at memory in another way are left out.
 
     Args:
         limit_bytes: Of all results; beyond it nothing is kept.
@@ -155,43 +162,52 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_bytes = 0
         self._limit = limit_bytes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch not to guard each call against its compiler: nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(
         self, op: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call an operator, and note it."""
         kwargs = kwargs or {}
-        if self.num_bytes > self._limit:
-            return op(*args, **kwargs)
-        seen = _as_now(args), {name: _as_now(value) for name, value in kwargs.items()}
         result = op(*args, **kwargs)
-        self._note(op, *seen, list(_tensors((_as_now(result),))))
+        facts = _facts(op)
+        is_view = facts.may_view and isinstance(result, Tensor) and _is_view(result, args[0])
+        if self.num_bytes <= self._limit and not is_view:
+            self._note(facts, op, args, kwargs, result)
         return result
 
-    def _note(self, op: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+    def _note(self, facts: "_Facts", op: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note a call."""
-        reads = _memories(_tensors((*args, *kwargs.values())))
-        writes = _memories(outputs)
-        in_place = _changed_arguments(op)
-        if in_place:
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        args = _as_now(args, inputs)
+        kwargs = {name: _as_now(value, inputs) for name, value in kwargs.items()}
+        _as_now(result, outputs)
+        reads, writes = _memories(inputs), _memories(outputs)
+        if facts.changed:
             given = _by_name(op, args, kwargs)
-            writes |= _memories(_tensors(given[name] for name in in_place))
-        is_view = (bool(writes) and writes <= reads and not in_place) or (
-            torch.Tag.inplace_view in op.tags
-        )
-        if not is_view:
-            self.num_bytes += sum(output.nbytes for output in outputs)
+            writes |= _memories(_tensors(given[name] for name in facts.changed))
+        elif writes and writes <= reads:  # several views, or one that its schema does not tell of
+            return
+        self.num_bytes += sum(output.nbytes for output in outputs)
+        self.calls.append(_Call(op, args, kwargs, inputs, outputs, reads, writes, facts.value_tags))
         if self.num_bytes > self._limit:
             self.calls.clear()
-        else:
-            self.calls.append(_Call(op, args, kwargs, outputs, reads, writes, is_view))
 
 
-def _as_now(value: Any) -> Any:
-    """Return a value with its tensors as they are seen now: `squeeze_` changes how, in place."""
+def _as_now(value: Any, tensors: list[Tensor]) -> Any:
+    """Return a value with its tensors, also added to a list, as they are seen now.
+
+    `squeeze_` changes that in place.
+    """
     if isinstance(value, Tensor):
-        return value.detach()
+        tensors.append(value := value.detach())
+        return value
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_as_now, value))
+        return type(value)([_as_now(v, tensors) for v in value])
     return value
 
 
@@ -216,22 +232,40 @@ def _by_name(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     return absent | dict(zip((a.name for a in schema), args, strict=False)) | kwargs
 
 
+def _is_view(result: Tensor, argument: Tensor) -> bool:
+    """Tell whether a result lies in the memory of an argument."""
+    return result.untyped_storage()._cdata == argument.untyped_storage()._cdata
+
+
+class _Facts(NamedTuple):
+    """What is known of an operator."""
+
+    changed: tuple[str, ...]
+    """Names of the arguments that it changes in place."""
+    may_view: bool
+    """Whether it may only look at the memory of its first argument in another way."""
+    value_tags: set[torch.Tag]
+    """Why its kernel or shapes may depend on more than its arguments' shapes."""
+
+
 @cache
-def _changed_arguments(op: Any) -> tuple[str, ...]:
-    """Return the names of the arguments that an operator changes in place."""
-    return tuple(a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write)
+def _facts(op: Any) -> _Facts:
+    """Return what is known of an operator."""
+    aliases = [a for a in op._schema.arguments if a.alias_info]
+    changed = tuple(a.name for a in aliases if a.alias_info.is_write)
+    may_view = (bool(aliases) and not changed) or torch.Tag.inplace_view in op.tags
+    return _Facts(changed, may_view, _VALUE_TAGS.intersection(op.tags))
 
 
-def _needed(calls: Sequence[_Call], inputs: set[int], outputs: set[int]) -> list[_Call]:
-    """Return the calls by which the outputs depend on the inputs, in order; no views."""
-    changing = _changing(calls, inputs)
+def _needed(calls: Sequence[_Call], changing: set[int], outputs: set[int]) -> list[_Call]:
+    """Return the calls by which the outputs depend on memories that change, in order."""
     wanted = set(outputs)
     needed = []
     for call in reversed(calls):
         if call.writes & wanted and call.writes & changing:
             needed.append(call)
             wanted |= call.reads
-    return [call for call in reversed(needed) if not call.is_view]
+    return needed[::-1]
 
 
 def _changing(calls: Sequence[_Call], inputs: set[int]) -> set[int]:
@@ -246,27 +280,17 @@ def _changing(calls: Sequence[_Call], inputs: set[int]) -> set[int]:
     return changing
 
 
-def _are_repeatable(calls: Sequence[_Call], inputs: set[int]) -> bool:
-    """Tell whether calls do the same whatever the inputs hold."""
-    try:
-        _check_repeatable(calls, _changing(calls, inputs))
-    except RuntimeError:
-        return False
-    return True
-
-
-def _check_repeatable(calls: Sequence[_Call], changing: set[int]) -> None:
-    """Raise RuntimeError if a kernel or its shapes depend on contents that change."""
+def _depending_on_values(calls: Sequence[_Call], changing: set[int]) -> _Call | None:
+    """Return the first call whose kernel or shapes depend on contents that change."""
     for call in calls:
-        if call.reads & changing and _depends_on_values(call, changing):
-            raise RuntimeError(f"{call.op} depends on values")
+        if call.value_tags and call.reads & changing and _depends_on_values(call, changing):
+            return call
+    return None
 
 
 def _depends_on_values(call: _Call, changing: set[int]) -> bool:
     """Tell whether a call's kernel or shapes depend on contents that change."""
-    tags, op = call.op.tags, call.op
-    if _VALUE_TAGS.isdisjoint(tags):
-        return False
+    tags, op = call.value_tags, call.op
     depends = torch.Tag.data_dependent_output in tags
     if torch.Tag.nondeterministic_seeded in tags:  # attention is not random without dropout
         depends |= _by_name(op, call.args, call.kwargs).get("dropout_p") != 0
@@ -290,63 +314,45 @@ def _num_bytes(calls: Iterable[_Call]) -> int:
 _size = torch.UntypedStorage.nbytes
 
 
-class _Reuse:
-    """Lets calls share memory: what nobody reads any more serves for what comes next.
+def _share_memory(calls: Sequence[_Call], kept: set[int]) -> None:
+    """Let calls share memory: what nobody reads any more serves for what comes next.
 
     Args:
-        calls: In order; no views.
+        calls: In order; their tensors are moved.
         kept: Memories that are not shared: inputs and outputs.
     """
+    touched = [call.reads | call.writes for call in calls]
+    last = {memory: i for i, memories in enumerate(touched) for memory in memories}
+    free: list[torch.UntypedStorage] = []  # the smallest first
+    shared: dict[int, torch.UntypedStorage] = {}
+    seen = set(kept)
+    for i, call in enumerate(calls):
+        seen |= call.reads  # what it reads has been there before
+        for output in call.outputs:
+            own = output.untyped_storage()
+            if own._cdata not in seen:
+                shared[own._cdata] = _taken(free, own)
+        seen |= call.writes
+        for tensor in (*call.inputs, *call.outputs):
+            place = shared.get(tensor.untyped_storage()._cdata)
+            if place is not None:
+                tensor.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
+        for memory in touched[i]:
+            if last[memory] == i and memory in shared:
+                insort(free, shared[memory], key=_size)
 
-    def __init__(self, calls: Sequence[_Call], kept: set[int]) -> None:
-        self._free: list[torch.UntypedStorage] = []  # the smallest first
-        self._shared: dict[int, torch.UntypedStorage] = {}
-        last = {memory: i for i, call in enumerate(calls) for memory in call.reads | call.writes}
-        seen = set(kept)
-        self.calls = []
-        for i, call in enumerate(calls):
-            for output in call.outputs:
-                own = output.untyped_storage()
-                # What it reads has been there before.
-                if own._cdata not in seen and own._cdata not in call.reads:
-                    self._shared[own._cdata] = self._taken(own)
-            seen |= call.reads | call.writes
-            self.calls.append(self._moved_call(call))
-            for memory in call.reads | call.writes:
-                if last[memory] == i and memory in self._shared:
-                    insort(self._free, self._shared[memory], key=_size)
 
-    def _taken(self, wanted: torch.UntypedStorage) -> torch.UntypedStorage:
-        """Take the smallest free memory that is not much too large, or that of the call itself."""
-        size = _size(wanted)
-        i = bisect_left(self._free, size, key=_size)
-        fits = i < len(self._free) and _size(self._free[i]) <= 4 * size + 4096
-        return self._free.pop(i) if fits else wanted
-
-    def _moved_call(self, call: _Call) -> _Call:
-        """Return a call with its tensors where they are now."""
-        kwargs = {name: self._moved(value) for name, value in call.kwargs.items()}
-        return call._replace(
-            args=self._moved(call.args), kwargs=kwargs, outputs=self._moved(call.outputs)
-        )
-
-    def _moved(self, value: Any) -> Any:
-        """Return an argument with its tensors where they are now."""
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._moved, value))
-        if not isinstance(value, Tensor):
-            return value
-        memory = self._shared.get(value.untyped_storage()._cdata)
-        if memory is None:
-            return value
-        place = value.storage_offset(), value.shape, value.stride()
-        return torch.empty(0, dtype=value.dtype).set_(memory, *place)
+def _taken(free: list[torch.UntypedStorage], wanted: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Take the smallest free memory that is not much too large, or else what was wanted."""
+    size = _size(wanted)
+    i = bisect_left(free, size, key=_size)
+    return free.pop(i) if i < len(free) and _size(free[i]) <= 4 * size + 4096 else wanted
 
 
 def _kernel(call: _Call) -> _Kernel:
     """Return what writes the outputs of a call anew, and its arguments."""
-    op, args, kwargs, outputs = call[:4]
-    if _changed_arguments(op):
+    op, args, kwargs, outputs = call.op, call.args, call.kwargs, call.outputs
+    if _facts(op).changed:
         return op, args, kwargs
     variant, names = _out_variant(op)
     if len(names) != len(outputs):  # no variant, or not all outputs were asked for
