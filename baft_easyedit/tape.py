@@ -110,7 +110,7 @@ class Tape(Generic[Result]):
 _Kernel = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-@torch.no_grad()
+@torch.inference_mode()  # less to do than without gradients only; nobody gets a tensor made here
 def _run(kernels: Iterable[_Kernel]) -> None:
     """Run kernels in their order."""
     with torch.autocast("cpu", enabled=False):  # they are what autocast made of the computation
@@ -161,11 +161,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
         self.num_bytes = 0
         self._limit = limit_bytes
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Tell torch not to guard each call against its compiler: nothing here is compiled."""
-        return False
 
     def __torch_dispatch__(
         self, op: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
