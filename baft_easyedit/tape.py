@@ -19,27 +19,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+aten = torch.ops.aten
+
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
 
 _DIRECT = {
-    "addmm": ("default",),
-    "add": ("Tensor",),
-    "bmm": ("default",),
-    "cat": ("default",),
-    "div": ("Scalar", "Tensor"),
-    "mean": ("dim",),
-    "mm": ("default",),
-    "mul": ("Scalar", "Tensor"),
-    "neg": ("default",),
-    "pow": ("Tensor_Scalar",),
-    "rsqrt": ("default",),
-    "sigmoid": ("default",),
-    "sub": ("Tensor",),
-    "sum": ("dim_IntList",),
-    "where": ("self",),
+    "default": "addmm amax bmm cat clamp_max clamp_min mm neg rsqrt sigmoid stack triu",
+    "dim": "mean",
+    "dim_IntList": "sum",
+    "Scalar": "div lt mul",
+    "self": "where",
+    "Tensor": "add div eq mul sub",
+    "Tensor_Scalar": "pow",
 }
-"""Kernels that torch's function of the same name calls with less ado than the operator itself."""
+"""By their overloads, operators that torch's functions of the same names call with less ado."""
 
 _VALUE_TAGS = {
     torch.Tag.data_dependent_output,
@@ -91,8 +85,8 @@ class Tape(Generic[Result]):
             _share_memory(each_time, _memories([*inputs, *settings, *outputs]))
             self.num_bytes = _num_bytes([*before, *each_time])
             """Memory of all results between inputs and outputs."""
-            self._kernels = [_kernel(call) for call in each_time]
-            self._renewing = [_kernel(call) for call in before]
+            self._kernels = [kernel for call in each_time for kernel in _kernels(call)]
+            self._renewing = [kernel for call in before for kernel in _kernels(call)]
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -344,16 +338,32 @@ def _taken(free: list[torch.UntypedStorage], wanted: torch.UntypedStorage) -> to
     return free.pop(i) if i < len(free) and _size(free[i]) <= 4 * size + 4096 else wanted
 
 
-def _kernel(call: _Call) -> _Kernel:
-    """Return what writes the outputs of a call anew, and its arguments."""
+def _kernels(call: _Call) -> list[_Kernel]:
+    """Return what writes the outputs of a call anew, and its arguments.
+
+    Copies and slices have variants with `out` that make new tensors, and copy these.
+    """
     op, args, kwargs, outputs = call.op, call.args, call.kwargs, call.outputs
     if _facts(op).changed:
-        return op, args, kwargs
+        return [(op, args, kwargs)]
+    if op in (aten.clone.default, aten._to_copy.default):
+        return [(Tensor.copy_, (outputs[0], args[0]), {})]
+    if op is aten.slice_backward.default:
+        part = aten.slice.Tensor(outputs[0], *args[2:])
+        return [(Tensor.zero_, (outputs[0],), {}), (Tensor.copy_, (part, args[0]), {})]
+    return [_kernel(call)]
+
+
+def _kernel(call: _Call) -> _Kernel:
+    """Return what an operator that makes tensors does, into those that it made."""
+    op, args, kwargs, outputs = call.op, call.args, call.kwargs, call.outputs
     variant, names = _out_variant(op)
     if len(names) != len(outputs):  # no variant, or not all outputs were asked for
         return _copied, (op, outputs, args, kwargs), {}
     function = op.overloadpacket.__name__
-    if op._overloadname in _DIRECT.get(function, ()):
+    if function in _DIRECT.get(op._overloadname, "").split():
+        if function in ("add", "div", "mul", "sub"):
+            args = args[0], _like(args[0], args[1])
         return getattr(torch, function), args, {**kwargs, "out": outputs[0]}
     return variant, args, {**kwargs, **dict(zip(names, outputs, strict=True))}
 
@@ -369,6 +379,18 @@ def _out_variant(op: Any) -> tuple[Any, tuple[str, ...]]:
         if outs and all(a.kwarg_only for a in outs) and rest == wanted:
             return other, tuple(a.name for a in outs)
     return None, ()
+
+
+def _like(tensor: Tensor, other: Any) -> Any:
+    """Return a number as a tensor, which torch would make of it each time; others as they are.
+
+    A tensor without dimensions would decide on the type of the result, a number does not; in half
+    precision a number is not rounded.
+    """
+    is_same = tensor.dtype in (torch.float32, torch.float64) and tensor.dim() > 0
+    if is_same and isinstance(other, (int, float)):
+        return torch.tensor(other, dtype=tensor.dtype)
+    return other
 
 
 def _copied(op: Any, outputs: Sequence[Tensor], args: Any, kwargs: Any) -> None:

@@ -45,6 +45,37 @@ def test_tape_equals_the_computation_to_the_bit():
     assert not run["loss"].requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_copies_casts_and_numbers_equal_the_computation_to_the_bit(dtype):
+    x = torch.randn(5, 6)
+
+    def compute():
+        cast = (x * 8).to(dtype)
+        number = cast.sum()  # without dimensions
+        scaled = [(cast + 0.1) * 3 - 7, cast / 3.3, (number * 0.1 + 1) / 3, cast.t().clone()]
+        return *scaled, *[(t - 1.7).half() for t in scaled], torch.add(cast, 2, alpha=3), cast * 2j
+
+    tape = tape_of(compute, x)
+    for _ in range(3):
+        change(x)
+        for computed, run in zip(compute(), tape.run(), strict=True):
+            assert computed.dtype == run.dtype
+            assert torch.equal(computed, run)
+
+
+def test_gradients_of_slices_equal_the_computation_to_the_bit():
+    x = torch.randn(4, 9, requires_grad=True)
+
+    def compute():
+        halves = [x[:, 5:] * 2, x[1:, ::3].sin(), x[:-1] * x[1:]]
+        return torch.autograd.grad(sum(half.square().sum() for half in halves), x)
+
+    tape = tape_of(compute, x)
+    for _ in range(3):
+        change(x)
+        assert torch.equal(compute()[0], tape.run()[0])
+
+
 def test_runs_use_the_same_memory():
     x = torch.randn(3)
     tape = tape_of(lambda: [x * 2], x)
