@@ -346,7 +346,7 @@ def _kernels(call: _Call) -> list[_Kernel]:
     op, args, kwargs, outputs = call.op, call.args, call.kwargs, call.outputs
     if _facts(op).changed:
         return [(op, args, kwargs)]
-    if op in (aten.clone.default, aten._to_copy.default):
+    if op is aten.clone.default or op is aten._to_copy.default:
         return [(Tensor.copy_, (outputs[0], args[0]), {})]
     if op is aten.slice_backward.default:
         part = aten.slice.Tensor(outputs[0], *args[2:])
@@ -360,17 +360,17 @@ def _kernel(call: _Call) -> _Kernel:
     variant, names = _out_variant(op)
     if len(names) != len(outputs):  # no variant, or not all outputs were asked for
         return _copied, (op, outputs, args, kwargs), {}
-    function = op.overloadpacket.__name__
-    if function in _DIRECT.get(op._overloadname, "").split():
-        if function in ("add", "div", "mul", "sub"):
-            args = args[0], _like(args[0], args[1])
-        return getattr(torch, function), args, {**kwargs, "out": outputs[0]}
+    if variant in (torch.add, torch.div, torch.mul, torch.sub):
+        args = args[0], _like(*args)
     return variant, args, {**kwargs, **dict(zip(names, outputs, strict=True))}
 
 
 @cache
 def _out_variant(op: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the operator that does the same into given tensors, and how it names them; or None."""
+    """Return what does the same into given tensors, and how it names them; or None."""
+    function = op.overloadpacket.__name__
+    if function in _DIRECT.get(op._overloadname, "").split():
+        return getattr(torch, function), ("out",)
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
     for name in op.overloadpacket.overloads():
         other = getattr(op.overloadpacket, name)
@@ -387,7 +387,7 @@ def _like(tensor: Tensor, other: Any) -> Any:
     A tensor without dimensions would decide on the type of the result, a number does not; in half
     precision a number is not rounded.
     """
-    is_same = tensor.dtype in (torch.float32, torch.float64) and tensor.dim() > 0
+    is_same = tensor.dim() > 0 and tensor.dtype in (torch.float32, torch.float64)
     if is_same and isinstance(other, (int, float)):
         return torch.tensor(other, dtype=tensor.dtype)
     return other
