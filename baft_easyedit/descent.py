@@ -148,8 +148,8 @@ class Descent:
     Args:
         edit: The edit, or E independent ones.
         hparams: How to learn.
-        known: Steps of earlier calls on the same model, for forwards of one of few sizes; it is
-            added to.
+        known: Steps of earlier calls on the same model, for forwards of one of few sizes, each of
+            which serves many steps; it is added to.
     """
 
     def __init__(
@@ -198,7 +198,9 @@ class Descent:
     ) -> Repeated[_Computed]:
         """Return what computes the steps on a forward."""
         compute = partial(self._objective.gradients, forward, self._parameters)
-        return Repeated(compute, recorder, partial(self._objective.value, forward))
+        is_recorded_at_once = self._known is not None and forward.device == torch.device("cpu")
+        num_computed = 0 if is_recorded_at_once else 1
+        return Repeated(compute, recorder, partial(self._objective.value, forward), num_computed)
 
     def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
         """Return what records the steps on a forward, if there is something to gain."""

@@ -19,9 +19,6 @@ Given = TypeVar("Given", covariant=True)
 
 logger = logging.getLogger(__name__)
 
-_NUM_COMPUTED = 1
-"""Times that a computation is done before it is recorded, which takes as long as a few more."""
-
 _TOLERANCE = 1e-3
 """How far a recording may be off, relative to the largest value; a tape is not off at all."""
 
@@ -110,6 +107,7 @@ class Repeated(Generic[Result]):
         record: Makes a recording of it; None if that is not wanted.
         glance: Computes again what the results begin with, the first of a tuple, for less; with it
             a renewed recording is compared. All is computed if None.
+        num_computed: Times that it is done before it is recorded: CUDA captures what has run once.
     """
 
     def __init__(
@@ -117,11 +115,12 @@ class Repeated(Generic[Result]):
         compute: Callable[[], Result],
         record: Callable[[], Repeatable[Result]] | None,
         glance: Callable[[], Any] | None = None,
+        num_computed: int = 1,
     ) -> None:
         self._compute = compute
         self._record = record
         self._glance = glance
-        self._num_calls = 0
+        self._num_to_compute = num_computed
         self._recording: Repeatable[Result] | None = None
         self._is_checked = False
         self._is_renewed = False
@@ -153,10 +152,10 @@ class Repeated(Generic[Result]):
 
     def __call__(self) -> Result:
         """Compute, one way or the other."""
-        self._num_calls += 1
         if self._recording is not None and self._is_checked:
             return self._recording.run()
-        if self._num_calls <= _NUM_COMPUTED or self._record is None:
+        if self._num_to_compute or self._record is None:
+            self._num_to_compute = max(0, self._num_to_compute - 1)
             return self._compute()
         try:
             return self._checked() if self._recording is not None else self._recorded(self._record)
