@@ -161,12 +161,13 @@ def rounded(layout: Layout, least: int = 8) -> Layout:
 
     Args:
         layout: What is padded.
-        least: W and A become multiples of it, and S, which costs least, of twice as much.
+        least: W becomes a multiple of it, S, which costs less, of twice as much, and A, which costs
+            a row of logits, of half as much; an even number.
     """
     num_answers = len(layout.labels)
     columns = _round_up(layout.input_ids.shape[1], least, 8) - layout.input_ids.shape[1]
     past = _round_up(layout.past_row_of.shape[1], 2 * least, 4) - layout.past_row_of.shape[1]
-    answers = _round_up(num_answers, least, 4) - num_answers
+    answers = _round_up(num_answers, least // 2, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
     def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss
