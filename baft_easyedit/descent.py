@@ -8,7 +8,7 @@ Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, 
 rank.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,6 +57,9 @@ Gradients = list[Tensor | None]
 
 _Computed = tuple[Step, Gradients]
 
+_MOST_CAPTURED = 2048
+"""Tokens of a step that is made a CUDA graph."""
+
 _TAPE_BYTES = 2**30
 """Most memory of the kernels of a step; with more to compute, there is little to gain."""
 
@@ -88,7 +91,7 @@ class Objective:
 
     @torch.no_grad()
     def value(self, forward: "Forward") -> Step:
-        """Compute a step without the gradient."""
+        """Compute a step without the gradient, by the same kernels."""
         return self._terms(forward)
 
     def gradients(self, forward: "Forward", parameters: Sequence[Tensor]) -> _Computed:
@@ -186,6 +189,8 @@ class Descent:
         sizes = forward.sizes
         known = self._known.get(sizes)
         if known is not None:
+            if known.repeated.has_given_up:
+                return self._new(forward, None)
             known.forward.take(forward)
             if known.repeated.renew():
                 return known.repeated
@@ -211,7 +216,7 @@ class Descent:
             compute = partial(gradients, self._parameters)
             settings = [*self._usage, *forward.tensors.values()]
             return partial(Tape, compute, self._parameters, _TAPE_BYTES, settings)
-        if forward.device.type == "cuda":
+        if forward.device.type == "cuda" and _is_captured(forward):
             pool = GraphPool if self._known is None else self._known.pool_on
             return partial(_StepGraph, self._edit, gradients, partial(pool, forward.device))
         return None
@@ -238,11 +243,13 @@ class _StepGraph:
     ) -> None:
         self._edit = edit
         self._parameters = edit.learned_parameters()
-        self._bases = {name: b.detach().requires_grad_() for name, b in edit.bases().items()}
+        bases = edit.bases()
+        self._bases = {name: b.detach().clone().requires_grad_() for name, b in bases.items()}
         wanted = list((self._parameters | self._bases).values())
-        self.result: _Computed | None = None
         with edit.given_bases(self._bases):
             self._graph = CudaGraph(partial(gradients, wanted), pool())
+        assert self._graph.result is not None
+        self.result: _Computed | None = self._completed(self._graph.result, bases)
 
     def renew(self) -> None:
         """Do nothing: a graph reads all that it depends on each time."""
@@ -253,7 +260,12 @@ class _StepGraph:
         with torch.no_grad():
             for name, basis in bases.items():
                 self._bases[name].copy_(basis)
-        step, gradients = self._graph.run()
+        self.result = self._completed(self._graph.run(), bases)
+        return self.result
+
+    def _completed(self, computed: _Computed, bases: Mapping[str, Tensor]) -> _Computed:
+        """Go back from the gradients of the bases to those of what they are made from."""
+        step, gradients = computed
         of = dict(zip(self._parameters, gradients, strict=True))
         of_raw = torch.autograd.grad(
             list(bases.values()),
@@ -261,8 +273,16 @@ class _StepGraph:
             [of[name] for name in bases],
         )
         of |= {name: g.contiguous() for name, g in zip(bases, of_raw, strict=True)}
-        self.result = step, list(of.values())
-        return self.result
+        return step, list(of.values())
+
+
+def _is_captured(forward: "Forward") -> bool:
+    """Tell whether the steps on a forward are worth a CUDA graph, and may be made one.
+
+    A full forward may wait for the device, to look at its mask; and many tokens keep a GPU busy,
+    while a graph takes as much memory again as a step.
+    """
+    return forward.is_replay and forward.layout.input_ids.numel() <= _MOST_CAPTURED
 
 
 def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:

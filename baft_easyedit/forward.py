@@ -76,6 +76,16 @@ class Forward:
                 named[name] = value
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the contents."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether some layers are not computed."""
+        return bool(self._stubs)
+
     def take(self, other: "Forward") -> None:
         """Copy the contents of another forward of the same sizes into this one's memory."""
         others = other.tensors
@@ -103,6 +113,7 @@ class Forward:
             self._edit.at_positions(self._positions),
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
+            _without_cudnn_attention(),
         ):
             logits = model(**self._inputs).logits.flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]
@@ -134,6 +145,21 @@ def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
     finally:
         if handle is not None:
             handle.remove()
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Leave attention to torch's other kernels in this context.
+
+    That of cuDNN, which torch prefers on recent GPUs, makes a plan for each new shape, for longer
+    than a step takes; and with masks it has given gradients that are not finite.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 @contextmanager

@@ -305,8 +305,7 @@ class ModelEdit(nn.Module):
     @contextmanager
     def joint_bases(self) -> Iterator[None]:
         """Let a step of learning inside this context make the bases of all layers at once."""
-        is_needed = torch.is_grad_enabled() and not self._given_bases
-        with self.given_bases(self.bases() if is_needed else self._given_bases):
+        with self.given_bases(self._given_bases or self.bases()):
             yield
 
     @contextmanager

@@ -142,7 +142,8 @@ class BaFTIntervention(nn.Module):
             Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
         """
         h, device = hidden.float(), hidden.device.type
-        edit = partial(self._edit, basis) if torch.is_grad_enabled() else self._edit_folded
+        learns = torch.is_grad_enabled() or basis is not None
+        edit = partial(self._edit, basis) if learns else self._edit_folded
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 edited, weights = edit(h)
@@ -174,5 +175,6 @@ class BaFTIntervention(nn.Module):
 
     def _fold(self) -> _Folded:
         """Multiply the parameters out."""
-        basis = orthonormal_rows(self.raw_basis).contiguous()
+        # On the CPU, where A was made of the same QR: another device's is equal but for rounding.
+        basis = orthonormal_rows(self.raw_basis.cpu()).contiguous().to(self.raw_basis.device)
         return _Folded(basis, self.source_weight - basis, self.gate.matrix().to(basis))

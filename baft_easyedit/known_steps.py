@@ -11,7 +11,7 @@ from baft_easyedit.repeat import GraphPool, Repeated
 _MOST = 32
 """Steps that are kept."""
 _MOST_BYTES = 2**30
-"""Most memory of their recordings."""
+"""Most memory of their contents and recordings."""
 
 
 class KnownStep(NamedTuple):
@@ -43,7 +43,7 @@ class KnownSteps:
 
     def pool_on(self, device: torch.device) -> GraphPool:
         """Return what all CUDA graphs share, which run one after another on this device."""
-        if self._pool is None:
+        if self._pool is None or self._pool.device != device:
             self._pool = GraphPool(device)
         return self._pool
 
@@ -51,7 +51,7 @@ class KnownSteps:
         """Forget everything unless it was made with this version of model, edit and settings."""
         if version != self._made_with:
             self._steps.clear()
-            self._pool = None  # it may be another device
+            self._pool = None  # a capture may have failed in it
             self._made_with = version
 
     def get(self, sizes: Hashable) -> KnownStep | None:
@@ -69,5 +69,6 @@ class KnownSteps:
 
     @property
     def _num_bytes(self) -> int:
-        """Memory of all recordings; that of CUDA graphs is in the pool."""
-        return sum(step.repeated.num_bytes for step in self._steps.values())
+        """Memory of all contents and recordings; that of CUDA graphs is in the pool."""
+        steps = self._steps.values()
+        return sum(step.forward.num_bytes + step.repeated.num_bytes for step in steps)

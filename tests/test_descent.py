@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, descent
+from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, descent, repeat
 from baft_easyedit.descent import Descent
 from baft_easyedit.forward import Forward
 from baft_easyedit.gates import GATES
@@ -47,13 +47,12 @@ def never_recorded(monkeypatch):
 class StandIn:
     """Takes the place of a CUDA graph: the computation itself, in the same memory each time."""
 
-    result = None
-
     def __init__(self, compute, pool):
         self.compute = compute
         self.edit = compute.func.__self__._edit
         self.bases = self.edit._given_bases
-        self.gradients = compute()[1]
+        self.result = compute()
+        self.gradients = self.result[1]
 
     def run(self):
         with self.edit.given_bases(self.bases):  # which a graph has captured
@@ -66,8 +65,7 @@ class StandIn:
 def with_stand_in(monkeypatch):
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
     monkeypatch.setattr(descent, "CudaGraph", StandIn)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(repeat, "_capture_stream", lambda device: f"a stream of {device}")
 
 
 def states(model, tokenizer, hparams, requests):
@@ -408,7 +406,7 @@ def test_edits_of_one_size_share_a_graph(model, tokenizer, long, monkeypatch, ca
 
     class Counted(StandIn):
         def __init__(self, compute, pool):
-            assert (pool.handle, pool.stream) == ("pool", "a stream of cuda")
+            assert pool.stream == "a stream of cuda"
             super().__init__(compute, pool)
             made.append(self)
 
@@ -422,6 +420,32 @@ def test_edits_of_one_size_share_a_graph(model, tokenizer, long, monkeypatch, ca
         assert report.final_loss == pytest.approx(other.final_loss, rel=1e-3)
     for name, value in computed.items():
         assert torch.allclose(repeated[name], value, atol=1e-3)
+
+
+def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, monkeypatch):
+    with_stand_in(monkeypatch)
+    edit = random_edit(layers=long.layers)
+    edit.attach(model)
+    steps = Descent(edit, long)
+    assert steps._recorder(Engine(model, edit, "full").prepare([rows])) is None
+    forward = Engine(model, edit, "replay").prepare([rows])
+    assert steps._recorder(forward) is not None
+    monkeypatch.setattr(descent, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
+    assert steps._recorder(forward) is None
+
+
+def test_what_could_not_be_recorded_is_not_tried_again(model, tokenizer, long, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no tapes here")
+
+    monkeypatch.setattr(descent, "Tape", fail)
+    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+        tried, _ = states(model, tokenizer, long, ALIKE)
+    assert len(caplog.messages) == 1
+    never_recorded(monkeypatch)
+    computed, _ = states(model, tokenizer, long, ALIKE)
+    for name, value in computed.items():
+        assert torch.allclose(tried[name], value, atol=1e-4), name
 
 
 @pytest.mark.gpu

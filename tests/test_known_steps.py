@@ -4,13 +4,14 @@ import pickle
 from copy import deepcopy
 from types import SimpleNamespace
 
+from baft_easyedit import repeat
 from baft_easyedit.known_steps import KnownStep, KnownSteps
 
 MIB = 2**20
 
 
 def step(mib=0):
-    return KnownStep("forward", SimpleNamespace(num_bytes=mib * MIB))
+    return KnownStep(SimpleNamespace(num_bytes=0), SimpleNamespace(num_bytes=mib * MIB))
 
 
 def test_steps_are_known_by_their_sizes():
@@ -52,6 +53,8 @@ def test_memory_is_bounded():
     assert [known.get(sizes) is None for sizes in range(3)] == [True, False, False]
     known.put(4, step(2000))
     assert len(known) == 0
+    known.put(5, KnownStep(SimpleNamespace(num_bytes=2000 * MIB), SimpleNamespace(num_bytes=0)))
+    assert len(known) == 0
 
 
 def test_copies_and_files_know_nothing():
@@ -63,11 +66,13 @@ def test_copies_and_files_know_nothing():
         assert len(other) == 0
 
 
-def test_graphs_share_one_pool(monkeypatch):
-    handles = iter("ab")
-    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: next(handles))
-    monkeypatch.setattr("torch.cuda.Stream", lambda device: device)
+def test_graphs_of_a_device_share_one_pool(monkeypatch):
+    monkeypatch.setattr(repeat, "_capture_stream", str)
     known = KnownSteps()
-    assert known.pool_on(0) is known.pool_on(0)
-    known.make_valid_for("the model where it was moved to")
-    assert (known.pool_on(1).handle, known.pool_on(1).stream) == ("b", 1)
+    pool = known.pool_on(0)
+    assert known.pool_on(0) is pool
+    assert known.pool_on(1) is not pool
+    assert known.pool_on(1).stream == "1"
+    pool = known.pool_on(1)
+    known.make_valid_for("other weights")
+    assert known.pool_on(1) is not pool

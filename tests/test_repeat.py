@@ -1,10 +1,15 @@
 """When a computation is done as it is, and when by its recording."""
 
+import gc
 import logging
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from baft_easyedit import repeat
 from baft_easyedit.repeat import CudaGraph, GraphPool, Repeated
 
 X = torch.tensor([1.0, 2.0])
@@ -162,6 +167,91 @@ def test_what_cannot_be_renewed_says_so():
     repeated, _ = recorded(recording)
     assert not repeated.renew()
     assert recording.num_renewed == 0
+
+
+def test_recordings_may_be_made_at_once():
+    compute, recording = Counted(lambda: X), Counted(lambda: X)
+    repeated = Repeated(compute, lambda: recording, num_computed=0)
+    for _ in range(3):
+        repeated()
+    assert (compute.count, recording.count) == (2, 2)
+
+
+def test_memory_that_the_computation_lacks_is_no_reason_to_give_up():
+    def lack():
+        raise torch.cuda.OutOfMemoryError("no more")
+
+    repeated = Repeated(lambda: X, lambda: Counted(lack))
+    repeated()
+    repeated()
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="no more"):
+        repeated()
+    assert repeated.is_recorded
+    repeated = Repeated(lambda: X, lack)
+    assert torch.equal(repeated(), X)
+    assert torch.equal(repeated(), X)
+    assert repeated.has_given_up
+
+
+def test_gradients_may_be_off_further_than_what_comes_before(caplog):
+    for first, rest, is_right in ((1.0, 1.02, True), (1.02, 1.0, False), (1.0, 1.1, False)):
+        recording = Counted(lambda first=first, rest=rest: (X * first, [X * rest]))
+        repeated = Repeated(lambda: (X, [X]), lambda recording=recording: recording)
+        for _ in range(4):
+            repeated()
+        assert repeated.is_recorded == is_right
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(repeat, "_capture_stream", lambda device: None)
+    return GraphPool("a device")
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """How torch is told to look for waits, without a device."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return modes
+
+
+def test_a_computation_that_waits_is_not_captured(pool, modes):
+    def wait():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    with pytest.raises(RuntimeError, match=r"it waits for the device \(.*test_repeat.py:\d+\)"):
+        CudaGraph(wait, pool)
+    assert modes == ["warn", 0]
+
+
+def test_after_a_capture_that_failed_no_other_is_tried(pool, modes, monkeypatch):
+    class Graph:
+        def capture_begin(self, **_):
+            raise RuntimeError("no capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "memory")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    pool.stream = SimpleNamespace(wait_stream=lambda stream: None)
+    with pytest.raises(RuntimeError, match="no capture"):
+        CudaGraph(lambda: X, pool)
+    with pytest.raises(RuntimeError, match="another could not be captured"):
+        CudaGraph(lambda: X, pool)
+
+
+def test_memory_goes_with_the_last_graph(pool, monkeypatch):
+    handles = iter("ab")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    graphs = [Counted(None), Counted(None)]
+    assert [pool.handle_for(graph) for graph in graphs] == ["a", "a"]
+    del graphs[0]
+    assert pool.handle_for(graphs[0]) == "a"
+    graphs.clear()
+    gc.collect()
+    assert pool.handle_for(Counted(None)) == "b"
 
 
 def test_what_is_not_recorded_yet_goes_on():

@@ -194,6 +194,14 @@ def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, rows, capl
     assert "no cache here" in caplog.text
 
 
+def test_attention_without_masks_for_pairs_is_not_replayed(model, rows, monkeypatch):
+    edit = random_edit()
+    edit.attach(model)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match="its attention, flash_attention_2, takes no mask"):
+        LayerReplay(model, edit).prepare([rows])
+
+
 def test_short_memory_is_no_reason_for_the_full_forward(model, rows, monkeypatch):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("full")
