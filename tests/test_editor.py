@@ -187,14 +187,19 @@ def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, hpara
     assert not torch.equal(results[0], results[2])
 
 
-def test_gradients_reach_only_our_parameters(model, tokenizer, hparams, request_dict):
+def test_gradients_reach_only_our_parameters_and_none_is_left(
+    model, tokenizer, hparams, request_dict
+):
     model.train()
     model.lm_head.weight.requires_grad_(False)
     editor = BaFTEditor(model, tokenizer, hparams)
+    edit, weights = editor.model_edit, [p.clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in edit.parameters()]
     with torch.no_grad():
         editor.edit(request_dict)
-    assert all(p.grad is None for p in model.parameters())
-    assert all(p.grad is not None for p in editor.model_edit.parameters())
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert not any(torch.equal(p, b) for p, b in zip(edit.parameters(), before, strict=True))
+    assert all(p.grad is None for p in (*model.parameters(), *edit.parameters()))
     assert model.training
     assert not model.lm_head.weight.requires_grad
     assert model.model.embed_tokens.weight.requires_grad

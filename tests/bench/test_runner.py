@@ -145,6 +145,7 @@ def as_command(settings, tmp_path, *launcher):
     return [*command, str(tmp_path / "run")], {**os.environ, "PYTHONPATH": root}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_numbers(settings, whole, tmp_path):
     command, environment = as_command(settings, tmp_path)
     stopped = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
