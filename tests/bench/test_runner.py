@@ -159,6 +159,7 @@ def test_a_killed_run_ends_with_the_same_numbers(settings, whole, tmp_path):
     assert scores(rows) == scores(read_json(whole[0] / "summary.json"))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_summary_of_one(settings, whole, tmp_path):
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
     only_baft = {**settings, "methods": settings["methods"][:1]}
