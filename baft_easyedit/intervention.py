@@ -136,7 +136,8 @@ class BaFTIntervention(nn.Module):
 
         Args:
             hidden: h, [..., D], any floating dtype.
-            basis: R, [r, D], to take gradients with respect to it; this module's own if None.
+            basis: R, [r, D], to take gradients with respect to it, and to compute without them by
+                the same kernels; this module's own if None.
 
         Returns:
             Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
