@@ -4,7 +4,8 @@ A step of learning on few tokens is mostly Python, autograd and allocation aroun
 `Tape` lists the kernels (the operators of ATen) that a computation runs, once, and keeps all memory
 that they touch; running them again is one loop. What does not depend on the inputs is not run
 again: positions, masks, embeddings, views; what depends on the `settings` alone, when these are
-said to have changed. The results are those of the computation, to the bit.
+said to have changed. The results are those of the computation, to the bit; products of few rows,
+which are taken in slices (see `products`), may be rounded otherwise where MKL chooses so.
 """
 
 import gc
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from baft_easyedit.products import by_slices, gains_by_slices
 
 aten = torch.ops.aten
 
@@ -351,6 +354,9 @@ def _kernels(call: _Call) -> list[_Kernel]:
     if op is aten.slice_backward.default:
         part = aten.slice.Tensor(outputs[0], *args[2:])
         return [(Tensor.zero_, (outputs[0],), {}), (Tensor.copy_, (part, args[0]), {})]
+    if op is aten.mm.default and gains_by_slices(*args):
+        rows, matrix = args
+        return list(by_slices(rows, matrix, outputs[0]))
     return [_kernel(call)]
 
 

@@ -63,6 +63,19 @@ def test_copies_casts_and_numbers_equal_the_computation_to_the_bit(dtype):
             assert torch.equal(computed, run)
 
 
+def test_products_of_few_rows_with_large_weights_equal_the_computation():
+    x, head = torch.randn(6, 256), torch.nn.Linear(256, 1100, bias=False)
+
+    def compute():
+        return head(x).log_softmax(-1)
+
+    with torch.no_grad():
+        tape = tape_of(compute, x)
+        for _ in range(3):
+            change(x)
+            torch.testing.assert_close(compute(), tape.run(), rtol=1e-6, atol=1e-5)
+
+
 def test_gradients_of_slices_equal_the_computation_to_the_bit():
     x = torch.randn(4, 9, requires_grad=True)
 
