@@ -37,7 +37,7 @@ def gains_by_slices(rows: Tensor, matrix: Tensor) -> bool:
         and matrix.numel() >= _LEAST_SIZE
         and matrix.shape[1] > _SLICE
         and matrix.t().is_contiguous()
-        and torch.backends.mkl.is_available()
+        and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     )
 
 

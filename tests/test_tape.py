@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baft_easyedit.tape import Tape, _tensors
+from baft_easyedit.kernels import tensors_in
+from baft_easyedit.tape import Tape
 
 MIB = 2**20
 
@@ -177,7 +178,7 @@ def test_memory_is_used_again_when_nobody_reads_it_any_more():
         return network(x, inputs[1]), x
 
     tape = tape_of(compute, *inputs)
-    used = [t for _, args, _ in tape._kernels for t in _tensors(args)]
+    used = [t for _, args, _ in tape._kernels for t in tensors_in(args)]
     memories = {t.untyped_storage()._cdata for t in used}
     assert len(memories) < 30
     before = constant.clone()
