@@ -93,6 +93,16 @@ class Forward:
             tensor.copy_(others[name])
 
     @property
+    def _attends_by_products(self) -> bool:
+        """Whether products and a softmax are sooner than the fused kernel of a CPU.
+
+        They are for few tokens, once recorded; what is rehearsed changes in each step.
+        """
+        layout = self.layout
+        on_cpu = layout.input_ids.device.type == "cpu"
+        return on_cpu and self.is_replay and not layout.num_rehearsed
+
+    @property
     def weights_version(self) -> Hashable:
         """What changes with the model's weights."""
         return model_version(self._model)
@@ -113,7 +123,7 @@ class Forward:
             self._edit.at_positions(self._positions),
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
-            _without_cudnn_attention(),
+            _attention_of_steps(self._attends_by_products),
         ):
             logits = model(**self._inputs).logits.flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]
@@ -148,18 +158,24 @@ def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
 
 
 @contextmanager
-def _without_cudnn_attention() -> Iterator[None]:
-    """Leave attention to torch's other kernels in this context.
+def _attention_of_steps(by_products: bool) -> Iterator[None]:
+    """Choose among torch's kernels of attention in this context, as far as they are enabled.
 
     That of cuDNN, which torch prefers on recent GPUs, makes a plan for each new shape, for longer
     than a step takes; and with masks it has given gradients that are not finite.
+
+    Args:
+        by_products: Without the fused kernel of a CPU.
     """
-    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    kernels: Any = torch.backends.cuda  # of a CPU too
+    had_cudnn, had_flash = kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled()
+    kernels.enable_cudnn_sdp(False)
+    kernels.enable_flash_sdp(had_flash and not (by_products and kernels.math_sdp_enabled()))
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+        kernels.enable_cudnn_sdp(had_cudnn)
+        kernels.enable_flash_sdp(had_flash)
 
 
 @contextmanager

@@ -247,6 +247,40 @@ def test_layers_get_their_forward_back_after_an_error(model, rows):
     assert not model.lm_head._forward_pre_hooks
 
 
+def kernels_seen(model):
+    """Which kernels of attention were enabled in each layer that ran."""
+    seen = []
+
+    def look(*_):
+        sdp = torch.backends.cuda
+        seen.append((sdp.cudnn_sdp_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()))
+
+    model.model.layers[3].register_forward_hook(look)
+    return seen
+
+
+def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows):
+    edit, row = with_edit(model), rows[:1]
+    seen = kernels_seen(model)
+
+    def with_engine(engine, rehearsed=()):
+        forward = engine(model, edit).prepare([row], rehearsed)
+        seen.clear()
+        forward()
+        return seen[0]
+
+    assert with_engine(LayerReplay) == (False, False, True)
+    assert with_engine(LayerReplay, rows[1:2]) == (False, True, True)
+    assert with_engine(FullForward) == (False, True, True)
+    torch.backends.cuda.enable_math_sdp(False)
+    try:
+        assert with_engine(LayerReplay) == (False, True, False)
+    finally:
+        torch.backends.cuda.enable_math_sdp(True)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_replay_in_half_precision(dtype, rows):
     model = make_model(dtype=dtype)
