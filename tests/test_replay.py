@@ -247,21 +247,15 @@ def test_layers_get_their_forward_back_after_an_error(model, rows):
     assert not model.lm_head._forward_pre_hooks
 
 
-def kernels_seen(model):
-    """Which kernels of attention were enabled in each layer that ran."""
-    seen = []
-
-    def look(*_):
-        sdp = torch.backends.cuda
-        seen.append((sdp.cudnn_sdp_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()))
-
-    model.model.layers[3].register_forward_hook(look)
-    return seen
+def attention_kernels():
+    """Whether those of cuDNN, of FlashAttention and of products are enabled."""
+    sdp = torch.backends.cuda
+    return sdp.cudnn_sdp_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()
 
 
 def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows):
-    edit, row = with_edit(model), rows[:1]
-    seen = kernels_seen(model)
+    edit, row, seen, before = with_edit(model), rows[:1], [], attention_kernels()
+    model.model.layers[3].register_forward_hook(lambda *_: seen.append(attention_kernels()))
 
     def with_engine(engine, rehearsed=()):
         forward = engine(model, edit).prepare([row], rehearsed)
@@ -277,8 +271,7 @@ def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows):
         assert with_engine(LayerReplay) == (False, True, False)
     finally:
         torch.backends.cuda.enable_math_sdp(True)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled()
+    assert attention_kernels() == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
