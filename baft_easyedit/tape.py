@@ -22,8 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from baft_easyedit.kernels import Kernel, kernels_into, tensors_in
 
-aten = torch.ops.aten
-
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
 
