@@ -16,6 +16,9 @@ from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.packing import Layout
 from baft_easyedit.recordings import model_version
 
+_MOST_BY_PRODUCTS = 128
+"""Columns of a bin that attend by products, whose memory goes with the square of them."""
+
 
 class Forward:
     """A model's forward on the tokens of a layout.
@@ -99,8 +102,9 @@ class Forward:
         They are for few tokens, once recorded; what is rehearsed changes in each step.
         """
         layout = self.layout
+        is_few = layout.input_ids.shape[1] <= _MOST_BY_PRODUCTS
         on_cpu = layout.input_ids.device.type == "cpu"
-        return on_cpu and self.is_replay and not layout.num_rehearsed
+        return is_few and on_cpu and self.is_replay and not layout.num_rehearsed
 
     @property
     def weights_version(self) -> Hashable:

@@ -253,7 +253,7 @@ def attention_kernels():
     return sdp.cudnn_sdp_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()
 
 
-def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows):
+def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows, monkeypatch):
     edit, row, seen, before = with_edit(model), rows[:1], [], attention_kernels()
     model.model.layers[3].register_forward_hook(lambda *_: seen.append(attention_kernels()))
 
@@ -272,6 +272,8 @@ def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows):
     finally:
         torch.backends.cuda.enable_math_sdp(True)
     assert attention_kernels() == before
+    monkeypatch.setattr("baft_easyedit.forward._MOST_BY_PRODUCTS", 2)
+    assert with_engine(LayerReplay) == (False, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
