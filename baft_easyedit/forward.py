@@ -16,9 +16,6 @@ from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.packing import Layout
 from baft_easyedit.recordings import model_version
 
-_MOST_BY_PRODUCTS = 128
-"""Columns of a bin that attend by products, whose memory goes with the square of them."""
-
 
 class Forward:
     """A model's forward on the tokens of a layout.
@@ -96,17 +93,6 @@ class Forward:
             tensor.copy_(others[name])
 
     @property
-    def _attends_by_products(self) -> bool:
-        """Whether products and a softmax are sooner than the fused kernel of a CPU.
-
-        They are for few tokens, once recorded; what is rehearsed changes in each step.
-        """
-        layout = self.layout
-        is_few = layout.input_ids.shape[1] <= _MOST_BY_PRODUCTS
-        on_cpu = layout.input_ids.device.type == "cpu"
-        return is_few and on_cpu and self.is_replay and not layout.num_rehearsed
-
-    @property
     def weights_version(self) -> Hashable:
         """What changes with the model's weights."""
         return model_version(self._model)
@@ -127,7 +113,7 @@ class Forward:
             self._edit.at_positions(self._positions),
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
-            _attention_of_steps(self._attends_by_products),
+            _without_cudnn_attention(),
         ):
             logits = model(**self._inputs).logits.flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]
@@ -162,24 +148,18 @@ def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
 
 
 @contextmanager
-def _attention_of_steps(by_products: bool) -> Iterator[None]:
-    """Choose among torch's kernels of attention in this context, as far as they are enabled.
+def _without_cudnn_attention() -> Iterator[None]:
+    """Leave attention to torch's other kernels in this context.
 
     That of cuDNN, which torch prefers on recent GPUs, makes a plan for each new shape, for longer
     than a step takes; and with masks it has given gradients that are not finite.
-
-    Args:
-        by_products: Without the fused kernel of a CPU.
     """
-    kernels: Any = torch.backends.cuda  # of a CPU too
-    had_cudnn, had_flash = kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled()
-    kernels.enable_cudnn_sdp(False)
-    kernels.enable_flash_sdp(had_flash and not (by_products and kernels.math_sdp_enabled()))
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        kernels.enable_cudnn_sdp(had_cudnn)
-        kernels.enable_flash_sdp(had_flash)
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 @contextmanager

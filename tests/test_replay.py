@@ -247,35 +247,6 @@ def test_layers_get_their_forward_back_after_an_error(model, rows):
     assert not model.lm_head._forward_pre_hooks
 
 
-def attention_kernels():
-    """Whether those of cuDNN, of FlashAttention and of products are enabled."""
-    sdp = torch.backends.cuda
-    return sdp.cudnn_sdp_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()
-
-
-def test_few_tokens_attend_by_products_if_these_are_enabled(model, rows, monkeypatch):
-    edit, row, seen, before = with_edit(model), rows[:1], [], attention_kernels()
-    model.model.layers[3].register_forward_hook(lambda *_: seen.append(attention_kernels()))
-
-    def with_engine(engine, rehearsed=()):
-        forward = engine(model, edit).prepare([row], rehearsed)
-        seen.clear()
-        forward()
-        return seen[0]
-
-    assert with_engine(LayerReplay) == (False, False, True)
-    assert with_engine(LayerReplay, rows[1:2]) == (False, True, True)
-    assert with_engine(FullForward) == (False, True, True)
-    torch.backends.cuda.enable_math_sdp(False)
-    try:
-        assert with_engine(LayerReplay) == (False, True, False)
-    finally:
-        torch.backends.cuda.enable_math_sdp(True)
-    assert attention_kernels() == before
-    monkeypatch.setattr("baft_easyedit.forward._MOST_BY_PRODUCTS", 2)
-    assert with_engine(LayerReplay) == (False, True, True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_replay_in_half_precision(dtype, rows):
     model = make_model(dtype=dtype)
