@@ -159,7 +159,8 @@ def _without_cudnn_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+        if was_enabled:  # else another thread may be here, and enables it when it leaves
+            torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @contextmanager

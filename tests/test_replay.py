@@ -1,6 +1,8 @@
 """Layer replay against the full forward, which it must equal in loss and gradient."""
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -245,6 +247,27 @@ def test_layers_get_their_forward_back_after_an_error(model, rows):
     handle.remove()
     assert not any("forward" in vars(layer) for layer in model.model.layers)
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_steps_that_overlap_leave_torchs_attention_as_it_was(rows):
+    first, second = (make_model(), make_model())
+    forwards = [FullForward(model, with_edit(model)).prepare([rows]) for model in (first, second)]
+    is_second_inside, is_first_done = threading.Event(), threading.Event()
+    first.lm_head.register_forward_hook(lambda *_: None if is_second_inside.wait(30) else 1 / 0)
+
+    def wait_for_the_first(*_):
+        is_second_inside.set()
+        assert is_first_done.wait(30)
+
+    second.lm_head.register_forward_hook(wait_for_the_first)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(forwards[0])
+        one.add_done_callback(lambda _: is_first_done.set())
+        other = pool.submit(forwards[1])
+    one.result()
+    other.result()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
