@@ -154,20 +154,26 @@ def lay_out(
     )
 
 
-def rounded(layout: Layout, least: int = 8) -> Layout:
+class Multiples(NamedTuple):
+    """What the sizes of layouts are rounded up to multiples of."""
+
+    columns: int
+    """For W."""
+    past: int
+    """For S; a column of it costs the least."""
+    answers: int
+    """For A; each costs a row of logits."""
+
+
+def rounded(layout: Layout, to: Multiples) -> Layout:
     """Pad a layout to one of few sizes, so that edits of about one size run the same kernels.
 
     Columns are added without a token, and answer tokens that belong to nobody.
-
-    Args:
-        layout: What is padded.
-        least: W becomes a multiple of it, S, which costs less, of twice as much, and A, which costs
-            a row of logits, of half as much; an even number.
     """
     num_answers = len(layout.labels)
-    columns = _round_up(layout.input_ids.shape[1], least, 8) - layout.input_ids.shape[1]
-    past = _round_up(layout.past_row_of.shape[1], 2 * least, 4) - layout.past_row_of.shape[1]
-    answers = _round_up(num_answers, least // 2, 4) - num_answers
+    columns = _round_up(layout.input_ids.shape[1], to.columns, 8) - layout.input_ids.shape[1]
+    past = _round_up(layout.past_row_of.shape[1], to.past, 4) - layout.past_row_of.shape[1]
+    answers = _round_up(num_answers, to.answers, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
     def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss

@@ -24,7 +24,7 @@ Given = TypeVar("Given", covariant=True)
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-3
-"""How far a recording may be off, relative to the largest value; a tape is not off at all."""
+"""How far a recording may be off, relative to the largest value; a tape is hardly off at all."""
 
 _TOLERANCE_BEYOND = 5e-2
 """The same for what comes behind the first of a tuple of results: gradients, which kernels on a GPU

@@ -27,7 +27,7 @@ from baft_easyedit.forward import Forward
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.models import decoder_layers, input_device, text_config
-from baft_easyedit.packing import Layout, Piece, lay_out, rounded
+from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
 from baft_easyedit.recordings import Recording, Recordings, model_version
 from baft_easyedit.requests import TextRow
@@ -45,9 +45,9 @@ _CACHE_BYTES = 2**30
 _MOST_ROUNDED = {"cpu": 64}
 """Columns of all bins that are padded to one of few numbers, by device; no limit elsewhere."""
 
-_ROUNDED_TO = {"cpu": 8, "cuda": 32}
-"""What the numbers are multiples of, by device. On a GPU few tokens cost what one does, to read the
-weights, and a graph of each size takes memory."""
+_ROUNDED_TO = {"cpu": Multiples(4, 16, 4), "cuda": Multiples(32, 64, 16)}
+"""By device. On a GPU few tokens cost what one does, to read the weights, and a graph of each size
+takes memory."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
@@ -244,7 +244,7 @@ class LayerReplay:
         most = _MOST_ROUNDED.get(device.type, layout.input_ids.numel())
         is_rounded = self._rounds and layout.input_ids.numel() <= most
         if is_rounded:
-            layout = rounded(layout, _ROUNDED_TO.get(device.type, 8))
+            layout = rounded(layout, _ROUNDED_TO.get(device.type, _ROUNDED_TO["cpu"]))
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         row_of = layout.row_of
         hidden = _scatter([recording.hidden for recording in in_order], row_of, _places(row_of))

@@ -4,7 +4,8 @@ A step of learning on few tokens is mostly Python, autograd and allocation aroun
 `Tape` lists the kernels (the operators of ATen) that a computation runs, once, and keeps all memory
 that they touch; running them again is one loop. What does not depend on the inputs is not run
 again: positions, masks, embeddings, views; what depends on the `settings` alone, when these are
-said to have changed. The results are those of the computation, to the bit.
+said to have changed. The results are those of the computation, to the bit; products of few rows,
+which are taken in slices (see `products`), may be rounded otherwise where MKL chooses so.
 """
 
 import gc
@@ -19,21 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-aten = torch.ops.aten
+from baft_easyedit.kernels import Kernel, kernels_into, tensors_in
 
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
-
-_DIRECT = {
-    "default": "addmm amax bmm cat clamp_max clamp_min mm neg rsqrt sigmoid stack triu",
-    "dim": "mean",
-    "dim_IntList": "sum",
-    "Scalar": "div lt mul",
-    "self": "where",
-    "Tensor": "add div eq mul sub",
-    "Tensor_Scalar": "pow",
-}
-"""By their overloads, operators that torch's functions of the same names call with less ado."""
 
 _VALUE_TAGS = {
     torch.Tag.data_dependent_output,
@@ -101,11 +91,8 @@ class Tape(Generic[Result]):
         _run(self._renewing)
 
 
-_Kernel = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-
-
 @torch.inference_mode()  # less to do than without gradients only; nobody gets a tensor made here
-def _run(kernels: Iterable[_Kernel]) -> None:
+def _run(kernels: Iterable[Kernel]) -> None:
     """Run kernels in their order."""
     with torch.autocast("cpu", enabled=False):  # they are what autocast made of the computation
         for kernel, args, kwargs in kernels:
@@ -178,7 +165,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reads, writes = _memories(inputs), _memories(outputs)
         if facts.changed:
             given = _by_name(op, args, kwargs)
-            writes |= _memories(_tensors(given[name] for name in facts.changed))
+            writes |= _memories(tensors_in(given[name] for name in facts.changed))
         elif writes and writes <= reads:  # several views, or one that its schema does not tell of
             return
         self.num_bytes += sum(output.nbytes for output in outputs)
@@ -198,15 +185,6 @@ def _as_now(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([_as_now(v, tensors) for v in value])
     return value
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Return the tensors among an operator's arguments or results."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _memories(tensors: Iterable[Tensor]) -> set[int]:
@@ -284,7 +262,7 @@ def _depends_on_values(call: _Call, changing: set[int]) -> bool:
     if torch.Tag.nondeterministic_seeded in tags:  # attention is not random without dropout
         depends |= _by_name(op, call.args, call.kwargs).get("dropout_p") != 0
     if torch.Tag.dynamic_output_shape in tags:  # of indexing, only a mask's values make shapes
-        indices = _tensors(call.args[1:])
+        indices = tensors_in(call.args[1:])
         masks = [i for i in indices if i.dtype in (torch.bool, torch.uint8)]
         depends |= not str(op).startswith("aten.index") or bool(_memories(masks) & changing)
     return depends
@@ -338,62 +316,8 @@ def _taken(free: list[torch.UntypedStorage], wanted: torch.UntypedStorage) -> to
     return free.pop(i) if i < len(free) and _size(free[i]) <= 4 * size + 4096 else wanted
 
 
-def _kernels(call: _Call) -> list[_Kernel]:
-    """Return what writes the outputs of a call anew, and its arguments.
-
-    Copies and slices have variants with `out` that make new tensors, and copy these.
-    """
-    op, args, kwargs, outputs = call.op, call.args, call.kwargs, call.outputs
-    if _facts(op).changed:
-        return [(op, args, kwargs)]
-    if op is aten.clone.default or op is aten._to_copy.default:
-        return [(Tensor.copy_, (outputs[0], args[0]), {})]
-    if op is aten.slice_backward.default:
-        part = aten.slice.Tensor(outputs[0], *args[2:])
-        return [(Tensor.zero_, (outputs[0],), {}), (Tensor.copy_, (part, args[0]), {})]
-    return [_kernel(call)]
-
-
-def _kernel(call: _Call) -> _Kernel:
-    """Return what an operator that makes tensors does, into those that it made."""
-    op, args, kwargs, outputs = call.op, call.args, call.kwargs, call.outputs
-    variant, names = _out_variant(op)
-    if len(names) != len(outputs):  # no variant, or not all outputs were asked for
-        return _copied, (op, outputs, args, kwargs), {}
-    if variant in (torch.add, torch.div, torch.mul, torch.sub):
-        args = args[0], _like(*args)
-    return variant, args, {**kwargs, **dict(zip(names, outputs, strict=True))}
-
-
-@cache
-def _out_variant(op: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return what does the same into given tensors, and how it names them; or None."""
-    function = op.overloadpacket.__name__
-    if function in _DIRECT.get(op._overloadname, "").split():
-        return getattr(torch, function), ("out",)
-    wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
-    for name in op.overloadpacket.overloads():
-        other = getattr(op.overloadpacket, name)
-        outs = [a for a in other._schema.arguments if a.alias_info and a.alias_info.is_write]
-        rest = [(a.name, str(a.type)) for a in other._schema.arguments if a not in outs]
-        if outs and all(a.kwarg_only for a in outs) and rest == wanted:
-            return other, tuple(a.name for a in outs)
-    return None, ()
-
-
-def _like(tensor: Tensor, other: Any) -> Any:
-    """Return a number as a tensor, which torch would make of it each time; others as they are.
-
-    A tensor without dimensions would decide on the type of the result, a number does not; in half
-    precision a number is not rounded.
-    """
-    is_same = tensor.dim() > 0 and tensor.dtype in (torch.float32, torch.float64)
-    if is_same and isinstance(other, (int, float)):
-        return torch.tensor(other, dtype=tensor.dtype)
-    return other
-
-
-def _copied(op: Any, outputs: Sequence[Tensor], args: Any, kwargs: Any) -> None:
-    """Run an operator that has no variant with `out`."""
-    for output, result in zip(outputs, _tensors((op(*args, **kwargs),)), strict=True):
-        output.copy_(result)
+def _kernels(call: _Call) -> list[Kernel]:
+    """Return what makes a call's results anew, in their memory."""
+    if _facts(call.op).changed:
+        return [(call.op, call.args, call.kwargs)]
+    return kernels_into(call.op, call.args, call.kwargs, call.outputs)
