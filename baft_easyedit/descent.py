@@ -27,7 +27,7 @@ from baft_easyedit.objective import (
     token_losses,
 )
 from baft_easyedit.packing import Layout
-from baft_easyedit.repeat import CudaGraph, GraphPool, Repeatable, Repeated
+from baft_easyedit.repeat import CudaGraph, GraphPool, Repeatable, Repeated, check_equal
 from baft_easyedit.tape import Tape
 
 if TYPE_CHECKING:  # it imports transformers
@@ -205,7 +205,13 @@ class Descent:
         compute = partial(self._objective.gradients, forward, self._parameters)
         is_recorded_at_once = self._known is not None and forward.device == torch.device("cpu")
         num_computed = 0 if is_recorded_at_once else 1
-        return Repeated(compute, recorder, partial(self._objective.value, forward), num_computed)
+        return Repeated(compute, recorder, partial(self._check, forward), num_computed)
+
+    def _check(self, forward: "Forward", computed: _Computed) -> None:
+        """Raise ValueError unless a step on a forward is what it should be, but for gradients."""
+        step = computed[0]
+        if forward.expected is None or not forward.expected.agree(step.row_losses):
+            check_equal(self._objective.value(forward), step)
 
     def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
         """Return what records the steps on a forward, if there is something to gain."""

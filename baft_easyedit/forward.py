@@ -6,7 +6,7 @@ Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,23 @@ from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.packing import Layout
 from baft_easyedit.recordings import model_version
+
+
+class Expected(NamedTuple):
+    """Losses that a forward has to give, known from one of all columns."""
+
+    rows: list[int]
+    """The rows that they are known of."""
+    losses: Tensor
+    """Of the answer tokens of each of these, in nats."""
+    tolerance: float
+    """How far they may be off, relative to the largest, or in nats if that is less than one."""
+
+    def agree(self, row_losses: Tensor) -> bool:
+        """Tell whether the losses of all rows, [R], are as expected; it waits for the device."""
+        largest = max(1.0, float(self.losses.max()))
+        difference = (row_losses[self.rows] - self.losses).abs().max()
+        return bool(difference <= self.tolerance * largest)
 
 
 class Forward:
@@ -28,6 +45,7 @@ class Forward:
         stubs: Decoder layers that return `output` instead of computing.
         output: Hidden states [B, W, D], or a tuple that begins so.
         is_rounded: Whether the layout has one of few sizes.
+        expected: What it has to give with the edit as it is now; None if that is not known.
     """
 
     def __init__(
@@ -39,11 +57,13 @@ class Forward:
         stubs: Sequence[nn.Module] = (),
         output: Any = None,
         is_rounded: bool = False,
+        expected: Expected | None = None,
     ) -> None:
         self._model = model
         self._edit = edit
         self.layout = layout
         self.is_rounded = is_rounded
+        self.expected = expected
         # In some layouts of a size there is no padding: it takes another recording to gain by that.
         at = layout.positions
         self._positions = Positions(at, False) if is_rounded else Positions.of(at)
@@ -88,6 +108,7 @@ class Forward:
 
     def take(self, other: "Forward") -> None:
         """Copy the contents of another forward of the same sizes into this one's memory."""
+        self.expected = other.expected
         others = other.tensors
         for name, tensor in self.tensors.items():
             tensor.copy_(others[name])

@@ -110,9 +110,12 @@ def learn(
         descent = Descent(edit, hparams, known)
         forward = None
         while True:
-            if rehearsal is not None or forward is None:
-                forward = engine.prepare(edits, () if rehearsal is None else rehearsal.draw())
-            step = descent.step(forward)
+            if rehearsal is not None:
+                step = descent.step(engine.prepare(edits, rehearsal.draw()))
+            elif forward is None:
+                forward, step = engine.start(edits, descent.step)
+            else:
+                step = descent.step(forward)
             if run.is_over_after(step):
                 break
             optimizer.step()

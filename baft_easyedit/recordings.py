@@ -88,6 +88,9 @@ class Recordings:
                 self._sizes[tier] = 0
             self._made_with = version
 
+    def __contains__(self, row: TextRow) -> bool:
+        return any(row in recordings for recordings in self._tiers.values())
+
     def get(self, row: TextRow) -> Recording | None:
         """Return the recording of a text; None if there is none (any more)."""
         for recordings in self._tiers.values():

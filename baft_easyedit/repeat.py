@@ -164,8 +164,8 @@ class Repeated(Generic[Result]):
     Args:
         compute: The computation.
         record: Makes a recording of it; None if that is not wanted.
-        glance: Computes again what the results begin with, the first of a tuple, for less; with it
-            a renewed recording is compared. All is computed if None.
+        check: Raises ValueError if a result is not what is computed now, which it finds out for
+            less than that takes; a renewed recording is tried so. It is compared if None.
         num_computed: Times that it is done before it is recorded: CUDA captures what has run once.
     """
 
@@ -173,12 +173,12 @@ class Repeated(Generic[Result]):
         self,
         compute: Callable[[], Result],
         record: Callable[[], Repeatable[Result]] | None,
-        glance: Callable[[], Any] | None = None,
+        check: Callable[[Result], None] | None = None,
         num_computed: int = 1,
     ) -> None:
         self._compute = compute
         self._record = record
-        self._glance = glance
+        self._check = check
         self._num_to_compute = num_computed
         self._recording: Repeatable[Result] | None = None
         self._is_checked = False
@@ -241,9 +241,9 @@ class Repeated(Generic[Result]):
     def _checked(self) -> Result:
         """Compare the recording with the computation, on what the inputs hold by now."""
         assert self._recording is not None
-        if self._is_renewed and self._glance is not None:
-            result: Any = self._recording.run()
-            _check_equal(self._glance(), result[0])
+        if self._is_renewed and self._check is not None:
+            result = self._recording.run()
+            self._check(result)
         else:
             result = self._compute()
             _check_same(result, self._recording.run())
@@ -254,13 +254,13 @@ class Repeated(Generic[Result]):
 def _check_same(computed: Any, repeated: Any) -> None:
     """Raise ValueError unless two results are equal up to rounding."""
     if isinstance(computed, tuple):
-        _check_equal(computed[0], repeated[0])
-        _check_equal(computed[1:], repeated[1:], _TOLERANCE_BEYOND)
+        check_equal(computed[0], repeated[0])
+        check_equal(computed[1:], repeated[1:], _TOLERANCE_BEYOND)
     else:
-        _check_equal(computed, repeated)
+        check_equal(computed, repeated)
 
 
-def _check_equal(computed: Any, repeated: Any, tolerance: float = _TOLERANCE) -> None:
+def check_equal(computed: Any, repeated: Any, tolerance: float = _TOLERANCE) -> None:
     """Raise ValueError unless all tensors in two results are equal, numbers up to rounding."""
     for a, b in zip(tree_leaves(computed), tree_leaves(repeated), strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():

@@ -13,9 +13,9 @@ vocabulary, D hidden size.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from baft_easyedit.caches import FrozenPrefix, Recorder
-from baft_easyedit.forward import Forward
+from baft_easyedit.forward import Expected, Forward
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.models import decoder_layers, input_device, text_config
+from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
 from baft_easyedit.recordings import Recording, Recordings, model_version
@@ -38,6 +39,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far replayed logits may be from recorded ones, relative to the largest of these."""
 
 _TOLERANCE_TF32 = 5e-3
+
+_OF_LOSSES = 0.2
+"""How far losses may be off, as a share of that; beyond it, the logits decide."""
 
 _CACHE_BYTES = 2**30
 """Room for the recordings of one edit call; what does not fit is recorded when it is used."""
@@ -51,6 +55,20 @@ takes memory."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
+
+Result = TypeVar("Result")
+
+
+class Stepped(Protocol):
+    """What a step gives."""
+
+    @property
+    def row_losses(self) -> Tensor:
+        """Mean loss of each row's answer tokens, [R]."""
+        ...
+
+
+First = TypeVar("First", bound=Stepped)
 
 
 class Engine:
@@ -96,17 +114,46 @@ class Engine:
             edits: The rows of each edit.
             rehearsed: Rows that each edit learns again beside its own.
         """
-        if self._replay is not None:
-            try:
-                return self._replay.prepare(edits, rehearsed)
-            except torch.cuda.OutOfMemoryError:  # the full forward needs more
-                raise
-            # Whatever a model's code does with a cache that it does not know.
-            except Exception as error:  # noqa: BLE001
-                name, reason = type(self._model).__name__, f"{type(error).__name__}: {error}"
-                logger.info("full forward: %s cannot be replayed (%s)", name, reason)
-                self._replay = None
-        return self._full.prepare(edits, rehearsed)
+        forward = self._replayed(lambda replay: replay.prepare(edits, rehearsed))
+        return self._full.prepare(edits, rehearsed) if forward is None else forward
+
+    def start(self, edits: Edits, step: Callable[[Forward], First]) -> tuple[Forward, First]:
+        """Prepare a forward and take the first step on it, by which it is checked.
+
+        Args:
+            edits: The rows of each edit.
+            step: Computes a step; it is called again if the model turns out not to be replayable.
+
+        Returns:
+            The forward, and what its first step gave.
+        """
+
+        def replayed(replay: LayerReplay) -> tuple[Forward, First]:
+            forward = replay.prepare_unchecked(edits)
+            first = step(forward)
+            replay.check(forward, edits, first.row_losses)
+            return forward, first
+
+        started = self._replayed(replayed)
+        if started is not None:
+            return started
+        forward = self._full.prepare(edits)
+        return forward, step(forward)
+
+    def _replayed(self, compute: "Callable[[LayerReplay], Result]") -> Result | None:
+        """Return what layer replay gives; None, from then on, if the model cannot be replayed."""
+        if self._replay is None:
+            return None
+        try:
+            return compute(self._replay)
+        except torch.cuda.OutOfMemoryError:  # the full forward needs more
+            raise
+        # Whatever a model's code does with a cache that it does not know.
+        except Exception as error:  # noqa: BLE001
+            name, reason = type(self._model).__name__, f"{type(error).__name__}: {error}"
+            logger.info("full forward: %s cannot be replayed (%s)", name, reason)
+        self._replay = None
+        return None
 
 
 class FullForward:
@@ -181,6 +228,7 @@ class LayerReplay:
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
         self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
+        self._unchecked: dict[TextRow, Recording] = {}
         shape = (edit.layers, edit.num_prompt_positions)
         self._recordings.make_valid_for((model_version(model), shape))
 
@@ -194,34 +242,88 @@ class LayerReplay:
         """
         _check_takes_masks(text_config(self._model))
         rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
-        found = {row: self._recordings.get(row) for row in rows}
-        known = {row: recording for row, recording in found.items() if recording is not None}
-        missing = [row for row in rows if row not in known]
+        missing = [row for row in rows if row not in self._recordings]
+        known = self._known(rows)
         if missing:
-            known |= self._record(missing)
+            with self._edit.disabled():
+                new, logits, _ = self._record(missing)
+                with torch.no_grad():
+                    replayed = self._replayed(_pieces([missing], (), self._start), new)()
+            _check_equal(replayed[: len(logits)], logits)
+            self._keep(new)
+            known |= new
         return self._replayed(_pieces(edits, rehearsed, self._start), known)
+
+    def prepare_unchecked(self, edits: Edits) -> Forward:
+        """Do the same, but leave the check to the first step on the forward.
+
+        The texts of a single edit are recorded with the edit as it is: what is kept of them does
+        not depend on it, and their losses are those that the first step has to give.
+
+        Raises:
+            Exception: As above.
+        """
+        rows = edits[0]
+        missing = [i for i, row in enumerate(rows) if row not in self._recordings]
+        is_told = len(set(rows)) == len(rows) and any(rows[i].is_edit for i in missing)
+        if len(edits) > 1 or not is_told:
+            return self.prepare(edits)
+        _check_takes_masks(text_config(self._model))
+        known = self._known(rows)
+        with torch.no_grad(), self._edit.joint_bases():
+            self._unchecked, logits, layout = self._record([rows[i] for i in missing])
+        losses = answer_loss(token_losses(logits, layout.labels), layout.label_rows, len(missing))
+        expected = Expected(missing, losses, _OF_LOSSES * _tolerance(logits))
+        return self._replayed(_pieces(edits, (), self._start), known | self._unchecked, expected)
+
+    @torch.no_grad()
+    def check(self, forward: Forward, edits: Edits, row_losses: Tensor) -> None:
+        """Compare the first step on a forward with the model itself, if that was left to it.
+
+        Args:
+            forward: What was prepared last.
+            edits: The rows of each edit.
+            row_losses: The losses of the step, [R].
+
+        Raises:
+            ValueError: If the losses, and then the logits too, are not those of the full forward.
+                There is more room for rounding in logits.
+        """
+        if not self._unchecked:
+            return
+        if forward.expected is None or not forward.expected.agree(row_losses):
+            logits = self._full.prepare(edits)()
+            _check_equal(forward()[: len(logits)], logits)
+        self._keep(self._unchecked)
+        self._unchecked = {}
+
+    def _known(self, rows: Iterable[TextRow]) -> dict[TextRow, Recording]:
+        """Return the recordings of those rows that have one."""
+        found = {row: self._recordings.get(row) for row in rows}
+        return {row: recording for row, recording in found.items() if recording is not None}
+
+    def _keep(self, new: Mapping[TextRow, Recording]) -> None:
+        """Keep recordings for later calls."""
+        for row, recording in new.items():
+            self._recordings.put(row, recording)
 
     def _start(self, row: TextRow) -> int:
         """Return the first column of a row that is computed."""
         return first_edited(row.prompt_length, self._edit.num_prompt_positions)
 
     @torch.no_grad()
-    def _record(self, rows: Sequence[TextRow]) -> dict[TextRow, Recording]:
-        """Run the unedited model once and keep what no edit can change."""
+    def _record(self, rows: Sequence[TextRow]) -> tuple[dict[TextRow, Recording], Tensor, Layout]:
+        """Run the model once; return what of each text no edit can change, logits, and layout."""
         recorder = Recorder()
-        with self._edit.disabled(), _watching(self._stubs[-1]) as seen:
-            logits = self._full.record(rows, recorder)()
+        full = self._full.record(rows, recorder)
+        with _watching(self._stubs[-1]) as seen:
+            logits = full()
         is_tuple = isinstance(seen[0], tuple)
         hidden = seen[0][0] if is_tuple else seen[0]  # [R, W, D]
         self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
         states = {i: kv for i, kv in recorder.seen.items() if i > self._first_layer}
         new = {row: self._cut(b, row, hidden, states) for b, row in enumerate(rows)}
-        with self._edit.disabled():
-            replayed = self._replayed(_pieces([rows], (), self._start), new)()
-        _check_equal(replayed[: len(logits)], logits)
-        for row, recording in new.items():
-            self._recordings.put(row, recording)
-        return new
+        return new, logits, full.layout
 
     def _cut(
         self, b: int, row: TextRow, hidden: Tensor, states: Mapping[int, tuple[Tensor, Tensor]]
@@ -235,7 +337,10 @@ class LayerReplay:
         return Recording(hidden[b, start : len(row.ids)].clone(), past)
 
     def _replayed(
-        self, pieces: Sequence[Sequence[Piece]], recordings: Mapping[TextRow, Recording]
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        recordings: Mapping[TextRow, Recording],
+        expected: Expected | None = None,
     ) -> Forward:
         """Join recordings to a forward."""
         config = text_config(self._model)
@@ -256,7 +361,8 @@ class LayerReplay:
         )
         extras = self._recordings.layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        return Forward(self._model, self._edit, layout, inputs, self._stubs, output, is_rounded)
+        stubs = self._stubs
+        return Forward(self._model, self._edit, layout, inputs, stubs, output, is_rounded, expected)
 
 
 def _check_takes_masks(config: Any) -> None:
@@ -335,16 +441,21 @@ def _watching(layer: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
+def _tolerance(logits: Tensor) -> float:
+    """Return how far replayed logits may be off, relative to the largest."""
+    tolerance = _TOLERANCE.get(logits.dtype, 0.0)
+    if logits.is_cuda:  # which may multiply matrices in TF32
+        tolerance = max(tolerance, _TOLERANCE_TF32)
+    return tolerance
+
+
 def _check_equal(replayed: Tensor, recorded: Tensor) -> None:
     """Raise ValueError unless logits [A, V] are equal up to rounding."""
     if not len(recorded):
         return
     difference = float((replayed - recorded).float().abs().max())
     largest = float(recorded.float().abs().max())
-    tolerance = _TOLERANCE.get(recorded.dtype, 0.0)
-    if recorded.is_cuda:  # which may multiply matrices in TF32
-        tolerance = max(tolerance, _TOLERANCE_TF32)
-    if not difference <= tolerance * largest:
+    if not difference <= _tolerance(recorded) * largest:
         raise ValueError(
             f"replayed logits differ by {difference:.2g} from the full forward's, of size "
             f"{largest:.2g}"

@@ -190,6 +190,16 @@ def test_edits_of_one_size_share_a_recording_in_every_family(family_model, token
     assert len(tapes) == 1
 
 
+def test_an_edit_of_a_known_size_runs_the_model_once(model, tokenizer, long):
+    """To record its texts, which is what its first step is compared with."""
+    editor = BaFTEditor(model, tokenizer, long)
+    editor.edit(ALIKE[0] | {"loc_prompt": "Fire is hot"})
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    editor.edit(ALIKE[1])
+    assert len(calls) == 1
+
+
 def edited_twice(model, tokenizer, hparams, between):
     """The states after two edits of one size, with something done in between."""
     editor = BaFTEditor(model, tokenizer, hparams)

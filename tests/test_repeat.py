@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baft_easyedit import repeat
-from baft_easyedit.repeat import CudaGraph, GraphPool, Repeated
+from baft_easyedit.repeat import CudaGraph, GraphPool, Repeated, check_equal
 
 X = torch.tensor([1.0, 2.0])
 
@@ -107,20 +107,21 @@ def recorded(recording, **options):
     return repeated, compute
 
 
-def test_a_renewed_recording_is_compared_by_a_glance():
-    glance, recording = Counted(lambda: X * 2), Counted(lambda: (X * 2, X))
-    repeated, compute = recorded(recording, glance=glance)
+def test_a_renewed_recording_is_checked_for_less():
+    checked, recording = [], Counted(lambda: (X * 2, X))
+    repeated, compute = recorded(recording, check=checked.append)
     assert repeated.num_bytes == 7
     for n in (1, 2):
         assert repeated.renew()
         for _ in range(3):
             repeated()
-        assert recording.num_renewed == glance.count == n
+        assert recording.num_renewed == len(checked) == n
+    assert torch.equal(checked[1][0], X * 2)
     assert compute.count == 3
     assert recording.count == 2 + 6
 
 
-def test_a_renewed_recording_is_compared_with_all_if_there_is_no_glance():
+def test_a_renewed_recording_is_compared_if_there_is_no_check():
     recording = Counted(lambda: (X * 2, X))
     repeated, compute = recorded(recording)
     assert repeated.renew()
@@ -130,15 +131,15 @@ def test_a_renewed_recording_is_compared_with_all_if_there_is_no_glance():
 
 
 @pytest.mark.parametrize(
-    ("glance", "reason"),
+    ("check", "reason"),
     [
-        (lambda: X * 3, "ValueError: it is off by 2, of values up to 6"),
-        (lambda: [X * 2, X], "ValueError: zip"),
-        (lambda: torch.cuda.no_such_thing, "AttributeError"),
+        (lambda result: check_equal(X * 3, result[0]), "it is off by 2, of values up to 6"),
+        (lambda result: check_equal([X * 2, X], result[0]), "ValueError: zip"),
+        (lambda _: torch.cuda.no_such_thing, "AttributeError"),
     ],
 )
-def test_a_renewed_recording_that_is_off_is_not_used(glance, reason, caplog):
-    repeated, compute = recorded(Counted(lambda: (X * 2, X)), glance=glance)
+def test_a_renewed_recording_that_is_off_is_not_used(check, reason, caplog):
+    repeated, compute = recorded(Counted(lambda: (X * 2, X)), check=check)
     assert repeated.renew()
     with caplog.at_level(logging.INFO, logger="baft_easyedit"):
         assert torch.equal(repeated()[0], X * 2)
@@ -151,11 +152,9 @@ def test_a_renewed_recording_that_is_off_is_not_used(glance, reason, caplog):
 
 def test_masks_are_compared_too(caplog):
     mask = torch.tensor([True, False])
-    recording = Counted(lambda: (mask.clone(), X))
-    repeated = Repeated(lambda: (mask, X), lambda: recording, glance=lambda: ~mask)
-    for _ in range(4):
-        repeated()
-    repeated.renew()
+    repeated = Repeated(lambda: (mask, X), lambda: Counted(lambda: (~mask, X)))
+    repeated()
+    repeated()
     with caplog.at_level(logging.INFO, logger="baft_easyedit"):
         repeated()
     assert "it has other torch.bool values" in caplog.text

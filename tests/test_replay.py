@@ -10,8 +10,11 @@ import torch
 import transformers
 from packaging.version import Version
 
-from baft_easyedit import BaFTEditor
+from baft_easyedit import BaFTEditor, attached_edit
+from baft_easyedit.caches import FrozenPrefix
+from baft_easyedit.descent import Objective
 from baft_easyedit.objective import answer_loss, token_losses
+from baft_easyedit.recordings import Recordings
 from baft_easyedit.replay import Engine, FullForward, LayerReplay
 from baft_easyedit.requests import as_requests, text_rows
 from tests.conftest import FAMILIES, make_model, random_edit
@@ -213,22 +216,98 @@ def test_short_memory_is_no_reason_for_the_full_forward(model, rows, monkeypatch
         Engine(model, with_edit(model), "replay").prepare([rows])
 
 
-def test_replay_that_gives_other_logits_is_refused(model, rows):
-    edit = with_edit(model)
-    # A layer that looks at more than its mask: it adds the mean over columns.
-    layer = model.model.layers[3]
+def add_the_mean(model):
+    """Let a layer look at more than its mask: it adds the mean over columns."""
 
     def add_mean(module, arguments, output):
         hidden = hidden_of(output)
         hidden = hidden + hidden.mean(1, keepdim=True)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    layer.register_forward_hook(add_mean)
+    model.model.layers[3].register_forward_hook(add_mean)
+
+
+def test_replay_that_gives_other_logits_is_refused(model, rows):
+    edit = with_edit(model)
+    add_the_mean(model)
     with pytest.raises(ValueError, match=r"replayed logits differ by .* from the full"):
         LayerReplay(model, edit).prepare([rows])
     engine = Engine(model, edit, "replay")
     engine.prepare([rows])
     assert not engine.is_replay
+
+
+def started(model, rows, hparams, replay=True):
+    """A first step by the engine, and by the full forward."""
+    edit = attached_edit(model) or with_edit(model)
+    engine, objective = Engine(model, edit, "replay"), Objective(edit, hparams)
+    forward, step = engine.start([rows], objective.value)
+    full, expected = Engine(model, edit, "full").start([rows], objective.value)
+    assert engine.is_replay is replay
+    assert forward.is_replay is replay
+    assert torch.allclose(step.row_losses, expected.row_losses, atol=1e-5)
+    assert torch.equal(full().argmax(-1), forward()[: len(full())].argmax(-1))
+    return engine
+
+
+@pytest.mark.parametrize(("known", "num_forwards"), [((), 2), ((1,), 2), ((0,), 3), ((0, 1), 1)])
+def test_the_first_step_is_the_check_of_what_it_recorded(known, num_forwards, model, rows, hparams):
+    """Unless nothing new has an answer; then there is another forward to check."""
+    edit, recordings = with_edit(model), Recordings(2**30)
+    rows = [rows[0], rows[-1]]
+    assert [row.is_edit for row in rows] == [True, False]
+    if known:
+        LayerReplay(model, edit, recordings).prepare([[rows[i] for i in known]])
+    full, all_calls = [], []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: full.append(1))
+    model.model.layers[3].register_forward_hook(lambda *_: all_calls.append(1))
+    engine = Engine(model, edit, "replay", recordings)
+    engine.start([rows], Objective(edit, hparams).value)
+    assert engine.is_replay
+    assert len(full) == (len(known) < 2)
+    assert len(all_calls) == num_forwards
+    assert all(row in recordings for row in rows)
+
+
+def test_a_model_that_cannot_be_replayed_is_found_by_the_first_step(model, rows, hparams, caplog):
+    forward = model.forward
+
+    def no_past(*args, past_key_values=None, **kwargs):
+        if isinstance(past_key_values, FrozenPrefix):
+            raise NotImplementedError("no past here")
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    model.forward = no_past
+    with caplog.at_level(logging.INFO):
+        started(model, rows, hparams, replay=False)
+    assert "full forward: LlamaForCausalLM cannot be replayed" in caplog.text
+    assert "no past here" in caplog.text
+
+
+def test_a_first_step_with_other_losses_is_refused(model, rows, hparams, caplog):
+    add_the_mean(model)
+    recordings = Recordings(2**30)
+    edit = with_edit(model)
+    engine = Engine(model, edit, "replay", recordings)
+    with caplog.at_level(logging.INFO):
+        forward, _ = engine.start([rows], Objective(edit, hparams).value)
+    assert "replayed logits differ by" in caplog.text
+    assert not engine.is_replay
+    assert not forward.is_replay
+    assert not any(row in recordings for row in rows)
+
+
+def test_losses_that_are_off_by_rounding_are_looked_into(model, rows, hparams, monkeypatch):
+    monkeypatch.setattr("baft_easyedit.replay._OF_LOSSES", -1.0)
+    started(model, rows, hparams)
+
+
+def test_errors_of_a_step_itself_are_raised(model, rows):
+    def fail(_forward):
+        raise ValueError("no step")
+
+    with pytest.raises(ValueError, match="no step"):
+        Engine(model, with_edit(model), "replay").start([rows], fail)
 
 
 @pytest.mark.parametrize("engine", [LayerReplay, FullForward])
