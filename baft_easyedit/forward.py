@@ -4,13 +4,14 @@ Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.attention import AttentionByProducts
 from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.packing import Layout
@@ -135,6 +136,7 @@ class Forward:
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
             _without_cudnn_attention(),
+            AttentionByProducts() if self.is_replay else nullcontext(),
         ):
             logits = model(**self._inputs).logits.flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]

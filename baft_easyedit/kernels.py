@@ -55,6 +55,12 @@ def kernels_into(
     return [(variant, args, {**kwargs, **dict(zip(names, outputs, strict=True))})]
 
 
+def kernels_of_parts(tensors: Sequence[Tensor], joined: Tensor, dim: int) -> list[Kernel]:
+    """Return what writes each of some tensors to where they were joined along a dimension."""
+    parts = joined.split_with_sizes([tensor.shape[dim] for tensor in tensors], dim)
+    return [(Tensor.copy_, pair, {}) for pair in zip(parts, tensors, strict=True)]
+
+
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """Return the tensors among an operator's arguments or results."""
     for value in values:

@@ -10,6 +10,7 @@ which are taken in slices (see `products`), may be rounded otherwise where MKL c
 
 import gc
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from baft_easyedit.kernels import Kernel, kernels_into, tensors_in
+from baft_easyedit.kernels import Kernel, kernels_into, kernels_of_parts, tensors_in
 
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
@@ -72,11 +73,21 @@ class Tape(Generic[Result]):
             calls = _needed(recorder.calls, renewable, _memories(outputs))
             each_time = [call for call in calls if call.writes & changing]
             before = [call for call in calls if not call.writes & changing]
-            _share_memory(each_time, _memories([*inputs, *settings, *outputs]))
+            joins = _joins_of_changing_parts(each_time, changing)
+            joined = [c.outputs[0] for c, changes in zip(each_time, joins, strict=True) if changes]
+            _share_memory(each_time, _memories([*inputs, *settings, *outputs, *joined]))
             self.num_bytes = _num_bytes([*before, *each_time])
             """Memory of all results between inputs and outputs."""
-            self._kernels = [kernel for call in each_time for kernel in _kernels(call)]
+            self._kernels: list[Kernel] = []
             self._renewing = [kernel for call in before for kernel in _kernels(call)]
+            for call, changes in zip(each_time, joins, strict=True):
+                if not changes:
+                    self._kernels += _kernels(call)
+                    continue
+                dim = _by_name(call.op, call.args, call.kwargs)["dim"]
+                parts = kernels_of_parts(call.inputs, call.outputs[0], dim)
+                for kernel, is_changing in zip(parts, changes, strict=True):
+                    (self._kernels if is_changing else self._renewing).append(kernel)
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -266,6 +277,25 @@ def _depends_on_values(call: _Call, changing: set[int]) -> bool:
         masks = [i for i in indices if i.dtype in (torch.bool, torch.uint8)]
         depends |= not str(op).startswith("aten.index") or bool(_memories(masks) & changing)
     return depends
+
+
+def _joins_of_changing_parts(calls: Sequence[_Call], changing: set[int]) -> list[list[bool]]:
+    """Find calls that join tensors of which only some change, such as the past and what is new.
+
+    Returns:
+        For each call, which of the tensors change; nothing if all do, if it does something else, or
+        if another call writes to what it makes.
+    """
+    writers = Counter(memory for call in calls for memory in call.writes)
+    joins: list[list[bool]] = []
+    for call in calls:
+        joins.append([])
+        if call.op is torch.ops.aten.cat.default and all(writers[m] == 1 for m in call.writes):
+            change = [not changing.isdisjoint(_memories([tensor])) for tensor in call.inputs]
+            is_plain = all(tensor.dim() == call.outputs[0].dim() for tensor in call.inputs)
+            if is_plain and not all(change):
+                joins[-1] = change
+    return joins
 
 
 def _num_bytes(calls: Iterable[_Call]) -> int:

@@ -339,14 +339,17 @@ def test_steps_that_overlap_leave_torchs_attention_as_it_was(rows):
         assert is_first_done.wait(30)
 
     second.lm_head.register_forward_hook(wait_for_the_first)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(forwards[0])
         one.add_done_callback(lambda _: is_first_done.set())
         other = pool.submit(forwards[1])
     one.result()
     other.result()
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    is_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    assert is_enabled
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

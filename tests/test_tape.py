@@ -219,6 +219,37 @@ def test_settings_are_read_when_the_tape_is_renewed():
             assert torch.equal(tape.run()[name], value)
 
 
+def test_of_what_is_joined_only_what_changes_is_copied_again():
+    x, past = torch.randn(2, 3), torch.randn(5, 3)
+
+    def compute():
+        both = torch.cat([past, x])
+        other = torch.cat([x * 2, past.mean(0, keepdim=True), x])  # takes no memory of the first
+        return both.cumsum(0), other * both[-5:]
+
+    tape = Tape(compute, [x], MIB, [past])
+    for changed in (x, past, x):
+        change(changed)
+        if changed is past:
+            tape.renew()
+        for found, expected in zip(tape.run(), compute(), strict=True):
+            assert torch.equal(found, expected)
+    sizes = {args[1].shape for kernel, args, _ in tape._kernels if kernel is torch.Tensor.copy_}
+    assert sizes == {x.shape}
+
+
+def test_what_is_joined_and_changed_later_is_joined_anew():
+    x, past = torch.randn(2, 3), torch.randn(5, 3)
+
+    def compute():
+        return torch.cat([past, x]).mul_(2)
+
+    tape = tape_of(compute, x)
+    for _ in range(3):
+        change(x)
+        assert torch.equal(tape.run(), compute())
+
+
 def test_what_is_made_together_with_memory_that_changes_is_renewed_with_it():
     x, scale = torch.randn(50), torch.rand(50)
 
