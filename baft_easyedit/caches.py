@@ -63,15 +63,21 @@ class FrozenPrefix(DynamicCache):
 
 
 class Recorder(FrozenPrefix):
-    """An empty cache that keeps what each layer would store."""
+    """An empty cache that keeps what layers would store.
 
-    def __init__(self) -> None:
+    Args:
+        first_layer: The lowest of these.
+    """
+
+    def __init__(self, first_layer: int = 0) -> None:
         super().__init__({}, 0)
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first_layer = first_layer
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return new keys and values."""
-        self.seen[layer_idx] = (key_states, value_states)
+        if layer_idx >= self._first_layer:
+            self.seen[layer_idx] = (key_states, value_states)
         return key_states, value_states

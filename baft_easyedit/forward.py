@@ -71,6 +71,8 @@ class Forward:
         self._inputs = inputs
         self._stubs = stubs
         self._output = output
+        is_on_cpu = layout.input_ids.device.type == "cpu"
+        self._attention = AttentionByProducts if self.is_replay and is_on_cpu else nullcontext
 
     @property
     def sizes(self) -> Hashable:
@@ -136,7 +138,7 @@ class Forward:
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
             _without_cudnn_attention(),
-            AttentionByProducts() if self.is_replay else nullcontext(),
+            self._attention(),
         ):
             logits = model(**self._inputs).logits.flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]

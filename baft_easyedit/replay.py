@@ -314,15 +314,14 @@ class LayerReplay:
     @torch.no_grad()
     def _record(self, rows: Sequence[TextRow]) -> tuple[dict[TextRow, Recording], Tensor, Layout]:
         """Run the model once; return what of each text no edit can change, logits, and layout."""
-        recorder = Recorder()
+        recorder = Recorder(self._first_layer + 1)
         full = self._full.record(rows, recorder)
         with _watching(self._stubs[-1]) as seen:
             logits = full()
         is_tuple = isinstance(seen[0], tuple)
         hidden = seen[0][0] if is_tuple else seen[0]  # [R, W, D]
         self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
-        states = {i: kv for i, kv in recorder.seen.items() if i > self._first_layer}
-        new = {row: self._cut(b, row, hidden, states) for b, row in enumerate(rows)}
+        new = {row: self._cut(b, row, hidden, recorder.seen) for b, row in enumerate(rows)}
         return new, logits, full.layout
 
     def _cut(
