@@ -72,9 +72,9 @@ def attend(
     num_past = key.shape[-2] - query.shape[-2]
     if num_past < _LEAST_PAST:
         return (query @ key.mT + attn_mask).softmax(-1) @ value
+    past_key, new_key = key[..., :num_past, :].detach(), key[..., num_past:, :]
+    past_value, new_value = value[..., :num_past, :].detach(), value[..., num_past:, :]
+    scores = torch.cat([query @ past_key.mT, query @ new_key.mT], -1)
     sizes = [num_past, query.shape[-2]]
-    past_key, new_key = key.split_with_sizes(sizes, -2)
-    past_value, new_value = value.split_with_sizes(sizes, -2)
-    scores = torch.cat([query @ past_key.detach().mT, query @ new_key.mT], -1)
     of_past, of_new = (scores + attn_mask).softmax(-1).split_with_sizes(sizes, -1)
-    return of_past @ past_value.detach() + of_new @ new_value
+    return of_past @ past_value + of_new @ new_value

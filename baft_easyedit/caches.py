@@ -69,7 +69,7 @@ class Recorder(FrozenPrefix):
         first_layer: The lowest of these.
     """
 
-    def __init__(self, first_layer: int = 0) -> None:
+    def __init__(self, first_layer: int) -> None:
         super().__init__({}, 0)
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._first_layer = first_layer
