@@ -23,32 +23,49 @@ _LEAST_PAST = 64
 
 
 class AttentionByProducts(TorchFunctionMode):
-    """Lets `scaled_dot_product_attention` do so in this context, where it gains; in this thread."""
+    """Lets `scaled_dot_product_attention` do so in this context, where it gains; in this thread.
+
+    Args:
+        num_past: S; keys of another number are left to torch.
+    """
+
+    def __init__(self, num_past: int) -> None:
+        super().__init__()
+        self._num_past = num_past
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Call a function of torch."""
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and _gains(*args, **kwargs):
+        is_attention = function is F.scaled_dot_product_attention
+        if is_attention and self._gains(*args, **kwargs):
             return attend(*args, **kwargs)
         return function(*args, **kwargs)
 
-
-def _gains(
-    query: Tensor, key: Tensor, _value: Tensor, attn_mask: Tensor | None = None, **options: Any
-) -> bool:
-    """Tell whether attention, called as torch's, is of the kind that `attend` does, and sooner."""
-    rest = {name: value for name, value in options.items() if name != "scale"}
-    return (
-        query.device.type == "cpu"
-        and query.dtype == torch.float32
-        and query.shape[:-2] == key.shape[:-2]
-        and query.shape[-2] <= min(_MOST_COLUMNS, key.shape[-2])
-        and attn_mask is not None
-        and attn_mask.dtype == query.dtype
-        and not any(rest.values())  # dropout, a causal mask, or fewer heads of keys
-    )
+    def _gains(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> bool:
+        """Tell whether attention, called as torch's, is what `attend` does, and that is sooner."""
+        return (
+            query.device.type == "cpu"
+            and query.dtype == torch.float32
+            and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]  # no fewer heads of keys
+            and query.shape[-2] == key.shape[-2] - self._num_past
+            and query.shape[-2] <= _MOST_COLUMNS
+            and attn_mask is not None
+            and attn_mask.dtype == query.dtype
+            and not dropout_p
+            and not is_causal
+            and not options.keys() - {"scale", "enable_gqa"}
+        )
 
 
 def attend(
@@ -56,8 +73,9 @@ def attend(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor,
+    *_off: Any,
     scale: float | None = None,
-    **_: Any,
+    **_also_off: Any,
 ) -> Tensor:
     """Return what `scaled_dot_product_attention` does.
 

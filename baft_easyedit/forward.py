@@ -4,7 +4,7 @@ Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -71,8 +71,6 @@ class Forward:
         self._inputs = inputs
         self._stubs = stubs
         self._output = output
-        is_on_cpu = layout.input_ids.device.type == "cpu"
-        self._attention = AttentionByProducts if self.is_replay and is_on_cpu else nullcontext
 
     @property
     def sizes(self) -> Hashable:
@@ -126,6 +124,12 @@ class Forward:
         """Where the model is; None if on several devices."""
         devices = {p.device for p in self._model.parameters()}
         return devices.pop() if len(devices) == 1 else None
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        """Let few columns attend as is best for them, where a model leaves that to torch."""
+        if self.is_replay and self.layout.input_ids.device.type == "cpu":
+            return AttentionByProducts(self.layout.past_row_of.shape[1])
+        return nullcontext()
 
     def __call__(self) -> Tensor:
         """Run the model as the edit has it now; return the logits of answer tokens, [A, V].

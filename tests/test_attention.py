@@ -66,13 +66,14 @@ def calls(monkeypatch):
 def test_the_mode_puts_it_in_the_place_of_torchs(calls):
     inputs, mask = tensors(7)
     expected = F.scaled_dot_product_attention(*inputs, mask)
-    with AttentionByProducts():
+    with AttentionByProducts(7):
         by_position = F.scaled_dot_product_attention(*inputs, mask)
-        by_name = F.scaled_dot_product_attention(
-            *inputs, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=None
-        )
-    assert len(calls) == 2
+        with_options = F.scaled_dot_product_attention(*inputs, mask, 0.0, False, scale=None)
+        query, key, value = inputs
+        by_name = F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=mask)
+    assert len(calls) == 3
     assert torch.equal(by_position, by_name)
+    assert torch.equal(by_position, with_options)
     torch.testing.assert_close(by_name, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -87,6 +88,7 @@ def test_the_mode_puts_it_in_the_place_of_torchs(calls):
         (lambda q, k, v, m: (q.bfloat16(), k.bfloat16(), v.bfloat16(), m.bfloat16()), {}),
         (lambda q, k, v, m: (q[:, :, :129], k, v, m[:, :, :129]), {}),
         (lambda q, k, v, m: (q[:, :, :9], k[:, :, :7], v[:, :, :7], m[:, :, :9, :7]), {}),
+        (lambda q, k, v, m: (q[:, :, :9], k[:, :, :19], v[:, :, :19], m[:, :, :9, :19]), {}),
     ],
 )
 def test_other_attention_is_left_to_torch(change, options, calls):
@@ -97,7 +99,7 @@ def test_other_attention_is_left_to_torch(change, options, calls):
     torch.manual_seed(0)
     expected = F.scaled_dot_product_attention(*args, **options)
     torch.manual_seed(0)
-    with AttentionByProducts():
+    with AttentionByProducts(7):
         found = F.scaled_dot_product_attention(*args, **options)
     assert not calls
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())  # older ones have no 0 for none
@@ -105,7 +107,7 @@ def test_other_attention_is_left_to_torch(change, options, calls):
 
 def test_it_is_the_mode_of_one_thread(calls):
     inputs, mask = tensors(7)
-    with AttentionByProducts(), ThreadPoolExecutor(1) as pool:
+    with AttentionByProducts(7), ThreadPoolExecutor(1) as pool:
         pool.submit(F.scaled_dot_product_attention, *inputs, mask).result()
     assert not calls
 
