@@ -362,6 +362,7 @@ def test_a_stop_while_a_worker_runs_writes_no_failure(settings, tmp_path, monkey
     assert not directory.root.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path):
     slow = [{"name": name, "method": "BaFT", "set": BAFT} for name in ("a", "b", "c")]
     command, environment = as_command({**settings, "methods": slow, "jobs": 2}, tmp_path)
