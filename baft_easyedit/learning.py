@@ -98,7 +98,7 @@ def learn(
     Raises:
         FloatingPointError: If a loss is not finite.
     """
-    from baft_easyedit import replay  # it imports transformers
+    from baft_easyedit.engine import Engine  # it imports transformers
 
     start = time.perf_counter()
     edit.follow(model)
@@ -106,7 +106,7 @@ def learn(
     run = _Run(edit, edits, hparams, rehearsal)
     known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
     with _frozen(model):
-        engine = replay.Engine(model, edit, hparams.engine, recordings, known is not None)
+        engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         descent = Descent(edit, hparams, known)
         forward = None
         while True:

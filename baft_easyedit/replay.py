@@ -12,10 +12,9 @@ vocabulary, D hidden size.
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +24,12 @@ from transformers import DynamicCache
 from baft_easyedit.caches import FrozenPrefix, Recorder
 from baft_easyedit.forward import Expected, Forward
 from baft_easyedit.hooks import ModelEdit
-from baft_easyedit.hparams import ENGINES
 from baft_easyedit.models import decoder_layers, input_device, text_config
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
 from baft_easyedit.recordings import Recording, Recordings, model_version
 from baft_easyedit.requests import TextRow
-
-logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far replayed logits may be from recorded ones, relative to the largest of these."""
@@ -55,105 +51,6 @@ takes memory."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
-
-Result = TypeVar("Result")
-
-
-class Stepped(Protocol):
-    """What a step gives."""
-
-    @property
-    def row_losses(self) -> Tensor:
-        """Mean loss of each row's answer tokens, [R]."""
-        ...
-
-
-First = TypeVar("First", bound=Stepped)
-
-
-class Engine:
-    """Prepares forwards of a model by the fastest way that it allows.
-
-    Args:
-        model: A model that `edit` is attached to.
-        edit: The edit.
-        name: One of `ENGINES`. A model that cannot be replayed gets the full forward, and a line
-            in the log that says why.
-        recordings: What is known of texts already; it is added to.
-        rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits;
-            on a CPU, where time goes with the number of tokens, only if they are few.
-
-    Raises:
-        ValueError: If there is no such engine.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        edit: ModelEdit,
-        name: str,
-        recordings: Recordings | None = None,
-        rounds: bool = False,
-    ) -> None:
-        if name not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
-        self._model = model
-        self._full = FullForward(model, edit)
-        replays = name == "replay"
-        self._replay = LayerReplay(model, edit, recordings, rounds) if replays else None
-
-    @property
-    def is_replay(self) -> bool:
-        """Whether the next forward will be a layer replay, as far as is known."""
-        return self._replay is not None
-
-    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Prepare a forward; the model is in eval mode, as it will be in each step.
-
-        Args:
-            edits: The rows of each edit.
-            rehearsed: Rows that each edit learns again beside its own.
-        """
-        forward = self._replayed(lambda replay: replay.prepare(edits, rehearsed))
-        return self._full.prepare(edits, rehearsed) if forward is None else forward
-
-    def start(self, edits: Edits, step: Callable[[Forward], First]) -> tuple[Forward, First]:
-        """Prepare a forward and take the first step on it, by which it is checked.
-
-        Args:
-            edits: The rows of each edit.
-            step: Computes a step; it is called again if the model turns out not to be replayable.
-
-        Returns:
-            The forward, and what its first step gave.
-        """
-
-        def replayed(replay: LayerReplay) -> tuple[Forward, First]:
-            forward = replay.prepare_unchecked(edits)
-            first = step(forward)
-            replay.check(forward, edits, first.row_losses)
-            return forward, first
-
-        started = self._replayed(replayed)
-        if started is not None:
-            return started
-        forward = self._full.prepare(edits)
-        return forward, step(forward)
-
-    def _replayed(self, compute: "Callable[[LayerReplay], Result]") -> Result | None:
-        """Return what layer replay gives; None, from then on, if the model cannot be replayed."""
-        if self._replay is None:
-            return None
-        try:
-            return compute(self._replay)
-        except torch.cuda.OutOfMemoryError:  # the full forward needs more
-            raise
-        # Whatever a model's code does with a cache that it does not know.
-        except Exception as error:  # noqa: BLE001
-            name, reason = type(self._model).__name__, f"{type(error).__name__}: {error}"
-            logger.info("full forward: %s cannot be replayed (%s)", name, reason)
-        self._replay = None
-        return None
 
 
 class FullForward:

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, descent, repeat
 from baft_easyedit.descent import Descent
+from baft_easyedit.engine import Engine
 from baft_easyedit.forward import Forward
 from baft_easyedit.gates import GATES
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import _frozen
 from baft_easyedit.repeat import CudaGraph, Repeated
-from baft_easyedit.replay import Engine
 from baft_easyedit.requests import as_requests, text_rows
 from baft_easyedit.tape import Tape
 from tests.conftest import make_model, random_edit

@@ -13,9 +13,10 @@ from packaging.version import Version
 from baft_easyedit import BaFTEditor, attached_edit
 from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.descent import Objective
+from baft_easyedit.engine import Engine
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.recordings import Recordings
-from baft_easyedit.replay import Engine, FullForward, LayerReplay
+from baft_easyedit.replay import FullForward, LayerReplay
 from baft_easyedit.requests import as_requests, text_rows
 from tests.conftest import FAMILIES, make_model, random_edit
 
