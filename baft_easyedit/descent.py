@@ -1,23 +1,31 @@
 """A step of learning: run the model, compute the objective (Eq. 4) and its gradient.
 
-Steps on one forward run the same kernels again and again. With the engine `replay` they are
-recorded, and what is left of a step is these kernels (see `repeat`). Later edits of the same sizes
-put their contents where those of the first were, and go on with its recording (`KnownSteps`).
+On a CUDA device, short steps on one forward are captured and repeated by a graph of their kernels,
+also by later edits of the same sizes (see `cuda_graph`).
 
 Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, L edited layers, r
 rank.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from baft_easyedit.cuda_graph import (
+    CudaGraph,
+    Graph,
+    GraphPool,
+    KnownStep,
+    KnownSteps,
+    Repeated,
+    check_equal,
+)
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.known_steps import KnownStep, KnownSteps
+from baft_easyedit.intervention import tangent
 from baft_easyedit.objective import (
     Rescaling,
     answer_loss,
@@ -27,8 +35,6 @@ from baft_easyedit.objective import (
     token_losses,
 )
 from baft_easyedit.packing import Layout
-from baft_easyedit.repeat import CudaGraph, GraphPool, Repeatable, Repeated, check_equal
-from baft_easyedit.tape import Tape
 
 if TYPE_CHECKING:  # it imports transformers
     from baft_easyedit.forward import Forward
@@ -59,9 +65,6 @@ _Computed = tuple[Step, Gradients]
 
 _MOST_CAPTURED = 2048
 """Tokens of a step that is made a CUDA graph."""
-
-_TAPE_BYTES = 2**30
-"""Most memory of the kernels of a step; with more to compute, there is little to gain."""
 
 
 class Objective:
@@ -94,22 +97,27 @@ class Objective:
         """Compute a step without the gradient, by the same kernels."""
         return self._terms(forward)
 
-    def gradients(self, forward: "Forward", parameters: Sequence[Tensor]) -> _Computed:
-        """Compute a step and the gradient with respect to some parameters.
+    def gradients(self, forward: "Forward") -> _Computed:
+        """Compute a step and its gradient with respect to all that is learned.
 
-        A gradient is None if the objective does not depend on the parameter.
+        A gradient is None if the objective does not depend on the parameter. That of R is the one
+        along the orthonormal matrices.
         """
-        step = self._terms(forward)
-        gradients = torch.autograd.grad(self._total(step), parameters, allow_unused=True)
+        step, parameters = self._terms(forward), self._edit.learned_parameters()
+        found = torch.autograd.grad(self._total(step), list(parameters.values()), allow_unused=True)
+        gradients = dict(zip(parameters, found, strict=True))
+        for name, basis in self._edit.bases().items():
+            gradient = gradients[name]
+            gradients[name] = None if gradient is None else tangent(gradient, basis.detach())
         terms = {name: term.detach() for name, term in step.terms.items()}
         step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
         # The kernel of AdamW takes for granted that they lie in memory as the parameters do.
-        return step, [None if g is None else g.contiguous() for g in gradients]
+        return step, [None if g is None else g.contiguous() for g in gradients.values()]
 
     def _terms(self, forward: "Forward") -> Step:
         """Run the model once and compute the objective's terms."""
         layout, edit, h = forward.layout, self._edit, self._hparams
-        with edit.recording() as record, edit.joint_bases():
+        with edit.recording() as record:
             losses = token_losses(forward(), layout.labels)  # [A]
         device = record.weights[edit.layers[0]].device
         weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
@@ -159,12 +167,12 @@ class Descent:
         self, edit: ModelEdit, hparams: BaFTHyperParams, known: KnownSteps | None = None
     ) -> None:
         self._edit = edit
-        self._records = hparams.engine == "replay"
+        self._captures = hparams.engine == "replay"
         self._objective = Objective(edit, hparams)
         self._parameters = list(edit.learned_parameters().values())
-        self._usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
         self._known = None if self._objective.keeps_state else known
-        memory = tuple(t.data_ptr() for t in (*self._parameters, *self._usage))
+        usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
+        memory = tuple(t.data_ptr() for t in (*self._parameters, *usage))
         self._made_with = (self._objective.settings, memory)
         self._forward: Forward | None = None
 
@@ -182,30 +190,28 @@ class Descent:
 
     def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
         """Return what computes the steps on a forward: if its sizes are known, in their memory."""
-        recorder = self._recorder(forward)
-        if self._known is None or recorder is None or not forward.is_rounded:
-            return self._new(forward, recorder)
+        capture = self._capture(forward)
+        if self._known is None or capture is None or not forward.is_rounded:
+            return self._new(forward, capture)
         self._known.make_valid_for((forward.weights_version, self._made_with))
         sizes = forward.sizes
         known = self._known.get(sizes)
-        if known is not None:
-            if known.repeated.has_given_up:
-                return self._new(forward, None)
-            known.forward.take(forward)
-            if known.repeated.renew():
-                return known.repeated
-        repeated = self._new(forward, recorder)
-        self._known.put(sizes, KnownStep(forward, repeated))
-        return repeated
+        if known is None:
+            repeated = self._new(forward, capture)
+            self._known.put(sizes, KnownStep(forward, repeated))
+            return repeated
+        if known.repeated.has_given_up:
+            return self._new(forward, None)
+        known.forward.take(forward)
+        known.repeated.renew()
+        return known.repeated
 
     def _new(
-        self, forward: "Forward", recorder: Callable[[], Repeatable[_Computed]] | None
+        self, forward: "Forward", capture: Callable[[], Graph[_Computed]] | None
     ) -> Repeated[_Computed]:
         """Return what computes the steps on a forward."""
-        compute = partial(self._objective.gradients, forward, self._parameters)
-        is_recorded_at_once = self._known is not None and forward.device == torch.device("cpu")
-        num_computed = 0 if is_recorded_at_once else 1
-        return Repeated(compute, recorder, partial(self._check, forward), num_computed)
+        compute = partial(self._objective.gradients, forward)
+        return Repeated(compute, capture, partial(self._check, forward))
 
     def _check(self, forward: "Forward", computed: _Computed) -> None:
         """Raise ValueError unless a step on a forward is what it should be, but for gradients."""
@@ -213,73 +219,16 @@ class Descent:
         if forward.expected is None or not forward.expected.agree(step.row_losses):
             check_equal(self._objective.value(forward), step)
 
-    def _recorder(self, forward: "Forward") -> Callable[[], Repeatable[_Computed]] | None:
-        """Return what records the steps on a forward, if there is something to gain."""
-        if not self._records or forward.device is None:
+    def _capture(self, forward: "Forward") -> Callable[[], Graph[_Computed]] | None:
+        """Return what makes a graph of the steps on a forward, if there is something to gain."""
+        device = forward.device
+        if device is None or device.type != "cuda":
             return None
-        gradients = partial(self._objective.gradients, forward)
-        if forward.device.type == "cpu":
-            compute = partial(gradients, self._parameters)
-            settings = [*self._usage, *forward.tensors.values()]
-            return partial(Tape, compute, self._parameters, _TAPE_BYTES, settings)
-        if forward.device.type == "cuda" and _is_captured(forward):
-            pool = GraphPool if self._known is None else self._known.pool_on
-            return partial(_StepGraph, self._edit, gradients, partial(pool, forward.device))
-        return None
-
-
-class _StepGraph:
-    """A CUDA graph of a step. The bases are made outside of it, as CUDA captures no QR for sure.
-
-    Args:
-        edit: The edit, or E independent ones.
-        gradients: Computes a step, and its gradient with respect to given tensors.
-        pool: Makes or returns what it shares with other graphs.
-    """
-
-    can_renew = True
-    num_bytes = 0
-    """All is in the pool."""
-
-    def __init__(
-        self,
-        edit: ModelEdit,
-        gradients: Callable[[Sequence[Tensor]], _Computed],
-        pool: Callable[[], GraphPool],
-    ) -> None:
-        self._edit = edit
-        self._parameters = edit.learned_parameters()
-        bases = edit.bases()
-        self._bases = {name: b.detach().clone().requires_grad_() for name, b in bases.items()}
-        wanted = list((self._parameters | self._bases).values())
-        with edit.given_bases(self._bases):
-            self._graph = CudaGraph(partial(gradients, wanted), pool())
-        assert self._graph.result is not None
-        self.result: _Computed | None = self._completed(self._graph.result, bases)
-
-    def renew(self) -> None:
-        """Do nothing: a graph reads all that it depends on each time."""
-
-    def run(self) -> _Computed:
-        """Compute a step on what is learned by now."""
-        bases = self._edit.bases()
-        with torch.no_grad():
-            for name, basis in bases.items():
-                self._bases[name].copy_(basis)
-        self.result = self._completed(self._graph.run(), bases)
-        return self.result
-
-    def _completed(self, computed: _Computed, bases: Mapping[str, Tensor]) -> _Computed:
-        """Go back from the gradients of the bases to those of what they are made from."""
-        step, gradients = computed
-        of = dict(zip(self._parameters, gradients, strict=True))
-        of_raw = torch.autograd.grad(
-            list(bases.values()),
-            [self._parameters[name] for name in bases],
-            [of[name] for name in bases],
-        )
-        of |= {name: g.contiguous() for name, g in zip(bases, of_raw, strict=True)}
-        return step, list(of.values())
+        if not self._captures or not _is_captured(forward):
+            return None
+        pool = GraphPool if self._known is None else self._known.pool_on
+        compute = partial(self._objective.gradients, forward)
+        return lambda: CudaGraph(compute, pool(device))
 
 
 def _is_captured(forward: "Forward") -> bool:

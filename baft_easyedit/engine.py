@@ -40,8 +40,7 @@ class Engine:
         name: One of `ENGINES`. A model that cannot be replayed gets the full forward, and a line
             in the log that says why.
         recordings: What is known of texts already; it is added to.
-        rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits;
-            on a CPU, where time goes with the number of tokens, only if they are few.
+        rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits.
 
     Raises:
         ValueError: If there is no such engine.

@@ -4,14 +4,13 @@ Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.attention import AttentionByProducts
 from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.packing import Layout
@@ -125,12 +124,6 @@ class Forward:
         devices = {p.device for p in self._model.parameters()}
         return devices.pop() if len(devices) == 1 else None
 
-    def _attention(self) -> AbstractContextManager[Any]:
-        """Let few columns attend as is best for them, where a model leaves that to torch."""
-        if self.is_replay and self.layout.input_ids.device.type == "cpu":
-            return AttentionByProducts(self.layout.past_row_of.shape[1])
-        return nullcontext()
-
     def __call__(self) -> Tensor:
         """Run the model as the edit has it now; return the logits of answer tokens, [A, V].
 
@@ -142,7 +135,6 @@ class Forward:
             _stubbed(self._stubs, self._output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
             _without_cudnn_attention(),
-            self._attention(),
         ):
             logits = model(**self._inputs).logits.flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from baft_easyedit.cuda_graph import KnownSteps
 from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
-from baft_easyedit.known_steps import KnownSteps
 from baft_easyedit.models import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.positions import PromptLengths, positions_of_call
@@ -101,7 +101,6 @@ class ModelEdit(nn.Module):
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
         self._given_positions: Positions | None = None
-        self._given_bases: Mapping[str, Tensor] = {}
         self._record: GateRecord | None = None
         # By thread, since forwards of one model may run side by side; and the latest of all, for
         # the threads in which autograd repeats a forward.
@@ -166,7 +165,7 @@ class ModelEdit(nn.Module):
             ValueError: If the rank is out of range; nothing has changed then.
         """
         generator = torch.Generator().manual_seed(seed)
-        size = len(self.intervention(self.layers[0]).raw_basis)
+        size = self.intervention(self.layers[0]).basis.shape[1]
         new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
         for i, intervention in new.items():
             if rank == self.rank:
@@ -188,18 +187,18 @@ class ModelEdit(nn.Module):
         return dict(self.named_parameters())
 
     def bases(self) -> dict[str, Tensor]:
-        """Return R of each layer, [..., r, D], differentiable, by the name of what it is made from.
-
-        The names are those of `learned_parameters`. All layers of a device take one QR together.
-        """
+        """Return R of each layer, [..., r, D], by its name among `learned_parameters`."""
         parameters = self.learned_parameters()
-        names = list(map(_raw_basis, self.layers))
-        bases: dict[str, Tensor] = {}
-        for device in dict.fromkeys(parameters[name].device for name in names):
-            here = [name for name in names if parameters[name].device == device]
-            stacked = orthonormal_rows(torch.stack([parameters[name] for name in here]))
-            bases |= dict(zip(here, stacked.unbind(), strict=True))
-        return {name: bases[name] for name in names}
+        return {name: parameters[name] for name in map(_basis_name, self.layers)}
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        """Make each layer's R orthonormal again, after an optimiser's step has moved it."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for basis in self.bases().values():
+            by_device.setdefault(basis.device, []).append(basis)
+        for bases in by_device.values():  # those of a device by one decomposition
+            torch._foreach_copy_(bases, orthonormal_rows(torch.stack(bases)).unbind())
 
     def state_of(self, edit: int, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
         """Return a copy of what one of the `num_edits` edits has learned.
@@ -294,21 +293,6 @@ class ModelEdit(nn.Module):
             self._given_positions = previous
 
     @contextmanager
-    def given_bases(self, bases: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let learning inside this context use these `bases`, not those of the parameters."""
-        previous, self._given_bases = self._given_bases, bases
-        try:
-            yield
-        finally:
-            self._given_bases = previous
-
-    @contextmanager
-    def joint_bases(self) -> Iterator[None]:
-        """Let a step of learning inside this context make the bases of all layers at once."""
-        with self.given_bases(self._given_bases or self.bases()):
-            yield
-
-    @contextmanager
     def recording(self) -> Iterator[GateRecord]:
         """Record the basis weights of the forward passes inside this context."""
         previous, self._record = self._record, GateRecord()
@@ -397,11 +381,10 @@ class ModelEdit(nn.Module):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        return self.intervention(layer)(hidden, self._given_basis(layer))
-
-    def _given_basis(self, layer: int) -> Tensor | None:
-        """Return the basis that `given_bases` has for a layer."""
-        return self._given_bases.get(_raw_basis(layer))
+        intervention = self.intervention(layer)
+        if torch.is_grad_enabled():
+            return intervention(hidden)
+        return intervention.without_gradients(hidden)
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Bring what a layer has learned to where the layer computes now."""
@@ -418,14 +401,14 @@ def rank_of(snapshot: Snapshot) -> int:
         ValueError: If it is not one of an edit.
     """
     for name, value in snapshot.items():
-        if name.endswith(".raw_basis") and value.dim() == 2:
-            return value.shape[1]
-    raise ValueError(f"the snapshot must hold a basis [D, r]; it holds {sorted(snapshot)}")
+        if name.endswith(".basis") and value.dim() == 2:
+            return len(value)
+    raise ValueError(f"the snapshot must hold a basis [r, D]; it holds {sorted(snapshot)}")
 
 
-def _raw_basis(layer: int) -> str:
-    """Return the name of a layer's parameter that its basis is made from."""
-    return f"_interventions.{layer}.raw_basis"
+def _basis_name(layer: int) -> str:
+    """Return the name of a layer's R among what is learned."""
+    return f"_interventions.{layer}.basis"
 
 
 class _LayerHook:

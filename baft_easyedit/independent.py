@@ -26,11 +26,11 @@ class IndependentEdits(ModelEdit):
     def __init__(self, start: ModelEdit, num_edits: int) -> None:
         if num_edits < 1:
             raise ValueError(f"num_edits must be at least 1; got {num_edits}")
-        raw = start.intervention(start.layers[0]).raw_basis  # [D, r]
+        basis = start.intervention(start.layers[0]).basis  # [r, D]
         super().__init__(
-            raw.shape[0], start.layers, start.rank, start.gate, start.num_prompt_positions
+            basis.shape[1], start.layers, start.rank, start.gate, start.num_prompt_positions
         )
-        self.to(raw.device)
+        self.to(basis.device)
         self.restore(start.snapshot())
         self._num_edits = num_edits
         self._values = {
@@ -55,13 +55,11 @@ class IndependentEdits(ModelEdit):
         """Edit the rows of each edit, [E R, T, D], with its own parameters."""
         intervention, values = self.intervention(layer), self._values_at(layer)
 
-        def intervene(own: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return functional_call(intervention, own, inputs)
+        def intervene(own: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+            return functional_call(intervention, own, (rows,))
 
         rows = hidden.view(self._num_edits, -1, *hidden.shape[1:])
-        basis = self._given_basis(layer)  # [E, r, D]
-        inputs = (rows,) if basis is None else (rows, basis)
-        edited, weights = torch.vmap(intervene)(values, *inputs)
+        edited, weights = torch.vmap(intervene)(values, rows)
         return edited.flatten(0, 1), weights.flatten(0, 1)
 
     def _values_at(self, layer: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Not here: where it applies (`positions`), how it reaches a model (`hooks`), how 
 (`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,22 +14,40 @@ from torch.nn import functional as F
 from baft_easyedit.gates import make_gate, unit_rms
 
 
-def orthonormal_rows(raw: Tensor) -> Tensor:
-    """Turn any full-rank matrix into a basis by a thin QR decomposition.
+def orthonormal_rows(rows: Tensor) -> Tensor:
+    """Turn any full-rank rows into a basis by a thin QR decomposition.
 
     The signs are fixed so that the diagonal of the triangular factor is positive: the basis is then
-    a continuous function of `raw`, and a `raw` with orthonormal columns is its own basis.
+    a continuous function of the rows, and rows that are orthonormal stay as they are, up to
+    rounding. This is also the retraction by which a basis that an optimiser's step has moved
+    becomes orthonormal again (Absil et al. 2008, Example 4.1.3).
 
     Args:
-        raw: Unconstrained matrix, [..., D, r], D >= r.
+        rows: [..., r, D], r <= D.
 
     Returns:
-        R, [..., r, D], with R R^T = 1.
+        R, [..., r, D], with R R^T = 1, spanning the same subspace.
     """
-    q, triangular = torch.linalg.qr(raw)  # [..., D, r], [..., r, r]
+    q, triangular = torch.linalg.qr(rows.mT)  # [..., D, r], [..., r, r]
     diagonal = torch.diagonal(triangular, dim1=-2, dim2=-1)
     signs = torch.where(diagonal < 0, -1.0, 1.0)  # [..., r]
     return (q * signs[..., None, :]).mT
+
+
+def tangent(gradient: Tensor, basis: Tensor) -> Tensor:
+    """Leave out of a gradient what would only move a basis off the orthonormal matrices.
+
+    G - sym(G R^T) R: the gradient on the Stiefel manifold (Absil et al. 2008, Section 3.6.1).
+
+    Args:
+        gradient: G, with respect to each entry of the basis, [..., r, D].
+        basis: R, with orthonormal rows, [..., r, D].
+
+    Returns:
+        [..., r, D].
+    """
+    inner = gradient @ basis.mT  # [..., r, r]  G R^T
+    return gradient - 0.5 * (inner + inner.mT) @ basis
 
 
 def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -63,8 +81,6 @@ def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -
 class _Folded(NamedTuple):
     """What forwards without gradients need of the parameters, multiplied out once."""
 
-    basis: Tensor
-    """R, [r, D]."""
     difference: Tensor
     """A - R, [r, D]: bit for bit 0 in a new intervention."""
     gate: Tensor
@@ -73,6 +89,10 @@ class _Folded(NamedTuple):
 
 class BaFTIntervention(nn.Module):
     """Phi(h) = h + R^T diag(w(h)) (A h + b - R h), with orthonormal rows of R (Eq. 1-3).
+
+    R is the parameter `basis` itself. A step of an optimiser moves it off the orthonormal matrices,
+    and `orthonormal_rows` has to put it back after each (`ModelEdit.retract`): as a function of
+    unconstrained parameters, R would turn ever less as their scale grows from step to step.
 
     Parameters are fp32 and the edit is computed in fp32, whatever the dtype of the hidden states.
     A new intervention has A = R and b = 0 bit for bit, so it changes nothing (ours: the paper does
@@ -98,9 +118,9 @@ class BaFTIntervention(nn.Module):
         super().__init__()
         if not 1 <= rank <= hidden_size:
             raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
-        raw = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
-        self.raw_basis = nn.Parameter(raw)
-        self.source_weight = nn.Parameter(orthonormal_rows(raw.detach()).clone())
+        columns = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
+        self.basis = nn.Parameter(columns.mT.contiguous())
+        self.source_weight = nn.Parameter(self.basis.detach().clone())
         self.source_bias = nn.Parameter(torch.zeros(rank))
         self.gate = make_gate(gate, hidden_size, rank)
         self._known: tuple[list[int], _Folded] | None = None
@@ -109,61 +129,52 @@ class BaFTIntervention(nn.Module):
     def continue_from(self, smaller: "BaFTIntervention") -> None:
         """Take over what one of fewer bases has learned; the bases beyond change nothing (A = R).
 
-        QR takes the columns in turn, so the first bases stay what they are, up to rounding.
+        QR takes the rows in turn, so the new ones come to lie at right angles to the old ones,
+        which stay what they are.
 
         Raises:
             ValueError: If the gate cannot grow.
         """
-        rank = smaller.raw_basis.shape[1]
+        rank = len(smaller.basis)
         self.gate.continue_from(smaller.gate)
-        self.raw_basis[:, :rank] = smaller.raw_basis
-        self.source_weight.copy_(orthonormal_rows(self.raw_basis))
+        self.basis[:rank] = smaller.basis
+        self.basis.copy_(orthonormal_rows(self.basis))
+        self.basis[:rank] = smaller.basis  # without the rounding
+        self.source_weight.copy_(self.basis)
         self.source_weight[:rank] = smaller.source_weight
         self.source_bias[:rank] = smaller.source_bias
-
-    def basis(self) -> Tensor:
-        """Return R, [r, D], fp32, differentiable; without gradients it is computed once."""
-        if torch.is_grad_enabled():
-            return orthonormal_rows(self.raw_basis)
-        return self._folded().basis
 
     def learned_source(self, hidden: Tensor) -> Tensor:
         """Return the wanted coordinates A h + b, [..., r], of hidden states [..., D]."""
         return F.linear(hidden, self.source_weight, self.source_bias)
 
-    def forward(self, hidden: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Edit hidden states.
 
         Args:
             hidden: h, [..., D], any floating dtype.
-            basis: R, [r, D], to take gradients with respect to it, and to compute without them by
-                the same kernels; this module's own if None.
 
         Returns:
             Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
         """
-        h, device = hidden.float(), hidden.device.type
-        learns = torch.is_grad_enabled() or basis is not None
-        edit = partial(self._edit, basis) if learns else self._edit_folded
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                edited, weights = edit(h)
-        else:
-            edited, weights = edit(h)
-        return edited.to(hidden.dtype), weights
+        return _in_fp32(self._edit, hidden)
 
-    def _edit(self, basis: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def without_gradients(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same as `forward`, up to rounding, by fewer products."""
+        return _in_fp32(self._edit_folded, hidden)
+
+    def _edit(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return Phi(h) [..., D] and w(h) [..., r], differentiable."""
         weights = self.gate(h)
-        basis = self.basis() if basis is None else basis
-        return basis_edit(h, basis, self.learned_source(h), weights), weights
+        return basis_edit(h, self.basis, self.learned_source(h), weights), weights
 
     def _edit_folded(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same without gradients, as h + R^T diag(w) ((A - R) h + b): fewer products."""
+        """Return h + R^T diag(w) ((A - R) h + b) and w."""
         folded = self._folded()
         weights = self.gate.activate(F.linear(unit_rms(h), folded.gate))  # [..., r]  w(h)
         step = F.linear(h, folded.difference, self.source_bias)  # [..., r]  (A - R) h + b
-        return h + (weights * step) @ folded.basis, weights
+        return h + (weights * step) @ self.basis, weights
 
     def _folded(self) -> _Folded:
         """Return the parameters multiplied out; every token of a generation asks for them."""
@@ -171,11 +182,19 @@ class BaFTIntervention(nn.Module):
         # A changed parameter has another version.
         key = [value for p in parameters if p is not None for value in (p.data_ptr(), p._version)]
         if self._known is None or self._known[0] != key:
-            self._known = key, self._fold()
+            gate = self.gate.matrix().to(self.basis)
+            self._known = key, _Folded(self.source_weight - self.basis, gate)
         return self._known[1]
 
-    def _fold(self) -> _Folded:
-        """Multiply the parameters out."""
-        # On the CPU, where A was made of the same QR: another device's is equal but for rounding.
-        basis = orthonormal_rows(self.raw_basis.cpu()).contiguous().to(self.raw_basis.device)
-        return _Folded(basis, self.source_weight - basis, self.gate.matrix().to(basis))
+
+def _in_fp32(
+    edit: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Edit hidden states in fp32, and return them in their own dtype, with the basis weights."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            edited, weights = edit(hidden.float())
+    else:
+        edited, weights = edit(hidden.float())
+    return edited.to(hidden.dtype), weights

@@ -22,9 +22,6 @@ from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal
 from baft_easyedit.requests import TextRow
 
-_SMALL_BYTES = 2**30
-"""Weights of a model on the CPU whose steps are kept."""
-
 _CHECK_EVERY = 4
 """Steps between two looks at the losses on a GPU, where each look waits for it."""
 
@@ -119,19 +116,17 @@ def learn(
             if run.is_over_after(step):
                 break
             optimizer.step()
+            edit.retract()
         optimizer.zero_grad()  # they lie in memory that is used again
     return run.results((time.perf_counter() - start) / edit.num_edits)
 
 
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
-    """Tell whether it gains anything to keep recorded steps for later edit calls.
+    """Tell whether it gains anything to keep captured steps for later edit calls.
 
-    Not beside other edits, where a step is long and its padding costs more; nor on the CPU with a
-    large model, where a recording takes the time of a few steps of hundreds, and would hold on to
-    weights that are moved elsewhere.
+    Not beside other edits, where a step is long and its padding costs more.
     """
-    is_small = sum(p.nbytes for p in model.parameters()) <= _SMALL_BYTES
-    return edit.num_edits == 1 and (is_small or input_device(model).type == "cuda")
+    return edit.num_edits == 1 and input_device(model).type == "cuda"
 
 
 def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimizer:

@@ -42,12 +42,9 @@ _OF_LOSSES = 0.2
 _CACHE_BYTES = 2**30
 """Room for the recordings of one edit call; what does not fit is recorded when it is used."""
 
-_MOST_ROUNDED = {"cpu": 64}
-"""Columns of all bins that are padded to one of few numbers, by device; no limit elsewhere."""
-
-_ROUNDED_TO = {"cpu": Multiples(4, 16, 4), "cuda": Multiples(32, 64, 16)}
-"""By device. On a GPU few tokens cost what one does, to read the weights, and a graph of each size
-takes memory."""
+_ROUNDED_TO = Multiples(32, 64, 16)
+"""On a GPU few tokens cost what one does, to read the weights, and a graph of each size takes
+memory."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
@@ -167,7 +164,7 @@ class LayerReplay:
             return self.prepare(edits)
         _check_takes_masks(text_config(self._model))
         known = self._known(rows)
-        with torch.no_grad(), self._edit.joint_bases():
+        with torch.no_grad():
             self._unchecked, logits, layout = self._record([rows[i] for i in missing])
         losses = answer_loss(token_losses(logits, layout.labels), layout.label_rows, len(missing))
         expected = Expected(missing, losses, _OF_LOSSES * _tolerance(logits))
@@ -242,10 +239,8 @@ class LayerReplay:
         config = text_config(self._model)
         device, num_positions = input_device(self._model), self._edit.num_prompt_positions
         layout = lay_out(pieces, num_positions, config.hidden_size, device)
-        most = _MOST_ROUNDED.get(device.type, layout.input_ids.numel())
-        is_rounded = self._rounds and layout.input_ids.numel() <= most
-        if is_rounded:
-            layout = rounded(layout, _ROUNDED_TO.get(device.type, _ROUNDED_TO["cpu"]))
+        if self._rounds:
+            layout = rounded(layout, _ROUNDED_TO)
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         row_of = layout.row_of
         hidden = _scatter([recording.hidden for recording in in_order], row_of, _places(row_of))
@@ -258,7 +253,9 @@ class LayerReplay:
         extras = self._recordings.layer_extras
         output = hidden if extras is None else (hidden, *extras)
         stubs = self._stubs
-        return Forward(self._model, self._edit, layout, inputs, stubs, output, is_rounded, expected)
+        return Forward(
+            self._model, self._edit, layout, inputs, stubs, output, self._rounds, expected
+        )
 
 
 def _check_takes_masks(config: Any) -> None:

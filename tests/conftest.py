@@ -128,4 +128,5 @@ def random_edit(layers=(1, 2), rank=4, gate="rms-sigmoid", seed=3, positions=3):
     with torch.no_grad():
         for p in edit.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.5)
+    edit.retract()
     return edit

@@ -1,4 +1,4 @@
-"""Steps by a recording against steps as they are, and what a step must not do on a GPU."""
+"""Steps by a graph (a stand-in for it) against steps as they are; what none must do on a GPU."""
 
 import logging
 from copy import deepcopy
@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, descent, repeat
+from baft_easyedit import BaFTEditor, ModelEdit, cuda_graph, descent, learning
+from baft_easyedit.cuda_graph import CudaGraph, Repeated
 from baft_easyedit.descent import Descent
 from baft_easyedit.engine import Engine
 from baft_easyedit.forward import Forward
-from baft_easyedit.gates import GATES
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import _frozen
-from baft_easyedit.repeat import CudaGraph, Repeated
 from baft_easyedit.requests import as_requests, text_rows
-from baft_easyedit.tape import Tape
-from tests.conftest import make_model, random_edit
+from tests.conftest import random_edit
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -40,8 +38,8 @@ def replayed(model, edit, *edits, **options):
     return forward
 
 
-def never_recorded(monkeypatch):
-    monkeypatch.setattr(Descent, "_recorder", lambda *_: None)
+def never_captured(monkeypatch):
+    monkeypatch.setattr(Descent, "_capture", lambda *_: None)
 
 
 class StandIn:
@@ -49,23 +47,32 @@ class StandIn:
 
     def __init__(self, compute, pool):
         self.compute = compute
-        self.edit = compute.func.__self__._edit
-        self.bases = self.edit._given_bases
         self.result = compute()
         self.gradients = self.result[1]
 
     def run(self):
-        with self.edit.given_bases(self.bases):  # which a graph has captured
-            step, gradients = self.compute()
+        step, gradients = self.compute()
         for memory, gradient in zip(self.gradients, gradients, strict=True):
             memory.copy_(gradient)
         return step, self.gradients
 
 
-def with_stand_in(monkeypatch):
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Steps are captured as on a CUDA device, by stand-ins; those that are made."""
+    made = []
+
+    class Counted(StandIn):
+        def __init__(self, compute, pool):
+            assert pool.stream == "a stream of cuda"
+            super().__init__(compute, pool)
+            made.append(self)
+
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
-    monkeypatch.setattr(descent, "CudaGraph", StandIn)
-    monkeypatch.setattr(repeat, "_capture_stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(learning, "_repeats_steps", lambda model, edit: edit.num_edits == 1)
+    monkeypatch.setattr(descent, "CudaGraph", Counted)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: f"a stream of {device}")
+    return made
 
 
 def states(model, tokenizer, hparams, requests):
@@ -77,61 +84,16 @@ def states(model, tokenizer, hparams, requests):
     return state, reports
 
 
-def assert_same(state, other):
-    """Compare two states to the bit."""
+def assert_close(state, other):
+    """Compare two states."""
     assert state.keys() == other.keys()
     for name, value in other.items():
-        assert torch.equal(state[name], value), name
+        assert torch.allclose(state[name], value, atol=1e-3), name
 
 
 @pytest.fixture
 def long(hparams):
     return replace(hparams, num_steps=12, early_stop_loss=0.0, lr=1e-3, gate_lr=1e-2)
-
-
-@pytest.mark.parametrize("gate", sorted(GATES.keys() - {"one"}))
-def test_recorded_edits_equal_computed_ones_to_the_bit(gate, model, tokenizer, long, monkeypatch):
-    hparams = replace(long, gate=gate)
-    recorded, reports = states(model, tokenizer, hparams, REQUESTS)
-    never_recorded(monkeypatch)
-    computed, expected = states(model, tokenizer, hparams, REQUESTS)
-    assert reports == expected
-    assert_same(recorded, computed)
-
-
-def test_every_family_is_recorded(family_model, rows, long, caplog):
-    """Also in the full forward, which some have to fall back to."""
-    edit = random_edit(layers=long.layers)
-    edit.attach(family_model)
-    steps = Descent(edit, long)
-    computed = Descent(edit, replace(long, engine="full"))
-    with _frozen(family_model), caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
-        forward = Engine(family_model, edit, "replay").prepare([rows])
-        for _ in range(6):
-            with torch.no_grad():
-                for p in edit.parameters():
-                    p.add_(torch.randn_like(p) * 1e-2)
-            step = steps.step(forward)
-            gradients = [p.grad.clone() for p in edit.parameters()]
-            expected = computed.step(forward)
-            assert torch.equal(step.loss, expected.loss)
-            assert step.terms.keys() == expected.terms.keys() == {"answer", "balance", "locality"}
-            for gradient, p in zip(gradients, edit.parameters(), strict=True):
-                assert torch.equal(gradient, p.grad)
-    assert isinstance(steps._compute._recording, Tape)
-    assert not computed._compute.is_recorded
-    assert not caplog.messages
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_of_half_precision_are_recorded(dtype, tokenizer, long, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
-        recorded, reports = states(make_model(dtype=dtype), tokenizer, long, REQUESTS)
-    assert not caplog.messages
-    never_recorded(monkeypatch)
-    computed, expected = states(make_model(dtype=dtype), tokenizer, long, REQUESTS)
-    assert reports == expected
-    assert_same(recorded, computed)
 
 
 ALIKE = [
@@ -141,63 +103,19 @@ ALIKE = [
 """Requests whose texts have as many tokens each."""
 
 
-@pytest.fixture
-def tapes(monkeypatch):
-    """The tapes that are made."""
-    made = []
-
-    class Counted(Tape):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(descent, "Tape", Counted)
-    return made
-
-
-@pytest.mark.parametrize("gate", sorted(GATES))
-def test_edits_of_one_size_share_a_recording(gate, model, tokenizer, long, tapes, monkeypatch):
-    hparams = replace(long, gate=gate)
-    if gate == "one":
-        hparams = ReFTHyperParams("x", long.layers, device="cpu", rank=4, num_steps=12)
-        hparams = replace(hparams, early_stop_loss=0.0)
-    repeated, reports = states(model, tokenizer, hparams, ALIKE)
-    assert len(tapes) == 1
-    never_recorded(monkeypatch)
-    computed, expected = states(model, tokenizer, hparams, ALIKE)
-    assert reports == expected
-    assert_same(repeated, computed)
-
-
-def test_edits_of_one_size_share_a_recording_in_every_family(family_model, tokenizer, long, tapes):
-    edits = [text_rows(as_requests([request]), tokenizer) for request in ALIKE]
-    edit = random_edit(layers=long.layers)
-    edit.attach(family_model)
-    computed = Descent(edit, replace(long, engine="full"))
-    with _frozen(family_model):
-        for rows in edits:
-            steps = Descent(edit, long, edit.known_steps)
-            forward = replayed(family_model, edit, rows, rounds=True)
-            for _ in range(4):
-                loss = steps.step(forward).loss.clone()
-                gradients = [p.grad.clone() for p in edit.parameters()]
-                assert torch.equal(loss, computed.step(forward).loss)
-                for gradient, p in zip(gradients, edit.parameters(), strict=True):
-                    assert torch.equal(gradient, p.grad)
-                with torch.no_grad():
-                    for p in edit.parameters():
-                        p.add_(torch.randn_like(p) * 1e-2)
-    assert len(tapes) == 1
-
-
-def test_an_edit_of_a_known_size_runs_the_model_once(model, tokenizer, long):
-    """To record its texts, which is what its first step is compared with."""
-    editor = BaFTEditor(model, tokenizer, long)
+def test_an_edit_of_a_known_size_runs_the_model_once(model, tokenizer, long, stand_ins):
+    """To record its texts, which is what its first step is compared with; the rest are graphs."""
+    long = replace(long, num_steps=1)
+    editor = BaFTEditor(model, tokenizer, replace(long, num_steps=4))
     editor.edit(ALIKE[0] | {"loc_prompt": "Fire is hot"})
-    calls = []
+    (graph,) = stand_ins
+    run, calls = graph.run, []
+    graph.run = lambda: (run(), calls.clear())[0]  # what a stand-in computes is no launch
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    seen = []
+    graph.run = lambda: (seen.append(len(calls)), run())[1]
     editor.edit(ALIKE[1])
-    assert len(calls) == 1
+    assert seen[0] == 1
 
 
 def edited_twice(model, tokenizer, hparams, between):
@@ -232,7 +150,7 @@ def hook_a_layer(editor):
 
 
 @pytest.mark.parametrize(
-    ("between", "num_tapes"),
+    ("between", "num_graphs"),
     [
         (lambda editor: None, 1),
         (lambda editor: editor.undo(), 1),
@@ -245,27 +163,18 @@ def hook_a_layer(editor):
     ],
 )
 def test_what_happens_between_two_edits_is_taken_note_of(
-    between, num_tapes, model, tokenizer, long, tapes, monkeypatch
+    between, num_graphs, model, tokenizer, long, stand_ins, monkeypatch
 ):
     repeated = edited_twice(model, tokenizer, long, between)
-    assert len(tapes) == num_tapes
-    never_recorded(monkeypatch)
+    assert len(stand_ins) == num_graphs
+    never_captured(monkeypatch)
     computed = edited_twice(model, tokenizer, long, between)
-    assert_same(repeated, computed)
+    assert_close(repeated, computed)
 
 
-def test_a_step_that_depends_on_the_first_is_not_shared(model, tokenizer, long, tapes):
-    states(model, tokenizer, replace(long, rescaling="match-first-step"), ALIKE[:2])
-    assert len(tapes) == 2
-
-
-def test_large_models_on_the_cpu_keep_no_steps(model, tokenizer, long, tapes, monkeypatch):
-    monkeypatch.setattr("baft_easyedit.learning._SMALL_BYTES", 1000)
-    states(model, tokenizer, long, ALIKE[:2])
-    assert len(tapes) == 2
-
-
-def test_a_saved_or_copied_model_leaves_the_recordings_behind(model, tokenizer, long, tmp_path):
+def test_a_saved_or_copied_model_leaves_the_graphs_behind(
+    model, tokenizer, long, stand_ins, tmp_path
+):
     editor = BaFTEditor(model, tokenizer, long)
     editor.edit(ALIKE[0])
     assert len(editor.model_edit.known_steps) == 1
@@ -279,38 +188,13 @@ def test_a_saved_or_copied_model_leaves_the_recordings_behind(model, tokenizer, 
     assert len(editor.model_edit.known_steps) == 1
 
 
-def test_edits_of_several_sizes_find_their_own_recordings(model, tokenizer, long, tapes):
+def test_edits_of_several_sizes_find_their_own_graphs(model, tokenizer, long, stand_ins):
     short, wide = ALIKE[:2], [{**r, "loc_prompt": "Ice is cold " * 4} for r in ALIKE[2:]]
     states(model, tokenizer, long, [short[0], wide[0], short[1], wide[1]])
-    assert len(tapes) == 2
+    assert len(stand_ins) == 2
 
 
-def test_reft_and_edits_side_by_side_are_recorded(model, tokenizer, long, monkeypatch):
-    reft = ReFTHyperParams("x", long.layers, device="cpu", rank=4, num_steps=12)
-    for hparams in (replace(reft, early_stop_loss=0.0), long):
-        recorded = BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
-        with monkeypatch.context() as patch:
-            never_recorded(patch)
-            computed = BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
-        for a, b in zip(recorded, computed, strict=True):
-            assert a.report.losses == b.report.losses
-            for name, value in b.state.items():
-                assert torch.equal(a.state[name], value)
-
-
-def test_what_cannot_be_recorded_is_edited_all_the_same(
-    model, tokenizer, long, monkeypatch, caplog
-):
-    monkeypatch.setattr(descent, "_TAPE_BYTES", 1000)
-    with caplog.at_level(logging.INFO, logger="baft_easyedit"):
-        reports = states(model, tokenizer, long, REQUESTS[:1])[1]
-    assert "steps are computed one by one" in caplog.text
-    assert "more than 1000 bytes" in caplog.text
-    never_recorded(monkeypatch)
-    assert reports == states(model, tokenizer, long, REQUESTS[:1])[1]
-
-
-def test_the_full_engine_is_never_recorded(model, rows, long):
+def test_the_full_engine_is_never_captured(model, rows, long, stand_ins):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
     steps = Descent(edit, replace(long, engine="full"))
@@ -318,10 +202,11 @@ def test_the_full_engine_is_never_recorded(model, rows, long):
         forward = Engine(model, edit, "full").prepare([rows])
         for _ in range(6):
             steps.step(forward)
-    assert not steps._compute.is_recorded
+    assert not stand_ins
+    assert not steps._compute.is_captured
 
 
-def test_another_forward_is_recorded_anew(model, rows, long):
+def test_another_forward_is_captured_anew(model, rows, long, stand_ins):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
     steps = Descent(edit, long)
@@ -331,11 +216,12 @@ def test_another_forward_is_recorded_anew(model, rows, long):
         for forward in forwards:
             for _ in range(5):
                 step = steps.step(forward)
-            assert steps._compute.is_recorded
+            assert steps._compute.is_captured
             assert len(step.row_losses) == len(forward.layout.rows)
+    assert len(stand_ins) == 2
 
 
-def test_models_on_several_devices_are_not_recorded(model, rows, long, monkeypatch):
+def test_models_on_several_devices_are_not_captured(model, rows, long, monkeypatch):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
     with _frozen(model):
@@ -343,13 +229,11 @@ def test_models_on_several_devices_are_not_recorded(model, rows, long, monkeypat
         assert forward.device == torch.device("cpu")
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
         assert forward.device is None
-        assert Descent(edit, long)._recorder(forward) is None
+        assert Descent(edit, long)._capture(forward) is None
 
 
 @pytest.mark.parametrize("num_edits", [1, 2])
-def test_graph_of_a_step_leaves_the_bases_outside(num_edits, model, rows, long, monkeypatch):
-    """With a stand-in for CUDA's graph; the gradients are those of the step as it is."""
-    with_stand_in(monkeypatch)
+def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long, stand_ins):
     edit: ModelEdit = random_edit(layers=long.layers)
     edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
     edit.attach(model)
@@ -361,26 +245,25 @@ def test_graph_of_a_step_leaves_the_bases_outside(num_edits, model, rows, long, 
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p) * 1e-2)
-            step, gradients = steps._objective.gradients(forward, parameters)
+            step, gradients = steps._objective.gradients(forward)
             repeated = steps.step(forward)
             assert torch.allclose(repeated.loss, step.loss)
             for p, gradient in zip(parameters, gradients, strict=True):
                 assert torch.allclose(p.grad, gradient, atol=1e-6, rtol=1e-4)
                 assert p.grad.is_contiguous()
     assert isinstance(steps._compute, Repeated)
-    assert isinstance(steps._compute._recording, descent._StepGraph)
+    assert len(stand_ins) == 1
 
 
-def test_edits_by_graphs_are_those_without(model, tokenizer, long, monkeypatch, caplog):
-    computed, expected = states(model, tokenizer, long, REQUESTS)
-    with_stand_in(monkeypatch)
-    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
-        recorded, reports = states(model, tokenizer, long, REQUESTS)
+def test_edits_by_graphs_are_those_without(model, tokenizer, long, stand_ins, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
+        captured, reports = states(model, tokenizer, long, REQUESTS)
     assert not caplog.messages
+    never_captured(monkeypatch)
+    computed, expected = states(model, tokenizer, long, REQUESTS)
     for report, other in zip(reports, expected, strict=True):
         assert report.final_loss == pytest.approx(other.final_loss, rel=1e-3)
-    for name, value in computed.items():
-        assert torch.allclose(recorded[name], value, atol=1e-3)
+    assert_close(captured, computed)
 
 
 class NoLooking(TorchDispatchMode):
@@ -410,49 +293,40 @@ def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long)
             steps.step(forward)
 
 
-def test_edits_of_one_size_share_a_graph(model, tokenizer, long, monkeypatch, caplog):
-    computed, expected = states(model, tokenizer, long, ALIKE)
-    made = []
-
-    class Counted(StandIn):
-        def __init__(self, compute, pool):
-            assert pool.stream == "a stream of cuda"
-            super().__init__(compute, pool)
-            made.append(self)
-
-    with_stand_in(monkeypatch)
-    monkeypatch.setattr(descent, "CudaGraph", Counted)
-    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
         repeated, reports = states(model, tokenizer, long, ALIKE)
     assert not caplog.messages
-    assert len(made) == 1
+    assert len(stand_ins) == 1
+    never_captured(monkeypatch)
+    computed, expected = states(model, tokenizer, long, ALIKE)
     for report, other in zip(reports, expected, strict=True):
         assert report.final_loss == pytest.approx(other.final_loss, rel=1e-3)
-    for name, value in computed.items():
-        assert torch.allclose(repeated[name], value, atol=1e-3)
+    assert_close(repeated, computed)
 
 
-def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, monkeypatch):
-    with_stand_in(monkeypatch)
+def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, stand_ins, monkeypatch):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
     steps = Descent(edit, long)
-    assert steps._recorder(Engine(model, edit, "full").prepare([rows])) is None
+    assert steps._capture(Engine(model, edit, "full").prepare([rows])) is None
     forward = Engine(model, edit, "replay").prepare([rows])
-    assert steps._recorder(forward) is not None
+    assert steps._capture(forward) is not None
     monkeypatch.setattr(descent, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
-    assert steps._recorder(forward) is None
+    assert steps._capture(forward) is None
 
 
-def test_what_could_not_be_recorded_is_not_tried_again(model, tokenizer, long, monkeypatch, caplog):
+def test_what_could_not_be_captured_is_not_tried_again(
+    model, tokenizer, long, stand_ins, monkeypatch, caplog
+):
     def fail(*_):
-        raise RuntimeError("no tapes here")
+        raise RuntimeError("no graphs here")
 
-    monkeypatch.setattr(descent, "Tape", fail)
-    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+    monkeypatch.setattr(descent, "CudaGraph", fail)
+    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
         tried, _ = states(model, tokenizer, long, ALIKE)
     assert len(caplog.messages) == 1
-    never_recorded(monkeypatch)
+    never_captured(monkeypatch)
     computed, _ = states(model, tokenizer, long, ALIKE)
     for name, value in computed.items():
         assert torch.allclose(tried[name], value, atol=1e-4), name
@@ -465,14 +339,14 @@ def test_edits_of_one_size_share_a_graph_on_cuda(
     dtype, rel, model, tokenizer, long, monkeypatch, caplog
 ):
     model.to("cuda", dtype)
-    with caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
         editor = BaFTEditor(model, tokenizer, long)
         reports = [editor.edit(request) for request in (*ALIKE, *REQUESTS, *ALIKE)]
         known = editor.model_edit.known_steps
         editor.model_edit.detach()
     assert not caplog.messages
     assert 1 <= len(known) <= 3
-    never_recorded(monkeypatch)
+    never_captured(monkeypatch)
     expected = states(model, tokenizer, long, [*ALIKE, *REQUESTS, *ALIKE])[1]
     for report, other in zip(reports, expected, strict=True):
         assert report.final_loss == pytest.approx(other.final_loss, rel=rel)
@@ -486,7 +360,7 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
     edit = random_edit(layers=long.layers).cuda()
     edit.attach(model)
     steps, computed = Descent(edit, long), Descent(edit, replace(long, engine="full"))
-    with _frozen(model), caplog.at_level(logging.INFO, "baft_easyedit.repeat"):
+    with _frozen(model), caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
         forward = Engine(model, edit, "replay").prepare([rows])
         for _ in range(8):
             with torch.no_grad():
@@ -494,5 +368,5 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
                     p.add_(torch.randn_like(p) * 1e-2)
             loss = steps.step(forward).loss.clone()
             assert torch.allclose(loss, computed.step(forward).loss, rtol=1e-2)
-    assert isinstance(steps._compute._recording._graph, CudaGraph)
+    assert isinstance(steps._compute._graph, CudaGraph)
     assert not caplog.messages

@@ -123,6 +123,51 @@ def test_edits_continue_from_what_is_learned(model, tokenizer, hparams, request_
     assert editor.model_edit.usage(1).count.item() == used
 
 
+def bases(editor):
+    """R of each layer, a copy."""
+    return [editor.model_edit.intervention(i).basis.detach().clone() for i in (1, 3)]
+
+
+def test_the_basis_learns_as_fast_in_the_40th_edit_as_in_the_first(model, tokenizer, hparams):
+    """It stays orthonormal, or its steps would turn it ever less as it grows."""
+    hparams = replace(hparams, num_steps=8, early_stop_loss=0.0)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    turned, final_losses = [], []
+    for n in range(40):
+        before = bases(editor)
+        report = editor.edit({"prompt": f"Number {n} is", "target_new": "one" if n % 2 else "two"})
+        after = bases(editor)
+        for old, new in zip(before, after, strict=True):
+            assert torch.allclose(new @ new.mT, torch.eye(hparams.rank), atol=1e-5)
+            assert torch.allclose(new.norm(dim=1), torch.ones(hparams.rank), atol=1e-5)
+            angles = torch.linalg.svdvals(old @ new.mT).clamp(max=1).arccos()
+            turned.append(float(angles.mean()))
+        final_losses.append(report.final_loss)
+    assert sum(turned[-20:]) > 0.7 * sum(turned[:20])
+    assert sum(final_losses[-5:]) < 2 * sum(final_losses[:5])
+
+
+@pytest.mark.parametrize("learn", ["apart", "rehearsed", "grown", "consolidated"])
+def test_every_way_of_learning_leaves_an_orthonormal_basis(learn, model, tokenizer, hparams):
+    hparams = replace(hparams, num_steps=5, early_stop_loss=0.0)
+    if learn in ("rehearsed", "consolidated"):
+        hparams = replace(hparams, rehearsal=1)
+    if learn == "grown":
+        hparams = replace(hparams, rank_growth=2, rank_growth_every=1, max_rank=8)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(3)]
+    if learn == "apart":
+        editor.install(editor.learn_apart(requests)[2])
+    else:
+        for request in requests:
+            editor.edit(request)
+    if learn == "consolidated":
+        editor.consolidate(5)
+    for basis in bases(editor):
+        assert len(basis) == (8 if learn == "grown" else hparams.rank)
+        assert torch.allclose(basis @ basis.mT, torch.eye(len(basis)), atol=1e-5)
+
+
 def test_undo_is_bit_equal_and_the_next_edit_starts_afresh(model, tokenizer, hparams, request_dict):
     before, weights = logits(model, tokenizer), copy.deepcopy(model.state_dict())
     editor = BaFTEditor(model, tokenizer, hparams)

@@ -294,5 +294,5 @@ def test_layers_of_an_edit_are_listed_in_order():
 
 def test_rank_is_read_from_a_snapshot_of_an_edit_only():
     assert rank_of(random_edit(rank=5).snapshot()) == 5
-    with pytest.raises(ValueError, match=r"must hold a basis \[D, r\]; it holds \['a'\]"):
+    with pytest.raises(ValueError, match=r"must hold a basis \[r, D\]; it holds \['a'\]"):
         rank_of({"a": torch.zeros(2, 3)})

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(model, tokenizer, hpar
     before = logits(model, tokenizer)
     other = BaFTEditor(make_model(), tokenizer, replace(hparams, rank=2))
     (learned,) = other.learn_apart(REQUESTS[:1])
-    with pytest.raises(ValueError, match=r"same layers, rank and gate; _interventions\.1\.gate"):
+    with pytest.raises(ValueError, match=r"same layers, rank and gate; _interventions\.1\.basis"):
         editor.install(learned)
     assert torch.equal(logits(model, tokenizer), before)
     editor.undo()

@@ -6,7 +6,12 @@ from torch.nn.utils import parametrizations
 
 from baft_easyedit import ModelEdit
 from baft_easyedit.gates import GATES
-from baft_easyedit.intervention import BaFTIntervention, basis_edit, orthonormal_rows
+from baft_easyedit.intervention import (
+    BaFTIntervention,
+    basis_edit,
+    orthonormal_rows,
+    tangent,
+)
 
 D, R = 16, 4
 
@@ -17,40 +22,46 @@ def random_intervention(gate="rms-sigmoid", seed=0):
     with torch.no_grad():
         for p in intervention.parameters():
             p.add_(torch.randn(p.shape, generator=generator))
+        intervention.basis.copy_(orthonormal_rows(intervention.basis))
     return intervention
 
 
-def test_basis_rows_are_orthonormal_for_any_raw_matrix():
-    basis = orthonormal_rows(torch.randn(D, R) * 7)
+def test_any_rows_become_an_orthonormal_basis_of_their_span():
+    rows = torch.randn(R, D) * 7
+    basis = orthonormal_rows(rows)
     assert torch.allclose(basis @ basis.mT, torch.eye(R), atol=1e-5)
+    assert torch.allclose(rows @ basis.mT @ basis, rows, atol=1e-4)
 
 
-def test_orthonormal_matrix_is_its_own_basis():
-    raw = torch.linalg.qr(torch.randn(D, R)).Q
-    raw[:, 1] *= -1
-    assert torch.allclose(orthonormal_rows(raw), raw.mT, atol=1e-6)
+def test_orthonormal_rows_stay_as_they_are():
+    rows = torch.linalg.qr(torch.randn(D, R)).Q.mT.contiguous()
+    rows[1] *= -1
+    assert torch.allclose(orthonormal_rows(rows), rows, atol=1e-6)
 
 
 def test_bases_of_many_are_those_of_each():
-    raw = torch.randn(3, D, R)
-    for many, one in zip(orthonormal_rows(raw), raw, strict=True):
+    rows = torch.randn(3, R, D)
+    for many, one in zip(orthonormal_rows(rows), rows, strict=True):
         assert torch.allclose(many, orthonormal_rows(one), atol=1e-6)
 
 
-def test_basis_stays_orthonormal_after_an_optimiser_step():
-    intervention = random_intervention()
-    optimizer = torch.optim.AdamW(intervention.parameters(), lr=0.1)
-    intervention(torch.randn(3, 5, D))[0].square().sum().backward()
-    optimizer.step()
-    basis = intervention.basis()
-    assert torch.allclose(basis @ basis.mT, torch.eye(R), atol=1e-5)
+def test_a_small_step_along_the_tangent_stays_orthonormal():
+    """To first order; and of all such steps it is the one that the gradient asks for."""
+    basis, gradient = orthonormal_rows(torch.randn(3, R, D)), torch.randn(3, R, D)
+    along = tangent(gradient, basis)
+    moved = basis + 1e-3 * along
+    assert torch.allclose(moved @ moved.mT, torch.eye(R), atol=1e-4)
+    assert not torch.allclose((basis + 1e-3 * gradient) @ moved.mT, torch.eye(R), atol=1e-3)
+    assert torch.allclose(tangent(along, basis), along, atol=1e-5)  # a projection
+    left_out = gradient - along
+    assert torch.allclose((left_out * along).sum((-2, -1)), torch.zeros(3), atol=1e-3)
 
 
 def test_weights_of_one_give_loreft():
     """Lemma 2.4, against LoReFT as its authors compute it, by torch's own parametrisation."""
     intervention = random_intervention("one")
     rotate = parametrizations.orthogonal(torch.nn.Linear(D, R, bias=False))
-    rotate.weight = intervention.basis().detach()
+    rotate.weight = intervention.basis.detach()
     source = torch.nn.Linear(D, R)
     source.weight.data = intervention.source_weight.data
     source.bias.data = intervention.source_bias.data
@@ -60,20 +71,20 @@ def test_weights_of_one_give_loreft():
 
 
 def test_weights_of_zero_give_the_identity_bit_for_bit():
-    h, basis = torch.randn(2, 5, D), orthonormal_rows(torch.randn(D, R))
+    h, basis = torch.randn(2, 5, D), orthonormal_rows(torch.randn(R, D))
     edited = basis_edit(h, basis, torch.randn(2, 5, R), torch.zeros(2, 5, R))
     assert torch.equal(edited, h)
 
 
 def test_edit_stays_in_the_span_of_the_basis():
     intervention, h = random_intervention(), torch.randn(2, 5, D)
-    delta, basis = intervention(h)[0] - h, intervention.basis()
+    delta, basis = intervention(h)[0] - h, intervention.basis
     assert delta.norm() > 1
     assert torch.allclose(delta @ basis.mT @ basis, delta, atol=1e-4)
 
 
 def test_each_weight_scales_the_edit_along_its_own_basis_only():
-    h, basis, target = torch.randn(5, D), orthonormal_rows(torch.randn(D, R)), torch.randn(5, R)
+    h, basis, target = torch.randn(5, D), orthonormal_rows(torch.randn(R, D)), torch.randn(5, R)
     weights = torch.rand(5, R)
     moved = basis_edit(h, basis, target, weights) @ basis.mT
     expected = (1 - weights) * (h @ basis.mT) + weights * target
@@ -97,7 +108,7 @@ def test_edit_without_gradients_is_the_differentiable_one(gate, scale):
     edited, weights = intervention(h)
     for _ in range(2):  # also where the parameters have changed
         with torch.no_grad():
-            edited_again, weights_again = intervention(h)
+            edited_again, weights_again = intervention.without_gradients(h)
             assert torch.allclose(weights_again, weights, atol=1e-6)
             assert torch.allclose(edited_again, edited, rtol=1e-4, atol=1e-5 * max(scale, 1))
             for p in intervention.parameters():
@@ -108,15 +119,15 @@ def test_edit_without_gradients_is_the_differentiable_one(gate, scale):
 @pytest.mark.parametrize("gate", GATES)
 def test_new_intervention_changes_nothing_without_gradients(gate):
     h = torch.randn(2, 5, D)
-    with torch.no_grad():
-        assert torch.equal(BaFTIntervention(D, R, gate)(h)[0], h)
+    assert torch.equal(BaFTIntervention(D, R, gate).without_gradients(h)[0], h)
 
 
 def test_edit_of_bf16_states_is_computed_in_fp32():
     intervention, h = random_intervention(), torch.randn(2, 5, D).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        edited = intervention(h)[0]
-    assert torch.equal(edited, intervention(h.float())[0].bfloat16())
+        edited = intervention(h)[0], intervention.without_gradients(h)[0]
+    assert torch.equal(edited[0], intervention(h.float())[0].bfloat16())
+    assert torch.equal(edited[1], intervention.without_gradients(h.float())[0].bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -138,7 +149,7 @@ def test_parameter_counts_are_those_of_table_3(hidden_size, gate, count):
 
 
 def test_same_seed_gives_the_same_basis():
-    first, second, other = (random_intervention(seed=s).basis() for s in (1, 1, 2))
+    first, second, other = (random_intervention(seed=s).basis for s in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -160,21 +171,23 @@ def test_rank_outside_the_hidden_size_is_refused(rank):
 def test_basis_edit_refuses_shapes_that_disagree(shapes, message):
     h, target, weights = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
-        basis_edit(h, orthonormal_rows(torch.randn(D, R)), target, weights)
+        basis_edit(h, orthonormal_rows(torch.randn(R, D)), target, weights)
 
 
-def test_basis_follows_its_parameter_also_where_it_is_remembered():
-    module = BaFTIntervention(8, 3)
+def test_edits_without_gradients_follow_the_parameters():
+    module, h = random_intervention(), torch.randn(3, D)
+
+    def agree(module):
+        return torch.allclose(module.without_gradients(h)[0], module(h)[0], atol=1e-5)
+
+    assert agree(module)
+    twin = copy.deepcopy(module)
+    other = random_intervention(seed=1)
+    module.load_state_dict(other.state_dict())
+    assert agree(module)
+    assert torch.allclose(module(h)[0], other(h)[0])
+    assert agree(twin)
+    assert not torch.allclose(twin(h)[0], other(h)[0])
     with torch.no_grad():
-        first = module.basis()
-        assert module.basis() is first
-        module.raw_basis.add_(torch.randn(8, 3))
-        assert torch.equal(module.basis(), orthonormal_rows(module.raw_basis))
-        state = {name: torch.randn_like(p) for name, p in module.state_dict().items()}
-        module.load_state_dict(state)
-        assert torch.equal(module.basis(), orthonormal_rows(state["raw_basis"]))
-        twin = copy.deepcopy(module)
-        twin.raw_basis.mul_(-1)
-        assert torch.equal(twin.basis(), orthonormal_rows(-state["raw_basis"]))
-        assert torch.equal(module.basis(), orthonormal_rows(state["raw_basis"]))
-    assert module.basis().requires_grad
+        twin.gate.weight.mul_(-1)
+    assert agree(twin)

@@ -351,7 +351,7 @@ def test_new_bases_change_nothing_and_old_ones_keep_their_values(gate):
         edited, now = edit.intervention(i)(hidden)
         assert torch.allclose(edited, expected, atol=1e-5)
         assert torch.allclose(now[..., :4], weights, atol=1e-6)
-        assert edit.intervention(i).basis().shape == (6, 32)
+        assert edit.intervention(i).basis.shape == (6, 32)
     assert edit.usage(1).total.tolist() == [1, 1, 1, 1, 0, 0]
     assert edit.num_parameters > num_parameters
 

@@ -358,7 +358,7 @@ def test_compiled_model_follows_the_edit(backend):
     compiled = torch.compile(model, backend=backend)
     assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
     with torch.no_grad():
-        edit.intervention(1).raw_basis.add_(edit.intervention(1).raw_basis.flip(0))
+        edit.intervention(1).basis.copy_(edit.intervention(1).basis.flip(0))
         edit.intervention(1).source_bias.add_(1)
     assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
     edit.detach()

@@ -17,7 +17,11 @@ from baft_easyedit.keeping.fingerprint import Fingerprint
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of what is written."""
+
+READABLE_VERSIONS = (1, 2)
+"""For 1 see `version1`."""
 
 _OF_EASYEDIT = frozenset(
     (
@@ -69,10 +73,10 @@ class KeptConfig:
             ValueError: If it is of another format version, or a value is missing or wrong.
         """
         found = taken(content, "format_version", int, where)
-        if found != FORMAT_VERSION:
+        if found not in READABLE_VERSIONS:
             raise ValueError(
-                f"{where} must have format_version {FORMAT_VERSION}; got {found}: use a version of "
-                "baft_easyedit that knows it"
+                f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
+                f"{found}: use a version of baft_easyedit that knows it"
             )
         return cls(
             base_model=taken(content, "base_model", str, where),
@@ -177,4 +181,9 @@ def environment(model: nn.Module) -> dict[str, Any]:
     """Return what must be the same for a replay to be bit-equal."""
     device = input_device(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**versions(), "device": name, "threads": torch.get_num_threads()}
+    return {
+        **versions(),
+        "format_version": FORMAT_VERSION,
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }

@@ -137,8 +137,7 @@ class KeptDirectory:
 
     def _is_exact(self, state: EditState, entry_id: int) -> bool:
         """Tell whether a state is that after an entry, bit for bit."""
-        position = self.journal.position_of(entry_id)
-        return state_hash(state) == self.journal.entries[position].state_hash
+        return self.journal.has_hash(entry_id, state_hash(state))
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint of the present state if there is none at all, as after `save`."""
@@ -270,7 +269,11 @@ class KeptDirectory:
             return None
         entry = content.entries[-1]
         known = self.journal.entries[entry.id : entry.id + 1]
-        return content if [entry.line] == [e.line for e in known] else None
+        if [entry.line] != [e.line for e in known]:
+            return None
+        if content.is_converted:
+            self.journal.note_hash(entry.id, state_hash(content.state))
+        return content
 
     # ---- recovery
 

@@ -154,6 +154,7 @@ class Journal:
         self.entries: list[Entry] = []
         self._positions: list[int] = []
         self._settings: list[int] = []
+        self._hashes: dict[int, set[str]] = {}  # by position
         for entry in entries:
             self.append(entry)
 
@@ -182,6 +183,15 @@ class Journal:
         if entry.kind in _SETTINGS:
             self._settings.append(entry.id)
         self.entries.append(entry)
+        self.note_hash(entry.id, entry.state_hash)
+
+    def note_hash(self, entry_id: int, state_hash: str) -> None:
+        """Take note of a hash that the state after an entry has: another one once converted."""
+        self._hashes.setdefault(self._positions[entry_id], set()).add(state_hash)
+
+    def has_hash(self, entry_id: int, state_hash: str) -> bool:
+        """Tell whether the state after an entry has a hash."""
+        return state_hash in self._hashes[self._positions[entry_id]]
 
     def next(self, kind: str, state_hash: str, content: Mapping[str, Any]) -> Entry:
         """Return a new entry that follows the last one, not yet appended.

@@ -78,7 +78,7 @@ def check_carries_no_other(model: nn.Module, kept: StateFile, where: str) -> Non
     if carried is None:
         return
     now = EditState(carried.snapshot(), kept.state.attached, kept.state.memory)
-    if state_hash(now) != kept.entries[-1].state_hash:
+    if state_hash(now) != state_hash(kept.state):
         raise ValueError(
             f"the model must carry no edit, or that in {where}; it carries another: call "
             "attached_edit(model).detach() first"

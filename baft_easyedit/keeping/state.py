@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from baft_easyedit.hooks import ModelEdit
-from baft_easyedit.keeping.config import FORMAT_VERSION, KeptConfig
+from baft_easyedit.keeping.config import FORMAT_VERSION, READABLE_VERSIONS, KeptConfig
 from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.keeping.journal import Entry
+from baft_easyedit.keeping.version1 import converted
 from baft_easyedit.learner import EditState
 
 _MAX_HEADER = 100_000_000
@@ -35,6 +36,8 @@ class StateFile:
     entries: tuple[Entry, ...]
     """The journal entry that the state is of, after those that were written with it."""
     config: KeptConfig
+    is_converted: bool = False
+    """Whether it was written in an older format: the state does not have the entry's hash then."""
 
 
 def state_hash(state: EditState) -> str:
@@ -114,7 +117,10 @@ def read_state(file: Path) -> StateFile:
         raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
     check_finite(state)
     config = parse_object(content["config"], f"config in {where}")
-    return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"))
+    is_old = content["format_version"] != str(FORMAT_VERSION)
+    if is_old:
+        state = state._replace(learned=converted(state.learned))
+    return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"), is_old)
 
 
 def read_entries(file: Path) -> tuple[Entry, ...]:
@@ -163,9 +169,9 @@ def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
     """Return the metadata, once it is known to be whole and of this format."""
     if not isinstance(metadata, dict) or "format_version" not in metadata:
         raise ValueError(f"{where} must be a state of baft_easyedit; its metadata are not of one")
-    if metadata["format_version"] != str(FORMAT_VERSION):
+    if metadata["format_version"] not in map(str, READABLE_VERSIONS):
         raise ValueError(
-            f"{where} must have format_version {FORMAT_VERSION}; got "
+            f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
             f"{metadata['format_version']!r}: use a version of baft_easyedit that knows it"
         )
     content: dict[str, Any] = {key: metadata.get(key) for key in _KEYS}

@@ -27,7 +27,7 @@ def test_weights_are_means_over_the_intervened_positions(model, tokenizer):
         hidden = model(ids, output_hidden_states=True).hidden_states[2][0, n - 3 :]
     edited, weights = edit.intervention(1)(hidden)
     assert record["weights"]["rewrite"]["1"] == pytest.approx(weights.mean(0).tolist(), abs=1e-5)
-    along = ((edited - hidden) @ edit.intervention(1).basis().mT).abs().mean(0)  # R (h' - h)
+    along = ((edited - hidden) @ edit.intervention(1).basis.mT).abs().mean(0)  # R (h' - h)
     assert record["update"]["rewrite"]["1"] == pytest.approx(along.tolist(), abs=1e-4)
 
 

@@ -149,7 +149,7 @@ def test_the_first_undo_takes_back_all_later_edits(make_editor, requests):
     assert torch.equal(logits(editor, requests[0]["prompt"]), before)
 
 
-def test_single_edits_repeat_the_steps_of_those_before(make_editor, requests):
+def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
     """And are what they would be on a model that was never edited."""
     arguments = {"keep_original_weight": True}
     alone, states = make_editor(), []
@@ -168,7 +168,6 @@ def test_single_edits_repeat_the_steps_of_those_before(make_editor, requests):
         undo()
         assert attached_edit(editor.model) is None
     assert all(edit is edits[0] for edit in edits)
-    assert 1 <= len(edits[0].known_steps) < len(requests)
 
 
 def test_other_hyper_parameters_begin_another_edit(make_editor, requests):

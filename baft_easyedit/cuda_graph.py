@@ -1,60 +1,58 @@
-"""Do one computation many times: first as it is, then by a recording of its kernels.
+"""Repeat a step of learning on a CUDA device by a graph of its kernels.
 
-On the CPU the recording is a `Tape`, on a CUDA device a `CudaGraph`. What a recording gives the
-first time, and the first time after it was renewed, is compared with the computation; if they
-differ, or it cannot be recorded, the computation goes on as it is, and a line in the log says why.
+A short step is mostly launches of small kernels. Steps on the same forward run the same kernels, so
+that the second one is captured (`CudaGraph`) and the others are launched as one; later edits of the
+same sizes put their contents into its memory and go on with it (`KnownSteps`). What a graph gives
+the first time, and the first time on new contents, is compared with the computation; if they
+differ, or it cannot be captured, steps are computed one by one, and a line in the log says why.
+Needs torch only.
 """
 
+import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from baft_easyedit.tape import Result, uncollected
+Result = TypeVar("Result")
+"""Tensors in NamedTuples, tuples, lists and dicts."""
 
 Given = TypeVar("Given", covariant=True)
 
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-3
-"""How far a recording may be off, relative to the largest value; a tape is hardly off at all."""
+"""How far a graph may be off, relative to the largest value."""
 
 _TOLERANCE_BEYOND = 5e-2
-"""The same for what comes behind the first of a tuple of results: gradients, which kernels on a GPU
-add up in any order."""
+"""The same for what comes behind the first of a tuple of results: gradients, which kernels add up
+in any order."""
+
+_MOST_STEPS = 32
+"""Steps that are kept for later edits."""
+
+_MOST_BYTES = 2**30
+"""Most memory of their contents; that of graphs is in the pool."""
 
 
-class Repeatable(Protocol[Given]):
-    """A recording of a computation."""
+class Graph(Protocol[Given]):
+    """A computation that was captured."""
 
     @property
     def result(self) -> Given | None:
-        """What was computed last; None if nothing was yet, as a recording need not compute."""
-        ...
-
-    @property
-    def can_renew(self) -> bool:
-        """Whether it can be renewed."""
-        ...
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes by itself."""
+        """What was computed last."""
         ...
 
     def run(self) -> Given:
         """Compute again on what the inputs hold now; in the memory of the last time."""
-        ...
-
-    def renew(self) -> None:
-        """Take note of what else the computation reads: that may have changed, in place."""
         ...
 
 
@@ -111,7 +109,7 @@ class CudaGraph(Generic[Result]):
         pool.stream.wait_stream(current)
         # Not by torch.cuda.graph, which collects garbage and empties the cache: that takes longer
         # than a step. No graph may be freed meanwhile.
-        with uncollected(), torch.cuda.stream(pool.stream):
+        with _uncollected(), torch.cuda.stream(pool.stream):
             try:
                 self._memory = self._captured(compute, pool)
             except BaseException:
@@ -159,96 +157,148 @@ def _never_waiting() -> Iterator[None]:
 
 
 class Repeated(Generic[Result]):
-    """Calls a computation, or its recording once there is one.
+    """Calls a computation, or its graph once there is one.
 
     Args:
         compute: The computation.
-        record: Makes a recording of it; None if that is not wanted.
+        capture: Makes a graph of it once it has run; None to compute each time.
         check: Raises ValueError if a result is not what is computed now, which it finds out for
-            less than that takes; a renewed recording is tried so. It is compared if None.
-        num_computed: Times that it is done before it is recorded: CUDA captures what has run once.
+            less than that takes; a graph on new contents is tried so.
     """
 
     def __init__(
         self,
         compute: Callable[[], Result],
-        record: Callable[[], Repeatable[Result]] | None,
-        check: Callable[[Result], None] | None = None,
-        num_computed: int = 1,
+        capture: Callable[[], Graph[Result]] | None,
+        check: Callable[[Result], None],
     ) -> None:
         self._compute = compute
-        self._record = record
+        self._capture = capture
         self._check = check
-        self._num_to_compute = num_computed
-        self._recording: Repeatable[Result] | None = None
+        self._graph: Graph[Result] | None = None
+        self._has_run = False
         self._is_checked = False
-        self._is_renewed = False
+        self._has_new_contents = False
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether the next call runs a recording."""
-        return self._recording is not None
+    def is_captured(self) -> bool:
+        """Whether the next call runs a graph."""
+        return self._graph is not None
 
     @property
     def has_given_up(self) -> bool:
-        """Whether it could not be recorded."""
-        return self._record is None
+        """Whether it could not be captured."""
+        return self._capture is None
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the recording."""
-        return 0 if self._recording is None else self._recording.num_bytes
-
-    def renew(self) -> bool:
-        """Take note that what the computation reads may have changed, in place.
-
-        Returns:
-            Whether it can go on with that: not if it could not be recorded.
-        """
-        if self._record is None:
-            return False
-        if self._recording is not None:
-            if not self._recording.can_renew:
-                return False
-            self._recording.renew()
-            self._is_renewed, self._is_checked = self._is_checked, False
-        return True
+    def renew(self) -> None:
+        """Take note that the inputs have new contents."""
+        self._has_new_contents, self._is_checked = self._is_checked, False
 
     def __call__(self) -> Result:
         """Compute, one way or the other."""
-        if self._recording is not None and self._is_checked:
-            return self._recording.run()
-        if self._num_to_compute or self._record is None:
-            self._num_to_compute = max(0, self._num_to_compute - 1)
+        if self._graph is not None and self._is_checked:
+            return self._graph.run()
+        if not self._has_run or self._capture is None:
+            self._has_run = True
             return self._compute()
         try:
-            return self._checked() if self._recording is not None else self._recorded(self._record)
-        # Whatever a model's code does that cannot be recorded.
+            return self._checked(self._graph) if self._graph else self._captured(self._capture)
+        # Whatever a model's code does that cannot be captured.
         except Exception as error:
-            if self._recording is not None and isinstance(error, torch.cuda.OutOfMemoryError):
+            if self._graph is not None and isinstance(error, torch.cuda.OutOfMemoryError):
                 raise  # the computation needs more than there is
             reason = f"{type(error).__name__}: {error}"
         # Not above, where the error holds on to what had been computed until then.
         logger.info("steps are computed one by one: they cannot be repeated (%s)", reason)
-        self._recording = self._record = None
+        self._graph = self._capture = None
         return self._compute()
 
-    def _recorded(self, record: Callable[[], Repeatable[Result]]) -> Result:
-        """Make the recording, which is not relied on yet."""
-        self._recording = record()
-        return self._compute() if self._recording.result is None else self._recording.result
+    def _captured(self, capture: Callable[[], Graph[Result]]) -> Result:
+        """Make the graph, which is not relied on yet."""
+        self._graph = capture()
+        return self._compute() if self._graph.result is None else self._graph.result
 
-    def _checked(self) -> Result:
-        """Compare the recording with the computation, on what the inputs hold by now."""
-        assert self._recording is not None
-        if self._is_renewed and self._check is not None:
-            result = self._recording.run()
+    def _checked(self, graph: Graph[Result]) -> Result:
+        """Compare the graph with the computation, on what the inputs hold by now."""
+        if self._has_new_contents:
+            result = graph.run()
             self._check(result)
         else:
             result = self._compute()
-            _check_same(result, self._recording.run())
+            _check_same(result, graph.run())
         self._is_checked = True
         return result
+
+
+class KnownStep(NamedTuple):
+    """A step that later edits may repeat."""
+
+    forward: Any
+    """The `forward.Forward` whose memory it reads."""
+    repeated: Repeated[Any]
+    """Computes it."""
+
+
+class KnownSteps:
+    """The steps used last, by their sizes.
+
+    A graph knows where in memory a model and an edit lie: a copy of it, or one that was written to
+    a file, knows nothing.
+    """
+
+    def __init__(self) -> None:
+        self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
+        self._made_with: Hashable = None
+        self._pool: GraphPool | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __reduce__(self) -> Any:
+        return KnownSteps, ()
+
+    def pool_on(self, device: torch.device) -> GraphPool:
+        """Return what all graphs share, which run one after another on this device."""
+        if self._pool is None or self._pool.device != device:
+            self._pool = GraphPool(device)
+        return self._pool
+
+    def make_valid_for(self, version: Hashable) -> None:
+        """Forget everything unless it was made with this version of model, edit and settings."""
+        if version != self._made_with:
+            self._steps.clear()
+            self._pool = None  # a capture may have failed in it
+            self._made_with = version
+
+    def get(self, sizes: Hashable) -> KnownStep | None:
+        """Return the step of some sizes; None if there is none (any more)."""
+        if sizes in self._steps:
+            self._steps.move_to_end(sizes)
+        return self._steps.get(sizes)
+
+    def put(self, sizes: Hashable, step: KnownStep) -> None:
+        """Keep a step; those that were not used for the longest time make room."""
+        self._steps[sizes] = step
+        self._steps.move_to_end(sizes)
+        while len(self._steps) > _MOST_STEPS or self._num_bytes > _MOST_BYTES:
+            self._steps.popitem(last=False)
+
+    @property
+    def _num_bytes(self) -> int:
+        """Memory of all contents."""
+        return sum(step.forward.num_bytes for step in self._steps.values())
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector out of this context."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_same(computed: Any, repeated: Any) -> None:

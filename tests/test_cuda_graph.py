@@ -1,18 +1,32 @@
-"""When a computation is done as it is, and when by its recording."""
+"""When a computation is done as it is, when by its graph, and which graphs are kept."""
 
 import gc
 import logging
+import pickle
 import warnings
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from baft_easyedit import repeat
-from baft_easyedit.repeat import CudaGraph, GraphPool, Repeated, check_equal
+from baft_easyedit import cuda_graph
+from baft_easyedit.cuda_graph import (
+    CudaGraph,
+    GraphPool,
+    KnownStep,
+    KnownSteps,
+    Repeated,
+    check_equal,
+)
 
 X = torch.tensor([1.0, 2.0])
+MIB = 2**20
+
+
+def unchecked(result):
+    raise AssertionError("nothing has new contents here")
 
 
 class Counted:
@@ -21,13 +35,7 @@ class Counted:
     def __init__(self, function):
         self.function = function
         self.count = 0
-        self.num_renewed = 0
         self.result = None
-        self.can_renew = True
-        self.num_bytes = 7
-
-    def renew(self):
-        self.num_renewed += 1
 
     def __call__(self):
         self.count += 1
@@ -36,30 +44,30 @@ class Counted:
     run = __call__
 
 
-def test_the_first_calls_are_computed_then_one_recording_serves():
-    compute, recording = Counted(lambda: {"x": X * 2}), Counted(lambda: {"x": X * 2})
-    repeated = Repeated(compute, lambda: recording)
+def test_the_first_calls_are_computed_then_one_graph_serves():
+    compute, graph = Counted(lambda: {"x": X * 2}), Counted(lambda: {"x": X * 2})
+    repeated = Repeated(compute, lambda: graph, unchecked)
     for _ in range(10):
         assert torch.equal(repeated()["x"], X * 2)
-    assert repeated.is_recorded
-    assert (compute.count, recording.count) == (3, 8)  # in the third call both, to compare
+    assert repeated.is_captured
+    assert (compute.count, graph.count) == (3, 8)  # in the third call both, to compare
 
 
-def test_what_was_computed_for_the_recording_is_not_computed_again():
-    compute, recording = Counted(lambda: X), Counted(lambda: X)
-    recording.result = X * 1
-    repeated = Repeated(compute, lambda: recording)
-    assert [repeated() is recording.result for _ in range(4)] == [False, True, False, False]
-    assert (compute.count, recording.count) == (2, 2)
+def test_what_was_computed_for_the_graph_is_not_computed_again():
+    compute, graph = Counted(lambda: X), Counted(lambda: X)
+    graph.result = X * 1
+    repeated = Repeated(compute, lambda: graph, unchecked)
+    assert [repeated() is graph.result for _ in range(4)] == [False, True, False, False]
+    assert (compute.count, graph.count) == (2, 2)
 
 
-def test_without_a_recorder_all_is_computed():
+def test_what_is_not_to_be_captured_is_computed():
     compute = Counted(lambda: X)
-    repeated = Repeated(compute, None)
+    repeated = Repeated(compute, None, unchecked)
     for _ in range(10):
         repeated()
     assert compute.count == 10
-    assert not repeated.is_recorded
+    assert not repeated.is_captured
 
 
 def raising(error):
@@ -78,11 +86,11 @@ def raising(error):
         (lambda: Counted(lambda: X * float("nan")), "ValueError: it is off by nan"),
     ],
 )
-def test_what_cannot_be_recorded_rightly_is_computed(record, reason, caplog):
-    repeated = Repeated(lambda: X * 2, record)
+def test_what_cannot_be_captured_rightly_is_computed(record, reason, caplog):
+    repeated = Repeated(lambda: X * 2, record, unchecked)
     with caplog.at_level(logging.INFO, logger="baft_easyedit"):
         results = [repeated() for _ in range(6)]
-    assert not repeated.is_recorded
+    assert not repeated.is_captured
     assert all(torch.equal(result, X * 2) for result in results)
     (line,) = caplog.messages
     assert line.startswith("steps are computed one by one: they cannot be repeated")
@@ -91,43 +99,33 @@ def test_what_cannot_be_recorded_rightly_is_computed(record, reason, caplog):
 
 def test_integers_and_empty_tensors_are_compared_too(caplog):
     results = (torch.tensor([1]), torch.empty(0), None)
-    repeated = Repeated(lambda: results, lambda: Counted(lambda: results))
+    repeated = Repeated(lambda: results, lambda: Counted(lambda: results), unchecked)
     for _ in range(5):
         repeated()
-    assert repeated.is_recorded
+    assert repeated.is_captured
     assert not caplog.messages
 
 
-def recorded(recording, **options):
-    """A repeated computation that runs its recording by now."""
+def captured(graph, check):
+    """A repeated computation that runs its graph by now."""
     compute = Counted(lambda: (X * 2, X))
-    repeated = Repeated(compute, lambda: recording, **options)
+    repeated = Repeated(compute, lambda: graph, check)
     for _ in range(4):
         repeated()
     return repeated, compute
 
 
-def test_a_renewed_recording_is_checked_for_less():
-    checked, recording = [], Counted(lambda: (X * 2, X))
-    repeated, compute = recorded(recording, check=checked.append)
-    assert repeated.num_bytes == 7
+def test_a_graph_on_new_contents_is_checked_for_less():
+    checked, graph = [], Counted(lambda: (X * 2, X))
+    repeated, compute = captured(graph, checked.append)
     for n in (1, 2):
-        assert repeated.renew()
+        repeated.renew()
         for _ in range(3):
             repeated()
-        assert recording.num_renewed == len(checked) == n
+        assert len(checked) == n
     assert torch.equal(checked[1][0], X * 2)
     assert compute.count == 3
-    assert recording.count == 2 + 6
-
-
-def test_a_renewed_recording_is_compared_if_there_is_no_check():
-    recording = Counted(lambda: (X * 2, X))
-    repeated, compute = recorded(recording)
-    assert repeated.renew()
-    repeated()
-    repeated()
-    assert compute.count == 4
+    assert graph.count == 2 + 6
 
 
 @pytest.mark.parametrize(
@@ -138,21 +136,19 @@ def test_a_renewed_recording_is_compared_if_there_is_no_check():
         (lambda _: torch.cuda.no_such_thing, "AttributeError"),
     ],
 )
-def test_a_renewed_recording_that_is_off_is_not_used(check, reason, caplog):
-    repeated, compute = recorded(Counted(lambda: (X * 2, X)), check=check)
-    assert repeated.renew()
+def test_a_graph_that_is_off_on_new_contents_is_not_used(check, reason, caplog):
+    repeated, compute = captured(Counted(lambda: (X * 2, X)), check)
+    repeated.renew()
     with caplog.at_level(logging.INFO, logger="baft_easyedit"):
         assert torch.equal(repeated()[0], X * 2)
     assert reason in caplog.text
     assert compute.count == 4
-    assert not repeated.is_recorded
-    assert repeated.num_bytes == 0
-    assert not repeated.renew()  # once more from the beginning
+    assert repeated.has_given_up
 
 
 def test_masks_are_compared_too(caplog):
     mask = torch.tensor([True, False])
-    repeated = Repeated(lambda: (mask, X), lambda: Counted(lambda: (~mask, X)))
+    repeated = Repeated(lambda: (mask, X), lambda: Counted(lambda: (~mask, X)), unchecked)
     repeated()
     repeated()
     with caplog.at_level(logging.INFO, logger="baft_easyedit"):
@@ -160,33 +156,17 @@ def test_masks_are_compared_too(caplog):
     assert "it has other torch.bool values" in caplog.text
 
 
-def test_what_cannot_be_renewed_says_so():
-    recording = Counted(lambda: (X * 2, X))
-    recording.can_renew = False
-    repeated, _ = recorded(recording)
-    assert not repeated.renew()
-    assert recording.num_renewed == 0
-
-
-def test_recordings_may_be_made_at_once():
-    compute, recording = Counted(lambda: X), Counted(lambda: X)
-    repeated = Repeated(compute, lambda: recording, num_computed=0)
-    for _ in range(3):
-        repeated()
-    assert (compute.count, recording.count) == (2, 2)
-
-
 def test_memory_that_the_computation_lacks_is_no_reason_to_give_up():
     def lack():
         raise torch.cuda.OutOfMemoryError("no more")
 
-    repeated = Repeated(lambda: X, lambda: Counted(lack))
+    repeated = Repeated(lambda: X, lambda: Counted(lack), unchecked)
     repeated()
     repeated()
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no more"):
         repeated()
-    assert repeated.is_recorded
-    repeated = Repeated(lambda: X, lack)
+    assert repeated.is_captured
+    repeated = Repeated(lambda: X, lack, unchecked)
     assert torch.equal(repeated(), X)
     assert torch.equal(repeated(), X)
     assert repeated.has_given_up
@@ -194,16 +174,16 @@ def test_memory_that_the_computation_lacks_is_no_reason_to_give_up():
 
 def test_gradients_may_be_off_further_than_what_comes_before(caplog):
     for first, rest, is_right in ((1.0, 1.02, True), (1.02, 1.0, False), (1.0, 1.1, False)):
-        recording = Counted(lambda first=first, rest=rest: (X * first, [X * rest]))
-        repeated = Repeated(lambda: (X, [X]), lambda recording=recording: recording)
+        graph = Counted(lambda first=first, rest=rest: (X * first, [X * rest]))
+        repeated = Repeated(lambda: (X, [X]), lambda graph=graph: graph, unchecked)
         for _ in range(4):
             repeated()
-        assert repeated.is_recorded == is_right
+        assert repeated.is_captured == is_right
 
 
 @pytest.fixture
 def pool(monkeypatch):
-    monkeypatch.setattr(repeat, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: None)
     return GraphPool("a device")
 
 
@@ -220,7 +200,7 @@ def test_a_computation_that_waits_is_not_captured(pool, modes):
     def wait():
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
-    with pytest.raises(RuntimeError, match=r"it waits for the device \(.*test_repeat.py:\d+\)"):
+    with pytest.raises(RuntimeError, match=r"it waits for the device \(.*test_cuda_graph.py:\d+\)"):
         CudaGraph(wait, pool)
     assert modes == ["warn", 0]
 
@@ -253,14 +233,80 @@ def test_memory_goes_with_the_last_graph(pool, monkeypatch):
     assert pool.handle_for(Counted(None)) == "b"
 
 
-def test_what_is_not_recorded_yet_goes_on():
-    compute, recording = Counted(lambda: X), Counted(lambda: X)
-    repeated = Repeated(compute, lambda: recording)
+def test_what_is_not_captured_yet_goes_on():
+    compute, graph = Counted(lambda: X), Counted(lambda: X)
+    repeated = Repeated(compute, lambda: graph, unchecked)
     repeated()
-    assert repeated.renew()
+    repeated.renew()
     for _ in range(3):
         repeated()
-    assert (compute.count, recording.count) == (3, 2)
+    assert (compute.count, graph.count) == (3, 2)
+
+
+def step(mib=0):
+    return KnownStep(SimpleNamespace(num_bytes=mib * MIB), None)
+
+
+def test_steps_are_known_by_their_sizes():
+    known, kept = KnownSteps(), step()
+    assert known.get(3) is None
+    known.put(3, kept)
+    assert known.get(3) is kept
+    other = step()
+    known.put(3, other)
+    assert known.get(3) is other
+    assert len(known) == 1
+
+
+def test_another_model_or_edit_makes_forget():
+    known = KnownSteps()
+    known.make_valid_for("model 1")
+    known.put(3, step())
+    known.make_valid_for("model 1")
+    assert len(known) == 1
+    known.make_valid_for("model 2")
+    assert len(known) == 0
+
+
+def test_what_was_not_used_for_the_longest_time_makes_room():
+    known = KnownSteps()
+    for sizes in range(32):
+        known.put(sizes, step())
+    known.get(0)
+    known.put(32, step())
+    assert known.get(0) is not None
+    assert known.get(1) is None
+    assert len(known) == 32
+
+
+def test_memory_is_bounded():
+    known = KnownSteps()
+    for sizes in range(3):
+        known.put(sizes, step(400))
+    assert [known.get(sizes) is None for sizes in range(3)] == [True, False, False]
+    known.put(4, step(2000))
+    assert len(known) == 0
+
+
+def test_copies_and_files_know_nothing():
+    known = KnownSteps()
+    known.make_valid_for("model")
+    known.put(3, step())
+    for other in (deepcopy(known), pickle.loads(pickle.dumps(known))):
+        assert isinstance(other, KnownSteps)
+        assert len(other) == 0
+
+
+def test_graphs_of_a_device_share_one_pool(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_capture_stream", str)
+    known = KnownSteps()
+    pool = known.pool_on(0)
+    assert known.pool_on(0) is pool
+    assert known.pool_on(1) is not pool
+    assert known.pool_on(1).stream == "1"
+    pool = known.pool_on(1)
+    known.make_valid_for("other weights")
+    assert known.pool_on(1) is not pool
 
 
 @pytest.mark.gpu
