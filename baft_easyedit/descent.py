@@ -56,6 +56,8 @@ class Step(NamedTuple):
     """True at those of irrelevant prompts, [E, b, W]."""
     row_losses: Tensor
     """Mean loss of each row's answer tokens, [R]; 0 for irrelevant prompts."""
+    row_misses: Tensor
+    """Share of each row's answer tokens that greedy decoding does not give, [R]; likewise."""
 
 
 Gradients = list[Tensor | None]
@@ -118,7 +120,8 @@ class Objective:
         """Run the model once and compute the objective's terms."""
         layout, edit, h = forward.layout, self._edit, self._hparams
         with edit.recording() as record:
-            losses = token_losses(forward(), layout.labels)  # [A]
+            logits = forward()
+        losses = token_losses(logits, layout.labels)  # [A]
         device = record.weights[edit.layers[0]].device
         weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
         weights = weights.view(len(weights), edit.num_edits, -1, *weights.shape[2:])
@@ -135,8 +138,12 @@ class Objective:
             margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
             locality = locality_margin(weights, edited, weights, irrelevant, **margins)  # [L, E]
             terms["locality"] = locality.mean(0)
-        row_losses = answer_loss(losses.detach(), layout.label_rows, len(layout.rows))
-        return Step(terms, loss, weights, new, irrelevant, row_losses)
+        misses = (logits.detach().argmax(-1) != layout.labels).to(losses.dtype)  # [A]
+        row_losses, row_misses = (
+            answer_loss(values, layout.label_rows, len(layout.rows))
+            for values in (losses.detach(), misses)
+        )
+        return Step(terms, loss, weights, new, irrelevant, row_losses, row_misses)
 
     def _total(self, step: Step) -> Tensor:
         """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""

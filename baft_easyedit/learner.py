@@ -4,6 +4,7 @@ Each call minimises the objective over the parameters of the model's `ModelEdit`
 weights never change. What a call changes is an `EditState`, which can be taken and restored.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,11 @@ from baft_easyedit.models import input_device, text_config
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 3
+"""Requests that a warning names."""
 
 
 class EditState(NamedTuple):
@@ -78,6 +84,7 @@ class Learner:
         rehearsal = self._rehearsal(hparams, memory, requests)
         (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
         self.edit.restore(learned.state)
+        _warn_of_unlearned(requests, [learned.report])
         num_seen = memory.num_seen
         memory.remember(requests, learned.report.request_losses, hparams)
         every = hparams.consolidate_every
@@ -123,7 +130,9 @@ class Learner:
                     continue
                 size.finish(len(part))
                 learned |= dict(zip(part, results, strict=True))
-        return [learned[i] for i in range(len(edits))]
+        in_order = [learned[i] for i in range(len(edits))]
+        _warn_of_unlearned(requests, [one.report for one in in_order])
+        return in_order
 
     def install(
         self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
@@ -214,6 +223,28 @@ class Learner:
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
             with_end=h.learn_end,
+        )
+
+
+def _warn_of_unlearned(requests: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
+    """Log a warning that names the requests that were not learned, if there are any."""
+    losses = [loss for report in reports for loss in report.request_losses]
+    learned = [is_learned for report in reports for is_learned in report.learned]
+    unlearned = [
+        f"{request.prompt!r} -> {request.target_new!r} (loss {loss:.2g})"
+        for request, loss, is_learned in zip(requests, losses, learned, strict=True)
+        if not is_learned
+    ]
+    if unlearned:
+        more = f" and {len(unlearned) - _MOST_NAMED} more" if len(unlearned) > _MOST_NAMED else ""
+        logger.warning(
+            "%d of %d requests not learned in %d steps: %s%s; raise num_steps or lr, or learn "
+            "fewer at once",
+            len(unlearned),
+            len(requests),
+            max(report.num_steps for report in reports),
+            ", ".join(unlearned[:_MOST_NAMED]),
+            more,
         )
 
 

@@ -53,6 +53,9 @@ class EditReport:
     """What the gates did at the end; None for ReFT, which has none, and if no step was taken."""
     request_losses: tuple[float, ...] = ()
     """The last answer loss of each request, in nats per token."""
+    learned: tuple[bool, ...] = ()
+    """Whether each request was learned: its last answer loss is below `early_stop_loss`, or its
+    target is what greedy decoding gives."""
     consolidation: "EditReport | None" = None
     """What going over all remembered edits did, if it was time for that after this edit."""
 
@@ -142,11 +145,19 @@ def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, weight_decay=hparams.weight_decay, fused=can_fuse)
 
 
+class _Answered(NamedTuple):
+    """How a request's answer is known after a step."""
+
+    loss: float
+    """In nats per token."""
+    is_learned: bool
+
+
 class _Done(NamedTuple):
     """What an edit was when it stopped."""
 
     num_steps: int
-    request_losses: tuple[float, ...]
+    requests: list["_Answered"]
     state: Snapshot
     gates: GateReport | None
 
@@ -182,24 +193,30 @@ class _Run:
         every = 1 if step.loss.device.type == "cpu" else _CHECK_EVERY
         if num_steps % every and not is_last:
             return False
-        row_losses = self._read(step.row_losses)
+        row_losses, row_misses = self._read(step)
         if self._rehearsal is not None:
             self._rehearsal.note(row_losses[0][self._num_rows :])
-        edits = range(self._edit.num_edits)
-        done = [i for i in edits if i not in self._done and (is_last or self._is_learned(i))]
+        answered = [
+            [self._answered(*row) for row in zip(losses, misses, strict=True)][: self._num_requests]
+            for losses, misses in zip(row_losses, row_misses, strict=True)
+        ]
+        done = {
+            i: requests
+            for i, requests in enumerate(answered)
+            if i not in self._done and (is_last or self._may_stop(i, requests))
+        }
         if done:
-            losses = {i: tuple(row_losses[i][: self._num_requests]) for i in done}
-            self._done |= self._finished(num_steps, losses, step)
+            self._done |= self._finished(num_steps, done, step)
         return len(self._done) == self._edit.num_edits
 
-    def _read(self, row_losses: Tensor) -> list[list[float]]:
-        """Take note of the latest terms, and return the losses of each edit's rows.
+    def _read(self, step: Step) -> tuple[list[list[float]], list[list[float]]]:
+        """Take note of the latest terms; return the losses and misses of each edit's rows.
 
         It waits for the device once.
         """
-        device = row_losses.device
+        device = step.row_losses.device
         terms = [term.to(device) for terms in self._unread for term in terms.values()]
-        numbers = torch.cat([*terms, row_losses]).tolist()
+        numbers = torch.cat([*terms, step.row_losses, step.row_misses]).tolist()
         edits = self._edit.num_edits
         by_edit = iter([numbers[i : i + edits] for i in range(0, len(terms) * edits, edits)])
         latest = [{name: next(by_edit) for name in terms} for terms in self._unread]
@@ -207,32 +224,38 @@ class _Run:
         self._terms += latest
         _check_finite(latest, set(self._done))
         rest = numbers[len(terms) * edits :]
-        each = len(rest) // edits
-        return [rest[i * each : (i + 1) * each] for i in range(edits)]
+        each = len(rest) // (2 * edits)
+        by_rows = [rest[i : i + each] for i in range(0, len(rest), each)]
+        return by_rows[:edits], by_rows[edits:]
 
-    def _is_learned(self, i: int) -> bool:
-        """Tell whether edit i may stop early."""
+    def _answered(self, loss: float, misses: float) -> _Answered:
+        """Tell whether a request is learned."""
+        return _Answered(loss, loss < self._hparams.early_stop_loss or misses == 0)
+
+    def _may_stop(self, i: int, requests: Sequence[_Answered]) -> bool:
+        """Tell whether edit i may stop early: not while one of its requests is not learned."""
         h, terms = self._hparams, self._terms[-1]
         is_rehearsed = "rehearsal" not in terms or terms["rehearsal"][i] <= h.rehearsal_stop_loss
-        return terms["answer"][i] < h.early_stop_loss and is_rehearsed
+        is_low = terms["answer"][i] < h.early_stop_loss
+        return is_low and is_rehearsed and all(request.is_learned for request in requests)
 
     def _finished(
-        self, num_steps: int, losses: Mapping[int, tuple[float, ...]], step: Step
+        self, num_steps: int, answered: Mapping[int, list[_Answered]], step: Step
     ) -> dict[int, _Done]:
         """Return what edits have learned, their own usage counted as past, by their indices.
 
         Args:
             num_steps: Steps that they took.
-            losses: Last losses of each one's requests.
+            answered: The requests of each.
             step: The last step.
         """
         total, count = self._edit.joint_usage().with_current(step.weights, step.new)
         usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}
         has_gates = self._hparams.gate != "one" and num_steps > 0 and self._num_requests > 0
-        reports = _gate_reports(list(losses), step, usage) if has_gates else {}
+        reports = _gate_reports(list(answered), step, usage) if has_gates else {}
         return {
-            i: _Done(num_steps, row_losses, self._edit.state_of(i, usage), reports.get(i))
-            for i, row_losses in losses.items()
+            i: _Done(num_steps, requests, self._edit.state_of(i, usage), reports.get(i))
+            for i, requests in answered.items()
         }
 
     def results(self, time_s: float) -> list[Learned]:
@@ -256,7 +279,8 @@ class _Run:
             stopped_early=done.num_steps < self._hparams.num_steps,
             time_s=time_s,
             gates=done.gates,
-            request_losses=done.request_losses,
+            request_losses=tuple(request.loss for request in done.requests),
+            learned=tuple(request.is_learned for request in done.requests),
         )
         return Learned(done.state, report)
 

@@ -142,11 +142,12 @@ def text_rows(
         with_end: Put the tokenizer's end-of-sequence token behind each target, as its last one.
 
     Raises:
-        ValueError: If a target has no token of its own, a text is longer than `max_context`, or the
-            tokenizer has no end-of-sequence token.
+        ValueError: If a target has no token of its own, a prompt has two targets, a text is longer
+            than `max_context`, or the tokenizer has no end-of-sequence token.
     """
     end = _end(tokenizer) if with_end else ()
     rows = [_edit_row(request, tokenizer, use_chat_template, end) for request in requests]
+    _check_agree(requests, rows)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         rows += [_irrelevant_row(text, tokenizer, loc_positions) for text in texts]
@@ -157,6 +158,18 @@ def text_rows(
             f"text has {longest}"
         )
     return rows
+
+
+def _check_agree(requests: Sequence[EditRequest], rows: Sequence[TextRow]) -> None:
+    """Raise ValueError if two requests ask for different answers to one prompt."""
+    answers: dict[tuple[int, ...], tuple[TextRow, EditRequest]] = {}
+    for request, row in zip(requests, rows, strict=True):
+        other, first = answers.setdefault(row.ids[: row.prompt_length], (row, request))
+        if other.ids != row.ids:
+            raise ValueError(
+                "requests learned together must not give one prompt two targets; "
+                f"{request.prompt!r} has {first.target_new!r} and {request.target_new!r}: keep one"
+            )
 
 
 def _end(tokenizer: Any) -> tuple[int]:

@@ -352,3 +352,63 @@ def test_an_editor_learns_into_a_given_edit_of_its_shape(model, tokenizer, hpara
     editor.edit(request_dict)
     with pytest.raises(ValueError, match="rank must be 4, as in the given edit; got 8"):
         BaFTEditor(make_model(), tokenizer, replace(hparams, rank=8), edit=edit)
+
+
+def test_a_report_tells_which_requests_were_learned(model, tokenizer, hparams, caplog):
+    requests = [
+        {"prompt": "The capital of France is", "target_new": "R"},
+        {"prompt": "Ice is", "target_new": "a long answer of many tokens, which takes more steps"},
+    ]
+    editor = BaFTEditor(model, tokenizer, hparams)
+    assert editor.edit(requests[0]).learned == (True,)
+    assert not caplog.messages
+    editor.hparams = replace(hparams, num_steps=2)
+    report = editor.edit(requests)  # one is known, and two steps do not teach the other
+    assert report.learned == (True, False)
+    (warning,) = caplog.messages
+    assert "1 of 2 requests not learned in 2 steps: 'Ice is' -> 'a long answer" in warning
+
+
+def test_what_greedy_decoding_gives_is_learned_whatever_its_loss(model, tokenizer, hparams):
+    unsure = replace(hparams, early_stop_loss=0.0)
+    editor = BaFTEditor(model, tokenizer, unsure)
+    report = editor.edit({"prompt": "Ice is", "target_new": "hot"})
+    assert report.num_steps == hparams.num_steps
+    assert report.learned == (True,)
+    assert answer(model, tokenizer, "Ice is", 4) == " hot"
+    editor.hparams = replace(unsure, num_steps=1, lr=1e-9)
+    assert editor.edit({"prompt": "Ice is", "target_new": "hot"}).learned == (True,)
+    assert editor.edit({"prompt": "Ice is", "target_new": "wet"}).learned == (False,)
+
+
+def test_many_unlearned_requests_are_counted(model, tokenizer, hparams, caplog):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
+    requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(5)]
+    assert editor.edit(requests).learned == (False,) * 5
+    assert "5 of 5 requests not learned" in caplog.text
+    assert " and 2 more; raise num_steps or lr" in caplog.text
+    caplog.clear()
+    apart = editor.learn_apart(requests)
+    assert [learned.report.learned for learned in apart] == [(False,)] * 5
+    assert "5 of 5 requests not learned" in caplog.text
+
+
+def test_a_batch_does_not_stop_before_each_of_its_requests_is_learned(model, tokenizer, hparams):
+    """A long answer that is known would outweigh a short one that is not."""
+    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=1.5))
+    known = {"prompt": "Ice is", "target_new": "a long answer of very many tokens"}
+    editor.edit(known)
+    report = editor.edit([known, {"prompt": "The capital of France is", "target_new": "X"}])
+    assert report.num_steps > 0
+    assert report.learned == (True, True)
+
+
+def test_one_prompt_with_two_targets_is_refused(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    before = logits(model, tokenizer)
+    pair = [{"prompt": "Ice is", "target_new": "hot"}, {"prompt": "Ice is", "target_new": "wet"}]
+    with pytest.raises(ValueError, match="one prompt two targets; 'Ice is' has 'hot' and 'wet'"):
+        editor.edit(pair)
+    assert torch.equal(logits(model, tokenizer), before)
+    assert len(editor.learn_apart(pair)) == 2
+    editor.edit([pair[0], pair[0]])

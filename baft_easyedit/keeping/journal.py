@@ -283,6 +283,7 @@ def report_dict(report: EditReport) -> dict[str, Any]:
         "stopped_early": report.stopped_early,
         "time_s": report.time_s,
         "losses": _ends(report.losses),
+        "learned": list(report.learned),
     } | ({"consolidation": report_dict(again)} if (again := report.consolidation) else {})
 
 
