@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.requests import EditRequest, as_requests, text_rows
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
@@ -83,10 +84,10 @@ def test_the_end_of_an_answer_is_its_last_token(tokenizer):
 
 def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    (row,) = text_rows(as_requests(REQUEST), tokenizer, use_chat_template=True)
-    text = tokenizer.decode(row.ids, skip_special_tokens=True)
-    assert text == "<user>The capital of France is<answer> Rome"
-    assert row.prompt_length == 1 + len("<user>The capital of France is<answer>")
+    chat = PromptFormat(use_chat_template=True)
+    (row,) = text_rows(as_requests(REQUEST), tokenizer, prompt_format=chat)
+    assert tokenizer.decode(row.ids) == "<user>The capital of France is<answer> Rome"
+    assert row.prompt_length == len("<user>The capital of France is<answer>")
 
 
 def test_text_beyond_the_context_is_refused(tokenizer):
