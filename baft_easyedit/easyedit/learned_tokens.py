@@ -11,6 +11,9 @@ from typing import Any
 from baft_easyedit.batching import padded
 from baft_easyedit.prompt_format import PromptFormat, token_ids
 
+_RELEASES_END = " <|endoftext|>"
+"""What EasyEdit's release puts behind texts whose perplexity it measures."""
+
 
 class LearnedTokens:
     """A tokenizer as EasyEdit's evaluators use one.
@@ -32,7 +35,9 @@ class LearnedTokens:
             shown = form.prompt_text(prompt, tok)
             as_easyedit_has_it = shown if form.use_chat_template else prompt
             self._texts[as_easyedit_has_it] = shown
-            self._texts[f"{as_easyedit_has_it} {target}"] = form.whole_text(prompt, target, tok)
+            whole = form.whole_text(prompt, target, tok)
+            for end in ("", _RELEASES_END):
+                self._texts[f"{as_easyedit_has_it} {target}{end}"] = whole + end
             if form.use_chat_template:
                 self._templated.add(shown)
             lengths.append(len(form.prompt_ids(prompt, tok)))
