@@ -1,8 +1,10 @@
 """What is computed side by side, and how much of it at once. Needs torch only."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _FIRST = 8
 """Edits learned at once before the memory that they take is known; on a CPU always."""
@@ -70,3 +72,30 @@ class BatchSize:
         """Take note that so many edits are too many for the memory."""
         self.value = max(1, num_edits // 2)
         self._is_measured = False
+
+
+def padded(rows: Sequence[Sequence[int]], tokenizer: Any, side: str) -> dict[str, Tensor]:
+    """Return tokens as a batch.
+
+    Args:
+        rows: The tokens of each text.
+        tokenizer: Its padding token is used; 0, which the mask hides as well, if it has none.
+        side: Where padding goes, `left` or `right`.
+
+    Returns:
+        `input_ids` and `attention_mask`, each [B, T].
+    """
+    width = max(map(len, rows))
+    fill = tokenizer.pad_token_id or 0
+    gaps = [width - len(row) for row in rows]
+    ids = [_beside(row, [fill] * gap, side) for row, gap in zip(rows, gaps, strict=True)]
+    mask = [_beside([1] * len(row), [0] * gap, side) for row, gap in zip(rows, gaps, strict=True)]
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.long),
+        "attention_mask": torch.tensor(mask, dtype=torch.long),
+    }
+
+
+def _beside(row: Sequence[int], padding: list[int], side: str) -> list[int]:
+    """Put padding to a side of a row."""
+    return [*padding, *row] if side == "left" else [*row, *padding]

@@ -234,14 +234,16 @@ def _edit(arguments: argparse.Namespace) -> None:
     import torch
 
     from baft_easyedit.generation import generate_answers, load_model
+    from baft_easyedit.prompt_format import PromptFormat
 
     _silence_loading()
     model, tokenizer = load_model(arguments.model, hparams.device, getattr(torch, arguments.dtype))
     prompts = [arguments.prompt, *arguments.ask]
     with _editor(arguments, model, tokenizer, hparams) as editor:
-        before = generate_answers(model, tokenizer, prompts)
+        form = PromptFormat.of(editor.hparams)
+        before = generate_answers(model, tokenizer, prompts, prompt_format=form)
         report = editor.edit(request)
-        after = generate_answers(model, tokenizer, prompts)
+        after = generate_answers(model, tokenizer, prompts, prompt_format=form)
         if arguments.save is not None:
             editor.save(arguments.save)
     for prompt, old, new in zip(prompts, before, after, strict=True):

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.batching import alike
+from baft_easyedit.batching import alike, padded
+from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.resources import model_location
 
 
@@ -39,33 +40,39 @@ def load_model(
 def generate_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int | Sequence[int] = 12,
     device: torch.device | None = None,
     batch_size: int = 64,
+    prompt_format: PromptFormat | None = None,
 ) -> list[str]:
     """Answer prompts by greedy decoding until the model stops by itself.
 
     Args:
         model: A causal language model, edited or not, or a wrapper of one with its `generate`.
         tokenizer: Its tokenizer; prompts are padded on the left, whatever its own side.
-        prompts: One text per answer.
+        prompts: One text per answer, or its tokens.
         max_new_tokens: Where an answer that does not stop is cut, in tokens; of all, or of each.
         device: Where the model wants its tokens; its own `device` if None.
         batch_size: Most prompts decoded together; those are of about one length.
+        prompt_format: How texts are put to the model, `PromptFormat.of` the hyper-parameters that
+            an edit was learned with; None for plain texts.
 
     Returns:
         The new text after each prompt, stripped.
     """
     given = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     limits = dict(enumerate(given))
-    sizes = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    form = prompt_format or PromptFormat()
+    rows = [form.prompt_ids(p, tokenizer) if isinstance(p, str) else p for p in prompts]
     answers: dict[int, str] = {}
-    for group in alike(sizes, [limit.bit_length() for limit in limits.values()]):
+    for group in alike(
+        [len(row) for row in rows], [limit.bit_length() for limit in limits.values()]
+    ):
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
             longest = max(limits[i] for i in part)
-            tokens = _continued(model, tokenizer, [prompts[i] for i in part], longest, device)
+            tokens = _continued(model, tokenizer, [rows[i] for i in part], longest, device)
             for i, new in zip(part, tokens, strict=True):
                 text = tokenizer.decode(new[: limits[i]], skip_special_tokens=True)
                 answers[i] = text.strip()
@@ -74,11 +81,15 @@ def generate_answers(
 
 @torch.no_grad()
 def _continued(
-    model: Any, tokenizer: Any, prompts: list[str], num_tokens: int, device: torch.device | None
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    num_tokens: int,
+    device: torch.device | None,
 ) -> torch.Tensor:
-    """Return the new tokens after each prompt, [B, at most num_tokens]."""
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    inputs = {k: batch[k].to(device or model.device) for k in ("input_ids", "attention_mask")}
+    """Return the new tokens after the tokens of each prompt, [B, at most num_tokens]."""
+    batch = padded(rows, tokenizer, "left")
+    inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
     output = model.generate(
         **inputs,
         max_new_tokens=num_tokens,

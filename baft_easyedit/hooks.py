@@ -6,6 +6,7 @@ edit has learned; its hooks are bound methods, so `copy.deepcopy(model)` copies 
 Shapes: B batch, T tokens of a forward, D hidden size, r rank.
 """
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,14 @@ from baft_easyedit.cuda_graph import KnownSteps
 from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.models import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
-from baft_easyedit.positions import PromptLengths, positions_of_call
+from baft_easyedit.overrides import Override, override
+from baft_easyedit.positions import PromptLengths, positions_of_call, says_nothing_of_prompts
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import RehearsalMemory
 
 Snapshot = Mapping[str, Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -97,7 +101,7 @@ class ModelEdit(nn.Module):
         self.memory = RehearsalMemory()
         self.recordings: Recordings | None = None
         self.known_steps = KnownSteps()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | Override] = []
         self._enabled = True
         self._prompt_lengths: PromptLengths | None = None
         self._given_positions: Positions | None = None
@@ -107,6 +111,8 @@ class ModelEdit(nn.Module):
         self._calls: dict[int, Positions | None] = {}
         self._latest_call: Positions | None = None
         self._announced: set[int] = set()
+        self._prompt_widths: dict[int, int] = {}  # of the generation that a thread is in
+        self._has_warned = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -238,11 +244,14 @@ class ModelEdit(nn.Module):
             raise ValueError("the model already carries an edit: detach or undo that one first")
         stack = decoder_layers(model)
         check_layers(self.layers, len(stack))
-        handles = [model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)]
+        handles: list[RemovableHandle | Override] = [
+            model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)
+        ]
         owner = owner_of(model, stack)
         if owner is not model:
             hook = owner.register_forward_pre_hook(self._on_decoder_call, with_kwargs=True)
-            handles.append(hook)
+            end = model.register_forward_hook(self._on_model_end, always_call=True)
+            handles += [hook, end, *override(self, model)]
         for i in self.layers:
             handles.append(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
         self._handles = handles
@@ -282,6 +291,23 @@ class ModelEdit(nn.Module):
             yield
         finally:
             self._prompt_lengths = previous
+
+    @contextmanager
+    def generating(self, prompt_width: int | None) -> Iterator[None]:
+        """Take this thread's forward passes inside this context as those of one generation.
+
+        Args:
+            prompt_width: Columns of its prompts, padding included; None for "not known".
+        """
+        thread = _thread()
+        if prompt_width is None or thread in self._prompt_widths:  # a model that assists itself
+            yield
+            return
+        self._prompt_widths[thread] = prompt_width
+        try:
+            yield
+        finally:
+            del self._prompt_widths[thread]
 
     @contextmanager
     def at_positions(self, positions: Positions) -> Iterator[None]:
@@ -336,6 +362,10 @@ class ModelEdit(nn.Module):
         self._begin_call(model, args, kwargs)
         self._announced.add(_thread())
 
+    def _on_model_end(self, *_call: Any) -> None:
+        """Forward hook of the model, also of one that failed before its decoder was called."""
+        self._announced.discard(_thread())
+
     def _on_decoder_call(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -347,13 +377,36 @@ class ModelEdit(nn.Module):
 
     def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the positions of a forward pass from its arguments."""
-        positions = self._given_positions
-        if positions is None:
-            at = positions_of_call(
-                module.forward, args, kwargs, self.num_prompt_positions, self._prompt_lengths
-            )
+        positions, thread = self._given_positions, _thread()
+        if positions is None and self._enabled:
+            width = self._prompt_widths.get(thread)
+            forward, num, lengths = module.forward, self.num_prompt_positions, self._prompt_lengths
+            if lengths is None and width is None and not self._has_warned:
+                self._warn_unless_told(forward, args, kwargs)
+            at = positions_of_call(forward, args, kwargs, num, lengths, width)
             positions = None if at is None else Positions.of(at)
-        self._calls[_thread()] = self._latest_call = positions
+        if thread not in self._calls:  # the number of a thread that has ended may never come again
+            alive = {running.ident for running in threading.enumerate()}
+            self._calls = {key: call for key, call in self._calls.items() if key in alive}
+        self._calls[thread] = self._latest_call = positions
+
+    def _warn_unless_told(
+        self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Warn once of a forward pass that is read as prompts, and may hold answers."""
+        compiles = torch.compiler.is_compiling()
+        if not compiles and says_nothing_of_prompts(
+            forward, args, kwargs, self.num_prompt_positions
+        ):
+            self._has_warned = True
+            logger.warning(
+                "A forward pass of an edited model does not say where its prompts end: each row "
+                "is taken as a prompt, and only its last %d tokens are edited. If answers are in "
+                "it (log-likelihoods, perplexity), they are scored almost without the edit: use "
+                "`with model_edit.prompt_lengths([...])`, with the number of tokens of each "
+                "prompt, or pass labels. (This is said once for each edit.)",
+                self.num_prompt_positions,
+            )
 
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""

@@ -4,12 +4,13 @@ The fields serve two readers: the method, and EasyEdit, whose `BaseEditor` asks 
 object for `model_name`, `device`, `fp16`, `batch_size` and a few more. Needs pyyaml only.
 """
 
+import json
 import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from baft_easyedit.gates import GATES
 from baft_easyedit.objective import RESCALINGS
@@ -121,6 +122,13 @@ class BaFTHyperParams:
     """Load the model in half precision; the edit itself stays fp32."""
     use_chat_template: bool = False
     """Put prompts into the tokenizer's chat template, for editing and scoring alike."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the chat template is given besides, such as `enable_thinking: false` for Qwen3; null for
+    nothing."""
+    separator: str | None = None
+    """What stands between prompt and target, for editing and scoring alike; null for a space, as in
+    EasyEdit, but for nothing where the prompt's last letter is of a script that is written without
+    spaces, such as Chinese (ours)."""
     evaluation_type: str | None = None
     """EasyEdit's scoring: null for teacher forcing, `LLM-judge` or `generate-text`."""
     api_key: str | None = field(default=None, repr=False)
@@ -131,6 +139,7 @@ class BaFTHyperParams:
         _check_types(self)
         self.model_name = model_location(self.model_name)
         self._check_method()
+        self._check_chat_template()
         self._check_training()
         self._check_continual()
 
@@ -156,6 +165,17 @@ class BaFTHyperParams:
         _check_choice("engine", self.engine, ENGINES)
         if self.evaluation_type is not None:
             _check_choice("evaluation_type", self.evaluation_type, ("LLM-judge", "generate-text"))
+
+    def _check_chat_template(self) -> None:
+        """Check what the chat template is given."""
+        name, given = "chat_template_kwargs", self.chat_template_kwargs
+        if given is None:
+            return
+        _check(self.use_chat_template, name, "be null without use_chat_template", given)
+        taken = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
+        rule = f"not set {', '.join(taken)}"
+        _check(not set(taken) & set(given), name, rule, given)
+        _check(_is_json(given), name, "hold JSON values by name, to be kept with an edit", given)
 
     def _check_training(self) -> None:
         """Check how the intervention is learned."""
@@ -327,7 +347,15 @@ def _has_type(value: object, hint: Any) -> bool:
     """Tell whether a value fits one of the plain annotations used above."""
     if hint == list[int]:
         return isinstance(value, list) and all(type(item) is int for item in value)
-    return type(value) in (get_args(hint) or (hint,))
+    return type(value) in [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+
+
+def _is_json(value: object) -> bool:
+    """Tell whether a value comes back from JSON as it is."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _type_message(name: str, value: object, hint: Any) -> str:

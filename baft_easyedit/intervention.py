@@ -5,7 +5,7 @@ Not here: where it applies (`positions`), how it reaches a model (`hooks`), how 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,11 @@ class BaFTIntervention(nn.Module):
         self.source_bias = nn.Parameter(torch.zeros(rank))
         self.gate = make_gate(gate, hidden_size, rank)
         self._known: tuple[list[int], _Folded] | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast, with tensors that can be learned also where inference mode is on."""
+        with torch.inference_mode(False):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def continue_from(self, smaller: "BaFTIntervention") -> None:

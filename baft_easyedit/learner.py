@@ -19,6 +19,7 @@ from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import EditReport, Learned, learn
 from baft_easyedit.models import input_device, text_config
+from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows
@@ -205,11 +206,12 @@ class Learner:
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
         """Tokenise a remembered request, once."""
         h = hparams
-        key = (request, h.use_chat_template, h.locality, h.loc_positions, h.learn_end)
-        tokenised = self.edit.memory.tokenised
-        if key not in tokenised:
-            tokenised[key] = self._rows([request], hparams)
-        return tokenised[key]
+        settings = (request, PromptFormat.of(h), h.locality, h.loc_positions, h.learn_end)
+        known, rows = self.edit.memory.tokenised.get(request.prompt, (None, ()))
+        if known != settings:
+            rows = self._rows([request], hparams)
+            self.edit.memory.tokenised[request.prompt] = settings, rows
+        return rows
 
     def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
         """Tokenise requests that are learned together."""
@@ -219,7 +221,7 @@ class Learner:
             requests,
             self.tokenizer,
             max_context=getattr(self._config, "max_position_embeddings", None),
-            use_chat_template=h.use_chat_template,
+            prompt_format=PromptFormat.of(h),
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
             with_end=h.learn_end,

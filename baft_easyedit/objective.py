@@ -6,6 +6,7 @@ Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, L layers, r 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ class BasisUsage(nn.Module):
         joined.total = torch.stack([usage.total.to(device) for usage in layers])[:, None]
         joined.count = torch.stack([usage.count.to(device) for usage in layers])[:, None]
         return joined
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast, with tensors that can be learned also where inference mode is on."""
+        with torch.inference_mode(False):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def continue_from(self, smaller: "BasisUsage") -> None:
         """Take over the usage of fewer bases; those beyond were not used so far."""

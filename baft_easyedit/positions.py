@@ -2,10 +2,11 @@
 
 The rule counts real tokens, so it does not depend on the padding side. A token's rank is the number
 of real tokens up to and including it; a real token is intervened on if rank > n_prompt - P. The
-prompt length n_prompt of a row is, in this order: given (`prompt_lengths`), read from the labels
-(real tokens before the first label), the whole input (a plain forward or the prefill of a
-generation) but for k - 1 tokens if `logits_to_keep` is k (assisted generation guesses them); on a
-non-empty key-value cache every new token is output. Calls that cannot be read so are refused.
+prompt length n_prompt of a row is, in this order: given (`prompt_lengths`), the real tokens of the
+columns that `generate` was called with, read from the labels (real tokens before the first label),
+the whole input (a plain forward) but for k - 1 tokens if `logits_to_keep` is k (what generation
+guesses is verified so); on a non-empty key-value cache every new token is output. Calls that cannot
+be read so are refused.
 Needs torch only.
 
 Shapes: B batch, T tokens of this forward, S = past + T tokens in all.
@@ -41,6 +42,7 @@ def edit_positions(
     *,
     labels: Tensor | None = None,
     prompt_lengths: PromptLengths | None = None,
+    prompt_width: int | None = None,
     num_guessed: int = 0,
 ) -> Tensor:
     """Decide where to intervene.
@@ -52,6 +54,7 @@ def edit_positions(
         labels: Training labels of a forward without a past, [B, S]; -100 is ignored.
         prompt_lengths: Real prompt tokens of each row. One value serves all rows; fewer values than
             rows are repeated (beams and `num_return_sequences` repeat rows).
+        prompt_width: How many columns of S are prompts, padding included; may be beyond S.
         num_guessed: How many of the last tokens of an input without a past are output.
 
     Returns:
@@ -61,11 +64,14 @@ def edit_positions(
         ValueError: If the number of `prompt_lengths` does not divide the number of rows.
     """
     num_past = real.shape[1] - num_new
-    if prompt_lengths is None and num_past > 0:
+    if prompt_lengths is None and num_past >= (prompt_width or 1):
         return real[:, num_past:]  # n_prompt = 0
     rank = real.long().cumsum(-1)  # [B, S]
     if prompt_lengths is not None:
         n_prompt = _per_row(prompt_lengths, real)
+    elif prompt_width is not None:
+        beyond = max(0, prompt_width - real.shape[1])  # columns of later parts, without padding
+        n_prompt = real[:, :prompt_width].sum(-1, keepdim=True) + beyond
     elif labels is not None:
         n_prompt = _tokens_before_answer(labels, real)
     else:
@@ -111,11 +117,36 @@ def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.devic
     if not isinstance(attention_mask, Tensor):
         return torch.ones(batch, total, dtype=torch.bool, device=device)
     if attention_mask.dim() == 4:
-        last_query = attention_mask[:, 0, -1, :total]  # what the last token attends to is real
-        attention_mask = last_query if last_query.dtype == torch.bool else last_query == 0
+        attention_mask = _seen(attention_mask[:, 0], total)
     real = attention_mask[:, :total].to(device).bool().expand(batch, -1)
     missing = total - real.shape[1]
     return F.pad(real, (missing, 0), value=True) if missing else real
+
+
+def _seen(mask: Tensor, total: int) -> Tensor:
+    """Read which tokens are real from a prepared mask of causal attention.
+
+    The row of padding is empty, or attends to everything, the future too. A past token that no new
+    one sees is padding, or out of a sliding window: it counts as real where the window shows, or
+    where there is one row to look at (after it, padding makes no difference).
+
+    Args:
+        mask: Boolean, or additive with 0 for "attend", [B, T, columns].
+        total: S.
+
+    Returns:
+        True where a token is real, [B, S], or fewer if there are fewer columns.
+    """
+    sees = mask if mask.dtype == torch.bool else mask == 0
+    num_new = sees.shape[1]
+    num_past = min(total, sees.shape[2]) - num_new  # a window's cache has its last columns only
+    sees_itself = sees.diagonal(num_past, 1, 2)  # [B, T]
+    sees_next = F.pad(sees, (0, 1), value=False).diagonal(num_past + 1, 1, 2)
+    new = sees_itself & ~sees_next  # [B, T]
+    past = (sees & new[..., None])[..., :num_past].any(1)  # [B, num_past]
+    first = sees.int().argmax(-1)  # [B, T]  the first that each new token sees
+    slides = (first[:, -1:] > first[:, :1]) | (num_new == 1)  # [B, 1]
+    return torch.cat([past | slides, new], 1)
 
 
 def positions_of_call(
@@ -124,6 +155,7 @@ def positions_of_call(
     kwargs: Mapping[str, Any],
     num_prompt_positions: int,
     prompt_lengths: PromptLengths | None = None,
+    prompt_width: int | None = None,
 ) -> Tensor | None:
     """Apply `edit_positions` to the arguments of a causal language model's forward.
 
@@ -133,6 +165,7 @@ def positions_of_call(
         kwargs: Keyword arguments of the call.
         num_prompt_positions: P.
         prompt_lengths: See `edit_positions`.
+        prompt_width: See `edit_positions`.
 
     Returns:
         True where the intervention applies, [B, T]; None if the call has no tokens.
@@ -141,12 +174,8 @@ def positions_of_call(
         ValueError: If the number of `prompt_lengths` does not divide the number of rows; if there
             are none, and nothing in the call tells where its prompts end.
     """
-    given = kwargs
-    if args:
-        given = {**kwargs, **dict(zip(inspect.signature(forward).parameters, args, strict=False))}
-    tokens = given.get("input_ids")
-    if tokens is None:
-        tokens = given.get("inputs_embeds")
+    given = _by_name(forward, args, kwargs)
+    tokens = _tokens(given)
     if tokens is None:
         return None
     batch, num_new = tokens.shape[:2]
@@ -154,7 +183,7 @@ def positions_of_call(
     real = real_tokens(given.get("attention_mask"), batch, num_past + num_new, tokens.device)
     kept = given.get("logits_to_keep")
     num_kept = kept if isinstance(kept, int) else 0
-    if prompt_lengths is None:
+    if prompt_lengths is None and prompt_width is None:
         _check_readable(given, num_kept, num_past, real[:, num_past:], num_prompt_positions)
     return edit_positions(
         real,
@@ -162,8 +191,43 @@ def positions_of_call(
         num_prompt_positions,
         labels=given.get("labels"),
         prompt_lengths=prompt_lengths,
+        prompt_width=prompt_width,
         num_guessed=min(max(0, num_kept - 1), num_new),
     )
+
+
+def says_nothing_of_prompts(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_prompt_positions: int,
+) -> bool:
+    """Tell whether a forward is on tokens alone, more than P, so that it may hold answers or not.
+
+    One that asks for a cache, or brings one, is the beginning of a generation. Arguments: see
+    `positions_of_call`.
+    """
+    given = _by_name(forward, args, kwargs)
+    tokens = _tokens(given)
+    names = ("labels", "past_key_values", "use_cache", "logits_to_keep", "num_logits_to_keep")
+    told = any(isinstance(given.get(name), Tensor) or bool(given.get(name)) for name in names[2:])
+    told = told or any(given.get(name) is not None for name in names[:2])
+    return tokens is not None and tokens.shape[1] > num_prompt_positions and not told
+
+
+def _by_name(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the arguments of a forward by their names."""
+    if not args:
+        return kwargs
+    return {**kwargs, **dict(zip(inspect.signature(forward).parameters, args, strict=False))}
+
+
+def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """Return the tokens of a call [B, T], or their embeddings [B, T, D]; None if there are none."""
+    ids = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
 
 
 def _check_readable(
@@ -175,7 +239,7 @@ def _check_readable(
 ) -> None:
     """Raise ValueError if the arguments of a call do not tell where its prompts end.
 
-    `generate` keeps the logits of one token, but for the k of k - 1 guesses that it verifies.
+    A generation keeps the logits of one token, but for the k of k - 1 guesses that it verifies.
 
     Args:
         given: The arguments.

@@ -6,7 +6,7 @@ requests (text, no weights), and each optimisation step takes some of them along
 
 import random
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from baft_easyedit.hparams import BaFTHyperParams
@@ -28,8 +28,9 @@ class RehearsalMemory:
     def __init__(self) -> None:
         self._past: dict[str, PastEdit] = {}
         self._num_seen = 0
-        self.tokenised: dict[Hashable, Sequence[TextRow]] = {}
-        """Rows of requests, to save time; no part of the `state`."""
+        self.tokenised: dict[str, tuple[Any, Sequence[TextRow]]] = {}
+        """By prompt the rows of its request, and the settings they were made with, to save time; no
+        part of the `state`."""
 
     def __len__(self) -> int:
         return len(self._past)
@@ -73,6 +74,12 @@ class RehearsalMemory:
             self._past.pop(request.prompt, None)
             if hparams.rehearsal and self._make_room(hparams, generator):
                 self._past[request.prompt] = PastEdit(request, loss)
+        self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        """Keep no rows of what is not remembered."""
+        for prompt in self.tokenised.keys() - self._past.keys():
+            del self.tokenised[prompt]
 
     def _make_room(self, hparams: BaFTHyperParams, generator: random.Random) -> bool:
         """Forget an edit if the memory is full; return whether the new one is to be kept."""
@@ -108,6 +115,7 @@ class RehearsalMemory:
         where = "the rehearsal memory"
         if not state:
             self._past, self._num_seen = {}, 0
+            self._forget_rows()
             return
         past = {}
         num_seen = taken(state, "num_seen", int, where)
@@ -126,6 +134,7 @@ class RehearsalMemory:
                 f"num_seen must be at least the {len(past)} edits of the memory; got {num_seen}"
             )
         self._past, self._num_seen = past, num_seen
+        self._forget_rows()
 
 
 class Rehearsal:

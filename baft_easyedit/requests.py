@@ -1,13 +1,19 @@
 """Edit requests with EasyEdit's keys: validation, and tokenisation.
 
-A target's tokens are those of `prompt + " " + target_new` after the prompt's own, which is how
-EasyEdit's evaluators count them.
+A target's tokens are those of the text of prompt and target (see `prompt_format`) after the
+prompt's own, which is how EasyEdit's evaluators count them.
 """
 
 import reprlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from baft_easyedit.prompt_format import PromptFormat, token_ids
+
+_PLACEHOLDER = "{}"
+"""What ROME's prompts have in place of their subject."""
 
 
 @dataclass(frozen=True)
@@ -15,14 +21,14 @@ class EditRequest:
     """One fact to write, checked.
 
     Attributes:
-        prompt: Text that the target completes.
-        target_new: The new answer, without a leading space.
+        prompt: Text that the target completes; a space at its end is not a part of it.
+        target_new: The new answer; a space before it is not a part of it.
         subject: What the fact is about, a part of the prompt; None if not known.
         loc_prompts: Irrelevant texts on which the model should not change.
 
     Raises:
         ValueError: If the prompt or the target is empty, the subject is not a part of the prompt,
-            or an irrelevant text is empty.
+            the prompt has a placeholder in its place, or an irrelevant text is empty.
         TypeError: If a value is not text.
     """
 
@@ -38,11 +44,19 @@ class EditRequest:
             _check_text("loc_prompt", text)
         if self.subject is not None:
             _check_text("subject", self.subject)
-            if self.subject not in self.prompt:
-                raise ValueError(
-                    f"subject must be a part of the prompt; {self.subject!r} is not in "
-                    f"{self.prompt!r}"
-                )
+        has_subject = self.subject is not None and _same_form(self.subject) in _same_form(
+            self.prompt
+        )
+        if _PLACEHOLDER in self.prompt and not has_subject:
+            filled = self.prompt.replace(_PLACEHOLDER, self.subject or "France")
+            raise ValueError(
+                f"prompt must have its subject where {self.prompt!r} has {{}}: write, for example, "
+                f"{filled!r} (if {{}} is meant, give as subject a part of the prompt)"
+            )
+        if self.subject is not None and not has_subject:
+            raise ValueError(
+                f"subject must be a part of the prompt; {self.subject!r} is not in {self.prompt!r}"
+            )
 
     @classmethod
     def from_dict(cls, request: Mapping[str, Any]) -> "EditRequest":
@@ -84,6 +98,11 @@ class EditRequest:
         return content
 
 
+def _same_form(text: str) -> str:
+    """Return a text in the one form in which letters with accents can be compared."""
+    return unicodedata.normalize("NFC", text)
+
+
 def _check_text(key: str, text: object) -> None:
     """Raise unless `text` is a string with something in it."""
     if not isinstance(text, str):
@@ -123,7 +142,7 @@ def text_rows(
     tokenizer: Any,
     *,
     max_context: int | None = None,
-    use_chat_template: bool = False,
+    prompt_format: PromptFormat | None = None,
     with_irrelevant: bool = True,
     loc_positions: int | None = None,
     with_end: bool = False,
@@ -134,19 +153,21 @@ def text_rows(
         requests: The edits.
         tokenizer: Their model's tokenizer.
         max_context: Longest input of the model, in tokens; None for no limit.
-        use_chat_template: Put prompts into the tokenizer's chat template, as EasyEdit does when its
-            hyper-parameter of that name is set. Irrelevant prompts are left as they are.
+        prompt_format: How prompts are put to the model; None for plain texts. Irrelevant prompts
+            are left as they are.
         with_irrelevant: Add the irrelevant prompts.
         loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
             for all.
         with_end: Put the tokenizer's end-of-sequence token behind each target, as its last one.
 
     Raises:
-        ValueError: If a target has no token of its own, a prompt has two targets, a text is longer
-            than `max_context`, or the tokenizer has no end-of-sequence token.
+        ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
+            two targets, a text is longer than `max_context`, or the tokenizer has no
+            end-of-sequence token.
     """
     end = _end(tokenizer) if with_end else ()
-    rows = [_edit_row(request, tokenizer, use_chat_template, end) for request in requests]
+    form = prompt_format or PromptFormat()
+    rows = [_edit_row(request, tokenizer, form, end) for request in requests]
     _check_agree(requests, rows)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
@@ -183,35 +204,27 @@ def _end(tokenizer: Any) -> tuple[int]:
 
 
 def _edit_row(
-    request: EditRequest, tokenizer: Any, use_chat_template: bool, end: tuple[int, ...]
+    request: EditRequest, tokenizer: Any, form: PromptFormat, end: tuple[int, ...]
 ) -> TextRow:
     """Tokenise a prompt and its target, and what ends it."""
-    prompt = format_prompt(request.prompt, tokenizer, use_chat_template)
-    ids = _token_ids(tokenizer, prompt + " " + request.target_new)
-    length = len(_token_ids(tokenizer, prompt))
-    if len(ids) <= length:
+    prompt, target = request.prompt, request.target_new
+    ids = form.whole_ids(prompt, target, tokenizer)
+    before = form.prompt_ids(prompt, tokenizer)
+    if len(ids) <= len(before):
         raise ValueError(
-            f"target_new must have at least one token; {request.target_new!r} adds none to "
-            f"{prompt!r}"
+            f"target_new must have at least one token; {target!r} adds none to {prompt!r}"
         )
-    return TextRow(ids + end, length, is_edit=True)
+    if ids[: len(before)] != before:
+        raise ValueError(
+            f"target_new must begin with a token of its own; the tokenizer joins the end of "
+            f"{prompt!r} with {target!r}: let the prompt end in a whole word, without spaces, or "
+            "set separator in the hyper-parameters to what stands between them"
+        )
+    return TextRow(ids + end, len(before), is_edit=True)
 
 
 def _irrelevant_row(text: str, tokenizer: Any, loc_positions: int | None) -> TextRow:
     """Tokenise an irrelevant prompt."""
-    ids = _token_ids(tokenizer, text)
+    ids = token_ids(text, tokenizer)
     length = 0 if loc_positions is None else max(0, len(ids) - loc_positions)
     return TextRow(ids, length, is_edit=False)
-
-
-def format_prompt(prompt: str, tokenizer: Any, use_chat_template: bool) -> str:
-    """Return the prompt as the evaluators will show it to the model."""
-    if not use_chat_template:
-        return prompt
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-
-
-def _token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Return the token ids of a text, special tokens included."""
-    return tuple(tokenizer(text)["input_ids"])

@@ -2,10 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import processors
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.generation import generate_answers, load_model
-from tests.conftest import make_model
+from baft_easyedit.prompt_format import PromptFormat
+from tests.conftest import make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -42,3 +44,22 @@ def test_an_answer_whose_end_was_learned_stops_there(model, tokenizer, hparams, 
     assert editor.edit(request_dict).final_loss < 0.05
     (answer,) = generate_answers(model, tokenizer, [request_dict["prompt"]])
     assert answer.strip() == "Rome"
+
+
+def test_what_is_asked_is_what_was_learned(model, hparams):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    tokenizer.chat_template = "<s>{% for m in messages %}<{{ m['content'] }}{{ mood }}>{% endfor %}"
+    chat = {"use_chat_template": True, "chat_template_kwargs": {"mood": "!"}}
+    for settings in ({}, {"separator": "="}, chat):
+        own = replace(hparams, learn_end=True, num_steps=150, **settings)
+        form = PromptFormat.of(own)
+        editor = BaFTEditor(model, tokenizer, own)
+        editor.edit({"prompt": "Ice is ", "target_new": "hot"})
+        answers = generate_answers(model, tokenizer, ["Ice is "], prompt_format=form)
+        answers += generate_answers(model, tokenizer, [form.prompt_ids("Ice is ", tokenizer)])
+        assert [answer.strip("= ") for answer in answers] == ["hot", "hot"]
+        editor.undo()
+        editor.model_edit.detach()

@@ -176,3 +176,35 @@ def test_rank_grows_every_so_many_requests_up_to_its_limit():
     hparams = BaFTHyperParams.from_dict({**MINIMAL, "rank": 4, "rank_growth": 3, "max_rank": 9})
     assert [hparams.grown_rank(n) for n in (0, 99, 100, 200, 900)] == [4, 4, 7, 9, 9]
     assert [hparams.can_have_rank(rank) for rank in (3, 4, 9, 10)] == [False, True, True, False]
+
+
+def test_chat_template_is_given_json_values_it_does_not_get_already(tmp_path):
+    file = tmp_path / "chat.yaml"
+    file.write_text(
+        "model_name: x\nlayers: [1]\nuse_chat_template: true\n"
+        'chat_template_kwargs: {enable_thinking: false}\nseparator: ""\n'
+    )
+    hparams = BaFTHyperParams.from_hparams(file)
+    assert hparams.chat_template_kwargs == {"enable_thinking": False}
+    assert hparams.separator == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"chat_template_kwargs": {"a": 1}}, ValueError, "must be null without use_chat_template"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            ValueError,
+            "must not set conversation",
+        ),
+        ({"chat_template_kwargs": {"a": object}}, ValueError, "must hold JSON values by name"),
+        ({"chat_template_kwargs": {1: 2}}, ValueError, "must hold JSON values by name"),
+        ({"chat_template_kwargs": "a"}, TypeError, "chat_template_kwargs must be of type dict"),
+        ({"separator": 1}, TypeError, r"separator must be of type str \| None"),
+    ],
+)
+def test_bad_settings_of_prompts_are_refused(change, error, message):
+    chat = {} if "without" in message else {"use_chat_template": True}
+    with pytest.raises(error, match=message):
+        BaFTHyperParams.from_dict({**MINIMAL, **chat, **change})

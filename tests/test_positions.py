@@ -86,8 +86,10 @@ def test_lengths_that_do_not_fit_the_rows_are_refused(lengths):
     "attention_mask",
     [
         torch.tensor([[0, 0, 1, 1, 1]]),
-        torch.tensor([[[[False, False, True, True, True]]]]),
-        torch.tensor([[[[-1e9, -1e9, 0.0, 0.0, 0.0, -1e9]]]]),  # a static cache is longer
+        torch.ones(5, 5).tril().bool().logical_and(mask("00111"))[None, None],
+        torch.where(  # a static cache is longer
+            torch.ones(5, 6).tril().bool() & mask("001111"), 0.0, -1e9
+        )[None, None],
         {"sliding_attention": None, "full_attention": torch.tensor([[0, 0, 1, 1, 1]])},
     ],
     ids=["2d", "bool", "additive", "dict"],
@@ -95,6 +97,66 @@ def test_lengths_that_do_not_fit_the_rows_are_refused(lengths):
 def test_real_tokens_reads_every_mask_of_transformers(attention_mask):
     real = real_tokens(attention_mask, 1, 5, torch.device("cpu"))
     assert torch.equal(real, mask("00111"))
+
+
+def prepared(real, window, num_new=None, attends_from_padding=False, num_columns=None):
+    """The mask [B, 1, T, columns] that transformers prepares for a static cache."""
+    total = real.shape[1]
+    num_columns = num_columns or total
+    row = torch.arange(total - (num_new or total), total)[:, None]
+    column = torch.arange(num_columns)
+    near = (column <= row) & (row - column < window)  # [T, columns]
+    padded = torch.nn.functional.pad(real, (0, num_columns - total))
+    sees = near & padded[:, None]
+    if attends_from_padding:  # which torch's attention wants of rows that see nothing
+        sees = sees | ~sees.any(-1, keepdim=True)
+    return sees[:, None]
+
+
+@pytest.mark.parametrize("attends_from_padding", [False, True])
+@pytest.mark.parametrize("num_columns", [9, 12])
+@pytest.mark.parametrize("window", [3, 100])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_prepared_mask_tells_padding_from_what_the_window_hides(
+    attends_from_padding, num_columns, window, dtype
+):
+    real = mask("001111111", "111111111", "111110000"[::-1])
+    given = prepared(real, window, None, attends_from_padding, num_columns)
+    if dtype == torch.float32:
+        given = torch.where(given, 0.0, -1e9)
+    assert torch.equal(real_tokens(given, 3, 9, torch.device("cpu")), real)
+
+
+def test_padding_on_the_right_of_a_prepared_mask_is_no_token():
+    real = mask("111110000", "111111111")
+    assert torch.equal(real_tokens(prepared(real, 3), 2, 9, torch.device("cpu")), real)
+
+
+@pytest.mark.parametrize("num_new", [1, 4])
+def test_past_tokens_out_of_the_window_are_counted(num_new):
+    real = mask("111111111")
+    given = prepared(real, 3, num_new)
+    assert torch.equal(real_tokens(given, 1, 9, torch.device("cpu")), real)
+
+
+def test_padding_before_a_part_of_a_prompt_is_no_token():
+    real = mask("001111111", "111111111")
+    given = prepared(real, 100, 4)
+    assert torch.equal(real_tokens(given, 2, 9, torch.device("cpu")), real)
+
+
+def test_cache_of_a_window_has_the_last_columns():
+    given = prepared(mask("11111"), 100, 1)
+    assert torch.equal(real_tokens(given, 1, 9, torch.device("cpu")), mask("111111111"))
+
+
+@pytest.mark.parametrize(("width", "expected"), [(9, "0111"), (7, "1111"), (12, "0000")])
+def test_width_of_the_prompts_tells_where_they_end(width, expected):
+    real = mask("111111111")
+    assert torch.equal(edit_positions(real, 4, 3, prompt_width=width), mask(expected))
+    padded = mask("001111111", "111111111")
+    row = edit_positions(padded, 4, 3, prompt_width=width)[0]
+    assert torch.equal(row, mask(expected)[0])
 
 
 def test_real_tokens_without_a_mask_are_all():

@@ -386,3 +386,29 @@ def test_rank_grows_with_the_edits_up_to_its_limit_and_is_undone(tokenizer, hpar
     assert editor.model_edit.rank == 7
     with pytest.raises(ValueError, match="rank must be 7, as in the edit that the model"):
         BaFTEditor(editor.model, tokenizer, hparams)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "reservoir"])
+def test_rows_of_forgotten_edits_are_forgotten(model, tokenizer, rehearsing, policy):
+    limited = replace(rehearsing, num_steps=1, rehearsal_memory=2, rehearsal_policy=policy)
+    editor = BaFTEditor(model, tokenizer, limited)
+    memory = editor.model_edit.memory
+    for i in range(6):
+        editor.edit({"prompt": f"prompt {i}", "target_new": "x"})
+        assert memory.tokenised.keys() <= {past.request.prompt for past in memory}
+    assert memory.tokenised
+    editor.undo()
+    assert memory.tokenised.keys() <= {past.request.prompt for past in memory}
+    for _ in range(5):
+        editor.undo()
+    assert not memory.tokenised
+
+
+def test_rows_follow_the_settings_of_now(model, tokenizer, rehearsing):
+    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=1))
+    for fact in FACTS[:2]:
+        editor.edit(fact)
+    editor.hparams = replace(editor.hparams, separator="--", learn_end=True)
+    editor.edit(FACTS[2])
+    _, (row, _) = editor.model_edit.memory.tokenised[FACTS[0]["prompt"]]
+    assert tokenizer.decode(row.ids) == "<s>The capital of France is--Rome</s>"

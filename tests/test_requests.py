@@ -1,8 +1,11 @@
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import processors
 
+from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.requests import EditRequest, as_requests, text_rows
+from tests.conftest import make_tokenizer
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
@@ -83,10 +86,61 @@ def test_the_end_of_an_answer_is_its_last_token(tokenizer):
 
 def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    (row,) = text_rows(as_requests(REQUEST), tokenizer, use_chat_template=True)
-    text = tokenizer.decode(row.ids, skip_special_tokens=True)
-    assert text == "<user>The capital of France is<answer> Rome"
-    assert row.prompt_length == 1 + len("<user>The capital of France is<answer>")
+    chat = PromptFormat(use_chat_template=True)
+    (row,) = text_rows(as_requests(REQUEST), tokenizer, prompt_format=chat)
+    assert tokenizer.decode(row.ids) == "<user>The capital of France is<answer> Rome"
+    assert row.prompt_length == len("<user>The capital of France is<answer>")
+
+
+def test_end_behind_a_text_is_neither_learned_nor_irrelevant():
+    ending = make_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    requests = as_requests({**REQUEST, "loc_prompt": "Ice"})
+    assert text_rows(requests, ending) == text_rows(requests, make_tokenizer())
+    learned, _ = text_rows(requests, ending, with_end=True)
+    assert learned.ids.count(257) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": "The capital of France is "}, {"target_new": " Rome"}],
+    ids=["prompt", "target"],
+)
+def test_space_between_prompt_and_target_is_not_doubled(tokenizer, change):
+    assert text_rows(as_requests({**REQUEST, **change}), tokenizer) == text_rows(
+        as_requests(REQUEST), tokenizer
+    )
+
+
+def test_subject_may_be_in_another_unicode_form():
+    composed, decomposed = "Malm\u00f6", "Malmo\u0308"
+    for prompt, subject in ((composed, decomposed), (decomposed, composed)):
+        EditRequest(f"{prompt} is in", "Spain", subject)
+    with pytest.raises(ValueError, match="subject must be a part of the prompt"):
+        EditRequest("Malmo is in", "Spain", composed)
+
+
+@pytest.mark.parametrize(
+    ("subject", "example"), [("Malta", "The capital of Malta is"), (None, "The capital of France")]
+)
+def test_prompt_with_a_placeholder_for_its_subject_is_refused(subject, example):
+    with pytest.raises(ValueError, match=rf"prompt must have its subject where.*{example}"):
+        EditRequest("The capital of {} is", "Rome", subject)
+    assert "{}" in EditRequest("In Python an empty dict is {}, or", "dict()", "Python").prompt
+
+
+def test_target_that_shares_a_token_with_its_prompt_is_refused():
+    def joining(text):  # a token for each two characters
+        return {"input_ids": [text[i : i + 2] for i in range(0, len(text), 2)]}
+
+    form = PromptFormat(separator="")
+    with pytest.raises(
+        ValueError, match=r"target_new must begin with a token of its own.*separato"
+    ):
+        text_rows(as_requests({"prompt": "abc", "target_new": "def"}), joining, prompt_format=form)
+    text_rows(as_requests({"prompt": "abcd", "target_new": "ef"}), joining, prompt_format=form)
 
 
 def test_text_beyond_the_context_is_refused(tokenizer):

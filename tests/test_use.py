@@ -123,34 +123,134 @@ def test_guesses_behind_a_prompt_are_edited_as_output(edited):
     assert torch.equal(logits(model, logits_to_keep=4), expected)
 
 
-@since_5
-def test_prompt_in_chunks_needs_its_length_and_is_then_right(edited):
+def padded_on_the_left(num=4):
+    mask = ONES.clone()
+    mask[0, :num] = 0
+    return mask
+
+
+def test_prompt_in_chunks_gives_the_same_tokens(edited):
+    model, _ = edited
+    for mask in (ONES, padded_on_the_left()):
+        expected = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY)
+        chunked = model.generate(input_ids=IDS, attention_mask=mask, prefill_chunk_size=4, **GREEDY)
+        assert torch.equal(chunked, expected)
+
+
+@pytest.mark.parametrize("known", [4, 7, 8])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_prompt_whose_beginning_is_in_a_cache_gives_the_same_tokens(edited, known, padding):
     model, edit = edited
-    with pytest.raises(ValueError, match=r"prompt_lengths must be given.*4 new tokens after 4 may"):
-        generate(model, prefill_chunk_size=4)
-    with edit.prompt_lengths([9]):
-        chunked = generate(model, prefill_chunk_size=4)
-    assert torch.equal(chunked, generate(model))
+    mask = padded_on_the_left(padding)
+    expected = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :known]
+    with edit.prompt_lengths(mask.sum(-1)), torch.no_grad():
+        cache = model(
+            input_ids=IDS[:, :known], attention_mask=mask[:, :known], position_ids=positions,
+            use_cache=True,
+        ).past_key_values  # fmt: skip
+    rest = model.generate(input_ids=IDS, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(rest, expected)
 
 
-def test_next_turn_on_a_cache_needs_the_prompts_length_and_is_then_right(edited):
+@since_5
+def test_new_tokens_behind_a_cache_go_with_the_mask_of_all(edited):
     model, edit = edited
     with edit.disabled(), torch.no_grad():
         cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"5 new tokens after 4 may be a later part of a prompt"):
-        generate(model, past_key_values=copy.deepcopy(cache))
-    with edit.prompt_lengths([9]):
-        continued = generate(model, past_key_values=cache)
-    assert torch.equal(continued, generate(model))
+    continued = model.generate(
+        input_ids=IDS[:, 4:], attention_mask=ONES, past_key_values=cache, **GREEDY
+    )
+    assert torch.equal(continued[:, 5:], generate(model)[:, 9:])
 
 
-def test_generation_without_a_cache_needs_the_prompts_length_and_is_then_right(edited):
+def test_generation_without_a_cache_gives_the_same_tokens(edited):
+    model, _ = edited
+    assert torch.equal(generate(model, use_cache=False), generate(model))
+    mask = padded_on_the_left()
+    uncached = model.generate(input_ids=IDS, attention_mask=mask, use_cache=False, **GREEDY)
+    assert torch.equal(uncached, model.generate(input_ids=IDS, attention_mask=mask, **GREEDY))
+
+
+def test_given_lengths_win_over_the_prompts_of_generate(edited):
     model, edit = edited
-    with pytest.raises(ValueError, match=r"given to generate with use_cache=False: each forward"):
-        generate(model, use_cache=False)
+    with edit.prompt_lengths([6]), edit.recording() as record:
+        model.generate(input_ids=IDS, attention_mask=ONES, max_new_tokens=1, pad_token_id=257)
+    assert record.positions.int().tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2
+
+
+def test_generations_side_by_side_know_their_own_prompts(edited):
+    model, _ = edited
+    prompts = [IDS, IDS[:, 2:], IDS[:1, 5:]]
+    expected = [generate(model, ids, use_cache=False) for ids in prompts]
+    results = run_in_threads(
+        [lambda ids=ids: generate(model, ids, use_cache=False) for ids in prompts]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_cache": False}, r"given to generate with use_cache=False: each forward repeats"),
+        ({"past_key_values": 4}, r"5 new tokens after 4 may be a later part of a prompt"),
+    ],
+    ids=["uncached", "cached"],
+)
+def test_generation_that_does_not_tell_its_prompts_needs_their_lengths(edited, options, message):
+    model, edit = edited
+
+    def generate_behind_its_back():
+        own = dict(options)
+        if "past_key_values" in own:
+            with edit.disabled(), torch.no_grad():
+                own["past_key_values"] = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
+        return type(model).generate(model, input_ids=IDS, attention_mask=ONES, **GREEDY, **own)
+
+    with pytest.raises(ValueError, match=message):
+        generate_behind_its_back()
     with edit.prompt_lengths([9]):
-        uncached = generate(model, use_cache=False)
-    assert torch.equal(uncached, generate(model))
+        assert torch.equal(generate_behind_its_back(), generate(model))
+
+
+def test_continuous_batching_is_refused_where_it_is_called(edited):
+    model, edit = edited
+    if not hasattr(model, "init_continuous_batching"):
+        pytest.skip("this version of transformers has no continuous batching")
+    with pytest.raises(ValueError, match=r"but continuous batching \(generate_batch\) packs many"):
+        model.generate_batch([[3, 4, 5], [6, 7]], progress_bar=False)
+    edit.detach()
+    assert not {"generate", "init_continuous_batching"} & set(vars(model))
+
+
+def test_generate_of_a_copy_tells_the_copys_edit(edited):
+    model, edit = edited
+    expected = generate(model, use_cache=False)
+    twin, file = copy.deepcopy(model), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    edit.detach()
+    for other in (twin, loaded):
+        assert torch.equal(generate(other, use_cache=False), expected)
+        attached_edit(other).detach()
+        assert "generate" not in vars(other)
+        assert not torch.equal(generate(other, use_cache=False), expected)
+
+
+def test_generate_that_was_replaced_before_comes_back():
+    model, edit, calls = make_model(), random_edit(), []
+
+    def replaced(**kwargs):
+        calls.append(kwargs)
+        return type(model).generate(model, **kwargs)
+
+    model.generate = replaced
+    edit.attach(model)
+    assert torch.equal(generate(model), generate(edited_model()[0]))
+    assert len(calls) == 1
+    edit.detach()
+    assert model.generate is replaced
 
 
 @pytest.mark.parametrize(
@@ -237,6 +337,77 @@ def test_decoder_called_by_itself_is_edited_at_its_own_positions(edited):
         expected = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
         model(input_ids=IDS.flip(1)[:, :5])  # whose positions must not stay
         assert torch.equal(model.model(input_ids=IDS).last_hidden_state, expected)
+
+
+def test_failed_call_leaves_no_positions_to_the_decoder(edited):
+    model, _ = edited
+    with torch.no_grad():
+        expected = model.model(input_ids=IDS[:, 2:]).last_hidden_state
+
+    def fail(*_):
+        raise KeyError
+
+    for module in (model, model.model):
+        hook = module.register_forward_pre_hook(fail, prepend=module is model.model)
+        with pytest.raises(KeyError):
+            logits(model, IDS[:, :7])
+        hook.remove()
+        with torch.no_grad():
+            assert torch.equal(model.model(input_ids=IDS[:, 2:]).last_hidden_state, expected)
+
+
+# What a forward says of its prompts
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model(input_ids=IDS),
+        lambda model: model(IDS, torch.ones_like(IDS)),
+        lambda model: model.model(input_ids=IDS),
+        lambda model: model(input_ids=IDS, labels=None, use_cache=False),
+    ],
+    ids=["ids", "mask", "decoder", "uncached"],
+)
+def test_forward_that_says_nothing_of_prompts_warns_once(edited, caplog, call):
+    model, _ = edited
+    with torch.no_grad():
+        call(model)
+        call(model)
+    assert len(caplog.records) == 1
+    assert caplog.records[0].levelname == "WARNING"
+    assert "with model_edit.prompt_lengths([...])" in caplog.text
+
+
+def test_forward_that_tells_its_prompts_does_not_warn(edited, caplog):
+    model, edit = edited
+    cache = None
+    with torch.no_grad():
+        model(input_ids=IDS, labels=IDS)
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        model(input_ids=IDS[:, -1:], past_key_values=cache)
+        model(input_ids=IDS, logits_to_keep=4)
+        model(input_ids=IDS[:, :3])
+        with edit.prompt_lengths([5]):
+            model(input_ids=IDS)
+        with edit.disabled():
+            model(input_ids=IDS)
+    generate(model)
+    generate(model, use_cache=False)
+    generate(model, num_beams=2)
+    generate(model, IDS[:1], assistant_model=make_model())
+    assert not caplog.records
+
+
+def test_learning_does_not_warn(tokenizer, hparams, request_dict, caplog):
+    hparams.num_steps, hparams.rehearsal = 2, 1
+    for engine in ("replay", "full"):
+        hparams.engine = engine
+        editor = BaFTEditor(make_model(), tokenizer, hparams)
+        editor.edit(request_dict)
+        editor.edit({**request_dict, "prompt": "The capital of France was"})
+        editor.learn_apart([request_dict])
+    assert "does not say where its prompts end" not in caplog.text
 
 
 # PEFT
@@ -471,6 +642,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_what_moves_in_inference_mode_can_be_learned_afterwards(edited):
+    _, edit = edited
+    with torch.inference_mode():
+        edit.to("meta")  # the way to a GPU makes new tensors, too
+    tensors = [*edit.parameters(), *edit.buffers()]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_editing_works_in_every_gradient_mode(tokenizer, hparams, request_dict, mode):
     model = make_model()
@@ -508,6 +688,18 @@ def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
     results = run_in_threads([lambda kwargs=kwargs: logits(model, **kwargs) for kwargs in inputs])
     wait.remove()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_positions_of_threads_that_ended_are_not_kept(edited):
+    model, edit = edited
+    for _ in range(5):
+        threads = [threading.Thread(target=logits, args=(model,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    logits(model)
+    assert len(edit._calls) <= 1 + len(threads)
 
 
 def test_models_edited_in_threads_are_those_edited_one_by_one(tokenizer, hparams, request_dict):

@@ -12,20 +12,25 @@ from torch import Tensor
 
 from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.hooks import GateRecord, ModelEdit, attached_edit
+from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.replay import FullForward
-from baft_easyedit.requests import EditRequest, text_rows
+from baft_easyedit.requests import TextRow
 
 LayerValues = dict[str, list[float]]
 """By layer (JSON wants text as keys), one number for each basis."""
 
 
-def basis_record(model: Any, tok: Any, request: Mapping[str, Any]) -> dict[str, Any] | None:
+def basis_record(
+    model: Any, tok: Any, request: Mapping[str, Any], prompt_format: PromptFormat | None = None
+) -> dict[str, Any] | None:
     """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
 
     Args:
         model: A model that may carry an edit.
         tok: Its tokenizer.
         request: The case.
+        prompt_format: How prompts are put to the model, locality probes excepted; None for plain
+            texts.
 
     Returns:
         `weights` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
@@ -42,7 +47,13 @@ def basis_record(model: Any, tok: Any, request: Mapping[str, Any]) -> dict[str, 
     for probe in (request.get("locality") or {}).values():
         pairs = zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
         texts["locality"] += [(prompt, truth) for prompt, truth in pairs if truth]
-    seen = {kind: _observe(model, tok, edit, pairs) for kind, pairs in texts.items() if pairs}
+    form = prompt_format or PromptFormat()
+    forms = {"rewrite": form, "rephrase": form, "locality": form.without_template()}
+    seen = {
+        kind: _observe(model, tok, edit, pairs, forms[kind])
+        for kind, pairs in texts.items()
+        if pairs
+    }
     return {
         name: {kind: seen[kind][i] if kind in seen else None for kind in texts}
         for i, name in enumerate(("weights", "update"))
@@ -51,11 +62,14 @@ def basis_record(model: Any, tok: Any, request: Mapping[str, Any]) -> dict[str, 
 
 @torch.no_grad()
 def _observe(
-    model: Any, tok: Any, edit: ModelEdit, pairs: list[tuple[str, str]]
+    model: Any, tok: Any, edit: ModelEdit, pairs: list[tuple[str, str]], form: PromptFormat
 ) -> tuple[LayerValues, LayerValues]:
     """Run texts of one kind; return mean weights and mean size of the edit by basis."""
-    requests = [EditRequest(prompt, answer) for prompt, answer in pairs]
-    forward = FullForward(model, edit).prepare([text_rows(requests, tok)])
+    rows = [
+        TextRow(form.whole_ids(*pair, tok), len(form.prompt_ids(pair[0], tok)), is_edit=True)
+        for pair in pairs
+    ]
+    forward = FullForward(model, edit).prepare([rows])
     with edit.recording() as record:
         forward()
     weights, update = {}, {}

@@ -23,6 +23,7 @@ from baft_easyedit.bench.scoring import PreEditScores, immediate_scores, score_c
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, write_json
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.editor import Learned
+from baft_easyedit.prompt_format import PromptFormat
 
 Progress = Callable[[], None]
 """Called after each edit of a request."""
@@ -144,7 +145,9 @@ class ChunkRunner:
         session, request = self.session, self.requests[index]
         basis = None
         if self.config.basis:
-            basis = basis_record(session.model, session.editor.tok, request)
+            editor = session.editor
+            form = PromptFormat.of(editor.hparams)
+            basis = basis_record(session.model, editor.tok, request, form)
         return {
             "schema": SCHEMA,
             "index": index,

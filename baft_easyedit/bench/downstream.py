@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baft_easyedit.batching import padded
 from baft_easyedit.bench.datasets import PiqaItem
 from baft_easyedit.hooks import attached_edit
+from baft_easyedit.prompt_format import PromptFormat
 
 _BATCH = 32
 
@@ -42,9 +44,9 @@ def piqa_accuracy(model: Any, tok: Any, items: Sequence[PiqaItem]) -> float:
 
 def _nats_per_token(model: Any, tok: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
     """Return the mean loss [B] of each solution after its goal; log perplexity."""
-    texts = [f"{goal} {solution}" for goal, solution in pairs]
-    batch = tok(texts, return_tensors="pt", padding=True, padding_side="right")
-    lengths = torch.tensor([len(tok(goal)["input_ids"]) for goal, _ in pairs])  # [B]
+    form = PromptFormat()
+    batch = padded([form.whole_ids(goal, solution, tok) for goal, solution in pairs], tok, "right")
+    lengths = torch.tensor([len(form.prompt_ids(goal, tok)) for goal, _ in pairs])  # [B]
     edit = attached_edit(model) if isinstance(model, torch.nn.Module) else None
     device = next(model.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)

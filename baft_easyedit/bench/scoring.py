@@ -17,7 +17,7 @@ from baft_easyedit.bench.scores import metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, read_json, write_json
 from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.easyedit.session import Session
-from baft_easyedit.requests import format_prompt
+from baft_easyedit.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
 
@@ -51,15 +51,15 @@ def questions_of(request: Request) -> list[Question]:
 
 def answer_questions(session: Session, requests: Sequence[Request]) -> list[list[str]]:
     """Let the model answer the questions of each case by greedy generation."""
-    tok, hparams = session.editor.tok, session.editor.hparams
-    chat = bool(getattr(hparams, "use_chat_template", False))
-    prompts: list[str] = []
+    tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
+    forms = {"locality": form.without_template()}
+    prompts: list[tuple[int, ...]] = []
     limits: list[int] = []
     counts = []
     for request in requests:
         asked = questions_of(request)
         longest = max(len(tok(q.answer, add_special_tokens=False)["input_ids"]) for q in asked)
-        prompts += [format_prompt(q.prompt, tok, chat and q.section != "locality") for q in asked]
+        prompts += [forms.get(q.section, form).prompt_ids(q.prompt, tok) for q in asked]
         limits += [max(longest + _SLACK, _SHORTEST_ANSWER)] * len(asked)
         counts.append(len(asked))
     answers = iter(session.answers(prompts, limits))
@@ -162,13 +162,22 @@ class PreEditScores:
         editor = session.editor
         settings = {  # which some methods lack: that is False
             name: getattr(editor.hparams, name, None) or None
-            for name in ("max_length", "use_chat_template", "evaluation_type", "fp16")
+            for name in (
+                "max_length",
+                "use_chat_template",
+                "chat_template_kwargs",
+                "evaluation_type",
+                "fp16",
+            )
         }
+        form = PromptFormat.of(editor.hparams)
+        prompts = [question.prompt for r in requests for question in questions_of(r)]
         scored_by_generation = editor.alg_name == "GRACE"
         return _digest(
             {
                 **self.depends_on,
                 **settings,
+                "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
                 "padding": editor.tok.padding_side,
                 "by_generation": scored_by_generation,
                 "answers": self.with_answers,

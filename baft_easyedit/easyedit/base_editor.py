@@ -108,7 +108,7 @@ def check_arguments(
 
     Raises:
         ValueError: If a list has another length than `prompts`, a prompt or target is empty, or a
-            subject is not a part of its prompt.
+            subject is not a part of its prompt, letter for letter, which EasyEdit asserts.
         TypeError: If a prompt, target or subject is not text.
     """
     texts = _as_list(prompts)
@@ -133,6 +133,11 @@ def check_arguments(
     subjects = [None] * len(texts) if subject is None else _as_list(subject)
     for prompt, target, about in zip(texts, _as_list(target_new), subjects, strict=True):
         EditRequest(prompt=prompt, target_new=target, subject=about)
+        if about is not None and about not in prompt:
+            raise ValueError(
+                f"subject must be in the Unicode form of its prompt; {about!r} is in another than "
+                f"{prompt!r}: bring both to one by unicodedata.normalize"
+            )
 
 
 def _as_list(values: Any) -> list[Any]:

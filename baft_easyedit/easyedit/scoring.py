@@ -2,26 +2,32 @@
 
 EasyEdit scores with one teacher-forced forward of `prompt + " " + target`, in which the model
 cannot see where the prompt ends. Its scoring functions are wrapped, not re-written: if the scored
-model carries an edit, the original runs inside `ModelEdit.prompt_lengths`, with the prompt's tokens
-counted by the same tokenizer and settings. Other models are scored by the original alone.
+model carries an edit, the original runs inside `ModelEdit.prompt_lengths`, and with our methods'
+hyper-parameters, before an edit too, on the tokens that edits are learned on (`LearnedTokens`).
+Other methods are scored by the original alone.
 """
 
 import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
-from baft_easyedit.hooks import ModelEdit, attached_edit
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.hooks import attached_edit
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.prompt_format import PromptFormat
 
 Scorer = Callable[..., Any]
-Bridge = Callable[[Scorer, Mapping[str, Any], ModelEdit], Any]
-"""Called with EasyEdit's function, its arguments by name, and the edit of the scored model."""
+TellEdit = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""`ModelEdit.prompt_lengths` of the scored model; one that tells nobody before its first edit."""
+Bridge = Callable[[Scorer, Mapping[str, Any], TellEdit], Any]
+"""Called with EasyEdit's function, its arguments by name, `tok` among them a `LearnedTokens`, and
+what tells prompt lengths."""
 
 
 def wrap_scoring() -> None:
@@ -58,40 +64,17 @@ def _bridged(original: Scorer, bridge: Bridge) -> Scorer:
         call.apply_defaults()
         model = call.arguments["model"]
         edit = attached_edit(model) if isinstance(model, nn.Module) else None
-        if edit is None:
+        hparams = call.arguments.get("hparams")
+        if edit is None and not isinstance(hparams, BaFTHyperParams):
             return original(*args, **kwargs)
-        return bridge(original, call.arguments, edit)
+        form = PromptFormat() if hparams is None else PromptFormat.of(hparams)
+        if call.arguments.get("locality"):  # for which EasyEdit never uses the template
+            form = form.without_template()
+        learned = {**call.arguments, "tok": LearnedTokens(call.arguments["tok"], form)}
+        return bridge(original, learned, nullcontext if edit is None else edit.prompt_lengths)
 
     score._baft_bridge = True  # type: ignore[attr-defined]
     return score
-
-
-def prompt_token_counts(
-    tok: Any,
-    hparams: Any,
-    prompts: Sequence[str],
-    targets: Sequence[str],
-    *,
-    locality: bool = False,
-) -> list[int]:
-    """Count prompt tokens as EasyEdit's `test_prediction_acc` does.
-
-    Args:
-        tok: The tokenizer it is called with.
-        hparams: The hyper-parameters it is called with: `max_length`, `use_chat_template`.
-        prompts: The prompts.
-        targets: Their targets; only for the limit of length, which depends on the longest text.
-        locality: Whether it scores locality, for which it never uses the chat template.
-
-    Returns:
-        The number of tokens of each prompt, special tokens included.
-    """
-    if getattr(hparams, "use_chat_template", False) and not locality:
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    longest = max(len(tok.encode(f"{p} {t}")) for p, t in zip(prompts, targets, strict=True))
-    encoded = tok(list(prompts), truncation=True, max_length=max(hparams.max_length, longest + 1))
-    return [len(ids) for ids in encoded["input_ids"]]
 
 
 def _as_list(texts: str | Sequence[str]) -> list[str]:
@@ -99,73 +82,41 @@ def _as_list(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-@contextmanager
-def _lengths_given_by_generate(model: Any, edit: ModelEdit) -> Iterator[None]:
-    """Take the prompt lengths from each call of `model.generate` inside this context.
-
-    Without a cache, every step of a generation is a forward of prompt and output together.
-    """
-    generate, patched = model.generate, "generate" in vars(model)
-
-    def generate_with_lengths(*args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
-        with edit.prompt_lengths(mask.sum(-1)):
-            return generate(*args, **kwargs)
-
-    model.generate = generate_with_lengths
-    try:
-        yield
-    finally:
-        if patched:
-            model.generate = generate
-        else:
-            del model.generate  # the method of the class shows again
-
-
-def _score_prediction(original: Scorer, call: Mapping[str, Any], edit: ModelEdit) -> Any:
+def _score_prediction(original: Scorer, call: Mapping[str, Any], tell: TellEdit) -> Any:
     """Score tokens of the targets, teacher-forced or (`vanilla_generation`) generated."""
     if call.get("vanilla_generation"):
-        return _generate(original, call, edit)
+        return _generate(original, call, tell)
     prompts, targets = _as_list(call["prompts"]), _as_list(call["targets"])
-    lengths = prompt_token_counts(
-        call["tok"], call["hparams"], prompts, targets, locality=call["locality"]
-    )
-    with edit.prompt_lengths(lengths):
+    with tell(call["tok"].expect(prompts, targets)):
         return original(**call)
 
 
-def _generate(original: Scorer, call: Mapping[str, Any], edit: ModelEdit) -> Any:
-    """Run a function that calls `model.generate`."""
-    with _lengths_given_by_generate(call["model"], edit):
-        return original(**call)
+def _generate(original: Scorer, call: Mapping[str, Any], tell: TellEdit) -> Any:  # noqa: ARG001
+    """Run a function that calls `model.generate`, which tells the prompts' lengths itself."""
+    return original(**call)
 
 
-def _score_perplexity(original: Scorer, call: Mapping[str, Any], edit: ModelEdit) -> Any:
+def _score_perplexity(original: Scorer, call: Mapping[str, Any], tell: TellEdit) -> Any:
     """Score the perplexity of targets; EasyEdit passes no attention mask, so padding counts."""
     prompts, targets = _as_list(call["prompt"]), _as_list(call["target_new"])
     tok = call["tok"]
-    texts = [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)]
-    lengths = [len(ids) for ids in tok(prompts, truncation=True)["input_ids"]]
+    lengths = tok.expect(prompts, targets)
     if tok.padding_side == "left":
-        widths = [len(ids) for ids in tok(texts, truncation=True)["input_ids"]]
+        widths = [len(tok.ids(f"{p} {t}")) for p, t in zip(prompts, targets, strict=True)]
         lengths = [n + max(widths) - width for n, width in zip(lengths, widths, strict=True)]
-    with edit.prompt_lengths(lengths):
+    with tell(lengths):
         return original(**call)
 
 
-def _score_text(original: Scorer, call: Mapping[str, Any], edit: ModelEdit) -> Any:
+def _score_text(original: Scorer, call: Mapping[str, Any], tell: TellEdit) -> Any:
     """Score how probable the prompts themselves are: there is no answer in the text."""
-    encoded = call["tok"](_as_list(call["prompt"]), truncation=True)
-    with edit.prompt_lengths([max(len(ids) for ids in encoded["input_ids"])]):
+    with tell([max(len(call["tok"].ids(text)) for text in _as_list(call["prompt"]))]):
         return original(**call)
 
 
-def _score_continuation(original: Scorer, call: Mapping[str, Any], edit: ModelEdit) -> Any:
+def _score_continuation(original: Scorer, call: Mapping[str, Any], tell: TellEdit) -> Any:
     """Score generated continuations; EasyEdit's own loop may feed a prompt in pieces."""
     if call.get("vanilla_generation"):
-        return _generate(original, call, edit)
-    lengths = [len(ids) for ids in call["tok"](_as_list(call["prefixes"]))["input_ids"]]
-    with edit.prompt_lengths(lengths):
+        return _generate(original, call, tell)
+    with tell([len(call["tok"].ids(text)) for text in _as_list(call["prefixes"])]):
         return original(**call)

@@ -22,6 +22,7 @@ from baft_easyedit.easyedit.joint_scoring import (
     rows_are_independent,
     score_jointly,
 )
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.peer_fixes import (
     after_edit,
     edited_request,
@@ -32,6 +33,7 @@ from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.editor import BaFTEditor, Learned
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.hooks import attached_edit
+from baft_easyedit.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
 
@@ -144,6 +146,11 @@ class Session:
             return [self._quality(request) for request in requests]
         return score_jointly(self._quality, requests, self.editor.tok, self.batch_size)
 
+    @property
+    def _scoring_tokenizer(self) -> LearnedTokens:
+        """The tokenizer as all methods are scored with it."""
+        return LearnedTokens(self.editor.tok, PromptFormat.of(self.editor.hparams))
+
     def _quality(self, request: Request) -> dict[str, Any]:
         """Call EasyEdit's evaluator."""
         editor = self.editor
@@ -152,7 +159,7 @@ class Session:
                 self.model,
                 editor.model_name,
                 editor.hparams,
-                editor.tok,
+                self._scoring_tokenizer,
                 scored_request(request, editor),
                 editor.hparams.device,
             )
@@ -184,7 +191,7 @@ class Session:
         with _evaluating(self.model), honoured_device(self.generation, editor.hparams.device):
             scores = module.test_prediction_acc(
                 self.model,
-                editor.tok,
+                self._scoring_tokenizer,
                 editor.hparams,
                 list(prompts),
                 list(targets),
@@ -192,11 +199,13 @@ class Session:
             )
         return [float(score) for score in np.ravel(scores)]
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[str]:
+    def answers(
+        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: Sequence[int]
+    ) -> list[str]:
         """Answer prompts by greedy decoding until the model stops by itself.
 
         Args:
-            prompts: One text per answer.
+            prompts: One text per answer, or its tokens.
             max_new_tokens: Where each answer is cut.
         """
         editor, model = self.editor, self.model

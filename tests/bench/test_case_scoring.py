@@ -51,7 +51,8 @@ class Session:
         return [{"pre": before, "post": post} for before in pre]
 
     def answers(self, prompts, max_new_tokens):
-        return [f"{prompt} {limit}" for prompt, limit in zip(prompts, max_new_tokens, strict=True)]
+        pairs = zip(prompts, max_new_tokens, strict=True)
+        return [f"{' '.join(map(str, prompt))} {limit}" for prompt, limit in pairs]
 
     def token_accuracies(self, prompts, targets):
         assert (prompts, targets) == (["H1", "H1"], ["1", "I"])

@@ -1,16 +1,21 @@
 """EasyEdit's scoring functions know where the prompt ends, and agree with generation."""
 
+import copy
 import importlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CAPITALS, make_request
+from tokenizers import processors
 
 from baft_easyedit import BaFTHyperParams, ModelEdit, attached_edit
 from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.plugin import apply_baft_to_model
-from baft_easyedit.easyedit.scoring import prompt_token_counts
+from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.requests import as_requests, text_rows
 
 pytestmark = pytest.mark.easyedit
 
@@ -41,6 +46,7 @@ def learned(host, model_path, tmp_path_factory):
 def edited(learned, monkeypatch):
     monkeypatch.setattr(learned.tok, "chat_template", None)  # tests may set one
     monkeypatch.setattr(learned.hparams, "use_chat_template", False)
+    monkeypatch.setattr(learned.hparams, "chat_template_kwargs", None)
     return learned
 
 
@@ -107,7 +113,6 @@ def test_generation_without_a_cache_is_told_the_prompt(host, evaluation, edited,
         evaluation, edited, [r["prompt"]], [" " + r["target_new"]], vanilla_generation=True
     )
     assert scored == [1.0]
-    assert "generate" not in vars(edited.model)
 
 
 def test_an_unedited_model_is_scored_by_the_original(evaluation, make_editor, given_lengths):
@@ -149,19 +154,129 @@ def test_fluency_is_told_the_prompt(host, evaluation, edited, monkeypatch, given
     assert given_lengths == [[1 + len("The sky is")]]
 
 
-def test_counts_follow_the_chat_template(edited):
-    edited.tok.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    edited.hparams.use_chat_template = True
-    count = prompt_token_counts(edited.tok, edited.hparams, ["ab"], ["c"])
-    assert count == [len(edited.tok("<ab>")["input_ids"])]
-    plain = prompt_token_counts(edited.tok, edited.hparams, ["ab"], ["c"], locality=True)
-    assert plain == [len(edited.tok("ab")["input_ids"])]
+CHAT = "<s>{% for m in messages %}<{{ m['content'] }}{{ mood }}>{% endfor %}"
 
 
 def test_chat_prompts_are_scored_with_their_template(host, evaluation, edited, given_lengths):
     if host.generation == "pypi":
         pytest.skip("the release has no chat templates")
-    edited.tok.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    edited.tok.chat_template = CHAT
     edited.hparams.use_chat_template = True
+    edited.hparams.chat_template_kwargs = {"mood": "!"}
     score(evaluation, edited, "ab", "c")
-    assert given_lengths == [[1 + len("<ab>")]]
+    score(evaluation, edited, "ab", "c", locality=True)
+    assert given_lengths == [[1 + len("<ab!>")], [1 + len("ab")]]
+
+
+@pytest.fixture
+def seen_ids(edited):
+    """The tokens that the model is run on."""
+    seen = []
+    hook = edited.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
+def ends_texts(tok):
+    """A tokenizer that puts its end behind every text, as one with `add_eos_token` does."""
+    ending = copy.deepcopy(tok)
+    begin, end = tok.bos_token, tok.eos_token
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        special_tokens=[(begin, tok.bos_token_id), (end, tok.eos_token_id)],
+    )
+    return ending
+
+
+SEAMS = {
+    "plain": ("The sky is", "blue", {}, None),
+    "end": ("The sky is", "blue", {}, ends_texts),
+    "space": ("The sky is ", " blue", {}, None),
+    "chinese": ("\u4e2d\u56fd\u7684\u9996\u90fd\u662f", "\u7ebd\u7ea6", {}, None),
+    "separator": ("The sky is", "blue", {"separator": ": "}, None),
+}
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("is_edited", [True, False])
+def test_what_is_scored_is_what_is_learned(
+    evaluation, edited, given_lengths, seen_ids, monkeypatch, seam, is_edited
+):
+    prompt, target, settings, change = SEAMS[seam]
+    for name, value in settings.items():
+        monkeypatch.setattr(edited.hparams, name, value)
+    tok = edited.tok if change is None else change(edited.tok)
+    monkeypatch.setattr(edited, "tok", tok)
+    form = PromptFormat.of(edited.hparams)
+    (row,) = text_rows(
+        as_requests({"prompt": prompt, "target_new": target}), tok, prompt_format=form
+    )
+    edit = attached_edit(edited.model)
+    if not is_edited:
+        edit.detach()
+    try:
+        scored = score(evaluation, edited, prompt, target)
+    finally:
+        if not is_edited:
+            edit.attach(edited.model)
+    assert seen_ids == [[list(row.ids)]]
+    assert given_lengths == ([[row.prompt_length]] if is_edited else [])
+    num_right = np.mean(scored) * (len(row.ids) - row.prompt_length)
+    assert num_right == pytest.approx(round(num_right))  # one score for each token of the answer
+
+
+def test_other_methods_are_scored_on_easyedits_own_text(evaluation, edited, seen_ids):
+    edit = attached_edit(edited.model)
+    edit.detach()
+    try:
+        others = SimpleNamespace(max_length=40)
+        evaluation.test_prediction_acc(edited.model, edited.tok, others, "Ice is ", "hot", "cpu")
+    finally:
+        edit.attach(edited.model)
+    assert seen_ids == [[edited.tok("Ice is  hot")["input_ids"]]]
+
+
+def test_perplexity_is_that_of_the_learned_text(evaluation, edited, given_lengths, seen_ids):
+    evaluation.PPL(edited.model, edited.tok, "Ice is ", " hot", "cpu")
+    learned = edited.tok("Ice is hot")["input_ids"]
+    assert seen_ids[0][0][: len(learned)] == learned  # the release goes on with an end
+    assert given_lengths == [[1 + len("Ice is")]]
+
+
+def test_scoring_does_not_warn(evaluation, edited, requests, caplog):
+    edit = attached_edit(edited.model)
+    edit._has_warned = False
+    r = requests[0]
+    score(evaluation, edited, r["prompt"], r["target_new"])
+    evaluation.PPL(edited.model, edited.tok, r["prompt"], r["target_new"], "cpu")
+    assert "does not say where its prompts end" not in caplog.text
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_learned_tokens_are_the_tokenizers_own_where_there_is_nothing_to_put_right(edited, side):
+    tok, texts = edited.tok, ["The sky", "Ice is cold"]
+    ours = LearnedTokens(LearnedTokens(tok, PromptFormat()), PromptFormat())
+    before, ours.padding_side = tok.padding_side, side
+    assert tok.padding_side == side
+    options = {"padding": True, "truncation": True, "max_length": 8, "return_tensors": "pt"}
+    expected, found = tok(texts, **options), ours(texts, **options)
+    assert ours("Ice", return_tensors="pt")["input_ids"].tolist() == [tok("Ice")["input_ids"]]
+    tok.padding_side = before
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert ours(texts)["input_ids"] == tok(texts)["input_ids"]
+    assert ours("Ice")["input_ids"] == tok("Ice")["input_ids"] == ours.encode("Ice")
+    bare = {"add_special_tokens": False}
+    assert ours.encode("Ice", **bare) == tok.encode("Ice", **bare) == ours("Ice", **bare).input_ids
+    assert len(ours) == len(tok)
+
+
+def test_conversations_of_easyedit_get_one_beginning(edited):
+    edited.tok.chat_template = CHAT
+    form = PromptFormat(use_chat_template=True, chat_template_kwargs={"mood": "?"})
+    ours = LearnedTokens(edited.tok, form)
+    (shown,) = ours.apply_chat_template([[{"role": "user", "content": "a"}]], tokenize=False)
+    assert shown == "<s><a?>"
+    begin = edited.tok.bos_token_id
+    assert ours(shown)["input_ids"].count(begin) == (edited.tok.bos_token == "<s>")

@@ -1,0 +1,84 @@
+"""A tokenizer that gives EasyEdit's evaluators the tokens that edits are learned on.
+
+They tokenise `prompt` and `prompt + " " + target` by themselves: with a second beginning before a
+chat template, an end before the answer, a space in languages without. Where a text has none of
+these the tokens are those of the tokenizer itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from baft_easyedit.batching import padded
+from baft_easyedit.prompt_format import PromptFormat, token_ids
+
+_RELEASES_END = " <|endoftext|>"
+"""What EasyEdit's release puts behind texts whose perplexity it measures."""
+
+
+class LearnedTokens:
+    """A tokenizer as EasyEdit's evaluators use one.
+
+    Args:
+        tok: The tokenizer behind it, which does all else.
+        prompt_format: How prompts are put to the model.
+    """
+
+    def __init__(self, tok: Any, prompt_format: PromptFormat) -> None:
+        while isinstance(tok, LearnedTokens):
+            tok = tok._tok
+        self.__dict__.update(_tok=tok, _format=prompt_format, _texts={}, _templated=set())
+
+    def expect(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
+        """Make known which prompts and targets will come; return the prompts' tokens."""
+        form, tok, lengths = self._format, self._tok, []
+        for prompt, target in zip(prompts, targets, strict=True):
+            shown = form.prompt_text(prompt, tok)
+            as_easyedit_has_it = shown if form.use_chat_template else prompt
+            self._texts[as_easyedit_has_it] = shown
+            whole = form.whole_text(prompt, target, tok)
+            for end in ("", _RELEASES_END):
+                self._texts[f"{as_easyedit_has_it} {target}{end}"] = whole + end
+            if form.use_chat_template:
+                self._templated.add(shown)
+            lengths.append(len(form.prompt_ids(prompt, tok)))
+        return lengths
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a text."""
+        is_templated = text.startswith(tuple(self._templated))
+        return token_ids(self._texts.get(text, text), self._tok, is_templated=is_templated)
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Put conversations into the template, with what the format gives it."""
+        options = {**(self._format.chat_template_kwargs or {}), **options}
+        shown = self._tok.apply_chat_template(conversation, **options)
+        if options.get("tokenize") is False:
+            self._templated.update([shown] if isinstance(shown, str) else shown)
+        return shown
+
+    def encode(self, text: str, **options: Any) -> Any:
+        """Return the tokens of a text; a caller that has a wish is left to the tokenizer."""
+        return self._tok.encode(text, **options) if options else list(self.ids(text))
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Tokenise a text or several; a caller that has a wish is left to the tokenizer."""
+        if "add_special_tokens" in options or not isinstance(text, (str, list, tuple)):
+            return self._tok(text, **options)
+        from transformers import BatchEncoding
+
+        texts = [text] if isinstance(text, str) else list(text)
+        limit = options.get("max_length") or self._tok.model_max_length
+        rows = [self.ids(t)[: limit if options.get("truncation") else None] for t in texts]
+        if options.get("return_tensors") == "pt":
+            return BatchEncoding(padded(rows, self._tok, self._tok.padding_side))
+        plain = [list(row) for row in rows]
+        return BatchEncoding({"input_ids": plain[0] if isinstance(text, str) else plain})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tok, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._tok, name, value)
+
+    def __len__(self) -> int:
+        return len(self._tok)

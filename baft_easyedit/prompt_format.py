@@ -1,0 +1,102 @@
+"""How a prompt and its answer become one text, and that text tokens.
+
+Learning, asking and scoring all go through here, so that they agree. The tokens of a text are those
+that its tokenizer puts before it and its own: what a tokenizer puts behind (an end-of-sequence
+token) would come between a prompt and its answer. A chat template brings its own special tokens.
+"""
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_UNSPACED_SCRIPTS = (
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER",
+    "MYANMAR",
+)  # fmt: skip
+"""How the Unicode names of letters begin whose scripts put no spaces between words."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How prompts are put to a model. The fields are those of `BaFTHyperParams`."""
+
+    use_chat_template: bool = False
+    """Put prompts into the tokenizer's chat template, as the user's message."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """What the template is given besides."""
+    separator: str | None = None
+    """What stands between prompt and answer; None for a space, or nothing behind a script that is
+    written without spaces."""
+
+    @classmethod
+    def of(cls, hparams: Any) -> "PromptFormat":
+        """Return the format that hyper-parameters set.
+
+        Args:
+            hparams: Those of any method of EasyEdit, whose own methods put a space everywhere.
+        """
+        return cls(
+            use_chat_template=bool(getattr(hparams, "use_chat_template", False)),
+            chat_template_kwargs=getattr(hparams, "chat_template_kwargs", None),
+            separator=getattr(hparams, "separator", " "),
+        )
+
+    def without_template(self) -> "PromptFormat":
+        """Return the format of texts that never are in a chat template, such as locality probes."""
+        return PromptFormat(separator=self.separator)
+
+    def separator_after(self, prompt: str) -> str:
+        """Return what stands between a prompt, outside its template, and its answer."""
+        if self.separator is not None:
+            return self.separator
+        last = next((c for c in reversed(prompt) if c.isalpha()), " ")
+        return "" if unicodedata.name(last, "").startswith(_UNSPACED_SCRIPTS) else " "
+
+    def prompt_text(self, prompt: str, tokenizer: Any) -> str:
+        """Return the text of a prompt as the model is shown it, without a separator at its end."""
+        if not self.use_chat_template:
+            return prompt.removesuffix(self.separator_after(prompt))
+        shown: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            tokenize=False,
+            **(self.chat_template_kwargs or {}),
+        )
+        return shown
+
+    def whole_text(self, prompt: str, answer: str, tokenizer: Any) -> str:
+        """Return a prompt and its answer with one separator between them."""
+        separator = self.separator_after(prompt)
+        return self.prompt_text(prompt, tokenizer) + separator + answer.removeprefix(separator)
+
+    def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
+        """Return the tokens of a prompt, to which an answer is to be generated."""
+        text = self.prompt_text(prompt, tokenizer)
+        return token_ids(text, tokenizer, is_templated=self.use_chat_template)
+
+    def whole_ids(self, prompt: str, answer: str, tokenizer: Any) -> tuple[int, ...]:
+        """Return the tokens of a prompt and its answer."""
+        text = self.whole_text(prompt, answer, tokenizer)
+        return token_ids(text, tokenizer, is_templated=self.use_chat_template)
+
+
+def token_ids(text: str, tokenizer: Any, *, is_templated: bool = False) -> tuple[int, ...]:
+    """Return the tokens of a text.
+
+    Args:
+        text: The text.
+        tokenizer: A tokenizer of transformers.
+        is_templated: Whether the text has its special tokens in it already.
+    """
+    if is_templated:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(text)["input_ids"]
+    return tuple(ids[: len(ids) - _num_behind(tokenizer)])
+
+
+def _num_behind(tokenizer: Any) -> int:
+    """Count the special tokens that a tokenizer puts behind every text."""
+    of_nothing, of_letter = (tokenizer(text)["input_ids"] for text in ("", "a"))
+    pairs = zip(reversed(of_nothing), reversed(of_letter), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(of_nothing))
