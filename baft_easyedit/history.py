@@ -18,6 +18,7 @@ from baft_easyedit.keeping.journal import Entry, Journal, report_dict
 from baft_easyedit.keeping.state import state_hash
 from baft_easyedit.learner import EditState, Learner
 from baft_easyedit.learning import EditReport
+from baft_easyedit.messages import short
 from baft_easyedit.requests import EditRequest, as_requests
 
 
@@ -174,7 +175,9 @@ class History:
                 "BaFTEditor.open(), or undo()"
             )
         if not 0 <= to < len(journal):
-            raise ValueError(f"to must be in [0, {len(journal) - 1}], the journal's ids; got {to}")
+            raise ValueError(
+                f"to must be in [0, {len(journal) - 1}], the journal's ids; got {short(to)}"
+            )
         self._return("rollback", to)
 
     def _return(self, kind: str, to: int) -> None:

@@ -4,10 +4,11 @@ A target's tokens are those of `prompt + " " + target_new` after the prompt's ow
 EasyEdit's evaluators count them.
 """
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from baft_easyedit.messages import short
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class EditRequest:
             _check_text("subject", self.subject)
             if self.subject not in self.prompt:
                 raise ValueError(
-                    f"subject must be a part of the prompt; {self.subject!r} is not in "
-                    f"{self.prompt!r}"
+                    f"subject must be a part of the prompt; {short(self.subject)} is not in "
+                    f"{short(self.prompt)}"
                 )
 
     @classmethod
@@ -60,12 +61,12 @@ class EditRequest:
         for key in ("prompt", "target_new"):
             if key not in request:
                 raise ValueError(
-                    f"a request must have the key {key!r}; got {sorted(map(str, request))}"
+                    f"a request must have the key {key!r}; got {short(sorted(map(str, request)))}"
                 )
         irrelevant = request.get("loc_prompt") or ()
         if not isinstance(irrelevant, (str, list, tuple)):
             raise TypeError(
-                f"loc_prompt must be a string or a list of strings; got {reprlib.repr(irrelevant)}"
+                f"loc_prompt must be a string or a list of strings; got {short(irrelevant)}"
             )
         return cls(
             prompt=request["prompt"],
@@ -87,9 +88,16 @@ class EditRequest:
 def _check_text(key: str, text: object) -> None:
     """Raise unless `text` is a string with something in it."""
     if not isinstance(text, str):
-        raise TypeError(f"{key} must be a string; got {reprlib.repr(text)}")
+        raise TypeError(f"{key} must be a string; got {short(text)}")
     if not text.strip():
-        raise ValueError(f"{key} must not be empty; got {text!r}")
+        raise ValueError(f"{key} must not be empty; got {short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key} must be text without half surrogate pairs; it has one at character "
+            f"{error.start}: {short(text[error.start])}"
+        ) from None
 
 
 def as_requests(requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[EditRequest]:
@@ -178,8 +186,8 @@ def _edit_row(
     length = len(_token_ids(tokenizer, prompt))
     if len(ids) <= length:
         raise ValueError(
-            f"target_new must have at least one token; {request.target_new!r} adds none to "
-            f"{prompt!r}"
+            f"target_new must have at least one token; {short(request.target_new)} adds none to "
+            f"{short(prompt)}"
         )
     return TextRow(ids + end, length, is_edit=True)
 

@@ -14,6 +14,7 @@ from torch import nn
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.keeping.fingerprint import Fingerprint
+from baft_easyedit.messages import short
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
 
@@ -71,8 +72,8 @@ class KeptConfig:
         found = taken(content, "format_version", int, where)
         if found != FORMAT_VERSION:
             raise ValueError(
-                f"{where} must have format_version {FORMAT_VERSION}; got {found}: use a version of "
-                "baft_easyedit that knows it"
+                f"{where} must have format_version {FORMAT_VERSION}; got {short(found)}: use a "
+                "version of baft_easyedit that knows it"
             )
         return cls(
             base_model=taken(content, "base_model", str, where),
@@ -130,7 +131,8 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
     if name not in classes:
-        raise ValueError(f"alg_name in {where} must be one of {', '.join(classes)}; got {name!r}")
+        names = ", ".join(classes)
+        raise ValueError(f"alg_name in {where} must be one of {names}; got {short(name)}")
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return classes[name].from_dict({**method, **own})

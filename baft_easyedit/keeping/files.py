@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from baft_easyedit.messages import cut
+from baft_easyedit.paths import open_own
 from baft_easyedit.reading import parse_json
 
 _TEMPORARY = ".baft-tmp"
@@ -20,7 +22,8 @@ def temporary_of(file: Path) -> Path:
 def write_temporary(file: Path, data: bytes) -> Path:
     """Write `data` beside `file`, down to the disk; return where, for `os.replace`."""
     temporary = temporary_of(file)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    temporary.unlink(missing_ok=True)  # what is there may be a link to a file of others
+    descriptor = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -37,7 +40,7 @@ def write_durably(file: Path, data: bytes) -> None:
 
 def append_durably(file: Path, data: bytes) -> None:
     """Append to a file that exists, down to the disk."""
-    with open(file, "ab") as stream:
+    with os.fdopen(open_own(file, os.O_WRONLY | os.O_APPEND), "ab") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -45,7 +48,7 @@ def append_durably(file: Path, data: bytes) -> None:
 
 def truncate_durably(file: Path, size: int) -> None:
     """Cut a file to `size` bytes, down to the disk."""
-    with open(file, "r+b") as stream:
+    with os.fdopen(open_own(file, os.O_RDWR), "r+b") as stream:
         stream.truncate(size)
         os.fsync(stream.fileno())
 
@@ -90,7 +93,7 @@ def to_json(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"what is kept must be JSON; {error}") from None
+        raise ValueError(f"what is kept must be JSON; {cut(error, 500)}") from None
 
 
 def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     Raises:
         ValueError: If it is not JSON (NaN and infinities are not), too deep, or not an object.
     """
-    value = parse_json(text, where, allow_nan=False)
+    value = parse_json(text, where, is_strict=True)
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}")
     return value

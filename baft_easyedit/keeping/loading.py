@@ -11,6 +11,7 @@ from baft_easyedit.keeping.config import hparams_of, new_edit
 from baft_easyedit.keeping.directory import read_latest
 from baft_easyedit.keeping.state import StateFile, check_fits, state_hash
 from baft_easyedit.learner import EditState
+from baft_easyedit.messages import short
 
 
 def checked_latest(
@@ -96,6 +97,6 @@ def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -
     for name, value in wanted.items():
         if getattr(carried, name) != value:
             raise ValueError(
-                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {value!r}: undo "
-                "that edit, or use its hyper-parameters"
+                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {short(value)}: "
+                "undo that edit, or use its hyper-parameters"
             )
