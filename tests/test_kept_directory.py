@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, attach, attached_edit
+from baft_easyedit import editor as editor_module
 from baft_easyedit.cli import main
 from baft_easyedit.hooks import rank_of
 from baft_easyedit.keeping import directory as directory_module
@@ -277,14 +278,158 @@ def test_save_brings_an_earlier_save_up_to_date(opened, kept, tmp_path):
         editor.save(kept)
 
 
-def test_new_directory_needs_hparams(opened, kept):
+def lines_of(path):
+    return [entry.line for entry in read_history(path)]
+
+
+def test_loaded_edit_is_saved_with_the_journal_that_led_to_it(opened, kept, tokenizer, tmp_path):
+    with opened() as editor:
+        for i in range(2):
+            editor.edit(fact(i))
+    saved = tmp_path / "saved"
+    other = BaFTEditor.load(make_model(), tokenizer, kept)
+    other.edit(fact(2))
+    other.save(saved)
+    assert lines_of(saved)[:3] == lines_of(kept)
+    assert read_history(saved)[3].requests[0]["prompt"] == fact(2)["prompt"]
+    other.edit(fact(3))
+    other.undo()
+    other.undo()
+    with pytest.raises(ValueError, match="rollback needs the journal of a directory, and none is"):
+        other.rollback(to=1)
+    other.hparams = replace(other.hparams, num_steps=3)
+    other.edit(fact(4))
+    other.save(saved)
+    kinds = ["start", "edit", "edit", "edit", "edit", "undo", "undo", "settings", "edit"]
+    assert [e.kind for e in read_history(saved)] == kinds
+    assert [read_history(saved)[i].to for i in (5, 6)] == [3, 2]
+    with opened(saved, None) as again:
+        assert now(again) == now(other)
+        again.edit(fact(5))
+        again.rollback(to=8)
+        assert now(again) == now(other)
+        with pytest.raises(
+            ValueError, match=r"no intact checkpoint of entry 1 or before it; the s"
+        ):
+            again.rollback(to=1)
+    assert len(read_history(kept)) == 3
+
+
+def test_failed_edit_of_a_loaded_one_is_not_in_its_journal(opened, kept, tokenizer, monkeypatch):
+    opened().close()
+    other = BaFTEditor.load(make_model(), tokenizer, kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", failing(FloatingPointError()))
+        with pytest.raises(FloatingPointError):
+            other.edit(fact(0))
+    other.save(kept.parent / "saved")
+    assert lines_of(kept.parent / "saved") == lines_of(kept)
+
+
+def start_of(path):
+    (entry,) = read_history(path)
+    return entry.snapshot_of
+
+
+def test_snapshot_says_of_what_it_is(opened, kept, tokenizer, quick, tmp_path, capsys):
+    new = BaFTEditor(make_model(), tokenizer, quick)
+    new.edit(fact(0))
+    new.save(tmp_path / "new")
+    assert start_of(tmp_path / "new") == "an edit that was in memory only"
+    with opened() as editor:
+        editor.edit(fact(0))
+    of_last = read_history(kept)[-1].reference
+    assert of_last.startswith("entry 1, whose line has the SHA-256 ")
+
+    def change(editor):
+        with torch.no_grad():
+            editor.model_edit.intervention(1).source_bias.add_(1)
+
+    for name, then in [("at once", None), ("later", lambda e: e.edit(fact(1)))]:
+        other = BaFTEditor.load(make_model(), tokenizer, kept)
+        change(other)
+        if then:
+            then(other)
+        other.save(tmp_path / name)
+        assert (
+            start_of(tmp_path / name) == f"{of_last}; changed by other means than its editor since"
+        )
+    other = BaFTEditor.load(make_model(), tokenizer, kept)
+    other.edit(fact(1))
+    other._history.recent[0][1].learned["_interventions.1.source_bias"].add_(1)
+    other.undo()
+    other.save(tmp_path / "undone")
+    assert "changed by other means" in start_of(tmp_path / "undone")
+    other = BaFTEditor.load(make_model(seed=1), tokenizer, kept, allow_other_model=True)
+    other.save(tmp_path / "of another model")
+    assert "; learned on another model, " in start_of(tmp_path / "of another model")
+    other = BaFTEditor.load(make_model(), tokenizer, kept, allow_other_model=True)
+    other.save(tmp_path / "of the same")
+    assert lines_of(tmp_path / "of the same") == lines_of(kept)
+    assert main(["history", str(tmp_path / "later")]) == 0
+    assert "start    snapshot of entry 1, whose" in capsys.readouterr().out
+    (kept / "journal.jsonl").write_text("{}\n{}\n{}\n")
+    BaFTEditor.load(make_model(), tokenizer, kept).save(tmp_path / "no journal")
+    assert "; the journal before it could not be read" in start_of(tmp_path / "no journal")
+
+
+def test_snapshot_of_another_edit_is_replaced_only_when_asked(tokenizer, quick, tmp_path):
+    editors = [BaFTEditor(make_model(), tokenizer, quick) for _ in range(2)]
+    for i, editor in enumerate(editors):
+        editor.edit(fact(i))
+    editors[0].save(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    for save in (editors[1].save, editors[1].save_pretrained):
+        with pytest.raises(
+            ValueError, match=r"a snapshot of another edit: .* overwrite=True, on th"
+        ):
+            save(tmp_path)
+        assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+    editors[1].save(tmp_path, overwrite=True)
+    assert now(BaFTEditor.load(make_model(), tokenizer, tmp_path)) == now(editors[1])
+    editors[1].undo()
+    editors[1].save(tmp_path)  # its own
+    editors[0].save_pretrained(tmp_path, overwrite=True)
+    assert now(BaFTEditor.load(make_model(), tokenizer, tmp_path)) == now(editors[0])
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
+    loaded.model_edit.intervention(1).source_bias.data.add_(1)
+    loaded.save(tmp_path)  # a newer snapshot of what it was loaded from
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
+    loaded.edit(fact(2))
+    loaded.save(tmp_path)
+    with pytest.raises(ValueError, match="holds another edit with a history of 2 entries"):
+        editors[0].save(tmp_path, overwrite=True)
+
+
+def test_home_is_expanded_wherever_a_path_comes_in(opened, tokenizer, quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with opened("~/kept") as editor:
+        editor.edit(fact(0))
+        editor.save("~/saved")
+        editor.save_pretrained("~/for the Hub")
+    for name in ("kept", "saved", "for the Hub"):
+        assert len(read_history(f"~/{name}")) == len(read_history(tmp_path / name)) == 2
+        BaFTEditor.load(make_model(), tokenizer, f"~/{name}")
+        attach(make_model(), f"~/{name}")
+        model = make_model()
+        BaFTEditor.from_pretrained(f"~/{name}", model=model, tokenizer=tokenizer)
+    assert main(["history", "~/kept"]) == 0
+    assert not (tmp_path / "~").exists()
+
+
+def test_new_directory_needs_hparams(opened, kept, monkeypatch):
     with pytest.raises(ValueError, match="hparams must be given to begin an edit in"):
         opened(hparams=None)
     assert not kept.exists()
     kept.mkdir()
     (kept / "journal.jsonl").touch()
-    with pytest.raises(ValueError, match="hparams must be given: the journal of the directory is"):
-        opened(hparams=None)
+    for holds_edit in (editor_module.holds_edit, lambda path: True):  # another has just emptied it
+        monkeypatch.setattr(editor_module, "holds_edit", holds_edit)
+        with pytest.raises(
+            ValueError, match=r"begin an edit in .*, for nothing was begun there; go"
+        ):
+            opened(hparams=None)
 
 
 def test_hparams_of_another_shape_are_refused(opened, quick):
@@ -759,7 +904,16 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
     capsys.readouterr()
     main(["history", kept])
     assert capsys.readouterr().out.count("-> Rome [1 steps") == 2
-    assert len(read_history(other)) == 1
+    assert [e.line for e in read_history(other)][:3] == [e.line for e in read_history(kept)]
+    assert read_history(other)[3].requests[0]["prompt"] == "The capital of Malta is"
+    assert len(read_history(other)) == 4
+    edit("The capital of Peru is", "--from", kept, "--save", str(tmp_path / "third"))
+    for target in ([str(tmp_path / "third"), "--from", other], [other, "--from", kept]):
+        refused = ["edit", "--prompt", "a", *options, "--save", *target]
+        assert main(refused) == 2
+        assert "holds another edit with a history of 4 entries" in capsys.readouterr().err
+    assert main(["edit", "--prompt", "a", *options, "--save", kept, "--overwrite"]) == 2
+    assert "overwrite needs --from and another directory as --save" in capsys.readouterr().err
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
 

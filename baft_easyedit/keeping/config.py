@@ -93,6 +93,10 @@ class KeptConfig:
         """Return the same with other hyper-parameters, and the versions of now."""
         return replace(self, hparams=method_of(hparams), versions=versions())
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Tell whether this is the model that the edit was learned on."""
+        return self.fingerprint.difference(Fingerprint.of(model)) is None
+
     def check_model(self, model: nn.Module, where: str) -> None:
         """Raise ValueError unless this is the model that the edit was learned on."""
         difference = self.fingerprint.difference(Fingerprint.of(model))

@@ -4,6 +4,9 @@ import contextlib
 import json
 import os
 import shutil
+import stat
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +62,42 @@ def set_aside(file: Path) -> Path | None:
         return None
     aside = file.parent / f".{file.name}.before{_TEMPORARY}"
     aside.unlink(missing_ok=True)
-    try:
-        os.link(file, aside)
-    except OSError:  # some file systems have no links
-        shutil.copyfile(file, aside)
+    _name_twice(file, aside)
     return aside
+
+
+def keep_aside(directory: Path, files: Sequence[Path]) -> Path:
+    """Keep files under their names in a new folder, so that they outlive a replacement.
+
+    What is not a regular file is moved there, and makes way.
+
+    Args:
+        directory: Where the folder is made, if there is something to keep.
+        files: Names in that directory; those that do not exist are passed over.
+
+    Returns:
+        The folder, `before-repair-1` or the next that is free.
+    """
+    numbers = (n for n in count(1) if not os.path.lexists(directory / f"before-repair-{n}"))
+    folder = directory / f"before-repair-{next(numbers)}"
+    for file in filter(os.path.lexists, files):
+        kept = folder / file.relative_to(directory)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if stat.S_ISREG(os.lstat(file).st_mode):
+            _name_twice(file, kept)
+        else:
+            os.rename(file, kept)
+        sync_directory(kept.parent)
+    sync_directory(directory)
+    return folder
+
+
+def _name_twice(file: Path, other: Path) -> None:
+    """Give a regular file a second name, or make a copy of that name."""
+    try:
+        os.link(file, other)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(file, other)
 
 
 def remove_temporaries(directory: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.learning import EditReport, StepLosses
-from baft_easyedit.messages import short
+from baft_easyedit.messages import cut, short
 from baft_easyedit.paths import open_regular
 from baft_easyedit.reading import taken
 
@@ -72,6 +72,7 @@ class Entry:
             )
         entry_id = taken(content, "id", int, where)
         others = {key: taken(content, key, t, where) for key, t in _CONTENT[kind].items()}
+        taken({"snapshot_of": "", **content}, "snapshot_of", str, where)
         _check_report(others, where)
         for key in ("parent", "to"):
             if not 0 <= others.get(key, 0) < max(entry_id, 1):
@@ -91,6 +92,11 @@ class Entry:
         return hashlib.sha256(self.line.encode()).hexdigest()
 
     @property
+    def reference(self) -> str:
+        """What a snapshot calls the entry that it is of."""
+        return f"entry {self.id}, whose line has the SHA-256 {self.sha256}"
+
+    @property
     def content(self) -> dict[str, Any]:
         """What the line holds beside: `requests` and `report`, or `hparams` and `environment`."""
         content = parse_object(self.line, f"journal entry {self.id}")
@@ -106,11 +112,18 @@ class Entry:
         """What `report_dict` gives; empty where nothing was learned."""
         return self.content.get("report", {})
 
+    @property
+    def snapshot_of(self) -> str | None:
+        """What an entry 0 says of the edit that came before; None if nothing did."""
+        return parse_object(self.line, f"journal entry {self.id}").get("snapshot_of")
+
     def summary(self) -> str:
         """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
         parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
         if self.to is not None:
             parts.append(f"to {self.to}")
+        if self.id == 0 and (before := self.snapshot_of):
+            parts.append(f"snapshot of {cut(before, 300)}")
         if requests := self.requests:
             request = requests[0]
             more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
@@ -262,7 +275,8 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
             raise ValueError(
                 f"{where} is damaged at line {number} or the one before it ({error}): restore it "
                 "from a backup; or go on without the history: load() reads the state alone, and "
-                "save() puts it into a new directory"
+                "save() puts it into a new directory, or open() with repair=True begins a new "
+                "journal and keeps the old one aside"
             ) from None
     return journal
 

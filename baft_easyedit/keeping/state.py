@@ -18,7 +18,7 @@ from torch import Tensor
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.keeping.config import FORMAT_VERSION, KeptConfig
 from baft_easyedit.keeping.files import parse_object, to_json
-from baft_easyedit.keeping.journal import Entry
+from baft_easyedit.keeping.journal import Entry, Journal
 from baft_easyedit.learner import EditState
 from baft_easyedit.messages import cut, short
 from baft_easyedit.paths import open_regular
@@ -27,6 +27,8 @@ _MAX_HEADER = 100_000_000
 """Longest header that safetensors reads, in bytes."""
 _MAX_TENSORS = 2**31
 """Most bytes of tensors."""
+MAX_STATE = _MAX_TENSORS + _MAX_HEADER + 8
+"""Most bytes of a state file."""
 _DTYPES = {"F32": torch.float32}
 """What an edit is made of."""
 _KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "memory", "config")
@@ -51,6 +53,18 @@ def state_hash(state: EditState) -> str:
         digest.update(_bytes(value))
     digest.update(to_json([state.attached, state.memory]).encode())
     return digest.hexdigest()
+
+
+def is_after(state: EditState, journal: Journal, entry_id: int) -> bool:
+    """Tell whether a state is that after an entry of a journal, bit for bit."""
+    position = journal.position_of(entry_id)
+    return state_hash(state) == journal.entries[position].state_hash
+
+
+def present(state: EditState, journal: Journal) -> EditState | None:
+    """Return a state as a journal ends with it, attached or not; None if it was changed."""
+    either = (state._replace(attached=attached) for attached in (True, False))
+    return next((s for s in either if is_after(s, journal, len(journal) - 1)), None)
 
 
 def _bytes(value: Tensor) -> bytes:
