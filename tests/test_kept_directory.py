@@ -1,7 +1,10 @@
 import errno
+import fcntl
+import gc
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -478,6 +481,121 @@ def test_second_process_is_refused_and_told_who_is_there(opened, kept):
     opened(hparams=None).edit(fact(0))
     with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} has it"):
         opened(hparams=None)
+
+
+def test_lock_outlives_its_file(opened, kept):
+    editor = opened()
+    (kept / "lock").unlink()
+    with pytest.raises(BlockingIOError, match=r"process unknown has it: close that editor"):
+        opened()
+    editor.edit(fact(0))
+    editor.close()
+    opened(hparams=None).edit(fact(1))
+
+
+def files_under(path):
+    return {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "empty", "a copy", "another edit", "a file"])
+def test_directory_that_is_another_one_is_not_written(opened, kept, becomes):
+    editor = opened()
+    editor.edit(fact(0))
+    before = now(editor)
+    moved = kept.rename(kept.parent / "moved")
+    if becomes == "empty":
+        kept.mkdir()
+    elif becomes == "a copy":
+        shutil.copytree(moved, kept)
+    elif becomes == "another edit":
+        opened()
+    elif becomes == "a file":
+        kept.touch()
+    content = files_under(kept.parent)
+    match = r"kept must be what it was when this editor opened .* open the directory again where it"
+    for use in (lambda: editor.edit(fact(1)), editor.undo, lambda: editor.rollback(to=0)):
+        with pytest.raises(ValueError, match=match):
+            use()
+        assert now(editor) == before
+    assert files_under(kept.parent) == content
+    editor.save(kept.parent / "rescued")
+    assert lines_of(kept.parent / "rescued") == lines_of(moved)
+    editor.close()
+    opened(moved, None).edit(fact(1))
+
+
+def test_directory_that_goes_during_an_edit_is_not_written(opened, kept, monkeypatch):
+    editor = opened()
+    editor.edit(fact(0))
+    before = now(editor)
+    write = directory_module.write_temporary
+
+    def write_and_move(file, data):
+        kept.rename(kept.parent / "moved")
+        shutil.copytree(kept.parent / "moved", kept)
+        return write(file, data)
+
+    monkeypatch.setattr(directory_module, "write_temporary", write_and_move)
+    with pytest.raises(ValueError, match="it has been moved, replaced or deleted since"):
+        editor.edit(fact(1))
+    monkeypatch.undo()
+    assert now(editor) == before
+    assert len(read_history(kept)) == len(read_history(kept.parent / "moved")) == 2
+
+
+def test_relative_path_is_where_it_was_when_it_was_opened(opened, kept, monkeypatch):
+    monkeypatch.chdir(kept.parent)
+    editor = opened("kept")
+    (kept.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(kept.parent / "elsewhere")
+    twin = opened("kept")  # another one of that name
+    editor.edit(fact(0))
+    assert (len(read_history(kept)), len(of(twin))) == (2, 1)
+
+
+class Locks:
+    """`fcntl` on a file system that refuses some locks."""
+
+    def __init__(self, refuses, error):
+        self._refuses, self._error = refuses, error
+
+    def __getattr__(self, name):
+        return getattr(fcntl, name)
+
+    def flock(self, descriptor, operation):
+        if self._refuses(os.fstat(descriptor).st_mode):
+            raise OSError(self._error, os.strerror(self._error))
+        fcntl.flock(descriptor, operation)
+
+
+def test_file_is_locked_where_directories_cannot_be(opened, kept, monkeypatch):
+    locks = Locks(stat.S_ISDIR, errno.EBADF)  # as NFS does
+    monkeypatch.setattr(lock_module, "_fcntl", lambda: locks)
+    editor = opened()
+    with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} has it: close that editor"):
+        opened()
+    (kept / "lock").unlink()
+    before = now(editor)
+    with opened(hparams=None) as other:  # nobody can know of the first one
+        with pytest.raises(ValueError, match=r"lock must be what it was when this editor opened"):
+            editor.edit(fact(0))
+        assert now(editor) == before
+        other.edit(fact(1))
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_named(opened, kept, monkeypatch, error):
+    monkeypatch.setattr(lock_module, "_fcntl", lambda: Locks(lambda mode: True, error))
+    match = f"kept must be on a file system with locks, .*{os.strerror(error)}: keep the edit on a"
+    with pytest.raises(OSError, match=match) as raised:
+        opened()
+    assert raised.value.errno == error
+
+
+def test_lost_editor_lets_others_have_its_directory(opened, kept, tokenizer, quick):
+    BaFTEditor.open(make_model(), tokenizer, kept, quick)
+    gc.collect()
+    opened(hparams=None)
 
 
 def test_lock_without_fcntl_is_a_file(opened, kept, monkeypatch):
