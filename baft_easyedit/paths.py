@@ -19,7 +19,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFLNK: "a symbolic link, through which nothing is written: put a copy in its place",
 }
 
 
@@ -35,7 +35,8 @@ def open_regular(file: str | os.PathLike[str]) -> IO[bytes]:
         ValueError: If it is something else.
         OSError: If it cannot be read.
     """
-    return os.fdopen(_opened(file, _READ, os.stat(file)), "rb")
+    _check_regular(os.stat(file), file)  # to open a device can do something
+    return os.fdopen(_opened(file, _READ), "rb")
 
 
 def open_own(file: str | os.PathLike[str], flags: int) -> int:
@@ -52,7 +53,14 @@ def open_own(file: str | os.PathLike[str], flags: int) -> int:
         ValueError: If it is something else.
         OSError: If it cannot be written.
     """
-    return _opened(file, flags | _OWN, os.lstat(file) if os.path.lexists(file) else None)
+    check_own(file)
+    return _opened(file, flags | _OWN)
+
+
+def check_own(file: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a name is that of a regular file, or free."""
+    if os.path.lexists(file):
+        _check_regular(os.lstat(file), file)
 
 
 def read_regular(file: str | os.PathLike[str], most: int = MAX_FILE) -> bytes:
@@ -83,10 +91,8 @@ def read_text(file: str | os.PathLike[str]) -> str:
         raise ValueError(f"{file} must be UTF-8 text, and is not: {error}") from None
 
 
-def _opened(file: str | os.PathLike[str], flags: int, before: os.stat_result | None) -> int:
-    """Open a file that was, and is, a regular one."""
-    if before is not None:  # to open a device can do something
-        _check_regular(before, file)
+def _opened(file: str | os.PathLike[str], flags: int) -> int:
+    """Open a file that is a regular one still."""
     descriptor = os.open(file, flags, 0o644)
     try:
         _check_regular(os.fstat(descriptor), file)  # something else may have come in its place

@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -974,6 +976,210 @@ def test_damaged_journal_leaves_the_state_to_load_and_save(opened, three, tokeni
     editor = BaFTEditor.load(make_model(), tokenizer, three)
     editor.save(tmp_path / "new")
     assert now(opened(tmp_path / "new", None)) == now(editor)
+
+
+def interleaved(path, opened):
+    """Two writers of one directory, as without a lock: three commits each."""
+    opened(path).close()
+    shutil.copytree(path, path.parent / "other")
+    for directory in (path, path.parent / "other"):
+        with opened(directory, None) as editor:
+            for i in range(3):
+                editor.edit(fact(i))
+    own, other = (directory / "journal.jsonl" for directory in (path, path.parent / "other"))
+    start, *lines = own.read_text().splitlines(keepends=True)
+    pairs = zip(lines, other.read_text().splitlines(keepends=True)[1:], strict=True)
+    own.write_text(start + "".join(line for pair in pairs for line in pair))
+    shutil.copy(path.parent / "other/baft.safetensors", path)
+
+
+def test_split_journal_is_repaired(opened, kept, tokenizer):
+    interleaved(kept, opened)
+    expected = read_history(kept.parent / "other")[-1]
+    split = (kept / "journal.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="repair=True"):
+        opened(hparams=None)
+    with opened(hparams=None, repair=True) as editor:
+        assert now(editor) == expected.state_hash
+        assert (kept / "before-repair-1/journal.jsonl").read_bytes() == split
+        start = read_history(kept)[0]
+        assert start.snapshot_of == (
+            f"{expected.reference}; journal.jsonl, now in before-repair-1, could not be read, or "
+            "did not lead to it"
+        )
+        editor.edit(fact(8))
+        editor.rollback(to=0)
+        assert now(editor) == expected.state_hash
+    opened(hparams=None)
+
+
+def special(kind, file):
+    """Puts something in the place of a file that is none."""
+    file.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(file))
+    elif kind == "directory":
+        file.mkdir()
+        (file / "something").write_text("of value")
+    else:
+        file.symlink_to({"loop": file, "dangling": "nowhere", "device": "/dev/zero"}[kind])
+
+
+SPECIAL = ("FIFO", "socket", "directory", "loop", "dangling", "device")
+
+
+@pytest.fixture
+def limited():
+    """Ends a test that waits for ever."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["baft.safetensors", "journal.jsonl"])
+def test_what_is_no_file_is_refused_until_it_is_repaired(opened, three, kind, name, tokenizer):
+    expected = read_history(three)
+    special(kind, three / name)
+    uses = [lambda: opened(hparams=None)]
+    if name == "baft.safetensors":
+        uses.append(lambda: attach(make_model(), three))
+    else:
+        assert state_hash(BaFTEditor.load(make_model(), tokenizer, three)._learner.state())
+    for use in uses:
+        with pytest.raises((ValueError, OSError), match=name):
+            use()
+    with opened(hparams=None, repair=True) as editor:
+        at = 2 if name == "baft.safetensors" else 3
+        assert now(editor) == expected[at].state_hash
+        editor.edit(fact(8))
+    kept_aside = three / "before-repair-1" / name
+    assert os.path.lexists(kept_aside)
+    assert not kept_aside.is_dir() or (kept_aside / "something").read_text() == "of value"
+    with opened(hparams=None) as editor:
+        assert len(of(editor)) == (3 if name == "journal.jsonl" else 6)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_no_file_beside_a_directory_stops_it(opened, three, kind):
+    special(kind, three / "checkpoints/00000002.safetensors")
+    with opened(hparams=None) as editor:
+        editor._history.recent.clear()
+        editor.rollback(to=2)
+    if kind != "directory":
+        special(kind, three / "baft_config.json")
+        opened(hparams=None).close()
+        assert json.loads((three / "baft_config.json").read_text())["format_version"] == 1
+    special(kind, three / "lock")
+    with pytest.raises((ValueError, OSError), match=r"lock must be a regular file; it is a"):
+        opened(hparams=None)
+
+
+def test_journal_that_is_a_link_is_not_written_through(opened, three):
+    elsewhere = (three / "journal.jsonl").rename(three.parent / "elsewhere")
+    (three / "journal.jsonl").symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    match = r"journal.jsonl must be a regular file; it is a symbolic link, .*: put a copy in its p"
+    with pytest.raises(ValueError, match=match):
+        opened(hparams=None)
+    shutil.copy(elsewhere, three / "a copy")
+    (three / "a copy").replace(three / "journal.jsonl")
+    with opened(hparams=None) as editor:
+        at = now(editor)
+        (three / "journal.jsonl").unlink()
+        (three / "journal.jsonl").symlink_to(elsewhere)
+        with pytest.raises(ValueError, match=match):
+            editor.edit(fact(8))
+        assert now(editor) == at
+    assert elsewhere.read_bytes() == before
+    assert len(read_history(three)) == 4
+
+
+def test_names_of_temporary_files_are_not_followed(opened, kept, monkeypatch):
+    victim = kept.parent / "victim"
+    victim.write_text("of value")
+    editor = opened()
+    for name in ("baft.safetensors", "baft_config.json", "journal.jsonl"):
+        for suffix in (".baft-tmp", ".before.baft-tmp"):
+            (kept / f".{name}{suffix}").symlink_to(victim)
+    editor.hparams = replace(editor.hparams, num_steps=1)
+    editor.edit(fact(0))
+    assert victim.read_text() == "of value"
+    temporary = files_module.temporary_of(kept / "baft.safetensors")
+    unlink = Path.unlink
+
+    def unlink_and_link(file, missing_ok=False):  # as somebody quick would
+        unlink(file, missing_ok)
+        if file == temporary:
+            file.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_link)
+    with pytest.raises((OSError, ValueError), match=r"baft-tmp|File exists"):
+        editor.edit(fact(1))
+    assert victim.read_text() == "of value"
+
+
+@pytest.mark.parametrize("lost", ["journal", "journal and state", "damaged both"])
+def test_newest_whole_state_is_gone_on_from(opened, three, lost):
+    expected = read_history(three)
+    (three / "checkpoints/00000000.safetensors").write_bytes(b"damaged")
+    if lost == "damaged both":
+        for name in ("journal.jsonl", "baft.safetensors"):
+            (three / name).write_bytes(b"\0" * 1000)
+    else:
+        for name in ("journal.jsonl", "baft.safetensors")[: 2 if "and" in lost else 1]:
+            (three / name).unlink()
+    checkpoint = (three / "checkpoints/00000002.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"repair=True"):
+        opened()
+    with opened(hparams=None, repair=True) as editor:
+        assert now(editor) == expected[3 if lost == "journal" else 2].state_hash
+        editor.edit(fact(8))
+    aside = three / "before-repair-1"
+    assert (aside / "checkpoints/00000000.safetensors").read_bytes() == b"damaged"
+    assert (aside / "checkpoints/00000002.safetensors").read_bytes() == checkpoint
+    assert (aside / "baft.safetensors").exists() == (lost == "damaged both")
+    assert [f.name for f in (three / "checkpoints").iterdir()] == ["00000000.safetensors"]
+    with opened(hparams=None) as editor:
+        editor.rollback(to=0)
+        assert now(editor) == expected[3 if lost == "journal" else 2].state_hash
+
+
+def test_crash_during_a_repair_is_repaired(opened, kept, monkeypatch):
+    interleaved(kept, opened)
+    (kept / "journal.jsonl").write_text("{}\n" * 3)
+    expected = read_history(kept.parent / "other")[-1].state_hash
+    repair = lambda: opened(hparams=None, repair=True).close()  # noqa: E731
+    for path in copied_at_each_step(kept, monkeypatch, repair):
+        with opened(path, None, repair=True) as editor:
+            assert now(editor) == expected
+            editor.edit(fact(8))
+        aside = [f.read_text() for f in path.glob("before-repair-*/journal.jsonl")]
+        assert "{}\n" * 3 in aside
+
+
+def test_nothing_begun_is_said_and_begun(opened, kept, monkeypatch, tokenizer, capsys):
+    begin = lambda: opened().close()  # noqa: E731
+    copies = copied_at_each_step(kept, monkeypatch, begin)
+    begun = [path for path in copies if (path / "baft.safetensors").exists()]
+    for path in copies:
+        if path not in begun:
+            with pytest.raises(
+                ValueError, match=r"to begin an edit in .*, for nothing was begun the"
+            ):
+                opened(path, None)
+            with pytest.raises(FileNotFoundError, match=r"nothing was begun there.*with hparams"):
+                BaFTEditor.load(make_model(), tokenizer, path)
+            assert main(["history", str(path)]) == 2
+            assert "nothing was begun there" in capsys.readouterr().err
+            opened(path).close()
+        opened(path, None).edit(fact(0))
+    assert 1 < len(begun) < len(copies) - 3
 
 
 def test_damaged_last_line_is_found(opened, three):

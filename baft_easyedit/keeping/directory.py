@@ -33,7 +33,7 @@ from baft_easyedit.keeping.state import (
     state_hash,
 )
 from baft_easyedit.learner import EditState
-from baft_easyedit.paths import expanded, read_regular
+from baft_easyedit.paths import check_own, expanded, read_regular
 
 STATE = "baft.safetensors"
 CONFIG = "baft_config.json"
@@ -104,7 +104,8 @@ class KeptDirectory:
         self._check_place()
 
     def _check_place(self) -> None:
-        """Raise ValueError if the path now leads to another directory, or to none."""
+        """Raise ValueError if a path now leads to what is not of this directory."""
+        check_own(self.path / JOURNAL)
         problem = self._lock.problem()
         if problem is not None:
             raise ValueError(
@@ -310,6 +311,7 @@ class KeptDirectory:
         if not holds_edit(self.path):
             return
         try:
+            check_own(self.path / JOURNAL)
             lines, rest = read_lines(self.path / JOURNAL)
             latest = read_latest(self.path)
             missing = _missing_entries(lines, rest, latest.entries, self.path)
@@ -334,6 +336,7 @@ class KeptDirectory:
         journal = self.path / JOURNAL
         lines: list[str] = []
         with contextlib.suppress(ValueError, OSError):
+            check_own(journal)
             lines, _ = read_lines(journal)
             self.journal = parse_lines(lines, str(journal))
         found = self._newest()
