@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
+from baft_easyedit.messages import cut
+from baft_easyedit.paths import expanded
 from baft_easyedit.requests import as_requests
 from baft_easyedit.resources import BUNDLED_MODEL, model_location
 
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = arguments.run(arguments)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        print(f"baft-easyedit: {error}", file=sys.stderr)
+        print(f"baft-easyedit: {cut(error)}", file=sys.stderr)
         return 2
     return status or 0
 
@@ -57,17 +59,26 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--dtype", choices=_DTYPES, default="float32", help="(%(default)s)")
     edit.add_argument(
         "--save",
-        type=Path,
+        type=expanded,
         metavar="DIR",
         help="keep the edit in a directory, and go on with the one that is there",
     )
     edit.add_argument(
-        "--from", dest="source", type=Path, metavar="DIR", help="begin with a kept edit, unchanged"
+        "--from",
+        dest="source",
+        type=expanded,
+        metavar="DIR",
+        help="begin with a kept edit, unchanged",
+    )
+    edit.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --from and --save: replace a snapshot of another edit in that directory",
     )
     edit.set_defaults(run=_edit)
 
     history = commands.add_parser("history", help="list what a kept edit went through")
-    history.add_argument("directory", type=Path, metavar="DIR")
+    history.add_argument("directory", type=expanded, metavar="DIR")
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
     history.set_defaults(run=_history)
 
@@ -83,14 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
 
     report = commands.add_parser("report", help="tables and figures of benchmark runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    report.add_argument("--out", type=Path, help="directory; the first run's `report` if absent")
+    report.add_argument("runs", nargs="+", type=expanded, metavar="RUN_DIR")
+    report.add_argument(
+        "--out", type=expanded, help="directory; the first run's `report` if absent"
+    )
     report.add_argument("--paper-model", help="show the paper's numbers of this model beside ours")
     report.set_defaults(run=_report)
 
     diagnose = commands.add_parser("diagnose", help="check a run's gates, balance and locality")
-    diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    diagnose.add_argument("--out", type=Path, help="directory; the run's `diagnosis` if absent")
+    diagnose.add_argument("run_dir", type=expanded, metavar="RUN_DIR")
+    diagnose.add_argument("--out", type=expanded, help="directory; the run's `diagnosis` if absent")
     diagnose.set_defaults(run=_diagnose)
 
     _add_speed(commands)
@@ -127,7 +140,7 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--jobs", type=int, help="methods run at once by each process")
     bench.add_argument("--report-to", help="tensorboard or wandb")
-    bench.add_argument("--out", type=Path, help="the run's directory; runs/NAME if absent")
+    bench.add_argument("--out", type=expanded, help="the run's directory; runs/NAME if absent")
     bench.set_defaults(run=_bench)
 
 
@@ -155,14 +168,16 @@ def _add_speed(commands: Any) -> None:
         metavar="SETTING=VALUES",
         help="prompt-length=16,32 or rank=, layers=, batch=; may be repeated",
     )
-    speed.add_argument("--weights-dir", type=Path, help="for random weights that EasyEdit loads")
+    speed.add_argument(
+        "--weights-dir", type=expanded, help="for random weights that EasyEdit loads"
+    )
     speed.add_argument(
         "--one-by-one", action="store_true", help="one model in memory at a time, not in turn"
     )
     speed.add_argument(
         "--profile", action="store_true", help="also write where the time of an edit goes"
     )
-    speed.add_argument("--out", type=Path, help="JSON file, with charts beside it")
+    speed.add_argument("--out", type=expanded, help="JSON file, with charts beside it")
     speed.set_defaults(run=_speed)
 
 
@@ -229,6 +244,12 @@ def _edit(arguments: argparse.Namespace) -> None:
         "loc_prompt": arguments.loc_prompt,
     }
     as_requests(request)
+    if _is_copied(arguments):
+        from baft_easyedit.keeping.directory import check_target
+
+        check_target(arguments.save, arguments.source, arguments.overwrite)
+    elif arguments.overwrite:
+        raise ValueError("overwrite needs --from and another directory as --save")
     hparams = _hparams(arguments)
 
     import torch
@@ -245,7 +266,7 @@ def _edit(arguments: argparse.Namespace) -> None:
         report = editor.edit(request)
         after = generate_answers(model, tokenizer, prompts, prompt_format=form)
         if arguments.save is not None:
-            editor.save(arguments.save)
+            editor.save(arguments.save, arguments.overwrite)
     for prompt, old, new in zip(prompts, before, after, strict=True):
         print(f"{prompt}\n  before: {old}\n  after:  {new}")
     stop = "stopped early" if report.stopped_early else "all steps"
@@ -256,6 +277,11 @@ def _edit(arguments: argparse.Namespace) -> None:
     )
     for warning in report.gates.warnings() if report.gates is not None else ():
         print(f"warning: {warning}")
+
+
+def _is_copied(arguments: argparse.Namespace) -> bool:
+    """Tell whether one kept edit is begun with, and another directory written."""
+    return None not in (arguments.source, arguments.save) and arguments.source != arguments.save
 
 
 def _editor(

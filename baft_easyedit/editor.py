@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from baft_easyedit.keeping.loading import (
     check_same_shape,
     checked_latest,
     edit_of,
+    journal_of,
 )
 from baft_easyedit.keeping.state import StateFile
 from baft_easyedit.learner import Learner
 from baft_easyedit.learning import EditReport, Learned, StepLosses
 from baft_easyedit.models import check_layers, decoder_layers, text_config
+from baft_easyedit.paths import expanded
 from baft_easyedit.requests import as_requests
 
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
@@ -268,18 +271,24 @@ class BaFTEditor:
             checkpoint_every: Changes between two checkpoints. Fewer: more room on the disk, and a
                 shorter `rollback`, which learns again what is between.
             undo_depth: How many states are kept in memory, too.
-            repair: If the state file is damaged, lost, or older than the journal, go on from the
-                newest intact state.
+            repair: If its files are damaged, lost, or disagree, go on from the newest state that is
+                whole; what cannot be read or no longer belongs is kept in its folder
+                `before-repair-N`.
 
         Raises:
             BlockingIOError: If another editor has the directory open.
             OSError: If it cannot be written.
             ValueError: If the model or the hyper-parameters are not those of the edit, the files
-                are damaged, or a new directory gets no hyper-parameters; the message says what to
-                do.
+                are damaged, or a directory where nothing was begun gets no hyper-parameters; the
+                message says what to do.
         """
+        directory = expanded(directory)
+        missing = (
+            f"hparams must be given to begin an edit in {directory}, for nothing was begun there; "
+            "got None"
+        )
         if hparams is None and not holds_edit(directory):
-            raise ValueError(f"hparams must be given to begin an edit in {directory}; got None")
+            raise ValueError(missing)
         kept = KeptDirectory(directory, checkpoint_every, repair)
         try:
             if kept.latest is not None:
@@ -290,7 +299,7 @@ class BaFTEditor:
             elif hparams is not None:
                 editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             else:
-                raise ValueError("hparams must be given: the journal of the directory is empty")
+                raise ValueError(missing)
             editor._history.open(kept)
         except BaseException:
             kept.close()
@@ -307,7 +316,8 @@ class BaFTEditor:
     ) -> "BaFTEditor":
         """Attach a kept edit to a model; the directory is only read, now, and not locked.
 
-        The editor begins without a history: what it does is not written to the directory.
+        What the editor does is not written to the directory; `save` writes it elsewhere, with the
+        journal that led to it.
 
         Args:
             model: The model that the edit was learned on.
@@ -319,47 +329,62 @@ class BaFTEditor:
             FileNotFoundError: If no edit is kept there.
             ValueError: If the model is another one or carries another edit, or the file is damaged.
         """
+        directory = expanded(directory)
         latest = checked_latest(model, directory, allow_other_model)
         editor = cls._holding(latest, str(directory), model, tokenizer)
-        if allow_other_model:
+        journal, last = journal_of(latest, directory), latest.entries[-1]
+        if allow_other_model and not latest.config.is_of(model):
             editor._history.origin = None  # from now on it is an edit of this model
+            where = f"learned on another model, {latest.config.base_model}"
+            editor._history.end_journal(last, where)
+        elif journal is None:
+            editor._history.end_journal(last, "the journal before it could not be read")
+        else:
+            editor._history.go_on(journal)
         return editor
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the edit, and the journal if there is one, into a directory.
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the edit, and the journal that led to it, into a directory.
 
         Until all is there, the directory holds what it held before. A saved directory can be
-        loaded, or opened to go on. An edit that was changed by other means than its editor is
-        saved without the journal.
+        loaded, or opened to go on. The journal is that of the directory that the edit was loaded
+        from, or is open, and what came after. A new edit that no directory keeps is saved as a
+        snapshot, and so is one that was changed by other means than its editor; the only entry of
+        its journal says of what.
 
         Args:
             directory: A new one; or one that `save` wrote before, which is brought up to date.
+            overwrite: Replace a snapshot of another edit. A longer history is never replaced.
 
         Raises:
             BlockingIOError: If another editor has the directory open.
             OSError: If it cannot be written.
-            ValueError: If it holds the history of another edit.
+            ValueError: If it holds the history of another edit, or a snapshot of one without
+                `overwrite`.
         """
-        self._history.save(directory)
+        self._history.save(directory, overwrite)
 
     def close(self) -> None:
         """Let others open the directory, if one is open; the model keeps its edit."""
         self._history.close()
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the edit as it would be pushed to the Hub: as `save` does, and a model card.
 
         Args:
             directory: A new one, or one from before.
+            overwrite: Replace a snapshot of another edit. A longer history is never replaced.
 
         Raises:
             BlockingIOError: If another editor has the directory open.
             OSError: If it cannot be written.
-            ValueError: If it holds the history of another edit.
+            ValueError: If it holds the history of another edit, or a snapshot of one without
+                `overwrite`.
         """
         from baft_easyedit.hub import HubEdit
 
-        HubEdit(self._history.config(), self.save).save_pretrained(os.fspath(directory))
+        save = partial(self.save, overwrite=overwrite)
+        HubEdit(self._history.config(), save).save_pretrained(str(expanded(directory)))
 
     def push_to_hub(
         self,

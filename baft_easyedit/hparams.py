@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from baft_easyedit.gates import GATES
+from baft_easyedit.messages import short
 from baft_easyedit.objective import RESCALINGS
 from baft_easyedit.reading import read_yaml
 from baft_easyedit.resources import hparams_file, model_location
@@ -250,7 +251,7 @@ class BaFTHyperParams:
         unknown = [key for key in config if key not in allowed]
         if unknown:
             raise ValueError(
-                f"unknown hyper-parameter {unknown[0]!r} of {cls.algorithm}; allowed: "
+                f"unknown hyper-parameter {short(unknown[0])} of {cls.algorithm}; allowed: "
                 + ", ".join(allowed)
             )
         missing = [key for key in ("model_name", "layers") if key not in config]
@@ -290,7 +291,7 @@ def read_hparams(path: str | Path) -> BaFTHyperParams:
     name = config.get("alg_name", "BaFT")
     if not isinstance(name, str) or name not in classes:
         names = ", ".join(classes)
-        raise ValueError(f"alg_name must be one of {names}; got {name!r} (in {file})")
+        raise ValueError(f"alg_name must be one of {names}; got {short(name)} (in {file})")
     return _of_file(file, classes[name], config)
 
 
@@ -316,7 +317,7 @@ def _of_file(file: Path, hparams: type[HParams], content: Mapping[str, Any]) -> 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:
     """Raise ValueError about one hyper-parameter unless its rule holds."""
     if not holds:
-        raise ValueError(f"{name} must {rule}; got {value!r}")
+        raise ValueError(f"{name} must {rule}; got {short(value)}")
 
 
 def _check_choice(name: str, value: str, allowed: Any) -> None:
@@ -339,6 +340,9 @@ def _check_types(hparams: BaFTHyperParams) -> None:
             setattr(hparams, f.name, value)
         if not _has_type(value, hint):
             raise TypeError(_type_message(f.name, value, hint))
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and number.bit_length() > 64 for number in numbers):
+            raise ValueError(f"{f.name} must have at most 64 bits; got {short(value)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{f.name} must be a finite number; got {value!r}")
 
@@ -361,7 +365,7 @@ def _is_json(value: object) -> bool:
 def _type_message(name: str, value: object, hint: Any) -> str:
     """Say what type was wanted, and why YAML may have read something else."""
     wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-    message = f"{name} must be of type {wanted}; got {value!r} of type {type(value).__name__}"
+    message = f"{name} must be of type {wanted}; got {short(value)} of type {type(value).__name__}"
     if hint is float and isinstance(value, str):
         message += " (YAML reads 1e-4 as text: write 1.0e-4)"
     return message

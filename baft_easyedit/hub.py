@@ -30,7 +30,8 @@ attach(model, directory)  # of a download of this repository
 ```
 
 To go on editing: `BaFTEditor.from_pretrained(REPOSITORY, model=model, tokenizer=tokenizer)`. The
-requests of all edits are in `journal.jsonl`.
+lines of `journal.jsonl` tell the changes, with the requests of edits. If the first line has the key
+`snapshot_of`, the edit did not begin there: it names what came before, which is not told.
 """
 
 
@@ -77,14 +78,14 @@ def local_directory(
     local_files_only: bool,
 ) -> str:
     """Return a directory as it is, or that of a repository, downloaded; no checkpoints."""
-    directory = os.fspath(repo_or_directory)
+    directory = os.path.expanduser(repo_or_directory)
     if os.path.isdir(directory):
         return directory
     return snapshot_download(
         directory,
         revision=revision,
         token=token,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
         local_files_only=local_files_only,
         allow_patterns=[STATE, CONFIG, JOURNAL, "config.json"],
     )

@@ -4,35 +4,40 @@ Nothing that is read is executed. Needs the standard library and pyyaml.
 """
 
 import json
-import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from baft_easyedit.messages import cut, short
+from baft_easyedit.paths import read_regular
+
 _MAX_DEPTH = 100
 _MAX_YAML = 64 * 2**10
 """Most bytes of a YAML file; pyyaml is slow."""
+_MAX_BITS = 14_000
+"""Most bits of an integer in YAML; Python writes none of more than 4,300 digits."""
 _MAX_VALUES = 100_000
 """Most values on a level of a YAML file; its aliases can stand for more than fit into memory."""
 
 
-def parse_json(text: bytes | str, where: str, allow_nan: bool = True) -> Any:
+def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
     """Read JSON.
 
     Args:
         text: What somebody else wrote.
         where: Its name in messages.
-        allow_nan: Accept NaN and infinities, which Python writes.
+        is_strict: Refuse NaN and infinities, which Python writes, and a key that comes twice.
 
     Raises:
         ValueError: If it is not JSON, or too deep.
     """
     try:
-        value = json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
+        value = json.loads(text, **(_STRICT if is_strict else {}))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be JSON, and is not: {error}") from None
+        raise ValueError(f"{where} must be JSON, and is not: {cut(error, 500)}") from None
     _check_size(value, where)
     return value
 
@@ -49,18 +54,41 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
         ValueError: If it is not such YAML, or too large.
         TypeError: If it holds no mapping with names as keys.
     """
-    with open(file, "rb") as stream:
-        text = stream.read(_MAX_YAML + 1)
-    if len(text) > _MAX_YAML:
-        raise ValueError(f"{file} must have at most {_MAX_YAML} bytes, as settings do; it has more")
+    text = read_regular(file, _MAX_YAML)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _StrictLoader)
     except FAILURES_OF_YAML as error:
-        raise ValueError(f"{file} must be plain YAML, and is not: {error}") from None
+        raise ValueError(f"{file} must be plain YAML, and is not: {cut(error, 500)}") from None
     _check_size(content, str(file), _MAX_VALUES)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise TypeError(f"{file} must hold a mapping of {what}; got {reprlib.repr(content)}")
+        raise TypeError(f"{file} must hold a mapping of {what}; got {short(content)}")
     return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, an integer too long to be shown, and half a pair."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
+            if name in seen:
+                problem = f"the key {short(key.value)} comes twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make a value."""
+        value = super().construct_object(node, deep)
+        if isinstance(value, str):
+            value.encode()  # a lone surrogate has no bytes
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            problem = f"an integer of {value.bit_length()} bits is too long"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return value
 
 
 FAILURES_OF_YAML = (
@@ -101,6 +129,21 @@ def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
 def _refuse_constant(name: str) -> Any:
     """Refuse NaN and the infinities."""
     raise ValueError(f"{name} is no JSON number")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {short(double)} comes twice")
+    return content
+
+
+_STRICT: Mapping[str, Any] = {
+    "parse_constant": _refuse_constant,
+    "object_pairs_hook": _without_doubles,
+}
 
 
 def _check_size(value: Any, where: str, most: float = float("inf")) -> None:

@@ -4,12 +4,12 @@ A target's tokens are those of the text of prompt and target (see `prompt_format
 prompt's own, which is how EasyEdit's evaluators count them.
 """
 
-import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from baft_easyedit.messages import short
 from baft_easyedit.prompt_format import PromptFormat, token_ids
 
 _PLACEHOLDER = "{}"
@@ -50,12 +50,13 @@ class EditRequest:
         if _PLACEHOLDER in self.prompt and not has_subject:
             filled = self.prompt.replace(_PLACEHOLDER, self.subject or "France")
             raise ValueError(
-                f"prompt must have its subject where {self.prompt!r} has {{}}: write, for example, "
-                f"{filled!r} (if {{}} is meant, give as subject a part of the prompt)"
+                f"prompt must have its subject where {short(self.prompt)} has {{}}: write, for "
+                f"example, {short(filled)} (if {{}} is meant, give as subject a part of the prompt)"
             )
         if self.subject is not None and not has_subject:
             raise ValueError(
-                f"subject must be a part of the prompt; {self.subject!r} is not in {self.prompt!r}"
+                f"subject must be a part of the prompt; {short(self.subject)} is not in "
+                f"{short(self.prompt)}"
             )
 
     @classmethod
@@ -74,12 +75,12 @@ class EditRequest:
         for key in ("prompt", "target_new"):
             if key not in request:
                 raise ValueError(
-                    f"a request must have the key {key!r}; got {sorted(map(str, request))}"
+                    f"a request must have the key {key!r}; got {short(sorted(map(str, request)))}"
                 )
         irrelevant = request.get("loc_prompt") or ()
         if not isinstance(irrelevant, (str, list, tuple)):
             raise TypeError(
-                f"loc_prompt must be a string or a list of strings; got {reprlib.repr(irrelevant)}"
+                f"loc_prompt must be a string or a list of strings; got {short(irrelevant)}"
             )
         return cls(
             prompt=request["prompt"],
@@ -106,9 +107,16 @@ def _same_form(text: str) -> str:
 def _check_text(key: str, text: object) -> None:
     """Raise unless `text` is a string with something in it."""
     if not isinstance(text, str):
-        raise TypeError(f"{key} must be a string; got {reprlib.repr(text)}")
+        raise TypeError(f"{key} must be a string; got {short(text)}")
     if not text.strip():
-        raise ValueError(f"{key} must not be empty; got {text!r}")
+        raise ValueError(f"{key} must not be empty; got {short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key} must be text without half surrogate pairs; it has one at character "
+            f"{error.start}: {short(text[error.start])}"
+        ) from None
 
 
 def as_requests(requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[EditRequest]:
@@ -189,7 +197,8 @@ def _check_agree(requests: Sequence[EditRequest], rows: Sequence[TextRow]) -> No
         if other.ids != row.ids:
             raise ValueError(
                 "requests learned together must not give one prompt two targets; "
-                f"{request.prompt!r} has {first.target_new!r} and {request.target_new!r}: keep one"
+                f"{short(request.prompt)} has {short(first.target_new)} and "
+                f"{short(request.target_new)}: keep one"
             )
 
 
@@ -212,13 +221,13 @@ def _edit_row(
     before = form.prompt_ids(prompt, tokenizer)
     if len(ids) <= len(before):
         raise ValueError(
-            f"target_new must have at least one token; {target!r} adds none to {prompt!r}"
+            f"target_new must have at least one token; {short(target)} adds none to {short(prompt)}"
         )
     if ids[: len(before)] != before:
         raise ValueError(
             f"target_new must begin with a token of its own; the tokenizer joins the end of "
-            f"{prompt!r} with {target!r}: let the prompt end in a whole word, without spaces, or "
-            "set separator in the hyper-parameters to what stands between them"
+            f"{short(prompt)} with {short(target)}: let the prompt end in a whole word, without "
+            "spaces, or set separator in the hyper-parameters to what stands between them"
         )
     return TextRow(ids + end, len(before), is_edit=True)
 

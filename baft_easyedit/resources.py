@@ -1,8 +1,12 @@
 """The files that come with the package, in a checkout and once installed, and what YAML holds."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from baft_easyedit.messages import short
+from baft_easyedit.paths import expanded
 
 BUNDLED_MODEL = "bundled"
 
@@ -26,12 +30,12 @@ def hparams_file(path: str | Path) -> Path:
     """
     name = str(path) if str(path).endswith((".yaml", ".yml")) else f"{path}.yaml"
     root = hparams_root()
-    for candidate in (Path(name), root / name, root / name.removeprefix("hparams/")):
-        if candidate.is_file():
+    for candidate in (expanded(name), root / name, root / name.removeprefix("hparams/")):
+        if os.path.exists(candidate):
             return candidate
     known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
     raise FileNotFoundError(
-        f"no hyper-parameter file {str(path)!r}; the package brings: {', '.join(known)}"
+        f"no hyper-parameter file {short(str(path))}; the package brings: {', '.join(known)}"
     )
 
 
@@ -46,8 +50,11 @@ def bundled_model_path() -> Path:
 
 
 def model_location(name: str) -> str:
-    """Return the directory of the bundled model for the name `bundled`, any other name as it is."""
-    return str(bundled_model_path()) if name == BUNDLED_MODEL else name
+    """Return the directory of the bundled model for the name `bundled`; any other name as it is.
+
+    `~` at the beginning stands for the user's home.
+    """
+    return str(bundled_model_path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
 
 
 def merged_settings(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

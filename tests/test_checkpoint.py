@@ -329,7 +329,7 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
         ),
         (
             rewritten(data, tensors={name: tensors[name].half()}),
-            "must hold float32 tensors; .* F16",
+            "must hold float32 tensors; .* 'F16'",
         ),
         (data + b"0", r"is damaged: it must have \d+ bytes, and has"),
         (data.replace(b'"data_offsets":[0,', b'"data_offsets":{0,'), "the header of .* must be JS"),

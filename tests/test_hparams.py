@@ -89,7 +89,7 @@ def test_missing_file_lists_those_of_the_package():
         ({"engine": "graph"}, ValueError, "engine must be one of replay, full; got 'graph'"),
         ({"evaluation_type": "judge"}, ValueError, "evaluation_type must be one of LLM-judge"),
         ({"loc_positions": "first"}, ValueError, "loc_positions must be one of all, last"),
-        ({"lr": 10**400}, TypeError, "lr must be of type float; got 1000"),
+        ({"lr": 10**400}, TypeError, "lr must be of type float; got an integer of 1329 bits"),
         ({"alg_name": "LoRA"}, ValueError, "alg_name must be 'BaFT'; got 'LoRA'"),
         ({"model_name": ""}, ValueError, "model_name must not be empty"),
         ({"device": None}, TypeError, "device must be of type int | str"),

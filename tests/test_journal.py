@@ -60,7 +60,7 @@ def test_lines_come_back_from_a_file(tmp_path):
 
 
 def test_request_comes_back_from_the_journal():
-    full = EditRequest("The capital of France", "Rome\ud800", "France", ("Ice", "Tea"))
+    full = EditRequest("The capital of France", "Rome\U0001f600", "France", ("Ice", "Tea"))
     for request in (full, EditRequest("a", "b")):
         assert EditRequest.from_dict(json.loads(to_json(request.to_dict()))) == request
     kept = {"prompt", "target_new", "subject", "loc_prompts"}
@@ -97,7 +97,7 @@ def changed(**content):
         (changed(parent=1), "parent in here must be an entry before 1; got 1"),
         (changed(requests=["a"]), "requests in here must be JSON objects"),
         (changed(report={**REPORT, "losses": {"answer": ["x"]}}), "losses in here must be numbers"),
-        ("x" * (MAX_LINE + 1), f"here must be below {MAX_LINE} bytes"),
+        ("x" * (MAX_LINE + 1), f"here must be ASCII below {MAX_LINE} bytes"),
     ],
     ids=lambda text: text[:40],
 )

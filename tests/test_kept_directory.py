@@ -1,7 +1,12 @@
 import errno
+import fcntl
+import gc
 import json
 import os
 import shutil
+import signal
+import socket
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +17,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, attach, attached_edit
+from baft_easyedit import editor as editor_module
 from baft_easyedit.cli import main
 from baft_easyedit.hooks import rank_of
 from baft_easyedit.keeping import directory as directory_module
@@ -277,14 +283,158 @@ def test_save_brings_an_earlier_save_up_to_date(opened, kept, tmp_path):
         editor.save(kept)
 
 
-def test_new_directory_needs_hparams(opened, kept):
+def lines_of(path):
+    return [entry.line for entry in read_history(path)]
+
+
+def test_loaded_edit_is_saved_with_the_journal_that_led_to_it(opened, kept, tokenizer, tmp_path):
+    with opened() as editor:
+        for i in range(2):
+            editor.edit(fact(i))
+    saved = tmp_path / "saved"
+    other = BaFTEditor.load(make_model(), tokenizer, kept)
+    other.edit(fact(2))
+    other.save(saved)
+    assert lines_of(saved)[:3] == lines_of(kept)
+    assert read_history(saved)[3].requests[0]["prompt"] == fact(2)["prompt"]
+    other.edit(fact(3))
+    other.undo()
+    other.undo()
+    with pytest.raises(ValueError, match="rollback needs the journal of a directory, and none is"):
+        other.rollback(to=1)
+    other.hparams = replace(other.hparams, num_steps=3)
+    other.edit(fact(4))
+    other.save(saved)
+    kinds = ["start", "edit", "edit", "edit", "edit", "undo", "undo", "settings", "edit"]
+    assert [e.kind for e in read_history(saved)] == kinds
+    assert [read_history(saved)[i].to for i in (5, 6)] == [3, 2]
+    with opened(saved, None) as again:
+        assert now(again) == now(other)
+        again.edit(fact(5))
+        again.rollback(to=8)
+        assert now(again) == now(other)
+        with pytest.raises(
+            ValueError, match=r"no intact checkpoint of entry 1 or before it; the s"
+        ):
+            again.rollback(to=1)
+    assert len(read_history(kept)) == 3
+
+
+def test_failed_edit_of_a_loaded_one_is_not_in_its_journal(opened, kept, tokenizer, monkeypatch):
+    opened().close()
+    other = BaFTEditor.load(make_model(), tokenizer, kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", failing(FloatingPointError()))
+        with pytest.raises(FloatingPointError):
+            other.edit(fact(0))
+    other.save(kept.parent / "saved")
+    assert lines_of(kept.parent / "saved") == lines_of(kept)
+
+
+def start_of(path):
+    (entry,) = read_history(path)
+    return entry.snapshot_of
+
+
+def test_snapshot_says_of_what_it_is(opened, kept, tokenizer, quick, tmp_path, capsys):
+    new = BaFTEditor(make_model(), tokenizer, quick)
+    new.edit(fact(0))
+    new.save(tmp_path / "new")
+    assert start_of(tmp_path / "new") == "an edit that was in memory only"
+    with opened() as editor:
+        editor.edit(fact(0))
+    of_last = read_history(kept)[-1].reference
+    assert of_last.startswith("entry 1, whose line has the SHA-256 ")
+
+    def change(editor):
+        with torch.no_grad():
+            editor.model_edit.intervention(1).source_bias.add_(1)
+
+    for name, then in [("at once", None), ("later", lambda e: e.edit(fact(1)))]:
+        other = BaFTEditor.load(make_model(), tokenizer, kept)
+        change(other)
+        if then:
+            then(other)
+        other.save(tmp_path / name)
+        assert (
+            start_of(tmp_path / name) == f"{of_last}; changed by other means than its editor since"
+        )
+    other = BaFTEditor.load(make_model(), tokenizer, kept)
+    other.edit(fact(1))
+    other._history.recent[0][1].learned["_interventions.1.source_bias"].add_(1)
+    other.undo()
+    other.save(tmp_path / "undone")
+    assert "changed by other means" in start_of(tmp_path / "undone")
+    other = BaFTEditor.load(make_model(seed=1), tokenizer, kept, allow_other_model=True)
+    other.save(tmp_path / "of another model")
+    assert "; learned on another model, " in start_of(tmp_path / "of another model")
+    other = BaFTEditor.load(make_model(), tokenizer, kept, allow_other_model=True)
+    other.save(tmp_path / "of the same")
+    assert lines_of(tmp_path / "of the same") == lines_of(kept)
+    assert main(["history", str(tmp_path / "later")]) == 0
+    assert "start    snapshot of entry 1, whose" in capsys.readouterr().out
+    (kept / "journal.jsonl").write_text("{}\n{}\n{}\n")
+    BaFTEditor.load(make_model(), tokenizer, kept).save(tmp_path / "no journal")
+    assert "; the journal before it could not be read" in start_of(tmp_path / "no journal")
+
+
+def test_snapshot_of_another_edit_is_replaced_only_when_asked(tokenizer, quick, tmp_path):
+    editors = [BaFTEditor(make_model(), tokenizer, quick) for _ in range(2)]
+    for i, editor in enumerate(editors):
+        editor.edit(fact(i))
+    editors[0].save(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    for save in (editors[1].save, editors[1].save_pretrained):
+        with pytest.raises(
+            ValueError, match=r"a snapshot of another edit: .* overwrite=True, on th"
+        ):
+            save(tmp_path)
+        assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+    editors[1].save(tmp_path, overwrite=True)
+    assert now(BaFTEditor.load(make_model(), tokenizer, tmp_path)) == now(editors[1])
+    editors[1].undo()
+    editors[1].save(tmp_path)  # its own
+    editors[0].save_pretrained(tmp_path, overwrite=True)
+    assert now(BaFTEditor.load(make_model(), tokenizer, tmp_path)) == now(editors[0])
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
+    loaded.model_edit.intervention(1).source_bias.data.add_(1)
+    loaded.save(tmp_path)  # a newer snapshot of what it was loaded from
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
+    loaded.edit(fact(2))
+    loaded.save(tmp_path)
+    with pytest.raises(ValueError, match="holds another edit with a history of 2 entries"):
+        editors[0].save(tmp_path, overwrite=True)
+
+
+def test_home_is_expanded_wherever_a_path_comes_in(opened, tokenizer, quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with opened("~/kept") as editor:
+        editor.edit(fact(0))
+        editor.save("~/saved")
+        editor.save_pretrained("~/for the Hub")
+    for name in ("kept", "saved", "for the Hub"):
+        assert len(read_history(f"~/{name}")) == len(read_history(tmp_path / name)) == 2
+        BaFTEditor.load(make_model(), tokenizer, f"~/{name}")
+        attach(make_model(), f"~/{name}")
+        model = make_model()
+        BaFTEditor.from_pretrained(f"~/{name}", model=model, tokenizer=tokenizer)
+    assert main(["history", "~/kept"]) == 0
+    assert not (tmp_path / "~").exists()
+
+
+def test_new_directory_needs_hparams(opened, kept, monkeypatch):
     with pytest.raises(ValueError, match="hparams must be given to begin an edit in"):
         opened(hparams=None)
     assert not kept.exists()
     kept.mkdir()
     (kept / "journal.jsonl").touch()
-    with pytest.raises(ValueError, match="hparams must be given: the journal of the directory is"):
-        opened(hparams=None)
+    for holds_edit in (editor_module.holds_edit, lambda path: True):  # another has just emptied it
+        monkeypatch.setattr(editor_module, "holds_edit", holds_edit)
+        with pytest.raises(
+            ValueError, match=r"begin an edit in .*, for nothing was begun there; go"
+        ):
+            opened(hparams=None)
 
 
 def test_hparams_of_another_shape_are_refused(opened, quick):
@@ -333,6 +483,121 @@ def test_second_process_is_refused_and_told_who_is_there(opened, kept):
     opened(hparams=None).edit(fact(0))
     with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} has it"):
         opened(hparams=None)
+
+
+def test_lock_outlives_its_file(opened, kept):
+    editor = opened()
+    (kept / "lock").unlink()
+    with pytest.raises(BlockingIOError, match=r"process unknown has it: close that editor"):
+        opened()
+    editor.edit(fact(0))
+    editor.close()
+    opened(hparams=None).edit(fact(1))
+
+
+def files_under(path):
+    return {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "empty", "a copy", "another edit", "a file"])
+def test_directory_that_is_another_one_is_not_written(opened, kept, becomes):
+    editor = opened()
+    editor.edit(fact(0))
+    before = now(editor)
+    moved = kept.rename(kept.parent / "moved")
+    if becomes == "empty":
+        kept.mkdir()
+    elif becomes == "a copy":
+        shutil.copytree(moved, kept)
+    elif becomes == "another edit":
+        opened()
+    elif becomes == "a file":
+        kept.touch()
+    content = files_under(kept.parent)
+    match = r"kept must be what it was when this editor opened .* open the directory again where it"
+    for use in (lambda: editor.edit(fact(1)), editor.undo, lambda: editor.rollback(to=0)):
+        with pytest.raises(ValueError, match=match):
+            use()
+        assert now(editor) == before
+    assert files_under(kept.parent) == content
+    editor.save(kept.parent / "rescued")
+    assert lines_of(kept.parent / "rescued") == lines_of(moved)
+    editor.close()
+    opened(moved, None).edit(fact(1))
+
+
+def test_directory_that_goes_during_an_edit_is_not_written(opened, kept, monkeypatch):
+    editor = opened()
+    editor.edit(fact(0))
+    before = now(editor)
+    write = directory_module.write_temporary
+
+    def write_and_move(file, data):
+        kept.rename(kept.parent / "moved")
+        shutil.copytree(kept.parent / "moved", kept)
+        return write(file, data)
+
+    monkeypatch.setattr(directory_module, "write_temporary", write_and_move)
+    with pytest.raises(ValueError, match="it has been moved, replaced or deleted since"):
+        editor.edit(fact(1))
+    monkeypatch.undo()
+    assert now(editor) == before
+    assert len(read_history(kept)) == len(read_history(kept.parent / "moved")) == 2
+
+
+def test_relative_path_is_where_it_was_when_it_was_opened(opened, kept, monkeypatch):
+    monkeypatch.chdir(kept.parent)
+    editor = opened("kept")
+    (kept.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(kept.parent / "elsewhere")
+    twin = opened("kept")  # another one of that name
+    editor.edit(fact(0))
+    assert (len(read_history(kept)), len(of(twin))) == (2, 1)
+
+
+class Locks:
+    """`fcntl` on a file system that refuses some locks."""
+
+    def __init__(self, refuses, error):
+        self._refuses, self._error = refuses, error
+
+    def __getattr__(self, name):
+        return getattr(fcntl, name)
+
+    def flock(self, descriptor, operation):
+        if self._refuses(os.fstat(descriptor).st_mode):
+            raise OSError(self._error, os.strerror(self._error))
+        fcntl.flock(descriptor, operation)
+
+
+def test_file_is_locked_where_directories_cannot_be(opened, kept, monkeypatch):
+    locks = Locks(stat.S_ISDIR, errno.EBADF)  # as NFS does
+    monkeypatch.setattr(lock_module, "_fcntl", lambda: locks)
+    editor = opened()
+    with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} has it: close that editor"):
+        opened()
+    (kept / "lock").unlink()
+    before = now(editor)
+    with opened(hparams=None) as other:  # nobody can know of the first one
+        with pytest.raises(ValueError, match=r"lock must be what it was when this editor opened"):
+            editor.edit(fact(0))
+        assert now(editor) == before
+        other.edit(fact(1))
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_named(opened, kept, monkeypatch, error):
+    monkeypatch.setattr(lock_module, "_fcntl", lambda: Locks(lambda mode: True, error))
+    match = f"kept must be on a file system with locks, .*{os.strerror(error)}: keep the edit on a"
+    with pytest.raises(OSError, match=match) as raised:
+        opened()
+    assert raised.value.errno == error
+
+
+def test_lost_editor_lets_others_have_its_directory(opened, kept, tokenizer, quick):
+    BaFTEditor.open(make_model(), tokenizer, kept, quick)
+    gc.collect()
+    opened(hparams=None)
 
 
 def test_lock_without_fcntl_is_a_file(opened, kept, monkeypatch):
@@ -713,6 +978,210 @@ def test_damaged_journal_leaves_the_state_to_load_and_save(opened, three, tokeni
     assert now(opened(tmp_path / "new", None)) == now(editor)
 
 
+def interleaved(path, opened):
+    """Two writers of one directory, as without a lock: three commits each."""
+    opened(path).close()
+    shutil.copytree(path, path.parent / "other")
+    for directory in (path, path.parent / "other"):
+        with opened(directory, None) as editor:
+            for i in range(3):
+                editor.edit(fact(i))
+    own, other = (directory / "journal.jsonl" for directory in (path, path.parent / "other"))
+    start, *lines = own.read_text().splitlines(keepends=True)
+    pairs = zip(lines, other.read_text().splitlines(keepends=True)[1:], strict=True)
+    own.write_text(start + "".join(line for pair in pairs for line in pair))
+    shutil.copy(path.parent / "other/baft.safetensors", path)
+
+
+def test_split_journal_is_repaired(opened, kept, tokenizer):
+    interleaved(kept, opened)
+    expected = read_history(kept.parent / "other")[-1]
+    split = (kept / "journal.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="repair=True"):
+        opened(hparams=None)
+    with opened(hparams=None, repair=True) as editor:
+        assert now(editor) == expected.state_hash
+        assert (kept / "before-repair-1/journal.jsonl").read_bytes() == split
+        start = read_history(kept)[0]
+        assert start.snapshot_of == (
+            f"{expected.reference}; journal.jsonl, now in before-repair-1, could not be read, or "
+            "did not lead to it"
+        )
+        editor.edit(fact(8))
+        editor.rollback(to=0)
+        assert now(editor) == expected.state_hash
+    opened(hparams=None)
+
+
+def special(kind, file):
+    """Puts something in the place of a file that is none."""
+    file.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(file))
+    elif kind == "directory":
+        file.mkdir()
+        (file / "something").write_text("of value")
+    else:
+        file.symlink_to({"loop": file, "dangling": "nowhere", "device": "/dev/zero"}[kind])
+
+
+SPECIAL = ("FIFO", "socket", "directory", "loop", "dangling", "device")
+
+
+@pytest.fixture
+def limited():
+    """Ends a test that waits for ever."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["baft.safetensors", "journal.jsonl"])
+def test_what_is_no_file_is_refused_until_it_is_repaired(opened, three, kind, name, tokenizer):
+    expected = read_history(three)
+    special(kind, three / name)
+    uses = [lambda: opened(hparams=None)]
+    if name == "baft.safetensors":
+        uses.append(lambda: attach(make_model(), three))
+    else:
+        assert state_hash(BaFTEditor.load(make_model(), tokenizer, three)._learner.state())
+    for use in uses:
+        with pytest.raises((ValueError, OSError), match=name):
+            use()
+    with opened(hparams=None, repair=True) as editor:
+        at = 2 if name == "baft.safetensors" else 3
+        assert now(editor) == expected[at].state_hash
+        editor.edit(fact(8))
+    kept_aside = three / "before-repair-1" / name
+    assert os.path.lexists(kept_aside)
+    assert not kept_aside.is_dir() or (kept_aside / "something").read_text() == "of value"
+    with opened(hparams=None) as editor:
+        assert len(of(editor)) == (3 if name == "journal.jsonl" else 6)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_no_file_beside_a_directory_stops_it(opened, three, kind):
+    special(kind, three / "checkpoints/00000002.safetensors")
+    with opened(hparams=None) as editor:
+        editor._history.recent.clear()
+        editor.rollback(to=2)
+    if kind != "directory":
+        special(kind, three / "baft_config.json")
+        opened(hparams=None).close()
+        assert json.loads((three / "baft_config.json").read_text())["format_version"] == 1
+    special(kind, three / "lock")
+    with pytest.raises((ValueError, OSError), match=r"lock must be a regular file; it is a"):
+        opened(hparams=None)
+
+
+def test_journal_that_is_a_link_is_not_written_through(opened, three):
+    elsewhere = (three / "journal.jsonl").rename(three.parent / "elsewhere")
+    (three / "journal.jsonl").symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    match = r"journal.jsonl must be a regular file; it is a symbolic link, .*: put a copy in its p"
+    with pytest.raises(ValueError, match=match):
+        opened(hparams=None)
+    shutil.copy(elsewhere, three / "a copy")
+    (three / "a copy").replace(three / "journal.jsonl")
+    with opened(hparams=None) as editor:
+        at = now(editor)
+        (three / "journal.jsonl").unlink()
+        (three / "journal.jsonl").symlink_to(elsewhere)
+        with pytest.raises(ValueError, match=match):
+            editor.edit(fact(8))
+        assert now(editor) == at
+    assert elsewhere.read_bytes() == before
+    assert len(read_history(three)) == 4
+
+
+def test_names_of_temporary_files_are_not_followed(opened, kept, monkeypatch):
+    victim = kept.parent / "victim"
+    victim.write_text("of value")
+    editor = opened()
+    for name in ("baft.safetensors", "baft_config.json", "journal.jsonl"):
+        for suffix in (".baft-tmp", ".before.baft-tmp"):
+            (kept / f".{name}{suffix}").symlink_to(victim)
+    editor.hparams = replace(editor.hparams, num_steps=1)
+    editor.edit(fact(0))
+    assert victim.read_text() == "of value"
+    temporary = files_module.temporary_of(kept / "baft.safetensors")
+    unlink = Path.unlink
+
+    def unlink_and_link(file, missing_ok=False):  # as somebody quick would
+        unlink(file, missing_ok)
+        if file == temporary:
+            file.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_link)
+    with pytest.raises((OSError, ValueError), match=r"baft-tmp|File exists"):
+        editor.edit(fact(1))
+    assert victim.read_text() == "of value"
+
+
+@pytest.mark.parametrize("lost", ["journal", "journal and state", "damaged both"])
+def test_newest_whole_state_is_gone_on_from(opened, three, lost):
+    expected = read_history(three)
+    (three / "checkpoints/00000000.safetensors").write_bytes(b"damaged")
+    if lost == "damaged both":
+        for name in ("journal.jsonl", "baft.safetensors"):
+            (three / name).write_bytes(b"\0" * 1000)
+    else:
+        for name in ("journal.jsonl", "baft.safetensors")[: 2 if "and" in lost else 1]:
+            (three / name).unlink()
+    checkpoint = (three / "checkpoints/00000002.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"repair=True"):
+        opened()
+    with opened(hparams=None, repair=True) as editor:
+        assert now(editor) == expected[3 if lost == "journal" else 2].state_hash
+        editor.edit(fact(8))
+    aside = three / "before-repair-1"
+    assert (aside / "checkpoints/00000000.safetensors").read_bytes() == b"damaged"
+    assert (aside / "checkpoints/00000002.safetensors").read_bytes() == checkpoint
+    assert (aside / "baft.safetensors").exists() == (lost == "damaged both")
+    assert [f.name for f in (three / "checkpoints").iterdir()] == ["00000000.safetensors"]
+    with opened(hparams=None) as editor:
+        editor.rollback(to=0)
+        assert now(editor) == expected[3 if lost == "journal" else 2].state_hash
+
+
+def test_crash_during_a_repair_is_repaired(opened, kept, monkeypatch):
+    interleaved(kept, opened)
+    (kept / "journal.jsonl").write_text("{}\n" * 3)
+    expected = read_history(kept.parent / "other")[-1].state_hash
+    repair = lambda: opened(hparams=None, repair=True).close()  # noqa: E731
+    for path in copied_at_each_step(kept, monkeypatch, repair):
+        with opened(path, None, repair=True) as editor:
+            assert now(editor) == expected
+            editor.edit(fact(8))
+        aside = [f.read_text() for f in path.glob("before-repair-*/journal.jsonl")]
+        assert "{}\n" * 3 in aside
+
+
+def test_nothing_begun_is_said_and_begun(opened, kept, monkeypatch, tokenizer, capsys):
+    begin = lambda: opened().close()  # noqa: E731
+    copies = copied_at_each_step(kept, monkeypatch, begin)
+    begun = [path for path in copies if (path / "baft.safetensors").exists()]
+    for path in copies:
+        if path not in begun:
+            with pytest.raises(
+                ValueError, match=r"to begin an edit in .*, for nothing was begun the"
+            ):
+                opened(path, None)
+            with pytest.raises(FileNotFoundError, match=r"nothing was begun there.*with hparams"):
+                BaFTEditor.load(make_model(), tokenizer, path)
+            assert main(["history", str(path)]) == 2
+            assert "nothing was begun there" in capsys.readouterr().err
+            opened(path).close()
+        opened(path, None).edit(fact(0))
+    assert 1 < len(begun) < len(copies) - 3
+
+
 def test_damaged_last_line_is_found(opened, three):
     file = three / "journal.jsonl"
     file.write_text(file.read_text().replace("number 2", "number 7"))
@@ -759,7 +1228,16 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
     capsys.readouterr()
     main(["history", kept])
     assert capsys.readouterr().out.count("-> Rome [1 steps") == 2
-    assert len(read_history(other)) == 1
+    assert [e.line for e in read_history(other)][:3] == [e.line for e in read_history(kept)]
+    assert read_history(other)[3].requests[0]["prompt"] == "The capital of Malta is"
+    assert len(read_history(other)) == 4
+    edit("The capital of Peru is", "--from", kept, "--save", str(tmp_path / "third"))
+    for target in ([str(tmp_path / "third"), "--from", other], [other, "--from", kept]):
+        refused = ["edit", "--prompt", "a", *options, "--save", *target]
+        assert main(refused) == 2
+        assert "holds another edit with a history of 4 entries" in capsys.readouterr().err
+    assert main(["edit", "--prompt", "a", *options, "--save", kept, "--overwrite"]) == 2
+    assert "overwrite needs --from and another directory as --save" in capsys.readouterr().err
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
 

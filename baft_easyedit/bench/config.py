@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from baft_easyedit.messages import cut, short
 from baft_easyedit.reading import read_yaml
 from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
@@ -63,7 +64,7 @@ class MethodConfig(_Strict):
         if bool(self.rehearsal) != (REHEARSED in self.name):
             raise ValueError(
                 f"name must have {REHEARSED!r} in it if, and only if, rehearsal is above 0; got "
-                f"{self.name!r} with rehearsal {self.rehearsal}"
+                f"{short(self.name)} with rehearsal {self.rehearsal}"
             )
         if "rehearsal" in self.set:
             raise ValueError("set must not have rehearsal in it: give it beside name")
@@ -152,10 +153,10 @@ class BenchConfig(_Strict):
             if not values:
                 raise ValueError(f"{what} must not be empty")
             if len(set(values)) < len(values):
-                raise ValueError(f"{what} must not repeat an entry; got {list(values)}")
+                raise ValueError(f"{what} must not repeat an entry; got {short(list(values))}")
         for what, numbers in (("T", self.T), ("batch_size", self.batch_size)):
             if min(numbers) < 1:
-                raise ValueError(f"{what} must be at least 1; got {min(numbers)}")
+                raise ValueError(f"{what} must be at least 1; got {short(min(numbers))}")
         return self
 
 
@@ -198,10 +199,10 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
         return BenchConfig.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'benchmark'}: {e['msg']}; got {e['input']!r}"
+            f"{'.'.join(map(str, e['loc'])) or 'benchmark'}: {e['msg']}; got {short(e['input'])}"
             for e in error.errors(include_url=False)
         )
-        raise ValueError(f"bad benchmark setting: {problems}") from None
+        raise ValueError(f"bad benchmark setting: {cut(problems, 1500)}") from None
 
 
 def _rows(wanted: Any, described: Any) -> Any:

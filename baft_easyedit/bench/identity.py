@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from baft_easyedit.bench import provenance
 from baft_easyedit.bench.config import BenchConfig, make_config
 from baft_easyedit.bench.datasets import Dataset, load_piqa
@@ -20,6 +18,8 @@ from baft_easyedit.bench.plan import protocols
 from baft_easyedit.bench.settings import our_hparams, statistics_texts
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.messages import short
+from baft_easyedit.reading import read_yaml
 
 _MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs", "timeout_s", "report_to")
 """Settings that change no score that is there; rows are compared one by one."""
@@ -106,7 +106,7 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
     )
     for name, value in now.items():
         if then.get(name, value) != value:
-            _refuse(directory.root, f"{name} {then[name]!r}; got {value!r}")
+            _refuse(directory.root, f"{name} {short(then[name])}; got {short(value)}")
     run, inputs = read_json(directory.run), _inputs(config)
     model = provenance.model_fingerprint(config.model)["model"]
     was = {
@@ -129,7 +129,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_config(directory: RunDirectory) -> dict[str, Any]:
     """Read the configuration of a run."""
-    return yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    return read_yaml(directory.config, "benchmark settings")
 
 
 def _refuse(root: Path, difference: str) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from baft_easyedit.bench.plan import Protocol
 from baft_easyedit.bench.runs import TEACHER_FORCED
+from baft_easyedit.messages import short
 
 ByMethod = Mapping[str, Mapping[str, float]]
 """For each method its numbers, under the names of a summary's fields."""
@@ -47,7 +48,9 @@ class PaperNumbers:
         family = self.family(model)
         if family is None:
             known = ", ".join(dict.fromkeys(self.names.values()))
-            raise ValueError(f"paper_model must be a model of the paper, {known}; got {model!r}")
+            raise ValueError(
+                f"paper_model must be a model of the paper, {known}; got {short(model)}"
+            )
         return family
 
     def scores(

@@ -15,6 +15,7 @@ import torch
 
 import baft_easyedit
 from baft_easyedit.easyedit import find_host
+from baft_easyedit.paths import open_regular
 from baft_easyedit.resources import model_location
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor")
@@ -34,7 +35,7 @@ def model_fingerprint(model: str) -> dict[str, str]:
         are hashed. For a model of the Hugging Face hub, the commit in the cache; for one that is
         not there yet, its name.
     """
-    directory = Path(model_location(model)).expanduser()
+    directory = Path(model_location(model))
     if not directory.is_dir():
         commit = _cached_commit(model) or model
         return {"model": commit, "tokenizer": commit}
@@ -58,7 +59,7 @@ def _hash_files(files: list[Path]) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             if size > _LARGE:
                 digest.update(stream.read(_SAMPLE))
                 stream.seek(-_SAMPLE, os.SEEK_END)

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +11,7 @@ from baft_easyedit.bench.plan import Protocol, protocols
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peer_methods import batchable, why_not
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
+from baft_easyedit.paths import expanded, read_text
 from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, hparams_file, model_location
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
@@ -117,7 +117,7 @@ def statistics_texts(config: BenchConfig) -> Sequence[str]:
     """
     if config.texts is None:
         return bundled_texts()
-    lines = Path(config.texts).read_text(encoding="utf-8").splitlines()
+    lines = read_text(expanded(config.texts)).splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"texts must name a file with a passage a line; {config.texts} has none")

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.bench.plan import Protocol, Unit, file_name
+from baft_easyedit.messages import short
+from baft_easyedit.paths import read_regular
+from baft_easyedit.reading import parse_json
 
 SCHEMA = 1
 """Version of all records; in each of them as `schema`."""
@@ -92,14 +95,12 @@ def read_json(file: Path) -> Any:
         ValueError: If the file is not JSON, or of another schema.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_regular(file), str(file))
     except ValueError as error:
-        raise ValueError(
-            f"{file} must be JSON, and is not: {error}; delete it, and it is made again"
-        ) from None
+        raise ValueError(f"{error}; delete it, and it is made again") from None
     found = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
     if found != SCHEMA:
-        raise ValueError(f"{file} must have schema {SCHEMA}; got {found!r}")
+        raise ValueError(f"{file} must have schema {SCHEMA}; got {short(found)}")
     return content
 
 

@@ -25,6 +25,7 @@ import torch
 
 from baft_easyedit.easyedit.compat import moved_names, repair
 from baft_easyedit.easyedit.standins import missing_vision_packages, vision_standins
+from baft_easyedit.paths import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _describe(package: Path) -> Host:
 
 def _text(file: Path) -> str:
     """Return a file's text, empty if there is no such file."""
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return read_text(file) if file.is_file() else ""
 
 
 def _version(package: Path) -> str:

@@ -5,13 +5,14 @@ anywhere in the path: a Llama in `/data/gpt-runs/llama` is loaded as GPT-2.
 """
 
 import atexit
-import json
 import re
 import shutil
 import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from baft_easyedit.paths import read_regular
+from baft_easyedit.reading import parse_json
 from baft_easyedit.resources import model_location
 
 _FAMILIES = (
@@ -48,7 +49,7 @@ def host_model_path(path: str) -> str:
         ValueError: If every temporary directory's name would mislead EasyEdit.
         OSError: If a model to download is not to be had.
     """
-    directory = Path(model_location(path)).expanduser()
+    directory = Path(model_location(path))
     if not directory.is_dir():
         if _family_in(path) is not None:
             return path
@@ -76,7 +77,7 @@ def _family_in(path: str) -> str | None:
 def _family_of_model(directory: Path) -> str:
     """Return the family whose classes suit a model: its own, or `llama` with its Auto classes."""
     file = directory / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = parse_json(read_regular(file), str(file)) if file.is_file() else {}
     own = {"t5": "t5", "gpt2": "gpt", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
     return own.get(config.get("model_type", ""), "llama")
 

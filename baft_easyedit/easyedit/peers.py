@@ -29,6 +29,7 @@ from baft_easyedit.easyedit.statistics import (
     write_key_statistics,
     write_null_space,
 )
+from baft_easyedit.paths import read_text
 from baft_easyedit.resources import hparams_file, merged_settings
 
 __all__ = [
@@ -78,7 +79,7 @@ def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(PEERS)}; got {name!r}")
     file = hparams_file(f"peers/{name}/facts-llama")
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config: dict[str, Any] = yaml.safe_load(read_text(file))
     scale_layers(config, shape.depth)
     scale_steps(name, config, shape.width)
     if "lm_head_module" in config and shape.tied:
@@ -183,7 +184,7 @@ def _config(
     # UltraEdit's is llama3-8b-instruct, others' is llama3-8b
     longer = [file for known, file in shipped.items() if known.lower().startswith(f"{wanted}-")]
     for file in (*exact, *longer):
-        config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = yaml.safe_load(read_text(file))
         return config, (f"{name}: EasyEdit's hparams/{METHODS[name].folder}/{file.name}",)
     note = (
         f"{name}: EasyEdit ships no {preset} (it has {', '.join(shipped) or 'none'}); the bundled "

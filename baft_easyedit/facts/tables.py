@@ -8,9 +8,12 @@ chains two relations. Rendering to questions and records is not here.
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from baft_easyedit.paths import read_text
 
 SUBJECT_SLOT = "{subject}"
 NUM_HELD_OUT = 1
@@ -171,8 +174,8 @@ def _folder(data_dir: Path | None) -> Path:
 
 def _read(path: Path, *columns: str) -> list[dict[str, str]]:
     """Read a TSV file with a header line that has `columns`."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    lines = io.StringIO(read_text(path), newline="")
+    rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     for number, row in enumerate(rows, start=2):
         for column in columns:
             cell = row.get(column)

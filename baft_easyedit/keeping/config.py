@@ -14,6 +14,7 @@ from torch import nn
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.keeping.fingerprint import Fingerprint
+from baft_easyedit.messages import short
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
 
@@ -76,7 +77,7 @@ class KeptConfig:
         if found not in READABLE_VERSIONS:
             raise ValueError(
                 f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
-                f"{found}: use a version of baft_easyedit that knows it"
+                f"{short(found)}: use a version of baft_easyedit that knows it"
             )
         return cls(
             base_model=taken(content, "base_model", str, where),
@@ -95,6 +96,10 @@ class KeptConfig:
     def with_settings(self, hparams: BaFTHyperParams) -> "KeptConfig":
         """Return the same with other hyper-parameters, and the versions of now."""
         return replace(self, hparams=method_of(hparams), versions=versions())
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Tell whether this is the model that the edit was learned on."""
+        return self.fingerprint.difference(Fingerprint.of(model)) is None
 
     def check_model(self, model: nn.Module, where: str) -> None:
         """Raise ValueError unless this is the model that the edit was learned on."""
@@ -134,7 +139,8 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
     if name not in classes:
-        raise ValueError(f"alg_name in {where} must be one of {', '.join(classes)}; got {name!r}")
+        names = ", ".join(classes)
+        raise ValueError(f"alg_name in {where} must be one of {names}; got {short(name)}")
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return classes[name].from_dict({**method, **own})

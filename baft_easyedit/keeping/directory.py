@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from baft_easyedit.keeping.config import KeptConfig
 from baft_easyedit.keeping.files import (
     append_durably,
+    keep_aside,
+    parse_object,
     remove_temporaries,
     set_aside,
     sync_directory,
@@ -21,13 +24,16 @@ from baft_easyedit.keeping.files import (
 from baft_easyedit.keeping.journal import Entry, Journal, parse_lines, read_lines
 from baft_easyedit.keeping.lock import DirectoryLock
 from baft_easyedit.keeping.state import (
+    MAX_STATE,
     StateFile,
     encode,
+    is_after,
     read_entries,
     read_state,
     state_hash,
 )
 from baft_easyedit.learner import EditState
+from baft_easyedit.paths import check_own, expanded, read_regular
 
 STATE = "baft.safetensors"
 CONFIG = "baft_config.json"
@@ -41,11 +47,13 @@ class KeptDirectory:
     Args:
         path: The directory; made if there is none.
         checkpoint_every: Entries between two checkpoints, at least 1.
-        repair: If the state file is damaged, lost, or older than the journal, go on from the newest
-            intact state that the journal knows, and note that as a rollback.
+        repair: If its files are damaged, lost, or disagree, go on from the newest state that is
+            whole: by a rollback if the journal knows it, else with a new journal. What cannot be
+            read, or no longer belongs, is kept in a folder `before-repair-N`.
 
     Raises:
         BlockingIOError: If another editor has it open.
+        OSError: If it cannot be locked or written.
         ValueError: If its files are damaged or disagree; the message says what to do.
     """
 
@@ -54,7 +62,7 @@ class KeptDirectory:
     ) -> None:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1; got {checkpoint_every}")
-        self.path = Path(path)
+        self.path = expanded(path)
         self.journal = Journal()
         self.latest: StateFile | None = None
         """The content of the state file when it was opened; None if there was none."""
@@ -74,6 +82,13 @@ class KeptDirectory:
         """Let others have the directory."""
         self._lock.release()
 
+    def is_at(self, path: Path) -> bool:
+        """Tell whether a path leads to where this directory is."""
+        try:
+            return os.path.samefile(self.path, path)
+        except OSError:  # one of them is nowhere
+            return False
+
     def check_usable(self) -> None:
         """Raise ValueError if changes can no longer be committed."""
         if not self._lock.is_held:
@@ -85,6 +100,18 @@ class KeptDirectory:
             raise ValueError(
                 f"{self.path} could not be brought back after a failure: close this editor and open"
                 " it again"
+            )
+        self._check_place()
+
+    def _check_place(self) -> None:
+        """Raise ValueError if a path now leads to what is not of this directory."""
+        check_own(self.path / JOURNAL)
+        problem = self._lock.problem()
+        if problem is not None:
+            raise ValueError(
+                f"{problem} must be what it was when this editor opened {self.path}; it has been "
+                "moved, replaced or deleted since: close this editor, and open the directory again "
+                "where it is"
             )
 
     def commit(
@@ -104,7 +131,7 @@ class KeptDirectory:
         """
         self.check_usable()
         entry = self.journal.next(kind, state_hash(state), content)
-        if entry.to is not None and not self._is_exact(state, entry.to):
+        if entry.to is not None and not is_after(state, self.journal, entry.to):
             raise ValueError(
                 f"the state after entry {entry.to} of {self.path} must have the hash in the "
                 "journal, and has not: roll back to an entry with a checkpoint"
@@ -112,37 +139,34 @@ class KeptDirectory:
         has_checkpoint = kind in ("start", "install") or entry.id % self._checkpoint_every == 0
         self._write([entry], state, config, has_checkpoint)
 
-    def take_over(self, entries: Sequence[Entry], state: EditState, config: KeptConfig) -> None:
+    def take_over(
+        self,
+        entries: Sequence[Entry],
+        state: EditState,
+        config: KeptConfig,
+        replaceable: Container[str] | None = (),
+    ) -> None:
         """Write a whole journal and its state, in one commit.
 
+        Args:
+            entries: The journal.
+            state: The state after it.
+            config: What belongs to it.
+            replaceable: Lines of snapshots that may be replaced; None for any.
+
         Raises:
-            ValueError: If the directory holds another journal; a mere snapshot is replaced.
+            ValueError: If the directory holds another journal that may not be replaced.
         """
-        own, lines = self.journal.entries, [entry.line for entry in entries]
-        if [entry.line for entry in own] == lines[: len(own)]:
-            if len(own) < len(entries):
-                self._write(entries[len(own) :], state, config)
-        elif len(own) == 1:
-            self._write(entries, state, config)
-        else:
-            raise ValueError(
-                f"{self.path} must be new, a saved snapshot, or an earlier save of this edit; it "
-                f"holds another edit with a history of {len(own)} entries: choose another directory"
-            )
-
-    def present(self, state: EditState) -> EditState | None:
-        """Return a state as the journal has it, attached or not; None if it was changed."""
-        either = (state._replace(attached=attached) for attached in (True, False))
-        return next((s for s in either if self._is_exact(s, len(self.journal) - 1)), None)
-
-    def _is_exact(self, state: EditState, entry_id: int) -> bool:
-        """Tell whether a state is that after an entry, bit for bit."""
-        return self.journal.has_hash(entry_id, state_hash(state))
+        missing = lacking(self.path, self.journal.entries, entries, replaceable)
+        if missing:
+            self._write(missing, state, config)
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint of the present state if there is none at all, as after `save`."""
         if self.latest is not None and not self._checkpoint_ids():
-            self._write_checkpoint(len(self.journal) - 1, (self.path / STATE).read_bytes())
+            self._write_checkpoint(
+                len(self.journal) - 1, read_regular(self.path / STATE, MAX_STATE)
+            )
 
     def nearest(
         self, entry_id: int, known: Mapping[int, EditState]
@@ -161,7 +185,7 @@ class KeptDirectory:
             if i < len(self.journal):
                 checkpoints.setdefault(self.journal.position_of(i), []).append(i)
         for position in self.journal.ancestors(entry_id):
-            if position in known and self._is_exact(known[position], position):
+            if position in known and is_after(known[position], self.journal, position):
                 return position, known[position]
             for i in checkpoints.get(position, ()):
                 content = self._read_checkpoint(i)
@@ -206,7 +230,12 @@ class KeptDirectory:
         for entry in entries:
             self.journal.append(entry)
         self._is_sound = True  # until here, an interruption leaves it to the next open
-        remove_temporaries(self.path)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove temporary files, unless they are those of another directory."""
+        if self._lock.problem() is None:
+            remove_temporaries(self.path)
 
     def _replace(self, data: bytes, entries: Sequence[Entry]) -> None:
         """Replace the state file, which commits, and append to the journal; or do neither."""
@@ -215,6 +244,7 @@ class KeptDirectory:
             before = set_aside(file), set_aside(journal)
             length = journal.stat().st_size if journal.exists() else 0
             write_temporary(file, data)
+            self._check_place()
             self._is_sound = False
             os.replace(temporary_of(file), file)
             sync_directory(self.path)
@@ -227,7 +257,7 @@ class KeptDirectory:
                 _put_back(file, before[0])
                 sync_directory(self.path)
             self._is_sound = True
-            remove_temporaries(self.path)
+            self._tidy()
             raise
 
     def _write_journal(self, entries: Sequence[Entry]) -> None:
@@ -263,17 +293,16 @@ class KeptDirectory:
 
     def _read_known(self, file: Path) -> StateFile | None:
         """Read a state file; None if it is damaged, or not of an entry of the journal."""
-        try:
-            content = read_state(file)
-        except (ValueError, OSError):
-            return None
+        content = _read_whole(file)
+        return content if content is not None and self._knows(content) else None
+
+    def _knows(self, content: StateFile) -> bool:
+        """Tell whether a state is of an entry of the journal."""
         entry = content.entries[-1]
-        known = self.journal.entries[entry.id : entry.id + 1]
-        if [entry.line] != [e.line for e in known]:
-            return None
-        if content.is_converted:
+        is_known = [entry.line] == [e.line for e in self.journal.entries[entry.id : entry.id + 1]]
+        if is_known and content.is_converted:
             self.journal.note_hash(entry.id, state_hash(content.state))
-        return content
+        return is_known
 
     # ---- recovery
 
@@ -282,21 +311,21 @@ class KeptDirectory:
         remove_temporaries(self.path)
         if (self.path / CHECKPOINTS).is_dir():
             remove_temporaries(self.path / CHECKPOINTS)
-        lines, rest = read_lines(self.path / JOURNAL)
-        if not lines and not rest and not (self.path / STATE).exists():
+        if not holds_edit(self.path):
             return
         try:
+            check_own(self.path / JOURNAL)
+            lines, rest = read_lines(self.path / JOURNAL)
             latest = read_latest(self.path)
             missing = _missing_entries(lines, rest, latest.entries, self.path)
-        except ValueError:
+            known = [] if missing and missing[0].id == 0 else lines
+            whole = [*known, *(entry.line for entry in missing)]
+            self.journal = parse_lines(whole, str(self.path / JOURNAL))
+        except (ValueError, OSError):
             if not repair:
                 raise
-            self._repair(lines, rest)
+            self._repair()
             return
-        known = [] if missing and missing[0].id == 0 else lines
-        self.journal = parse_lines(known, str(self.path / JOURNAL))
-        for entry in missing:
-            self.journal.append(entry)
         if rest:
             truncate_durably(self.path / JOURNAL, _size(lines))
         if missing:
@@ -305,19 +334,89 @@ class KeptDirectory:
             self._write_config(latest.config)
         self.latest = latest
 
-    def _repair(self, lines: Sequence[str], rest: str) -> None:
-        """Go on from the newest intact state that the journal knows."""
-        self.journal = parse_lines(lines, str(self.path / JOURNAL))
-        files = [self.path / STATE, *_checkpoint_files(self.path)]
-        found = next((c for c in map(self._read_known, files) if c is not None), None)
+    def _repair(self) -> None:
+        """Go on from the newest state that is whole; lose nothing of the rest."""
+        journal = self.path / JOURNAL
+        lines: list[str] = []
+        with contextlib.suppress(ValueError, OSError):
+            check_own(journal)
+            lines, _ = read_lines(journal)
+            self.journal = parse_lines(lines, str(journal))
+        found = self._newest()
         if found is None:
             raise ValueError(
-                f"{self.path} cannot be repaired: neither {STATE} nor a checkpoint is intact and "
-                "known to the journal; restore the directory from a backup"
+                f"{self.path} cannot be repaired: neither {STATE} nor a checkpoint is whole; "
+                "restore the directory from a backup"
             )
-        if rest:
-            truncate_durably(self.path / JOURNAL, _size(lines))
-        self.commit("rollback", found.state, found.config, {"to": found.entries[-1].id})
+        is_known = self._knows(found)
+        aside = [file for file in _checkpoint_files(self.path) if self._read_known(file) is None]
+        others = [] if is_known else [journal]
+        others += [] if _read_whole(self.path / STATE) else [self.path / STATE]
+        folder = keep_aside(self.path, [*aside, *others])
+        entry = found.entries[-1]
+        if is_known:
+            truncate_durably(journal, _size(lines))
+            self.commit("rollback", found.state, found.config, {"to": entry.id})
+        else:
+            why = f"{JOURNAL}, now in {folder.name}, could not be read, or did not lead to it"
+            settings = {"hparams": found.config.hparams, "environment": found.config.versions}
+            content = {**settings, "snapshot_of": f"{entry.reference}; {why}"}
+            self.journal = Journal()
+            self.commit("start", found.state, found.config, content)
+        for file in aside:
+            if int(file.stem) != len(self.journal) - 1:  # else it is a new one
+                file.unlink(missing_ok=True)
+
+    def _newest(self) -> StateFile | None:
+        """Return the newest whole state; of the checkpoints, one that a sound journal knows."""
+        read = self._read_known if len(self.journal) else _read_whole
+        checkpoints = (read(file) for file in _checkpoint_files(self.path))
+        found = [_read_whole(self.path / STATE), next(filter(None, checkpoints), None)]
+        return max(filter(None, found), key=lambda c: c.entries[-1].time, default=None)
+
+
+def lacking(
+    path: Path,
+    kept: Sequence[Entry],
+    entries: Sequence[Entry],
+    replaceable: Container[str] | None,
+) -> Sequence[Entry]:
+    """Return what a directory lacks of a journal: the rest of it, or all if it is replaced.
+
+    Args:
+        path: The directory.
+        kept: Its own journal.
+        entries: The journal that is to be there.
+        replaceable: Lines of snapshots that may be replaced; None for any.
+
+    Raises:
+        ValueError: If it holds another journal that may not be replaced.
+    """
+    own, lines = ([entry.line for entry in journal] for journal in (kept, entries))
+    if own == lines[: len(own)]:
+        return entries[len(own) :]
+    rule = f"{path} must be new, or an earlier save of this edit; it holds"
+    if len(own) > 1:
+        raise ValueError(
+            f"{rule} another edit with a history of {len(own)} entries: choose another directory"
+        )
+    if replaceable is not None and own[0] not in replaceable:
+        raise ValueError(
+            f"{rule} a snapshot of another edit: choose another directory, or replace it by "
+            "overwrite=True, on the command line --overwrite"
+        )
+    return entries
+
+
+def check_target(
+    target: str | os.PathLike[str], source: str | os.PathLike[str], overwrite: bool
+) -> None:
+    """Raise ValueError if an edit that begins with a kept one could not be saved in a directory."""
+    if holds_edit(target):
+        entries: list[Entry] = []
+        with contextlib.suppress(ValueError):  # it is saved as a snapshot then
+            entries = read_history(source)
+        lacking(expanded(target), read_history(target), entries, None if overwrite else ())
 
 
 def read_latest(path: Path) -> StateFile:
@@ -330,20 +429,25 @@ def read_latest(path: Path) -> StateFile:
     try:
         return read_state(path / STATE)
     except FileNotFoundError:
-        if not (path / JOURNAL).exists():
+        if not holds_edit(path):
             raise FileNotFoundError(
-                f"{path} must be a directory with an edit that save() or open() kept; it has no "
-                f"{STATE}"
+                f"{path} must be a directory with an edit that save() or open() kept; nothing was "
+                f"begun there, for it has no {STATE}: open() with hparams begins"
             ) from None
         problem = f"{path / STATE} is lost"
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         problem = str(error)
     raise ValueError(f"{problem}; {_way_on(path)}")
 
 
 def holds_edit(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a directory keeps an edit, whole or damaged."""
-    return any((Path(path) / name).exists() for name in (STATE, JOURNAL))
+    """Tell whether an edit was begun in a directory, be it whole or damaged now."""
+    directory = expanded(path)
+    return (
+        os.path.lexists(directory / STATE)
+        or (os.path.lexists(directory / JOURNAL) and not _is_empty(directory / JOURNAL))
+        or any(int(file.stem) for file in _checkpoint_files(directory))
+    )
 
 
 def read_history(path: str | os.PathLike[str]) -> list[Entry]:
@@ -353,11 +457,11 @@ def read_history(path: str | os.PathLike[str]) -> list[Entry]:
         FileNotFoundError: If the directory keeps no edit.
         ValueError: If the journal is damaged.
     """
-    directory = Path(path)
+    directory = expanded(path)
     if not holds_edit(directory):
         read_latest(directory)
     entries: tuple[Entry, ...] = ()
-    with contextlib.suppress(ValueError, FileNotFoundError):
+    with contextlib.suppress(ValueError, OSError):
         entries = read_entries(directory / STATE)  # first: a commit may come between
     lines, _ = read_lines(directory / JOURNAL)
     if entries and entries[0].id == 0 and len(lines) <= 1:
@@ -421,9 +525,23 @@ def _checkpoint_files(path: Path) -> list[Path]:
 def _holds(file: Path, config: KeptConfig) -> bool:
     """Tell whether a configuration file is a true copy."""
     try:
-        return bool(json.loads(file.read_bytes()) == config.to_json())
-    except (OSError, ValueError, RecursionError):
+        return bool(parse_object(read_regular(file), str(file)) == config.to_json())
+    except (OSError, ValueError):
         return False
+
+
+def _read_whole(file: Path) -> StateFile | None:
+    """Read a state file; None if it is damaged."""
+    try:
+        return read_state(file)
+    except (ValueError, OSError):
+        return None
+
+
+def _is_empty(file: Path) -> bool:
+    """Tell whether a name is that of a regular file without content."""
+    found = os.lstat(file)
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
 
 
 def _size(lines: Sequence[str]) -> int:

@@ -4,9 +4,14 @@ import contextlib
 import json
 import os
 import shutil
+import stat
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from baft_easyedit.messages import cut
+from baft_easyedit.paths import open_own
 from baft_easyedit.reading import parse_json
 
 _TEMPORARY = ".baft-tmp"
@@ -20,7 +25,8 @@ def temporary_of(file: Path) -> Path:
 def write_temporary(file: Path, data: bytes) -> Path:
     """Write `data` beside `file`, down to the disk; return where, for `os.replace`."""
     temporary = temporary_of(file)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    temporary.unlink(missing_ok=True)  # what is there may be a link to a file of others
+    descriptor = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -37,7 +43,7 @@ def write_durably(file: Path, data: bytes) -> None:
 
 def append_durably(file: Path, data: bytes) -> None:
     """Append to a file that exists, down to the disk."""
-    with open(file, "ab") as stream:
+    with os.fdopen(open_own(file, os.O_WRONLY | os.O_APPEND), "ab") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -45,7 +51,7 @@ def append_durably(file: Path, data: bytes) -> None:
 
 def truncate_durably(file: Path, size: int) -> None:
     """Cut a file to `size` bytes, down to the disk."""
-    with open(file, "r+b") as stream:
+    with os.fdopen(open_own(file, os.O_RDWR), "r+b") as stream:
         stream.truncate(size)
         os.fsync(stream.fileno())
 
@@ -56,11 +62,42 @@ def set_aside(file: Path) -> Path | None:
         return None
     aside = file.parent / f".{file.name}.before{_TEMPORARY}"
     aside.unlink(missing_ok=True)
-    try:
-        os.link(file, aside)
-    except OSError:  # some file systems have no links
-        shutil.copyfile(file, aside)
+    _name_twice(file, aside)
     return aside
+
+
+def keep_aside(directory: Path, files: Sequence[Path]) -> Path:
+    """Keep files under their names in a new folder, so that they outlive a replacement.
+
+    What is not a regular file is moved there, and makes way.
+
+    Args:
+        directory: Where the folder is made, if there is something to keep.
+        files: Names in that directory; those that do not exist are passed over.
+
+    Returns:
+        The folder, `before-repair-1` or the next that is free.
+    """
+    numbers = (n for n in count(1) if not os.path.lexists(directory / f"before-repair-{n}"))
+    folder = directory / f"before-repair-{next(numbers)}"
+    for file in filter(os.path.lexists, files):
+        kept = folder / file.relative_to(directory)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if stat.S_ISREG(os.lstat(file).st_mode):
+            _name_twice(file, kept)
+        else:
+            os.rename(file, kept)
+        sync_directory(kept.parent)
+    sync_directory(directory)
+    return folder
+
+
+def _name_twice(file: Path, other: Path) -> None:
+    """Give a regular file a second name, or make a copy of that name."""
+    try:
+        os.link(file, other)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(file, other)
 
 
 def remove_temporaries(directory: Path) -> None:
@@ -90,7 +127,7 @@ def to_json(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"what is kept must be JSON; {error}") from None
+        raise ValueError(f"what is kept must be JSON; {cut(error, 500)}") from None
 
 
 def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
@@ -103,7 +140,7 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     Raises:
         ValueError: If it is not JSON (NaN and infinities are not), too deep, or not an object.
     """
-    value = parse_json(text, where, allow_nan=False)
+    value = parse_json(text, where, is_strict=True)
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}")
     return value

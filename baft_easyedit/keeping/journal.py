@@ -6,7 +6,6 @@ began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
 """
 
 import hashlib
-import reprlib
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 
 from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.learning import EditReport, StepLosses
+from baft_easyedit.messages import cut, short
+from baft_easyedit.paths import open_regular
 from baft_easyedit.reading import taken
 
 MAX_LINE = 16 * 2**20
@@ -61,21 +62,23 @@ class Entry:
         Raises:
             ValueError: If it is too long, not JSON, or lacks what its kind has.
         """
-        if len(line) > MAX_LINE:
-            raise ValueError(f"{where} must be below {MAX_LINE} bytes; got {len(line)}")
+        if len(line) > MAX_LINE or not line.isascii():
+            raise ValueError(f"{where} must be ASCII below {MAX_LINE} bytes; got {len(line)}")
         content = parse_object(line, where)
         kind = taken(content, "kind", str, where)
         if kind not in KINDS:
             raise ValueError(
-                f"kind in {where} must be one of {', '.join(KINDS)}; got {kind[:20]!r}"
+                f"kind in {where} must be one of {', '.join(KINDS)}; got {short(kind)}"
             )
         entry_id = taken(content, "id", int, where)
         others = {key: taken(content, key, t, where) for key, t in _CONTENT[kind].items()}
+        taken({"snapshot_of": "", **content}, "snapshot_of", str, where)
         _check_report(others, where)
         for key in ("parent", "to"):
             if not 0 <= others.get(key, 0) < max(entry_id, 1):
                 raise ValueError(
-                    f"{key} in {where} must be an entry before {entry_id}; got {others[key]}"
+                    f"{key} in {where} must be an entry before {short(entry_id)}; got "
+                    f"{short(others[key])}"
                 )
         time, state_hash, previous = (
             taken(content, key, str, where) for key in ("time", "state_hash", "previous")
@@ -87,6 +90,11 @@ class Entry:
     def sha256(self) -> str:
         """What the next line calls this one."""
         return hashlib.sha256(self.line.encode()).hexdigest()
+
+    @property
+    def reference(self) -> str:
+        """What a snapshot calls the entry that it is of."""
+        return f"entry {self.id}, whose line has the SHA-256 {self.sha256}"
 
     @property
     def content(self) -> dict[str, Any]:
@@ -104,11 +112,18 @@ class Entry:
         """What `report_dict` gives; empty where nothing was learned."""
         return self.content.get("report", {})
 
+    @property
+    def snapshot_of(self) -> str | None:
+        """What an entry 0 says of the edit that came before; None if nothing did."""
+        return parse_object(self.line, f"journal entry {self.id}").get("snapshot_of")
+
     def summary(self) -> str:
         """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
         parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
         if self.to is not None:
             parts.append(f"to {self.to}")
+        if self.id == 0 and (before := self.snapshot_of):
+            parts.append(f"snapshot of {cut(before, 300)}")
         if requests := self.requests:
             request = requests[0]
             more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
@@ -132,7 +147,7 @@ def _check_report(content: Mapping[str, Any], where: str) -> None:
         time_s = taken(report, "time_s", (int, float), where)
         answer = taken(taken(report, "losses", dict, where), "answer", list, where)
         if not answer or not all(map(_is_number, [time_s, *answer])):
-            raise ValueError(f"losses in {where} must be numbers; got {reprlib.repr(answer)}")
+            raise ValueError(f"losses in {where} must be numbers; got {short(answer)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -238,12 +253,12 @@ def read_lines(file: Path) -> tuple[list[str], str]:
     """Read the complete lines of a journal, and what follows the last of them.
 
     Raises:
-        ValueError: If a line is too long.
+        ValueError: If a line is too long, or it is no regular file.
     """
     lines: list[str] = []
     if not file.exists():
         return lines, ""
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         while raw := stream.readline(MAX_LINE + 2):
             text = raw.decode("ascii", errors="replace")
             if len(raw) > MAX_LINE + 1:
@@ -270,7 +285,8 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
             raise ValueError(
                 f"{where} is damaged at line {number} or the one before it ({error}): restore it "
                 "from a backup; or go on without the history: load() reads the state alone, and "
-                "save() puts it into a new directory"
+                "save() puts it into a new directory, or open() with repair=True begins a new "
+                "journal and keeps the old one aside"
             ) from None
     return journal
 

@@ -8,9 +8,12 @@ from torch import nn
 from baft_easyedit.hooks import ModelEdit, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.keeping.config import hparams_of, new_edit
-from baft_easyedit.keeping.directory import read_latest
+from baft_easyedit.keeping.directory import read_history, read_latest
+from baft_easyedit.keeping.journal import Journal
 from baft_easyedit.keeping.state import StateFile, check_fits, state_hash
 from baft_easyedit.learner import EditState
+from baft_easyedit.messages import short
+from baft_easyedit.paths import expanded
 
 
 def checked_latest(
@@ -22,10 +25,20 @@ def checked_latest(
         FileNotFoundError: If no edit is kept there.
         ValueError: If it is damaged, or belongs to another model and that is not allowed.
     """
-    latest = read_latest(Path(directory))
+    latest = read_latest(expanded(directory))
     if not allow_other_model:
         latest.config.check_model(model, str(directory))
     return latest
+
+
+def journal_of(kept: StateFile, directory: Path) -> Journal | None:
+    """Read the journal that led to a kept state; None if it is damaged, or led to another one."""
+    last = kept.entries[-1]
+    try:
+        entries = read_history(directory)[: last.id + 1]
+    except (ValueError, OSError):
+        return None
+    return Journal(entries) if [last.line] == [e.line for e in entries[last.id :]] else None
 
 
 def attach(
@@ -46,6 +59,7 @@ def attach(
         ValueError: If the model is another one, does not fit, or carries an edit; or the file is
             damaged.
     """
+    directory = expanded(directory)
     latest = checked_latest(model, directory, allow_other_model)
     hparams = hparams_of(latest.config.hparams, model, str(directory))
     edit = edit_of(latest.state, hparams, model, str(directory))
@@ -96,6 +110,6 @@ def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -
     for name, value in wanted.items():
         if getattr(carried, name) != value:
             raise ValueError(
-                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {value!r}: undo "
-                "that edit, or use its hyper-parameters"
+                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {short(value)}: "
+                "undo that edit, or use its hyper-parameters"
             )

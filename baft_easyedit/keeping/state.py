@@ -6,10 +6,11 @@ its line (after a save, all lines that the directory did not have); `state_hash`
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,18 @@ from torch import Tensor
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.keeping.config import FORMAT_VERSION, READABLE_VERSIONS, KeptConfig
 from baft_easyedit.keeping.files import parse_object, to_json
-from baft_easyedit.keeping.journal import Entry
+from baft_easyedit.keeping.journal import Entry, Journal
 from baft_easyedit.keeping.version1 import converted
 from baft_easyedit.learner import EditState
+from baft_easyedit.messages import cut, short
+from baft_easyedit.paths import open_regular
 
 _MAX_HEADER = 100_000_000
 """Longest header that safetensors reads, in bytes."""
+_MAX_TENSORS = 2**31
+"""Most bytes of tensors."""
+MAX_STATE = _MAX_TENSORS + _MAX_HEADER + 8
+"""Most bytes of a state file."""
 _DTYPES = {"F32": torch.float32}
 """What an edit is made of."""
 _KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "memory", "config")
@@ -51,6 +58,17 @@ def state_hash(state: EditState) -> str:
     return digest.hexdigest()
 
 
+def is_after(state: EditState, journal: Journal, entry_id: int) -> bool:
+    """Tell whether a state is that after an entry of a journal, bit for bit."""
+    return journal.has_hash(entry_id, state_hash(state))
+
+
+def present(state: EditState, journal: Journal) -> EditState | None:
+    """Return a state as a journal ends with it, attached or not; None if it was changed."""
+    either = (state._replace(attached=attached) for attached in (True, False))
+    return next((s for s in either if is_after(s, journal, len(journal) - 1)), None)
+
+
 def _bytes(value: Tensor) -> bytes:
     """Return a tensor's bytes."""
     flat = value.detach().cpu().contiguous().reshape(-1)
@@ -73,6 +91,7 @@ def encode(content: StateFile) -> bytes:
     from safetensors.torch import save
 
     check_finite(content.state)
+    _check_tensors(sum(v.nbytes for v in content.state.learned.values()), "an edit")
     assert state_hash(content.state) == content.entries[-1].state_hash
     metadata = {
         "format_version": str(FORMAT_VERSION),
@@ -101,11 +120,12 @@ def read_state(file: Path) -> StateFile:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, of another format, or holds what no edit has.
     """
-    data = file.read_bytes()
-    metadata = _header(data, str(file)).get("__metadata__")
-    content = _checked_metadata(metadata, str(file))
-    tensors = _tensors(data, str(file))
     where = str(file)
+    with open_regular(file) as stream:
+        start, header = _read_header(stream, where)
+        body = _read_body(stream, start, header, where)
+    content = _checked_metadata(header.get("__metadata__"), where)
+    tensors = _tensors(start + body, where)
     state = EditState(
         tensors,
         attached=content["attached"] == "true",
@@ -130,39 +150,52 @@ def read_entries(file: Path) -> tuple[Entry, ...]:
         FileNotFoundError: If there is none.
         ValueError: If its header is damaged, or of another format.
     """
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        data = start + stream.read(min(length, _MAX_HEADER))
-    metadata = _checked_metadata(
-        _header(data, str(file), has_tensors=False).get("__metadata__"), str(file)
-    )
+    with open_regular(file) as stream:
+        _, header = _read_header(stream, str(file))
+    metadata = _checked_metadata(header.get("__metadata__"), str(file))
     lines = metadata["entries"].split("\n")
     return tuple(Entry.from_line(line, f"a journal entry in {file}") for line in lines)
 
 
-def _header(data: bytes, where: str, has_tensors: bool = True) -> dict[str, Any]:
-    """Return the header of a safetensors file, once its sizes and dtypes are known to fit."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
+def _read_header(stream: IO[bytes], where: str) -> tuple[bytes, dict[str, Any]]:
+    """Read the header of a safetensors file; return its bytes, too, with those of its length."""
+    start = stream.read(8)
+    length = int.from_bytes(start, "little")
+    text = stream.read(length) if length <= _MAX_HEADER else b""
+    if len(start) < 8 or len(text) < length:
         raise ValueError(f"{where} is damaged: it ends within its header")
-    header = parse_object(data[8 : 8 + length], f"the header of {where}")
+    return start + text, parse_object(text, f"the header of {where}")
+
+
+def _read_body(stream: IO[bytes], start: bytes, header: Mapping[str, Any], where: str) -> bytes:
+    """Read the tensors of a safetensors file, once its sizes and dtypes are known to fit."""
     end = 0
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
         dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"{where} must hold float32 tensors; {name} is {dtype}")
+            raise ValueError(f"{where} must hold float32 tensors; {short(name)} is {short(dtype)}")
         offsets = tensor.get("data_offsets")
         if not (isinstance(offsets, list) and all(type(o) is int for o in offsets)):
-            raise ValueError(f"{where} is damaged: {name} has no place in it")
+            raise ValueError(f"{where} is damaged: {short(name)} has no place in it")
         end = max([end, *offsets])
-    if has_tensors and len(data) != 8 + length + end:
+    size, expected = os.fstat(stream.fileno()).st_size, len(start) + end
+    if size != expected:
         raise ValueError(
-            f"{where} is damaged: it must have {8 + length + end} bytes, and has {len(data)}"
+            f"{where} is damaged: it must have {short(expected)} bytes, and has {size}"
         )
-    return header
+    _check_tensors(end, where)
+    return stream.read(end)
+
+
+def _check_tensors(size: int, where: str) -> None:
+    """Raise ValueError if an edit is larger than is read."""
+    if size > _MAX_TENSORS:
+        raise ValueError(
+            f"the tensors of {where} must have at most {_MAX_TENSORS:,} bytes; they have {size:,}: "
+            "use a smaller rank, or fewer layers"
+        )
 
 
 def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
@@ -172,7 +205,7 @@ def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
     if metadata["format_version"] not in map(str, READABLE_VERSIONS):
         raise ValueError(
             f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
-            f"{metadata['format_version']!r}: use a version of baft_easyedit that knows it"
+            f"{short(metadata['format_version'])}: use a version of baft_easyedit that knows it"
         )
     content: dict[str, Any] = {key: metadata.get(key) for key in _KEYS}
     missing = [key for key, value in content.items() if not isinstance(value, str)]
@@ -194,7 +227,7 @@ def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         return load(data)
     except SafetensorError as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
+        raise ValueError(f"{where} is damaged: {cut(error, 500)}") from None
 
 
 def check_fits(state: EditState, edit: ModelEdit, where: str) -> None:

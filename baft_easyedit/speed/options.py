@@ -10,6 +10,7 @@ from baft_easyedit.bench.datasets import DATASETS
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peer_methods import why_not
 from baft_easyedit.hparams import ENGINES
+from baft_easyedit.messages import short
 from baft_easyedit.speed.shapes import find_shape
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -291,4 +292,4 @@ def _meanings(name: str) -> list[tuple[str, str, str | None]]:
 def _check(holds: bool, name: str, rule: str, value: object) -> None:
     """Raise ValueError about one option unless its rule holds."""
     if not holds:
-        raise ValueError(f"{name} must {rule}; got {value!r}")
+        raise ValueError(f"{name} must {rule}; got {short(value)}")

@@ -1,11 +1,14 @@
 """Files on disk: finding them, hashing them, and reading JSON with errors that name the file."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from baft_easyedit.messages import short
+from baft_easyedit.paths import expanded, read_regular
 from baft_easyedit.reading import parse_json
 
 T = TypeVar("T")
@@ -33,16 +36,17 @@ def find_file(path: Path | None, *names: str) -> Path:
     what = " or ".join(names) or "a file"
     if path is None:
         raise ValueError(f"path must lead to {what}; got None")
-    candidates = [path / name for name in names] if path.is_dir() else [path]
+    path = expanded(path)
+    candidates = [path / name for name in names] if os.path.isdir(path) else [path]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"path must lead to {what}; there is none at {str(path)!r}")
+        if os.path.exists(candidate) and (names or not os.path.isdir(candidate)):
+            return candidate  # `read_file` refuses what is no file
+    raise FileNotFoundError(f"path must lead to {what}; there is none at {short(str(path))}")
 
 
 def read_file(path: Path) -> tuple[bytes, FileHash]:
     """Return a file's content, and what identifies it."""
-    content = path.read_bytes()
+    content = read_regular(path)
     return content, FileHash(path.name, hashlib.sha256(content).hexdigest(), len(content))
 
 
@@ -69,10 +73,10 @@ def select(items: Sequence[T], start: int, limit: int | None, what: str) -> list
         ValueError: If there are not that many; fewer would not be the benchmark that was asked for.
     """
     if not 0 <= start < len(items):
-        raise ValueError(f"start must be in [0, {len(items) - 1}] for {what}; got {start}")
+        raise ValueError(f"start must be in [0, {len(items) - 1}] for {what}; got {short(start)}")
     if limit is not None and not 1 <= limit <= len(items) - start:
         raise ValueError(
             f"limit must be in [1, {len(items) - start}] for {what} from {start} on, or None for "
-            f"all; got {limit}"
+            f"all; got {short(limit)}"
         )
     return list(items[start : None if limit is None else start + limit])

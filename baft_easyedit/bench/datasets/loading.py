@@ -16,6 +16,7 @@ from baft_easyedit.bench.datasets.plain import read_facts, read_requests
 from baft_easyedit.bench.datasets.rewrites import read_counterfact, read_mquake
 from baft_easyedit.bench.datasets.schema import Source
 from baft_easyedit.bench.datasets.zsre import read_zsre
+from baft_easyedit.messages import short
 
 Request = dict[str, Any]
 
@@ -80,7 +81,7 @@ def load_dataset(
         FileNotFoundError: If a file is missing.
     """
     if kind not in DATASETS:
-        raise ValueError(f"kind must be one of {sorted(DATASETS)}; got {kind!r}")
+        raise ValueError(f"kind must be one of {sorted(DATASETS)}; got {short(kind)}")
     reader = DATASETS[kind]
     _check_options(kind, reader, options)
     source = reader(None if path is None else Path(path), **options)
@@ -101,7 +102,7 @@ def _check_options(kind: str, reader: Callable[..., Source], options: Mapping[st
     known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"options of {kind} must be among {known}; got {unknown}")
+        raise ValueError(f"options of {kind} must be among {known}; got {short(unknown)}")
 
 
 def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from baft_easyedit.bench.datasets.files import FileHash, find_file, read_file, select
 from baft_easyedit.bench.datasets.schema import Layout, Text, check
+from baft_easyedit.messages import short
 from baft_easyedit.reading import parse_json
 
 
@@ -65,5 +66,5 @@ def _item(question: bytes, label: bytes, place: str) -> PiqaItem:
     """Join a question with its label."""
     record = parse_json(question, place)
     if not isinstance(record, dict):
-        raise TypeError(f"{place} must be an object with goal, sol1 and sol2; got {record!r}")
+        raise TypeError(f"{place} must be an object with goal, sol1 and sol2; got {short(record)}")
     return check(PiqaItem, {**record, "label": {b"0": 0, b"1": 1}.get(label.strip(), label)}, place)

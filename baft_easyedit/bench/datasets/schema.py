@@ -5,7 +5,6 @@ turns each into `Case`s. EasyEdit scores `prompt + ' ' + target`, so texts lose 
 ends; an empty one is an error.
 """
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ from pydantic import (
 )
 
 from baft_easyedit.bench.datasets.files import FileHash
+from baft_easyedit.messages import cut, short
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 """Text without blanks at its ends, not empty."""
@@ -150,8 +150,8 @@ def check(layout: type[L], record: Any, place: str) -> L:
         field = ".".join(map(str, problems[0]["loc"])) or "the record"
         rule = problems[0]["msg"].removeprefix("Value error, ")
         others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        found = reprlib.repr(problems[0]["input"])
-        raise ValueError(f"{place}: {field}: {rule}; got {found}{others}") from None
+        found = short(problems[0]["input"])
+        raise ValueError(f"{place}: {cut(field, 200)}: {rule}; got {found}{others}") from None
 
 
 def check_all(layout: type[L], records: list[Any], file: str) -> list[L]:
