@@ -5,7 +5,7 @@ the form that the found one reads; what it cannot do is refused before anything 
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
@@ -42,8 +42,8 @@ _ONE_BY_ONE = ("edit", "edit_requests", "generate_edit")
 class EditCall(NamedTuple):
     """A call of one of `BaseEditor`'s ways to edit."""
 
-    arguments: dict[str, Any]
-    """By name, as the found EasyEdit reads them."""
+    parts: tuple[dict[str, Any], ...]
+    """The arguments by name, as the found EasyEdit reads them, of the calls that make it up."""
     keeps: bool
     """Whether the edits stay in the model."""
 
@@ -88,13 +88,36 @@ def read_call(
     if "requests" in given:
         given["requests"] = _complete(given["requests"])
     if generation == "current":
-        return EditCall({**given, "sequential_edit": keeps}, keeps)
+        return EditCall(({**given, "sequential_edit": keeps},), keeps)
     given.pop("target_neg", None)  # which our methods do not read
-    if name == "batch_edit":  # whose parameters are passed on as if they had the names of `edit`'s
-        renamed = {"locality_inputs": "locality_prompts"}
-        renamed["portability_inputs"] = "locality_ground_truth"
-        given = {renamed.get(key, key): value for key, value in given.items()}
-    return EditCall({**given, "keep_original_weight": not keeps}, keeps)
+    given["keep_original_weight"] = not keeps
+    if name != "batch_edit":
+        return EditCall((given,), keeps)
+    parts = _chunks(given, batch_size)  # of several, the release returns the scores of the last
+    return EditCall(tuple(map(_for_batch_edit, parts)), keeps)
+
+
+def _chunks(given: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Divide arguments into those of at most `size` prompts each."""
+    for start in range(0, len(given["prompts"]), size):
+        part = slice(start, start + size)
+        chunk = dict(given)
+        for name in ("prompts", *_ALIGNED, "loc_prompts"):
+            if name in given:
+                chunk[name] = given[name][part]
+        for name in _PROBES:
+            if name in given:
+                chunk[name] = {
+                    kind: {key: values[part] for key, values in probe.items()}
+                    for kind, probe in given[name].items()
+                }
+        yield chunk
+
+
+def _for_batch_edit(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename what the release's `batch_edit` hands on as if its parameters were those of `edit`."""
+    own = {"locality_inputs": "locality_prompts", "portability_inputs": "locality_ground_truth"}
+    return {own.get(name, name): value for name, value in given.items()}
 
 
 def _named(

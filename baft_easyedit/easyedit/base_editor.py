@@ -85,9 +85,12 @@ def _entry_point(original: Callable[..., Any], generation: Generation) -> Callab
                 return original(self, *args, **kwargs)
             call = read_call(original, generation, args, kwargs, self.hparams.batch_size)
             with _in_call(self, call.keeps, restores_by_items):
-                metrics, edited, weights_copy = original(self, **call.arguments)
+                results = [original(self, **arguments) for arguments in call.parts]
+        metrics, edited, weights_copy = results[-1]
         if isinstance(weights_copy, _UndoneByItems):
             weights_copy = weights_copy.weights_copy
+        if len(results) > 1:
+            metrics = [metric for result in results for metric in result[0]]
         return metrics, edited, weights_copy
 
     return run

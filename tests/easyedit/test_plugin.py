@@ -347,7 +347,7 @@ def test_contract_holds_on_the_other_generation():
     if environment is None:
         pytest.skip("two EasyEdits are needed: a clone in EASYEDIT_HOME, and the release installed")
     here = os.path.dirname(__file__)
-    names = ("test_plugin.py", "test_scoring.py", "test_session.py")
+    names = ("test_arguments.py", "test_plugin.py", "test_scoring.py", "test_session.py")
     files = [os.path.join(here, name) for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
