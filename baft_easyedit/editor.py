@@ -139,7 +139,7 @@ class BaFTEditor:
             OSError: If the edit could not be written to the open directory; likewise.
         """
         checked = as_requests(requests)
-        with self._history.change():
+        with self._history.change("edit", checked):
             report = self._learner.learn(checked, self.hparams)
             self._history.keep("edit", checked, report)
         return report
@@ -163,7 +163,7 @@ class BaFTEditor:
             raise ValueError(
                 "there is no edit to consolidate: set rehearsal in the hyper-parameters, and edit"
             )
-        with self._history.change():
+        with self._history.change("consolidation"):
             report = self._learner.consolidate(steps, self.hparams)
             self._history.keep("consolidate", report=report)
         return report
@@ -212,7 +212,7 @@ class BaFTEditor:
             OSError: If it could not be written to the open directory; likewise.
         """
         checked = [] if requests is None else as_requests(requests)
-        with self._history.change():
+        with self._history.change("install", checked):
             self._learner.install(learned, checked, self.hparams)
             self._history.keep("install", checked, learned.report)
 
@@ -224,7 +224,9 @@ class BaFTEditor:
         earlier processes.
 
         Raises:
-            ValueError: If there is no edit call left to undo.
+            ValueError: If there is no edit call left to undo, or its state is not the present one:
+                the message names the latest change of the model, which another editor made. Nothing
+                has changed then.
             OSError: If the undo could not be written to the open directory; nothing has changed.
         """
         self._history.undo()
@@ -234,14 +236,14 @@ class BaFTEditor:
         """Go to exactly the state after an earlier entry of the journal, forwards or backwards.
 
         It comes from memory or from a checkpoint; edits after that are learned again, and compared
-        with the hashes in the journal.
+        with the hashes in the journal. What other editors changed since is gone.
 
         Args:
             to: Id of the entry; 0 for before the first edit.
 
         Raises:
-            ValueError: If no directory is open, there is no such entry, or it cannot be had bit for
-                bit; nothing has changed then.
+            ValueError: If no directory is open, there is no such entry, it cannot be had bit for
+                bit, or the model carries another edit; nothing has changed then.
             OSError: If the rollback could not be written; likewise.
         """
         self._history.rollback(to)

@@ -3,14 +3,18 @@
 The latest states are in memory. Once a directory is open, every change is in it, too, before it
 counts; states that are no longer in memory come from its checkpoints, and what lies between two of
 them is learned again.
+
+Several histories can change one model. An undo is only for the change that led to the present
+state, so each keeps what its changes led to; `ModelEdit.latest_change` names the latest of all.
 """
 
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+from baft_easyedit.hooks import Author, Change, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.keeping.config import KeptConfig, environment, hparams_of, method_of
 from baft_easyedit.keeping.directory import KeptDirectory
@@ -23,6 +27,19 @@ from baft_easyedit.paths import expanded
 from baft_easyedit.requests import EditRequest, as_requests
 
 _CHANGED = "changed by other means than its editor since"
+
+
+class Step(NamedTuple):
+    """A change, and how to take it back."""
+
+    position: int
+    """Where in the journal it began; 0 without one."""
+    before: EditState
+    """The state before it."""
+    previous: Change | None
+    """What was the latest change before it."""
+    after: str | None
+    """Hash of the learned state that it led to; None with a journal, which has it."""
 
 
 class History:
@@ -38,8 +55,9 @@ class History:
         self.hparams = hparams
         self.origin: KeptConfig | None = None
         """What a kept edit said of its model; None for an edit of this model."""
-        self.recent: deque[tuple[int, EditState]] = deque(maxlen=undo_depth)
-        """States before the latest changes, each with its position in the journal."""
+        self.recent: deque[Step] = deque(maxlen=undo_depth)
+        """The latest changes that were made here."""
+        self._author = Author("another editor")
         self._learner = learner
         self._directory: KeptDirectory | None = None
         self._journal: Journal | None = None
@@ -74,6 +92,7 @@ class History:
     def open(self, directory: KeptDirectory) -> None:
         """Keep all changes from now on; the present state is the latest of the directory."""
         self._directory = directory
+        self._author = Author(f"the editor of {directory.path}")
         self._keep_settings()
         directory.ensure_checkpoint()
 
@@ -87,8 +106,9 @@ class History:
         own, path = self._directory, expanded(path)
         if own is not None and own.is_at(path):
             own.check_usable()
-            self._check_untouched(own)  # all else is there already
-            return
+            if present(self._learner.state(), own.journal) is None:
+                self._check_untouched(own)
+            return  # all is there already
         entries, state = self._told()
         target = KeptDirectory(path)
         try:
@@ -133,17 +153,42 @@ class History:
 
     def _check_untouched(self, directory: KeptDirectory) -> None:
         """Raise ValueError if the edit is not as the directory keeps it."""
-        if present(self._learner.state(), directory.journal) is None:
-            raise ValueError(
-                f"the edit must be as {directory.path} keeps it, and was changed by other means "
-                f"than this editor: call rollback(to={directory.journal.position}) first, or "
-                "save() it elsewhere"
-            )
+        self._check_present(
+            present(self._learner.state(), directory.journal) is not None,
+            f"the edit must be as {directory.path} keeps it",
+            f"call rollback(to={directory.journal.position}) first, or save() it elsewhere",
+        )
+
+    def _check_present(self, is_as_left: bool, rule: str, remedy: str = "") -> None:
+        """Raise ValueError, and name the latest change, unless the present state is this history's.
+
+        Args:
+            is_as_left: Whether what is learned is what the latest change of this history led to.
+            rule: What must be so.
+            remedy: What to do if it is not.
+        """
+        is_other = attached_edit(self._learner.model) not in (None, self._learner.edit)
+        if is_as_left and not is_other:
+            return
+        problem = self._others_change() or "it was changed by other means than this editor"
+        if is_other:
+            remedy = "undo that first, or take it off: attached_edit(model).detach()"
+        raise ValueError(f"{rule}, but {problem}: {remedy}")
+
+    def _others_change(self) -> str:
+        """Name the latest change of the model, if it was not made here."""
+        own = self._learner.edit
+        edit = attached_edit(self._learner.model) or own
+        if edit is not own and edit.latest_change is None:
+            return "the model carries another edit, attached by other means"
+        latest = edit.latest_change
+        is_others = latest is not None and latest.by is not self._author
+        return f"the latest change of the model is {latest}" if is_others else ""
 
     # ---- changes
 
     @contextmanager
-    def change(self) -> Iterator[None]:
+    def change(self, kind: str, requests: Sequence[EditRequest] = ()) -> Iterator[None]:
         """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
         if self._directory is not None:
             self._directory.check_usable()
@@ -151,7 +196,7 @@ class History:
         elif self._journal is not None and present(self._learner.state(), self._journal) is None:
             self.end_journal(self._journal.entries[-1], _CHANGED)
         self._keep_settings()
-        with self._all_or_nothing():
+        with self._all_or_nothing(f"the {kind}{_about(requests)}"):
             yield
 
     def keep(
@@ -173,35 +218,58 @@ class History:
         self._commit(kind, content)
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+    def _all_or_nothing(self, what: str) -> Iterator[None]:
         """Go back if anything goes wrong before the change is kept."""
         before, journal = self._learner.state(), self.journal
         position, size = (0, 0) if journal is None else (journal.position, len(journal))
         try:
             yield
-            self.recent.append((position, before))
+            self._note(position, before, what)
         except BaseException:
             if journal is None or len(journal) == size:  # else it is complete already
                 self._learner.restore(before)
             raise
 
+    def _note(self, position: int, before: EditState, what: str) -> None:
+        """Remember a change that was made from a state."""
+        edit, after = self._learner.edit, None if self._directory else self._values()
+        self.recent.append(Step(position, before, edit.latest_change, after))
+        edit.latest_change = Change(what, self._author)
+
+    def _values(self) -> str:
+        """Return a hash of what is learned, attached or not."""
+        return state_hash(self._learner.state()._replace(attached=True))
+
     # ---- going back
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        journal = None if self._directory is None else self._directory.journal
-        if journal is not None and journal.position > 0:
+        directory = self._directory
+        if directory is not None and directory.journal.position > 0:
+            directory.check_usable()
+            self._check_untouched(directory)
+            journal = directory.journal
             parent = journal.entries[journal.position].parent
             assert parent is not None  # only entry 0 has none
             self._return("undo", parent)
-        elif journal is None and self.recent:
-            position, state = self.recent.pop()
-            self._learner.restore(state)
-            self._note_undo(position)
+        elif directory is None and self.recent:
+            self._undo_in_memory(self.recent[-1])
         else:
-            raise ValueError(
-                "there is no edit to undo: edit() was not called, or undo_depth is used up"
-            )
+            nothing = "there is no edit to undo: edit() was not called, or undo_depth is used up"
+            raise ValueError("; ".join(filter(None, (nothing, self._others_change()))))
+
+    def _undo_in_memory(self, step: Step) -> None:
+        """Take back the latest change that was made here, if it is the latest of all."""
+        self._check_present(
+            step.after == self._values(),
+            "an undo must take back the latest change of the model",
+            "undo that first, with its editor or the weights_copy of its EasyEdit call; or take "
+            "the whole edit off: attached_edit(model).detach()",
+        )
+        self._learner.restore(step.before)
+        self.recent.pop()
+        self._learner.edit.latest_change = step.previous
+        self._note_undo(step.position)
 
     def _note_undo(self, to: int) -> None:
         """Note in the journal of a loaded edit that its state is an earlier one again."""
@@ -230,14 +298,18 @@ class History:
         """Go to the state after an entry, whatever the present one is, and keep that."""
         assert self._directory is not None
         self._directory.check_usable()
-        with self._all_or_nothing():
+        self._check_present(
+            True, f"the model must carry no edit but that of {self._directory.path}"
+        )
+        with self._all_or_nothing(f"the {kind} to entry {to}"):
             self._restore_entry(self._directory, to)
             self.keep(kind, to=to)
 
     def _restore_entry(self, directory: KeptDirectory, to: int) -> None:
         """Restore the state after a journal entry, or learn it again from the nearest one."""
         journal = directory.journal
-        known = {**dict(self.recent), journal.position: self._learner.state()}
+        known = {step.position: step.before for step in self.recent}
+        known[journal.position] = self._learner.state()
         found = directory.nearest(to, known)
         if found is None:
             raise ValueError(
@@ -267,3 +339,12 @@ class History:
             f"({'; '.join(different) or 'the environment looks the same'}); the states after "
             f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
         )
+
+
+def _about(requests: Sequence[EditRequest]) -> str:
+    """Say which requests a change is of."""
+    if not requests:
+        return ""
+    prompt, more = requests[0].prompt, len(requests) - 1
+    short = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
+    return f" of {short!r}" + (f" and {more} more" if more else "")

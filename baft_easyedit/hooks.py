@@ -67,6 +67,25 @@ class Positions(NamedTuple):
         return cls(at, looks and bool(at.all()))
 
 
+@dataclass(frozen=True, eq=False)
+class Author:
+    """Who changes an edit; each is only itself."""
+
+    name: str
+    """What others call it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of what an edit has learned."""
+
+    what: str
+    by: Author
+
+    def __str__(self) -> str:
+        return f"{self.what}, by {self.by.name}"
+
+
 class ModelEdit(nn.Module):
     """All that an edit has learned: one intervention and one usage record for each edited layer.
 
@@ -99,6 +118,8 @@ class ModelEdit(nn.Module):
         self.gate = gate
         self.num_prompt_positions = num_prompt_positions
         self.memory = RehearsalMemory()
+        self.latest_change: Change | None = None
+        """The change that led to the present state; None if there was none, or it is not known."""
         self.recordings: Recordings | None = None
         self.known_steps = KnownSteps()
         self._handles: list[RemovableHandle | Override] = []

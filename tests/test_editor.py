@@ -202,6 +202,111 @@ def test_new_editor_goes_on_with_the_edit_of_the_model(model, tokenizer, hparams
     assert torch.equal(logits(model, tokenizer), once)
 
 
+OTHER = {"prompt": "Water freezes into", "target_new": "ice"}
+
+
+@pytest.fixture
+def quick(hparams):
+    return replace(hparams, num_steps=2, rehearsal=1)
+
+
+def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, quick, request_dict):
+    before = logits(model, tokenizer)
+    first, second = (BaFTEditor(model, tokenizer, quick) for _ in range(2))
+    first.edit(request_dict)
+    second = BaFTEditor(model, tokenizer, quick)
+    once = logits(model, tokenizer)
+    changes = {
+        "the edit of 'Water freezes into'": lambda: second.edit(OTHER),
+        "the edit of 'Water freezes into' and 1 more": lambda: second.edit([OTHER, request_dict]),
+        "the consolidation": lambda: second.consolidate(1),
+        "the install of 'Water freezes into'": lambda: second.install(
+            second.learn_apart([OTHER])[0], OTHER
+        ),
+        "the install": lambda: second.install(second.learn_apart([OTHER])[0]),
+    }
+    for name, change in changes.items():
+        change()
+        changed, state = logits(model, tokenizer), first.model_edit.snapshot()
+        with pytest.raises(
+            ValueError,
+            match=f"an undo must take back the latest change of the model, but .* is {name}, by "
+            "another editor: undo that first, .* or take the whole edit off",
+        ):
+            first.undo()
+        assert torch.equal(logits(model, tokenizer), changed)
+        now = first.model_edit.state_dict()
+        assert all(torch.equal(now[key], value) for key, value in state.items())
+        second.undo()
+        assert torch.equal(logits(model, tokenizer), once)
+    first.undo()
+    assert torch.equal(logits(model, tokenizer), before)
+    assert not len(first.model_edit.memory)
+
+
+def test_undo_is_refused_after_a_change_by_other_means(model, tokenizer, quick, request_dict):
+    editor = BaFTEditor(model, tokenizer, quick)
+    editor.edit(request_dict)
+    learned = editor.model_edit.snapshot()
+    with torch.no_grad():
+        editor.model_edit.intervention(1).source_bias.add_(1)
+    changed = logits(model, tokenizer)
+    with pytest.raises(ValueError, match=r"latest .*, but it was changed by other means than this"):
+        editor.undo()
+    assert torch.equal(logits(model, tokenizer), changed)
+    editor.model_edit.restore(learned)
+    editor.undo()
+    assert not editor.is_attached
+
+
+def test_undo_is_refused_while_another_edit_is_on_the_model(model, tokenizer, quick, request_dict):
+    editor = BaFTEditor(model, tokenizer, quick)
+    editor.edit(request_dict)
+    editor.edit(request_dict)
+    editor.model_edit.detach()
+    editor.undo()  # a detached edit is no other state
+    assert editor.is_attached
+    editor.edit(request_dict)
+    own = editor.model_edit.snapshot()
+    editor.model_edit.detach()
+    other = BaFTEditor(model, tokenizer, quick)
+    other.edit(OTHER)
+    edited = logits(model, tokenizer)
+    with pytest.raises(ValueError, match="'Water freezes into', by another editor: undo that fir"):
+        editor.undo()
+    assert torch.equal(logits(model, tokenizer), edited)
+    assert all(torch.equal(editor.model_edit.state_dict()[k], v) for k, v in own.items())
+    other.undo()
+    random_edit(layers=quick.layers).attach(model)
+    with pytest.raises(ValueError, match="carries another edit, attached by other means"):
+        editor.undo()
+    attached_edit(model).detach()
+    editor.undo()
+    assert editor.is_attached
+
+
+def test_editor_without_a_change_of_its_own_names_the_latest(model, tokenizer, quick, request_dict):
+    BaFTEditor(model, tokenizer, quick).edit(request_dict)
+    with pytest.raises(
+        ValueError, match=r"no edit to undo: .*; the latest change of the model is the edit of 'Th"
+    ):
+        BaFTEditor(model, tokenizer, quick).undo()
+
+
+def test_copies_of_a_model_are_undone_apart(model, tokenizer, quick, request_dict):
+    before = logits(model, tokenizer)
+    editor = BaFTEditor(model, tokenizer, quick)
+    editor.edit(request_dict)
+    twin = copy.deepcopy(model)
+    once = logits(twin, tokenizer)
+    other = BaFTEditor(twin, tokenizer, quick)
+    other.edit(OTHER)
+    editor.undo()
+    assert torch.equal(logits(model, tokenizer), before)
+    other.undo()
+    assert torch.equal(logits(twin, tokenizer), once)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"layers": [1]}, {"rank": 2}, {"gate": "sigmoid"}, {"num_prompt_positions": 1}],

@@ -216,6 +216,51 @@ def test_change_behind_the_editors_back_is_not_kept(opened, kept, tmp_path):
         assert now(editor) == read_history(kept)[2].state_hash
 
 
+def test_change_by_another_editor_is_named_and_not_dropped(opened, quick, kept, tokenizer):
+    with opened() as editor:
+        editor.edit(fact(0))
+        other = BaFTEditor(editor.model, tokenizer, quick)
+        other.edit(fact(1))
+        before = now(editor)
+        message = r"must be as .* keeps it, but .* is the edit of 'Fact number 1 is', by another"
+        for change in (editor.undo, lambda: editor.edit(fact(2))):
+            with pytest.raises(ValueError, match=message + r" editor: call rollback\(to=1\) first"):
+                change()
+            assert now(editor) == before
+        other.undo()
+        editor.edit(fact(2))
+        with pytest.raises(ValueError, match=r"no edit to undo.* 'Fact number 2 is', by the edito"):
+            other.undo()
+        editor.undo()
+        other.edit(fact(1))
+        editor.rollback(to=0)  # which says that all else is dropped
+        assert not editor.is_attached
+        with pytest.raises(
+            ValueError, match=r"is the rollback to entry 0, by the editor of .*kept"
+        ):
+            other.undo()
+    assert [e.kind for e in read_history(kept)] == ["start", "edit", "edit", "undo", "rollback"]
+
+
+def test_another_edit_on_the_model_is_not_left_there(opened, quick, tokenizer):
+    with opened() as editor:
+        editor.edit(fact(0))
+        editor.model_edit.detach()
+        other = BaFTEditor(editor.model, tokenizer, quick)
+        other.edit(fact(1))
+        before, size = now(editor), len(of(editor))
+        for back in (editor.undo, lambda: editor.rollback(to=0), lambda: editor.rollback(to=1)):
+            with pytest.raises(
+                ValueError, match=r"but .* 'Fact number 1 is', by another editor: u"
+            ):
+                back()
+            assert (now(editor), len(of(editor))) == (before, size)
+            assert other.is_attached
+        other.undo()
+        editor.undo()
+        assert not editor.is_attached
+
+
 def test_edit_that_was_detached_for_a_while_goes_on(opened, kept):
     with opened() as editor:
         editor.edit(fact(0))

@@ -1,21 +1,22 @@
 """Small wraps around EasyEdit's `BaseEditor`, so that plain user scripts work with BaFT and ReFT.
 
-They check what EasyEdit leaves unchecked or asserts without a message, load the model from a path
-that EasyEdit reads rightly, and (release only) honour the device. Other methods are left alone but
-for the device.
+They give arguments one meaning in both generations (see `arguments`), undo edits where EasyEdit
+would copy weights back, load the model from a path that EasyEdit reads rightly, and (release only)
+honour the device. Other methods are left alone but for the device.
 """
 
 import copy
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from baft_easyedit.easyedit.arguments import read_call
 from baft_easyedit.easyedit.compat import usable_unknown_token
 from baft_easyedit.easyedit.devices import honoured_device
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.requests import EditRequest
 
 OUR_METHODS = ("BaFT", "ReFT")
 
@@ -27,6 +28,8 @@ _ENTRY_POINTS = (
     "normal_edit",
     "generate_edit",
 )
+_IN_CALL = "_baft_in_call"
+"""Attribute of a `BaseEditor` inside a call: what EasyEdit then calls is not the user's call."""
 
 
 def wrap_base_editor(generation: Generation) -> None:
@@ -38,6 +41,8 @@ def wrap_base_editor(generation: Generation) -> None:
     for name in _ENTRY_POINTS:
         if hasattr(base, name):  # each generation lacks one or two
             setattr(base, name, _entry_point(getattr(base, name), generation))
+    if generation == "pypi":
+        base._prepare_requests = _preparation(base._prepare_requests)
     base._baft_wrapped = True
 
 
@@ -71,75 +76,81 @@ def _with_safe_path(hparams: Any) -> Any:
 
 def _entry_point(original: Callable[..., Any], generation: Generation) -> Callable[..., Any]:
     """Wrap one of `BaseEditor`'s ways to edit."""
-    takes_lists = original.__name__ in ("edit", "batch_edit", "normal_edit", "generate_edit")
+    restores_by_items = generation == "pypi" or original.__name__ == "normal_edit"
 
     @functools.wraps(original)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if takes_lists and self.alg_name in OUR_METHODS:
-            names = ("prompts", "target_new")
-            check_arguments(**dict(zip(names, args, strict=False)), **kwargs)
         with honoured_device(generation, self.hparams.device):
-            return original(self, *args, **kwargs)
+            if self.alg_name not in OUR_METHODS or hasattr(self, _IN_CALL):
+                return original(self, *args, **kwargs)
+            call = read_call(original, generation, args, kwargs, self.hparams.batch_size)
+            with _in_call(self, call.keeps, restores_by_items):
+                results = [original(self, **arguments) for arguments in call.parts]
+        metrics, edited, weights_copy = results[-1]
+        if isinstance(weights_copy, _UndoneByItems):
+            weights_copy = weights_copy.weights_copy
+        if len(results) > 1:
+            metrics = [metric for result in results for metric in result[0]]
+        return metrics, edited, weights_copy
 
     return run
 
 
-def check_arguments(
-    prompts: str | Sequence[str],
-    target_new: str | Sequence[str],
-    ground_truth: str | Sequence[str | None] | None = None,
-    rephrase_prompts: str | Sequence[str] | None = None,
-    subject: str | Sequence[str] | None = None,
-    locality_inputs: Mapping[str, Any] | None = None,
-    portability_inputs: Mapping[str, Any] | None = None,
-    **others: Any,  # noqa: ARG001
-) -> None:
-    """Check the arguments of `BaseEditor.edit` and `batch_edit` before anything is done.
+class _UndoneByItems(dict[str, Any]):
+    """What stands for our `weights_copy` inside EasyEdit, which restores by `items()`."""
 
-    Args:
-        prompts: What to edit.
-        target_new: One target for each prompt.
-        ground_truth: One for each prompt, if given.
-        rephrase_prompts: One for each prompt, if given.
-        subject: One for each prompt, and a part of it, if given.
-        locality_inputs: For each name, `prompt` and `ground_truth` with one entry for each prompt.
-        portability_inputs: Likewise.
-        others: The other arguments of EasyEdit, which it checks itself.
+    def __init__(self, weights_copy: Callable[[], None]) -> None:
+        super().__init__()
+        self.weights_copy = weights_copy
 
-    Raises:
-        ValueError: If a list has another length than `prompts`, a prompt or target is empty, or a
-            subject is not a part of its prompt, letter for letter, which EasyEdit asserts.
-        TypeError: If a prompt, target or subject is not text.
+    def items(self) -> tuple[()]:  # type: ignore[override]
+        """Undo the edit, and have no weights to copy back."""
+        self.weights_copy()
+        return ()
+
+
+@contextmanager
+def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None]:
+    """Let EasyEdit run a call in this context; if it fails, edits that were to go are undone."""
+    apply, undos = editor.apply_algo, []
+
+    def apply_noted(*args: Any, **kwargs: Any) -> Any:
+        edited, weights_copy = apply(*args, **kwargs)
+        if keeps:
+            return edited, weights_copy
+        undos.append(weights_copy)
+        return edited, _UndoneByItems(weights_copy) if restores_by_items else weights_copy
+
+    setattr(editor, _IN_CALL, True)
+    editor.apply_algo = apply_noted
+    try:
+        yield
+    except BaseException:
+        for undo in undos:  # all but the latest are done
+            undo()
+        raise
+    finally:
+        editor.apply_algo = apply
+        delattr(editor, _IN_CALL)
+
+
+def _preparation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the release's `_prepare_requests`: do what the current one does beside.
+
+    That are irrelevant texts, and probes that only some requests have.
     """
-    texts = _as_list(prompts)
-    aligned = {
-        "target_new": target_new,
-        "ground_truth": ground_truth,
-        "rephrase_prompts": rephrase_prompts,
-        "subject": subject,
-    }
-    for kind, probes in (("locality", locality_inputs), ("portability", portability_inputs)):
-        for name, probe in (probes or {}).items():
-            for key in ("prompt", "ground_truth"):
-                if key not in probe:
-                    raise ValueError(f"{kind}_inputs[{name!r}] must have the key {key!r}")
-                aligned[f"{kind}_inputs[{name!r}][{key!r}]"] = probe[key]
-    for name, values in aligned.items():
-        if values is not None and len(_as_list(values)) != len(texts):
-            raise ValueError(
-                f"{name} must have one entry for each prompt; got {len(_as_list(values))} for "
-                f"{len(texts)} prompts"
-            )
-    subjects = [None] * len(texts) if subject is None else _as_list(subject)
-    for prompt, target, about in zip(texts, _as_list(target_new), subjects, strict=True):
-        EditRequest(prompt=prompt, target_new=target, subject=about)
-        if about is not None and about not in prompt:
-            raise ValueError(
-                f"subject must be in the Unicode form of its prompt; {about!r} is in another than "
-                f"{prompt!r}: bring both to one by unicodedata.normalize"
-            )
 
+    @functools.wraps(original)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        requests = original(self, *args, **kwargs)
+        if self.alg_name not in OUR_METHODS:
+            return requests
+        for i, request in enumerate(requests):
+            if "loc_prompts" in kwargs:
+                request["loc_prompt"] = kwargs["loc_prompts"][i]
+            for section in ("locality", "portability"):
+                probes = request[section].items()
+                request[section] = {k: v for k, v in probes if v["prompt"] is not None}
+        return requests
 
-def _as_list(values: Any) -> list[Any]:
-    """Return one text, or several, as a list."""
-    return [values] if isinstance(values, str) else list(values)
+    return prepare

@@ -81,16 +81,9 @@ def _host_lines(host: Host) -> list[str]:
     editor = importlib.import_module("easyeditor.editors.editor")
     methods = sorted(editor.ALG_DICT, key=lambda name: (name not in OUR_METHODS, name))
     kind = "current, a clone" if host.generation == "current" else "the release of 2023, from PyPI"
-    if host.generation == "current":
-        entry_points = (
-            "edit, edit(sequential_edit=True), batch_edit, batch_edit(sequential_edit=True), "
-            "edit_requests, normal_edit"
-        )
-    else:
-        entry_points = (
-            "edit(keep_original_weight=True: each edit undone, False: edits accumulate), "
-            "batch_edit, edit_requests"
-        )
+    entry_points = "edit, edit(sequential_edit=True), batch_edit, edit_requests" + (
+        ", normal_edit" if host.generation == "current" else ", edit_dataset"
+    )
     lines = [
         f"EasyEdit      {kind}, version {host.version}",
         f"  from        {host.path}",
@@ -124,7 +117,7 @@ def _edit_line() -> str:
         probe = editor.tok("The capital of Freedonia is", return_tensors="pt")
         with torch.no_grad():
             before = editor.model(**probe).logits
-        metrics, _, weights_copy = editor.edit_requests(
+        metrics, _, _ = editor.edit_requests(
             [
                 {
                     "prompt": "The capital of Freedonia is",
@@ -135,9 +128,8 @@ def _edit_line() -> str:
                 }
             ],
             verbose=False,
-            keep_original_weight=True,
+            sequential_edit=False,
         )
-        weights_copy.items()  # the release restores single edits too, told so as above
         with torch.no_grad():
             undone = torch.equal(editor.model(**probe).logits, before)
     scores = [float(metrics[0][phase]["rewrite_acc"][0]) for phase in ("pre", "post")]

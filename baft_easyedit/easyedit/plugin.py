@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from baft_easyedit.easyedit.base_editor import OUR_METHODS, wrap_base_editor
-from baft_easyedit.easyedit.host import Host, load_host, loaded_generation
+from baft_easyedit.easyedit.host import Host, load_host
 from baft_easyedit.easyedit.scoring import wrap_scoring
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.hooks import ModelEdit, attached_edit
@@ -22,10 +22,9 @@ from baft_easyedit.rehearsal import RehearsalMemory
 
 
 class Undo(dict[str, Any]):
-    """EasyEdit's `weights_copy` for an edit that changes no weights: taking its items undoes it.
+    """EasyEdit's `weights_copy` for an edit that changes no weights: calling it undoes the edit.
 
-    EasyEdit restores a model with `for name, weight in weights_copy.items()`. This mapping is
-    empty; `items()`, or calling it, takes back the edit call that returned it, once.
+    As a mapping it is empty, and reading it does nothing.
     """
 
     def __init__(self, undo: Callable[[], None]) -> None:
@@ -33,15 +32,14 @@ class Undo(dict[str, Any]):
         self._undo: Callable[[], None] | None = undo
 
     def __call__(self) -> None:
-        """Undo the edit; a second call does nothing."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
+        """Undo the edit; once that is done, another call does nothing.
 
-    def items(self) -> tuple[()]:  # type: ignore[override]
-        """Undo the edit, and have no weights to copy back."""
-        self()
-        return ()
+        Raises:
+            ValueError: If the edit is not the latest change of the model; nothing has changed.
+        """
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
 
 _UNDONE = "_baft_undone"
@@ -63,15 +61,17 @@ def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None
     EasyEdit edits and undoes, one request after another: an edit in the same memory can repeat the
     steps that were recorded for those before (see `known_steps`).
     """
-    undone = vars(model).get(_UNDONE)
-    if undone is None or attached_edit(model) is not None:
+    if attached_edit(model) is not None:
+        return None
+    undone = vars(model).pop(_UNDONE, None)  # from now on it may be somebody's
+    if undone is None:
         return None
     try:
         check_same_shape(undone.edit, hparams, "the edit before")
     except ValueError:
         return None
     undone.edit.start_afresh(hparams.rank, hparams.seed)
-    undone.edit.memory = RehearsalMemory()
+    undone.edit.memory, undone.edit.latest_change = RehearsalMemory(), None
     return cast(ModelEdit, undone.edit)
 
 
@@ -82,7 +82,7 @@ def apply_baft_to_model(
     hparams: BaFTHyperParams,
     copy: bool = False,
     return_orig_weights: bool = True,
-    keep_original_weight: bool = False,
+    keep_original_weight: bool = False,  # noqa: ARG001
     train_ds: Any = None,  # noqa: ARG001
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -95,13 +95,12 @@ def apply_baft_to_model(
         hparams: Hyper-parameters of the method.
         copy: Edit a copy of the model instead.
         return_orig_weights: Whether the caller may want to undo the edit.
-        keep_original_weight: The release's switch: whether the caller will undo the edit. The
-            current EasyEdit itself undoes what it does not want to keep, and ignores it.
+        keep_original_weight: Not used: the caller undoes what it does not want to keep.
         train_ds: Not used: EasyEdit passes it to in-context methods.
         kwargs: Not used: options of other methods.
 
     Returns:
-        The edited model, and what undoes the edit; an empty dict if it is to stay.
+        The edited model, and an `Undo`; an empty dict without `return_orig_weights`.
 
     Raises:
         ValueError: If a request or the model is unusable; nothing has changed then.
@@ -118,8 +117,7 @@ def apply_baft_to_model(
         if is_first:
             setattr(model, _UNDONE, _Undone(editor.model_edit))
 
-    stays = not return_orig_weights or (loaded_generation() == "pypi" and not keep_original_weight)
-    return model, {} if stays else Undo(undo)
+    return model, Undo(undo) if return_orig_weights else {}
 
 
 apply_reft_to_model = apply_baft_to_model
@@ -141,6 +139,9 @@ def register() -> Host:
     algorithms["BaFT"] = apply_baft_to_model
     algorithms["ReFT"] = apply_reft_to_model
     _make_batchable()
+    if host.generation == "current":  # the release only knows of items to copy back
+        utils = importlib.import_module("easyeditor.editors.utils")
+        utils.CALLABLE_RESTORE_ALGS.update(OUR_METHODS)
     wrap_scoring()
     wrap_base_editor(host.generation)
     return host

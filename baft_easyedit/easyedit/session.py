@@ -225,10 +225,12 @@ class Session:
             Exception: Whatever EasyEdit raises, if there is no copy to put back.
         """
         # What the first edit returned is what undoes them all: it kept the unedited weights, and
-        # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only.
-        first, self._edits = self._edits[:1], []
+        # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only. Ours
+        # take back their own edit each.
+        edits, self._edits = self._edits, []
+        ours = [edit for edit in edits if isinstance(edit[1], Undo)]
         try:
-            for edited, weights_copy in first:
+            for edited, weights_copy in reversed(ours or edits[:1]):
                 with honoured_device(self.generation, self.editor.hparams.device):
                     self._restore_as_easyedit(edited, weights_copy)
         # A peer whose restore fails is one that does not restore: its scores stand, and say so.
@@ -303,7 +305,7 @@ def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) ->
     """Restore a model as `BaseEditor.edit` of the release does, inside that method."""
     nethook = importlib.import_module("easyeditor.util.nethook")
     with torch.no_grad():
-        if editor.alg_name == "KN":
+        if callable(weights_copy):  # KN's, and ours
             weights_copy()
         elif editor.alg_name == "LoRA":
             edited.unload()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import json
 import os
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import edit_arguments, logits, other_generation_environment
 
-from baft_easyedit import BaFTHyperParams, attached_edit, register
+from baft_easyedit import BaFTEditor, BaFTHyperParams, attached_edit, register
 from baft_easyedit.easyedit.plugin import Undo, apply_baft_to_model, apply_reft_to_model
 
 pytestmark = pytest.mark.easyedit
@@ -47,7 +48,7 @@ def test_edit_learns_and_restores_bit_for_bit(make_editor, requests, undoing, me
     after = [logits(editor, r["prompt"]) for r in requests]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     weights_copy()  # EasyEdit undid it already: nothing happens
-    assert weights_copy.items() == ()
+    assert not weights_copy.items()
 
 
 def test_edit_requests_scores_locality_and_portability(make_editor, requests, undoing):
@@ -116,37 +117,95 @@ def test_copy_edits_a_copy(make_editor, requests):
     assert torch.equal(logits(editor, requests[0]["prompt"]), before)
 
 
-def test_undo_takes_back_the_latest_edit_once(make_editor, requests):
+@pytest.fixture
+def apply(make_editor):
+    """Edits a request with the entry point; all on one model."""
     editor = make_editor()
-    apply = {"keep_original_weight": True}
-    arguments = editor.model, editor.tok
+
+    def run(request, **options):
+        return apply_baft_to_model(editor.model, editor.tok, [request], editor.hparams, **options)
+
+    run.editor = editor
+    return run
+
+
+def test_undo_takes_back_its_edit_once(apply, requests):
     prompt = requests[0]["prompt"]
-    before = logits(editor, prompt)
-    _, undo_first = apply_baft_to_model(*arguments, requests[:1], editor.hparams, **apply)
-    between = logits(editor, prompt)
-    _, undo_second = apply_baft_to_model(*arguments, requests[1:2], editor.hparams, **apply)
-    assert not torch.equal(logits(editor, prompt), between)
-    undo_second()
-    assert torch.equal(logits(editor, prompt), between)
-    undo_second()
-    assert torch.equal(logits(editor, prompt), between)
-    assert undo_first.items() == ()
-    assert torch.equal(logits(editor, prompt), before)
-    undo_first.items()
-    assert torch.equal(logits(editor, prompt), before)
+    before = logits(apply.editor, prompt)
+    _, undo_first = apply(requests[0])
+    between = logits(apply.editor, prompt)
+    _, undo_second = apply(requests[1])
+    assert not torch.equal(logits(apply.editor, prompt), between)
+    for _ in range(2):
+        undo_second()
+        assert torch.equal(logits(apply.editor, prompt), between)
+    for _ in range(2):
+        undo_first()
+        assert torch.equal(logits(apply.editor, prompt), before)
+        assert attached_edit(apply.editor.model) is None
 
 
-def test_the_first_undo_takes_back_all_later_edits(make_editor, requests):
-    editor = make_editor()
-    before = logits(editor, requests[0]["prompt"])
-    undos = [
-        apply_baft_to_model(
-            editor.model, editor.tok, [r], editor.hparams, keep_original_weight=True
-        )[1]
-        for r in requests
-    ]
-    undos[0]()
-    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
+def test_undo_of_an_edit_that_is_not_the_latest_is_refused(apply, requests):
+    prompt = requests[0]["prompt"]
+    before = logits(apply.editor, prompt)
+    undos = [apply(request)[1] for request in requests]
+    edited = logits(apply.editor, prompt)
+    for undo in undos[:2]:
+        with pytest.raises(
+            ValueError,
+            match=r"an undo must take back the latest change of the model, but .* is the edit of "
+            rf"'{requests[2]['prompt']}', by another editor: undo that first, with its .*weights_c",
+        ):
+            undo()
+        assert torch.equal(logits(apply.editor, prompt), edited)
+    for undo in reversed(undos):
+        undo()
+    assert torch.equal(logits(apply.editor, prompt), before)
+
+
+def test_reading_or_logging_an_undo_does_nothing(apply, requests):
+    _, undo = apply(requests[0])
+    edited = logits(apply.editor, requests[0]["prompt"])
+    assert [*undo.items(), *undo.keys(), *undo.values(), *undo] == []
+    assert (str(undo), dict(undo), json.dumps(undo)) == ("{}", {}, "{}")
+    assert torch.equal(logits(apply.editor, requests[0]["prompt"]), edited)
+    undo()
+    assert attached_edit(apply.editor.model) is None
+
+
+def test_undos_know_of_other_editors_and_of_edits_that_came_instead(apply, requests):
+    model, tok, hparams = apply.editor.model, apply.editor.tok, apply.editor.hparams
+    _, undo = apply(requests[0])
+    other = BaFTEditor(model, tok, hparams)
+    other.edit(requests[1])
+    with pytest.raises(ValueError, match=f"'{requests[1]['prompt']}', by another editor"):
+        undo()
+    other.undo()
+    undo()
+    _, undo = apply(requests[0])  # in the memory of the one before
+    with pytest.raises(ValueError, match=f"no edit to undo.*; .*{requests[0]['prompt']}"):
+        other.undo()
+    attached_edit(model).detach()
+    apply(requests[2])
+    edited = logits(apply.editor, "The sky is")
+    with pytest.raises(ValueError, match=f"{requests[2]['prompt']}.*or take it off: attached_edit"):
+        undo()
+    assert torch.equal(logits(apply.editor, "The sky is"), edited)
+
+
+def test_a_copy_is_undone_by_itself(apply, requests):
+    _, undo = apply(requests[0])
+    prompt = requests[1]["prompt"]
+    first = logits(apply.editor, prompt)
+    copied, undo_copy = apply(requests[1], copy=True)
+    undo_copy()
+    assert not hasattr(copied, "_baft_undone")
+    with torch.no_grad():
+        assert torch.equal(copied(**apply.editor.tok(prompt, return_tensors="pt")).logits, first)
+    assert torch.equal(logits(apply.editor, prompt), first)
+    undo()
+    assert attached_edit(apply.editor.model) is None
+    assert attached_edit(copied) is not None
 
 
 def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
@@ -197,13 +256,11 @@ def test_copies_and_files_of_a_model_hold_no_undone_edit(make_editor, requests):
         assert attached_edit(other) is not None
 
 
-def test_weights_copy_follows_the_generation(host, make_editor, requests):
-    editor = make_editor()
-    arguments = editor.model, editor.tok, requests[:1], editor.hparams
-    assert isinstance(apply_baft_to_model(*arguments, keep_original_weight=True)[1], Undo)
-    keeps_nothing = apply_baft_to_model(*arguments, keep_original_weight=False)[1]
-    assert isinstance(keeps_nothing, Undo) == (host.generation == "current")
-    assert apply_baft_to_model(*arguments, return_orig_weights=False)[1] == {}
+def test_the_caller_decides_whether_an_edit_is_undone(apply, requests):
+    for options in ({}, {"keep_original_weight": False}, {"keep_original_weight": True}):
+        assert isinstance(apply(requests[0], **options)[1], Undo)
+    assert apply(requests[0], return_orig_weights=False)[1] == {}
+    assert not isinstance(apply(requests[0], return_orig_weights=False)[1], Undo)
 
 
 def test_a_model_in_memory_is_edited(host, make_editor, requests, undoing):
@@ -289,7 +346,7 @@ def test_contract_holds_on_the_other_generation():
     if environment is None:
         pytest.skip("two EasyEdits are needed: a clone in EASYEDIT_HOME, and the release installed")
     here = os.path.dirname(__file__)
-    names = ("test_plugin.py", "test_scoring.py", "test_session.py")
+    names = ("test_arguments.py", "test_plugin.py", "test_scoring.py", "test_session.py")
     files = [os.path.join(here, name) for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

@@ -117,6 +117,8 @@ def test_a_restore_that_fails_is_made_good_if_there_is_a_copy(make_editor, compl
         def items(self):
             raise RuntimeError("lost them")
 
+        __call__ = items
+
     editor.apply_algo = lambda *args, **kwargs: (original(*args, **kwargs)[0], Broken())
     session = Session(editor, "The sky is", verify)
     session.edit(complete[:1])
