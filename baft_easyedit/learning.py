@@ -58,6 +58,18 @@ class EditReport:
     """The last answer loss of each request, in nats per token."""
     consolidation: "EditReport | None" = None
     """What going over all remembered edits did, if it was time for that after this edit."""
+    learned: tuple[bool, ...] = ()
+    """Of each request, whether it is learned: its last answer loss is below the threshold, or its
+    target is what greedy decoding gives."""
+
+    def __repr__(self) -> str:
+        stop = "stopped early" if self.stopped_early else "all steps"
+        missed = f", {self.learned.count(False)} not learned" if False in self.learned else ""
+        return (
+            f"EditReport({self.num_requests} requests{missed}, {self.num_steps} steps ({stop}), "
+            f"{self.time_s:.2f} s, "
+            f"answer loss {self.losses[0].answer:.3f} -> {self.final_loss:.3f})"
+        )
 
     @property
     def final_loss(self) -> float:

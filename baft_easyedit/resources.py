@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from baft_easyedit.reading import did_you_mean
+
 BUNDLED_MODEL = "bundled"
 
 
@@ -18,20 +20,21 @@ def hparams_file(path: str | Path) -> Path:
     """Find a YAML file of hyper-parameters.
 
     Args:
-        path: A file, with or without `.yaml`; or the name of one that comes with the package, such
-            as `BaFT/llama-2-7b` or `hparams/BaFT/llama-2-7b.yaml`.
+        path: A file, or one without its `.yaml`; or the name of one that comes with the package,
+            such as `BaFT/llama-2-7b` or `hparams/BaFT/llama-2-7b.yaml`.
 
     Raises:
         FileNotFoundError: If there is none; the message lists those that come with the package.
     """
     name = str(path) if str(path).endswith((".yaml", ".yml")) else f"{path}.yaml"
     root = hparams_root()
-    for candidate in (Path(name), root / name, root / name.removeprefix("hparams/")):
+    for candidate in (Path(path), Path(name), root / name, root / name.removeprefix("hparams/")):
         if candidate.is_file():
             return candidate
     known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    hint = did_you_mean(name.removesuffix(".yaml"), known)
     raise FileNotFoundError(
-        f"no hyper-parameter file {str(path)!r}; the package brings: {', '.join(known)}"
+        f"no hyper-parameter file {str(path)!r}{hint}; the package brings: {', '.join(known)}"
     )
 
 

@@ -9,13 +9,14 @@ T edit calls of `batch_size` requests each make one run on a fresh model: T 1 an
 single edits, batch_size 1 is continual editing, anything else batched editing.
 """
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from baft_easyedit.reading import read_yaml
+from baft_easyedit.reading import did_you_mean, read_yaml
 from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
 
@@ -197,11 +198,25 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
     try:
         return BenchConfig.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'benchmark'}: {e['msg']}; got {e['input']!r}"
-            for e in error.errors(include_url=False)
-        )
+        problems = "; ".join(map(_problem, error.errors(include_url=False)))
         raise ValueError(f"bad benchmark setting: {problems}") from None
+
+
+def _problem(error: Any) -> str:
+    """Say what is wrong with a setting, and which it is."""
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":  # of our own, which say what was found
+        return ": ".join(filter(None, (place, str(error["ctx"]["error"]))))
+    if error["type"] == "extra_forbidden":
+        owner = error["loc"][:-1]
+        models: dict[Any, type[BaseModel]] = {
+            (): BenchConfig,
+            ("data",): DataConfig,
+            ("downstream",): DownstreamConfig,
+        }
+        known = models.get(owner, MethodConfig).model_fields
+        return f"{place} is unknown{did_you_mean(str(error['loc'][-1]), known)}"
+    return f"{place or 'benchmark'}: {error['msg']}; got {reprlib.repr(error['input'])}"
 
 
 def _rows(wanted: Any, described: Any) -> Any:

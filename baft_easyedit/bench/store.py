@@ -1,4 +1,4 @@
-"""A run's directory: where each record lies, written to a temporary name first and then renamed.
+"""A run's directory: where each record lies; each is there as a whole or not at all.
 
 config.yaml  run.json  requests.json  summary.json
 cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the scores from them
@@ -8,14 +8,13 @@ pre_edit/<key>.json                     scores of the unedited model on a chunk'
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baft_easyedit.bench.plan import Protocol, Unit, file_name
+from baft_easyedit.writing import written_whole
 
 SCHEMA = 1
 """Version of all records; in each of them as `schema`."""
@@ -110,12 +109,5 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file so that it is there as a whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(file) as stream:
+        stream.write(text.encode())

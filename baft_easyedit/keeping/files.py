@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.reading import parse_json
+from baft_easyedit.writing import NEW_FILE
 
 _TEMPORARY = ".baft-tmp"
 
@@ -20,7 +21,7 @@ def temporary_of(file: Path) -> Path:
 def write_temporary(file: Path, data: bytes) -> Path:
     """Write `data` beside `file`, down to the disk; return where, for `os.replace`."""
     temporary = temporary_of(file)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, NEW_FILE)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()

@@ -5,6 +5,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
+from baft_easyedit.writing import NEW_FILE
+
 LOCK = "lock"
 """Name of the locked file."""
 
@@ -38,7 +40,7 @@ class DirectoryLock:
         self._stream: BinaryIO | None = None
         flags = os.O_RDWR | os.O_CREAT
         try:
-            descriptor = os.open(self._file, flags if self._fcntl else flags | os.O_EXCL, 0o644)
+            descriptor = os.open(self._file, flags if self._fcntl else flags | os.O_EXCL, NEW_FILE)
         except FileExistsError:
             raise BlockingIOError(self._refusal(f"delete {self._file} if it is not")) from None
         stream = os.fdopen(descriptor, "r+b")  # a lost editor's lock goes with it

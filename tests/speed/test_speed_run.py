@@ -23,7 +23,7 @@ from baft_easyedit.speed.process import Worker, WorkerError
 from baft_easyedit.speed.prompts import PromptMaker
 from baft_easyedit.speed.run import _groups
 from baft_easyedit.speed.shapes import word_tokenizer
-from baft_easyedit.speed.worker import Bench, as_device
+from baft_easyedit.speed.worker import Bench
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -157,11 +157,6 @@ def test_bench_edits_records_in_turn():
     row = bench.rows["ReFT"]
     assert bench._requests(row, 1) == requests[2:]
     assert Sample(**bench.answer(["measure", "ReFT", 0])).num_steps == 3
-
-
-def test_devices_are_read_like_those_of_easyedit():
-    assert as_device(1) == torch.device("cuda", 1)
-    assert as_device("cpu") == CPU
 
 
 def test_rows_share_a_process_on_cuda_and_in_sweeps_only():
