@@ -198,7 +198,10 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
     try:
         return BenchConfig.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(map(_problem, error.errors(include_url=False)))
+        errors = error.errors(include_url=False)
+        # A list of which each entry is wrong is too short, too.
+        told = [e for e in errors if e["type"] != "too_short"] or errors
+        problems = "; ".join(map(_problem, told))
         raise ValueError(f"bad benchmark setting: {problems}") from None
 
 
