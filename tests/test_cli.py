@@ -130,7 +130,7 @@ def set_cuda(monkeypatch, count):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write anything")
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read and write anything")
 def test_files_without_permission_are_refused(tmp_path, capsys):
     tmp_path.chmod(0o500)
     command = ["bench", "bench/facts", "--out", str(tmp_path / "run")]

@@ -204,6 +204,12 @@ def test_run_fails_if_no_row_can_be_measured(fake_worker):
         run_speed(SpeedOptions(methods=("BaFT-replay",)))
 
 
+def test_device_must_be_on_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device must be on this machine.*no CUDA device; got 0"):
+        run_speed(SpeedOptions(device=0))
+
+
 def test_run_needs_matplotlib_for_files_before_it_measures(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="matplotlib"):
