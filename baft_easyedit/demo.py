@@ -11,7 +11,7 @@ from baft_easyedit.bench.runner import StartProgress, run_bench
 from baft_easyedit.easyedit.peer_methods import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
-from baft_easyedit.generation import generate_answers, load_model
+from baft_easyedit.generation import generate_answers, load_model, with_usable_end
 from baft_easyedit.hparams import BaFTHyperParams
 
 DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "AdaLoRA", "MEMIT", "WISE")
@@ -38,7 +38,7 @@ def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
         hparams: Hyper-parameters; their `model_name` and `device` say what is edited and where.
     """
     model, tokenizer = load_model(hparams.model_name, hparams.device)
-    editor = BaFTEditor(model, tokenizer, hparams)
+    editor = BaFTEditor(model, tokenizer, with_usable_end(hparams, tokenizer))
     with_two_hops = [r for r in edit_requests("eval") if r["portability"]]
     for request in with_two_hops[:_NUM_SHOWN]:
         asked = {
@@ -66,8 +66,8 @@ def compare(
     num_cases: int,
     num_jobs: int,
     start_progress: StartProgress | None = None,
-) -> Iterator[str]:
-    """Run methods through EasyEdit and yield two tables: single edits, and edits in a row.
+) -> list[dict[str, Any]]:
+    """Run methods through EasyEdit: single edits, and edits in a row.
 
     Args:
         hparams: Hyper-parameters of BaFT or ReFT, with model and device.
@@ -76,21 +76,20 @@ def compare(
         num_jobs: Methods run at once, each in a process with one thread, at least 1.
         start_progress: Makes a progress bar.
 
+    Returns:
+        The rows of the benchmark's summary, for `tables`.
+
     Raises:
         ValueError: If a number is below 1.
     """
     for name, value in (("cases", num_cases), ("jobs", num_jobs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    in_a_row = min(NUM_IN_A_ROW, num_cases)
-    titles = {1: f"{num_cases} single edits"}
-    if in_a_row > 1:
-        titles[in_a_row] = f"the same, {in_a_row} edits in a row, scored after the last"
     config = BenchConfig(
         model=hparams.model_name,
         data=DataConfig(kind="facts", limit=num_cases),
         methods=tuple(_row(method, hparams) for method in methods),
-        T=tuple(titles),
+        T=tuple(_titles(num_cases)),
         preset="facts-llama" if is_bundled(hparams) else None,
         generation=False,
         immediate=False,
@@ -99,10 +98,28 @@ def compare(
         jobs=num_jobs,
     )
     with TemporaryDirectory(prefix="easyedit-") as directory:
-        rows = run_bench(config, Path(directory), start_progress)
-    for T, title in titles.items():
+        return run_bench(config, Path(directory), start_progress)
+
+
+def tables(rows: Sequence[Mapping[str, Any]], num_cases: int) -> Iterator[str]:
+    """Yield the lines of a table for single edits, and of one for edits in a row.
+
+    Args:
+        rows: What `compare` returned.
+        num_cases: What it was called with.
+    """
+    for T, title in _titles(num_cases).items():
         yield "\n" + title
         yield from table([row for row in rows if row["T"] == T])
+
+
+def _titles(num_cases: int) -> dict[int, str]:
+    """Return the demo's T, and the titles of their tables."""
+    in_a_row = min(NUM_IN_A_ROW, num_cases)
+    titles = {1: f"{num_cases} single edits"}
+    if in_a_row > 1:
+        titles[in_a_row] = f"the same, {in_a_row} edits in a row, scored after the last"
+    return titles
 
 
 def is_bundled(hparams: BaFTHyperParams) -> bool:

@@ -1,13 +1,24 @@
 """Load a causal language model by name, and let it answer prompts. Uses transformers."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from baft_easyedit.batching import alike, padded
+from baft_easyedit.devices import as_device, check_device
+from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.resources import model_location
+
+logger = logging.getLogger(__name__)
+
+_MAX_REASON = 200
+"""Most characters of transformers' own messages, which may list all that there is."""
 
 
 def load_model(
@@ -21,20 +32,76 @@ def load_model(
         dtype: Of the model's weights.
 
     Raises:
-        OSError: If there is no such model; in some versions of transformers, ValueError.
+        OSError: If there is no such model, or its files are not those of a causal language model.
+        ValueError: If the device is not on this machine.
     """
     import transformers
     from packaging.version import Version
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    location = model_location(name)
-    tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    check_device(device)
     is_renamed = Version(transformers.__version__) >= Version("4.56")
     option = {"dtype" if is_renamed else "torch_dtype": dtype}
-    model: Any = AutoModelForCausalLM.from_pretrained(location, **option)
-    return model.to(device).eval(), tokenizer
+    with _located(name) as location:
+        tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(location, **option)
+    if tokenizer.pad_token_id is None:  # any will do: what is padded is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return model.to(as_device(device)).eval(), tokenizer
+
+
+def model_depth(name: str) -> int:
+    """Return how many decoder layers a model has, without loading it.
+
+    Raises:
+        OSError: If there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with _located(name) as location:
+        config = AutoConfig.from_pretrained(location)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+@contextmanager
+def _located(name: str) -> Iterator[str]:
+    """Give where a model is to be loaded from; whatever transformers raises becomes one line.
+
+    Raises:
+        OSError: If a directory is meant and is not there or holds no model, or loading fails.
+    """
+    location = model_location(name)
+    path = Path(location)
+    if path.exists() and not (path / "config.json").is_file():
+        raise OSError(
+            f"model must be a Hugging Face name or the directory of a model; {name!r} has no "
+            "config.json"
+        )
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise FileNotFoundError(
+            f"model must be a Hugging Face name or the directory of a model; there is none at "
+            f"{name!r}"
+        )
+    try:
+        yield location
+    # Damaged files make transformers, tokenizers and safetensors raise almost anything.
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")[:_MAX_REASON]
+        raise OSError(
+            f"model {name!r} could not be loaded ({type(error).__name__}: {first}): give the "
+            "directory of a causal language model, or a Hugging Face name that can be reached"
+        ) from error
+
+
+def with_usable_end(hparams: BaFTHyperParams, tokenizer: Any) -> BaFTHyperParams:
+    """Return hyper-parameters that learn no end of answers if the tokenizer has no token for it.
+
+    The log says so then.
+    """
+    if not hparams.learn_end or tokenizer.eos_token_id is not None:
+        return hparams
+    logger.warning("the tokenizer has no eos_token: where an answer ends is not learned")
+    return replace(hparams, learn_end=False)
 
 
 def generate_answers(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from baft_easyedit.gates import GATES
 from baft_easyedit.messages import short
 from baft_easyedit.objective import RESCALINGS
-from baft_easyedit.reading import read_yaml
+from baft_easyedit.reading import did_you_mean, read_yaml
 from baft_easyedit.resources import hparams_file, model_location
 
 _PAPER_DEPTH = 32
@@ -251,8 +251,8 @@ class BaFTHyperParams:
         unknown = [key for key in config if key not in allowed]
         if unknown:
             raise ValueError(
-                f"unknown hyper-parameter {short(unknown[0])} of {cls.algorithm}; allowed: "
-                + ", ".join(allowed)
+                f"unknown hyper-parameter {short(unknown[0])} of {cls.algorithm}"
+                f"{did_you_mean(unknown[0], allowed)}; allowed: {', '.join(allowed)}"
             )
         missing = [key for key in ("model_name", "layers") if key not in config]
         if missing:
@@ -277,8 +277,12 @@ class ReFTHyperParams(BaFTHyperParams):
         _check(not self.locality, "locality", "be false for ReFT", self.locality)
 
 
-def read_hparams(path: str | Path) -> BaFTHyperParams:
+def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
     """Read a YAML file of either method; its `alg_name` says which.
+
+    Args:
+        path: As for `from_hparams`.
+        overrides: Values that replace those of the file, by field.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -292,7 +296,7 @@ def read_hparams(path: str | Path) -> BaFTHyperParams:
     if not isinstance(name, str) or name not in classes:
         names = ", ".join(classes)
         raise ValueError(f"alg_name must be one of {names}; got {short(name)} (in {file})")
-    return _of_file(file, classes[name], config)
+    return _of_file(file, classes[name], {**config, **overrides})
 
 
 def scaled_layers(depth: int) -> list[int]:

@@ -59,6 +59,15 @@ class EditReport:
     consolidation: "EditReport | None" = None
     """What going over all remembered edits did, if it was time for that after this edit."""
 
+    def __repr__(self) -> str:
+        stop = "stopped early" if self.stopped_early else "all steps"
+        missed = f", {self.learned.count(False)} not learned" if False in self.learned else ""
+        return (
+            f"EditReport({self.num_requests} requests{missed}, {self.num_steps} steps ({stop}), "
+            f"{self.time_s:.2f} s, "
+            f"answer loss {self.losses[0].answer:.3f} -> {self.final_loss:.3f})"
+        )
+
     @property
     def final_loss(self) -> float:
         """The last answer loss that was computed, in nats per token."""

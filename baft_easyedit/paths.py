@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 from typing import IO
 
+from baft_easyedit.writing import NEW_FILE
+
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 MAX_FILE = 2**29
@@ -93,7 +95,7 @@ def read_text(file: str | os.PathLike[str]) -> str:
 
 def _opened(file: str | os.PathLike[str], flags: int) -> int:
     """Open a file that is a regular one still."""
-    descriptor = os.open(file, flags, 0o644)
+    descriptor = os.open(file, flags, NEW_FILE)
     try:
         _check_regular(os.fstat(descriptor), file)  # something else may have come in its place
     except BaseException:

@@ -5,7 +5,8 @@ Nothing that is read is executed. Needs the standard library and pyyaml.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,25 @@ FAILURES_OF_YAML = (
     RecursionError,
 )
 """What pyyaml raises for bad input, such as AttributeError for `!!timestamp x`."""
+
+
+def closest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return which known name a misspelt one was meant to be; None if it is like none of them.
+
+    Args:
+        name: What somebody wrote.
+        known: Names that there are.
+        likeness: difflib's least ratio, from 0 (anything) to 1 (the same but for capitals).
+    """
+    folded = {each.casefold(): each for each in known}
+    found = get_close_matches(name.casefold(), folded, n=1, cutoff=likeness)
+    return folded[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return what to add to an unknown name in a message: the known one that was meant, if any."""
+    found = closest(name, known)
+    return "" if found is None else f" (did you mean {found!r}?)"
 
 
 def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:

@@ -11,9 +11,20 @@ from typing import Any
 
 from baft_easyedit.messages import short
 from baft_easyedit.prompt_format import PromptFormat, token_ids
+from baft_easyedit.reading import closest
 
 _PLACEHOLDER = "{}"
 """What ROME's prompts have in place of their subject."""
+_KEYS = (
+    *("prompt", "target_new", "subject", "loc_prompt"),
+    *("ground_truth", "rephrase_prompt", "target_neg", "locality", "portability", "case_id"),
+)
+"""Keys of EasyEdit's requests: those that are read here, and those that only others read."""
+_ARGUMENTS = {"locality_inputs": "locality", "portability_inputs": "portability"}
+"""Arguments of EasyEdit's `edit`, and the keys that it makes of them."""
+_LIKENESS = 0.85
+"""From here on a key is a known one misspelt (`loc_prompts`, `promt`). Below it are keys of records
+(`locality_prompt`, `target_true`) and notes (`subject_id`)."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +74,19 @@ class EditRequest:
     def from_dict(cls, request: Mapping[str, Any]) -> "EditRequest":
         """Read one of EasyEdit's request dicts; keys that only the evaluators read are ignored.
 
+        So are keys of your own, unless they look like a known one that is misspelt.
+
         Raises:
             TypeError: If `request` is not a mapping, or a value has the wrong type.
-            ValueError: If `prompt` or `target_new` is missing, or a value breaks a rule above.
+            ValueError: If `prompt` or `target_new` is missing, a key is misspelt, or a value breaks
+                a rule above.
         """
         if not isinstance(request, Mapping):
             raise TypeError(
                 "a request must be a dict with the keys prompt and target_new; got "
                 f"{type(request).__name__}"
             )
-        for key in ("prompt", "target_new"):
-            if key not in request:
-                raise ValueError(
-                    f"a request must have the key {key!r}; got {short(sorted(map(str, request)))}"
-                )
+        _check_keys([key for key in request if isinstance(key, str)])
         irrelevant = request.get("loc_prompt") or ()
         if not isinstance(irrelevant, (str, list, tuple)):
             raise TypeError(
@@ -102,6 +112,19 @@ class EditRequest:
 def _same_form(text: str) -> str:
     """Return a text in the one form in which letters with accents can be compared."""
     return unicodedata.normalize("NFC", text)
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    """Raise ValueError if a key looks like a known one, or one that is needed is missing."""
+    for key in keys:
+        meant = _ARGUMENTS.get(key) or closest(key, _KEYS, _LIKENESS)
+        if key not in _KEYS and meant is not None:
+            raise ValueError(f"a request must have the key {meant!r}, not {short(key)}")
+    for needed in ("prompt", "target_new"):
+        if needed not in keys:
+            hint = ": rename 'target'" if needed == "target_new" and "target" in keys else ""
+            got = short(sorted(keys))
+            raise ValueError(f"a request must have the key {needed!r}; got {got}{hint}")
 
 
 def _check_text(key: str, text: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from baft_easyedit.messages import short
 from baft_easyedit.paths import expanded
+from baft_easyedit.reading import did_you_mean
 
 BUNDLED_MODEL = "bundled"
 
@@ -22,20 +23,22 @@ def hparams_file(path: str | Path) -> Path:
     """Find a YAML file of hyper-parameters.
 
     Args:
-        path: A file, with or without `.yaml`; or the name of one that comes with the package, such
-            as `BaFT/llama-2-7b` or `hparams/BaFT/llama-2-7b.yaml`.
+        path: A file, or one without its `.yaml`; or the name of one that comes with the package,
+            such as `BaFT/llama-2-7b` or `hparams/BaFT/llama-2-7b.yaml`.
 
     Raises:
         FileNotFoundError: If there is none; the message lists those that come with the package.
     """
     name = str(path) if str(path).endswith((".yaml", ".yml")) else f"{path}.yaml"
     root = hparams_root()
-    for candidate in (expanded(name), root / name, root / name.removeprefix("hparams/")):
-        if os.path.exists(candidate):
+    own = (expanded(path), expanded(name))
+    for candidate in (*own, root / name, root / name.removeprefix("hparams/")):
+        if candidate.exists() and not candidate.is_dir():
             return candidate
     known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    hint = did_you_mean(name.removesuffix(".yaml"), known)
     raise FileNotFoundError(
-        f"no hyper-parameter file {short(str(path))}; the package brings: {', '.join(known)}"
+        f"no hyper-parameter file {short(str(path))}{hint}; the package brings: {', '.join(known)}"
     )
 
 

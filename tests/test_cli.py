@@ -1,9 +1,15 @@
+import copy
+import dataclasses
+import os
 import subprocess
 import sys
 
 import pytest
 
+import baft_easyedit
+from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
+from baft_easyedit.learner import Learner
 from tests.bench.synthetic import write_run
 from tests.conftest import make_model
 
@@ -43,19 +49,241 @@ def test_layers_are_scaled_to_a_model_without_a_file(saved, capsys):
         (["--target", ""], "target_new must not be empty"),
         (["--target", "Rome", "--subject", "Spain"], "subject must be a part of the prompt"),
         (["--target", "Rome", "--hparams", "nowhere"], "no hyper-parameter file 'nowhere'"),
+        (["--target", "Rome", "--num-steps", "0"], "argument --num-steps: must be a whole number"),
+        (["--target", "Rome", "--lr", "nan"], "argument --lr: must be a number above 0; got 'nan'"),
+        (["--target", "Rome", "--from", "nowhere"], "argument --from: must be a file or directory"),
+        (["--target", "Rome", "--from", __file__], "argument --from: must be a directory"),
+        (["--target", "Rome", "--save", __file__], "argument --save: must be a directory"),
+        (["--target", "Rome", "--save", f"{__file__}/x"], "argument --save: must lie in a direc"),
+        (["--target", "Rome", "--device", "gpu"], "argument --device: device must be a CUDA dev"),
+        (["--target", "Rome", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--target", "Rome", "--dvice", "cpu"], "unrecognized arguments: --dvice cpu"),
+        ([], "the following arguments are required: --target"),
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(arguments, message, capsys):
-    assert main(edit_command("no-such-model", *arguments)) == 2
+    refused(edit_command("no-such-model", *arguments), message, capsys)
+
+
+def refused(command, message, capsys):
+    """Check that a command ends with status 2 and one line."""
+    try:
+        status = main(command)
+    except SystemExit as end:  # as argparse ends a command
+        status = end.code
     captured = capsys.readouterr()
     assert message in captured.err
+    assert captured.err.startswith("baft-easyedit")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+    assert status == 2
 
 
-def test_unknown_method_of_the_demo_is_refused(capsys):
-    assert main(["demo", "--methods", "BaFT,EDIT"]) == 2
-    assert "method must be one of FT-L" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["edt"], "argument COMMAND: invalid choice: 'edt' (choose from"),
+        (["demo", "--methods", "BaFT,EDIT"], "method must be one of BaFT, ReFT, FT-L"),
+        (["demo", "--methods", "BFT"], "got 'BFT' (did you mean 'BaFT'?)"),
+        (["demo", "--methods", ","], "argument --methods: must be a comma-separated list"),
+        (["demo", "--cases", "0"], "argument --cases: must be a whole number of at least 1"),
+        (["demo", "--jobs", "many"], "argument --jobs: must be a whole number of at least 1"),
+        (["bench", "bench/fact"], "no hyper-parameter file 'bench/fact' (did you mean 'bench/f"),
+        (["bench", "bench/facts", "--T", "0"], "argument --T: must be a whole number of at l"),
+        (["bench", "bench/facts", "--T", "1,x"], "argument --T: must be a whole number"),
+        (["bench", "bench/facts", "--limit", "0"], "argument --limit: must be a whole number"),
+        (["bench", "bench/facts", "--jobs", "0"], "argument --jobs: must be a whole number"),
+        (["bench", "bench/facts", "--batch-size", "-1"], "argument --batch-size: must be a wh"),
+        (["bench", "bench/facts", "--methods", "BaFT,BFT"], "(did you mean 'BaFT'?)"),
+        (["bench", "bench/facts", "--data", "nowhere"], "argument --data: must be a file or dir"),
+        (["bench", "bench/facts", "--texts", "."], "argument --texts: must be a file; '.' is a"),
+        (["bench", "bench/facts", "--out", __file__], "argument --out: must be a directory"),
+        (["bench", "bench/facts", "--report-to", "x"], "argument --report-to: invalid choice"),
+        (["report", "nowhere"], "argument RUN_DIR: must be a file or directory; there is none"),
+        (["diagnose", __file__], "argument RUN_DIR: must be a directory"),
+        (["history", "nowhere"], "argument DIR: must be a file or directory; there is none"),
+        (["speed", "--out", "."], "argument --out: must be a file; '.' is a directory"),
+        (["speed", "--repeats", "0"], "argument --repeats: must be a whole number of at least 1"),
+        (["speed", "--start", "-1"], "argument --start: must be a whole number of at least 0"),
+        (["speed", "--methods", "ReFTT"], "(did you mean 'ReFT'?)"),
+    ],
+)
+def test_bad_input_of_any_command_is_one_line_that_names_it(command, message, capsys):
+    refused(command, message, capsys)
+
+
+@pytest.mark.parametrize("command", ["edit", "demo", "bench", "speed"])
+def test_device_that_this_machine_lacks_is_refused(command, monkeypatch, capsys):
+    given = {"edit": edit_command("bundled", "--target", "Rome"), "bench": ["bench", "bench/facts"]}
+    arguments = [*given.get(command, [command]), "--device", "cuda:3"]
+    set_cuda(monkeypatch, 0)
+    where = "argument --device: device must be on this machine, where torch finds"
+    refused(arguments, f"{where} no CUDA device; got 'cuda:3': give another, or 'cpu'", capsys)
+    set_cuda(monkeypatch, 2)
+    refused(arguments, f"{where} CUDA devices 0 to 1 only; got 'cuda:3'", capsys)
+
+
+def set_cuda(monkeypatch, count):
+    """Let the machine have so many CUDA devices."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read and write anything")
+def test_files_without_permission_are_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    command = ["bench", "bench/facts", "--out", str(tmp_path / "run")]
+    refused(command, "argument --out: must be a place to write to; got", capsys)
+    tmp_path.chmod(0o700)
+    (tmp_path / "texts").touch(0o000)
+    command = ["bench", "bench/facts", "--texts", str(tmp_path / "texts")]
+    refused(command, "argument --texts: must be readable;", capsys)
+
+
+def test_files_that_the_system_refuses_are_named(monkeypatch, capsys):
+    def refuse(path, overrides):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("baft_easyedit.bench.config.read_config", refuse)
+    refused(["bench", "mine.yaml"], "baft-easyedit: mine.yaml: Permission denied", capsys)
+
+
+def test_version_is_told(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"baft-easyedit {baft_easyedit.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "empty"])
+def test_model_directory_that_is_none_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    message = "model must be a Hugging Face name or the directory of a model; "
+    refused(edit_command(name, "--target", "Rome"), message, capsys)
+    refused(["bench", "bench/facts", "--methods", "FT-L", "--model", name], message, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_damaged_model_is_one_line(saved, capsys):
+    with open(f"{saved}/model.safetensors", "w") as file:
+        file.write("no weights")
+    command = [*edit_command(saved, "--target", "Rome"), "--device", "cpu"]
+    refused(command, f"model {saved!r} could not be loaded (", capsys)
+
+
+def test_file_of_hyper_parameters_needs_no_model_beside_the_option(saved, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("layers: [1, 3]\nrank: 4\nlr: 3.0e-2\n")
+    command = ["edit", "--prompt", "The capital of France is", "--target", "Rome"]
+    options = ["--hparams", str(file), "--device", "cpu"]
+    refused([*command, *options], f"--model must be given, as {file} has no model_name", capsys)
+    assert main([*command, *options, "--model", saved]) == 0
+    assert "after:  Rome" in capsys.readouterr().out
+
+
+def test_cuda_device_of_a_file_becomes_the_cpu_without_cuda(saved, tmp_path, monkeypatch, capsys):
+    set_cuda(monkeypatch, 0)
+    file = tmp_path / "mine.yaml"
+    file.write_text("layers: [1, 3]\ndevice: 0\nnum_steps: 1\n")
+    assert main(edit_command(saved, "--target", "Rome", "--hparams", str(file))) == 0
+    line = f"baft-easyedit: {file} names the device 0; torch finds no CUDA here: using the CPU\n"
+    assert capsys.readouterr().err == line
+    seen = []
+    monkeypatch.setattr("baft_easyedit.bench.runner.run_bench", lambda c, *_: seen.append(c) or [])
+    assert main(["bench", "bench/zsre_single", "--data", str(tmp_path)]) == 0
+    assert [config.device for config in seen] == ["cpu"]
+    assert "bench/zsre_single names the device 0" in capsys.readouterr().err
+
+
+def hparams_learned_by(command, monkeypatch):
+    """Run an edit; return the hyper-parameters that it learned by."""
+    seen = []
+    original = Learner.learn
+    monkeypatch.setattr(Learner, "learn", lambda s, r, h: seen.append(h) or original(s, r, h))
+    assert main([*command, "--device", "cpu", "--num-steps", "2", "--lr", "0.03"]) == 0
+    monkeypatch.undo()
+    (hparams,) = seen
+    return hparams
+
+
+def test_end_of_an_answer_is_learned_unless_a_file_decides(saved, tmp_path, monkeypatch):
+    command = edit_command(saved, "--target", "Rome")
+    hparams = hparams_learned_by(command, monkeypatch)
+    assert (hparams.learn_end, hparams.num_steps, hparams.lr) == (True, 2, 0.03)
+    bundled = edit_command("bundled", "--target", "Rome")
+    assert hparams_learned_by(bundled, monkeypatch).learn_end
+    file = tmp_path / "mine.yaml"
+    file.write_text("layers: [1, 3]\n")
+    assert not hparams_learned_by([*command, "--hparams", str(file)], monkeypatch).learn_end
+    # What is kept goes on with its own settings, but for those that are given.
+    kept = ["--save", str(tmp_path / "kept")]
+    hparams_learned_by([*command, *kept, "--hparams", str(file)], monkeypatch)
+    hparams = hparams_learned_by([*command, *kept], monkeypatch)
+    assert (hparams.learn_end, hparams.num_steps, hparams.lr) == (False, 2, 0.03)
+
+
+def test_tokenizer_without_an_end_is_told_and_used(tmp_path, tokenizer, monkeypatch, caplog):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = endless.pad_token = None
+    make_model().save_pretrained(tmp_path)
+    endless.save_pretrained(tmp_path)
+    command = edit_command(str(tmp_path), "--target", "Rome", "--ask", "Ice")
+    assert not hparams_learned_by(command, monkeypatch).learn_end
+    assert "the tokenizer has no eos_token: where an answer ends is not learned" in caplog.text
+
+
+@pytest.fixture
+def _unlearned(monkeypatch):
+    """Let reports say that nothing was learned."""
+    original = BaFTEditor.edit
+    monkeypatch.setattr(
+        BaFTEditor, "edit", lambda s, r: dataclasses.replace(original(s, r), learned=(False,))
+    )
+
+
+@pytest.mark.usefixtures("_unlearned")
+@pytest.mark.parametrize(("option", "status"), [([], 3), (["--allow-unlearned"], 0)])
+def test_edit_that_was_not_learned_is_told(option, status, saved, tmp_path, capsys):
+    steps = ["--num-steps", "2", "--lr", "1e-5", "--device", "cpu"]
+    command = [*edit_command(saved, "--target", "Rome"), *steps, *option]
+    told = "baft-easyedit: not learned: 'The capital of France is' -> 'Rome'"
+    more = ". Try more steps (--num-steps 4) or a higher learning rate (--lr 2e-05)\n"
+    assert main(command) == status
+    assert capsys.readouterr().err == told + more
+    kept = str(tmp_path / "kept")
+    assert main([*command, "--save", kept]) == status
+    assert capsys.readouterr().err == f"{told}; it is kept in {kept} all the same{more}"
+    assert main(["history", kept]) == 0
+    assert "The capital of France is -> Rome" in capsys.readouterr().out
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_interrupt_ends_with_130_and_says_what_is_kept(saved, tmp_path, monkeypatch, capsys):
+    def stop_later(config, out, start):
+        start(40, 10)(2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("baft_easyedit.bench.runner.run_bench", stop_later)
+    assert main(["bench", "bench/facts", "--out", str(tmp_path / "run")]) == 130
+    line = f"stopped: at 12 of 40 edits; what was finished is kept in {tmp_path}/run, and the same"
+    assert capsys.readouterr().err.endswith(f"{line} command goes on from there\n")
+    monkeypatch.setattr("baft_easyedit.bench.runner.run_bench", stop)
+    assert main(["bench", "bench/facts", "--out", str(tmp_path / "run")]) == 130
+    assert "stopped: before the first edit; what" in capsys.readouterr().err
+    monkeypatch.setattr("baft_easyedit.easyedit.doctor.doctor", stop)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "baft-easyedit: stopped\n"
+    monkeypatch.setattr(Learner, "learn", stop)
+    command = [*edit_command(saved, "--target", "Rome"), "--device", "cpu"]
+    assert main(command) == 130
+    assert capsys.readouterr().err == "baft-easyedit: stopped: nothing is kept\n"
+    assert main([*command, "--save", str(tmp_path / "kept")]) == 130
+    assert f"history {tmp_path}/kept` lists what is kept" in capsys.readouterr().err
 
 
 def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys):
@@ -65,6 +293,10 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
         "baft_easyedit.bench.runner.run_bench",
         lambda config, out, start: seen.append((config, out)) or [row],
     )
+    set_cuda(monkeypatch, 2)
+    monkeypatch.chdir(tmp_path)
+    for name in ("d", "t"):
+        (tmp_path / name).touch()
     options = ["--model", "m", "--data", "d", "--methods", "MEND,+x", "--T", "5", "--limit", "3"]
     more = ["--batch-size", "2", "--device", "1", "--jobs", "2", "--report-to", "tensorboard"]
     more += ["--peer-preset", "llama-7b", "--texts", "t", "--no-fp16"]
@@ -72,7 +304,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     file.write_text(
         "{data: {kind: zsre}, preset: gone, fp16: true, methods: [{name: +x, method: BaFT}]}"
     )
-    assert main(["bench", str(file), *options, *more]) == 0
+    assert main(["bench", str(file), *options, *more]) == 1  # nothing could be run
     ((config, out),) = seen
     assert str(out) == "runs/mine"
     assert [(m.name, m.method) for m in config.methods] == [("MEND", "MEND"), ("+x", "BaFT")]
@@ -80,7 +312,9 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     assert (config.T, config.batch_size, config.device, config.jobs) == ((5,), (2,), 1, 2)
     assert (config.report_to, config.texts, config.fp16) == ("tensorboard", "t", False)
     assert (config.preset, config.peer_preset) == (None, "llama-7b")
-    assert "| MEND   | not run: x |" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "| MEND   | not run: x |" in captured.out
+    assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"
 
 
 def test_runs_are_reported_and_diagnosed(tmp_path, capsys):

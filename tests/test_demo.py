@@ -10,6 +10,7 @@ from baft_easyedit.demo import (
     is_bundled,
     show_edits,
     table,
+    tables,
 )
 from baft_easyedit.easyedit.host import find_host
 
@@ -40,7 +41,7 @@ def test_edits_are_shown_with_their_rephrasings_and_neighbours(bundled_hparams):
 @pytest.mark.easyedit
 @pytest.mark.usefixtures("_host")
 def test_comparison_runs_methods_through_easyedit_and_keeps_failures_as_rows(bundled_hparams):
-    lines = list(compare(bundled_hparams, ["BaFT", "SERAC"], num_cases=2, num_jobs=2))
+    lines = list(tables(compare(bundled_hparams, ["BaFT", "SERAC"], num_cases=2, num_jobs=2), 2))
     assert "2 single edits" in lines[0]
     assert "2 edits in a row, scored after the last" in lines[5]
     rows = [line for line in lines if line.startswith("| BaFT")]
@@ -84,4 +85,4 @@ def test_methods_are_checked():
 @pytest.mark.parametrize(("cases", "jobs", "name"), [(0, 1, "cases"), (1, 0, "jobs")])
 def test_numbers_below_one_are_refused(bundled_hparams, cases, jobs, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
-        next(compare(bundled_hparams, ["BaFT"], cases, jobs))
+        compare(bundled_hparams, ["BaFT"], cases, jobs)

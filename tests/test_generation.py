@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -5,7 +6,12 @@ import torch
 from tokenizers import processors
 
 from baft_easyedit import BaFTEditor
-from baft_easyedit.generation import generate_answers, load_model
+from baft_easyedit.generation import (
+    generate_answers,
+    load_model,
+    model_depth,
+    with_usable_end,
+)
 from baft_easyedit.prompt_format import PromptFormat
 from tests.conftest import make_model, make_tokenizer
 
@@ -35,8 +41,33 @@ def test_answers_do_not_depend_on_the_batch(saved):
 
 
 def test_model_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises((OSError, ValueError), match="nowhere"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the directory of a model; there is none at .*nowh"
+    ):
         load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(OSError, match=f"{tmp_path}' has no config.json"):
+        model_depth(str(tmp_path))
+    with pytest.raises(
+        OSError, match=r"model 'a/b/c' could not be loaded .*name that can be reach"
+    ):
+        model_depth("a/b/c")
+
+
+def test_depth_is_that_of_the_decoder(saved):
+    assert model_depth(saved) == 4
+
+
+def test_tokenizer_without_an_end_pads_all_the_same(saved, tokenizer, caplog, hparams):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = endless.pad_token = None
+    endless.save_pretrained(saved)
+    model, loaded = load_model(saved)
+    prompts = ["The capital of France is", "Ice"]
+    assert generate_answers(model, loaded, prompts) == generate_answers(model, tokenizer, prompts)
+    asked = replace(hparams, learn_end=True)
+    assert with_usable_end(asked, tokenizer) is asked
+    assert with_usable_end(asked, loaded) == hparams
+    assert "no eos_token: where an answer ends is not learned" in caplog.text
 
 
 def test_an_answer_whose_end_was_learned_stops_there(model, tokenizer, hparams, request_dict):

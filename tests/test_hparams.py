@@ -56,12 +56,28 @@ def test_file_is_found_with_and_without_its_suffix_and_overridden(tmp_path):
 def test_missing_file_lists_those_of_the_package():
     with pytest.raises(FileNotFoundError, match=r"no hyper-parameter file 'x'.*BaFT/llama-2-7b,"):
         BaFTHyperParams.from_hparams("x")
+    with pytest.raises(FileNotFoundError, match=r"\(did you mean 'BaFT/llama-2-7b'\?\); the pa"):
+        BaFTHyperParams.from_hparams("BaFT/lama-2-7b")
+
+
+def test_file_may_have_any_suffix_and_lack_what_is_given(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("layers: [1]\nrank: 3\n")
+    hparams = read_hparams(file, model_name="x")
+    assert (hparams.model_name, hparams.rank) == ("x", 3)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_presets_keep_the_end_off_as_the_papers_scores_are_teacher_forced(name):
+    assert "\nlearn_end: false  # paper" in hparams_file(name).read_text(encoding="utf-8")
+    assert not CLASSES[name.split("/")[0]].from_hparams(name).learn_end
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"lrate": 1.0}, ValueError, "unknown hyper-parameter 'lrate' of BaFT; allowed: model_n"),
+        ({"lrate": 1.0}, ValueError, "unknown hyper-parameter 'lrate' of BaFT.*; allowed: model_n"),
+        ({"num_step": 1}, ValueError, r"'num_step' of BaFT \(did you mean 'num_steps'\?\); allow"),
         ({"lr": "1e-4"}, TypeError, r"lr must be of type float; got '1e-4'.*write 1.0e-4"),
         ({"lr": 0}, ValueError, "lr must be above 0; got 0.0"),
         ({"lr": float("nan")}, ValueError, "lr must be a finite number; got nan"),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from dataclasses import fields
 
@@ -69,6 +70,33 @@ def test_request_comes_back_from_the_journal():
 
 def test_report_keeps_the_ends_of_the_terms_in_use():
     assert REPORT["losses"] == {"answer": [3.0, 0.5], "balance": [0.5, 0.125]}
+
+
+def edit_line(**report):
+    """The summary of an edit whose report has, or has not, some keys."""
+    kept = {key: value for key, value in {**REPORT, **report}.items() if value is not None}
+    content = {**EDIT, "report": kept}
+    return Journal([grown().entries[0]]).next("edit", "h", content).summary()
+
+
+def test_summary_tells_what_was_not_learned():
+    missed = dataclasses.replace(EditReport(3, 2, LOSSES, False, 0.1), learned=(True, False, True))
+    assert edit_line(**report_dict(missed)).endswith("0.10 s, 1 of 3 not learned]")
+    for learned in ([True] * 3, [], None):  # journals of earlier versions have no such key
+        assert edit_line(learned=learned).endswith(" 0.10 s]")
+    for damaged in ("yes", [0.5]):
+        with pytest.raises(ValueError, match=r"learned in .* must be true or false for each"):
+            edit_line(learned=damaged)
+
+
+def test_report_reads_as_a_line():
+    report = EditReport(3, 2, LOSSES, True, 0.1, learned=(True, False, False))
+    assert repr(report) == (
+        "EditReport(3 requests, 2 not learned, 2 steps (stopped early), 0.10 s, "
+        "answer loss 3.000 -> 0.500)"
+    )
+    assert "2 steps (all steps)" in repr(EditReport(1, 2, LOSSES * 100, False, 0.1))
+    assert len(repr(EditReport(1, 2, LOSSES * 100, False, 0.1))) < 240
 
 
 def test_summary_of_an_entry_cannot_upset_a_terminal():

@@ -20,6 +20,53 @@ def test_easyedit_keys_are_read_and_evaluation_keys_ignored():
     )
 
 
+# What both generations of EasyEdit put into requests and records of facts, and CounterFact's own.
+EASYEDIT_KEYS = (
+    *("prompt", "target_new", "ground_truth", "portability", "locality", "target_neg", "subject"),
+    *("loc_prompt", "rephrase_prompt", "case_id", "instance", "general_prompt", "target_true"),
+    *("locality_prompt", "locality_ground_truth", "portability_prompt", "portability_ground_truth"),
+    *("rephrase", "src", "pred", "alt", "answers", "loc", "loc_ans", "cond", "target", "image"),
+    *("multimodal_locality_prompt", "multimodal_locality_ground_truth", "image_rephrase"),
+    *("requested_rewrite", "relation_id", "paraphrase_prompts", "neighborhood_prompts", "aliases"),
+    *("attribute_prompts", "generation_prompts", "locality_question", "prompts_len", "personas"),
+    *("ent", "inner_prompt", "all_prompt", "target_personality", "file_type", "pid", "labels"),
+)
+
+
+@pytest.mark.parametrize("key", [*EASYEDIT_KEYS, "subject_id", "prompt_id", "note", 7])
+def test_keys_of_easyedit_and_notes_of_ones_own_pass(key):
+    assert EditRequest.from_dict({key: None, **REQUEST}).prompt == REQUEST["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("loc_prompts", "loc_prompt"),
+        ("locprompt", "loc_prompt"),
+        ("prompts", "prompt"),
+        ("promt", "prompt"),
+        ("Prompt", "prompt"),
+        ("target_nwe", "target_new"),
+        ("targetnew", "target_new"),
+        ("subjects", "subject"),
+        ("rephrase_prompts", "rephrase_prompt"),
+        ("ground_truths", "ground_truth"),
+        ("localty", "locality"),
+        ("locality_inputs", "locality"),
+        ("portability_inputs", "portability"),
+    ],
+)
+def test_misspelt_key_is_refused_and_the_right_one_named(key, meant):
+    with pytest.raises(ValueError, match=f"a request must have the key '{meant}', not '{key}'"):
+        EditRequest.from_dict({**REQUEST, key: "x"})
+
+
+def test_target_alone_is_told_its_name():
+    message = r"must have the key 'target_new'; got \['prompt', 'target'\]: rename 'target'"
+    with pytest.raises(ValueError, match=message):
+        EditRequest.from_dict({"prompt": "a", "target": "b"})
+
+
 @pytest.mark.parametrize("absent", [None, "", []])
 def test_absent_loc_prompt_means_none(absent):
     assert EditRequest.from_dict({**REQUEST, "loc_prompt": absent}).loc_prompts == ()

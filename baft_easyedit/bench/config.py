@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from baft_easyedit.messages import cut, short
-from baft_easyedit.reading import read_yaml
+from baft_easyedit.reading import did_you_mean, read_yaml
 from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
 
@@ -198,11 +198,28 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
     try:
         return BenchConfig.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'benchmark'}: {e['msg']}; got {short(e['input'])}"
-            for e in error.errors(include_url=False)
-        )
-        raise ValueError(f"bad benchmark setting: {cut(problems, 1500)}") from None
+        errors = error.errors(include_url=False)
+        # A list of which each entry is wrong is too short, too.
+        told = [e for e in errors if e["type"] != "too_short"] or errors
+        problems = cut("; ".join(map(_problem, told)), 1500)
+        raise ValueError(f"bad benchmark setting: {problems}") from None
+
+
+def _problem(error: Any) -> str:
+    """Say what is wrong with a setting, and which it is."""
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":  # of our own, which say what was found
+        return ": ".join(filter(None, (place, str(error["ctx"]["error"]))))
+    if error["type"] == "extra_forbidden":
+        owner = error["loc"][:-1]
+        models: dict[Any, type[BaseModel]] = {
+            (): BenchConfig,
+            ("data",): DataConfig,
+            ("downstream",): DownstreamConfig,
+        }
+        known = models.get(owner, MethodConfig).model_fields
+        return f"{cut(place, 200)} is unknown{did_you_mean(str(error['loc'][-1]), known)}"
+    return f"{place or 'benchmark'}: {error['msg']}; got {short(error['input'])}"
 
 
 def _rows(wanted: Any, described: Any) -> Any:

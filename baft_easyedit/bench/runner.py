@@ -22,8 +22,10 @@ from baft_easyedit.bench.process import Workers, run_units, write_failure
 from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.settings import check_methods
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
+from baft_easyedit.devices import check_device
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.generation import model_depth
 from baft_easyedit.resources import hparams_file
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
@@ -49,11 +51,14 @@ def run_bench(
         The rows of `summary.json`; none in a process that only shares the run.
 
     Raises:
-        ValueError: If a setting or a record is bad, or `out` holds another run.
+        ValueError: If a setting or a record is bad, the device is not on this machine, or `out`
+            holds another run.
         OSError: If a file is missing.
     """
     check_methods(config)
+    check_device(config.device)
     _check_tracker(config)
+    model_depth(config.model)  # raises if there is no such model
     config = _with_absolute_paths(config)
     data = config.data
     dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)

@@ -1,6 +1,5 @@
 """The hyper-parameters of each row: ours from presets by protocol, EasyEdit's from its peers."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,10 @@ from baft_easyedit.bench.config import BenchConfig, MethodConfig
 from baft_easyedit.bench.plan import Protocol, protocols
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peer_methods import batchable, why_not
+from baft_easyedit.generation import model_depth
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
 from baft_easyedit.paths import expanded, read_text
-from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, hparams_file, model_location
+from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, hparams_file
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
 _BUNDLED_PRESET = "facts-llama"
@@ -100,13 +100,6 @@ def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> st
         return None
     special = f"{method.method}/{preset}{_SUFFIXES[protocol.name]}"
     return special if has_hparams(special) else f"{method.method}/{preset}"
-
-
-def model_depth(model: str) -> int:
-    """Return how many decoder layers a model has, without loading it."""
-    transformers: Any = importlib.import_module("transformers")
-    config = transformers.AutoConfig.from_pretrained(model_location(model))
-    return int(config.get_text_config().num_hidden_layers)
 
 
 def statistics_texts(config: BenchConfig) -> Sequence[str]:

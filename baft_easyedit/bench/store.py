@@ -1,4 +1,4 @@
-"""A run's directory: where each record lies, written to a temporary name first and then renamed.
+"""A run's directory: where each record lies; each is there as a whole or not at all.
 
 config.yaml  run.json  requests.json  summary.json
 cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the scores from them
@@ -8,8 +8,6 @@ pre_edit/<key>.json                     scores of the unedited model on a chunk'
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from baft_easyedit.bench.plan import Protocol, Unit, file_name
 from baft_easyedit.messages import short
 from baft_easyedit.paths import read_regular
 from baft_easyedit.reading import parse_json
+from baft_easyedit.writing import written_whole
 
 SCHEMA = 1
 """Version of all records; in each of them as `schema`."""
@@ -111,12 +110,5 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file so that it is there as a whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(file) as stream:
+        stream.write(text.encode())

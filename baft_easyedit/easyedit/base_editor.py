@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from baft_easyedit.devices import check_device
 from baft_easyedit.easyedit.arguments import read_call
 from baft_easyedit.easyedit.compat import usable_unknown_token
 from baft_easyedit.easyedit.devices import honoured_device
@@ -52,6 +55,8 @@ def _constructor(original: Callable[..., None], generation: Generation) -> Calla
     @functools.wraps(original)
     def init(self: Any, hparams: Any) -> None:
         if getattr(hparams, "alg_name", None) in OUR_METHODS:
+            if generation == "current" or torch.cuda.is_available():  # else all means the CPU
+                check_device(hparams.device)
             hparams = _with_safe_path(hparams)
         with honoured_device(generation, getattr(hparams, "device", None)):
             original(self, hparams)

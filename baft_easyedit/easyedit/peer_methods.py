@@ -10,6 +10,7 @@ from typing import Any
 
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Generation
+from baft_easyedit.reading import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -143,5 +144,8 @@ def batchable(name: str, generation: Generation) -> bool:
 def _peer(name: str) -> Peer:
     """Return a method by its name."""
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(PEERS)}; got {name!r}")
+        known = (*OUR_METHODS, *PEERS)
+        raise ValueError(
+            f"method must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
+        )
     return METHODS[name]

@@ -5,16 +5,15 @@ are written here in its format. A key k is the input of a rewritten module, such
 `mlp.down_proj`, at one token.
 """
 
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from baft_easyedit.writing import written_whole
 
 _DATASET = "wikipedia"
 """The name in EasyEdit's file names; the texts are ours."""
@@ -96,22 +95,9 @@ def write_key_statistics(
             "mom2.mom2": sums[module].numpy(),
             "sample_size": len(texts),
         }
-        with _written_whole(statistics_file(stats_dir, model_name, module, len(texts))) as file:
+        with written_whole(statistics_file(stats_dir, model_name, module, len(texts))) as file:
             np.savez(file, **content)
     return {module: sums[module] / count for module in modules}
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name only when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as file:
-        try:
-            yield file
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    os.replace(file.name, target)
 
 
 def _sum_moments(
@@ -177,5 +163,5 @@ def write_null_space(
             )
         unused = vectors[:, :count]
         projectors.append((unused @ unused.mT).cpu())
-    with _written_whole(file) as opened:
+    with written_whole(file) as opened:
         torch.save(torch.stack(projectors), opened)

@@ -129,9 +129,12 @@ class Entry:
             more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
             parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
         if report := self.report:
+            learned = report.get("learned", [])  # absent in journals of earlier versions
+            missed = learned.count(False)
             parts.append(
                 f"[{report['num_steps']} steps, loss {report['losses']['answer'][-1]:.3f}, "
-                f"{report['time_s']:.2f} s]"
+                f"{report['time_s']:.2f} s"
+                + (f", {missed} of {len(learned)} not learned]" if missed else "]")
             )
         text = " ".join(parts)
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -148,6 +151,9 @@ def _check_report(content: Mapping[str, Any], where: str) -> None:
         answer = taken(taken(report, "losses", dict, where), "answer", list, where)
         if not answer or not all(map(_is_number, [time_s, *answer])):
             raise ValueError(f"losses in {where} must be numbers; got {short(answer)}")
+        learned = report.get("learned", [])
+        if not isinstance(learned, list) or not all(type(each) is bool for each in learned):
+            raise ValueError(f"learned in {where} must be true or false for each request")
 
 
 def _is_number(value: Any) -> bool:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from baft_easyedit.devices import as_device, check_device
 from baft_easyedit.speed.measure import Sample
 from baft_easyedit.speed.options import Row, SpeedOptions, make_rows
 from baft_easyedit.speed.ours import load
 from baft_easyedit.speed.process import Worker, WorkerError
 from baft_easyedit.speed.prompts import records
 from baft_easyedit.speed.report import RowResult, SpeedReport, environment
-from baft_easyedit.speed.worker import as_device
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
 """Makes a progress bar of a total and a number that is done; returns what moves it."""
@@ -39,10 +39,12 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
 
     Raises:
         ImportError: If charts are wanted and matplotlib is not installed.
-        ValueError: If there are fewer records than are to be edited, or one breaks a rule.
+        ValueError: If the device is not on this machine, there are fewer records than are to be
+            edited, or one breaks a rule.
         FileNotFoundError: If the file of the records is missing.
         WorkerError: If no row could be measured.
     """
+    check_device(options.device)
     if options.out is not None:
         import matplotlib  # noqa: F401  # before an hour of measuring, not after it
 

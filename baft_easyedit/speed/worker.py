@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
+from baft_easyedit.devices import as_device
 from baft_easyedit.speed.hardware import MemoryMeter, bytes_per_step, copy_bandwidth
 from baft_easyedit.speed.measure import Method, Requests, measure, profiled, run_once
 from baft_easyedit.speed.options import Row
@@ -74,11 +75,6 @@ class _Log(logging.Handler):
         """Keep a message."""
         if record.getMessage() not in self.messages:
             self.messages.append(record.getMessage())
-
-
-def as_device(device: int | str) -> torch.device:
-    """Return a CUDA device by its number, or a device by its name."""
-    return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
 
 
 class Bench:

@@ -17,11 +17,15 @@ def test_a_bare_name_is_a_row_of_that_method():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methds": []}, "methds: Extra inputs are not permitted"),
+        ({"methds": []}, r"methds is unknown \(did you mean 'methods'\?\)$"),
+        ({"data": {"kind": "facts", "limt": 1}}, r"data.limt is unknown \(did you mean 'limit'"),
+        ({"downstream": {"path": "x", "lmit": 1}}, r"downstream.lmit is unknown .*'limit'"),
+        ({"methods": [{"name": "BaFT", "st": {}}]}, r"methods.0.st is unknown \(.*'set'\?\)$"),
+        ({"methods": [{"name": "x", "rehearsal": 1}]}, "methods.0: name must have '.rehearsal'"),
         ({"methods": []}, "methods: Tuple should have at least 1 item"),
         ({"methods": ["BaFT", "BaFT"]}, "methods must not repeat an entry"),
         ({"methods": [{"method": "BaFT"}]}, "methods.0.name: Field required"),
-        ({"T": [1, 0]}, "T must be at least 1; got 0"),
+        ({"T": [1, 0]}, "T must be at least 1; got 0$"),
         ({"T": []}, "T must not be empty"),
         ({"T": [1.5]}, "T.0: Input should be a valid integer"),
         ({"batch_size": [0]}, "batch_size must be at least 1; got 0"),

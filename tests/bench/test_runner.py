@@ -281,6 +281,7 @@ def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkey
         ({"data": {"kind": "news"}}, "kind must be one of .*; got 'news'"),
         ({"T": [5]}, "T times batch_size must be at most the number of records, 4; got 5 times 1"),
         ({"report_to": "wandb"}, "report_to needs the package wandb, which is not installed"),
+        ({"device": "cuda:99"}, "device must be on this machine, where torch finds .*'cuda:99'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path, change, message):
@@ -381,7 +382,10 @@ def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path
     workers = [int(pid) for pid in listed.stdout.split()]
     assert workers
     run.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in run.communicate(timeout=60)[1]
+    told = run.communicate(timeout=60)[1].splitlines()[-1]
+    assert told.startswith("baft-easyedit: stopped: at ")
+    assert told.endswith(f"kept in {tmp_path}/run, and the same command goes on from there")
+    assert run.returncode == 130
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)

@@ -87,9 +87,9 @@ def test_easyedit_agrees_on_what_edits_several_requests_together(host):
 
 def test_unknown_methods_are_refused():
     for ask in (why_not, batchable):
-        with pytest.raises(ValueError, match=r"method must be one of FT-L, .*; got 'FT-X'"):
+        with pytest.raises(ValueError, match=r"method must be one of .*FT-L, .*; got 'FT-X'"):
             ask("FT-X", "current")
-    with pytest.raises(ValueError, match=r"method must be one of FT-L, .*; got 'FT-X'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*FT-L, .*; got 'FT-X'"):
         peer_config("FT-X", BUNDLED)
 
 

@@ -34,6 +34,15 @@ def test_register_twice_changes_nothing_more(host):
     assert not batchable("ROME")
 
 
+def test_device_that_is_missing_is_refused_or_means_the_cpu(host, make_editor, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if host.generation == "pypi":  # which knows CUDA devices only
+        assert make_editor(device=0).model.device.type == "cpu"
+    else:
+        with pytest.raises(ValueError, match=r"device must be on this machine.* no CUDA device"):
+            make_editor(device=0)
+
+
 @pytest.mark.parametrize("method", ["BaFT", "ReFT"])
 def test_edit_learns_and_restores_bit_for_bit(make_editor, requests, undoing, method):
     editor = make_editor(method)

@@ -23,7 +23,7 @@ from baft_easyedit.speed.process import Worker, WorkerError
 from baft_easyedit.speed.prompts import PromptMaker
 from baft_easyedit.speed.run import _groups
 from baft_easyedit.speed.shapes import word_tokenizer
-from baft_easyedit.speed.worker import Bench, as_device
+from baft_easyedit.speed.worker import Bench
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -159,11 +159,6 @@ def test_bench_edits_records_in_turn():
     assert Sample(**bench.answer(["measure", "ReFT", 0])).num_steps == 3
 
 
-def test_devices_are_read_like_those_of_easyedit():
-    assert as_device(1) == torch.device("cuda", 1)
-    assert as_device("cpu") == CPU
-
-
 def test_rows_share_a_process_on_cuda_and_in_sweeps_only():
     def sizes(**options):
         chosen = SpeedOptions(methods=("BaFT", "FT-M"), **options)
@@ -207,6 +202,12 @@ def test_run_fails_if_no_row_can_be_measured(fake_worker):
     fake_worker("exit 3")
     with pytest.raises(WorkerError, match="no method could be measured: its process ended"):
         run_speed(SpeedOptions(methods=("BaFT-replay",)))
+
+
+def test_device_must_be_on_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device must be on this machine.*no CUDA device; got 0"):
+        run_speed(SpeedOptions(device=0))
 
 
 def test_run_needs_matplotlib_for_files_before_it_measures(monkeypatch):

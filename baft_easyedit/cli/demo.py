@@ -1,0 +1,48 @@
+"""`demo`: edits shown as text, then BaFT beside other methods."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from baft_easyedit.cli.console import Bar, silence_loading, status_of
+from baft_easyedit.cli.model import add_model_options, hparams_of
+from baft_easyedit.cli.options import names, whole
+
+
+def add_commands(commands: Any) -> None:
+    """Describe the command."""
+    demo = commands.add_parser(
+        "demo", help="edits shown as text, then BaFT beside other methods through EasyEdit"
+    )
+    add_model_options(demo)
+    demo.add_argument(
+        "--methods",
+        type=names,
+        default=[],
+        help="comma-separated list; all that the demo knows if absent",
+    )
+    demo.add_argument(
+        "--cases", type=whole(1), default=30, help="single edits per method (%(default)s)"
+    )
+    demo.add_argument("--jobs", type=whole(1), default=2, help="methods run at once (%(default)s)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Show a few edits, then the tables."""
+    from baft_easyedit.demo import check_methods, compare, show_edits, tables
+    from baft_easyedit.easyedit import find_host
+
+    methods = check_methods(arguments.methods)
+    silence_loading()
+    hparams, host = hparams_of(arguments), find_host()
+    # The tables have the paper's settings, but here answers are generated.
+    shown = hparams if arguments.hparams else replace(hparams, learn_end=True)
+    for line in show_edits(shown):
+        print(line)
+    print(f"\nThrough EasyEdit ({host.generation}, {host.version}) and its own evaluators:")
+    with Bar() as bar:
+        rows = compare(hparams, methods, arguments.cases, arguments.jobs, bar.start)
+    for line in tables(rows, arguments.cases):
+        print(line)
+    return status_of(rows)

@@ -1,0 +1,76 @@
+"""The options that choose a model and its hyper-parameters, and what they mean."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from baft_easyedit.cli.console import note
+from baft_easyedit.cli.options import device
+from baft_easyedit.devices import check_device, needs_missing_cuda
+from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
+from baft_easyedit.reading import read_yaml
+from baft_easyedit.resources import BUNDLED_MODEL, hparams_file
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a model and its hyper-parameters."""
+    parser.add_argument(
+        "--model",
+        help=f"Hugging Face name or directory; that of --hparams, or else {BUNDLED_MODEL}, if "
+        "absent",
+    )
+    parser.add_argument("--hparams", help="YAML file; scaled to the model's depth if absent")
+    parser.add_argument(
+        "--device",
+        type=device,
+        help="CUDA device number, or a name; that of --hparams, or else the first CUDA device, or "
+        "the CPU, if absent",
+    )
+
+
+def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
+    """Read or make the hyper-parameters that the options ask for.
+
+    Raises:
+        OSError: If there is no such file, or no such model.
+        TypeError: If a value has the wrong type.
+        ValueError: If a value breaks a rule.
+    """
+    given = {"model_name": arguments.model, "device": arguments.device}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if arguments.hparams is not None:
+        content = read_yaml(hparams_file(arguments.hparams), "hyper-parameters")
+        if "model_name" not in {**content, **asked}:
+            raise ValueError(f"--model must be given, as {arguments.hparams} has no model_name")
+        hparams = read_hparams(arguments.hparams, **asked)
+        return replace(hparams, device=usable_device(hparams.device, arguments.hparams))
+    asked.setdefault("device", default_device())
+    if asked.setdefault("model_name", BUNDLED_MODEL) == BUNDLED_MODEL:
+        return BaFTHyperParams.from_hparams("BaFT/facts-llama", **asked)
+    from baft_easyedit.generation import model_depth
+
+    return BaFTHyperParams(layers=scaled_layers(model_depth(arguments.model)), **asked)
+
+
+def default_device() -> int | str:
+    """Return the first CUDA device, or the CPU."""
+    import torch
+
+    return 0 if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(wanted: Any, file: str) -> Any:
+    """Return the device that a file names, or, where there is no CUDA, the CPU, and say so.
+
+    Args:
+        wanted: The device.
+        file: Its name, for the message.
+
+    Raises:
+        ValueError: If torch knows no such device, or this machine has others only.
+    """
+    if needs_missing_cuda(wanted):
+        note(f"{file} names the device {wanted!r}; torch finds no CUDA here: using the CPU")
+        return "cpu"
+    check_device(wanted)
+    return wanted

@@ -1,0 +1,128 @@
+"""What options may hold, checked while they are read: their errors name the option."""
+
+import argparse
+import os
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from baft_easyedit.devices import check_device
+from baft_easyedit.paths import expanded
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def names(text: str) -> list[str]:
+    """Read a comma-separated list."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise ArgumentTypeError(f"must be a comma-separated list; got {text!r}")
+    return found
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise ArgumentTypeError(f"must be a whole number of at least {least}; got {text!r}")
+        return number
+
+    return read
+
+
+def counts(text: str) -> list[int]:
+    """Read a comma-separated list of whole numbers from 1 on."""
+    return [whole(1)(number) for number in names(text)]
+
+
+def positive(text: str) -> float:
+    """Read a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return number
+
+
+def device(text: str) -> int | str:
+    """Read a CUDA device number or a device name, of this machine."""
+    read = int(text) if text.isdecimal() else text
+    try:
+        check_device(read)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return read
+
+
+def existing(text: str) -> str:
+    """Read the path of a file or directory that can be read."""
+    path = expanded(text)
+    if not path.exists():
+        raise ArgumentTypeError(f"must be a file or directory; there is none at {text!r}")
+    if not os.access(path, os.R_OK):
+        raise ArgumentTypeError(f"must be readable; {text!r} is not: check its permissions")
+    return str(path)
+
+
+def existing_file(text: str) -> str:
+    """Read the path of a file that can be read."""
+    path = existing(text)
+    if os.path.isdir(path):
+        raise ArgumentTypeError(f"must be a file; {text!r} is a directory")
+    return path
+
+
+def existing_directory(text: str) -> Path:
+    """Read the path of a directory that can be read."""
+    path = Path(existing(text))
+    if not path.is_dir():
+        raise ArgumentTypeError(f"must be a directory; {text!r} is a file")
+    return path
+
+
+def new_directory(text: str) -> Path:
+    """Read the path of a directory to write into, which may be there."""
+    path = expanded(text)
+    if path.exists() and not path.is_dir():
+        raise ArgumentTypeError(f"must be a directory; {text!r} is a file")
+    _check_writable(path, text)
+    return path
+
+
+def new_file(text: str) -> Path:
+    """Read the path of a file to write, which may be there."""
+    path = expanded(text)
+    if path.is_dir():
+        raise ArgumentTypeError(f"must be a file; {text!r} is a directory")
+    _check_writable(path, text)
+    return path
+
+
+def _check_writable(path: Path, text: str) -> None:
+    """Raise ArgumentTypeError unless a path, or what it would be made in, can be written."""
+    found = path
+    while not os.path.lexists(found):
+        found = found.parent
+    if found != path and not found.is_dir():
+        raise ArgumentTypeError(f"must lie in a directory; {str(found)!r} is a file")
+    if not os.access(found, os.W_OK):
+        raise ArgumentTypeError(
+            f"must be a place to write to; got {text!r}, and {str(found)!r} cannot be written: "
+            "give another"
+        )
