@@ -156,14 +156,37 @@ def _never_waiting() -> Iterator[None]:
             raise RuntimeError(f"it waits for the device ({warning.filename}:{warning.lineno})")
 
 
+class NotTheSame(ValueError):
+    """A graph gives something else than the computation."""
+
+
+class Capture:
+    """What has become of a computation so far; it knows nothing of the computation itself."""
+
+    def __init__(self) -> None:
+        self.graph: Graph[Any] | None = None
+        self.has_run = False
+        self.has_failed = False
+        """Whether it could not be captured, or its graph was off."""
+        self.is_checked = False
+        """Whether the graph was compared with the computation on the present contents."""
+        self.has_new_contents = False
+
+    def renew(self) -> None:
+        """Take note that the inputs have new contents."""
+        self.has_new_contents, self.is_checked = self.is_checked, False
+
+
 class Repeated(Generic[Result]):
     """Calls a computation, or its graph once there is one.
 
     Args:
         compute: The computation.
-        capture: Makes a graph of it once it has run; None to compute each time.
-        check: Raises ValueError if a result is not what is computed now, which it finds out for
+        capture: Makes a graph of it once it has run, or raises RuntimeError; None to compute each
+            time.
+        check: Raises NotTheSame if a result is not what is computed now, which it finds out for
             less than that takes; a graph on new contents is tried so.
+        state: What was captured of the same computation in the same memory.
     """
 
     def __init__(
@@ -171,72 +194,69 @@ class Repeated(Generic[Result]):
         compute: Callable[[], Result],
         capture: Callable[[], Graph[Result]] | None,
         check: Callable[[Result], None],
+        state: Capture | None = None,
     ) -> None:
         self._compute = compute
         self._capture = capture
         self._check = check
-        self._graph: Graph[Result] | None = None
-        self._has_run = False
-        self._is_checked = False
-        self._has_new_contents = False
+        self._state = Capture() if state is None else state
 
     @property
     def is_captured(self) -> bool:
         """Whether the next call runs a graph."""
-        return self._graph is not None
-
-    @property
-    def has_given_up(self) -> bool:
-        """Whether it could not be captured."""
-        return self._capture is None
-
-    def renew(self) -> None:
-        """Take note that the inputs have new contents."""
-        self._has_new_contents, self._is_checked = self._is_checked, False
+        return self._state.graph is not None
 
     def __call__(self) -> Result:
         """Compute, one way or the other."""
-        if self._graph is not None and self._is_checked:
-            return self._graph.run()
-        if not self._has_run or self._capture is None:
-            self._has_run = True
+        state = self._state
+        if state.graph is not None and state.is_checked:
+            return state.graph.run()
+        if not state.has_run or state.has_failed or self._capture is None:
+            state.has_run = True
             return self._compute()
         try:
-            return self._checked(self._graph) if self._graph else self._captured(self._capture)
-        # Whatever a model's code does that cannot be captured.
-        except Exception as error:
-            if self._graph is not None and isinstance(error, torch.cuda.OutOfMemoryError):
-                raise  # the computation needs more than there is
-            reason = f"{type(error).__name__}: {error}"
+            return self._checked(state.graph) if state.graph else self._captured(self._capture)
+        except _CannotRepeat as error:
+            reason = str(error)
         # Not above, where the error holds on to what had been computed until then.
-        logger.info("steps are computed one by one: they cannot be repeated (%s)", reason)
-        self._graph = self._capture = None
+        logger.warning("steps are computed one by one: they cannot be repeated (%s)", reason)
+        state.graph, state.has_failed = None, True
         return self._compute()
 
     def _captured(self, capture: Callable[[], Graph[Result]]) -> Result:
         """Make the graph, which is not relied on yet."""
-        self._graph = capture()
-        return self._compute() if self._graph.result is None else self._graph.result
+        try:
+            graph = self._state.graph = capture()
+        except RuntimeError as error:  # so torch tells what CUDA does not capture
+            raise _CannotRepeat(f"{type(error).__name__}: {error}") from error
+        return self._compute() if graph.result is None else graph.result
 
     def _checked(self, graph: Graph[Result]) -> Result:
         """Compare the graph with the computation, on what the inputs hold by now."""
-        if self._has_new_contents:
-            result = graph.run()
-            self._check(result)
-        else:
-            result = self._compute()
-            _check_same(result, graph.run())
-        self._is_checked = True
+        try:
+            if self._state.has_new_contents:
+                result = graph.run()
+                self._check(result)
+            else:
+                result = self._compute()
+                _check_same(result, graph.run())
+        except NotTheSame as error:
+            raise _CannotRepeat(str(error)) from error
+        self._state.is_checked = True
         return result
 
 
-class KnownStep(NamedTuple):
-    """A step that later edits may repeat."""
+class _CannotRepeat(Exception):
+    """A computation has to be done each time."""
 
-    forward: Any
-    """The `forward.Forward` whose memory it reads."""
-    repeated: Repeated[Any]
-    """Computes it."""
+
+class KnownStep(NamedTuple):
+    """A step that later edits may repeat: it knows of no model and no edit, which know of it."""
+
+    contents: Any
+    """The `forward.Contents` whose memory it reads."""
+    state: Capture
+    """Its graph."""
 
 
 class KnownSteps:
@@ -286,7 +306,7 @@ class KnownSteps:
     @property
     def _num_bytes(self) -> int:
         """Memory of all contents."""
-        return sum(step.forward.num_bytes for step in self._steps.values())
+        return sum(step.contents.num_bytes for step in self._steps.values())
 
 
 @contextmanager
@@ -302,7 +322,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _check_same(computed: Any, repeated: Any) -> None:
-    """Raise ValueError unless two results are equal up to rounding."""
+    """Raise NotTheSame unless two results are equal up to rounding."""
     if isinstance(computed, tuple):
         check_equal(computed[0], repeated[0])
         check_equal(computed[1:], repeated[1:], _TOLERANCE_BEYOND)
@@ -311,17 +331,20 @@ def _check_same(computed: Any, repeated: Any) -> None:
 
 
 def check_equal(computed: Any, repeated: Any, tolerance: float = _TOLERANCE) -> None:
-    """Raise ValueError unless all tensors in two results are equal, numbers up to rounding."""
-    for a, b in zip(tree_leaves(computed), tree_leaves(repeated), strict=True):
+    """Raise NotTheSame unless all tensors in two results are equal, numbers up to rounding."""
+    values, others = tree_leaves(computed), tree_leaves(repeated)
+    if len(values) != len(others):
+        raise NotTheSame(f"it has {len(others)} values instead of {len(values)}")
+    for a, b in zip(values, others, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():
             _check_close(a, b, tolerance)
         elif isinstance(a, Tensor) and not torch.equal(a, b):
-            raise ValueError(f"it has other {a.dtype} values")
+            raise NotTheSame(f"it has other {a.dtype} values")
 
 
 def _check_close(computed: Tensor, repeated: Tensor, tolerance: float) -> None:
-    """Raise ValueError unless two results are equal up to rounding."""
+    """Raise NotTheSame unless two results are equal up to rounding."""
     largest = float(computed.abs().max()) if computed.numel() else 0.0
     difference = float((computed - repeated).abs().max()) if computed.numel() else 0.0
     if not difference <= tolerance * largest:
-        raise ValueError(f"it is off by {difference:.2g}, of values up to {largest:.2g}")
+        raise NotTheSame(f"it is off by {difference:.2g}, of values up to {largest:.2g}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from baft_easyedit.cuda_graph import (
+    Capture,
     CudaGraph,
     Graph,
     GraphPool,
@@ -99,6 +100,12 @@ class Objective:
         """Compute a step without the gradient, by the same kernels."""
         return self._terms(forward)
 
+    def check(self, forward: "Forward", computed: _Computed) -> None:
+        """Raise NotTheSame unless a step on a forward is what it should be, but for gradients."""
+        step = computed[0]
+        if forward.expected is None or not forward.expected.agree(step.row_losses):
+            check_equal(self.value(forward), step)
+
     def gradients(self, forward: "Forward") -> _Computed:
         """Compute a step and its gradient with respect to all that is learned.
 
@@ -174,7 +181,7 @@ class Descent:
         self, edit: ModelEdit, hparams: BaFTHyperParams, known: KnownSteps | None = None
     ) -> None:
         self._edit = edit
-        self._captures = hparams.engine == "replay"
+        self._captures = hparams.engine != "full"
         self._objective = Objective(edit, hparams)
         self._parameters = list(edit.learned_parameters().values())
         self._known = None if self._objective.keeps_state else known
@@ -197,45 +204,32 @@ class Descent:
 
     def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
         """Return what computes the steps on a forward: if its sizes are known, in their memory."""
-        capture = self._capture(forward)
-        if self._known is None or capture is None or not forward.is_rounded:
-            return self._new(forward, capture)
-        self._known.make_valid_for((forward.weights_version, self._made_with))
-        sizes = forward.sizes
-        known = self._known.get(sizes)
-        if known is None:
-            repeated = self._new(forward, capture)
-            self._known.put(sizes, KnownStep(forward, repeated))
-            return repeated
-        if known.repeated.has_given_up:
-            return self._new(forward, None)
-        known.forward.take(forward)
-        known.repeated.renew()
-        return known.repeated
-
-    def _new(
-        self, forward: "Forward", capture: Callable[[], Graph[_Computed]] | None
-    ) -> Repeated[_Computed]:
-        """Return what computes the steps on a forward."""
+        device, state = self._captured_on(forward), None
+        if self._known is not None and device is not None and forward.contents.is_rounded:
+            self._known.make_valid_for((forward.weights_version, self._made_with))
+            known = self._known.get(forward.contents.sizes)
+            if known is None:
+                known = KnownStep(forward.contents, Capture())
+                self._known.put(forward.contents.sizes, known)
+            elif not known.state.has_failed:
+                known.contents.take(forward.contents)
+                known.state.renew()
+                forward = forward.on(known.contents)
+            state = known.state
         compute = partial(self._objective.gradients, forward)
-        return Repeated(compute, capture, partial(self._check, forward))
+        capture = None if device is None else partial(self._graph, compute, device)
+        return Repeated(compute, capture, partial(self._objective.check, forward), state)
 
-    def _check(self, forward: "Forward", computed: _Computed) -> None:
-        """Raise ValueError unless a step on a forward is what it should be, but for gradients."""
-        step = computed[0]
-        if forward.expected is None or not forward.expected.agree(step.row_losses):
-            check_equal(self._objective.value(forward), step)
-
-    def _capture(self, forward: "Forward") -> Callable[[], Graph[_Computed]] | None:
-        """Return what makes a graph of the steps on a forward, if there is something to gain."""
+    def _captured_on(self, forward: "Forward") -> torch.device | None:
+        """Return where the steps on a forward are captured; None if there is nothing to gain."""
         device = forward.device
-        if device is None or device.type != "cuda":
-            return None
-        if not self._captures or not _is_captured(forward):
-            return None
-        pool = GraphPool if self._known is None else self._known.pool_on
-        compute = partial(self._objective.gradients, forward)
-        return lambda: CudaGraph(compute, pool(device))
+        is_cuda = device is not None and device.type == "cuda"
+        return device if is_cuda and self._captures and _is_captured(forward) else None
+
+    def _graph(self, compute: Callable[[], _Computed], device: torch.device) -> Graph[_Computed]:
+        """Make a graph of steps."""
+        pool = GraphPool(device) if self._known is None else self._known.pool_on(device)
+        return CudaGraph(compute, pool)
 
 
 def _is_captured(forward: "Forward") -> bool:

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.forward import Forward
+from baft_easyedit.forward import CannotReplay, Forward
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.recordings import Recordings
@@ -37,8 +37,8 @@ class Engine:
     Args:
         model: A model that `edit` is attached to.
         edit: The edit.
-        name: One of `ENGINES`. A model that cannot be replayed gets the full forward, and a line
-            in the log that says why.
+        name: One of `ENGINES`. With `auto`, a model that cannot be replayed gets the full forward,
+            and a warning in the log.
         recordings: What is known of texts already; it is added to.
         rounds: Whether to pad to one of few sizes, so that steps can be repeated by later edits.
 
@@ -56,15 +56,18 @@ class Engine:
     ) -> None:
         if name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
+        self.note: str | None = None
+        """Why the model is not replayed; None if it is, or nobody asked for that."""
         self._model = model
+        self._may_fall_back = name == "auto"
         self._full = FullForward(model, edit)
-        replays = name == "replay"
+        replays = name != "full"
         self._replay = LayerReplay(model, edit, recordings, rounds) if replays else None
 
     @property
-    def is_replay(self) -> bool:
-        """Whether the next forward will be a layer replay, as far as is known."""
-        return self._replay is not None
+    def name(self) -> str:
+        """What the next forward will be, as far as is known: `replay` or `full`."""
+        return "full" if self._replay is None else "replay"
 
     def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
         """Prepare a forward; the model is in eval mode, as it will be in each step.
@@ -72,6 +75,9 @@ class Engine:
         Args:
             edits: The rows of each edit.
             rehearsed: Rows that each edit learns again beside its own.
+
+        Raises:
+            ValueError: If the engine is `replay`, and the model cannot be replayed.
         """
         forward = self._replayed(lambda replay: replay.prepare(edits, rehearsed))
         return self._full.prepare(edits, rehearsed) if forward is None else forward
@@ -85,6 +91,9 @@ class Engine:
 
         Returns:
             The forward, and what its first step gave.
+
+        Raises:
+            ValueError: As above.
         """
 
         def replayed(replay: LayerReplay) -> tuple[Forward, First]:
@@ -105,11 +114,13 @@ class Engine:
             return None
         try:
             return compute(self._replay)
-        except torch.cuda.OutOfMemoryError:  # the full forward needs more
-            raise
-        # Whatever a model's code does with a cache that it does not know.
-        except Exception as error:  # noqa: BLE001
-            name, reason = type(self._model).__name__, f"{type(error).__name__}: {error}"
-            logger.info("full forward: %s cannot be replayed (%s)", name, reason)
+        except CannotReplay as error:
+            self.note = f"{type(self._model).__name__} cannot be replayed ({error})"
+            if not self._may_fall_back:
+                raise ValueError(
+                    f"engine must be auto or full for this model: {self.note}; got 'replay'"
+                ) from error
+        # Not above, where the error holds on to what had been computed until then.
+        logger.warning("full forward: %s", self.note)
         self._replay = None
         return None

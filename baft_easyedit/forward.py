@@ -3,9 +3,11 @@
 Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,46 +36,27 @@ class Expected(NamedTuple):
         return bool(difference <= self.tolerance * largest)
 
 
-class Forward:
-    """A model's forward on the tokens of a layout.
+class CannotReplay(ValueError):
+    """A model gives something else, or nothing, on what layer replay puts in."""
 
-    Args:
-        model: A causal language model that `edit` is attached to.
-        edit: The edit.
-        layout: What is computed.
-        inputs: Arguments of the forward.
-        stubs: Decoder layers that return `output` instead of computing.
-        output: Hidden states [B, W, D], or a tuple that begins so.
-        is_rounded: Whether the layout has one of few sizes.
-        expected: What it has to give with the edit as it is now; None if that is not known.
-    """
 
-    def __init__(
-        self,
-        model: Any,
-        edit: ModelEdit,
-        layout: Layout,
-        inputs: Mapping[str, Any],
-        stubs: Sequence[nn.Module] = (),
-        output: Any = None,
-        is_rounded: bool = False,
-        expected: Expected | None = None,
-    ) -> None:
-        self._model = model
-        self._edit = edit
-        self.layout = layout
-        self.is_rounded = is_rounded
-        self.expected = expected
-        # In some layouts of a size there is no padding: it takes another recording to gain by that.
-        at = layout.positions
-        self._positions = Positions(at, False) if is_rounded else Positions.of(at)
-        self._inputs = inputs
-        self._stubs = stubs
-        self._output = output
+class Contents(NamedTuple):
+    """What a forward is computed on: tensors, and nothing that knows of the model."""
+
+    layout: Layout
+    """What is computed."""
+    positions: Positions
+    """Where the edit intervenes."""
+    inputs: Mapping[str, Any]
+    """Arguments of the model's forward."""
+    output: Any = None
+    """What stubbed layers return: hidden states [B, W, D], or a tuple that begins so."""
+    is_rounded: bool = False
+    """Whether the layout has one of few sizes."""
 
     @property
     def sizes(self) -> Hashable:
-        """What forwards have in common that run the same kernels, on other contents."""
+        """What those have in common on which the same kernels run."""
         layout = self.layout
         return (
             tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in self.tensors.items()),
@@ -83,11 +66,11 @@ class Forward:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The contents: all tensors that a call reads, beside the weights and what is learned."""
-        output = self._output[0] if isinstance(self._output, tuple) else self._output
-        named = {"positions": self._positions.at, "output": output}
+        """All tensors that a forward reads, beside the weights and what is learned."""
+        output = self.output[0] if isinstance(self.output, tuple) else self.output
+        named = {"positions": self.positions.at, "output": output}
         named |= {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
-        for name, value in self._inputs.items():
+        for name, value in self.inputs.items():
             if isinstance(value, FrozenPrefix):
                 named |= {f"{i}.{k}": t for i, kv in value.states.items() for k, t in enumerate(kv)}
             elif isinstance(value, Mapping):
@@ -98,20 +81,54 @@ class Forward:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the contents."""
+        """Memory that they take."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def take(self, other: "Contents") -> None:
+        """Copy others of the same sizes into this memory."""
+        others = other.tensors
+        for name, tensor in self.tensors.items():
+            tensor.copy_(others[name])
+
+
+class Forward:
+    """A model's forward on some contents.
+
+    Args:
+        model: A causal language model that `edit` is attached to.
+        edit: The edit.
+        contents: What is computed on.
+        stubs: Decoder layers that return `contents.output` instead of computing.
+        expected: What it has to give with the edit as it is now; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        edit: ModelEdit,
+        contents: Contents,
+        stubs: Sequence[nn.Module] = (),
+        expected: Expected | None = None,
+    ) -> None:
+        self._model = model
+        self._edit = edit
+        self._stubs = stubs
+        self.contents = contents
+        self.expected = expected
+
+    def on(self, contents: Contents) -> "Forward":
+        """Return the same forward on the same contents, in other memory."""
+        return Forward(self._model, self._edit, contents, self._stubs, self.expected)
+
+    @property
+    def layout(self) -> Layout:
+        """What is computed."""
+        return self.contents.layout
 
     @property
     def is_replay(self) -> bool:
         """Whether some layers are not computed."""
         return bool(self._stubs)
-
-    def take(self, other: "Forward") -> None:
-        """Copy the contents of another forward of the same sizes into this one's memory."""
-        self.expected = other.expected
-        others = other.tensors
-        for name, tensor in self.tensors.items():
-            tensor.copy_(others[name])
 
     @property
     def weights_version(self) -> Hashable:
@@ -128,16 +145,62 @@ class Forward:
         """Run the model as the edit has it now; return the logits of answer tokens, [A, V].
 
         Behind them may come some that belong to nobody (see `packing.rounded`).
+
+        Raises:
+            CannotReplay: If the model takes a cache of layer replay, and cannot use it.
         """
-        model, columns = self._model, self.layout.predicting
+        model, contents = self._model, self.contents
+        columns = contents.layout.predicting
         with (
-            self._edit.at_positions(self._positions),
-            _stubbed(self._stubs, self._output),
+            self._edit.at_positions(contents.positions),
+            _stubbed(self._stubs, contents.output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
             _without_cudnn_attention(),
         ):
-            logits = model(**self._inputs).logits.flatten(0, 1)
+            logits = self._logits().flatten(0, 1)
         return logits if is_selected else logits[columns.to(logits.device)]
+
+    def _logits(self) -> Tensor:
+        """Run the model."""
+        inputs = self.contents.inputs
+        try:
+            return self._model(**inputs).logits
+        except _OF_UNKNOWN_CACHES as error:
+            has_cache = isinstance(inputs.get("past_key_values"), FrozenPrefix)
+            if not has_cache or _is_of_the_device(error) or _is_ours(error.__traceback__):
+                raise
+            raise CannotReplay(f"{type(error).__name__}: {error}") from error
+
+
+_OF_UNKNOWN_CACHES = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # of shapes that do not fit, and NotImplementedError
+    TypeError,
+    ValueError,
+)
+"""What a model's code raises with a cache that it does not know."""
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Tell whether an accelerator failed, or has no memory left, which no other input repairs."""
+    kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
+    return isinstance(error, kinds) or "CUDA error" in str(error)
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Tell whether an error comes from this package's own code, the caches apart."""
+    name = ""
+    while traceback is not None:
+        name, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
+    return name.startswith("baft_easyedit.") and name != FrozenPrefix.__module__
+
+
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing in other threads, whose forwards may run beside."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 @contextmanager
@@ -160,8 +223,10 @@ def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
         selected.append(True)
         return (hidden[columns.to(hidden.device)][None], *arguments[1:])
 
-    handle = None if head is None else head.register_forward_pre_hook(select)
+    handle = None
     try:
+        if head is not None:
+            handle = head.register_forward_pre_hook(of_this_thread(select))
         yield selected
     finally:
         if handle is not None:
@@ -176,8 +241,8 @@ def _without_cudnn_attention() -> Iterator[None]:
     than a step takes; and with masks it has given gradients that are not finite.
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
+        torch.backends.cuda.enable_cudnn_sdp(False)
         yield
     finally:
         if was_enabled:  # else another thread may be here, and enables it when it leaves
@@ -186,16 +251,26 @@ def _without_cudnn_attention() -> Iterator[None]:
 
 @contextmanager
 def _stubbed(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let layers return `output` in this context; their hooks still run."""
+    """Let layers return `output` in this context and thread; their hooks still run."""
     # accelerate replaces the forward of an instance too
     previous: list[Callable[..., Any] | None] = [vars(m).get("forward") for m in layers]
-    for layer in layers:
-        layer.forward = lambda *_args, **_kwargs: output
     try:
+        for layer in layers:
+            layer.forward = _stub(layer.forward, output)
         yield
     finally:
         for layer, forward in zip(layers, previous, strict=True):
             if forward is None:
-                del layer.forward
+                vars(layer).pop("forward", None)
             else:
                 layer.forward = forward
+
+
+def _stub(forward: Callable[..., Any], output: Any) -> Callable[..., Any]:
+    """Return what takes the place of a layer's forward in this thread."""
+    thread = threading.get_ident()
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        return output if threading.get_ident() == thread else forward(*args, **kwargs)
+
+    return stub

@@ -21,8 +21,9 @@ from baft_easyedit.resources import hparams_file, model_location
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
 
-ENGINES = ("replay", "full")
-"""How a model is run in each step: layer replay on a frozen prefix, or all of its forward."""
+ENGINES = ("auto", "replay", "full")
+"""How a model is run in each step: layer replay on a frozen prefix, or all of its forward; `auto`
+is layer replay where the model allows it."""
 
 POLICIES = ("uniform", "most-forgotten", "reservoir")
 """Which past edits a step rehearses: any; half of them those of the highest last known loss; or any
@@ -83,9 +84,10 @@ class BaFTHyperParams:
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
     loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
-    engine: str = "replay"
+    engine: str = "auto"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
-    rounding. A model that cannot be replayed gets the full forward."""
+    rounding. A model that cannot be replayed gets the full forward with `auto`, a warning in the
+    log, and the reason in the report; with `replay` its edit is refused."""
     rehearsal: int = 0
     """Past edits that each step learns again beside the new one (not in the paper, which has 0)."""
     rehearsal_irrelevant: int | None = None

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,10 @@ class EditReport:
     target is what greedy decoding gives."""
     consolidation: "EditReport | None" = None
     """What going over all remembered edits did, if it was time for that after this edit."""
+    engine: str = "full"
+    """How the model was run in the last step: `replay` or `full`."""
+    engine_note: str | None = None
+    """Why it was not replayed; None if it was, or if the hyper-parameters did not ask for that."""
 
     def __repr__(self) -> str:
         stop = "stopped early" if self.stopped_early else "all steps"
@@ -106,6 +110,7 @@ def learn(
 
     Raises:
         FloatingPointError: If a loss is not finite.
+        ValueError: If the engine is `replay`, and the model cannot be replayed.
     """
     from baft_easyedit.engine import Engine  # it imports transformers
 
@@ -130,7 +135,9 @@ def learn(
             optimizer.step()
             edit.retract()
         optimizer.zero_grad()  # they lie in memory that is used again
-    return run.results((time.perf_counter() - start) / edit.num_edits)
+    results = run.results((time.perf_counter() - start) / edit.num_edits)
+    ran = {"engine": engine.name, "engine_note": engine.note}
+    return [learned._replace(report=replace(learned.report, **ran)) for learned in results]
 
 
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:

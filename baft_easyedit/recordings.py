@@ -4,7 +4,8 @@ Shapes: n computed columns, s columns before them, D hidden size, N heads, H hea
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,19 @@ class Recording(NamedTuple):
     def devices(self) -> tuple[torch.device, ...]:
         """Where its tensors are."""
         return tuple(t.device for t in self.tensors)
+
+    def is_close(self, other: "Recording", tolerance: float) -> bool:
+        """Tell whether each tensor is the other's, but for this share of its mean size.
+
+        Not of its largest value: some hidden states have a few that exceed all others.
+        """
+        if self.past.keys() != other.past.keys():
+            return False
+        pairs = [(a.float(), b.float()) for a, b in zip(self.tensors, other.tensors, strict=True)]
+        return all(
+            a.shape == b.shape and float((a - b).abs().sum()) <= tolerance * float(b.abs().sum())
+            for a, b in pairs
+        )
 
     def to(self, devices: Iterable[torch.device]) -> "Recording":
         """Bring each of its tensors to a device."""
@@ -71,9 +85,12 @@ class Recordings:
     def __len__(self) -> int:
         return sum(map(len, self._tiers.values()))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Recordings":
-        """Return an empty one: a copied model makes its own."""
-        return Recordings(*self.limits)
+    def __iter__(self) -> Iterator[TextRow]:
+        return chain.from_iterable(self._tiers.values())
+
+    def __reduce__(self) -> Any:
+        """Copy, and write to a file, an empty one: another model makes its own."""
+        return Recordings, self.limits
 
     @property
     def num_bytes(self) -> int:
@@ -83,10 +100,14 @@ class Recordings:
     def make_valid_for(self, version: Hashable) -> None:
         """Forget everything unless it was made with this version of the model."""
         if version != self._made_with:
-            for tier, recordings in self._tiers.items():
-                recordings.clear()
-                self._sizes[tier] = 0
+            self.clear()
             self._made_with = version
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for tier, recordings in self._tiers.items():
+            recordings.clear()
+            self._sizes[tier] = 0
 
     def __contains__(self, row: TextRow) -> bool:
         return any(row in recordings for recordings in self._tiers.values())
@@ -123,6 +144,7 @@ class Recordings:
 def model_version(model: nn.Module) -> Hashable:
     """Return what changes when a weight of the model is moved, replaced or written to.
 
-    Writes through `Tensor.data` are not seen, nor adapters that are switched on or off.
+    Writes through `Tensor.data` are not seen, nor adapters that are switched on or off: `replay`
+    looks whether a text is still computed as it was.
     """
     return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())

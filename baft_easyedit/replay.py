@@ -12,6 +12,7 @@ vocabulary, D hidden size.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,14 +23,16 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from baft_easyedit.caches import FrozenPrefix, Recorder
-from baft_easyedit.forward import Expected, Forward
-from baft_easyedit.hooks import ModelEdit
-from baft_easyedit.models import decoder_layers, input_device, text_config
+from baft_easyedit.forward import CannotReplay, Contents, Expected, Forward, of_this_thread
+from baft_easyedit.hooks import ModelEdit, Positions
+from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
 from baft_easyedit.recordings import Recording, Recordings, model_version
 from baft_easyedit.requests import TextRow
+
+logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far replayed logits may be from recorded ones, relative to the largest of these."""
@@ -75,7 +78,8 @@ class FullForward:
         layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
         inputs = _inputs(self._model, layout)
         inputs["attention_mask"] = (layout.row_of >= 0).long()
-        return Forward(self._model, self._edit, layout, inputs | dict(arguments))
+        contents = Contents(layout, Positions.of(layout.positions), inputs | dict(arguments))
+        return Forward(self._model, self._edit, contents)
 
     def record(self, rows: Sequence[TextRow], cache: DynamicCache) -> Forward:
         """Prepare a forward of rows that fills a cache."""
@@ -93,9 +97,22 @@ def _pieces(
 def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
     """Return the arguments of a forward that say which tokens there are."""
     inputs: dict[str, Any] = {"input_ids": layout.input_ids}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if _takes(model, "position_ids"):
         inputs["position_ids"] = layout.position_ids
     return inputs
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Tell whether a model's forward has an argument, or hands all it does not know to one that has.
+
+    So does PEFT's.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if argument in parameters:
+        return True
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    decoder = owner_of(model, decoder_layers(model))
+    return hands_on and argument in inspect.signature(decoder.forward).parameters
 
 
 class LayerReplay:
@@ -123,6 +140,7 @@ class LayerReplay:
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
         self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
         self._unchecked: dict[TextRow, Recording] = {}
+        self._are_recordings_checked = False
         shape = (edit.layers, edit.num_prompt_positions)
         self._recordings.make_valid_for((model_version(model), shape))
 
@@ -130,14 +148,14 @@ class LayerReplay:
         """Lay out the rows of each edit and join their recordings, made where they are missing.
 
         Raises:
-            Exception: Whatever the model raises with a cache that it cannot use.
-            ValueError: If the replayed logits of the unedited model are not the recorded ones, or
-                its attention takes no mask for each pair of tokens.
+            CannotReplay: If the model cannot use a cache that it does not know, the replayed logits
+                of the unedited model are not the recorded ones, or its attention takes no mask for
+                each pair of tokens.
         """
         _check_takes_masks(text_config(self._model))
         rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
-        missing = [row for row in rows if row not in self._recordings]
         known = self._known(rows)
+        missing = [row for row in rows if row not in known]
         if missing:
             with self._edit.disabled():
                 new, logits, _ = self._record(missing)
@@ -155,15 +173,15 @@ class LayerReplay:
         not depend on it, and their losses are those that the first step has to give.
 
         Raises:
-            Exception: As above.
+            CannotReplay: As above.
         """
+        _check_takes_masks(text_config(self._model))
         rows = edits[0]
-        missing = [i for i, row in enumerate(rows) if row not in self._recordings]
+        known = self._known(rows)
+        missing = [i for i, row in enumerate(rows) if row not in known]
         is_told = len(set(rows)) == len(rows) and any(rows[i].is_edit for i in missing)
         if len(edits) > 1 or not is_told:
             return self.prepare(edits)
-        _check_takes_masks(text_config(self._model))
-        known = self._known(rows)
         with torch.no_grad():
             self._unchecked, logits, layout = self._record([rows[i] for i in missing])
         losses = answer_loss(token_losses(logits, layout.labels), layout.label_rows, len(missing))
@@ -180,7 +198,7 @@ class LayerReplay:
             row_losses: The losses of the step, [R].
 
         Raises:
-            ValueError: If the losses, and then the logits too, are not those of the full forward.
+            CannotReplay: If the losses, and then the logits too, are not those of the full forward.
                 There is more room for rounding in logits.
         """
         if not self._unchecked:
@@ -193,8 +211,30 @@ class LayerReplay:
 
     def _known(self, rows: Iterable[TextRow]) -> dict[TextRow, Recording]:
         """Return the recordings of those rows that have one."""
+        if not self._are_recordings_checked:
+            self._check_recordings()
         found = {row: self._recordings.get(row) for row in rows}
         return {row: recording for row, recording in found.items() if recording is not None}
+
+    def _check_recordings(self) -> None:
+        """Record a text of an earlier call again; forget all unless it is as it was.
+
+        No version of the weights tells of writes through `.data`, of hooks, or of adapters that
+        were switched. The text with the longest past says most of the layers above the first.
+        """
+        row = max(self._recordings, key=self._start, default=None)
+        known = None if row is None else self._recordings.get(row)
+        if row is not None and known is not None:
+            with self._edit.disabled():
+                again, _, _ = self._record([row])
+            if not again[row].is_close(known, _tolerance(known.hidden)):
+                logger.info("all texts are recorded anew: %s computes something else", self._name)
+                self._recordings.clear()
+        self._are_recordings_checked = True
+
+    @property
+    def _name(self) -> str:
+        return type(self._model).__name__
 
     def _keep(self, new: Mapping[TextRow, Recording]) -> None:
         """Keep recordings for later calls."""
@@ -212,8 +252,9 @@ class LayerReplay:
         full = self._full.record(rows, recorder)
         with _watching(self._stubs[-1]) as seen:
             logits = full()
-        is_tuple = isinstance(seen[0], tuple)
-        hidden = seen[0][0] if is_tuple else seen[0]  # [R, W, D]
+        is_tuple = bool(seen) and isinstance(seen[0], tuple)
+        hidden = seen[0][0] if is_tuple else seen[0] if seen else None
+        _check_belong_to_rows(full.layout, hidden, recorder.seen)
         self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
         new = {row: self._cut(b, row, hidden, recorder.seen) for b, row in enumerate(rows)}
         return new, logits, full.layout
@@ -252,20 +293,33 @@ class LayerReplay:
         )
         extras = self._recordings.layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        stubs = self._stubs
-        return Forward(
-            self._model, self._edit, layout, inputs, stubs, output, self._rounds, expected
-        )
+        # In some layouts of a size there is no padding: it takes another graph to gain by that.
+        at = layout.positions
+        positions = Positions(at, False) if self._rounds else Positions.of(at)
+        contents = Contents(layout, positions, inputs, output, self._rounds)
+        return Forward(self._model, self._edit, contents, self._stubs, expected)
 
 
 def _check_takes_masks(config: Any) -> None:
-    """Raise ValueError unless a model's attention takes a mask for each pair of tokens.
+    """Raise CannotReplay unless a model's attention takes a mask for each pair of tokens.
 
     Others would read beyond their memory on a GPU, which ends the process's use of it.
     """
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
-        raise ValueError(f"its attention, {attention}, takes no mask for each pair of tokens")
+        raise CannotReplay(f"its attention, {attention}, takes no mask for each pair of tokens")
+
+
+def _check_belong_to_rows(
+    layout: Layout, hidden: Any, states: Mapping[int, tuple[Tensor, Tensor]]
+) -> None:
+    """Raise CannotReplay unless a layer's output is [R, W, D], and what it stores [R, N, W, H]."""
+    shape = tuple(layout.input_ids.shape)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
+        raise CannotReplay("its first edited layer gives no hidden state for each token")
+    for layer, pair in states.items():
+        if any(t.dim() != 4 or (t.shape[0], t.shape[2]) != shape for t in pair):
+            raise CannotReplay(f"layer {layer} stores no keys and values for each token")
 
 
 def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -327,29 +381,32 @@ def _masks(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
 def _watching(layer: nn.Module) -> Iterator[list[Any]]:
     """Collect a layer's outputs in this context, before any edit of them."""
     seen: list[Any] = []
-    handle = layer.register_forward_hook(lambda _m, _a, output: seen.append(output), prepend=True)
+    hook = of_this_thread(lambda _module, _args, output: seen.append(output))
+    handle = None
     try:
+        handle = layer.register_forward_hook(hook, prepend=True)
         yield seen
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
-def _tolerance(logits: Tensor) -> float:
-    """Return how far replayed logits may be off, relative to the largest."""
-    tolerance = _TOLERANCE.get(logits.dtype, 0.0)
-    if logits.is_cuda:  # which may multiply matrices in TF32
+def _tolerance(values: Tensor) -> float:
+    """Return how far what is replayed or recorded may be off, relative to its size."""
+    tolerance = _TOLERANCE.get(values.dtype, 0.0)
+    if values.is_cuda:  # which may multiply matrices in TF32
         tolerance = max(tolerance, _TOLERANCE_TF32)
     return tolerance
 
 
 def _check_equal(replayed: Tensor, recorded: Tensor) -> None:
-    """Raise ValueError unless logits [A, V] are equal up to rounding."""
+    """Raise CannotReplay unless logits [A, V] are equal up to rounding."""
     if not len(recorded):
         return
     difference = float((replayed - recorded).float().abs().max())
     largest = float(recorded.float().abs().max())
     if not difference <= _tolerance(recorded) * largest:
-        raise ValueError(
+        raise CannotReplay(
             f"replayed logits differ by {difference:.2g} from the full forward's, of size "
             f"{largest:.2g}"
         )

@@ -31,15 +31,15 @@ def rows(tokenizer):
 
 def replayed(model, edit, *edits, **options):
     """A replayed forward; older transformers have families that cannot be."""
-    engine = Engine(model, edit, "replay", **options)
+    engine = Engine(model, edit, "auto", **options)
     forward = engine.prepare(edits)
-    if not engine.is_replay:
+    if engine.name == "full":
         pytest.skip("not replayed under transformers below 4.53")
     return forward
 
 
 def never_captured(monkeypatch):
-    monkeypatch.setattr(Descent, "_capture", lambda *_: None)
+    monkeypatch.setattr(Descent, "_captured_on", lambda *_: None)
 
 
 class StandIn:
@@ -234,7 +234,7 @@ def test_models_on_several_devices_are_not_captured(model, rows, long, monkeypat
         assert forward.device == torch.device("cpu")
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
         assert forward.device is None
-        assert Descent(edit, long)._capture(forward) is None
+        assert Descent(edit, long)._captured_on(forward) is None
 
 
 @pytest.mark.parametrize("num_edits", [1, 2])
@@ -261,7 +261,7 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
 
 
 def test_edits_by_graphs_are_those_without(model, tokenizer, long, stand_ins, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
         captured, reports = states(model, tokenizer, long, REQUESTS)
     assert not of_graphs(caplog)
     never_captured(monkeypatch)
@@ -299,7 +299,7 @@ def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long)
 
 
 def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
         repeated, reports = states(model, tokenizer, long, ALIKE)
     assert not of_graphs(caplog)
     assert len(stand_ins) == 1
@@ -314,11 +314,11 @@ def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, stand
     edit = random_edit(layers=long.layers)
     edit.attach(model)
     steps = Descent(edit, long)
-    assert steps._capture(Engine(model, edit, "full").prepare([rows])) is None
+    assert steps._captured_on(Engine(model, edit, "full").prepare([rows])) is None
     forward = Engine(model, edit, "replay").prepare([rows])
-    assert steps._capture(forward) is not None
+    assert steps._captured_on(forward) is not None
     monkeypatch.setattr(descent, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
-    assert steps._capture(forward) is None
+    assert steps._captured_on(forward) is None
 
 
 def test_what_could_not_be_captured_is_not_tried_again(
@@ -328,7 +328,7 @@ def test_what_could_not_be_captured_is_not_tried_again(
         raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(descent, "CudaGraph", fail)
-    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
         tried, _ = states(model, tokenizer, long, ALIKE)
     assert len(of_graphs(caplog)) == 1
     never_captured(monkeypatch)
@@ -344,7 +344,7 @@ def test_edits_of_one_size_share_a_graph_on_cuda(
     dtype, rel, model, tokenizer, long, monkeypatch, caplog
 ):
     model.to("cuda", dtype)
-    with caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
         editor = BaFTEditor(model, tokenizer, long)
         reports = [editor.edit(request) for request in (*ALIKE, *REQUESTS, *ALIKE)]
         known = editor.model_edit.known_steps
@@ -365,7 +365,7 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
     edit = random_edit(layers=long.layers).cuda()
     edit.attach(model)
     steps, computed = Descent(edit, long), Descent(edit, replace(long, engine="full"))
-    with _frozen(model), caplog.at_level(logging.INFO, "baft_easyedit.cuda_graph"):
+    with _frozen(model), caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
         forward = Engine(model, edit, "replay").prepare([rows])
         for _ in range(8):
             with torch.no_grad():
@@ -373,5 +373,5 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
                     p.add_(torch.randn_like(p) * 1e-2)
             loss = steps.step(forward).loss.clone()
             assert torch.allclose(loss, computed.step(forward).loss, rtol=1e-2)
-    assert isinstance(steps._compute._graph, CudaGraph)
+    assert isinstance(steps._compute._state.graph, CudaGraph)
     assert not of_graphs(caplog)

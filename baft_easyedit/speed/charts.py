@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from baft_easyedit.bench.figures import method_styles
-from baft_easyedit.hparams import ENGINES
-from baft_easyedit.speed.options import Row, swept_value
+from baft_easyedit.speed.options import MEASURED_ENGINES, Row, swept_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,10 +86,11 @@ def sweep_plot(what: str, rows: "Sequence[RowResult]") -> "Figure":
     for result in rows:
         line = lines.setdefault((result.row.method, result.row.engine), {})
         line[swept_value(result.row)] = result.median("edit_s") or 0.0
-    several = {method for method, engine in lines if engine != ENGINES[0]}
+    several = {method for method, engine in lines if engine != MEASURED_ENGINES[0]}
     for (method, engine), points in lines.items():
         style = method_styles([method])[method]
-        look = {**style, "linestyle": "-" if engine == ENGINES[0] else "--", "markersize": 4}
+        is_default = engine == MEASURED_ENGINES[0]
+        look = {**style, "linestyle": "-" if is_default else "--", "markersize": 4}
         label = f"{method}-{engine}" if method in several else method
         panel.plot(list(points), list(points.values()), label=label, **look)
     panel.set(xscale="log", xlabel=what.replace("-", " "), ylabel="seconds per edit call", ylim=0)
@@ -112,7 +112,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _bar_style(row: Row, style: Mapping[str, Any]) -> dict[str, Any]:
     """Return how a row's bar is drawn: hatched for an engine that is not the default."""
-    is_other = row.engine is not None and row.engine != ENGINES[0]
+    is_other = row.engine is not None and row.engine != MEASURED_ENGINES[0]
     return {
         "color": style["color"],
         "alpha": 0.55 if is_other else 1.0,

@@ -20,7 +20,11 @@ MIN_PROMPT_LENGTH = 4
 MAX_UNASKED_PARAMETERS = 1_000_000_000
 """Larger random models are written to a disk only where the user says."""
 
+MEASURED_ENGINES = tuple(name for name in ENGINES if name != "auto")
+"""What an edit can be run by, the default first."""
+
 _DATA_RULE = f"have the form KIND=PATH, with a kind of {', '.join(DATASETS)}"
+_ENGINE_RULE = f"have an engine of {', '.join(MEASURED_ENGINES)}"
 _SWEPT_METHODS = ("BaFT", "ReFT")
 _SWEPT = {
     "prompt-length": "prompt_length",
@@ -39,7 +43,7 @@ class Row:
     method: str
     """BaFT, ReFT or one of EasyEdit's methods."""
     engine: str | None
-    """How BaFT or ReFT runs the model, a name of `hparams.ENGINES`; None for other methods."""
+    """How BaFT or ReFT runs the model, a name of `MEASURED_ENGINES`; None for other methods."""
     prompt_length: int
     """Tokens of each prompt, with the one that begins a text."""
     answer_length: int
@@ -61,7 +65,7 @@ class Row:
     @property
     def is_reference(self) -> bool:
         """Whether other rows of the same setting are compared with this one."""
-        return (self.method, self.engine) == ("BaFT", ENGINES[0])
+        return (self.method, self.engine) == ("BaFT", MEASURED_ENGINES[0])
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -282,11 +286,11 @@ def _meanings(name: str) -> list[tuple[str, str, str | None]]:
         why_not(name, "current")  # raises if there is no such method
         return [(name, name, None)]
     if engine:
-        _check(engine in ENGINES, "methods", f"have an engine of {', '.join(ENGINES)}", name)
+        _check(engine in MEASURED_ENGINES, "methods", _ENGINE_RULE, name)
         return [(name, method, engine)]
     if method == "BaFT":
-        return [(f"BaFT-{engine}", "BaFT", engine) for engine in ENGINES]
-    return [(method, method, ENGINES[0])]
+        return [(f"BaFT-{engine}", "BaFT", engine) for engine in MEASURED_ENGINES]
+    return [(method, method, MEASURED_ENGINES[0])]
 
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:
