@@ -28,11 +28,11 @@ from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.intervention import tangent
 from baft_easyedit.objective import (
-    Rescaling,
     answer_loss,
     joint_loss,
     load_balance,
     locality_margin,
+    rescaling_factor,
     token_losses,
 )
 from baft_easyedit.packing import Layout
@@ -81,7 +81,6 @@ class Objective:
     def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
         self._edit = edit
         self._hparams = hparams
-        self._rescaling = Rescaling(hparams.rescaling)
 
     @property
     def settings(self) -> Hashable:
@@ -89,11 +88,6 @@ class Objective:
         h = self._hparams
         terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
         return (*terms, h.alpha, h.beta, h.gamma, h.rescaling)
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether a step depends on the first one of the edit."""
-        return self._hparams.rescaling == "match-first-step"
 
     @torch.no_grad()
     def value(self, forward: "Forward") -> Step:
@@ -162,7 +156,7 @@ class Objective:
         for name, coefficient in coefficients.items():
             if name in step.terms:
                 term = step.terms[name].to(total.device)
-                factor = self._rescaling.factor(name, term, step.loss)
+                factor = rescaling_factor(self._hparams.rescaling, term, step.loss)
                 total = total + coefficient * factor * term
         return total.sum()
 
@@ -184,7 +178,7 @@ class Descent:
         self._captures = hparams.engine != "full"
         self._objective = Objective(edit, hparams)
         self._parameters = list(edit.learned_parameters().values())
-        self._known = None if self._objective.keeps_state else known
+        self._known = known
         usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
         memory = tuple(t.data_ptr() for t in (*self._parameters, *usage))
         self._made_with = (self._objective.settings, memory)

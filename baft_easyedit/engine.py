@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from baft_easyedit.forward import CannotReplay, Forward

@@ -324,7 +324,9 @@ class History:
     def _repeat(self, directory: KeptDirectory, entry: Entry, settings: dict[str, Any]) -> None:
         """Learn an entry of the journal again, and compare."""
         model, where = self._learner.model, str(directory.path)
-        if entry.kind in ("edit", "consolidate"):
+        then, now = settings["environment"], environment(model)
+        is_of_this_format = then.get("format_version") == now["format_version"]
+        if is_of_this_format and entry.kind in ("edit", "consolidate"):
             hparams = hparams_of(settings["hparams"], model, where)
             if entry.kind == "edit":
                 self._learner.learn(as_requests(entry.requests), hparams)
@@ -332,7 +334,6 @@ class History:
                 self._learner.consolidate(entry.report["num_steps"], hparams)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
-        then, now = settings["environment"], environment(model)
         different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
         raise ValueError(
             f"entry {entry.id} of {where} ({entry.kind}) could not be learned again bit for bit "

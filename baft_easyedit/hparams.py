@@ -80,7 +80,7 @@ class BaFTHyperParams:
     """R_loc: weight that an edited position should reach, in [0, 1]."""
     gamma: float = 0.02
     """R_loc: wanted gap between the largest weights, in [0, 1]."""
-    rescaling: str = "match-each-step"
+    rescaling: str = "match"
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
     loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""

@@ -164,44 +164,29 @@ def locality_margin(
     return closed + opened + F.relu(gamma - (largest - largest_irrelevant))
 
 
-RESCALINGS = ("none", "match-first-step", "match-each-step")
+RESCALINGS = ("match", "none")
 
-_SMALLEST_TERM = 1e-6
-_LARGEST_FACTOR = 100.0
+_SMALLEST_TERM = 1e-3
+"""Below it a term counts as reached: R_bal begins at 0, and would be blown up without bound."""
 
 
-class Rescaling:
-    """Brings the regularisers to the magnitude of the answer loss.
+def rescaling_factor(rule: str, term: Tensor, answer: Tensor) -> Tensor:
+    """Return the factor that brings a regulariser to the magnitude of the answer loss.
 
     The paper says that "the three terms are rescaled to the same magnitude" without a formula, so
-    the rule is named (ours): `none` leaves them; `match-first-step` multiplies a term by L1 / term
-    as both are at the first step of an edit; `match-each-step` does so at every step. Factors are
-    constants for the gradient and at most 100.
+    the rule is named (ours): `match` multiplies a term by L1 / term as they are at this step, where
+    a term below 1e-3 counts as 1e-3; `none` leaves it. Factors are constants for the gradient.
 
     Args:
         rule: One of `RESCALINGS`.
+        term: The regulariser, one value for each edit.
+        answer: L1, likewise.
+
+    Raises:
+        ValueError: If there is no such rule.
     """
-
-    def __init__(self, rule: str) -> None:
-        if rule not in RESCALINGS:
-            raise ValueError(f"rescaling must be one of {', '.join(RESCALINGS)}; got {rule!r}")
-        self.rule = rule
-        self._first: dict[str, Tensor] = {}
-
-    def factor(self, name: str, term: Tensor, answer: Tensor) -> Tensor:
-        """Return the factor of one term.
-
-        Args:
-            name: Which term, to remember its first step.
-            term: The regulariser, one value for each edit.
-            answer: L1, likewise.
-        """
-        if self.rule == "none":
-            return torch.ones_like(term)
-        if name in self._first:
-            return self._first[name]
-        ratio = answer.detach() / term.detach().clamp_min(_SMALLEST_TERM)
-        ratio = ratio.clamp_max(_LARGEST_FACTOR)
-        if self.rule == "match-first-step":
-            self._first[name] = ratio
-        return ratio
+    if rule == "none":
+        return torch.ones_like(term)
+    if rule == "match":
+        return answer.detach() / term.detach().clamp_min(_SMALLEST_TERM)
+    raise ValueError(f"rescaling must be one of {', '.join(RESCALINGS)}; got {rule!r}")

@@ -480,6 +480,8 @@ def test_an_edit_of_version_1_goes_on_in_version_2(model, tokenizer, request_dic
     expected = load_file(old / "logits.safetensors")["logits"]
     with BaFTEditor.open(model, tokenizer, old) as editor:
         assert torch.allclose(logits(model)[0, -1], expected, atol=1e-4)
+        assert editor.hparams.rescaling == "match"  # there, match-each-step
+        assert editor.hparams.engine == "auto"
         at_open = editor.model_edit.snapshot()
         editor.edit(request_dict)
         editor.undo()

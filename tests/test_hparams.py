@@ -101,7 +101,7 @@ def test_presets_keep_the_end_off_as_the_papers_scores_are_teacher_forced(name):
         ({"beta": -0.5}, ValueError, r"beta must be in \[0, 1\]"),
         ({"gamma": 2}, ValueError, r"gamma must be in \[0, 1\]"),
         ({"gate": "relu"}, ValueError, "gate must be one of rms-sigmoid"),
-        ({"rescaling": "sum"}, ValueError, "rescaling must be one of none"),
+        ({"rescaling": "sum"}, ValueError, "rescaling must be one of match, none; got 'sum'"),
         ({"engine": "graph"}, ValueError, "engine must be one of auto, replay, full; got 'graph'"),
         ({"evaluation_type": "judge"}, ValueError, "evaluation_type must be one of LLM-judge"),
         ({"loc_positions": "first"}, ValueError, "loc_positions must be one of all, last"),

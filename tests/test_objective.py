@@ -6,11 +6,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from baft_easyedit.objective import (
     BasisUsage,
-    Rescaling,
     answer_loss,
     joint_loss,
     load_balance,
     locality_margin,
+    rescaling_factor,
     token_losses,
 )
 
@@ -132,30 +132,25 @@ def test_locality_gap_compares_the_largest_basis_of_each_position():
 
 
 def test_rescaling_none_leaves_the_term():
-    assert Rescaling("none").factor("balance", torch.tensor(0.5), torch.tensor(8.0)) == 1
+    assert rescaling_factor("none", torch.tensor(0.5), torch.tensor(8.0)) == 1
 
 
-def test_rescaling_match_each_step_brings_a_term_to_the_answer_loss():
-    rescaling = Rescaling("match-each-step")
-    for term, answer in ((0.5, 8.0), (0.25, 4.0)):
-        term, answer = torch.tensor(term), torch.tensor(answer)
-        assert rescaling.factor("balance", term, answer) * term == answer
+def test_rescaling_brings_each_term_to_the_answer_loss():
+    term, answer = torch.tensor([1e-3, 0.5, 4.0]), torch.tensor([8.0, 8.0, 0.1])
+    assert torch.allclose(rescaling_factor("match", term, answer) * term, answer)
 
 
-def test_rescaling_match_first_step_keeps_the_first_factor_of_each_term():
-    rescaling = Rescaling("match-first-step")
-    assert rescaling.factor("balance", torch.tensor(0.5), torch.tensor(8.0)) == 16
-    assert rescaling.factor("balance", torch.tensor(0.1), torch.tensor(1.0)) == 16
-    assert rescaling.factor("locality", torch.tensor(0.5), torch.tensor(1.0)) == 2
+def test_rescaling_lets_a_term_that_is_reached_vanish():
+    """R_bal is 0 at the first step; a factor without a bound would make noise the objective."""
+    term, answer = torch.tensor([0.0, 1e-6, 1e-4]), torch.tensor(2.0)
+    assert torch.allclose(rescaling_factor("match", term, answer), torch.tensor(2000.0))
 
 
-def test_rescaling_factor_is_bounded_and_has_no_gradient():
-    term = torch.tensor(0.0, requires_grad=True)
-    factor = Rescaling("match-each-step").factor("balance", term, torch.tensor(8.0))
-    assert factor == 100
-    assert not factor.requires_grad
+def test_rescaling_factor_has_no_gradient():
+    term, answer = (torch.tensor(v, requires_grad=True) for v in (0.5, 8.0))
+    assert not rescaling_factor("match", term, answer).requires_grad
 
 
 def test_rescaling_refuses_an_unknown_rule():
-    with pytest.raises(ValueError, match=r"rescaling must be one of none, .*; got 'sum'"):
-        Rescaling("sum")
+    with pytest.raises(ValueError, match="rescaling must be one of match, none; got 'sum'"):
+        rescaling_factor("sum", torch.tensor(1.0), torch.tensor(1.0))

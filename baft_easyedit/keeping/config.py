@@ -14,6 +14,7 @@ from torch import nn
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.keeping.fingerprint import Fingerprint
+from baft_easyedit.keeping.version1 import converted_hparams
 from baft_easyedit.messages import short
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
@@ -79,13 +80,14 @@ class KeptConfig:
                 f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
                 f"{short(found)}: use a version of baft_easyedit that knows it"
             )
+        hparams = taken(content, "hparams", dict, where)
         return cls(
             base_model=taken(content, "base_model", str, where),
             revision=taken(content, "revision", (str, _NULL), where),
             fingerprint=Fingerprint.from_json(
                 taken(content, "fingerprint", dict, where), f"the fingerprint in {where}"
             ),
-            hparams=taken(content, "hparams", dict, where),
+            hparams=converted_hparams(hparams) if found == 1 else hparams,
             versions=taken(content, "versions", dict, where),
         )
 
