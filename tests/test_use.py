@@ -129,6 +129,7 @@ def padded_on_the_left(num=4):
     return mask
 
 
+@since_5
 def test_prompt_in_chunks_gives_the_same_tokens(edited):
     model, _ = edited
     for mask in (ONES, padded_on_the_left()):
