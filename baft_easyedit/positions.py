@@ -64,8 +64,11 @@ def edit_positions(
         ValueError: If the number of `prompt_lengths` does not divide the number of rows.
     """
     num_past = real.shape[1] - num_new
-    if prompt_lengths is None and num_past >= (prompt_width or 1):
-        return real[:, num_past:]  # n_prompt = 0
+    # Caches of a window may not count beyond it: one new token is the last of its prompt, or
+    # output.
+    is_output = num_new == 1 or num_past >= (prompt_width or 0)
+    if prompt_lengths is None and num_past > 0 and is_output:
+        return real[:, num_past:]
     rank = real.long().cumsum(-1)  # [B, S]
     if prompt_lengths is not None:
         n_prompt = _per_row(prompt_lengths, real)
@@ -117,6 +120,8 @@ def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.devic
     if not isinstance(attention_mask, Tensor):
         return torch.ones(batch, total, dtype=torch.bool, device=device)
     if attention_mask.dim() == 4:
+        if attention_mask.shape[2] == 1:  # after one new token, padding makes no difference
+            return torch.ones(batch, total, dtype=torch.bool, device=device)
         attention_mask = _seen(attention_mask[:, 0], total)
     real = attention_mask[:, :total].to(device).bool().expand(batch, -1)
     missing = total - real.shape[1]
@@ -127,25 +132,25 @@ def _seen(mask: Tensor, total: int) -> Tensor:
     """Read which tokens are real from a prepared mask of causal attention.
 
     The row of padding is empty, or attends to everything, the future too. A past token that no new
-    one sees is padding, or out of a sliding window: it counts as real where the window shows, or
-    where there is one row to look at (after it, padding makes no difference).
+    one sees is padding, or out of a sliding window: it counts as real where a window shows.
 
     Args:
-        mask: Boolean, or additive with 0 for "attend", [B, T, columns].
+        mask: Boolean, or additive with 0 for "attend", [B, T, columns], T above 1.
         total: S.
 
     Returns:
         True where a token is real, [B, S], or fewer if there are fewer columns.
     """
     sees = mask if mask.dtype == torch.bool else mask == 0
-    num_new = sees.shape[1]
-    num_past = min(total, sees.shape[2]) - num_new  # a window's cache has its last columns only
+    num_past = (
+        min(total, sees.shape[2]) - sees.shape[1]
+    )  # a window's cache has its last columns only
     sees_itself = sees.diagonal(num_past, 1, 2)  # [B, T]
     sees_next = F.pad(sees, (0, 1), value=False).diagonal(num_past + 1, 1, 2)
     new = sees_itself & ~sees_next  # [B, T]
     past = (sees & new[..., None])[..., :num_past].any(1)  # [B, num_past]
     first = sees.int().argmax(-1)  # [B, T]  the first that each new token sees
-    slides = (first[:, -1:] > first[:, :1]) | (num_new == 1)  # [B, 1]
+    slides = first[:, -1:] > first[:, :1]  # [B, 1]
     return torch.cat([past | slides, new], 1)
 
 
@@ -274,9 +279,9 @@ def _is_packed(given: Mapping[str, Any], real: Tensor) -> bool:
     if given.get("cu_seq_lens_q") is not None:
         return True
     positions = given.get("position_ids")
-    if real.shape[1] == 1 or not isinstance(positions, Tensor) or positions.dim() != 2:
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.is_meta:
         return False
-    if positions.is_meta or positions.shape[1] != real.shape[1]:
+    if positions.shape[1] == 1 or positions.shape[1] != real.shape[1]:
         return False
     starts_again = positions[:, 1:] <= positions[:, :-1]  # [B or 1, T - 1]
     both_real = (real[:, 1:] & real[:, :-1]).to(positions.device)

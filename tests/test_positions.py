@@ -159,6 +159,11 @@ def test_width_of_the_prompts_tells_where_they_end(width, expected):
     assert torch.equal(row, mask(expected)[0])
 
 
+def test_one_new_token_behind_a_cache_that_stopped_counting_is_output():
+    real = mask("111111111")  # of 20, say: the cache of a window of 8 counts no further
+    assert torch.equal(edit_positions(real, 1, 3, prompt_width=15), mask("1"))
+
+
 def test_real_tokens_without_a_mask_are_all():
     assert torch.equal(real_tokens(None, 2, 3, torch.device("cpu")), mask("111", "111"))
 

@@ -183,9 +183,7 @@ def test_target_that_shares_a_token_with_its_prompt_is_refused():
         return {"input_ids": [text[i : i + 2] for i in range(0, len(text), 2)]}
 
     form = PromptFormat(separator="")
-    with pytest.raises(
-        ValueError, match=r"target_new must begin with a token of its own.*separato"
-    ):
+    with pytest.raises(ValueError, match=r"target_new must begin with a token of.*separator"):
         text_rows(as_requests({"prompt": "abc", "target_new": "def"}), joining, prompt_format=form)
     text_rows(as_requests({"prompt": "abcd", "target_new": "ef"}), joining, prompt_format=form)
 

@@ -129,6 +129,7 @@ def padded_on_the_left(num=4):
     return mask
 
 
+@since_5
 def test_prompt_in_chunks_gives_the_same_tokens(edited):
     model, _ = edited
     for mask in (ONES, padded_on_the_left()):
@@ -340,20 +341,22 @@ def test_decoder_called_by_itself_is_edited_at_its_own_positions(edited):
 
 
 def test_failed_call_leaves_no_positions_to_the_decoder(edited):
-    model, _ = edited
-    with torch.no_grad():
-        expected = model.model(input_ids=IDS[:, 2:]).last_hidden_state
+    model, edit = edited
+
+    def decoder():
+        with torch.no_grad(), edit.prompt_lengths([2]):
+            return model.model(input_ids=IDS).last_hidden_state
 
     def fail(*_):
         raise KeyError
 
+    expected = decoder()
     for module in (model, model.model):
         hook = module.register_forward_pre_hook(fail, prepend=module is model.model)
         with pytest.raises(KeyError):
-            logits(model, IDS[:, :7])
+            logits(model)  # whose positions are others
         hook.remove()
-        with torch.no_grad():
-            assert torch.equal(model.model(input_ids=IDS[:, 2:]).last_hidden_state, expected)
+        assert torch.equal(decoder(), expected)
 
 
 # What a forward says of its prompts
@@ -692,14 +695,15 @@ def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
 
 def test_positions_of_threads_that_ended_are_not_kept(edited):
     model, edit = edited
-    for _ in range(5):
-        threads = [threading.Thread(target=logits, args=(model,)) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    together = threading.Barrier(8, timeout=30)
+
+    def run():
+        together.wait()
+        logits(model)
+
+    run_in_threads([run] * 8)
     logits(model)
-    assert len(edit._calls) <= 1 + len(threads)
+    assert len(edit._calls) == 1
 
 
 def test_models_edited_in_threads_are_those_edited_one_by_one(tokenizer, hparams, request_dict):

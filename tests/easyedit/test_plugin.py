@@ -315,6 +315,10 @@ def test_a_misleading_path_is_read_rightly(host, make_hparams, model_path, tmp_p
         ({"rephrase_prompts": ["a", "b"]}, "rephrase_prompts must have one entry for each prompt"),
         ({"ground_truth": ["a", "b"]}, "ground_truth must have one entry for each prompt"),
         ({"subject": ["Mars"] * 3}, "subject must be a part of the prompt; 'Mars' is not in"),
+        (
+            {"prompts": ["Malm\u00f6 is in"] * 3, "subject": ["Malmo\u0308"] * 3},
+            "subject must be in the Unicode form of its prompt",
+        ),
         ({"target_new": ["Rome", " ", "Oslo"]}, "target_new must not be empty"),
         ({"locality_inputs": {"nq": {"prompt": ["a"] * 3}}}, "must have the key 'ground_truth'"),
         (
