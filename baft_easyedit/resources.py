@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.messages import short
+from baft_easyedit.messages import cut, short
 from baft_easyedit.paths import expanded
 
 BUNDLED_MODEL = "bundled"
-_FOR_USERS = ("BaFT", "ReFT", "bench")
-"""Folders of YAML files that users name; the others' are read by name of a model and method."""
 
 
 def hparams_root() -> Path:
@@ -35,10 +33,10 @@ def hparams_file(path: str | Path) -> Path:
     for candidate in (expanded(name), root / name, root / name.removeprefix("hparams/")):
         if os.path.exists(candidate):
             return candidate
-    files = (p.relative_to(root) for p in root.rglob("*.yaml"))
-    known = sorted(f.with_suffix("").as_posix() for f in files if f.parts[0] in _FOR_USERS)
+    known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    names = ", ".join(known)
     raise FileNotFoundError(
-        f"no hyper-parameter file {short(str(path))}; the package brings: {', '.join(known)}"
+        f"no hyper-parameter file {short(str(path))}; the package brings: {cut(names, 1500)}"
     )
 
 

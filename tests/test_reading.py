@@ -34,7 +34,8 @@ def test_nan_is_read_where_it_is_allowed():
     "text",
     ["a: [", "a: !!timestamp x", "a: !!int ''", "a: !!bool x", "a: 2001-99-99", "a: *b", "{[]: 1}",
      "[" * 5000, "a: !!python/object/apply:os.system ['touch canary']", "a: !!python/module:os",
-     "--- a\n--- b", "a: \x00"],
+     "--- a\n--- b", "a: \x00", "a: 1\na: 2", "a: {b: [{c: 1, 'c': 2}]}", "a: 0x" + "f" * 6000,
+     'a: "\\ud800"', '"\\ud800": 1', "a: *" + "long" * 9000, "a: !" + "long" * 9000 + " 1"],
 )  # fmt: skip
 def test_what_is_not_plain_yaml_is_refused_and_not_executed(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -65,6 +66,20 @@ def test_yaml_of_another_shape_is_refused(text, error, message, tmp_path):
     (tmp_path / "it.yaml").write_bytes(text)
     with pytest.raises(error, match=message):
         read_yaml(tmp_path / "it.yaml", "settings")
+
+
+def test_doubled_key_is_refused_where_it_matters():
+    with pytest.raises(ValueError, match="here must be JSON, and is not: the key 'b' comes twice"):
+        parse_json('{"a": {"b": 1, "b": 2}}', "here", is_strict=True)
+    assert parse_json('{"b": 1, "b": 2}', "here") == {"b": 2}
+
+
+def test_message_about_yaml_is_short(tmp_path):
+    for text in ("a: *" + "long" * 9000, "- " + "long" * 9000, "a: !" + "long" * 9000 + " 1"):
+        (tmp_path / "it.yaml").write_text(text)
+        with pytest.raises((ValueError, TypeError), match=r"it\.yaml") as error:
+            read_yaml(tmp_path / "it.yaml", "settings")
+        assert len(str(error.value)) < 1000
 
 
 def test_values_are_taken_by_type():
