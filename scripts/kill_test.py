@@ -4,9 +4,9 @@
 
 A child process edits a tiny random model into a kept directory and says so after each call; the
 parent kills it with SIGKILL at random moments and starts another. After every kill, all that the
-child had said must be in the directory, which must open and go on. A start that is killed before its
-first entry leaves a directory where nothing was begun, and says so. In the end the journal's hashes
-and the state must be those of a run that nobody disturbed. POSIX only.
+child had said must be in the directory, which must open and go on. A start that is killed before
+its first entry leaves a directory where nothing was begun, and says so. In the end the journal's
+hashes and the state must be those of a run that nobody disturbed. POSIX only.
 """
 
 import argparse
@@ -173,7 +173,10 @@ def run(kills: int, edits: int, seed: int, root: Path) -> dict[str, Any]:
             raise RuntimeError(f"{done} changes were completed, and {said[0]} are there")
         ahead += bool(said) and said[0] == done + 1
         done = said[-1] if said else done
-    starts = sum(_killed_start(root / f"start {i}", moments) for i in range(kills // 10))
+    starts = sum(
+        _killed_start(root / f"start {i}", moments.uniform(0, 3 * step_s))
+        for i in range(kills // 10)
+    )
     last = Child(root / "killed", edits)
     last.wait()
     _check_same(root / "killed", root / "undisturbed")
@@ -189,14 +192,14 @@ def run(kills: int, edits: int, seed: int, root: Path) -> dict[str, Any]:
     }
 
 
-def _killed_start(directory: Path, moments: random.Random) -> bool:
-    """Kill a child that begins an edit; return whether nothing was begun.
+def _killed_start(directory: Path, seconds: float) -> bool:
+    """Kill a child that begins an edit after so long; return whether nothing was begun.
 
     Raises:
         RuntimeError: If the directory cannot be begun or gone on with.
     """
     child = Child(directory, 1)
-    child.kill(moments.uniform(0.0, 0.05), is_open=False)
+    child.kill(seconds, is_open=False)
     child.said()
     is_begun = holds_edit(directory)
     try:
