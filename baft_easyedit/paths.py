@@ -6,6 +6,8 @@ a file was expected.
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -30,15 +32,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
-def open_regular(file: str | os.PathLike[str]) -> IO[bytes]:
+@contextmanager
+def open_regular(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
         ValueError: If it is something else.
-        OSError: If it cannot be read.
+        OSError: If it cannot be read; it names the file, also if reading fails later.
     """
     _check_regular(os.stat(file), file)  # to open a device can do something
-    return os.fdopen(_opened(file, _READ), "rb")
+    with os.fdopen(_opened(file, _READ), "rb") as stream:
+        try:
+            yield stream
+        except OSError as error:
+            error.filename = error.filename or str(file)
+            raise
 
 
 def open_own(file: str | os.PathLike[str], flags: int) -> int:
@@ -69,14 +77,17 @@ def read_regular(file: str | os.PathLike[str], most: int = MAX_FILE) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        ValueError: If it is something else, or has more than `most` bytes.
+        ValueError: If it is something else, or has more than `most` bytes, or more than it says, as
+            those of `/proc` do.
         OSError: If it cannot be read.
     """
     with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
-        content = stream.read(most + 1) if size <= most else b""
-    if max(size, len(content)) > most:
-        raise ValueError(f"{file} must have at most {most:,} bytes; it has more")
+        if size > most:
+            raise ValueError(f"{file} must have at most {most:,} bytes; it has {size:,}")
+        content = stream.read(size + 1)
+    if len(content) != size:
+        raise ValueError(f"{file} must have the {size:,} bytes that it says; it has others")
     return content
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.messages import short
+from baft_easyedit.messages import cut, short
 from baft_easyedit.paths import expanded
 from baft_easyedit.reading import did_you_mean
 
@@ -36,9 +36,9 @@ def hparams_file(path: str | Path) -> Path:
         if candidate.exists() and not candidate.is_dir():
             return candidate
     known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
-    hint = did_you_mean(name.removesuffix(".yaml"), known)
+    hint, names = did_you_mean(name.removesuffix(".yaml"), known), cut(", ".join(known), 1500)
     raise FileNotFoundError(
-        f"no hyper-parameter file {short(str(path))}{hint}; the package brings: {', '.join(known)}"
+        f"no hyper-parameter file {short(str(path))}{hint}; the package brings: {names}"
     )
 
 

@@ -4,7 +4,9 @@
 
 Refused rightly is an OSError, or a ValueError or TypeError that our own code raises and that names
 the file. Anything else is a finding: another error, a wrong result, a hang, something executed, or
-a file written outside the input's directory. The exit status is 1 if there is one. POSIX only.
+a file written outside the input's directory. So is a message of more than 2,000 characters, and
+more than 2 GiB of memory. Some inputs are no files: FIFOs, sockets, devices, directories, links.
+The exit status is 1 if there is a finding. Linux only.
 """
 
 import argparse
@@ -13,8 +15,11 @@ import json
 import linecache
 import os
 import random
+import re
+import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -37,15 +42,25 @@ from baft_easyedit.bench.datasets import load_dataset, load_piqa
 from baft_easyedit.hparams import read_hparams
 from baft_easyedit.keeping import state as state_module
 from baft_easyedit.keeping.config import KeptConfig
-from baft_easyedit.keeping.directory import CONFIG, JOURNAL, STATE, read_history
+from baft_easyedit.keeping.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    JOURNAL,
+    STATE,
+    read_history,
+)
 from baft_easyedit.keeping.files import parse_object
 from baft_easyedit.keeping.state import read_entries, read_state
+from baft_easyedit.messages import MAX_MESSAGE
+from baft_easyedit.paths import read_regular
 from baft_easyedit.rehearsal import RehearsalMemory
 from baft_easyedit.requests import EditRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = str(Path(baft_easyedit.__file__).parent)
 LIMIT_S = 5.0
+WAIT_S = 30.0
+LIMIT_BYTES = 2**31
 
 # ---- damage
 
@@ -66,8 +81,36 @@ YAML_TOKENS = (
     + b"}",
 )  # fmt: skip
 VALUES = (
-    *(None, True, False, 0, -1, 2, 2**63, 10**400, 1e308, float("nan"), float("inf"), 0.5),
-    *("", " ", "x", "\ud800", "\x00", "é" * 300, "../../etc/passwd", "/etc/passwd", "BaFT", "1e-4"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        2,
+        2**63,
+        2**64,
+        10**400,
+        -(10**4200),
+        1e308,
+        float("nan"),
+        float("inf"),
+        0.5,
+    ),
+    *(
+        "",
+        " ",
+        "x",
+        "\ud800",
+        "a\udfffb",
+        "\x00",
+        "é" * 300,
+        "long" * 20_000,
+        "../../etc/passwd",
+        "/etc/passwd",
+        "BaFT",
+        "1e-4",
+    ),
     *([], {}, [[]], [None], {"": None}, ["a", 1], {"a": {"b": []}}),
 )
 
@@ -121,7 +164,8 @@ def damaged_value(value: Any, rng: random.Random) -> Any:
     elif kind == "many":
         part[key] = [part[key]] * rng.choice((2, 2000))
     elif isinstance(part, dict):
-        part[rng.choice((*map(str, VALUES[:3]), "", "extra", "\ud800"))] = part.pop(key)
+        names = (*map(str, VALUES[:3]), "", "extra", "\ud800", "long" * 20_000)
+        part[rng.choice(names)] = part.pop(key)
     return value
 
 
@@ -132,7 +176,36 @@ def damaged_json(data: bytes, rng: random.Random, tokens: tuple[bytes, ...] = TO
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         value = damaged_value(value, rng)
-    return json.dumps(value).encode()
+    text = json.dumps(value)
+    return (with_doubled_key(text, rng) if rng.random() < 0.1 else text).encode()
+
+
+def with_doubled_key(text: str, rng: random.Random) -> str:
+    """Give an object of some JSON its first key twice."""
+    objects = list(re.finditer(r'\{("(?:[^"\\]|\\.)*"):', text))
+    if not objects:
+        return text
+    chosen = rng.choice(objects)
+    other = rng.choice(("null", "1", chosen[1], "{}"))
+    return f"{text[: chosen.start()]}{{{chosen[1]}: {other}, {text[chosen.start() + 1 :]}"
+
+
+def put_special(file: Path, rng: random.Random) -> str:
+    """Put what is no regular file in the place of a file; return what it is."""
+    kinds = ("FIFO", "socket", "directory", "itself", "nowhere", "/dev/zero", "/proc/self/mem")
+    kind = rng.choice(kinds)
+    file.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(file))
+    elif kind == "directory":
+        file.mkdir()
+        (file / "something").write_text("of value")
+    else:
+        file.symlink_to(file if kind == "itself" else kind)
+    return kind
 
 
 def damaged_state(data: bytes, rng: random.Random) -> bytes:
@@ -229,6 +302,9 @@ def kept_readers(folder: Path) -> Iterator[Reader]:
     files = {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
     lines = files[JOURNAL].decode().splitlines()
     kept_hash = read_state(directory / STATE).entries[-1].state_hash
+    known = {entry.state_hash for entry in read_history(directory)}
+    folder = directory / CHECKPOINTS
+    checkpoints = {f"{CHECKPOINTS}/{f.name}": f.read_bytes() for f in folder.iterdir()}
 
     def read_kept(path: Path) -> None:
         try:
@@ -257,9 +333,34 @@ def kept_readers(folder: Path) -> Iterator[Reader]:
             if edit is not None:
                 edit.detach()
 
+    def repair_kept(path: Path) -> None:
+        before = {
+            name: (path / name).read_bytes() if (path / name).is_file() else None
+            for name in (STATE, JOURNAL)
+            if not (path / name).is_symlink()
+        }
+        try:
+            with BaFTEditor.open(model, ByteTokenizer(), path, repair=True) as editor:
+                found = state_module.state_hash(editor._learner.state())
+                expect(found in known, "a state that never was")
+                own = attached_edit(model)
+                if own is not None:
+                    own.detach()
+            with BaFTEditor.open(model, ByteTokenizer(), path) as editor:
+                again = state_module.state_hash(editor._learner.state())
+                expect(again == found, "another state after the repair")
+            now = [file.read_bytes() for file in path.rglob("*") if file.is_file()]
+            for name, data in before.items():
+                is_there = data is None or any(other.startswith(data) for other in now)
+                expect(is_there, f"{name} is lost")
+        finally:
+            edit = attached_edit(model)
+            if edit is not None:
+                edit.detach()
+
     def read_config_file(path: Path) -> None:
         where = str(path / CONFIG)
-        config = KeptConfig.from_json(parse_object((path / CONFIG).read_bytes(), where), where)
+        config = KeptConfig.from_json(parse_object(read_regular(path / CONFIG), where), where)
         json.dumps(config.to_json())
         open_kept(path)
 
@@ -276,6 +377,8 @@ def kept_readers(folder: Path) -> Iterator[Reader]:
     yield Reader("state file", STATE, files[STATE], damaged_state, read_kept, rest(STATE))
     yield Reader("journal", JOURNAL, files[JOURNAL], damaged_journal, open_kept, rest(JOURNAL))
     yield Reader("config", CONFIG, files[CONFIG], damaged_json, read_config_file, rest(CONFIG))
+    for name, damage in ((STATE, damaged_state), (JOURNAL, damaged_journal)):
+        yield Reader("repair", name, files[name], damage, repair_kept, rest(name) | checkpoints)
     data = json.dumps(memory).encode()
     yield Reader("rehearsal memory", "memory.json", data, damaged_object, restore_memory)
 
@@ -400,10 +503,16 @@ class Watch:
         elif event in ("os.rename", "os.link", "os.symlink"):
             paths = arguments[:2]
         for path in paths:
-            if isinstance(path, str | bytes | os.PathLike) and not os.path.realpath(
-                os.fsdecode(path)
+            if isinstance(path, str | bytes | os.PathLike) and not self._leads(
+                os.fsdecode(path), is_open
             ).startswith(inside):
                 self.seen.append(f"{event} {path!r}")
+
+    def _leads(self, path: str, is_followed: bool) -> str:
+        """Return where a path leads; what renames or removes a link does not follow it."""
+        if is_followed:
+            return os.path.realpath(path)
+        return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
     @contextmanager
     def over(self, directory: Path) -> Iterator[None]:
@@ -413,15 +522,23 @@ class Watch:
             raise Hang
 
         self.seen.clear()
-        before = signal.signal(signal.SIGPROF, alarm)
+        signals = (signal.SIGPROF, signal.SIGALRM)
+        before = [signal.signal(number, alarm) for number in signals]
         signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+        signal.setitimer(signal.ITIMER_REAL, WAIT_S)
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, limits[1]))
         self._inside = os.path.realpath(directory)
         try:
             yield
         finally:
             self._inside = None
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, before)
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+            for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+                signal.setitimer(timer, 0)
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
 
 
 def is_ours(error: BaseException) -> bool:
@@ -445,7 +562,7 @@ def outcome(reader: Reader, path: Path, watch: Watch) -> tuple[str, str]:
             reader.read(path)
         result = "read"
     except Hang:
-        result, wrong = "hang", f"more than {LIMIT_S} s of CPU time"
+        result, wrong = "hang", f"more than {LIMIT_S} s of CPU time, or {WAIT_S} s of waiting"
     except Exception as error:  # noqa: BLE001
         result = type(error).__name__
         is_refusal = type(error) in (ValueError, TypeError) and is_ours(error)
@@ -457,7 +574,7 @@ def outcome(reader: Reader, path: Path, watch: Watch) -> tuple[str, str]:
             wrong = f"{result}: {str(error)[:200]}"
         elif not names_it:
             wrong = f"{result} without the file's name: {str(error)[:200]}"
-        elif len(str(error)) > 100_000:
+        elif len(str(error)) > MAX_MESSAGE:
             wrong = f"{result} with a message of {len(str(error))} characters"
     if watch.seen:
         wrong = f"{wrong} {'; '.join(watch.seen)}"
@@ -487,9 +604,13 @@ def run(inputs: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:
             path = root / "input"
             path.mkdir()
             for name, data in reader.others.items():
+                (path / name).parent.mkdir(exist_ok=True)
                 (path / name).write_bytes(data)
             damaged = reader.damage(reader.data, rng).replace(b"%s", bytes(canary))
             (path / reader.file).write_bytes(damaged)
+            if rng.random() < 0.15 and reader.name != "rehearsal memory":  # that is no file
+                what = put_special(path / rng.choice((reader.file, *reader.others)), rng)
+                damaged = what.encode()
             result, wrong = outcome(reader, path, watch)
             if canary.exists():
                 wrong = f"{wrong} executed"

@@ -4,8 +4,9 @@
 
 A child process edits a tiny random model into a kept directory and says so after each call; the
 parent kills it with SIGKILL at random moments and starts another. After every kill, all that the
-child had said must be in the directory, which must open and go on. In the end the journal's hashes
-and the state must be those of a run that nobody disturbed. POSIX only.
+child had said must be in the directory, which must open and go on. A start that is killed before
+its first entry leaves a directory where nothing was begun, and says so. In the end the journal's
+hashes and the state must be those of a run that nobody disturbed. POSIX only.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
-from baft_easyedit.keeping.directory import STATE, read_history
+from baft_easyedit.keeping.directory import STATE, holds_edit, read_history
 from baft_easyedit.keeping.state import read_state
 
 
@@ -172,6 +173,10 @@ def run(kills: int, edits: int, seed: int, root: Path) -> dict[str, Any]:
             raise RuntimeError(f"{done} changes were completed, and {said[0]} are there")
         ahead += bool(said) and said[0] == done + 1
         done = said[-1] if said else done
+    starts = sum(
+        _killed_start(root / f"start {i}", moments.uniform(0, 3 * step_s))
+        for i in range(kills // 10)
+    )
     last = Child(root / "killed", edits)
     last.wait()
     _check_same(root / "killed", root / "undisturbed")
@@ -179,11 +184,31 @@ def run(kills: int, edits: int, seed: int, root: Path) -> dict[str, Any]:
         "changes": edits,
         "kills": killed,
         "kills while opening": unopened,
+        "starts killed before their first entry": f"{starts} of {kills // 10}",
         "recovered beyond what the child had said": ahead,
         "last start found": last.said()[0],
         "milliseconds per change": round(1000 * step_s, 1),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def _killed_start(directory: Path, seconds: float) -> bool:
+    """Kill a child that begins an edit after so long; return whether nothing was begun.
+
+    Raises:
+        RuntimeError: If the directory cannot be begun or gone on with.
+    """
+    child = Child(directory, 1)
+    child.kill(seconds, is_open=False)
+    child.said()
+    is_begun = holds_edit(directory)
+    try:
+        BaFTEditor.open(make_model(), ByteTokenizer(), directory).close()
+    except ValueError as error:
+        if is_begun or "nothing was begun there" not in str(error):
+            raise RuntimeError(f"a killed start left what cannot be opened: {error}") from error
+    open_editor(directory).close()
+    return not is_begun
 
 
 def _check_same(first: Path, second: Path) -> None:

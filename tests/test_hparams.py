@@ -106,6 +106,8 @@ def test_presets_keep_the_end_off_as_the_papers_scores_are_teacher_forced(name):
         ({"evaluation_type": "judge"}, ValueError, "evaluation_type must be one of LLM-judge"),
         ({"loc_positions": "first"}, ValueError, "loc_positions must be one of all, last"),
         ({"lr": 10**400}, TypeError, "lr must be of type float; got an integer of 1329 bits"),
+        ({"seed": 2**64}, ValueError, "seed must have at most 64 bits; got 18446744073709551616"),
+        ({"layers": [10**99]}, ValueError, "layers must have at most 64 bits; got "),
         ({"alg_name": "LoRA"}, ValueError, "alg_name must be 'BaFT'; got 'LoRA'"),
         ({"model_name": ""}, ValueError, "model_name must not be empty"),
         ({"device": None}, TypeError, "device must be of type int | str"),

@@ -1116,10 +1116,18 @@ def test_no_file_beside_a_directory_stops_it(opened, three, kind):
     with opened(hparams=None) as editor:
         editor._history.recent.clear()
         editor.rollback(to=2)
-    if kind != "directory":
-        special(kind, three / "baft_config.json")
-        opened(hparams=None).close()
+    for name in ("baft_config.json", "checkpoints"):
+        if name == "checkpoints":
+            (three / name).rename(three.parent / f"{name} of {kind}")
+        special("FIFO" if (kind, name) == ("directory", "checkpoints") else kind, three / name)
+        match = f"{name} must be a .*put a copy of what it should be in its place, or open.. with r"
+        with pytest.raises(ValueError, match=match):
+            opened(hparams=None)
+        with opened(hparams=None, repair=True) as editor:
+            editor.edit(fact(8))
         assert json.loads((three / "baft_config.json").read_text())["format_version"] == 1
+    assert [os.path.lexists(three / f"before-repair-{i}/{name}") for i, name in (
+        (1, "baft_config.json"), (2, "checkpoints"))] == [True, True]  # fmt: skip
     special(kind, three / "lock")
     with pytest.raises((ValueError, OSError), match=r"lock must be a regular file; it is a"):
         opened(hparams=None)
@@ -1130,7 +1138,9 @@ def test_journal_that_is_a_link_is_not_written_through(opened, three):
     (three / "journal.jsonl").symlink_to(elsewhere)
     before = elsewhere.read_bytes()
     match = r"journal.jsonl must be a regular file; it is a symbolic link, .*: put a copy in its p"
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(
+        ValueError, match=r"journal.jsonl must be a regular file, not a link to one"
+    ):
         opened(hparams=None)
     shutil.copy(elsewhere, three / "a copy")
     (three / "a copy").replace(three / "journal.jsonl")
@@ -1188,7 +1198,7 @@ def test_newest_whole_state_is_gone_on_from(opened, three, lost):
     aside = three / "before-repair-1"
     assert (aside / "checkpoints/00000000.safetensors").read_bytes() == b"damaged"
     assert (aside / "checkpoints/00000002.safetensors").read_bytes() == checkpoint
-    assert (aside / "baft.safetensors").exists() == (lost == "damaged both")
+    assert (aside / "baft.safetensors").exists() == (lost != "journal and state")
     assert [f.name for f in (three / "checkpoints").iterdir()] == ["00000000.safetensors"]
     with opened(hparams=None) as editor:
         editor.rollback(to=0)

@@ -86,6 +86,12 @@ def test_one_request_and_a_list_are_accepted():
         ({"loc_prompt": 5}, TypeError, "loc_prompt must be a string or a list of strings; got 5"),
         ({"loc_prompt": {"a": 1}}, TypeError, "loc_prompt must be a string or a list"),
         ({"subject": "Spain"}, ValueError, "subject must be a part of the prompt; 'Spain' is not"),
+        (
+            {"prompt": "a\ud800"},
+            ValueError,
+            "without half surrogate pairs; it has one at character 1",
+        ),
+        ({"loc_prompt": ["\udfff"]}, ValueError, "loc_prompt must be text without half surrogate"),
         ({"subject": ""}, ValueError, "subject must not be empty"),
         ({"loc_prompt": ["ok", ""]}, ValueError, "loc_prompt must not be empty"),
     ],

@@ -314,7 +314,7 @@ class KeptDirectory:
         if not holds_edit(self.path):
             return
         try:
-            check_own(self.path / JOURNAL)
+            self._check_misplaced()
             lines, rest = read_lines(self.path / JOURNAL)
             latest = read_latest(self.path)
             missing = _missing_entries(lines, rest, latest.entries, self.path)
@@ -336,11 +336,12 @@ class KeptDirectory:
 
     def _repair(self) -> None:
         """Go on from the newest state that is whole; lose nothing of the rest."""
-        journal = self.path / JOURNAL
+        journal, state = self.path / JOURNAL, self.path / STATE
         lines: list[str] = []
+        rest = ""
         with contextlib.suppress(ValueError, OSError):
             check_own(journal)
-            lines, _ = read_lines(journal)
+            lines, rest = read_lines(journal)
             self.journal = parse_lines(lines, str(journal))
         found = self._newest()
         if found is None:
@@ -350,12 +351,12 @@ class KeptDirectory:
             )
         is_known = self._knows(found)
         aside = [file for file in _checkpoint_files(self.path) if self._read_known(file) is None]
-        others = [] if is_known else [journal]
-        others += [] if _read_whole(self.path / STATE) else [self.path / STATE]
+        others = {state, *self._misplaced(), *([journal] if rest or not is_known else [])}
         folder = keep_aside(self.path, [*aside, *others])
         entry = found.entries[-1]
         if is_known:
-            truncate_durably(journal, _size(lines))
+            if rest:  # a new file, for the old one is kept
+                write_durably(journal, "".join(f"{line}\n" for line in lines).encode())
             self.commit("rollback", found.state, found.config, {"to": entry.id})
         else:
             why = f"{JOURNAL}, now in {folder.name}, could not be read, or did not lead to it"
@@ -366,6 +367,22 @@ class KeptDirectory:
         for file in aside:
             if int(file.stem) != len(self.journal) - 1:  # else it is a new one
                 file.unlink(missing_ok=True)
+
+    def _misplaced(self) -> list[Path]:
+        """Return what stands where this directory has files, or a folder, of its own."""
+        files = [self.path / name for name in (JOURNAL, CONFIG)]
+        found = [f for f in files if os.path.lexists(f) and (f.is_symlink() or not f.is_file())]
+        folder = self.path / CHECKPOINTS
+        return found + [folder] * (os.path.lexists(folder) and not folder.is_dir())
+
+    def _check_misplaced(self) -> None:
+        """Raise ValueError if there is such a thing."""
+        for name in self._misplaced():
+            kind = "folder" if name.name == CHECKPOINTS else "regular file, not a link to one"
+            raise ValueError(
+                f"{name} must be a {kind}: put a copy of what it should be in its place, or open() "
+                "with repair=True, which keeps it aside"
+            )
 
     def _newest(self) -> StateFile | None:
         """Return the newest whole state; of the checkpoints, one that a sound journal knows."""
