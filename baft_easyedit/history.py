@@ -208,10 +208,11 @@ class History:
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        journal = self.journal
-        if self._directory is not None and journal is not None and journal.position > 0:
-            self._directory.check_usable()
-            self._check_untouched(self._directory)
+        directory = self._directory
+        journal = None if directory is None else directory.journal
+        if directory is not None and journal is not None and journal.position > 0:
+            directory.check_usable()
+            self._check_untouched(directory)
             parent = journal.entries[journal.position].parent
             assert parent is not None  # only entry 0 has none
             self._return("undo", parent)
