@@ -165,3 +165,10 @@ def test_chat_prompts_are_scored_with_their_template(host, evaluation, edited, g
     edited.hparams.use_chat_template = True
     score(evaluation, edited, "ab", "c")
     assert given_lengths == [[1 + len("<ab>")]]
+
+
+def test_long_texts_are_scored_whole(make_editor, requests):
+    editor = make_editor(max_length=8)
+    metrics, _, _ = editor.edit_requests(requests[:1], sequential_edit=False, verbose=False)
+    assert metrics[0]["post"]["rewrite_acc"] == [1.0]
+    assert editor.hparams.max_length == 8
