@@ -6,18 +6,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from baft_easyedit.bench.config import BenchConfig, DataConfig, MethodConfig
+import torch
+
+from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, MethodConfig
 from baft_easyedit.bench.runner import StartProgress, run_bench
 from baft_easyedit.easyedit.peer_methods import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.generation import generate_answers, load_model, with_usable_end
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.resources import BUNDLED_MODEL, model_location
 
 DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "AdaLoRA", "MEMIT", "WISE")
 NUM_IN_A_ROW = 10
 """T of the demo's continual protocol."""
 _NUM_SHOWN = 3
+_PRESET = "facts-llama"
+"""The bundled model's settings."""
+_DECIDED = (
+    *("model_name", "alg_name", "api_key", "batch_size", "rehearsal"),
+    *("device", "fp16", "model_parallel"),
+)
+"""Hyper-parameters that a benchmark has elsewhere."""
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
@@ -37,7 +47,8 @@ def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
     Args:
         hparams: Hyper-parameters; their `model_name` and `device` say what is edited and where.
     """
-    model, tokenizer = load_model(hparams.model_name, hparams.device)
+    dtype = torch.float16 if hparams.fp16 else torch.float32
+    model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
     editor = BaFTEditor(model, tokenizer, with_usable_end(hparams, tokenizer))
     with_two_hops = [r for r in edit_requests("eval") if r["portability"]]
     for request in with_two_hops[:_NUM_SHOWN]:
@@ -57,7 +68,7 @@ def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
         )
         for kind, prompt, old, new in zip(asked, asked.values(), before, after, strict=True):
             change = f"{old} -> {new}" if old != new else f"{old} (as before)"
-            yield f"  {kind:10} {prompt} ... {change}"
+            yield f"  {kind:10} {prompt} ... {' '.join(change.split())}"
 
 
 def compare(
@@ -85,18 +96,7 @@ def compare(
     for name, value in (("cases", num_cases), ("jobs", num_jobs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    config = BenchConfig(
-        model=hparams.model_name,
-        data=DataConfig(kind="facts", limit=num_cases),
-        methods=tuple(_row(method, hparams) for method in methods),
-        T=tuple(_titles(num_cases)),
-        preset="facts-llama" if is_bundled(hparams) else None,
-        generation=False,
-        immediate=False,
-        basis=False,
-        device=hparams.device,
-        jobs=num_jobs,
-    )
+    config = _config(hparams, methods, num_cases, tuple(_titles(num_cases)), num_jobs)
     with TemporaryDirectory(prefix="easyedit-") as directory:
         return run_bench(config, Path(directory), start_progress)
 
@@ -122,18 +122,41 @@ def _titles(num_cases: int) -> dict[int, str]:
     return titles
 
 
+def _config(
+    hparams: BaFTHyperParams, methods: Sequence[str], num_cases: int, T: tuple[int, ...], jobs: int
+) -> BenchConfig:
+    """Describe the benchmark of a demo."""
+    return BenchConfig(
+        model=hparams.model_name,
+        data=DataConfig(kind="facts", limit=num_cases),
+        methods=tuple(_row(method, hparams) for method in methods),
+        T=T,
+        preset=_PRESET if hparams.model_name == model_location(BUNDLED_MODEL) else None,
+        generation=False,
+        immediate=False,
+        basis=False,
+        device=hparams.device,
+        fp16=hparams.fp16,
+        model_parallel=hparams.model_parallel,
+        jobs=jobs,
+    )
+
+
 def is_bundled(hparams: BaFTHyperParams) -> bool:
     """Tell whether hyper-parameters are the bundled model's own, which differ by protocol."""
-    return hparams == BaFTHyperParams.from_hparams("BaFT/facts-llama", device=hparams.device)
+    loading = {name: getattr(hparams, name) for name in ("device", "fp16", "model_parallel")}
+    return hparams == type(hparams).from_hparams(f"{hparams.algorithm}/{_PRESET}", **loading)
 
 
 def _row(method: str, hparams: BaFTHyperParams) -> MethodConfig:
     """Make a row; the given hyper-parameters are kept for the method that they are of."""
     if method != hparams.alg_name or is_bundled(hparams):
         return MethodConfig(name=method, method=method)
-    decided = ("model_name", "device", "alg_name", "api_key")
-    values = {name: value for name, value in asdict(hparams).items() if name not in decided}
-    return MethodConfig(name=method, method=method, set=values)
+    values = {name: value for name, value in asdict(hparams).items() if name not in _DECIDED}
+    if not hparams.rehearsal:
+        return MethodConfig(name=method, method=method, set=values)
+    name = f"{method}{REHEARSED}"
+    return MethodConfig(name=name, method=method, set=values, rehearsal=hparams.rehearsal)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -2,9 +2,12 @@ from dataclasses import replace
 
 import pytest
 
-from baft_easyedit import BaFTHyperParams
+from baft_easyedit import BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.bench.plan import protocols
+from baft_easyedit.bench.settings import our_hparams
 from baft_easyedit.demo import (
     DEMO_METHODS,
+    _config,
     check_methods,
     compare,
     is_bundled,
@@ -13,6 +16,7 @@ from baft_easyedit.demo import (
     tables,
 )
 from baft_easyedit.easyedit.host import find_host
+from baft_easyedit.easyedit.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,41 @@ def test_table_shows_missing_scores_and_errors_as_such():
 def test_only_the_bundled_models_own_settings_vary_by_protocol(bundled_hparams):
     assert is_bundled(bundled_hparams)
     assert not is_bundled(replace(bundled_hparams, rank=3))
+
+
+@pytest.mark.parametrize("method", [BaFTHyperParams, ReFTHyperParams])
+def test_the_bundled_models_own_settings_are_so_however_it_is_loaded(method):
+    own = method.from_hparams(f"{method.algorithm}/facts-llama", fp16=True, device=0)
+    assert is_bundled(own)
+    assert is_bundled(replace(own, fp16=False, device="cpu", model_parallel=True))
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("models")))
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rank": 3, "lr": 0.1, "seed": 4, "learn_end": True},
+        {"rehearsal": 2, "rehearsal_irrelevant": 1, "consolidate_every": 3},
+        {"rank_growth": 1, "rank_growth_every": 2, "use_chat_template": True},
+        {"fp16": True, "batch_size": 5, "device": "cpu", "model_parallel": True},
+    ],
+    ids=lambda change: next(iter(change), "none"),
+)
+@pytest.mark.parametrize("method", [BaFTHyperParams, ReFTHyperParams])
+def test_rows_are_of_the_given_hyper_parameters(method, bundled, change, other_model):
+    hparams = method("bundled" if bundled else other_model, [0, 2], **change)
+    config = _config(hparams, ("BaFT", "ReFT", "FT-L"), 4, (1, 4), 1)
+    own = next(row for row in config.methods if row.method == method.algorithm)
+    assert own.name == method.algorithm + ("+rehearsal" if "rehearsal" in change else "")
+    for protocol in protocols(config):
+        assert our_hparams(config, own, protocol) == replace(hparams, batch_size=1)
+    assert (config.model, config.fp16) == (hparams.model_name, hparams.fp16)
 
 
 def test_methods_are_checked():

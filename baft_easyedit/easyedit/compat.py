@@ -3,8 +3,10 @@
 Nothing here concerns BaFT. Peers' defects that only show in comparisons are in `peer_fixes.py`.
 """
 
+import copy
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -60,6 +62,7 @@ def repair(generation: str) -> None:
         _repair_llama_classes()
         _repair_lora_hparams()
         _repair_layer_outputs()
+        _repair_scoring_limit()
 
 
 def _repair_adalora() -> None:
@@ -142,6 +145,30 @@ class _OutputShape:
 
     def to_tensor(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
         return output[0] if self.was_tensor else output
+
+
+def _repair_scoring_limit() -> None:
+    """Let the release score whole texts, as the current EasyEdit does.
+
+    It cuts prompt and target at `max_length` tokens: of a long one it scores a part of the target,
+    or fails where nothing is left of it.
+    """
+    utils = importlib.import_module("easyeditor.evaluate.evaluate_utils")
+    original = utils.test_prediction_acc
+
+    @functools.wraps(original)
+    def score(
+        model: Any, tok: Any, hparams: Any, prompts: Any, targets: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        texts = [[text] if isinstance(text, str) else text for text in (prompts, targets)]
+        longest = max(len(tok.encode(f"{p} {t}")) for p, t in zip(*texts, strict=True))
+        whole = copy.copy(hparams)
+        whole.max_length = max(hparams.max_length, longest + 1)
+        return original(model, tok, whole, prompts, targets, *args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("easyeditor.") and vars(module).get(score.__name__) is original:
+            setattr(module, score.__name__, score)
 
 
 def usable_unknown_token(tok: Any) -> None:

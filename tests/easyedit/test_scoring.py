@@ -280,3 +280,10 @@ def test_conversations_of_easyedit_get_one_beginning(edited):
     assert shown == "<s><a?>"
     begin = edited.tok.bos_token_id
     assert ours(shown)["input_ids"].count(begin) == (edited.tok.bos_token == "<s>")
+
+
+def test_long_texts_are_scored_whole(make_editor, requests):
+    editor = make_editor(max_length=8)
+    metrics, _, _ = editor.edit_requests(requests[:1], sequential_edit=False, verbose=False)
+    assert metrics[0]["post"]["rewrite_acc"] == [1.0]
+    assert editor.hparams.max_length == 8

@@ -1,0 +1,107 @@
+"""README's commands and programs on a model that is not the bundled one."""
+
+import json
+
+import pytest
+
+from baft_easyedit import BaFTHyperParams, resources
+from baft_easyedit.cli import main
+from baft_easyedit.easyedit.host import find_host
+from baft_easyedit.easyedit.tiny import save_tiny_llama
+from tests.bench.dataset_files import write_records, zsre
+from tests.test_readme import blocks_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_llama(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def _host():
+    try:
+        find_host()
+    except ImportError as error:
+        pytest.skip(f"no EasyEdit: {error}")
+
+
+@pytest.fixture
+def settings(model, tmp_path):
+    """A file of hyper-parameters for the model, with some that a demo once fell over."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"{{model_name: {model}, layers: [1, 2], rank: 3, num_steps: 4, rehearsal: 1, device: cpu}}"
+    )
+    return str(file)
+
+
+def on_cpu(*command):
+    assert main([*command, "--device", "cpu"]) == 0
+
+
+@pytest.mark.easyedit
+@pytest.mark.usefixtures("_host")
+@pytest.mark.parametrize("given", ["model", pytest.param("hparams", marks=pytest.mark.slow)])
+def test_demo(model, settings, given, capsys):
+    source, row = {"model": (model, "BaFT  "), "hparams": (settings, "BaFT+rehearsal")}[given]
+    on_cpu("demo", f"--{given}", source, "--cases", "1", "--methods", "BaFT", "--jobs", "1")
+    out = capsys.readouterr().out
+    assert out.count("  edited     ") == 3
+    assert f"| {row} |" in out
+    assert "not run" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.easyedit
+@pytest.mark.usefixtures("_host")
+def test_benchmark_report_and_diagnosis(model, tmp_path, capsys):
+    (tmp_path / "zsre").mkdir()
+    data = write_records(tmp_path / "zsre", [zsre("Roma"), zsre("Milan")], "zsre_mend_eval.json")
+    fewer = ["--T", "1", "--limit", "2", "--methods", "BaFT", "--no-fp16"]
+    on_cpu("bench", "bench/zsre_continual", "--data", str(data), "--model", model, *fewer)
+    run = tmp_path / "runs/zsre_continual"
+    (row,) = json.loads((run / "summary.json").read_text())
+    assert (row["error"], row["n"]) == (None, 2)
+    assert main(["report", str(run)]) == 0
+    assert main(["diagnose", str(run)]) == 0
+    assert "not run" not in capsys.readouterr().out
+
+
+def test_edit_that_is_kept_and_goes_on(model, settings, tmp_path, capsys):
+    command = ["edit", "--model", model, "--prompt", "The capital of France is", "--target", "Rome"]
+    on_cpu(*command, "--loc-prompt", "The currency of Japan is the yen", "--save", "my-edit")
+    on_cpu(*command, "--save", "my-edit")
+    on_cpu(*command, "--from", "my-edit")
+    on_cpu(*command, "--hparams", settings)
+    capsys.readouterr()
+    assert main(["history", "my-edit"]) == 0
+    assert capsys.readouterr().out.count("The capital of France is") == 2
+
+
+@pytest.mark.slow
+def test_speed(model, tmp_path, capsys):
+    (tmp_path / "zsre").mkdir()
+    data = write_records(tmp_path / "zsre", [zsre("Roma")] * 9, "zsre_mend_eval.json")
+    few = ["--methods", "BaFT", "--repeats", "1", "--steps", "2", "--new-tokens", "2"]
+    on_cpu("speed", "--model", model, "--data", f"zsre={data}", *few)
+    assert "BaFT" in capsys.readouterr().out
+    command = ["speed", "--model", model, "--device", "cpu", *few]
+    assert main(command) == 2  # random words of single letters
+    assert "the tokenizer must have at least 16 words that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("heading", ["An edit in ten lines", "Keep, ship and undo an edit"])
+def test_programs(model, heading, monkeypatch, capsys):
+    own = BaFTHyperParams(model, [1, 2], num_steps=4, device="cpu")
+    monkeypatch.setattr(BaFTHyperParams, "from_hparams", lambda name: own)
+    monkeypatch.setattr(resources, "bundled_model_path", lambda: model)
+    programs = [code for code in blocks_of(heading) if "import" in code]
+    assert len(programs) == (1 if heading.startswith("An") else 2)
+    for program in programs:
+        exec(compile(program, "README", "exec"), {})
+    assert capsys.readouterr().out
