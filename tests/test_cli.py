@@ -3,6 +3,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -342,3 +343,20 @@ def test_import_brings_neither_easyedit_nor_transformers():
     code = f"import sys, baft_easyedit; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("baft_easyedit.demo.show_edits", lambda h: seen.append(h) or ["shown"])
+    row = {"method": "SERAC", "T": 1, "error": "x"}
+    monkeypatch.setattr("baft_easyedit.demo.compare", lambda h, *_: seen.append(h) or [row])
+    host = SimpleNamespace(generation="current", version="1")
+    monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host)
+    command = ["demo", "--methods", "SERAC", "--cases", "1", "--device", "cpu"]
+    assert main(command) == 1
+    assert [hparams.learn_end for hparams in seen] == [True, False]  # the tables are the paper's
+    captured = capsys.readouterr()
+    assert captured.out.startswith("shown\n\nThrough EasyEdit (current, 1)")
+    assert "1 single edits\n" in captured.out
+    assert "| SERAC  | not run: x |" in captured.out
+    assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"

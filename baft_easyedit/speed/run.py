@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from baft_easyedit.devices import as_device, check_device
+from baft_easyedit.generation import model_depth
 from baft_easyedit.speed.measure import Sample
 from baft_easyedit.speed.options import Row, SpeedOptions, make_rows
 from baft_easyedit.speed.ours import load
@@ -41,10 +42,12 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
         ImportError: If charts are wanted and matplotlib is not installed.
         ValueError: If the device is not on this machine, there are fewer records than are to be
             edited, or one breaks a rule.
-        FileNotFoundError: If the file of the records is missing.
+        OSError: If the model, or the file of the records, is missing.
         WorkerError: If no row could be measured.
     """
     check_device(options.device)
+    if options.model is not None:
+        model_depth(options.model)  # raises if there is no such model
     if options.out is not None:
         import matplotlib  # noqa: F401  # before an hour of measuring, not after it
 
@@ -89,18 +92,24 @@ def _job(options: SpeedOptions, rows: Sequence[Row], weights: str | None) -> dic
     return {
         **{key: getattr(options, key) for key in keys},
         "rows": [asdict(row) for row in rows],
-        "model": options.model if rows[0].is_ours else weights,
+        "model": _model_path(options) if rows[0].is_ours else weights,
         "shape": options.shape_name,
         "new_tokens": 0 if options.sweeps else options.new_tokens,
         "meters": len(rows) == 1 or as_device(options.device).type == "cuda",
     }
 
 
+def _model_path(options: SpeedOptions) -> str | None:
+    """Return the model so that processes in other directories find it."""
+    name = options.model
+    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
+
+
 @contextmanager
 def _weights(options: SpeedOptions, rows: Sequence[Row]) -> Iterator[str | None]:
     """Say where EasyEdit's methods find the model; write random weights there if need be."""
     if options.model is not None or all(row.is_ours for row in rows):
-        yield options.model
+        yield _model_path(options)
         return
     with tempfile.TemporaryDirectory(prefix="easyedit-", dir=options.weights_dir) as directory:
         path = Path(directory) / options.shape_name

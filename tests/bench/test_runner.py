@@ -290,6 +290,13 @@ def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_misspelt_keys_of_records_are_refused(settings, tmp_path):
+    changed = changed_records(settings, tmp_path, lambda r: r[1].update(loc_prompts=["x"]))
+    with pytest.raises(ValueError, match="must have the key 'loc_prompt', not 'loc_prompts'"):
+        run_bench(make_config(changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_texts_must_hold_a_passage(settings, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")

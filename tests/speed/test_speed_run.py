@@ -21,7 +21,7 @@ from baft_easyedit.speed.ours import OurMethod, hparams_of, load
 from baft_easyedit.speed.peers import PeerMethod, step_times
 from baft_easyedit.speed.process import Worker, WorkerError
 from baft_easyedit.speed.prompts import PromptMaker
-from baft_easyedit.speed.run import _groups
+from baft_easyedit.speed.run import _groups, _job
 from baft_easyedit.speed.shapes import word_tokenizer
 from baft_easyedit.speed.worker import Bench
 from tests.conftest import make_model
@@ -202,6 +202,15 @@ def test_run_fails_if_no_row_can_be_measured(fake_worker):
     fake_worker("exit 3")
     with pytest.raises(WorkerError, match="no method could be measured: its process ended"):
         run_speed(SpeedOptions(methods=("BaFT-replay",)))
+
+
+def test_model_is_found_from_any_directory_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    options = SpeedOptions(model="m", methods=("ReFT",))
+    assert _job(options, make_rows(options), None)["model"] == str(tmp_path / "m")
+    with pytest.raises(OSError, match="'m' has no config.json"):
+        run_speed(options)
 
 
 def test_device_must_be_on_this_machine(monkeypatch):
