@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from baft_easyedit.easyedit.host import Generation
+from baft_easyedit.messages import short
 from baft_easyedit.requests import EditRequest, as_requests
 
 _ALIGNED = ("target_new", "ground_truth", "target_neg", "rephrase_prompts", "subject")
@@ -178,7 +179,7 @@ def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: If there is no prompt, a list has another length, a prompt or target is empty,
-            or a subject is not a part of its prompt.
+            or a subject is not a part of its prompt, letter for letter, which EasyEdit asserts.
         TypeError: If a value has the wrong type.
     """
     full = {name: value for name, value in given.items() if value is not None}
@@ -198,7 +199,13 @@ def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     for i, prompt in enumerate(prompts):
         own = {"prompt": prompt, "target_new": full["target_new"][i]}
         own |= {k: full[f"{k}s"][i] for k in ("loc_prompt",) if f"{k}s" in full}
-        EditRequest.from_dict({**own, "subject": full["subject"][i] if "subject" in full else None})
+        about = full["subject"][i] if "subject" in full else None
+        EditRequest.from_dict({**own, "subject": about})
+        if about is not None and about not in prompt:
+            raise ValueError(
+                f"subject must be in the Unicode form of its prompt; {short(about)} is in another "
+                f"than {short(prompt)}: bring both to one by unicodedata.normalize"
+            )
     return full
 
 
