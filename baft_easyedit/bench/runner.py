@@ -26,7 +26,6 @@ from baft_easyedit.devices import check_device
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peer_methods import why_not
 from baft_easyedit.generation import model_depth
-from baft_easyedit.requests import as_requests
 from baft_easyedit.resources import hparams_file
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
@@ -63,7 +62,6 @@ def run_bench(
     config = _with_absolute_paths(config)
     data = config.data
     dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
-    as_requests(dataset.requests)  # raises for misspelt keys, before each row does
     _check_lengths(config, len(dataset.requests))
     state = _process_state()
     directory = RunDirectory(out)

@@ -17,6 +17,7 @@ from baft_easyedit.bench.datasets.rewrites import read_counterfact, read_mquake
 from baft_easyedit.bench.datasets.schema import Source
 from baft_easyedit.bench.datasets.zsre import read_zsre
 from baft_easyedit.messages import short
+from baft_easyedit.requests import EditRequest
 
 Request = dict[str, Any]
 
@@ -93,7 +94,17 @@ def load_dataset(
         *_repeated_prompts(requests),
         *_missing_parts(requests),
     ]
+    _check_editable(requests, start, ", ".join(file.name for file in source.files) or kind)
     return Dataset(kind, requests, source.files, notes)
+
+
+def _check_editable(requests: Sequence[Request], start: int, where: str) -> None:
+    """Raise ValueError for the first record that an editor would refuse."""
+    for number, request in enumerate(requests, start):
+        try:
+            EditRequest.from_dict(request)
+        except ValueError as error:
+            raise ValueError(f"record {number} of {where}: {error}") from None
 
 
 def _check_options(kind: str, reader: Callable[..., Source], options: Mapping[str, Any]) -> None:
