@@ -32,7 +32,8 @@ class Expected(NamedTuple):
     def agree(self, row_losses: Tensor) -> bool:
         """Tell whether the losses of all rows, [R], are as expected; it waits for the device."""
         largest = max(1.0, float(self.losses.max()))
-        difference = (row_losses[self.rows] - self.losses).abs().max()
+        rows = torch.tensor(self.rows).to(row_losses.device)
+        difference = (row_losses[rows] - self.losses).abs().max()
         return bool(difference <= self.tolerance * largest)
 
 
