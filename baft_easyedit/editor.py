@@ -139,7 +139,7 @@ class BaFTEditor:
         with self._history.change():
             report = self._learner.learn(checked, self.hparams)
             self._history.keep("edit", checked, report)
-        return report
+            return report
 
     @torch.inference_mode(False)
     def consolidate(self, steps: int | None = None) -> EditReport:
@@ -163,7 +163,7 @@ class BaFTEditor:
         with self._history.change():
             report = self._learner.consolidate(steps, self.hparams)
             self._history.keep("consolidate", report=report)
-        return report
+            return report
 
     @torch.inference_mode(False)
     def learn_apart(
@@ -191,7 +191,9 @@ class BaFTEditor:
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        return self._learner.learn_apart(as_requests(requests), batch_size, self.hparams)
+        checked = as_requests(requests)
+        with self._learner.alone():
+            return self._learner.learn_apart(checked, batch_size, self.hparams)
 
     def install(
         self,
@@ -340,7 +342,8 @@ class BaFTEditor:
             OSError: If it cannot be written.
             ValueError: If it holds the history of another edit.
         """
-        self._history.save(directory)
+        with self._learner.lock.changing():
+            self._history.save(directory)
 
     def close(self) -> None:
         """Let others open the directory, if one is open; the model keeps its edit."""

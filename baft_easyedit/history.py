@@ -20,6 +20,8 @@ from baft_easyedit.learner import EditState, Learner
 from baft_easyedit.learning import EditReport
 from baft_easyedit.requests import EditRequest, as_requests
 
+_NOTHING_TO_UNDO = "there is no edit to undo: edit() was not called, or undo_depth is used up"
+
 
 class History:
     """What an edit went through.
@@ -112,9 +114,10 @@ class History:
     def change(self) -> Iterator[None]:
         """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
         if self._directory is not None:
-            self._directory.check_usable()
-            self._check_untouched(self._directory)
-            self._keep_settings()
+            with self._learner.lock.changing():
+                self._directory.check_usable()
+                self._check_untouched(self._directory)
+                self._keep_settings()
         with self._all_or_nothing():
             yield
 
@@ -139,31 +142,46 @@ class History:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Go back if anything goes wrong before the change is kept."""
-        before, journal = self._learner.state(), self.journal
-        position, size = (0, 0) if journal is None else (journal.position, len(journal))
-        try:
+        with self._taken_back() as before:
+            journal = self.journal
+            position = 0 if journal is None else journal.position
             yield
             self.recent.append((position, before))
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[EditState]:
+        """Change the state alone; an error before the change is kept takes it back."""
+        journal, recent = self.journal, list(self.recent)
+        size = 0 if journal is None else len(journal)
+
+        def is_kept() -> bool:
+            return journal is not None and len(journal) > size
+
+        try:
+            with self._learner.alone(is_kept) as before:
+                yield before
         except BaseException:
-            if journal is None or len(journal) == size:  # else it is complete already
-                self._learner.restore(before)
+            if not is_kept():
+                self.recent.clear()
+                self.recent.extend(recent)
             raise
 
     # ---- going back
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        journal = self.journal
-        if journal is not None and journal.position > 0:
-            parent = journal.entries[journal.position].parent
-            assert parent is not None  # only entry 0 has none
+        if self.journal is None:
+            with self._taken_back():
+                if not self.recent:
+                    raise ValueError(_NOTHING_TO_UNDO)
+                self._learner.restore(self.recent[-1][1])
+                self.recent.pop()
+            return
+        with self._learner.lock.changing():
+            parent = self.journal.entries[self.journal.position].parent
+            if parent is None:  # that of entry 0
+                raise ValueError(_NOTHING_TO_UNDO)
             self._return("undo", parent)
-        elif journal is None and self.recent:
-            self._learner.restore(self.recent.pop()[1])
-        else:
-            raise ValueError(
-                "there is no edit to undo: edit() was not called, or undo_depth is used up"
-            )
 
     def rollback(self, to: int) -> None:
         """Go to the state after an entry of the journal."""
