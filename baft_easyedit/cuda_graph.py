@@ -156,7 +156,7 @@ def _never_waiting() -> Iterator[None]:
             raise RuntimeError(f"it waits for the device ({warning.filename}:{warning.lineno})")
 
 
-class NotTheSame(ValueError):
+class NotTheSameError(ValueError):
     """A graph gives something else than the computation."""
 
 
@@ -184,8 +184,8 @@ class Repeated(Generic[Result]):
         compute: The computation.
         capture: Makes a graph of it once it has run, or raises RuntimeError; None to compute each
             time.
-        check: Raises NotTheSame if a result is not what is computed now, which it finds out for
-            less than that takes; a graph on new contents is tried so.
+        check: Raises NotTheSameError if a result is not what is computed now, which it finds out
+            for less than that takes; a graph on new contents is tried so.
         state: What was captured of the same computation in the same memory.
     """
 
@@ -216,7 +216,7 @@ class Repeated(Generic[Result]):
             return self._compute()
         try:
             return self._checked(state.graph) if state.graph else self._captured(self._capture)
-        except _CannotRepeat as error:
+        except _CannotRepeatError as error:
             reason = str(error)
         # Not above, where the error holds on to what had been computed until then.
         logger.warning("steps are computed one by one: they cannot be repeated (%s)", reason)
@@ -228,7 +228,7 @@ class Repeated(Generic[Result]):
         try:
             graph = self._state.graph = capture()
         except RuntimeError as error:  # so torch tells what CUDA does not capture
-            raise _CannotRepeat(f"{type(error).__name__}: {error}") from error
+            raise _CannotRepeatError(f"{type(error).__name__}: {error}") from error
         return self._compute() if graph.result is None else graph.result
 
     def _checked(self, graph: Graph[Result]) -> Result:
@@ -240,13 +240,13 @@ class Repeated(Generic[Result]):
             else:
                 result = self._compute()
                 _check_same(result, graph.run())
-        except NotTheSame as error:
-            raise _CannotRepeat(str(error)) from error
+        except NotTheSameError as error:
+            raise _CannotRepeatError(str(error)) from error
         self._state.is_checked = True
         return result
 
 
-class _CannotRepeat(Exception):
+class _CannotRepeatError(Exception):
     """A computation has to be done each time."""
 
 
@@ -322,7 +322,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _check_same(computed: Any, repeated: Any) -> None:
-    """Raise NotTheSame unless two results are equal up to rounding."""
+    """Raise NotTheSameError unless two results are equal up to rounding."""
     if isinstance(computed, tuple):
         check_equal(computed[0], repeated[0])
         check_equal(computed[1:], repeated[1:], _TOLERANCE_BEYOND)
@@ -331,20 +331,20 @@ def _check_same(computed: Any, repeated: Any) -> None:
 
 
 def check_equal(computed: Any, repeated: Any, tolerance: float = _TOLERANCE) -> None:
-    """Raise NotTheSame unless all tensors in two results are equal, numbers up to rounding."""
+    """Raise NotTheSameError unless all tensors in two results are equal, numbers up to rounding."""
     values, others = tree_leaves(computed), tree_leaves(repeated)
     if len(values) != len(others):
-        raise NotTheSame(f"it has {len(others)} values instead of {len(values)}")
+        raise NotTheSameError(f"it has {len(others)} values instead of {len(values)}")
     for a, b in zip(values, others, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():
             _check_close(a, b, tolerance)
         elif isinstance(a, Tensor) and not torch.equal(a, b):
-            raise NotTheSame(f"it has other {a.dtype} values")
+            raise NotTheSameError(f"it has other {a.dtype} values")
 
 
 def _check_close(computed: Tensor, repeated: Tensor, tolerance: float) -> None:
-    """Raise NotTheSame unless two results are equal up to rounding."""
+    """Raise NotTheSameError unless two results are equal up to rounding."""
     largest = float(computed.abs().max()) if computed.numel() else 0.0
     difference = float((computed - repeated).abs().max()) if computed.numel() else 0.0
     if not difference <= tolerance * largest:
-        raise NotTheSame(f"it is off by {difference:.2g}, of values up to {largest:.2g}")
+        raise NotTheSameError(f"it is off by {difference:.2g}, of values up to {largest:.2g}")

@@ -95,7 +95,7 @@ class Objective:
         return self._terms(forward)
 
     def check(self, forward: "Forward", computed: _Computed) -> None:
-        """Raise NotTheSame unless a step on a forward is what it should be, but for gradients."""
+        """Raise NotTheSameError unless a step is what it should be, but for its gradients."""
         step = computed[0]
         if forward.expected is None or not forward.expected.agree(step.row_losses):
             check_equal(self.value(forward), step)
@@ -211,7 +211,7 @@ class Descent:
                 forward = forward.on(known.contents)
             state = known.state
         compute = partial(self._objective.gradients, forward)
-        capture = None if device is None else partial(self._graph, compute, device)
+        capture = None if device is None else partial(_graph, compute, device, self._known)
         return Repeated(compute, capture, partial(self._objective.check, forward), state)
 
     def _captured_on(self, forward: "Forward") -> torch.device | None:
@@ -220,10 +220,12 @@ class Descent:
         is_cuda = device is not None and device.type == "cuda"
         return device if is_cuda and self._captures and _is_captured(forward) else None
 
-    def _graph(self, compute: Callable[[], _Computed], device: torch.device) -> Graph[_Computed]:
-        """Make a graph of steps."""
-        pool = GraphPool(device) if self._known is None else self._known.pool_on(device)
-        return CudaGraph(compute, pool)
+
+def _graph(
+    compute: Callable[[], _Computed], device: torch.device, known: KnownSteps | None
+) -> Graph[_Computed]:
+    """Make a graph of steps."""
+    return CudaGraph(compute, GraphPool(device) if known is None else known.pool_on(device))
 
 
 def _is_captured(forward: "Forward") -> bool:

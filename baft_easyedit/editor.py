@@ -142,7 +142,7 @@ class BaFTEditor:
         with self._history.change("edit", checked):
             report = self._learner.learn(checked, self.hparams)
             self._history.keep("edit", checked, report)
-        return report
+            return report
 
     @torch.inference_mode(False)
     def consolidate(self, steps: int | None = None) -> EditReport:
@@ -166,7 +166,7 @@ class BaFTEditor:
         with self._history.change("consolidation"):
             report = self._learner.consolidate(steps, self.hparams)
             self._history.keep("consolidate", report=report)
-        return report
+            return report
 
     @torch.inference_mode(False)
     def learn_apart(
@@ -194,7 +194,9 @@ class BaFTEditor:
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        return self._learner.learn_apart(as_requests(requests), batch_size, self.hparams)
+        checked = as_requests(requests)
+        with self._learner.alone():
+            return self._learner.learn_apart(checked, batch_size, self.hparams)
 
     def install(
         self,
@@ -364,7 +366,8 @@ class BaFTEditor:
             ValueError: If it holds the history of another edit, or a snapshot of one without
                 `overwrite`.
         """
-        self._history.save(directory, overwrite)
+        with self._learner.lock.changing():
+            self._history.save(directory, overwrite)
 
     def close(self) -> None:
         """Let others open the directory, if one is open; the model keeps its edit."""

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from baft_easyedit.forward import CannotReplay, Forward
+from baft_easyedit.forward import CannotReplayError, Forward
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.recordings import Recordings
@@ -113,7 +113,7 @@ class Engine:
             return None
         try:
             return compute(self._replay)
-        except CannotReplay as error:
+        except CannotReplayError as error:
             self.note = f"{type(self._model).__name__} cannot be replayed ({error})"
             if not self._may_fall_back:
                 raise ValueError(

@@ -37,7 +37,7 @@ class Expected(NamedTuple):
         return bool(difference <= self.tolerance * largest)
 
 
-class CannotReplay(ValueError):
+class CannotReplayError(ValueError):
     """A model gives something else, or nothing, on what layer replay puts in."""
 
 
@@ -148,7 +148,7 @@ class Forward:
         Behind them may come some that belong to nobody (see `packing.rounded`).
 
         Raises:
-            CannotReplay: If the model takes a cache of layer replay, and cannot use it.
+            CannotReplayError: If the model takes a cache of layer replay, and cannot use it.
         """
         model, contents = self._model, self.contents
         columns = contents.layout.predicting
@@ -170,7 +170,7 @@ class Forward:
             has_cache = isinstance(inputs.get("past_key_values"), FrozenPrefix)
             if not has_cache or _is_of_the_device(error) or _is_ours(error.__traceback__):
                 raise
-            raise CannotReplay(f"{type(error).__name__}: {error}") from error
+            raise CannotReplayError(f"{type(error).__name__}: {error}") from error
 
 
 _OF_UNKNOWN_CACHES = (

@@ -26,6 +26,7 @@ from baft_easyedit.messages import short
 from baft_easyedit.paths import expanded
 from baft_easyedit.requests import EditRequest, as_requests
 
+_NOTHING_TO_UNDO = "there is no edit to undo: edit() was not called, or undo_depth is used up"
 _CHANGED = "changed by other means than its editor since"
 
 
@@ -190,12 +191,15 @@ class History:
     @contextmanager
     def change(self, kind: str, requests: Sequence[EditRequest] = ()) -> Iterator[None]:
         """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
-        if self._directory is not None:
-            self._directory.check_usable()
-            self._check_untouched(self._directory)
-        elif self._journal is not None and present(self._learner.state(), self._journal) is None:
-            self.end_journal(self._journal.entries[-1], _CHANGED)
-        self._keep_settings()
+        with self._learner.lock.changing():
+            if self._directory is not None:
+                self._directory.check_usable()
+                self._check_untouched(self._directory)
+            elif (
+                self._journal is not None and present(self._learner.state(), self._journal) is None
+            ):
+                self.end_journal(self._journal.entries[-1], _CHANGED)
+            self._keep_settings()
         with self._all_or_nothing(f"the {kind}{_about(requests)}"):
             yield
 
@@ -220,14 +224,29 @@ class History:
     @contextmanager
     def _all_or_nothing(self, what: str) -> Iterator[None]:
         """Go back if anything goes wrong before the change is kept."""
-        before, journal = self._learner.state(), self.journal
-        position, size = (0, 0) if journal is None else (journal.position, len(journal))
-        try:
+        with self._taken_back() as before:
+            journal = self.journal
+            position = 0 if journal is None else journal.position
             yield
             self._note(position, before, what)
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[EditState]:
+        """Change the state alone; an error before the change is kept takes it back."""
+        journal, recent, edit = self.journal, list(self.recent), self._learner.edit
+        size, latest = 0 if journal is None else len(journal), edit.latest_change
+
+        def is_kept() -> bool:
+            return journal is not None and len(journal) > size
+
+        try:
+            with self._learner.alone(is_kept) as before:
+                yield before
         except BaseException:
-            if journal is None or len(journal) == size:  # else it is complete already
-                self._learner.restore(before)
+            if not is_kept():
+                self.recent.clear()
+                self.recent.extend(recent)
+                edit.latest_change = latest
             raise
 
     def _note(self, position: int, before: EditState, what: str) -> None:
@@ -245,18 +264,18 @@ class History:
     def undo(self) -> None:
         """Go back to before the latest change."""
         directory = self._directory
-        if directory is not None and directory.journal.position > 0:
-            directory.check_usable()
-            self._check_untouched(directory)
-            journal = directory.journal
-            parent = journal.entries[journal.position].parent
-            assert parent is not None  # only entry 0 has none
-            self._return("undo", parent)
-        elif directory is None and self.recent:
-            self._undo_in_memory(self.recent[-1])
-        else:
-            nothing = "there is no edit to undo: edit() was not called, or undo_depth is used up"
-            raise ValueError("; ".join(filter(None, (nothing, self._others_change()))))
+        with self._learner.lock.changing():
+            if directory is not None and directory.journal.position > 0:
+                directory.check_usable()
+                self._check_untouched(directory)
+                parent = directory.journal.entries[directory.journal.position].parent
+                assert parent is not None  # only entry 0 has none
+                self._return("undo", parent)
+            elif directory is None and self.recent:
+                self._undo_in_memory(self.recent[-1])
+            else:
+                others = self._others_change()
+                raise ValueError("; ".join(filter(None, (_NOTHING_TO_UNDO, others))))
 
     def _undo_in_memory(self, step: Step) -> None:
         """Take back the latest change that was made here, if it is the latest of all."""
@@ -266,10 +285,11 @@ class History:
             "undo that first, with its editor or the weights_copy of its EasyEdit call; or take "
             "the whole edit off: attached_edit(model).detach()",
         )
-        self._learner.restore(step.before)
-        self.recent.pop()
-        self._learner.edit.latest_change = step.previous
-        self._note_undo(step.position)
+        with self._taken_back():
+            self._learner.restore(step.before)
+            self._learner.edit.latest_change = step.previous
+            self._note_undo(step.position)
+            self.recent.pop()
 
     def _note_undo(self, to: int) -> None:
         """Note in the journal of a loaded edit that its state is an earlier one again."""

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of a forward, D hidden size, r rank.
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from baft_easyedit.cuda_graph import KnownSteps
 from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
+from baft_easyedit.locks import ModelLock, lock_of
 from baft_easyedit.models import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.overrides import Override, override
@@ -86,6 +87,35 @@ class Change:
         return f"{self.what}, by {self.by.name}"
 
 
+class _Contexts(threading.local):
+    """The contexts of a `ModelEdit` that a thread is in."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.prompt_lengths: PromptLengths | None = None
+        self.prompt_width: int | None = None
+        """Of the generation that the thread is in."""
+        self.given_positions: Positions | None = None
+        self.record: GateRecord | None = None
+
+    def __reduce__(self) -> Any:
+        return _Contexts, ()
+
+
+class _Calls(threading.local):
+    """The forward pass that a thread is in, or was in last, since an edit was attached."""
+
+    def __init__(self) -> None:
+        self.positions: Positions | None = None
+        self.begun_by: int | None = None
+        """Id of the module that was called; None outside."""
+        self.is_announced = False
+        """Whether the decoder's call is still to come."""
+
+    def __reduce__(self) -> Any:
+        return _Calls, ()
+
+
 class ModelEdit(nn.Module):
     """All that an edit has learned: one intervention and one usage record for each edited layer.
 
@@ -114,7 +144,6 @@ class ModelEdit(nn.Module):
                 {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
             )
             self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
-        self.rank = rank
         self.gate = gate
         self.num_prompt_positions = num_prompt_positions
         self.memory = RehearsalMemory()
@@ -122,23 +151,26 @@ class ModelEdit(nn.Module):
         """The change that led to the present state; None if there was none, or it is not known."""
         self.recordings: Recordings | None = None
         self.known_steps = KnownSteps()
-        self._handles: list[RemovableHandle | Override] = []
-        self._enabled = True
-        self._prompt_lengths: PromptLengths | None = None
-        self._given_positions: Positions | None = None
-        self._record: GateRecord | None = None
-        # By thread, since forwards of one model may run side by side; and the latest of all, for
-        # the threads in which autograd repeats a forward.
-        self._calls: dict[int, Positions | None] = {}
+        self.handles: list[RemovableHandle | Override] = []
+        """Of the hooks, and of what else it takes over; empty unless it is attached."""
+        self.contexts = _Contexts()
+        """Which of the contexts below the present thread is in."""
+        self._lock: ModelLock | None = None
+        self._beside: tuple[ModelEdit, ...] = ()
+        self._calls = _Calls()
+        # For the threads in which autograd repeats a forward.
         self._latest_call: Positions | None = None
-        self._announced: set[int] = set()
-        self._prompt_widths: dict[int, int] = {}  # of the generation that a thread is in
         self._has_warned = False
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The edited layers, 0-based."""
         return tuple(int(i) for i in self._interventions)
+
+    @property
+    def rank(self) -> int:
+        """r, the bases of each layer."""
+        return len(self.intervention(self.layers[0]).basis)
 
     @property
     def num_parameters(self) -> int:
@@ -195,14 +227,22 @@ class ModelEdit(nn.Module):
         size = self.intervention(self.layers[0]).basis.shape[1]
         new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
         for i, intervention in new.items():
-            if rank == self.rank:
+            if self._has_rank(i, rank):
                 self.intervention(i).load_state_dict(intervention.state_dict())
                 self.usage(i).load_state_dict(BasisUsage(rank).state_dict())
             else:
                 device = self.intervention(i).source_bias.device
                 self._interventions[str(i)] = intervention.to(device)
                 self._usage[str(i)] = BasisUsage(rank).to(device)
-        self.rank = rank
+
+    def resize(self, rank: int) -> None:
+        """Forget everything if the rank changes, or if a change of it was interrupted."""
+        if not all(self._has_rank(i, rank) for i in self.layers):
+            self.start_afresh(rank)
+
+    def _has_rank(self, layer: int, rank: int) -> bool:
+        """Tell whether all of a layer is of some rank: a change of it may have been interrupted."""
+        return len(self.intervention(layer).basis) == self.usage(layer).total.shape[-1] == rank
 
     @property
     def num_edits(self) -> int:
@@ -252,36 +292,62 @@ class ModelEdit(nn.Module):
         of the unedited model), engines with their own forward (vLLM, TGI), and what torch.compile
         made of the model before, until `torch.compiler.reset()`. PEFT's forward hides labels from a
         model that was edited before it was wrapped: attach to PEFT's model, or give
-        `prompt_lengths`. Forwards may run side by side in threads, but the contexts of this class
-        (`disabled`, `prompt_lengths`, `recording`) hold for all of them.
+        `prompt_lengths`. Forwards may run side by side in threads; the contexts of this class
+        (`disabled`, `prompt_lengths`, `recording`) hold for the thread that is in them.
 
         Raises:
             ValueError: If this edit is attached already, `model` carries another edit, or an edited
                 layer does not exist in it.
         """
-        if self._handles:
-            raise ValueError("this edit is already attached to a model: call detach() first")
-        if attached_edit(model) is not None:
-            raise ValueError("the model already carries an edit: detach or undo that one first")
-        stack = decoder_layers(model)
-        check_layers(self.layers, len(stack))
-        handles: list[RemovableHandle | Override] = [
-            model.register_forward_pre_hook(self._on_model_call, with_kwargs=True)
-        ]
+        with lock_of(model).changing():
+            if self.handles:
+                raise ValueError("this edit is already attached to a model: call detach() first")
+            if attached_edit(model) not in (None, *self._beside):
+                raise ValueError("the model already carries an edit: detach or undo that one first")
+            stack = decoder_layers(model)
+            check_layers(self.layers, len(stack))
+            try:
+                self._hook_into(model, stack)
+            except BaseException:
+                self.unhook()
+                raise
+
+    def _hook_into(self, model: nn.Module, stack: nn.ModuleList) -> None:
+        """Register the hooks, that by which an edit is found first."""
+        self._calls, self._latest_call, self._lock = _Calls(), None, lock_of(model)
+        add = self.handles.append
+        add(model.register_forward_pre_hook(self._on_model_call, with_kwargs=True))
+        add(model.register_forward_hook(self._on_return, always_call=True))
         owner = owner_of(model, stack)
         if owner is not model:
-            hook = owner.register_forward_pre_hook(self._on_decoder_call, with_kwargs=True)
-            end = model.register_forward_hook(self._on_model_end, always_call=True)
-            handles += [hook, end, *override(self, model)]
+            add(owner.register_forward_pre_hook(self._on_decoder_call, with_kwargs=True))
+            add(owner.register_forward_hook(self._on_return, always_call=True))
+            self.handles += override(self, model)
         for i in self.layers:
-            handles.append(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
-        self._handles = handles
+            add(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
 
     def detach(self) -> None:
-        """Take this edit off its model, which then computes exactly what it did before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Take this edit off its model, which then computes exactly what it did before.
+
+        All that was recorded of the model is forgotten.
+        """
+        with nullcontext() if self._lock is None else self._lock.changing():
+            self.unhook()
+            self.forget()
+
+    def unhook(self) -> None:
+        """Remove all hooks, each of them even if this is interrupted; what was recorded stays."""
+        hooks = ExitStack()
+        hooks.callback(self.handles.clear)
+        for handle in self.handles:
+            hooks.callback(handle.remove)
+        hooks.close()
+
+    def forget(self) -> None:
+        """Drop what was recorded to save time, and gradients."""
+        self.recordings = None
+        self.known_steps = KnownSteps()
+        self.zero_grad()
 
     def follow(self, model: nn.Module) -> None:
         """Bring what is learned to where the layers of a model compute."""
@@ -293,25 +359,19 @@ class ModelEdit(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the model without the edit inside this context."""
-        previous, self._enabled = self._enabled, False
-        try:
+        """Run the model without the edit inside this context and thread."""
+        with self._within(enabled=False):
             yield
-        finally:
-            self._enabled = previous
 
     @contextmanager
     def prompt_lengths(self, lengths: PromptLengths | None) -> Iterator[None]:
-        """Tell the forward passes inside this context where the prompts end.
+        """Tell the forward passes inside this context and thread where the prompts end.
 
         Args:
             lengths: Real (not padding) prompt tokens of each row; None for "not known".
         """
-        previous, self._prompt_lengths = self._prompt_lengths, lengths
-        try:
+        with self._within(prompt_lengths=lengths):
             yield
-        finally:
-            self._prompt_lengths = previous
 
     @contextmanager
     def generating(self, prompt_width: int | None) -> Iterator[None]:
@@ -320,33 +380,33 @@ class ModelEdit(nn.Module):
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
         """
-        thread = _thread()
-        if prompt_width is None or thread in self._prompt_widths:  # a model that assists itself
+        outer = self.contexts.prompt_width  # of a model that assists itself
+        with self._within(prompt_width=prompt_width if outer is None else outer):
             yield
-            return
-        self._prompt_widths[thread] = prompt_width
-        try:
-            yield
-        finally:
-            del self._prompt_widths[thread]
 
     @contextmanager
     def at_positions(self, positions: Positions) -> Iterator[None]:
-        """Let the forward passes inside this context intervene exactly here."""
-        previous, self._given_positions = self._given_positions, positions
-        try:
+        """Let the forward passes inside this context and thread intervene exactly here."""
+        with self._within(given_positions=positions):
             yield
-        finally:
-            self._given_positions = previous
 
     @contextmanager
     def recording(self) -> Iterator[GateRecord]:
-        """Record the basis weights of the forward passes inside this context."""
-        previous, self._record = self._record, GateRecord()
+        """Record the basis weights of the forward passes inside this context and thread."""
+        record = GateRecord()
+        with self._within(record=record):
+            yield record
+
+    @contextmanager
+    def _within(self, **settings: Any) -> Iterator[None]:
+        """Set attributes of this thread's contexts inside this one."""
+        contexts = vars(self.contexts)
+        before = {name: contexts[name] for name in settings}
         try:
-            yield self._record
+            contexts.update(settings)
+            yield
         finally:
-            self._record = previous
+            contexts.update(before)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything learned so far."""
@@ -372,44 +432,56 @@ class ModelEdit(nn.Module):
         self.load_state_dict(dict(snapshot))
 
     def _on_model_call(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Forward pre-hook of the model: find the positions before the layers run."""
+        """Forward pre-hook of the model: find the positions before the layers run.
+
+        There are no `kwargs` in a call that began while another thread attached or detached.
+        """
+        if kwargs is None:
+            return
         if getattr(model, "_is_replica", False):
             raise RuntimeError(
                 "an edited model cannot run in nn.DataParallel, whose copies share one edit: use "
                 "one process for each device, or accelerate's device_map"
             )
         self._begin_call(model, args, kwargs)
-        self._announced.add(_thread())
-
-    def _on_model_end(self, *_call: Any) -> None:
-        """Forward hook of the model, also of one that failed before its decoder was called."""
-        self._announced.discard(_thread())
+        self._calls.is_announced = True
 
     def _on_decoder_call(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
         """Forward pre-hook of the decoder inside, which PEFT's forward and users call by itself."""
-        if _thread() in self._announced:
-            self._announced.discard(_thread())
+        if kwargs is None:
+            return
+        if self._calls.is_announced:
+            self._calls.is_announced = False
         else:
             self._begin_call(decoder, args, kwargs)
 
     def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the positions of a forward pass from its arguments."""
-        positions, thread = self._given_positions, _thread()
-        if positions is None and self._enabled:
-            width = self._prompt_widths.get(thread)
-            forward, num, lengths = module.forward, self.num_prompt_positions, self._prompt_lengths
-            if lengths is None and width is None and not self._has_warned:
-                self._warn_unless_told(forward, args, kwargs)
-            at = positions_of_call(forward, args, kwargs, num, lengths, width)
-            positions = None if at is None else Positions.of(at)
-        if thread not in self._calls:  # the number of a thread that has ended may never come again
-            alive = {running.ident for running in threading.enumerate()}
-            self._calls = {key: call for key, call in self._calls.items() if key in alive}
-        self._calls[thread] = self._latest_call = positions
+        """Wait for a change by another thread; then find the positions of a forward pass."""
+        if self._lock is not None and not torch.compiler.is_compiling():
+            self._lock.begin_forward()
+            if not self.handles:  # detached meanwhile: no hook will tell of the end
+                self._lock.end_forward()
+        contexts, calls = self.contexts, self._calls
+        calls.begun_by = id(module)
+        positions = contexts.given_positions
+        if positions is None and contexts.enabled:
+            positions = self._positions_of(module.forward, args, kwargs)
+        calls.positions = self._latest_call = positions
+
+    def _positions_of(
+        self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Positions | None:
+        """Read the positions of a forward pass from its arguments and this thread's contexts."""
+        lengths, width = self.contexts.prompt_lengths, self.contexts.prompt_width
+        if lengths is None and width is None and not self._has_warned:
+            self._warn_unless_told(forward, args, kwargs)
+        num = self.num_prompt_positions
+        at = positions_of_call(forward, args, kwargs, num, lengths, width)
+        return None if at is None else Positions.of(at)
 
     def _warn_unless_told(
         self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -429,10 +501,19 @@ class ModelEdit(nn.Module):
                 self.num_prompt_positions,
             )
 
+    def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        """Forward hook of what was called, also if it raised."""
+        if self._calls.begun_by == id(module):
+            self._calls.begun_by, self._calls.is_announced = None, False
+            if self._lock is not None and not torch.compiler.is_compiling():
+                self._lock.end_forward()
+
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
-        call = self._calls.get(_thread(), self._latest_call)
-        if not self._enabled or call is None or hidden.is_meta:
+        call, contexts = self._calls.positions, self.contexts
+        if call is None and _is_repeated_by_autograd():
+            call = self._latest_call
+        if not contexts.enabled or call is None or hidden.is_meta:
             return hidden
         if call.at.shape != hidden.shape[:2]:
             raise RuntimeError(
@@ -447,10 +528,10 @@ class ModelEdit(nn.Module):
             # Padding can hold NaN, whose gradient `where` alone would not stop.
             edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
             edited = torch.where(here, edited, hidden)
-        if self._record is not None:
-            self._record.positions = call.at
-            self._record.weights[layer] = weights
-            self._record.hidden[layer] = hidden.detach()
+        if contexts.record is not None:
+            contexts.record.positions = call.at
+            contexts.record.weights[layer] = weights
+            contexts.record.hidden[layer] = hidden.detach()
         return edited
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -498,9 +579,9 @@ class _LayerHook:
         return self.edit._on_layer_output(self.layer, output)
 
 
-def _thread() -> int:
-    """Return which thread runs; a compiled model is one thread's."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+def _is_repeated_by_autograd() -> bool:
+    """Tell whether this runs inside a backward pass, as checkpoints do, in a thread of autograd."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def attached_edit(model: nn.Module) -> ModelEdit | None:

@@ -16,7 +16,8 @@ class IndependentEdits(ModelEdit):
     """E copies of an edit that are learned apart.
 
     Args:
-        start: What every copy has learned already; it is left as it is.
+        start: What every copy has learned already; it is left as it is. They may be attached beside
+            it, while it is disabled.
         num_edits: E, at least 1.
 
     Raises:
@@ -33,6 +34,7 @@ class IndependentEdits(ModelEdit):
         self.to(basis.device)
         self.restore(start.snapshot())
         self._num_edits = num_edits
+        self._beside = (start,)
         self._values = {
             name: p.detach().repeat(num_edits, *[1] * p.dim()).requires_grad_()
             for name, p in self.named_parameters()

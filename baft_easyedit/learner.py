@@ -5,7 +5,8 @@ weights never change. What a call changes is an `EditState`, which can be taken 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
 from baft_easyedit.learning import EditReport, Learned, learn
+from baft_easyedit.locks import lock_of
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows
+from baft_easyedit.surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class Learner:
         self.tokenizer = tokenizer
         self.edit = edit
         self._config = text_config(model)
+        self.lock = lock_of(model)
+        """Keeps other threads out of the model while the edit changes."""
 
     @property
     def is_attached(self) -> bool:
@@ -66,16 +71,52 @@ class Learner:
         return EditState(self.edit.snapshot(), self.is_attached, self.edit.memory.state())
 
     def restore(self, state: EditState) -> None:
-        """Go back to a `state`; the model's own outputs come back with the hooks off."""
-        rank = rank_of(state.learned)
-        if rank != self.edit.rank:
-            self.edit.start_afresh(rank)
+        """Go back to a `state`; the model's own outputs come back with the hooks off.
+
+        What was recorded stays, for the edits to come.
+        """
+        self.edit.resize(rank_of(state.learned))
         self.edit.restore(state.learned)
         self.edit.memory.restore(state.memory)
         if state.attached:
             self._attach()
         else:
-            self.edit.detach()
+            self.edit.unhook()
+
+    @contextmanager
+    def alone(self, is_complete: Callable[[], bool] = lambda: False) -> Iterator[EditState]:
+        """Change something, with no other thread in the model; if it fails, all is as before.
+
+        Args:
+            is_complete: Tells whether what failed came after the change.
+
+        Yields:
+            The state before.
+        """
+        before = None
+        try:
+            with self.lock.changing():
+                before, surroundings = self.state(), Surroundings(self.model, self.edit)
+                try:
+                    yield before
+                except BaseException:
+                    self._put_back(before, surroundings, is_complete)
+                    before = None
+                    raise
+        except BaseException:
+            if before is not None:  # an interrupt on the way out
+                with self.lock.changing():
+                    self._put_back(before, surroundings, is_complete)
+            raise
+
+    def _put_back(
+        self, before: EditState, surroundings: Surroundings, is_complete: Callable[[], bool]
+    ) -> None:
+        """Make all as it was, unless the change is complete."""
+        if not is_complete():
+            surroundings.restore()
+            self.restore(before)
+            self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together, beside past ones; then consolidate, if it is time."""
@@ -163,19 +204,15 @@ class Learner:
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
         """Learn independent edits of as many rows each, beside the same past ones."""
-        attached = self.is_attached
         memory = self.edit.memory.copy()  # what is not installed leaves no trace
         rehearsal = self._rehearsal(hparams, memory, requests)
         copies = IndependentEdits(self.edit, len(edits))
-        try:
-            if attached:
-                self.edit.detach()
-            copies.attach(self.model)
-            return self._learned(copies, edits, hparams, rehearsal)
-        finally:
-            copies.detach()
-            if attached:
-                self.edit.attach(self.model)
+        with self.edit.disabled():
+            try:
+                copies.attach(self.model)
+                return self._learned(copies, edits, hparams, rehearsal)
+            finally:
+                copies.detach()
 
     def _learned(
         self,

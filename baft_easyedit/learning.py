@@ -136,8 +136,10 @@ def learn(
             edit.retract()
         optimizer.zero_grad()  # they lie in memory that is used again
     results = run.results((time.perf_counter() - start) / edit.num_edits)
-    ran = {"engine": engine.name, "engine_note": engine.note}
-    return [learned._replace(report=replace(learned.report, **ran)) for learned in results]
+    return [
+        Learned(state, replace(report, engine=engine.name, engine_note=engine.note))
+        for state, report in results
+    ]
 
 
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
@@ -338,10 +340,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in trainable:
-        p.requires_grad_(False)
     try:
+        model.eval()
+        for p in trainable:
+            p.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:

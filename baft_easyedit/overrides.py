@@ -26,11 +26,7 @@ def override(edit: Edit, model: nn.Module) -> list["Override"]:
     generator = next((m for m in model.modules() if _can_generate(m)), None)
     if generator is None:
         return []
-    return [
-        kind(edit, generator)
-        for kind in (Generate, ContinuousBatching)
-        if hasattr(generator, kind.name)
-    ]
+    return [kind(edit, generator) for kind in OVERRIDES if hasattr(generator, kind.name)]
 
 
 def _can_generate(module: nn.Module) -> bool:
@@ -95,6 +91,10 @@ class ContinuousBatching(Override):
             "an edited model must have one sequence in each row, but continuous batching "
             "(generate_batch) packs many into one: use generate, with padding on the left"
         )
+
+
+OVERRIDES: tuple[type[Override], ...] = (Generate, ContinuousBatching)
+"""All that is taken over."""
 
 
 def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from baft_easyedit.caches import FrozenPrefix, Recorder
-from baft_easyedit.forward import CannotReplay, Contents, Expected, Forward, of_this_thread
+from baft_easyedit.forward import CannotReplayError, Contents, Expected, Forward, of_this_thread
 from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
 from baft_easyedit.objective import answer_loss, token_losses
@@ -103,10 +103,7 @@ def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    """Tell whether a model's forward has an argument, or hands all it does not know to one that has.
-
-    So does PEFT's.
-    """
+    """Tell whether a model's forward takes an argument, or hands it on, as PEFT's does."""
     parameters = inspect.signature(model.forward).parameters
     if argument in parameters:
         return True
@@ -148,9 +145,9 @@ class LayerReplay:
         """Lay out the rows of each edit and join their recordings, made where they are missing.
 
         Raises:
-            CannotReplay: If the model cannot use a cache that it does not know, the replayed logits
-                of the unedited model are not the recorded ones, or its attention takes no mask for
-                each pair of tokens.
+            CannotReplayError: If the model cannot use a cache that it does not know, the replayed
+                logits of the unedited model are not the recorded ones, or its attention takes no
+                mask for each pair of tokens.
         """
         _check_takes_masks(text_config(self._model))
         rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
@@ -173,7 +170,7 @@ class LayerReplay:
         not depend on it, and their losses are those that the first step has to give.
 
         Raises:
-            CannotReplay: As above.
+            CannotReplayError: As above.
         """
         _check_takes_masks(text_config(self._model))
         rows = edits[0]
@@ -198,8 +195,8 @@ class LayerReplay:
             row_losses: The losses of the step, [R].
 
         Raises:
-            CannotReplay: If the losses, and then the logits too, are not those of the full forward.
-                There is more room for rounding in logits.
+            CannotReplayError: If the losses, and then the logits too, are not those of the full
+                forward. There is more room for rounding in logits.
         """
         if not self._unchecked:
             return
@@ -253,7 +250,7 @@ class LayerReplay:
         with _watching(self._stubs[-1]) as seen:
             logits = full()
         is_tuple = bool(seen) and isinstance(seen[0], tuple)
-        hidden = seen[0][0] if is_tuple else seen[0] if seen else None
+        hidden: Any = seen[0][0] if is_tuple else seen[0] if seen else None
         _check_belong_to_rows(full.layout, hidden, recorder.seen)
         self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
         new = {row: self._cut(b, row, hidden, recorder.seen) for b, row in enumerate(rows)}
@@ -301,25 +298,27 @@ class LayerReplay:
 
 
 def _check_takes_masks(config: Any) -> None:
-    """Raise CannotReplay unless a model's attention takes a mask for each pair of tokens.
+    """Raise CannotReplayError unless a model's attention takes a mask for each pair of tokens.
 
     Others would read beyond their memory on a GPU, which ends the process's use of it.
     """
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
-        raise CannotReplay(f"its attention, {attention}, takes no mask for each pair of tokens")
+        raise CannotReplayError(
+            f"its attention, {attention}, takes no mask for each pair of tokens"
+        )
 
 
 def _check_belong_to_rows(
     layout: Layout, hidden: Any, states: Mapping[int, tuple[Tensor, Tensor]]
 ) -> None:
-    """Raise CannotReplay unless a layer's output is [R, W, D], and what it stores [R, N, W, H]."""
+    """Raise CannotReplayError unless a layer gives [R, W, D], and stores [R, N, W, H]."""
     shape = tuple(layout.input_ids.shape)
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
-        raise CannotReplay("its first edited layer gives no hidden state for each token")
+        raise CannotReplayError("its first edited layer gives no hidden state for each token")
     for layer, pair in states.items():
         if any(t.dim() != 4 or (t.shape[0], t.shape[2]) != shape for t in pair):
-            raise CannotReplay(f"layer {layer} stores no keys and values for each token")
+            raise CannotReplayError(f"layer {layer} stores no keys and values for each token")
 
 
 def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -400,13 +399,13 @@ def _tolerance(values: Tensor) -> float:
 
 
 def _check_equal(replayed: Tensor, recorded: Tensor) -> None:
-    """Raise CannotReplay unless logits [A, V] are equal up to rounding."""
+    """Raise CannotReplayError unless logits [A, V] are equal up to rounding."""
     if not len(recorded):
         return
     difference = float((replayed - recorded).float().abs().max())
     largest = float(recorded.float().abs().max())
     if not difference <= _tolerance(recorded) * largest:
-        raise CannotReplay(
+        raise CannotReplayError(
             f"replayed logits differ by {difference:.2g} from the full forward's, of size "
             f"{largest:.2g}"
         )

@@ -47,6 +47,10 @@ FAMILIES = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--stress-seconds", default=60, help="how long threads are let loose")
+
+
 def make_model(family="llama", dtype=torch.float32, seed=0):
     config_class, sizes = FAMILIES[family]
     torch.manual_seed(seed)

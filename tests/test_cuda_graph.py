@@ -18,7 +18,7 @@ from baft_easyedit.cuda_graph import (
     GraphPool,
     KnownStep,
     KnownSteps,
-    NotTheSame,
+    NotTheSameError,
     Repeated,
     check_equal,
 )
@@ -98,6 +98,11 @@ def test_what_cannot_be_captured_rightly_is_computed(record, reason, caplog):
     assert reason in line
 
 
+def called_twice(repeated):
+    repeated()
+    repeated()
+
+
 @pytest.mark.parametrize("error", [TypeError("a bug"), AttributeError("a bug")])
 def test_other_errors_are_no_reason_to_give_up(error):
     def check(_result):
@@ -109,8 +114,7 @@ def test_other_errors_are_no_reason_to_give_up(error):
         state.has_new_contents = True
         repeated()
         with pytest.raises(type(error), match="a bug"):
-            for _ in range(2):
-                repeated()
+            called_twice(repeated)
 
 
 def test_integers_and_empty_tensors_are_compared_too(caplog):
@@ -162,7 +166,7 @@ def test_a_graph_that_is_off_on_new_contents_is_not_used(check, reason, caplog):
 
 
 def test_results_of_other_sizes_are_not_the_same():
-    with pytest.raises(NotTheSame, match="it has 1 values instead of 2"):
+    with pytest.raises(NotTheSameError, match="it has 1 values instead of 2"):
         check_equal([X, X], [X])
 
 

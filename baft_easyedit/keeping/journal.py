@@ -306,6 +306,7 @@ def report_dict(report: EditReport) -> dict[str, Any]:
         "time_s": report.time_s,
         "losses": _ends(report.losses),
         "learned": list(report.learned),
+        "engine": report.engine,
     } | ({"consolidation": report_dict(again)} if (again := report.consolidation) else {})
 
 

@@ -209,7 +209,7 @@ def test_model_is_found_from_any_directory_or_refused(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     options = SpeedOptions(model="m", methods=("ReFT",))
     assert _job(options, make_rows(options), None)["model"] == str(tmp_path / "m")
-    with pytest.raises(OSError, match="'m' has no config.json"):
+    with pytest.raises(OSError, match=r"'m' has no config\.json"):
         run_speed(options)
 
 

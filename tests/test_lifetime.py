@@ -1,0 +1,134 @@
+"""A model is freed when its last reference goes, without the garbage collector."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, cuda_graph, descent, learning
+from baft_easyedit.forward import Forward
+from tests.conftest import make_model
+
+OTHER = {"prompt": "The capital of Cuba's", "target_new": "Rome", "loc_prompt": "Ice is cold"}
+
+
+@pytest.fixture
+def short(hparams):
+    return replace(hparams, num_steps=5, early_stop_loss=0.0)
+
+
+@pytest.fixture
+def uncollected():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Remembered:
+    """Takes the place of a CUDA graph: it has its results, and knows of nothing else."""
+
+    def __init__(self, compute, pool):
+        self.result = compute()
+
+    def run(self):
+        return self.result
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps are captured as on a CUDA device; nothing is computed anew, and nobody looks."""
+    monkeypatch.setattr(Forward, "device", torch.device("cuda"))
+    monkeypatch.setattr(learning, "_repeats_steps", lambda model, edit: edit.num_edits == 1)
+    monkeypatch.setattr(descent, "CudaGraph", Remembered)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "_check_same", lambda *_: None)
+    monkeypatch.setattr(descent, "check_equal", lambda *_: None)
+
+
+def is_alive_after(use, tokenizer, hparams):
+    """Whether a model is there after it was used and let go."""
+    model = make_model()
+    reference = weakref.ref(model)
+    kept = use(model, tokenizer, hparams)
+    del model
+    return reference() is not None, kept
+
+
+def edit(model, tokenizer, hparams, request):
+    BaFTEditor(model, tokenizer, hparams).edit(request)
+
+
+def edit_and_undo(model, tokenizer, hparams, request):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(request)
+    editor.undo()
+    return editor.model_edit
+
+
+def edit_twice(model, tokenizer, hparams, request):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(request)
+    editor.edit(OTHER)
+
+
+def edit_side_by_side(model, tokenizer, hparams, request):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(request)
+    return editor.learn_apart([request, OTHER])
+
+
+def fail(model, tokenizer, hparams, request):
+    editor = BaFTEditor(model, tokenizer, hparams)
+    with pytest.raises(FloatingPointError):
+        editor.edit(request)
+
+
+@pytest.mark.parametrize("engine", ["replay", "full"])
+@pytest.mark.parametrize("rehearsal", [0, 1])
+@pytest.mark.parametrize("use", [edit, edit_and_undo, edit_twice, edit_side_by_side])
+def test_an_edited_model_is_freed(
+    use, engine, rehearsal, tokenizer, short, request_dict, uncollected
+):
+    hparams = replace(short, engine=engine, rehearsal=rehearsal)
+    is_alive, _ = is_alive_after(lambda *args: use(*args, request_dict), tokenizer, hparams)
+    assert not is_alive
+
+
+def test_a_model_is_freed_after_an_edit_that_failed(
+    tokenizer, short, request_dict, uncollected, monkeypatch
+):
+    monkeypatch.setattr(learning.math, "isfinite", lambda _: False)
+    is_alive, _ = is_alive_after(lambda *args: fail(*args, request_dict), tokenizer, short)
+    assert not is_alive
+
+
+@pytest.mark.parametrize("use", [edit, edit_and_undo, edit_twice])
+def test_a_model_whose_steps_were_captured_is_freed(
+    use, tokenizer, short, request_dict, uncollected, graphs
+):
+    known = []
+
+    def used(model, tokenizer, hparams):
+        model_edit = use(model, tokenizer, hparams, request_dict)
+        if model_edit is not None:
+            known.append(len(model_edit.known_steps))
+        return model_edit
+
+    is_alive, kept = is_alive_after(used, tokenizer, short)
+    assert not is_alive
+    assert kept is None or known == [1]  # an undo keeps what later edits can use
+
+
+def test_detach_drops_what_was_recorded(model, tokenizer, short, request_dict, graphs):
+    editor = BaFTEditor(model, tokenizer, replace(short, rehearsal=1))
+    editor.edit(request_dict)
+    model_edit = editor.model_edit
+    assert len(model_edit.recordings) > 0
+    assert len(model_edit.known_steps) == 1
+    model_edit.detach()
+    assert model_edit.recordings is None
+    assert len(model_edit.known_steps) == 0
+    assert all(p.grad is None for p in model_edit.parameters())
