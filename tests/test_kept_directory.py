@@ -1125,7 +1125,7 @@ def test_no_file_beside_a_directory_stops_it(opened, three, kind):
             opened(hparams=None)
         with opened(hparams=None, repair=True) as editor:
             editor.edit(fact(8))
-        assert json.loads((three / "baft_config.json").read_text())["format_version"] == 1
+        assert json.loads((three / "baft_config.json").read_text())["format_version"] == 2
     assert [os.path.lexists(three / f"before-repair-{i}/{name}") for i, name in (
         (1, "baft_config.json"), (2, "checkpoints"))] == [True, True]  # fmt: skip
     special(kind, three / "lock")
@@ -1272,6 +1272,7 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("{model_name: m, layers: [1, 3], rank: 4, num_steps: 1, device: cpu}")
     options = ["--model", str(tmp_path / "model"), "--device", "cpu", "--target", "Rome"]
+    options.append("--allow-unlearned")
     kept, other = str(tmp_path / "kept"), str(tmp_path / "other")
 
     def edit(prompt, *more):

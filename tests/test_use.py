@@ -693,19 +693,6 @@ def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_positions_of_threads_that_ended_are_not_kept(edited):
-    model, edit = edited
-    together = threading.Barrier(8, timeout=30)
-
-    def run():
-        together.wait()
-        logits(model)
-
-    run_in_threads([run] * 8)
-    logits(model)
-    assert len(edit._calls) == 1
-
-
 def test_models_edited_in_threads_are_those_edited_one_by_one(tokenizer, hparams, request_dict):
     hparams.num_steps = 5
 
