@@ -33,7 +33,7 @@ def hparams_file(path: str | Path) -> Path:
     root = hparams_root()
     own = (expanded(path), expanded(name))
     for candidate in (*own, root / name, root / name.removeprefix("hparams/")):
-        if candidate.exists() and not candidate.is_dir():
+        if os.path.exists(candidate) and not os.path.isdir(candidate):
             return candidate
     known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
     hint, names = did_you_mean(name.removesuffix(".yaml"), known), cut(", ".join(known), 1500)

@@ -1293,7 +1293,7 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
         assert main(refused) == 2
         assert "holds another edit with a history of 4 entries" in capsys.readouterr().err
     assert main(["edit", "--prompt", "a", *options, "--save", kept, "--overwrite"]) == 2
-    assert "overwrite needs --from and another directory as --save" in capsys.readouterr().err
+    assert "--overwrite needs --from, and another directory as --save" in capsys.readouterr().err
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
 

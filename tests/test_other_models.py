@@ -1,6 +1,7 @@
 """README's commands and programs on a model that is not the bundled one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -74,6 +75,7 @@ def test_benchmark_report_and_diagnosis(model, tmp_path, capsys):
 
 def test_edit_that_is_kept_and_goes_on(model, settings, tmp_path, capsys):
     command = ["edit", "--model", model, "--prompt", "The capital of France is", "--target", "Rome"]
+    command.append("--allow-unlearned")
     on_cpu(*command, "--loc-prompt", "The currency of Japan is the yen", "--save", "my-edit")
     on_cpu(*command, "--save", "my-edit")
     on_cpu(*command, "--from", "my-edit")
@@ -98,7 +100,9 @@ def test_speed(model, tmp_path, capsys):
 @pytest.mark.parametrize("heading", ["An edit in ten lines", "Keep, ship and undo an edit"])
 def test_programs(model, heading, monkeypatch, capsys):
     own = BaFTHyperParams(model, [1, 2], num_steps=4, device="cpu")
-    monkeypatch.setattr(BaFTHyperParams, "from_hparams", lambda name: own)
+    monkeypatch.setattr(
+        BaFTHyperParams, "from_hparams", lambda name, **others: replace(own, **others)
+    )
     monkeypatch.setattr(resources, "bundled_model_path", lambda: model)
     programs = [code for code in blocks_of(heading) if "import" in code]
     assert len(programs) == (1 if heading.startswith("An") else 2)
