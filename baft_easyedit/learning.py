@@ -54,8 +54,7 @@ class EditReport:
     request_losses: tuple[float, ...] = ()
     """The last answer loss of each request, in nats per token."""
     learned: tuple[bool, ...] = ()
-    """Whether each request was learned: its last answer loss is below `early_stop_loss`, or its
-    target is what greedy decoding gives."""
+    """Whether each request was learned: its target is what greedy decoding gives at the end."""
     consolidation: "EditReport | None" = None
     """What going over all remembered edits did, if it was time for that after this edit."""
     engine: str = "full"
@@ -215,12 +214,12 @@ class _Run:
         if self._rehearsal is not None:
             self._rehearsal.note(row_losses[0][self._num_rows :])
         answered = [
-            [self._answered(*row) for row in zip(losses, misses, strict=True)][: self._num_requests]
+            [_Answered(loss, missed == 0) for loss, missed in zip(losses, misses, strict=True)]
             for losses, misses in zip(row_losses, row_misses, strict=True)
         ]
         done = {
             i: requests
-            for i, requests in enumerate(answered)
+            for i, requests in enumerate(row[: self._num_requests] for row in answered)
             if i not in self._done and (is_last or self._may_stop(i, requests))
         }
         if done:
@@ -246,16 +245,16 @@ class _Run:
         by_rows = [rest[i : i + each] for i in range(0, len(rest), each)]
         return by_rows[:edits], by_rows[edits:]
 
-    def _answered(self, loss: float, misses: float) -> _Answered:
-        """Tell whether a request is learned."""
-        return _Answered(loss, loss < self._hparams.early_stop_loss or misses == 0)
-
     def _may_stop(self, i: int, requests: Sequence[_Answered]) -> bool:
-        """Tell whether edit i may stop early: not while one of its requests is not learned."""
+        """Tell whether edit i may stop early: not for a low mean that one request is far from."""
         h, terms = self._hparams, self._terms[-1]
         is_rehearsed = "rehearsal" not in terms or terms["rehearsal"][i] <= h.rehearsal_stop_loss
         is_low = terms["answer"][i] < h.early_stop_loss
-        return is_low and is_rehearsed and all(request.is_learned for request in requests)
+        return (
+            is_low
+            and is_rehearsed
+            and all(request.is_learned or request.loss < h.early_stop_loss for request in requests)
+        )
 
     def _finished(
         self, num_steps: int, answered: Mapping[int, list[_Answered]], step: Step

@@ -486,6 +486,11 @@ def test_what_greedy_decoding_gives_is_learned_whatever_its_loss(model, tokenize
     assert editor.edit({"prompt": "Ice is", "target_new": "wet"}).learned == (False,)
 
 
+def test_a_low_loss_alone_is_not_learned(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=100.0, num_steps=1))
+    assert editor.edit({"prompt": "Ice is", "target_new": "hot"}).learned == (False,)
+
+
 def test_many_unlearned_requests_are_counted(model, tokenizer, hparams, caplog):
     editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
     requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(5)]
@@ -498,14 +503,18 @@ def test_many_unlearned_requests_are_counted(model, tokenizer, hparams, caplog):
     assert "5 of 5 requests not learned" in caplog.text
 
 
-def test_a_batch_does_not_stop_before_each_of_its_requests_is_learned(model, tokenizer, hparams):
+def test_a_batch_does_not_stop_while_one_of_its_requests_is_far_from_learned(
+    model, tokenizer, hparams
+):
     """A long answer that is known would outweigh a short one that is not."""
-    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=1.5))
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=200))
     known = {"prompt": "Ice is", "target_new": "a long answer of very many tokens"}
-    editor.edit(known)
+    assert editor.edit(known).final_loss < 1.0
+    editor.hparams = replace(hparams, early_stop_loss=2.0, num_steps=200)
     report = editor.edit([known, {"prompt": "The capital of France is", "target_new": "X"}])
+    assert report.losses[0].answer < 2.0  # the mean is low from the beginning
     assert report.num_steps > 0
-    assert report.learned == (True, True)
+    assert report.request_losses[1] < 2.0
 
 
 def test_one_prompt_with_two_targets_is_refused(model, tokenizer, hparams):
