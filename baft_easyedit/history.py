@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.hooks import Author, Change, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
@@ -263,33 +263,41 @@ class History:
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        directory = self._directory
-        with self._learner.lock.changing():
-            if directory is not None and directory.journal.position > 0:
-                directory.check_usable()
-                self._check_untouched(directory)
-                parent = directory.journal.entries[directory.journal.position].parent
-                assert parent is not None  # only entry 0 has none
-                self._return("undo", parent)
-            elif directory is None and self.recent:
-                self._undo_in_memory(self.recent[-1])
-            else:
-                others = self._others_change()
-                raise ValueError("; ".join(filter(None, (_NOTHING_TO_UNDO, others))))
+        if self._directory is None:
+            self._undo_in_memory()
+        else:
+            self._undo_on_disk(self._directory)
 
-    def _undo_in_memory(self, step: Step) -> None:
+    def _undo_on_disk(self, directory: KeptDirectory) -> None:
+        """Go back to what the latest change of a journal grew from."""
+        with self._learner.lock.changing():
+            parent = directory.journal.entries[directory.journal.position].parent
+            if parent is None:  # that of entry 0
+                self._refuse_undo()
+            directory.check_usable()
+            self._check_untouched(directory)
+            self._return("undo", parent)
+
+    def _undo_in_memory(self) -> None:
         """Take back the latest change that was made here, if it is the latest of all."""
-        self._check_present(
-            step.after == self._values(),
-            "an undo must take back the latest change of the model",
-            "undo that first, with its editor or the weights_copy of its EasyEdit call; or take "
-            "the whole edit off: attached_edit(model).detach()",
-        )
-        with self._taken_back():
+        with self._taken_back():  # outermost: an interrupt on the way out takes the undo back
+            if not self.recent:
+                self._refuse_undo()
+            step = self.recent[-1]
+            self._check_present(
+                step.after == self._values(),
+                "an undo must take back the latest change of the model",
+                "undo that first, with its editor or the weights_copy of its EasyEdit call; or "
+                "take the whole edit off: attached_edit(model).detach()",
+            )
             self._learner.restore(step.before)
             self._learner.edit.latest_change = step.previous
             self._note_undo(step.position)
             self.recent.pop()
+
+    def _refuse_undo(self) -> NoReturn:
+        """Raise ValueError: no change is left to take back; name the latest one, if another's."""
+        raise ValueError("; ".join(filter(None, (_NOTHING_TO_UNDO, self._others_change()))))
 
     def _note_undo(self, to: int) -> None:
         """Note in the journal of a loaded edit that its state is an earlier one again."""

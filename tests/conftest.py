@@ -49,6 +49,7 @@ FAMILIES = {
 
 def pytest_addoption(parser):
     parser.addoption("--stress-seconds", default=60, help="how long threads are let loose")
+    parser.addoption("--interrupt-every", default=16, help="n-th place that is interrupted; 1: all")
 
 
 def make_model(family="llama", dtype=torch.float32, seed=0):

@@ -197,8 +197,9 @@ SAMPLED = {"undo": 11, "undo of one": 11}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_an_interrupt_anywhere_leaves_everything_as_it_was(setting, tokenizer, hparams):
-    found, tried = failures(setting, tokenizer, hparams, every=1)
+def test_an_interrupt_anywhere_leaves_everything_as_it_was(setting, tokenizer, hparams, request):
+    every = 1 if setting in SAMPLED else int(request.config.getoption("--interrupt-every"))
+    found, tried = failures(setting, tokenizer, hparams, every)
     assert tried > 50
     assert not [failure for failure in found if not is_clean_up(failure)]
     assert len(found) <= 8  # of the lines that put something back, and let others in
