@@ -524,7 +524,8 @@ def test_weights_quantised_by_bitsandbytes_can_be_edited(
 # Compilers, copies, devices, files
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiled_model_follows_the_edit(backend):
     model, edit = make_model(), random_edit(layers=(1,))  # each hook is a break in the graph
     edit.attach(model)

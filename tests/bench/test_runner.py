@@ -169,6 +169,7 @@ def test_two_processes_give_the_summary_of_one(settings, whole, tmp_path):
     assert scores(rows) == scores(read_json(whole[0] / "summary.json"))[:2]
 
 
+@pytest.mark.slow
 def test_single_edits_can_be_learned_side_by_side(settings, whole, tmp_path):
     change = {"methods": settings["methods"][:1], "side_by_side": 3}
     single, continual = run_bench(make_config({**settings, **change}), tmp_path / "run")
@@ -178,6 +179,7 @@ def test_single_edits_can_be_learned_side_by_side(settings, whole, tmp_path):
     assert scores([single, continual]) == scores(expected[:2])
 
 
+@pytest.mark.slow
 def test_cases_scored_one_by_one_score_the_same(settings, whole, tmp_path):
     change = {"methods": settings["methods"][:1], "T": [2], "scoring_batch_size": 1}
     rows = run_bench(make_config({**settings, **change}), tmp_path / "run")
@@ -201,6 +203,7 @@ def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
     assert scores([again]) == scores([rome])
 
 
+@pytest.mark.slow
 def test_batches_are_edited_together_or_say_that_they_cannot_be(settings, tmp_path):
     questions = [{"goal": "Open a jar", "sol1": "turn the lid", "sol2": "eat it"}] * 2
     (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, questions)))
