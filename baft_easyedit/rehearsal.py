@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.messages import short
 from baft_easyedit.reading import taken
 from baft_easyedit.requests import EditRequest, TextRow
 
@@ -131,7 +132,8 @@ class RehearsalMemory:
             past[request.prompt] = PastEdit(request, float(loss))
         if num_seen < len(past):
             raise ValueError(
-                f"num_seen must be at least the {len(past)} edits of the memory; got {num_seen}"
+                f"num_seen must be at least the {len(past)} edits of the memory; got "
+                f"{short(num_seen)}"
             )
         self._past, self._num_seen = past, num_seen
         self._forget_rows()

@@ -261,6 +261,11 @@ class Reader(NamedTuple):
     """What else is in the directory."""
 
 
+def is_own(file: Path) -> bool:
+    """Tell whether a name is that of a regular file, not of a link to one."""
+    return file.is_file() and not file.is_symlink()
+
+
 class WrongResultError(Exception):
     """A reader accepted what it should not."""
 
@@ -335,9 +340,7 @@ def kept_readers(folder: Path) -> Iterator[Reader]:
 
     def repair_kept(path: Path) -> None:
         before = {
-            name: (path / name).read_bytes() if (path / name).is_file() else None
-            for name in (STATE, JOURNAL)
-            if not (path / name).is_symlink()
+            name: (path / name).read_bytes() for name in (STATE, JOURNAL) if is_own(path / name)
         }
         try:
             with BaFTEditor.open(model, ByteTokenizer(), path, repair=True) as editor:
@@ -349,14 +352,9 @@ def kept_readers(folder: Path) -> Iterator[Reader]:
             with BaFTEditor.open(model, ByteTokenizer(), path) as editor:
                 again = state_module.state_hash(editor._learner.state())
                 expect(again == found, "another state after the repair")
-            now = [
-                file.read_bytes()
-                for file in path.rglob("*")
-                if file.is_file() and not file.is_symlink()
-            ]
+            now = [file.read_bytes() for file in path.rglob("*") if is_own(file)]
             for name, data in before.items():
-                is_there = data is None or any(other.startswith(data) for other in now)
-                expect(is_there, f"{name} is lost")
+                expect(any(other.startswith(data) for other in now), f"{name} is lost")
         finally:
             edit = attached_edit(model)
             if edit is not None:

@@ -2,6 +2,7 @@ import pytest
 
 from baft_easyedit import BaFTHyperParams
 from baft_easyedit.messages import MAX_MESSAGE, cut, short
+from baft_easyedit.rehearsal import RehearsalMemory
 from baft_easyedit.requests import EditRequest, as_requests
 
 LONG = "long" * 20_000
@@ -41,6 +42,7 @@ def test_long_text_loses_its_middle():
         lambda: BaFTHyperParams("m", [1], rank=LONG),
         lambda: BaFTHyperParams("m", [1], seed=-(10**5000)),
         lambda: BaFTHyperParams.from_hparams(LONG),
+        lambda: RehearsalMemory().restore({"past": [], "num_seen": -(10**4200)}),
     ],
 )
 def test_messages_are_short(use):
