@@ -525,13 +525,7 @@ def test_weights_quantised_by_bitsandbytes_can_be_edited(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "eager",
-        pytest.param("inductor", marks=pytest.mark.xfail(reason="edited positions are wrong")),
-    ],
-)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiled_model_follows_the_edit(backend):
     model, edit = make_model(), random_edit(layers=(1,))  # each hook is a break in the graph
     edit.attach(model)
