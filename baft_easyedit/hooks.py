@@ -431,7 +431,7 @@ class ModelEdit(nn.Module):
             )
         self.load_state_dict(dict(snapshot))
 
-    @torch.compiler.disable  # it does not follow what is a thread's own
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
     def _on_model_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -449,7 +449,7 @@ class ModelEdit(nn.Module):
         self._begin_call(model, args, kwargs)
         self._calls.is_announced = True
 
-    @torch.compiler.disable  # it does not follow what is a thread's own
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
     def _on_decoder_call(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -503,7 +503,7 @@ class ModelEdit(nn.Module):
                 self.num_prompt_positions,
             )
 
-    @torch.compiler.disable  # it does not follow what is a thread's own
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
     def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """Forward hook of what was called, also if it raised."""
         if self._calls.begun_by == id(module):
@@ -511,7 +511,7 @@ class ModelEdit(nn.Module):
             if self._lock is not None and not torch.compiler.is_compiling():
                 self._lock.end_forward()
 
-    @torch.compiler.disable  # it does not follow what is a thread's own
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
         call, contexts = self._calls.positions, self.contexts
