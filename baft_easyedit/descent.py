@@ -26,7 +26,6 @@ from baft_easyedit.cuda_graph import (
 )
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.intervention import tangent
 from baft_easyedit.objective import (
     answer_loss,
     joint_loss,
@@ -51,6 +50,8 @@ class Step(NamedTuple):
     """L1 of new and rehearsed requests, [E]."""
     weights: Tensor
     """Basis weights, [L, E, b, W, r]."""
+    hidden: tuple[Tensor, ...]
+    """What the edit of each layer was given, [E, b, W, D]."""
     new: Tensor
     """True at the positions of edits that are not rehearsed, [E, b, W]."""
     irrelevant: Tensor
@@ -103,19 +104,14 @@ class Objective:
     def gradients(self, forward: "Forward") -> _Computed:
         """Compute a step and its gradient with respect to all that is learned.
 
-        A gradient is None if the objective does not depend on the parameter. That of R is the one
-        along the orthonormal matrices.
+        A gradient is None if the objective does not depend on the parameter.
         """
-        step, parameters = self._terms(forward), self._edit.learned_parameters()
-        found = torch.autograd.grad(self._total(step), list(parameters.values()), allow_unused=True)
-        gradients = dict(zip(parameters, found, strict=True))
-        for name, basis in self._edit.bases().items():
-            gradient = gradients[name]
-            gradients[name] = None if gradient is None else tangent(gradient, basis.detach())
+        step, parameters = self._terms(forward), list(self._edit.learned_parameters().values())
+        gradients = torch.autograd.grad(self._total(step), parameters, allow_unused=True)
         terms = {name: term.detach() for name, term in step.terms.items()}
         step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
         # The kernel of AdamW takes for granted that they lie in memory as the parameters do.
-        return step, [None if g is None else g.contiguous() for g in gradients.values()]
+        return step, [None if g is None else g.contiguous() for g in gradients]
 
     def _terms(self, forward: "Forward") -> Step:
         """Run the model once and compute the objective's terms."""
@@ -126,6 +122,10 @@ class Objective:
         device = record.weights[edit.layers[0]].device
         weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
         weights = weights.view(len(weights), edit.num_edits, -1, *weights.shape[2:])
+        hidden = tuple(
+            h.view(edit.num_edits, -1, *h.shape[1:])
+            for h in (record.hidden[i] for i in edit.layers)
+        )
         edited, irrelevant, is_new = (
             at.to(device).view(edit.num_edits, -1, at.shape[1])  # [E, b, W]
             for at in (layout.edited, layout.irrelevant, layout.is_new)
@@ -144,7 +144,7 @@ class Objective:
             answer_loss(values, layout.label_rows, len(layout.rows))
             for values in (losses.detach(), misses)
         )
-        return Step(terms, loss, weights, new, irrelevant, row_losses, row_misses)
+        return Step(terms, loss, weights, hidden, new, irrelevant, row_losses, row_misses)
 
     def _total(self, step: Step) -> Tensor:
         """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""

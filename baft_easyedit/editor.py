@@ -80,6 +80,7 @@ class BaFTEditor:
                 hparams.gate,
                 hparams.num_prompt_positions,
                 hparams.seed if seed is None else seed,
+                hparams.parametrisation,
             )
         )
         self._learner = Learner(model, tokenizer, edit)

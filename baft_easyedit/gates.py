@@ -35,10 +35,6 @@ class Gate(nn.Module):
         self.hidden_size = hidden_size
         self.rank = rank
 
-    def matrix(self) -> Tensor:
-        """Return W, [n, D], one row for each of the n logits of this gate."""
-        return self.weight
-
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r], of the logits W h / rms(h), [..., n]."""
         raise NotImplementedError
@@ -51,7 +47,7 @@ class Gate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return w(h), [..., r]."""
-        return self.activate(F.linear(unit_rms(hidden), self.matrix()))
+        return self.activate(F.linear(unit_rms(hidden), self.weight))
 
 
 class RMSSigmoidGate(Gate):
@@ -62,16 +58,12 @@ class RMSSigmoidGate(Gate):
         self.scale = nn.Parameter(torch.ones(hidden_size))
         self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
 
-    def matrix(self) -> Tensor:
-        """Return W diag(g), [r, D]."""
-        return self.weight * self.scale
-
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r]."""
         return torch.sigmoid(logits)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r]; in training g scales the states, as a norm does."""
+        """Return w(h), [..., r]."""
         return self.activate(F.linear(unit_rms(hidden) * self.scale, self.weight))
 
 
@@ -137,10 +129,6 @@ class SubspaceGate(Gate):
 
 class OneGate(Gate):
     """w = 1: the intervention of ReFT (Liu et al. 2025, Lemma 2.4); no parameters, no logits."""
-
-    def matrix(self) -> Tensor:
-        """Return W, [0, D]."""
-        return torch.empty(0, self.hidden_size)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Return ones, [..., r]."""

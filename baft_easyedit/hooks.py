@@ -26,6 +26,7 @@ from baft_easyedit.overrides import Override, override
 from baft_easyedit.positions import PromptLengths, positions_of_call, says_nothing_of_prompts
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import RehearsalMemory
+from baft_easyedit.whitening import Whitening
 
 Snapshot = Mapping[str, Tensor]
 
@@ -126,6 +127,7 @@ class ModelEdit(nn.Module):
         gate: A name of `gates.GATES`.
         num_prompt_positions: P, how many of the last prompt tokens are edited.
         seed: Seed of the random bases.
+        parametrisation: One of `PARAMETRISATIONS`; see `coordinates`.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class ModelEdit(nn.Module):
         gate: str,
         num_prompt_positions: int,
         seed: int = 0,
+        parametrisation: str = "direct",
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -144,7 +147,10 @@ class ModelEdit(nn.Module):
                 {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
             )
             self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
+            whitened = layers if parametrisation == "whitened" else ()
+            self._whitening = nn.ModuleDict({str(i): Whitening(hidden_size) for i in whitened})
         self.gate = gate
+        self.parametrisation = parametrisation
         self.num_prompt_positions = num_prompt_positions
         self.memory = RehearsalMemory()
         self.latest_change: Change | None = None
@@ -185,6 +191,15 @@ class ModelEdit(nn.Module):
         """Return how much the bases of one edited layer have been used so far."""
         return cast(BasisUsage, self._usage[str(layer)])
 
+    @property
+    def whitens(self) -> bool:
+        """Whether it is learned in whitened coordinates."""
+        return self.parametrisation == "whitened"
+
+    def whitening(self, layer: int) -> Whitening:
+        """Return the statistics of one edited layer of an edit that `whitens`."""
+        return cast(Whitening, self._whitening[str(layer)])
+
     def joint_usage(self) -> BasisUsage:
         """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""
         return BasisUsage.stacked([self.usage(i) for i in self.layers])
@@ -203,13 +218,13 @@ class ModelEdit(nn.Module):
             return
         old = {i: (self.intervention(i), self.usage(i)) for i in self.layers}
         snapshot, before = self.snapshot(), self.rank
-        self.start_afresh(rank, seed)
+        self._renew(rank, seed)
         try:
             for i, (intervention, usage) in old.items():
                 self.intervention(i).continue_from(intervention)
                 self.usage(i).continue_from(usage)
         except BaseException:
-            self.start_afresh(before, seed)
+            self._renew(before, seed)
             self.restore(snapshot)
             raise
 
@@ -223,6 +238,12 @@ class ModelEdit(nn.Module):
         Raises:
             ValueError: If the rank is out of range; nothing has changed then.
         """
+        self._renew(rank, seed)
+        for whitening in self._whitening.values():
+            cast(Whitening, whitening).forget()
+
+    def _renew(self, rank: int, seed: int) -> None:
+        """Make interventions and usage new, of another rank perhaps."""
         generator = torch.Generator().manual_seed(seed)
         size = self.intervention(self.layers[0]).basis.shape[1]
         new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
@@ -267,18 +288,29 @@ class ModelEdit(nn.Module):
         for bases in by_device.values():  # those of a device by one decomposition
             torch._foreach_copy_(bases, orthonormal_rows(torch.stack(bases)).unbind())
 
-    def state_of(self, edit: int, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
+    def state_of(
+        self,
+        edit: int,
+        usage: Mapping[int, tuple[Tensor, Tensor]],
+        used: Mapping[int, Tensor],
+        past_weight: float,
+    ) -> Snapshot:
         """Return a copy of what one of the `num_edits` edits has learned.
 
         Args:
             edit: Which, from 0.
             usage: `total` [num_edits, r] and `count` [num_edits] of each layer's usage by then.
+            used: The states that each layer's edit was made for, [N, D].
+            past_weight: How much they count from now on; see `Whitening.with_states`.
         """
         state = dict(self.snapshot())
         state |= self._values_of(edit)
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
+        for layer in self.layers if self.whitens and past_weight else ():
+            root = self.whitening(layer).with_states(used[layer], past_weight)
+            state[f"_whitening.{layer}.root"] = root
         return state
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
@@ -540,10 +572,8 @@ class ModelEdit(nn.Module):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        intervention = self.intervention(layer)
-        if torch.is_grad_enabled():
-            return intervention(hidden)
-        return intervention.without_gradients(hidden)
+        edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
+        return edited
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Bring what a layer has learned to where the layer computes now."""
@@ -551,6 +581,8 @@ class ModelEdit(nn.Module):
         if intervention.source_bias.device != device:
             intervention.to(device)
             self.usage(layer).to(device)
+            if self.whitens:
+                self.whitening(layer).to(device)
 
 
 def rank_of(snapshot: Snapshot) -> int:

@@ -29,6 +29,9 @@ POLICIES = ("uniform", "most-forgotten", "reservoir")
 """Which past edits a step rehearses: any; half of them those of the highest last known loss; or any
 of a bounded memory that holds each past edit with the same chance."""
 
+PARAMETRISATIONS = ("whitened", "direct")
+"""In which coordinates an edit is learned; see `coordinates`."""
+
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
 
@@ -59,6 +62,14 @@ class BaFTHyperParams:
     gate_lr: float | None = None
     """Another learning rate for the gate, above 0; null for the same (the paper has one rate).
     Higher: irrelevant prompts are told apart in fewer steps, and earlier edits fade sooner."""
+    basis_lr: float | None = None
+    """Another learning rate for the bases R, at least 0; null for the same. Lower: earlier edits
+    last, and a new one takes more steps (ours)."""
+    parametrisation: str = "whitened"
+    """In which coordinates the edit is learned, a name of `PARAMETRISATIONS` (ours)."""
+    past_weight: float = 1.0
+    """Whitened: how much the states that an edit uses count, each against all irrelevant ones, so
+    that later edits leave them alone, at least 0 (ours)."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -163,6 +174,7 @@ class BaFTHyperParams:
             self.num_prompt_positions,
         )
         _check_choice("gate", self.gate, GATES)
+        _check_choice("parametrisation", self.parametrisation, PARAMETRISATIONS)
         _check_choice("rescaling", self.rescaling, RESCALINGS)
         _check_choice("loc_positions", self.loc_positions, ("all", "last"))
         _check_choice("engine", self.engine, ENGINES)
@@ -186,7 +198,9 @@ class BaFTHyperParams:
             _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         _check(self.lr > 0, "lr", "be above 0", self.lr)
         _check(self.gate_lr is None or self.gate_lr > 0, "gate_lr", "be above 0", self.gate_lr)
-        for name in ("weight_decay", "early_stop_loss", "balance_coef", "locality_coef"):
+        rate = self.basis_lr
+        _check(rate is None or rate >= 0, "basis_lr", "be at least 0, or null", rate)
+        for name in ("past_weight", "weight_decay", "early_stop_loss", "balance_coef", "locality_coef"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("alpha", "beta", "gamma"):
             _check(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
@@ -269,6 +283,7 @@ class ReFTHyperParams(BaFTHyperParams):
     algorithm: ClassVar[str] = "ReFT"
 
     gate: str = "one"
+    parametrisation: str = "direct"
     balance: bool = False
     locality: bool = False
 

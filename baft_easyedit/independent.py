@@ -29,7 +29,12 @@ class IndependentEdits(ModelEdit):
             raise ValueError(f"num_edits must be at least 1; got {num_edits}")
         basis = start.intervention(start.layers[0]).basis  # [r, D]
         super().__init__(
-            basis.shape[1], start.layers, start.rank, start.gate, start.num_prompt_positions
+            basis.shape[1],
+            start.layers,
+            start.rank,
+            start.gate,
+            start.num_prompt_positions,
+            parametrisation=start.parametrisation,
         )
         self.to(basis.device)
         self.restore(start.snapshot())

@@ -4,14 +4,13 @@ Not here: where it applies (`positions`), how it reaches a model (`hooks`), how 
 (`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baft_easyedit.gates import make_gate, unit_rms
+from baft_easyedit.gates import make_gate
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
@@ -50,15 +49,15 @@ def tangent(gradient: Tensor, basis: Tensor) -> Tensor:
     return gradient - 0.5 * (inner + inner.mT) @ basis
 
 
-def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Move `hidden` towards `target` along each basis, by that basis's weight.
+def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> Tensor:
+    """Move `hidden` by `step` in the coordinates of a basis, each by its weight.
 
-    For one hidden state h: h' = h + R^T diag(w) (v - R h). (Liu et al. 2025, Eq. 3)
+    For one hidden state h: h' = h + R^T diag(w) (A h + b - R h). (Liu et al. 2025, Eq. 3)
 
     Args:
         hidden: Hidden states h, [..., D].
         basis: Matrix R with orthonormal rows, [r, D].
-        target: Wanted coordinates v = A h + b, [..., r].
+        step: From the coordinates R h to the wanted ones, A h + b - R h, [..., r].
         weights: Basis weights w(h), each in [0, 1], [..., r].
 
     Returns:
@@ -70,21 +69,11 @@ def basis_edit(hidden: Tensor, basis: Tensor, target: Tensor, weights: Tensor) -
     rank, hidden_size = basis.shape
     if hidden.shape[-1] != hidden_size:
         raise ValueError(f"hidden has size {hidden.shape[-1]}, but the basis has {hidden_size}")
-    if target.shape[-1] != rank:
-        raise ValueError(f"target has {target.shape[-1]} coordinates, but the basis has {rank}")
+    if step.shape[-1] != rank:
+        raise ValueError(f"step has {step.shape[-1]} coordinates, but the basis has {rank}")
     if weights.shape[-1] != rank:
         raise ValueError(f"weights has {weights.shape[-1]} entries, but the basis has {rank}")
-    coords = hidden @ basis.mT  # [..., r]  R h
-    return hidden + (weights * (target - coords)) @ basis  # [..., D]  h + R^T diag(w) (v - R h)
-
-
-class _Folded(NamedTuple):
-    """What forwards without gradients need of the parameters, multiplied out once."""
-
-    difference: Tensor
-    """A - R, [r, D]: bit for bit 0 in a new intervention."""
-    gate: Tensor
-    """The gate's W, [n, D]."""
+    return hidden + (weights * step) @ basis  # [..., D]
 
 
 class BaFTIntervention(nn.Module):
@@ -92,7 +81,8 @@ class BaFTIntervention(nn.Module):
 
     R is the parameter `basis` itself. A step of an optimiser moves it off the orthonormal matrices,
     and `orthonormal_rows` has to put it back after each (`ModelEdit.retract`): as a function of
-    unconstrained parameters, R would turn ever less as their scale grows from step to step.
+    unconstrained parameters, R would turn ever less as their scale grows from step to step. Of A
+    the parameter is the `difference` A - R; how an optimiser moves both is said in `coordinates`.
 
     Parameters are fp32 and the edit is computed in fp32, whatever the dtype of the hidden states.
     A new intervention has A = R and b = 0 bit for bit, so it changes nothing (ours: the paper does
@@ -120,10 +110,9 @@ class BaFTIntervention(nn.Module):
             raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
         columns = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
         self.basis = nn.Parameter(columns.mT.contiguous())
-        self.source_weight = nn.Parameter(self.basis.detach().clone())
+        self.difference = nn.Parameter(torch.zeros(rank, hidden_size))
         self.source_bias = nn.Parameter(torch.zeros(rank))
         self.gate = make_gate(gate, hidden_size, rank)
-        self._known: tuple[list[int], _Folded] | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast, with tensors that can be learned also where inference mode is on."""
@@ -145,13 +134,12 @@ class BaFTIntervention(nn.Module):
         self.basis[:rank] = smaller.basis
         self.basis.copy_(orthonormal_rows(self.basis))
         self.basis[:rank] = smaller.basis  # without the rounding
-        self.source_weight.copy_(self.basis)
-        self.source_weight[:rank] = smaller.source_weight
+        self.difference[:rank] = smaller.difference
         self.source_bias[:rank] = smaller.source_bias
 
-    def learned_source(self, hidden: Tensor) -> Tensor:
-        """Return the wanted coordinates A h + b, [..., r], of hidden states [..., D]."""
-        return F.linear(hidden, self.source_weight, self.source_bias)
+    def step(self, hidden: Tensor) -> Tensor:
+        """Return A h + b - R h, [..., r], of hidden states [..., D]."""
+        return F.linear(hidden, self.difference, self.source_bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Edit hidden states.
@@ -162,44 +150,15 @@ class BaFTIntervention(nn.Module):
         Returns:
             Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
         """
-        return _in_fp32(self._edit, hidden)
-
-    @torch.no_grad()
-    def without_gradients(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same as `forward`, up to rounding, by fewer products."""
-        return _in_fp32(self._edit_folded, hidden)
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            edited, weights = self._edit(hidden.float())
+        else:
+            with torch.autocast(device, enabled=False):
+                edited, weights = self._edit(hidden.float())
+        return edited.to(hidden.dtype), weights
 
     def _edit(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Phi(h) [..., D] and w(h) [..., r], differentiable."""
+        """Return Phi(h) [..., D] and w(h) [..., r]."""
         weights = self.gate(h)
-        return basis_edit(h, self.basis, self.learned_source(h), weights), weights
-
-    def _edit_folded(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return h + R^T diag(w) ((A - R) h + b) and w."""
-        folded = self._folded()
-        weights = self.gate.activate(F.linear(unit_rms(h), folded.gate))  # [..., r]  w(h)
-        step = F.linear(h, folded.difference, self.source_bias)  # [..., r]  (A - R) h + b
-        return h + (weights * step) @ self.basis, weights
-
-    def _folded(self) -> _Folded:
-        """Return the parameters multiplied out; every token of a generation asks for them."""
-        parameters = [*self._parameters.values(), *self.gate._parameters.values()]
-        # A changed parameter has another version.
-        key = [value for p in parameters if p is not None for value in (p.data_ptr(), p._version)]
-        if self._known is None or self._known[0] != key:
-            gate = self.gate.matrix().to(self.basis)
-            self._known = key, _Folded(self.source_weight - self.basis, gate)
-        return self._known[1]
-
-
-def _in_fp32(
-    edit: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Edit hidden states in fp32, and return them in their own dtype, with the basis weights."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            edited, weights = edit(hidden.float())
-    else:
-        edited, weights = edit(hidden.float())
-    return edited.to(hidden.dtype), weights
+        return basis_edit(h, self.basis, self.step(h), weights), weights

@@ -18,9 +18,10 @@ from baft_easyedit.batching import BatchSize, alike
 from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
-from baft_easyedit.learning import EditReport, Learned, learn
+from baft_easyedit.learning import EditReport, Learned, evaluating, learn
 from baft_easyedit.locks import lock_of
 from baft_easyedit.models import input_device, text_config
+from baft_easyedit.own_texts import own_states
 from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
@@ -123,6 +124,7 @@ class Learner:
         rows, memory = self._rows(requests, hparams), self.edit.memory
         self._attach()
         self._grow(hparams)
+        self._condition()
         rehearsal = self._rehearsal(hparams, memory, requests)
         (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
         self.edit.restore(learned.state)
@@ -152,6 +154,7 @@ class Learner:
         `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
+        self._condition()
         size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
         sizes = [sum(len(row.ids) for row in rows) for rows in edits]
@@ -189,6 +192,17 @@ class Learner:
         """Make the model compute with the edit, unless it does."""
         if not self.is_attached:
             self.edit.attach(self.model)
+
+    def _condition(self) -> None:
+        """Measure the model's hidden states, if the edit is learned by that and nobody has yet."""
+        edit = self.edit
+        if not edit.whitens or edit.whitening(edit.layers[0]).is_known:
+            return
+        edit.follow(self.model)
+        with edit.disabled(), evaluating(self.model):
+            found = own_states(self.model).of(self.model, edit.layers)
+        for layer, states in found.items():
+            edit.whitening(layer).measure(states.to(edit.whitening(layer).mean.device))
 
     def _grow(self, hparams: BaFTHyperParams) -> None:
         """Add bases if it is time."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.coordinates import Coordinates
 from baft_easyedit.descent import Descent, Step
 from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import ModelEdit, Snapshot
@@ -115,7 +116,8 @@ def learn(
 
     start = time.perf_counter()
     edit.follow(model)
-    optimizer = _optimizer(edit, hparams)
+    coordinates = Coordinates(edit)
+    optimizer = _optimizer(coordinates, hparams)
     run = _Run(edit, edits, hparams, rehearsal)
     known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
     with _frozen(model):
@@ -131,9 +133,10 @@ def learn(
                 step = descent.step(forward)
             if run.is_over_after(step):
                 break
+            coordinates.pull_back()
             optimizer.step()
-            edit.retract()
-        optimizer.zero_grad()  # they lie in memory that is used again
+            coordinates.follow()
+        edit.zero_grad()  # gradients lie in memory that is used again
     results = run.results((time.perf_counter() - start) / edit.num_edits)
     return [
         Learned(state, replace(report, engine=engine.name, engine_note=engine.note))
@@ -149,16 +152,17 @@ def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
     return edit.num_edits == 1 and input_device(model).type == "cuda"
 
 
-def _optimizer(edit: ModelEdit, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
-    """Make AdamW, in one kernel for each learning rate; gates may have their own."""
-    parameters = edit.learned_parameters()
+def _optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
+    """Make AdamW, in one kernel for each learning rate; gates and bases may have their own."""
+    moved = coordinates.moved
     alike: dict[float, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        lr = (hparams.gate_lr or hparams.lr) if ".gate." in name else hparams.lr
-        alike.setdefault(lr, []).append(parameter)
+    for name, value in moved.items():
+        own = hparams.gate_lr if ".gate." in name else None
+        own = hparams.basis_lr if name.endswith(".basis") else own
+        alike.setdefault(hparams.lr if own is None else own, []).append(value)
     groups = [{"params": group, "lr": lr} for lr, group in alike.items()]
     # Not every device has the kernel.
-    can_fuse = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
+    can_fuse = all(value.device.type in ("cpu", "cuda") for value in moved.values())
     return torch.optim.AdamW(groups, weight_decay=hparams.weight_decay, fused=can_fuse)
 
 
@@ -271,9 +275,19 @@ class _Run:
         has_gates = self._hparams.gate != "one" and num_steps > 0 and self._num_requests > 0
         reports = _gate_reports(list(answered), step, usage) if has_gates else {}
         return {
-            i: _Done(num_steps, requests, self._edit.state_of(i, usage), reports.get(i))
+            i: _Done(num_steps, requests, self._state(i, step, usage), reports.get(i))
             for i, requests in answered.items()
         }
+
+    def _state(
+        self, i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> Snapshot:
+        """Return what an edit has learned, its usage and the states that it uses as past ones."""
+        used = {
+            layer: hidden[i][step.new[i].to(hidden.device)]
+            for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
+        }
+        return self._edit.state_of(i, usage, used, self._hparams.past_weight)
 
     def results(self, time_s: float) -> list[Learned]:
         """Return the states and reports of all edits.
@@ -332,21 +346,29 @@ def _check_finite(steps: Sequence[Mapping[str, Sequence[float]]], done: set[int]
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Compute gradients, in eval mode, for no parameter of the model; put everything back after.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and everything back after.
 
-    Eval mode also keeps gradient checkpointing out, whose recomputation would run the hooks twice.
+    It also keeps gradient checkpointing out, whose recomputation would run the hooks twice.
     """
     training = [module for module in model.modules() if module.training]
-    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
-        for p in trainable:
-            p.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Compute gradients, in eval mode, for no parameter of the model; put everything back after."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
         for p in trainable:
             p.requires_grad_(True)

@@ -85,8 +85,7 @@ def _edit_sizes(edit: ModelEdit, record: GateRecord, layer: int, weights: Tensor
     intervention = edit.intervention(layer)
     hidden = record.hidden[layer]
     hidden = hidden[record.positions.to(hidden.device)].float()  # [N, D]
-    wanted = intervention.learned_source(hidden) - hidden @ intervention.basis.mT  # [N, r]
-    return (weights * wanted).abs()
+    return (weights * intervention.step(hidden)).abs()
 
 
 def basis_usage(model: Any) -> LayerValues | None:

@@ -166,7 +166,13 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module, rank: int | None = None
         raise ValueError(f"rank must be {h.rank}, or have grown from it; got {rank}")
     rank = h.rank if rank is None else rank
     return ModelEdit(
-        text_config(model).hidden_size, h.layers, rank, h.gate, h.num_prompt_positions, h.seed
+        text_config(model).hidden_size,
+        h.layers,
+        rank,
+        h.gate,
+        h.num_prompt_positions,
+        h.seed,
+        h.parametrisation,
     )
 
 

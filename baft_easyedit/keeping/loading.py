@@ -106,6 +106,7 @@ def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -
         "rank": carried.rank if hparams.can_have_rank(carried.rank) else hparams.rank,
         "gate": hparams.gate,
         "num_prompt_positions": hparams.num_prompt_positions,
+        "parametrisation": hparams.parametrisation,
     }
     for name, value in wanted.items():
         if getattr(carried, name) != value:

@@ -1,0 +1,121 @@
+"""In which coordinates an edit is learned: what an optimiser moves, and how the edit follows.
+
+The paper gives Phi (Eq. 3), not how it is parametrised; the same functions can be reached by other
+steps. Named here are:
+
+- `direct`: A, b, R and the gate, as they stand in Eq. 3. A turn of R moves what is edited by R h.
+- `whitened` (ours): A - R = (A - R)_0 + V S and b = c - V S mu, where z = S (h - mu) are whitened
+  states (see `whitening`); V is moved from 0, and c, R and the gate. A turn of R turns what was
+  displaced, and nothing else.
+
+Shapes: r rank, D hidden size; a leading E for independent edits.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.hooks import ModelEdit
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.intervention import tangent
+from baft_easyedit.whitening import Whitening
+
+
+class _Coordinates(Protocol):
+    """Of some parameters of one layer."""
+
+    moved: dict[str, Tensor]
+    """What the optimiser moves in place of them, by the name of the parameter."""
+
+    def pull_back(self) -> None:
+        """Set the gradients of what is moved from those of the parameters."""
+
+    def follow(self) -> None:
+        """Set the parameters from what is moved."""
+
+
+class _Direct:
+    """A and R in place of A - R and R."""
+
+    def __init__(self, difference: Tensor, basis: Tensor, name: str) -> None:
+        self._difference, self._basis = difference, basis
+        self._source = (difference + basis).detach().requires_grad_()  # A
+        self.moved = {name: self._source}
+
+    def pull_back(self) -> None:
+        self._source.grad = self._difference.grad
+        if self._basis.grad is not None and self._difference.grad is not None:
+            self._basis.grad = self._basis.grad - self._difference.grad
+
+    def follow(self) -> None:
+        self._difference.copy_(self._source - self._basis)
+
+
+class _Whitened:
+    """V and c in place of the weight W_0 + V S and bias c - V S mu of an affine function."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, names: tuple[str, str], whitening: Whitening
+    ) -> None:
+        self._weight, self._bias, self._whitening = weight, bias, whitening
+        self._start = weight.detach().clone()
+        self._rows = torch.zeros_like(weight).requires_grad_()  # V
+        self._constant = bias.detach().clone().requires_grad_()  # c
+        self.moved = dict(zip(names, (self._rows, self._constant), strict=True))
+
+    def pull_back(self) -> None:
+        weight, bias = self._weight.grad, self._bias.grad
+        if weight is None or bias is None:
+            self._rows.grad = self._constant.grad = None
+            return
+        centred = weight - bias[..., None] * self._whitening.mean
+        self._rows.grad, self._constant.grad = self._whitening.pulled(centred), bias
+
+    def follow(self) -> None:
+        change = self._whitening.folded(self._rows)
+        self._weight.copy_(self._start + change)
+        self._bias.copy_(self._constant - change @ self._whitening.mean)
+
+
+class Coordinates:
+    """What is moved in place of the parameters of an edit, or of E independent ones.
+
+    Args:
+        edit: The edit, from where it is.
+    """
+
+    def __init__(self, edit: ModelEdit) -> None:
+        self._edit = edit
+        self._parts: list[_Coordinates] = [self._of(layer) for layer in edit.layers]
+        self.moved: Mapping[str, Tensor] = edit.learned_parameters() | {
+            name: value for part in self._parts for name, value in part.moved.items()
+        }
+        """Leaves by the names of the parameters that they stand for; others stand for themselves."""
+
+    def _of(self, layer: int) -> _Coordinates:
+        """Return those of A and b of one layer."""
+        parameters, prefix = self._edit.learned_parameters(), f"_interventions.{layer}."
+        names = (f"{prefix}difference", f"{prefix}source_bias")
+        if self._edit.whitens:
+            weight, bias = (parameters[name] for name in names)
+            return _Whitened(weight, bias, names, self._edit.whitening(layer))
+        return _Direct(parameters[names[0]], parameters[f"{prefix}basis"], names[0])
+
+    @torch.no_grad()
+    def pull_back(self) -> None:
+        """Set the gradients of what is moved; that of R is the one along orthonormal matrices."""
+        for part in self._parts:
+            part.pull_back()
+        for basis in self._edit.bases().values():
+            if basis.grad is not None:
+                # AdamW's kernel takes for granted that it lies in memory as the parameter does.
+                basis.grad = tangent(basis.grad, basis).contiguous()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Set the parameters from what was moved; the bases become orthonormal again."""
+        self._edit.retract()
+        for part in self._parts:
+            part.follow()

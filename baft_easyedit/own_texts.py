@@ -1,0 +1,100 @@
+"""Hidden states of texts that a model writes itself: irrelevant ones, without any data (ours).
+
+Shapes: N texts, T tokens, D hidden size.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.forward import of_this_thread
+from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
+from baft_easyedit.recordings import model_version
+
+NUM_TEXTS = 40
+LENGTH = 64
+"""In tokens, the first one included."""
+_AT_ONCE = 8
+"""Texts of one forward."""
+_NAME = "_baft_own_states"
+"""Attribute of a decoder stack, which a model and what wraps it have in common."""
+
+
+class OwnStates:
+    """Hidden states of a model's own texts by layer, as long as its weights stay what they are."""
+
+    def __init__(self) -> None:
+        self._version: Hashable = None
+        self._states: dict[int, Tensor] = {}
+
+    def __reduce__(self) -> Any:
+        return OwnStates, ()
+
+    def of(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the states at the outputs of some layers, [N (T - 1), D], on the CPU.
+
+        The first token of each text is left out: its states are like no others.
+
+        Args:
+            model: The model, without an edit.
+            layers: Which.
+        """
+        version = model_version(model)
+        if version != self._version:
+            self._version, self._states = version, {}
+        if not self._states.keys() >= set(layers):
+            self._states |= _states(model, layers, own_texts(model))
+        return {layer: self._states[layer] for layer in layers}
+
+
+def own_states(model: nn.Module) -> OwnStates:
+    """Return what is known of a model's own texts."""
+    return cast(OwnStates, vars(decoder_layers(model)).setdefault(_NAME, OwnStates()))
+
+
+@torch.no_grad()
+def own_texts(model: nn.Module) -> Tensor:
+    """Let a model write texts from its first token on, [N, T]; the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    config, device = text_config(model), input_device(model)
+    first = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), 0)
+    first = first[0] if isinstance(first, Sequence) else first
+    written = torch.full((NUM_TEXTS, 1), first)
+    cache = None
+    for _ in range(LENGTH - 1):
+        new = written if cache is None else written[:, -1:]
+        output = model(input_ids=new.to(device), past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        chances = output.logits[:, -1].float().softmax(-1).cpu()
+        written = torch.cat([written, torch.multinomial(chances, 1, generator=generator)], 1)
+    return written
+
+
+@torch.no_grad()
+def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int, Tensor]:
+    """Return the states at the outputs of layers, [N (T - 1), D], on the CPU."""
+    stack = decoder_layers(model)
+    decoder = owner_of(model, stack)  # without the logits of all tokens
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with _watching(stack, seen):
+        for part in texts.split(_AT_ONCE):
+            decoder(input_ids=part.to(input_device(model)), use_cache=False)
+    return {layer: torch.cat(parts) for layer, parts in seen.items()}
+
+
+@contextmanager
+def _watching(stack: nn.ModuleList, seen: dict[int, list[Tensor]]) -> Iterator[None]:
+    """Collect the outputs of layers, but for each text's first token."""
+    with ExitStack() as hooks:
+        for layer, parts in seen.items():
+
+            def note(_module: nn.Module, _args: Any, output: Any, parts: Any = parts) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                parts.append(hidden[:, 1:].flatten(0, 1).float().cpu())
+
+            handle = stack[layer].register_forward_hook(of_this_thread(note), prepend=True)
+            hooks.callback(handle.remove)
+        yield

@@ -1,0 +1,124 @@
+"""Coordinates in which the hidden states of a layer are alike in all directions (ours).
+
+Most of the power of a model's hidden states is their common mean and a handful of dimensions, so a
+step in the entries of a matrix that they are multiplied by moves all prompts nearly alike. In
+whitened coordinates z = S (h - mu) it does not. The states that past edits use are added to what is
+whitened: what they use is then expensive to touch, as in recursive least squares, of constant size.
+
+Needs torch only. Shapes: N states, D hidden size, m directions that are known apart.
+"""
+
+import torch
+from torch import Tensor, nn
+
+MOST_DIRECTIONS = 256
+"""m, at most: memory is m D numbers a layer."""
+
+_SHARE = 0.9
+"""Of the correlations in K; the rest is the identity, so that no direction is blown up."""
+
+
+def principal_rows(rows: Tensor, most: int) -> Tensor:
+    """Return orthogonal rows F with F^T F nearest to that of the given ones, the longest first.
+
+    Args:
+        rows: [N, D].
+        most: Rows that are kept.
+
+    Returns:
+        [most, D], fp32; rows of zeros where there are fewer.
+    """
+    exact = rows.double()
+    if len(rows) > rows.shape[1]:
+        values, vectors = torch.linalg.eigh(exact.mT @ exact)
+        found = vectors.mT * values.clamp_min(0).sqrt()[:, None]
+    else:
+        found = torch.linalg.eigh(exact @ exact.mT).eigenvectors.mT @ exact
+    kept = found.flip(0)[:most].float()
+    return nn.functional.pad(kept, (0, 0, 0, most - len(kept)))
+
+
+class Whitening(nn.Module):
+    """Statistics of the hidden states at one layer's output, and z = S (h - mu).
+
+    S = s K^-1/2 diag(deviation)^-1, where K = floor 1 + F^T F, in units of each dimension's standard
+    deviation, and s is the median of these, so that learning rates keep their meaning.
+
+    Args:
+        hidden_size: D.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    floor: Tensor
+    root: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_size))  # [D] mu
+        self.register_buffer("deviation", torch.zeros(hidden_size))  # [D]; 0 until it is known
+        self.register_buffer("floor", torch.zeros(()))
+        most = min(hidden_size, MOST_DIRECTIONS)
+        self.register_buffer("root", torch.zeros(most, hidden_size))  # [m, D] F, orthogonal rows
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are statistics."""
+        return bool(self.deviation.any())
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Forget all statistics."""
+        for value in self.buffers():
+            value.zero_()
+
+    @torch.no_grad()
+    def measure(self, states: Tensor) -> None:
+        """Take the statistics of irrelevant states, [N, D], in place of those before."""
+        exact = states.double()
+        self.mean.copy_(exact.mean(0))
+        deviation = exact.std(0)
+        self.deviation.copy_(deviation.clamp_min(1e-3 * deviation.median()))
+        units = self.in_units(states) * (_SHARE / len(states)) ** 0.5
+        self.root.copy_(principal_rows(units, len(self.root)))
+        rest = units.square().sum() - self.root.square().sum()
+        self.floor.copy_(1 - _SHARE + rest.clamp_min(0) / len(self.mean))
+
+    @torch.no_grad()
+    def with_states(self, states: Tensor, weight: float) -> Tensor:
+        """Return F, [m, D], as it is once an edit that uses some states is past.
+
+        Args:
+            states: h, [N, D].
+            weight: How much they count; all irrelevant ones together count 1.
+        """
+        units = self.in_units(states) * weight**0.5
+        return principal_rows(torch.cat([self.root, units]), len(self.root))
+
+    def in_units(self, states: Tensor) -> Tensor:
+        """Return (h - mu) / deviation, [..., D]."""
+        return (states.float() - self.mean) / self.deviation
+
+    @property
+    def _scale(self) -> Tensor:
+        """Return s / deviation, [D]."""
+        return self.deviation.median() / self.deviation
+
+    def whitened(self, states: Tensor) -> Tensor:
+        """Return z = S (h - mu), [..., D]."""
+        return self.deviation.median() * self._less_correlated(self.in_units(states))
+
+    def folded(self, rows: Tensor) -> Tensor:
+        """Return V S, [..., D], for rows V, [..., D]: what they do to z, done to h - mu."""
+        return self._less_correlated(rows) * self._scale
+
+    def pulled(self, rows: Tensor) -> Tensor:
+        """Return G S^T, [..., D]: the gradient of V, for that of V S, G."""
+        return self._less_correlated(rows * self._scale)
+
+    def _less_correlated(self, rows: Tensor) -> Tensor:
+        """Multiply rows [..., D] by K^-1/2, which has the eigenvectors of F^T F."""
+        lengths = self.root.square().sum(-1)  # [m] eigenvalues
+        axes = self.root / lengths.sqrt().clamp_min(torch.finfo().tiny)[:, None]
+        shrunk = (self.floor + lengths).rsqrt() - self.floor.rsqrt()  # [m]
+        return rows * self.floor.rsqrt() + (rows @ axes.mT * shrunk) @ axes
