@@ -5,8 +5,8 @@ steps. Named here are:
 
 - `direct`: A, b, R and the gate, as they stand in Eq. 3. A turn of R moves what is edited by R h.
 - `whitened` (ours): A - R = (A - R)_0 + V S and b = c - V S mu, where z = S (h - mu) are whitened
-  states (see `whitening`); V is moved from 0, and c, R and the gate. A turn of R turns what was
-  displaced, and nothing else.
+  states (see `whitening`); V is moved from 0, and c and R. A turn of R turns what was displaced,
+  and nothing else. The logits of a gate with a constant are moved in the same way.
 
 Shapes: r rank, D hidden size; a leading E for independent edits.
 """
@@ -54,12 +54,26 @@ class _Direct:
 
 
 class _Whitened:
-    """V and c in place of the weight W_0 + V S and bias c - V S mu of an affine function."""
+    """V and c in place of the weight W_0 + V S and bias c - V S mu of an affine function.
+
+    Args:
+        weight: [..., n, D].
+        bias: [..., n].
+        names: Of both.
+        whitening: S and mu.
+        unit: What the function's input is divided by; V S is multiplied by it.
+    """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, names: tuple[str, str], whitening: Whitening
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        names: tuple[str, str],
+        whitening: Whitening,
+        unit: Tensor | float = 1.0,
     ) -> None:
         self._weight, self._bias, self._whitening = weight, bias, whitening
+        self._unit = unit
         self._start = weight.detach().clone()
         self._rows = torch.zeros_like(weight).requires_grad_()  # V
         self._constant = bias.detach().clone().requires_grad_()  # c
@@ -70,12 +84,12 @@ class _Whitened:
         if weight is None or bias is None:
             self._rows.grad = self._constant.grad = None
             return
-        centred = weight - bias[..., None] * self._whitening.mean
+        centred = self._unit * weight - bias[..., None] * self._whitening.mean
         self._rows.grad, self._constant.grad = self._whitening.pulled(centred), bias
 
     def follow(self) -> None:
         change = self._whitening.folded(self._rows)
-        self._weight.copy_(self._start + change)
+        self._weight.copy_(self._start + self._unit * change)
         self._bias.copy_(self._constant - change @ self._whitening.mean)
 
 
@@ -88,20 +102,27 @@ class Coordinates:
 
     def __init__(self, edit: ModelEdit) -> None:
         self._edit = edit
-        self._parts: list[_Coordinates] = [self._of(layer) for layer in edit.layers]
-        self.moved: Mapping[str, Tensor] = edit.learned_parameters() | {
+        self._parts: list[_Coordinates] = []
+        parameters = edit.learned_parameters()
+        for layer in edit.layers:
+            prefix = f"_interventions.{layer}."
+            names = (f"{prefix}difference", f"{prefix}source_bias")
+            difference, bias = (parameters[name] for name in names)
+            if not edit.whitens:
+                basis = parameters[f"{prefix}basis"]
+                self._parts.append(_Direct(difference, basis, names[0]))
+                continue
+            whitening = edit.whitening(layer)
+            self._parts.append(_Whitened(difference, bias, names, whitening))
+            names = (f"{prefix}gate.weight", f"{prefix}gate.bias")
+            if names[1] in parameters:
+                weight, bias = (parameters[name] for name in names)
+                # A gate sees h / rms(h), which is near h / (rms of all).
+                self._parts.append(_Whitened(weight, bias, names, whitening, whitening.rms))
+        self.moved: Mapping[str, Tensor] = parameters | {
             name: value for part in self._parts for name, value in part.moved.items()
         }
         """Leaves by the names of the parameters that they stand for; others stand for themselves."""
-
-    def _of(self, layer: int) -> _Coordinates:
-        """Return those of A and b of one layer."""
-        parameters, prefix = self._edit.learned_parameters(), f"_interventions.{layer}."
-        names = (f"{prefix}difference", f"{prefix}source_bias")
-        if self._edit.whitens:
-            weight, bias = (parameters[name] for name in names)
-            return _Whitened(weight, bias, names, self._edit.whitening(layer))
-        return _Direct(parameters[names[0]], parameters[f"{prefix}basis"], names[0])
 
     @torch.no_grad()
     def pull_back(self) -> None:

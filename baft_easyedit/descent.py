@@ -7,7 +7,7 @@ Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, 
 rank.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +28,7 @@ from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.objective import (
     answer_loss,
+    closed_gate,
     joint_loss,
     load_balance,
     locality_margin,
@@ -77,18 +78,23 @@ class Objective:
     Args:
         edit: The edit, or E independent ones.
         hparams: Which terms, and their coefficients.
+        own: States of the model's own texts by layer, [N, D], for R_loc; empty for none.
     """
 
-    def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
+    def __init__(
+        self, edit: ModelEdit, hparams: BaFTHyperParams, own: Mapping[int, Tensor] | None = None
+    ) -> None:
         self._edit = edit
         self._hparams = hparams
+        self._own = own or {}
 
     @property
     def settings(self) -> Hashable:
         """What of the hyper-parameters it depends on."""
         h = self._hparams
         terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
-        return (*terms, h.alpha, h.beta, h.gamma, h.rescaling)
+        own = tuple(states.data_ptr() for states in self._own.values())
+        return (*terms, h.alpha, h.beta, h.gamma, h.rescaling, own)
 
     @torch.no_grad()
     def value(self, forward: "Forward") -> Step:
@@ -135,10 +141,18 @@ class Objective:
         if h.balance and layout.num_new:
             balance = load_balance(edit.joint_usage().mean_with(weights, new))  # [L, E]
             terms["balance"] = balance.mean(0)
+        locality = []
         if h.locality and not all(row.is_edit for row in layout.rows):
             margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
-            locality = locality_margin(weights, edited, weights, irrelevant, **margins)  # [L, E]
-            terms["locality"] = locality.mean(0)
+            locality.append(locality_margin(weights, edited, weights, irrelevant, **margins))
+        if self._own:
+            closed = [
+                closed_gate(edit.gate_weights(layer, states), h.alpha).to(device)
+                for layer, states in self._own.items()
+            ]
+            locality.append(torch.stack(closed).view(len(closed), edit.num_edits))
+        if locality:
+            terms["locality"] = torch.stack(locality).sum(0).mean(0)  # of [L, E] each
         misses = (logits.detach().argmax(-1) != layout.labels).to(losses.dtype)  # [A]
         row_losses, row_misses = (
             answer_loss(values, layout.label_rows, len(layout.rows))
@@ -169,14 +183,19 @@ class Descent:
         hparams: How to learn.
         known: Steps of earlier calls on the same model, for forwards of one of few sizes, each of
             which serves many steps; it is added to.
+        own: See `Objective`.
     """
 
     def __init__(
-        self, edit: ModelEdit, hparams: BaFTHyperParams, known: KnownSteps | None = None
+        self,
+        edit: ModelEdit,
+        hparams: BaFTHyperParams,
+        known: KnownSteps | None = None,
+        own: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._edit = edit
         self._captures = hparams.engine != "full"
-        self._objective = Objective(edit, hparams)
+        self._objective = Objective(edit, hparams, own)
         self._parameters = list(edit.learned_parameters().values())
         self._known = known
         usage = [t for i in edit.layers for t in edit.usage(i).buffers()]

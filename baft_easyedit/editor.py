@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from baft_easyedit.history import History
 from baft_easyedit.hooks import ModelEdit, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.keeping.config import hparams_of
+from baft_easyedit.keeping.config import hparams_of, new_edit
 from baft_easyedit.keeping.directory import KeptDirectory, holds_edit
 from baft_easyedit.keeping.loading import (
     check_carries_no_other,
@@ -26,7 +27,7 @@ from baft_easyedit.keeping.loading import (
 from baft_easyedit.keeping.state import StateFile
 from baft_easyedit.learner import Learner
 from baft_easyedit.learning import EditReport, Learned, StepLosses
-from baft_easyedit.models import check_layers, decoder_layers, text_config
+from baft_easyedit.models import check_layers, decoder_layers
 from baft_easyedit.paths import expanded
 from baft_easyedit.requests import as_requests
 
@@ -70,19 +71,8 @@ class BaFTEditor:
             check_same_shape(carried, hparams, "the edit that the model already carries")
         elif edit is not None:
             check_same_shape(edit, hparams, "the given edit")
-        edit = (
-            carried
-            or edit
-            or ModelEdit(
-                text_config(model).hidden_size,
-                hparams.layers,
-                hparams.rank,
-                hparams.gate,
-                hparams.num_prompt_positions,
-                hparams.seed if seed is None else seed,
-                hparams.parametrisation,
-            )
-        )
+        seeded = hparams if seed is None else replace(hparams, seed=seed)
+        edit = carried or edit or new_edit(seeded, model)
         self._learner = Learner(model, tokenizer, edit)
         self._history = History(self._learner, hparams, undo_depth)
 

@@ -575,6 +575,11 @@ class ModelEdit(nn.Module):
         edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
         return edited
 
+    def gate_weights(self, layer: int, states: Tensor) -> Tensor:
+        """Return the basis weights of one layer's gate for some states [N, D], [N, r]."""
+        weights: Tensor = self.intervention(layer).gate(states)
+        return weights
+
     def _move(self, layer: int, device: torch.device) -> None:
         """Bring what a layer has learned to where the layer computes now."""
         intervention = self.intervention(layer)

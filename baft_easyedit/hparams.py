@@ -29,7 +29,7 @@ POLICIES = ("uniform", "most-forgotten", "reservoir")
 """Which past edits a step rehearses: any; half of them those of the highest last known loss; or any
 of a bounded memory that holds each past edit with the same chance."""
 
-PARAMETRISATIONS = ("whitened", "direct")
+PARAMETRISATIONS = ("direct", "whitened")
 """In which coordinates an edit is learned; see `coordinates`."""
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
@@ -65,11 +65,12 @@ class BaFTHyperParams:
     basis_lr: float | None = None
     """Another learning rate for the bases R, at least 0; null for the same. Lower: earlier edits
     last, and a new one takes more steps (ours)."""
-    parametrisation: str = "whitened"
-    """In which coordinates the edit is learned, a name of `PARAMETRISATIONS` (ours)."""
-    past_weight: float = 1.0
-    """Whitened: how much the states that an edit uses count, each against all irrelevant ones, so
-    that later edits leave them alone, at least 0 (ours)."""
+    parametrisation: str = "direct"
+    """In which coordinates the edit is learned, a name of `PARAMETRISATIONS`: as the paper writes
+    it, or `whitened` (ours), by which edits in a row hardly touch each other on a real model."""
+    past_weight: float = 10.0
+    """Whitened: how much each state that an edit uses counts, against all irrelevant ones together,
+    so that later edits leave it alone, at least 0."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -80,7 +81,7 @@ class BaFTHyperParams:
     balance: bool = True
     """Use the load-balance term R_bal."""
     locality: bool = True
-    """Use the locality term R_loc for requests that carry a `loc_prompt`."""
+    """Use the locality term R_loc, for requests that carry a `loc_prompt` (see `loc_own_texts`)."""
     balance_coef: float = 1.0
     """Factor of R_bal after rescaling, at least 0."""
     locality_coef: float = 1.0
@@ -95,6 +96,9 @@ class BaFTHyperParams:
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
     loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
+    loc_own_texts: bool = False
+    """Let R_loc see the hidden states of texts that the model writes itself, too (ours): gates then
+    close on what is not edited, whether a request brings a `loc_prompt` or not."""
     engine: str = "auto"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
     rounding. A model that cannot be replayed gets the full forward with `auto`, a warning in the
@@ -200,7 +204,8 @@ class BaFTHyperParams:
         _check(self.gate_lr is None or self.gate_lr > 0, "gate_lr", "be above 0", self.gate_lr)
         rate = self.basis_lr
         _check(rate is None or rate >= 0, "basis_lr", "be at least 0, or null", rate)
-        for name in ("past_weight", "weight_decay", "early_stop_loss", "balance_coef", "locality_coef"):
+        at_least_0 = ("past_weight", "weight_decay", "early_stop_loss")
+        for name in (*at_least_0, "balance_coef", "locality_coef"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("alpha", "beta", "gamma"):
             _check(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
@@ -283,7 +288,6 @@ class ReFTHyperParams(BaFTHyperParams):
     algorithm: ClassVar[str] = "ReFT"
 
     gate: str = "one"
-    parametrisation: str = "direct"
     balance: bool = False
     locality: bool = False
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from baft_easyedit.batching import BatchSize, alike
 from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of
@@ -196,13 +196,15 @@ class Learner:
     def _condition(self) -> None:
         """Measure the model's hidden states, if the edit is learned by that and nobody has yet."""
         edit = self.edit
-        if not edit.whitens or edit.whitening(edit.layers[0]).is_known:
-            return
-        edit.follow(self.model)
-        with edit.disabled(), evaluating(self.model):
-            found = own_states(self.model).of(self.model, edit.layers)
-        for layer, states in found.items():
-            edit.whitening(layer).measure(states.to(edit.whitening(layer).mean.device))
+        if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
+            edit.follow(self.model)
+            for layer, states in self._own_states().items():
+                edit.whitening(layer).measure(states)
+
+    def _own_states(self) -> dict[int, Tensor]:
+        """Return the hidden states of the model's own texts, where the edit of each layer is."""
+        with self.edit.disabled(), evaluating(self.model):
+            return own_states(self.model).of(self.model, self.edit.layers)
 
     def _grow(self, hparams: BaFTHyperParams) -> None:
         """Add bases if it is time."""
@@ -237,7 +239,8 @@ class Learner:
     ) -> list[Learned]:
         """Learn rows into an edit."""
         recordings = self._recordings(hparams) if hparams.rehearsal else None
-        return learn(self.model, into, edits, hparams, rehearsal, recordings)
+        own = self._own_states() if hparams.locality and hparams.loc_own_texts else None
+        return learn(self.model, into, edits, hparams, rehearsal, recordings, own)
 
     def _rehearsal(
         self, hparams: BaFTHyperParams, memory: RehearsalMemory, new: Sequence[EditRequest]

@@ -93,6 +93,7 @@ def learn(
     hparams: BaFTHyperParams,
     rehearsal: Rehearsal | None = None,
     recordings: Recordings | None = None,
+    own: Mapping[int, Tensor] | None = None,
 ) -> list[Learned]:
     """Learn rows into an attached edit, or into E independent ones.
 
@@ -104,6 +105,7 @@ def learn(
         hparams: How to learn.
         rehearsal: Past edits, to learn again in each step.
         recordings: What layer replay knows of texts from earlier calls; it is added to.
+        own: States of the model's own texts, for R_loc; see `descent.Objective`.
 
     Returns:
         For each of the E edits, its state when it was done, and its report.
@@ -122,7 +124,7 @@ def learn(
     known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
-        descent = Descent(edit, hparams, known)
+        descent = Descent(edit, hparams, known, own)
         forward = None
         while True:
             if rehearsal is not None:
@@ -279,9 +281,7 @@ class _Run:
             for i, requests in answered.items()
         }
 
-    def _state(
-        self, i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]
-    ) -> Snapshot:
+    def _state(self, i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
         """Return what an edit has learned, its usage and the states that it uses as past ones."""
         used = {
             layer: hidden[i][step.new[i].to(hidden.device)]

@@ -164,6 +164,19 @@ def locality_margin(
     return closed + opened + F.relu(gamma - (largest - largest_irrelevant))
 
 
+def closed_gate(weights: Tensor, alpha: float) -> Tensor:
+    """Return hinge(w(h) - alpha), the part of R_loc that closes a gate, on other states (ours).
+
+    Args:
+        weights: w(h) of irrelevant states, [..., N, r].
+        alpha: Weight that they may keep.
+
+    Returns:
+        [...], averaged over states and bases.
+    """
+    return F.relu(weights - alpha).mean((-2, -1))
+
+
 RESCALINGS = ("match", "none")
 
 _SMALLEST_TERM = 1e-3

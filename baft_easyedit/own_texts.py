@@ -34,7 +34,7 @@ class OwnStates:
         return OwnStates, ()
 
     def of(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Return the states at the outputs of some layers, [N (T - 1), D], on the CPU.
+        """Return the states at the outputs of some layers, [N (T - 1), D], fp32, where they compute.
 
         The first token of each text is left out: its states are like no others.
 
@@ -57,25 +57,37 @@ def own_states(model: nn.Module) -> OwnStates:
 
 @torch.no_grad()
 def own_texts(model: nn.Module) -> Tensor:
-    """Let a model write texts from its first token on, [N, T]; the same ones each time."""
+    """Let a model write texts from its first token on, [N, T]; the same ones each time.
+
+    A model that takes no cache reads each text again for each token.
+    """
     generator = torch.Generator().manual_seed(0)
-    config, device = text_config(model), input_device(model)
-    first = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), 0)
-    first = first[0] if isinstance(first, Sequence) else first
-    written = torch.full((NUM_TEXTS, 1), first)
-    cache = None
+    written, cache = torch.full((NUM_TEXTS, 1), _first_token(text_config(model))), None
     for _ in range(LENGTH - 1):
         new = written if cache is None else written[:, -1:]
-        output = model(input_ids=new.to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        chances = output.logits[:, -1].float().softmax(-1).cpu()
+        logits, cache = _next(model, new.to(input_device(model)), cache)
+        chances = logits.float().nan_to_num().softmax(-1).cpu()
         written = torch.cat([written, torch.multinomial(chances, 1, generator=generator)], 1)
     return written
 
 
+def _first_token(config: Any) -> int:
+    """Return the token that a model's texts begin with."""
+    known = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    tokens = [token[0] if isinstance(token, list) else token for token in known if token]
+    return int(tokens[0]) if tokens else 0
+
+
+def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Return the logits after the last of some tokens, [N, V], and the cache if there is one."""
+    given = {} if cache is None else {"past_key_values": cache}
+    output = model(input_ids=ids, use_cache=True, **given)
+    return output.logits[:, -1], getattr(output, "past_key_values", None)
+
+
 @torch.no_grad()
 def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int, Tensor]:
-    """Return the states at the outputs of layers, [N (T - 1), D], on the CPU."""
+    """Return the states at the outputs of layers, [N (T - 1), D], fp32."""
     stack = decoder_layers(model)
     decoder = owner_of(model, stack)  # without the logits of all tokens
     seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -93,7 +105,7 @@ def _watching(stack: nn.ModuleList, seen: dict[int, list[Tensor]]) -> Iterator[N
 
             def note(_module: nn.Module, _args: Any, output: Any, parts: Any = parts) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output
-                parts.append(hidden[:, 1:].flatten(0, 1).float().cpu())
+                parts.append(hidden[:, 1:].flatten(0, 1).float())
 
             handle = stack[layer].register_forward_hook(of_this_thread(note), prepend=True)
             hooks.callback(handle.remove)

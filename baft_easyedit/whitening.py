@@ -95,6 +95,11 @@ class Whitening(nn.Module):
         units = self.in_units(states) * weight**0.5
         return principal_rows(torch.cat([self.root, units]), len(self.root))
 
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square of all entries of the irrelevant states, []."""
+        return (self.mean.square() + self.deviation.square()).mean().sqrt()
+
     def in_units(self, states: Tensor) -> Tensor:
         """Return (h - mu) / deviation, [..., D]."""
         return (states.float() - self.mean) / self.deviation

@@ -451,12 +451,16 @@ def test_undo_depth_below_one_is_refused(model, tokenizer, hparams):
 
 
 def test_an_editor_learns_into_a_given_edit_of_its_shape(model, tokenizer, hparams, request_dict):
+    hparams = replace(hparams, parametrisation="direct")
     edit = random_edit(layers=hparams.layers, rank=hparams.rank)
     editor = BaFTEditor(model, tokenizer, hparams, edit=edit)
     assert editor.model_edit is edit
     editor.edit(request_dict)
     with pytest.raises(ValueError, match="rank must be 4, as in the given edit; got 8"):
         BaFTEditor(make_model(), tokenizer, replace(hparams, rank=8), edit=edit)
+    other = replace(hparams, parametrisation="whitened")
+    with pytest.raises(ValueError, match="parametrisation must be 'direct', as in the given edit"):
+        BaFTEditor(make_model(), tokenizer, other, edit=edit)
 
 
 def test_a_report_tells_which_requests_were_learned(model, tokenizer, hparams, caplog):
@@ -510,11 +514,11 @@ def test_a_batch_does_not_stop_while_one_of_its_requests_is_far_from_learned(
     editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=200))
     known = {"prompt": "Ice is", "target_new": "a long answer of very many tokens"}
     assert editor.edit(known).final_loss < 1.0
-    editor.hparams = replace(hparams, early_stop_loss=2.0, num_steps=200)
+    editor.hparams = replace(hparams, early_stop_loss=2.5, num_steps=200)
     report = editor.edit([known, {"prompt": "The capital of France is", "target_new": "X"}])
-    assert report.losses[0].answer < 2.0  # the mean is low from the beginning
+    assert report.losses[0].answer < 2.5  # the mean is low from the beginning
     assert report.num_steps > 0
-    assert report.request_losses[1] < 2.0
+    assert report.request_losses[1] < 2.5
 
 
 def test_one_prompt_with_two_targets_is_refused(model, tokenizer, hparams):

@@ -190,7 +190,7 @@ def test_rehearsing_an_edit_is_learning_both_at_once(tokenizer, hparams):
         assert (one.answer + one.rehearsal) / 2 == pytest.approx(both.answer, abs=1e-4)
     learned, expected = editor.model_edit.snapshot(), batched.model_edit.snapshot()
     for name in expected:
-        if "_usage" not in name:
+        if not name.startswith(("_usage", "_whitening")):  # past ones count before, or not yet
             assert torch.allclose(learned[name], expected[name], atol=1e-4), name
 
 

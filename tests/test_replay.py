@@ -201,13 +201,13 @@ def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, rows, capl
 
 
 def no_cache_here(model):
-    """Let a model refuse every cache."""
+    """Let a model refuse every cache, and give none."""
     forward = model.forward
 
-    def no_cache(*args, past_key_values=None, **kwargs):
+    def no_cache(*args, past_key_values=None, use_cache=None, **kwargs):
         if past_key_values is not None:
             raise NotImplementedError("no cache here")
-        return forward(*args, **kwargs)
+        return forward(*args, use_cache=False, **kwargs)
 
     model.forward = no_cache
 

@@ -14,16 +14,16 @@ from torch import nn
 from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.keeping.fingerprint import Fingerprint
-from baft_easyedit.keeping.version1 import converted_hparams
+from baft_easyedit.keeping.older import converted_hparams
 from baft_easyedit.messages import short
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of what is written."""
 
-READABLE_VERSIONS = (1, 2)
-"""For 1 see `version1`."""
+READABLE_VERSIONS = (1, 2, 3)
+"""For those before see `older`."""
 
 _OF_EASYEDIT = frozenset(
     (
@@ -87,7 +87,7 @@ class KeptConfig:
             fingerprint=Fingerprint.from_json(
                 taken(content, "fingerprint", dict, where), f"the fingerprint in {where}"
             ),
-            hparams=converted_hparams(hparams) if found == 1 else hparams,
+            hparams=hparams if found == FORMAT_VERSION else converted_hparams(hparams),
             versions=taken(content, "versions", dict, where),
         )
 

@@ -19,7 +19,7 @@ from baft_easyedit.hooks import ModelEdit
 from baft_easyedit.keeping.config import FORMAT_VERSION, READABLE_VERSIONS, KeptConfig
 from baft_easyedit.keeping.files import parse_object, to_json
 from baft_easyedit.keeping.journal import Entry, Journal
-from baft_easyedit.keeping.version1 import converted
+from baft_easyedit.keeping.older import converted
 from baft_easyedit.learner import EditState
 from baft_easyedit.messages import cut, short
 from baft_easyedit.paths import open_regular

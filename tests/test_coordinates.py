@@ -1,0 +1,350 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from baft_easyedit import BaFTEditor, ModelEdit, attach
+from baft_easyedit.coordinates import Coordinates
+from baft_easyedit.intervention import orthonormal_rows
+from baft_easyedit.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
+from baft_easyedit.whitening import Whitening, principal_rows
+
+from tests.conftest import HIDDEN, make_model
+
+D = HIDDEN
+
+
+def skewed_states(count=4000, size=D, seed=0):
+    """States like those of a real model: a common mean, and few dimensions with most of the power."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(count, size, generator=generator) @ torch.randn(
+        size, size, generator=generator
+    )
+    mixed[:, :3] *= 30
+    return mixed + 50 * torch.randn(size, generator=generator)
+
+
+def measured(states):
+    whitening = Whitening(states.shape[1])
+    whitening.measure(states)
+    return whitening
+
+
+def known_edit(parametrisation, gate="rms-sigmoid", seed=1):
+    """An edit that has learned something, with statistics if it needs them."""
+    edit = ModelEdit(D, (1, 2), 4, gate, 3, seed, parametrisation)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in edit.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    edit.retract()
+    for layer in edit.layers if edit.whitens else ():
+        edit.whitening(layer).measure(skewed_states(seed=layer))
+    return edit
+
+
+def test_principal_rows_keep_what_is_longest():
+    rows = torch.randn(7, 3) @ torch.randn(3, D)
+    kept = principal_rows(rows, 5)
+    assert kept.shape == (5, D)
+    assert torch.allclose(kept.mT @ kept, rows.mT @ rows, atol=1e-3)
+    products = kept @ kept.mT
+    assert torch.allclose(products, products.diag().diag(), atol=1e-3)
+    assert torch.equal(products.diag(), products.diag().sort(descending=True).values)
+    many = torch.randn(3 * D, D)
+    assert torch.allclose(principal_rows(many, D).square().sum(), many.square().sum(), rtol=1e-4)
+
+
+def test_whitened_states_are_alike_in_all_directions():
+    states = skewed_states()
+    whitening = measured(states)
+    z = whitening.whitened(states) / whitening.deviation.median()
+    power = torch.linalg.eigvalsh(z.mT @ z / len(z))
+    before = torch.linalg.eigvalsh(states.mT @ states / len(states))
+    assert before[-1] / before[-6] > 100
+    assert power[-1] / power[-6] < 1.2
+    assert power[-1] <= 1 / 0.9 + 1e-2
+    assert torch.allclose(z.mean(0), torch.zeros(D), atol=1e-3)
+
+
+def test_rows_are_folded_as_states_are_whitened():
+    states, rows = skewed_states(), torch.randn(4, D)
+    whitening = measured(states)
+    here = states[:5]
+    folded = (here - whitening.mean) @ whitening.folded(rows).mT
+    assert torch.allclose(folded, whitening.whitened(here) @ rows.mT, rtol=1e-3, atol=1e-2)
+
+
+def test_pulling_a_gradient_back_is_the_adjoint_of_folding():
+    whitening, rows, gradient = measured(skewed_states()), torch.randn(4, D), torch.randn(4, D)
+    one = (whitening.folded(rows) * gradient).sum()
+    assert torch.allclose(one, (rows * whitening.pulled(gradient)).sum(), rtol=1e-4)
+
+
+def test_what_past_edits_use_is_touched_less():
+    whitening = measured(skewed_states())
+    used, other = skewed_states(3, seed=5), skewed_states(3, seed=6)
+    before = [whitening.whitened(states).norm(dim=-1) for states in (used, other)]
+    whitening.root.copy_(whitening.with_states(used, 100.0))
+    after = [whitening.whitened(states).norm(dim=-1) for states in (used, other)]
+    assert (after[0] < 0.3 * before[0]).all()
+    assert (after[1] > 0.6 * before[1]).all()
+    root, unweighted = whitening.root, whitening.with_states(used, 0.0)
+    assert torch.allclose(unweighted.mT @ unweighted, root.mT @ root, rtol=1e-3, atol=1e-2)
+
+
+def test_statistics_are_of_constant_size():
+    whitening = Whitening(600)
+    whitening.measure(torch.randn(700, 600))
+    for _ in range(3):
+        whitening.root.copy_(whitening.with_states(torch.randn(100, 600), 1.0))
+    assert whitening.root.shape == (256, 600)
+    whitening.forget()
+    assert not whitening.is_known
+
+
+def test_dimensions_that_never_change_are_not_blown_up():
+    states = skewed_states()
+    states[:, 4] = 1.0
+    whitening = measured(states)
+    assert all(torch.isfinite(value).all() for value in whitening.buffers())
+    assert torch.isfinite(whitening.whitened(states + 1)).all()
+
+
+def loss_of(edit, hidden, target):
+    """Some loss that depends on all parameters of both layers."""
+    outputs = [edit.intervention(layer)(hidden)[0] for layer in edit.layers]
+    return sum(((output - target) ** 2).mean() for output in outputs)
+
+
+@pytest.mark.parametrize("parametrisation", ["direct", "whitened"])
+def test_gradients_and_edit_are_those_of_the_function_of_what_is_moved(parametrisation):
+    """Against autograd through the function as the module's text writes it."""
+    edit, hidden, target = known_edit(parametrisation), skewed_states(6), torch.randn(6, D)
+    coordinates = Coordinates(edit)
+    start = edit.snapshot()
+    loss_of(edit, hidden, target).backward()
+    coordinates.pull_back()
+    moved = {name: value.detach().clone() for name, value in coordinates.moved.items()}
+    leaves = {name: value.requires_grad_() for name, value in moved.items()}
+    loss = 0.0
+    for layer in edit.layers:
+        prefix = f"_interventions.{layer}."
+        own = {n.removeprefix(prefix): v for n, v in leaves.items() if n.startswith(prefix)}
+        if parametrisation == "direct":
+            step = (
+                F.linear(hidden, own["difference"], own["source_bias"]) - hidden @ own["basis"].mT
+            )
+        else:
+            z = edit.whitening(layer).whitened(hidden)
+            before = hidden @ start[f"{prefix}difference"].mT
+            step = before + z @ own["difference"].mT + own["source_bias"]
+        weights = edit.intervention(layer).gate(hidden)
+        loss = loss + ((hidden + (weights.detach() * step) @ own["basis"] - target) ** 2).mean()
+    names = [name for name in leaves if ".gate." not in name]
+    found = torch.autograd.grad(loss, [leaves[name] for name in names])
+    for name, gradient in zip(names, found, strict=True):
+        value = coordinates.moved[name]
+        if name.endswith(".basis"):
+            along = gradient @ value.mT
+            gradient = gradient - 0.5 * (along + along.mT) @ value
+        assert torch.allclose(
+            value.grad, gradient, rtol=1e-2, atol=1e-3 * float(gradient.abs().max())
+        ), name
+
+
+@pytest.mark.parametrize("parametrisation", ["direct", "whitened"])
+def test_an_edit_follows_what_is_moved(parametrisation):
+    edit, hidden = known_edit(parametrisation), skewed_states(5)
+    coordinates, start = Coordinates(edit), edit.snapshot()
+    with torch.no_grad():
+        for value in coordinates.moved.values():
+            value.add_(0.01 * torch.randn(value.shape))
+    coordinates.follow()
+    for layer in edit.layers:
+        prefix, intervention = f"_interventions.{layer}.", edit.intervention(layer)
+        assert torch.allclose(intervention.basis @ intervention.basis.mT, torch.eye(4), atol=1e-5)
+        moved, bias = (coordinates.moved[f"{prefix}{n}"] for n in ("difference", "source_bias"))
+        if parametrisation == "direct":
+            expected = hidden @ (moved - intervention.basis).mT + bias
+        else:
+            before = hidden @ start[f"{prefix}difference"].mT
+            expected = before + edit.whitening(layer).whitened(hidden) @ moved.mT + bias
+        found = intervention.step(hidden)
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_whitened_coordinates_of_nothing_moved_are_the_edit_bit_for_bit():
+    edit = known_edit("whitened")
+    before = edit.snapshot()
+    Coordinates(edit).follow()
+    for name, value in edit.snapshot().items():
+        tolerance = 1e-6 if name.endswith(".basis") else 0.0  # a basis becomes orthonormal again
+        assert torch.allclose(value, before[name], rtol=0, atol=tolerance), name
+
+
+def test_a_turn_of_the_basis_moves_no_state_that_is_not_displaced():
+    """What `direct` does not have: there, R h turns with R."""
+    hidden = skewed_states(5)
+    turned = orthonormal_rows(torch.randn(4, D))
+    for parametrisation, is_still in (("whitened", True), ("direct", False)):
+        edit = ModelEdit(D, (1,), 4, "one", 3, 0, parametrisation)
+        for layer in edit.layers if edit.whitens else ():
+            edit.whitening(layer).measure(skewed_states())
+        coordinates = Coordinates(edit)
+        with torch.no_grad():
+            coordinates.moved["_interventions.1.basis"].copy_(turned)
+        coordinates.follow()
+        assert torch.equal(edit.intervention(1)(hidden)[0], hidden) == is_still
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "basis-subspace"])
+def test_a_gate_with_a_constant_is_moved_in_whitened_coordinates(gate):
+    edit, hidden = known_edit("whitened", gate), skewed_states(5, seed=1)
+    coordinates, before = Coordinates(edit), edit.snapshot()
+    name = "_interventions.1.gate.weight"
+    with torch.no_grad():
+        coordinates.moved[name].add_(0.01)
+    coordinates.follow()
+    change = edit.snapshot()[name] - before[name]
+    if gate == "basis-subspace":  # which has none
+        assert torch.allclose(change, torch.full_like(change, 0.01), atol=1e-6)
+        return
+    whitening = edit.whitening(1)
+    assert torch.allclose(
+        change, whitening.rms * whitening.folded(torch.full((4, D), 0.01)), atol=1e-5
+    )
+    at_mean = edit.intervention(1).gate(whitening.mean)  # up to its own root mean square
+    assert at_mean.shape == (4,)
+
+
+def test_bases_have_a_learning_rate_of_their_own(model, tokenizer, hparams, request_dict):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, basis_lr=0.0, num_steps=3))
+    before = editor.model_edit.snapshot()
+    editor.edit(request_dict)
+    after = editor.model_edit.snapshot()
+    assert torch.allclose(
+        after["_interventions.1.basis"], before["_interventions.1.basis"], atol=1e-6
+    )
+    assert not torch.equal(
+        after["_interventions.1.difference"], before["_interventions.1.difference"]
+    )
+
+
+def test_a_model_writes_the_same_texts_each_time(model):
+    state = torch.random.get_rng_state()
+    texts = own_texts(model)
+    assert texts.shape == (NUM_TEXTS, LENGTH)
+    assert torch.equal(own_texts(make_model()), texts)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len({tuple(text.tolist()) for text in texts}) == NUM_TEXTS
+
+
+def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model):
+    states = own_states(model).of(model, [1, 3])
+    texts = own_texts(model)
+    hidden = model(texts[:4], output_hidden_states=True).hidden_states[2][:, 1:]
+    count = 4 * (LENGTH - 1)
+    assert torch.allclose(states[1][:count], hidden.flatten(0, 1), rtol=1e-3, atol=1e-4)
+    assert own_states(model).of(model, [3])[3] is states[3]
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    assert not torch.equal(own_states(model).of(model, [3])[3], states[3])
+
+
+def test_statistics_are_measured_once_and_without_the_edit(
+    model, tokenizer, hparams, request_dict, monkeypatch
+):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, parametrisation="whitened"))
+    editor.edit(request_dict)
+    first = editor.model_edit.whitening(1).mean.clone()
+    monkeypatch.setattr("baft_easyedit.own_texts._states", None)
+    editor.edit({"prompt": "Water is", "target_new": "ice"})
+    assert torch.equal(editor.model_edit.whitening(1).mean, first)
+    editor.undo()
+    editor.undo()
+    assert not editor.model_edit.whitening(1).is_known  # as it was
+    editor.edit(request_dict)  # what the model writes is still known
+    assert torch.equal(editor.model_edit.whitening(1).mean, first)
+
+
+WHITENED = {"parametrisation": "whitened", "gate": "sigmoid", "loc_own_texts": True}
+
+
+def logits(model):
+    return model(torch.tensor([[256, 84, 104, 101, 32, 99]])).logits
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "rms-sigmoid", "one"])
+@pytest.mark.parametrize("rehearsal", [0, 1])
+def test_whitened_edits_are_undone_bit_for_bit(gate, rehearsal, model, tokenizer, hparams):
+    hparams = replace(hparams, **WHITENED | {"gate": gate}, num_steps=3, rehearsal=rehearsal)
+    hparams = replace(hparams, rank_growth=1, rank_growth_every=2, max_rank=8)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    seen = []
+    for k in range(4):
+        seen.append((logits(model), editor.model_edit.snapshot()))
+        editor.edit({"prompt": f"Fact {k} is", "target_new": "no", "loc_prompt": "Ice is cold"})
+        assert not torch.equal(logits(model), seen[-1][0])
+    for before, state in reversed(seen):
+        editor.undo()
+        assert torch.equal(logits(model), before)
+        now = editor.model_edit.snapshot()
+        assert all(torch.equal(now[name], state[name]) for name in state)
+
+
+def test_a_whitened_edit_that_is_kept_is_learned_again_bit_for_bit(tokenizer, hparams, tmp_path):
+    hparams = replace(hparams, **WHITENED, num_steps=3)
+    with BaFTEditor.open(
+        make_model(), tokenizer, tmp_path / "edit", hparams, checkpoint_every=100
+    ) as editor:
+        for k in range(4):
+            editor.edit({"prompt": f"Fact {k} is", "target_new": "no"})
+            if k == 1:
+                expected = logits(editor.model)
+    model = make_model()
+    with BaFTEditor.open(model, tokenizer, tmp_path / "edit", undo_depth=1) as editor:
+        editor.rollback(to=2)
+        assert torch.equal(logits(model), expected)
+        editor.edit({"prompt": "Fact 9 is", "target_new": "no"})
+    other = make_model()
+    attach(other, tmp_path / "edit")
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
+    weights = []
+    for sees in (False, True):
+        model = make_model()
+        h = replace(hparams, **WHITENED | {"loc_own_texts": sees}, num_steps=40)
+        editor = BaFTEditor(model, tokenizer, replace(h, early_stop_loss=0.0))
+        report = editor.edit({"prompt": "The capital of France is", "target_new": "Rome"})
+        assert (report.losses[-1].locality is not None) == sees
+        states = own_states(model).of(model, [3])[3]
+        weights.append(float(editor.model_edit.gate_weights(3, states).mean()))
+    assert weights[1] < weights[0] - 0.01
+
+
+@pytest.mark.parametrize("engine", ["replay", "full"])
+def test_whitened_edits_are_the_same_by_every_engine(engine, model, tokenizer, hparams):
+    hparams = replace(hparams, **WHITENED, num_steps=5, engine=engine)
+    report = BaFTEditor(model, tokenizer, hparams).edit(
+        {"prompt": "The capital of France is", "target_new": "Rome"}
+    )
+    assert report.engine == engine
+    full = BaFTEditor(make_model(), tokenizer, replace(hparams, engine="full")).edit(
+        {"prompt": "The capital of France is", "target_new": "Rome"}
+    )
+    assert report.final_loss == pytest.approx(full.final_loss, rel=1e-3)
+
+
+def test_statistics_stay_when_the_edit_grows():
+    edit = known_edit("whitened")
+    before = edit.snapshot()
+    edit.grow(6)
+    for name, value in edit.snapshot().items():
+        if name.startswith("_whitening"):
+            assert torch.equal(value, before[name])
+    edit.start_afresh(4)
+    assert not edit.whitening(1).is_known
