@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from baft_easyedit.hooks import ModelEdit
-from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.intervention import tangent
 from baft_easyedit.whitening import Whitening
 
@@ -122,7 +121,7 @@ class Coordinates:
         self.moved: Mapping[str, Tensor] = parameters | {
             name: value for part in self._parts for name, value in part.moved.items()
         }
-        """Leaves by the names of the parameters that they stand for; others stand for themselves."""
+        """Leaves by the names of the parameters they stand for; others stand for themselves."""
 
     @torch.no_grad()
     def pull_back(self) -> None:

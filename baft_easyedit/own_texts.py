@@ -34,7 +34,7 @@ class OwnStates:
         return OwnStates, ()
 
     def of(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Return the states at the outputs of some layers, [N (T - 1), D], fp32, where they compute.
+        """Return the states at the outputs of some layers, [N (T - 1), D], fp32.
 
         The first token of each text is left out: its states are like no others.
 
@@ -92,7 +92,7 @@ def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int,
     decoder = owner_of(model, stack)  # without the logits of all tokens
     seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with _watching(stack, seen):
-        for part in texts.split(_AT_ONCE):
+        for part in torch.split(texts, _AT_ONCE):
             decoder(input_ids=part.to(input_device(model)), use_cache=False)
     return {layer: torch.cat(parts) for layer, parts in seen.items()}
 

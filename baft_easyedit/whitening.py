@@ -41,8 +41,8 @@ def principal_rows(rows: Tensor, most: int) -> Tensor:
 class Whitening(nn.Module):
     """Statistics of the hidden states at one layer's output, and z = S (h - mu).
 
-    S = s K^-1/2 diag(deviation)^-1, where K = floor 1 + F^T F, in units of each dimension's standard
-    deviation, and s is the median of these, so that learning rates keep their meaning.
+    S = s K^-1/2 diag(deviation)^-1, where K = floor 1 + F^T F, in units of each dimension's
+    standard deviation, and s is the median of these, so that learning rates keep their meaning.
 
     Args:
         hidden_size: D.
