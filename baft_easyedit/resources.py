@@ -64,7 +64,7 @@ def bundled_model_path() -> Path:
 
 
 def cache_root() -> Path:
-    """Return where the package keeps what it can make again: `baft_easyedit` in the user's cache."""
+    """Return where the package keeps what it can make again, in the user's cache."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return expanded(root) / "baft_easyedit"
 

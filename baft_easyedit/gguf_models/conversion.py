@@ -119,17 +119,29 @@ def _write_model(source: GGUFSource, directory: Path, dtype: torch.dtype) -> Non
 
 
 def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
-    """Load a file's model; return it and what transformers says of its tensors."""
+    """Load a file's model; return it and what transformers says of its tensors.
+
+    Raises:
+        ValueError: If transformers cannot make a model of the file.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place, name = str(source.file.parent), source.file.name
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        place,
-        gguf_file=name,
-        config=AutoConfig.from_pretrained(place, gguf_file=name),
-        output_loading_info=True,
-        **dtype_option(dtype),
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            place,
+            gguf_file=name,
+            config=AutoConfig.from_pretrained(place, gguf_file=name),
+            output_loading_info=True,
+            **dtype_option(dtype),
+        )
+    # Metadata that do not fit the tensors make transformers raise almost anything.
+    except Exception as error:
+        raise ValueError(
+            f"{source.file} could not be read as a {source.architecture} "
+            f"({type(error).__name__}: {short(str(error))}): its metadata and tensors must be "
+            "those that llama.cpp's converter writes"
+        ) from error
     return model, loading
 
 

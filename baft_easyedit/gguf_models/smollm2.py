@@ -36,7 +36,7 @@ _LOCK = ".lock"
 
 
 def ready_location(name: str) -> str:
-    """Return where a model is to be loaded from, and make it first if that is our place for SmolLM2.
+    """Return where a model is to be loaded from, and make it first if it is SmolLM2.
 
     Args:
         name: As for `model_location`; or what that returned.

@@ -16,7 +16,7 @@ from baft_easyedit.reading import did_you_mean
 MIN_GGUF = "0.16"
 """The oldest version of the package `gguf` whose reader decodes metadata."""
 HOW_TO_GET = "pip install 'baft_easyedit[real]'"
-ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "qwen2", "qwen3")
+ARCHITECTURES = ("gemma3", "gpt2", "llama", "qwen2", "qwen3")
 """Those that transformers reads and that can be edited; Mistral's files say `llama`."""
 
 _VERSIONS = (2, 3)
