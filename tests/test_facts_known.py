@@ -91,7 +91,8 @@ def test_what_decoding_would_give_is_read_off_one_forward():
     wanted = [text == answer for text, (_, answer) in zip(said, asked, strict=True)]
     assert {True, False} == set(wanted)
     assert answers_follow(model, tokenizer, asked) == wanted
-    begun = [(q.prompt, q.answer[:-2]) for q in questions("trained")[:40]]  # of a longer word
+    words = [q for q in questions("trained")[:40] if q.answer.isalpha()]
+    begun = [(q.prompt, q.answer[:-2]) for q in words]
     assert not any(answers_follow(model, tokenizer, begun))
 
 
