@@ -73,7 +73,7 @@ def answers_follow(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]])
         hidden = model.base_model(**inputs).last_hidden_state  # [B, T, D]
         for row, length, states in zip(rows, lengths, hidden, strict=True):
             best = model.lm_head(states[length - 1 : len(row)]).argmax(-1).tolist()
-            told, longer = (tokenizer.decode([*row, *more]) for more in ([], best[-1:]))
+            told, longer = tokenizer.decode(row), tokenizer.decode([*row, best[-1]])
             is_whole = not longer[len(told) :][:1].isalnum()
             right.append(best[:-1] == list(row[length:]) and is_whole)
     return right
