@@ -101,21 +101,38 @@ def _write_model(source: GGUFSource, directory: Path, dtype: torch.dtype) -> Non
     """Write configuration and weights.
 
     Raises:
-        ValueError: If the file lacks tensors of its model, or has others.
+        ValueError: If the file lacks tensors of its model, or has others, or of other shapes.
         OSError: If they cannot be written.
     """
     model, loading = _load(source, dtype)
-    lacking = {k: v for k in ("missing_keys", "unexpected_keys") if (v := list(loading[k]))}
-    if lacking:
+    wrong = _wrong_tensors(model, loading)
+    if wrong:
         raise ValueError(
             f"the tensors of {source.file} must be those of a {type(model).__name__}; "
-            + "; ".join(f"{kind}: {short(names)}" for kind, names in lacking.items())
+            + "; ".join(f"{kind}: {short(names)}" for kind, names in wrong.items())
         )
     config = _portable(model.config.to_dict(), type(model).__name__, dtype)
     _write_json(directory / "config.json", config)
     _write_weights(model, directory / WEIGHTS)
     # The library makes files for their owner only.
     os.chmod(directory / WEIGHTS, (directory / "config.json").stat().st_mode)
+
+
+def _wrong_tensors(model: Any, loading: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name the parameters that a loaded model has not got from its file as its configuration says.
+
+    Some versions of transformers take tensors of another shape as they are.
+    """
+    with torch.device("meta"):
+        described = type(model)(model.config)
+    shapes = {name: p.shape for name, p in described.named_parameters()}
+    other = [name for name, p in model.named_parameters() if p.shape != shapes.get(name)]
+    found = {
+        "missing": list(loading["missing_keys"]),
+        "unexpected": list(loading["unexpected_keys"]),
+        "of another shape": [*map(str, loading["mismatched_keys"]), *other],
+    }
+    return {kind: names for kind, names in found.items() if names}
 
 
 def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:

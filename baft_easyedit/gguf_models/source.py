@@ -108,11 +108,19 @@ def _check_header(file: Path) -> None:
 
 
 def _check_architecture(source: GGUFSource) -> None:
-    """Raise ValueError unless transformers reads the architecture rightly."""
+    """Raise ValueError unless the installed transformers reads the architecture rightly."""
     if source.architecture not in ARCHITECTURES:
         raise ValueError(
             f"general.architecture must be one of {', '.join(ARCHITECTURES)}; {source.file} has "
             f"{short(source.architecture)}{did_you_mean(source.architecture, ARCHITECTURES)}"
+        )
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES as READ
+
+    if source.architecture not in READ:
+        raise ValueError(
+            f"transformers {transformers.__version__} reads no GGUF file of the architecture "
+            f"{source.architecture}, which {source.file} has: install a newer one"
         )
 
 
