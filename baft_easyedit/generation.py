@@ -11,9 +11,10 @@ import torch
 
 from baft_easyedit.batching import alike, padded
 from baft_easyedit.devices import as_device, check_device
+from baft_easyedit.gguf_models.smollm2 import ready_location
 from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.models import dtype_option
 from baft_easyedit.prompt_format import PromptFormat
-from baft_easyedit.resources import model_location
 
 logger = logging.getLogger(__name__)
 
@@ -27,24 +28,22 @@ def load_model(
     """Load a model in eval mode, and its tokenizer, with padding on the left.
 
     Args:
-        name: Hugging Face name or directory; `bundled` for the model that comes with the package.
+        name: Hugging Face name or directory; `bundled` for the model that comes with the package,
+            `smollm2` for the real one (`gguf_models.smollm2`).
         device: CUDA device number or device name.
         dtype: Of the model's weights.
 
     Raises:
         OSError: If there is no such model, or its files are not those of a causal language model.
+        ImportError: If it is `smollm2`, and its package is not installed.
         ValueError: If the device is not on this machine.
     """
-    import transformers
-    from packaging.version import Version
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_device(device)
-    is_renamed = Version(transformers.__version__) >= Version("4.56")
-    option = {"dtype" if is_renamed else "torch_dtype": dtype}
     with _located(name) as location:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(location, **option)
+        model: Any = AutoModelForCausalLM.from_pretrained(location, **dtype_option(dtype))
     if tokenizer.pad_token_id is None:  # any will do: what is padded is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model.to(as_device(device)).eval(), tokenizer
@@ -70,7 +69,7 @@ def _located(name: str) -> Iterator[str]:
     Raises:
         OSError: If a directory is meant and is not there or holds no model, or loading fails.
     """
-    location = model_location(name)
+    location = ready_location(name)
     path = Path(location)
     if path.exists() and not (path / "config.json").is_file():
         raise OSError(

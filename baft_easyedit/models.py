@@ -1,10 +1,22 @@
-"""Where a Hugging Face causal language model keeps what is edited. Needs torch only."""
+"""Where a Hugging Face causal language model keeps what is edited, and how to ask for its dtype.
+
+Needs torch only.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the option of `from_pretrained` for the dtype of weights, which has had two names."""
+    import transformers
+    from packaging.version import Version
+
+    is_renamed = Version(transformers.__version__) >= Version("4.56")
+    return {"dtype" if is_renamed else "torch_dtype": dtype}
 
 
 def text_config(model: nn.Module) -> Any:

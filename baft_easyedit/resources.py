@@ -10,6 +10,12 @@ from baft_easyedit.paths import expanded
 from baft_easyedit.reading import did_you_mean
 
 BUNDLED_MODEL = "bundled"
+REAL_MODEL = "smollm2"
+"""The model that `gguf_models.smollm2` makes in the user's cache."""
+REAL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""Of the GGUF file that it is made of."""
+_REAL_FORM = 1
+"""Counts the forms in which it has been written, each in a directory of its own."""
 
 
 def hparams_root() -> Path:
@@ -47,17 +53,34 @@ def has_hparams(name: str) -> bool:
     return (hparams_root() / f"{name}.yaml").is_file()
 
 
+def own_preset(model: str) -> str | None:
+    """Return the name of our hyper-parameters for `bundled` or `smollm2`; None for another."""
+    return {BUNDLED_MODEL: "facts-llama", REAL_MODEL: "smollm2"}.get(model)
+
+
 def bundled_model_path() -> Path:
     """Return the directory of the bundled model and its tokenizer, for `from_pretrained`."""
     return Path(__file__).parent / "facts" / "assets" / "facts-llama"
 
 
+def cache_root() -> Path:
+    """Return where the package keeps what it can make again, in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return expanded(root) / "baft_easyedit"
+
+
+def real_model_path() -> Path:
+    """Return the directory of the model `smollm2`, which need not be there yet."""
+    return cache_root() / f"smollm2-135m-instruct-llama-{REAL_SHA256[:12]}-{_REAL_FORM}"
+
+
 def model_location(name: str) -> str:
-    """Return the directory of the bundled model for the name `bundled`; any other name as it is.
+    """Return the directory of the model for `bundled` or `smollm2`; any other name as it is.
 
     `~` at the beginning stands for the user's home.
     """
-    return str(bundled_model_path()) if name == BUNDLED_MODEL else os.path.expanduser(name)
+    own = {BUNDLED_MODEL: bundled_model_path, REAL_MODEL: real_model_path}
+    return str(own[name]()) if name in own else os.path.expanduser(name)
 
 
 def merged_settings(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""Write files that are there as a whole or not at all, with the mode that any new file gets."""
+"""Write files and directories that are there as a whole or not at all, with any new one's mode."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
+UNFINISHED = ".unfinished-"
+"""What the name of a directory has in it, behind a dot and its own, until it is complete."""
 NEW_FILE = 0o666
 """Mode of a file that is made; the umask takes away from it, as it does for `open`."""
 
@@ -29,3 +32,41 @@ def written_whole(file: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink()
         raise
+
+
+@contextmanager
+def directory_made_whole(directory: Path, num_bytes: int) -> Iterator[Path]:
+    """Give an empty directory that takes its name only when this context ends without an error.
+
+    Args:
+        directory: Absent or empty; what it lies in is made if absent.
+        num_bytes: How much will be written.
+
+    Raises:
+        OSError: If the disk has less room, before anything is written.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    if free < num_bytes:
+        raise OSError(
+            f"{directory} needs {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free "
+            "there: make room, or choose another disk"
+        )
+    temporary = directory.parent / f".{directory.name}{UNFINISHED}{uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        if directory.is_dir():
+            directory.rmdir()  # it is empty, or this fails
+        os.rename(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(file: Path) -> None:
+    """Have a file's content on the disk before its name means anything."""
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())

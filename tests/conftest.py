@@ -1,5 +1,7 @@
 """Tiny random models of the supported families and a byte tokenizer; no file, no network."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from baft_easyedit import BaFTHyperParams, ModelEdit
+from baft_easyedit.generation import load_model
+from baft_easyedit.gguf_models.smollm2 import why_not
 
 HIDDEN, LAYERS, VOCAB = 32, 4, 260
 SIZES = {
@@ -86,6 +90,19 @@ def make_tokenizer():
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # the models are too small to share out
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory):
+    """SmolLM2 and its tokenizer, made anew from its package."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield load_model("smollm2")
+    shutil.rmtree(cache)  # it is large
 
 
 @pytest.fixture

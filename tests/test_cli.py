@@ -364,11 +364,13 @@ def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkey
     monkeypatch.setattr("baft_easyedit.demo.compare", lambda h, *_: seen.append(h) or [row])
     host = SimpleNamespace(generation="current", version="1")
     monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host)
+    monkeypatch.setattr("baft_easyedit.cli.demo._show_real_edits", lambda device: None)
     command = ["demo", "--methods", "SERAC", "--cases", "1", "--device", "cpu"]
     assert main(command) == 1
     assert [hparams.learn_end for hparams in seen] == [True, False]  # the tables are the paper's
     captured = capsys.readouterr()
-    assert captured.out.startswith("shown\n\nThrough EasyEdit (current, 1)")
+    title = "\nThe bundled model, of 3 million parameters:"
+    assert captured.out.startswith(f"{title}\nshown\n\nThrough EasyEdit (current, 1)")
     assert "1 single edits\n" in captured.out
     assert "| SERAC  | not run: x |" in captured.out
     assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"

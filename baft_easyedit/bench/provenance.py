@@ -15,8 +15,8 @@ import torch
 
 import baft_easyedit
 from baft_easyedit.easyedit import find_host
+from baft_easyedit.gguf_models.smollm2 import ready_location
 from baft_easyedit.paths import open_regular
-from baft_easyedit.resources import model_location
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor")
 _SAMPLE = 1 << 20
@@ -28,14 +28,14 @@ def model_fingerprint(model: str) -> dict[str, str]:
     """Hash a model's configuration, tokenizer and weights.
 
     Args:
-        model: Hugging Face name or directory, or `bundled`.
+        model: Hugging Face name or directory, `bundled` or `smollm2`.
 
     Returns:
         `model` and `tokenizer`, hex digests. Of weight files above 1 GiB, size, beginning and end
         are hashed. For a model of the Hugging Face hub, the commit in the cache; for one that is
         not there yet, its name.
     """
-    directory = Path(model_location(model))
+    directory = Path(ready_location(model))
     if not directory.is_dir():
         commit = _cached_commit(model) or model
         return {"model": commit, "tokenizer": commit}

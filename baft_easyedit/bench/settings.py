@@ -12,10 +12,9 @@ from baft_easyedit.easyedit.peer_methods import batchable, why_not
 from baft_easyedit.generation import model_depth
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
 from baft_easyedit.paths import expanded, read_text
-from baft_easyedit.resources import BUNDLED_MODEL, has_hparams, hparams_file
+from baft_easyedit.resources import has_hparams, hparams_file, own_preset
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
-_BUNDLED_PRESET = "facts-llama"
 
 
 def check_methods(config: BenchConfig) -> None:
@@ -94,8 +93,9 @@ def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> st
     if method.hparams is not None:
         return method.hparams
     preset = config.preset
-    if preset is None and config.model == BUNDLED_MODEL:
-        preset = _BUNDLED_PRESET
+    if preset is None:
+        own = own_preset(config.model)
+        preset = own if has_hparams(f"{method.method}/{own}") else None
     if preset is None:
         return None
     special = f"{method.method}/{preset}{_SUFFIXES[protocol.name]}"

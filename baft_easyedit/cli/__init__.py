@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from baft_easyedit.cli import bench, demo, edit, speed
+from baft_easyedit.cli import bench, demo, edit, gguf, speed
 from baft_easyedit.cli.options import Parser
 from baft_easyedit.messages import cut
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (edit, demo, bench, speed):
+    for module in (edit, demo, bench, speed, gguf):
         module.add_commands(commands)
     doctor = commands.add_parser("doctor", help="say which EasyEdit was found and what works")
     doctor.set_defaults(run=_doctor)

@@ -1,4 +1,4 @@
-"""`demo`: edits shown as text, then BaFT beside other methods."""
+"""`demo`: edits of a real model and of the bundled one as text, then BaFT beside other methods."""
 
 import argparse
 from dataclasses import replace
@@ -36,6 +36,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     methods = check_methods(arguments.methods)
     silence_loading()
     hparams, host = hparams_of(arguments), find_host()
+    if (arguments.model, arguments.hparams) == (None, None):
+        _show_real_edits(hparams.device)
+        print("\nThe bundled model, of 3 million parameters:")
     # The tables have the paper's settings, but here answers are generated.
     shown = hparams if arguments.hparams else replace(hparams, learn_end=True)
     for line in show_edits(shown):
@@ -46,3 +49,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     for line in tables(rows, arguments.cases):
         print(line)
     return status_of(rows)
+
+
+def _show_real_edits(device: int | str) -> None:
+    """Show edits of the real model, or say why there is none."""
+    from baft_easyedit.real_demo import real_settings, show_real_edits
+
+    try:
+        settings = real_settings(device)
+    except (ImportError, ValueError, OSError) as error:  # the rest of the demo does without
+        print(f"No real model, only the bundled one: {error}")
+        return
+    for line in show_real_edits(settings):
+        print(line)

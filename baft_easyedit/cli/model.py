@@ -9,7 +9,7 @@ from baft_easyedit.cli.options import device
 from baft_easyedit.devices import check_device, needs_missing_cuda
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
 from baft_easyedit.reading import read_yaml
-from baft_easyedit.resources import BUNDLED_MODEL, hparams_file
+from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, own_preset
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,9 @@ def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
         hparams = read_hparams(arguments.hparams, **asked)
         return replace(hparams, device=usable_device(hparams.device, arguments.hparams))
     asked.setdefault("device", default_device())
-    if asked.setdefault("model_name", BUNDLED_MODEL) == BUNDLED_MODEL:
-        return BaFTHyperParams.from_hparams("BaFT/facts-llama", **asked)
+    preset = own_preset(asked.setdefault("model_name", BUNDLED_MODEL))
+    if preset is not None:
+        return BaFTHyperParams.from_hparams(f"BaFT/{preset}", **asked)
     from baft_easyedit.generation import model_depth
 
     return BaFTHyperParams(layers=scaled_layers(model_depth(arguments.model)), **asked)

@@ -18,7 +18,7 @@ import torch
 
 import baft_easyedit
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.host import COMMIT, HOME_VARIABLE, Host
+from baft_easyedit.easyedit.host import COMMIT, HOME_VARIABLE, URL, Host
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.tiny import DEPTH, save_tiny_llama
@@ -94,7 +94,7 @@ def _host_lines(host: Host) -> list[str]:
     if host.generation == "pypi":
         lines.append(
             "  lacks       FT-M, WISE, GRACE, AlphaEdit, UltraEdit: for those, git clone "
-            f"https://github.com/zjunlp/EasyEdit (tested: {COMMIT}) and set {HOME_VARIABLE}"
+            f"{URL} (tested: {COMMIT[:7]}) and set {HOME_VARIABLE}"
         )
     return lines
 

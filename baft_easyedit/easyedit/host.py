@@ -30,13 +30,14 @@ from baft_easyedit.paths import read_text
 logger = logging.getLogger(__name__)
 
 HOME_VARIABLE = "EASYEDIT_HOME"
-COMMIT = "14cea82"
+URL = "https://github.com/zjunlp/EasyEdit"
+COMMIT = "14cea8245f06715684592ab55184939b99d70784"
 """The commit of the current generation that this package is tested with."""
 WITH_IMPORTS = "pip install '.[easyedit]' in a checkout of baft_easyedit"
 """How to get what EasyEdit imports at top level, beside torch and transformers."""
 HOW_TO_GET = (
     "Get it in one of two ways: (1) the current one: git clone "
-    f"https://github.com/zjunlp/EasyEdit (tested: commit {COMMIT}) and set {HOME_VARIABLE} to that "
+    f"{URL} (tested: commit {COMMIT[:7]}) and set {HOME_VARIABLE} to that "
     "directory; (2) the old release: pip install --no-deps easyeditor==0.0.1.dev0. Both also need "
     f"what they import: {WITH_IMPORTS}"
 )

@@ -11,9 +11,9 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from baft_easyedit.gguf_models.smollm2 import ready_location
 from baft_easyedit.paths import read_regular
 from baft_easyedit.reading import parse_json
-from baft_easyedit.resources import model_location
 
 _FAMILIES = (
     "t5",
@@ -37,7 +37,7 @@ def host_model_path(path: str) -> str:
     """Return a path from which EasyEdit loads a local model with the right classes.
 
     Args:
-        path: A model's directory, `bundled` for our own, or a Hugging Face name.
+        path: A model's directory, `bundled` or `smollm2`, or a Hugging Face name.
 
     Returns:
         The absolute path itself if EasyEdit reads it rightly, else a link to it in a new temporary
@@ -49,7 +49,7 @@ def host_model_path(path: str) -> str:
         ValueError: If every temporary directory's name would mislead EasyEdit.
         OSError: If a model to download is not to be had.
     """
-    directory = Path(model_location(path))
+    directory = Path(ready_location(path))
     if not directory.is_dir():
         if _family_in(path) is not None:
             return path

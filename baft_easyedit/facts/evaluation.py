@@ -11,14 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
+from baft_easyedit.batching import padded
 from baft_easyedit.facts.questions import Kind, Question, questions
 from baft_easyedit.facts.tables import facts, relations
 from baft_easyedit.facts.training import TrainingRecipe
 from baft_easyedit.generation import generate_answers, load_model
+from baft_easyedit.prompt_format import token_ids
 
 MAX_ANSWER_TOKENS = 24
 """More than the longest answer and its end have: what is cut here is wrong anyway."""
 BATCH_SIZE = 256
+_NUM_AT_ONCE = 32
 
 
 def exact_match(model: Any, tokenizer: Any, asked: Sequence[Question]) -> float:
@@ -45,6 +50,33 @@ def exact_match(model: Any, tokenizer: Any, asked: Sequence[Question]) -> float:
         answers = generate_answers(model, tokenizer, prompts, MAX_ANSWER_TOKENS)
         right += sum(got == q.answer for got, q in zip(answers, batch, strict=True))
     return right / len(asked)
+
+
+@torch.no_grad()
+def answers_follow(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[bool]:
+    """Tell for texts whether greedy decoding goes on with the answer, and ends its last word there.
+
+    It takes one forward for each text, with its answer; what decoding would give is read off it.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        asked: Texts up to the answer, and the answers.
+    """
+    right = []
+    for start in range(0, len(asked), _NUM_AT_ONCE):
+        part = asked[start : start + _NUM_AT_ONCE]
+        rows = [token_ids(f"{prompt} {answer}", tokenizer) for prompt, answer in part]
+        lengths = [len(token_ids(prompt, tokenizer)) for prompt, _ in part]
+        inputs = padded(rows, tokenizer, "right")
+        # Only where answers are predicted: logits of whole texts take much memory.
+        hidden = model.base_model(**inputs).last_hidden_state  # [B, T, D]
+        for row, length, states in zip(rows, lengths, hidden, strict=True):
+            best = model.lm_head(states[length - 1 : len(row)]).argmax(-1).tolist()
+            told, longer = tokenizer.decode(row), tokenizer.decode([*row, best[-1]])
+            is_whole = not longer[len(told) :][:1].isalnum()
+            right.append(best[:-1] == list(row[length:]) and is_whole)
+    return right
 
 
 def score(model: Any, tokenizer: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Facts as EasyEdit edit requests, in two disjoint splits, and the path of the bundled model.
+"""Facts as EasyEdit edit requests: two disjoint splits, and the parts of them that SmolLM2 knows.
 
 EasyEdit scores the text `prompt + ' ' + target`, so no prompt ends in a blank and no target starts
 with one. Everything is a function of the tables: the same call gives the same records anywhere.
@@ -7,9 +7,13 @@ with one. Everything is a function of the tables: the same call gives the same r
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from baft_easyedit.facts.known import known_phrasings
 from baft_easyedit.facts.questions import share_of, two_hop_answer
 from baft_easyedit.facts.tables import (
     Fact,
@@ -21,12 +25,18 @@ from baft_easyedit.facts.tables import (
     two_hop_rules,
 )
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "eval", "known", "known_train"]
 EVAL_SHARE = 0.4
 NUM_LOC_PROMPTS = 4
+MIN_OTHERS = 8
+"""Known facts of the train split that a relation must have for its facts to be edited."""
+_KNOWN: Mapping[str, Literal["train", "eval"]] = MappingProxyType(
+    {"known": "eval", "known_train": "train"}
+)
+"""Splits of what SmolLM2 knows, and of which split they are a part."""
 
 
-def split_of(fact: Fact) -> Split:
+def split_of(fact: Fact) -> Literal["train", "eval"]:
     """The split that `fact` is edited in, fixed by its relation and subject."""
     return "eval" if share_of("split", *fact.key) < EVAL_SHARE else "train"
 
@@ -42,8 +52,12 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
     facts of the relation about other subjects of the train split, as texts; none is probed.
     Records are shuffled over relations, so a prefix is a fair sample.
 
+    Of `known` and `known_train`, the parts of `eval` and `train` that SmolLM2 knows, all facts are
+    ones that it knows, `prompt` and what is probed are phrasings in which it answers rightly, and
+    so is `rephrase_prompt` where there is a second one (else it is the usual one).
+
     Args:
-        split: `train` or `eval`; no fact is in both.
+        split: `train`, `eval`, `known` or `known_train`; no fact is in both `train` and `eval`.
         limit: Number of records, from the first on; all if None.
 
     Returns:
@@ -56,8 +70,8 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
         raise ValueError(
             f"split must be one of {get_args(Split)}, but got {split!r}; pass one of these"
         )
-    renderer = _Renderer.from_tables()
-    members = [case for case, fact in enumerate(renderer.facts) if split_of(fact) == split]
+    renderer = _Renderer.from_tables(known_phrasings() if split in _KNOWN else None)
+    members = renderer.members(_KNOWN.get(split, split))
     members.sort(key=lambda case: share_of("order", *renderer.facts[case].key))
     if limit is not None and not 0 <= limit <= len(members):
         raise ValueError(
@@ -72,6 +86,11 @@ class _Renderer:
     """The tables, indexed for rendering records."""
 
     facts: list[Fact]
+    """All facts."""
+    prompts: dict[tuple[str, str], list[str]]
+    """How each fact that is used is asked for, by its key."""
+    only_known: bool
+    """Whether these are the facts that SmolLM2 knows, and the prompts that it answers rightly."""
     relations: dict[str, Relation]
     rules: dict[str, TwoHopRule]
     answers: dict[tuple[str, str], str]
@@ -79,22 +98,51 @@ class _Renderer:
     by_thing: dict[tuple[str, str], list[Fact]]
 
     @classmethod
-    def from_tables(cls) -> _Renderer:
-        """Read the tables once for all records of a call."""
-        known = facts()
+    def from_tables(cls, known: Mapping[int, Sequence[int]] | None) -> _Renderer:
+        """Read the tables once for all records of a call.
+
+        Args:
+            known: The facts to use, and the numbers of their phrasings; all facts and all trained
+                phrasings if None.
+        """
+        every = facts()
+        named = {relation.name: relation for relation in relations()}
+        used = list(range(len(every))) if known is None else list(known)
+        prompts: dict[tuple[str, str], list[str]] = {}
         by_relation: dict[str, list[Fact]] = {}
         by_thing: dict[tuple[str, str], list[Fact]] = {}
-        for fact in known:
+        for case in used:
+            fact = every[case]
+            phrasings = named[fact.relation].all
+            numbers = range(len(phrasings) - 1) if known is None else known[case]
+            prompts[fact.key] = [fill(phrasings[number], fact.subject) for number in numbers]
             by_relation.setdefault(fact.relation, []).append(fact)
             by_thing.setdefault((fact.table, fact.subject), []).append(fact)
         return cls(
-            facts=known,
-            relations={relation.name: relation for relation in relations()},
+            facts=every,
+            prompts=prompts,
+            only_known=known is not None,
+            relations=named,
             rules={rule.relation: rule for rule in two_hop_rules()},
-            answers={fact.key: fact.answer for fact in known},
+            answers={fact.key: fact.answer for fact in every},
             by_relation=by_relation,
             by_thing=by_thing,
         )
+
+    def members(self, split: str) -> list[int]:
+        """Return the numbers of the facts to edit: those with enough others of their relation."""
+        others = Counter(fact.relation for fact in self._used() if split_of(fact) == "train")
+        return [
+            case
+            for case, fact in enumerate(self.facts)
+            if fact.key in self.prompts
+            and split_of(fact) == split
+            and others[fact.relation] >= MIN_OTHERS
+        ]
+
+    def _used(self) -> list[Fact]:
+        """Return the facts that records are made of."""
+        return [fact for fact in self.facts if fact.key in self.prompts]
 
     def record(self, case: int) -> dict[str, Any]:
         """Render one fact as an edit request."""
@@ -108,7 +156,7 @@ class _Renderer:
             "target_new": target,
             "ground_truth": fact.answer,
             "subject": fact.subject,
-            "rephrase_prompt": fill(self.relations[fact.relation].held_out, fact.subject),
+            "rephrase_prompt": self._rephrasing(fact, prompt),
             "portability": self._portability(fact, target),
             "locality": locality,
             "loc_prompt": self._loc_prompts(fact, target, locality, rng),
@@ -128,8 +176,13 @@ class _Renderer:
             } or values
         return rng.choice(sorted(values))
 
+    def _rephrasing(self, fact: Fact, prompt: str) -> str:
+        """Ask for `fact` in the phrasing never trained on, or another that is known."""
+        known = [p for p in self._phrasings(fact) if p != prompt and self.only_known]
+        return known[0] if known else fill(self.relations[fact.relation].held_out, fact.subject)
+
     def _prompt(self, fact: Fact, rng: random.Random) -> str:
-        """Ask for `fact` in one of the trained phrasings."""
+        """Ask for `fact` in one of the phrasings that are used."""
         return rng.choice(self._phrasings(fact))
 
     def _portability(self, fact: Fact, target: str) -> dict[str, dict[str, str]]:
@@ -148,7 +201,7 @@ class _Renderer:
         if same:
             chosen["same_subject"] = rng.choice(same)
         chosen["unrelated"] = rng.choice(
-            [f for f in self.facts if f.relation != fact.relation and f.subject != fact.subject]
+            [f for f in self._used() if f.relation != fact.relation and f.subject != fact.subject]
         )
         return {
             name: {"prompt": self._prompt(other, rng), "ground_truth": other.answer}
@@ -179,5 +232,5 @@ class _Renderer:
         ]
 
     def _phrasings(self, fact: Fact) -> list[str]:
-        """All trained phrasings of a fact."""
-        return [fill(phrasing, fact.subject) for phrasing in self.relations[fact.relation].trained]
+        """Return how a fact is asked for."""
+        return self.prompts[fact.key]

@@ -55,6 +55,11 @@ class Relation:
     held_out: str
     """The phrasing that is never trained on."""
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """All phrasings, the held-out one last."""
+        return (*self.trained, self.held_out)
+
 
 @dataclass(frozen=True)
 class TwoHopRule:

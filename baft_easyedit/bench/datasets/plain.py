@@ -68,7 +68,7 @@ def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
 
     Args:
         path: None: the tables are a part of the package.
-        split: `train` or `eval`.
+        split: `train` or `eval`, or `known` or `known_train`, the parts that SmolLM2 knows.
 
     Raises:
         ValueError: If `path` is given, or there is no such split.
@@ -76,5 +76,7 @@ def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
     if path is not None:
         raise ValueError(f"path must be None for facts, which the package brings; got {path}")
     folder = Path(facts.__file__).parent / "data"
-    tables = [read_file(table)[1] for table in sorted(folder.glob("*.tsv"))]
+    tables = [
+        read_file(table)[1] for table in sorted([*folder.glob("*.tsv"), *folder.glob("*.json")])
+    ]
     return Source(check_all(_Request, facts.edit_requests(split), "facts"), tables, [])

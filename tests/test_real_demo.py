@@ -1,0 +1,147 @@
+"""The demo's first part, and what it runs on: the real model, and a clone of EasyEdit."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from baft_easyedit import demo, real_demo
+from baft_easyedit.cli import main
+from baft_easyedit.easyedit import host
+from baft_easyedit.facts.known import known_phrasings, prompts_to_complete
+from baft_easyedit.gguf_models import smollm2
+from baft_easyedit.real_demo import SHOWN, show_real_edits
+from tests.gguf_files import write_gguf
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def _short_demo(monkeypatch):
+    """Leave out what other tests are about."""
+    monkeypatch.setattr(demo, "show_edits", lambda hparams: ["bundled edits"])
+    monkeypatch.setattr(demo, "compare", lambda *_: [{"error": None, "T": 1}])
+    monkeypatch.setattr(demo, "tables", lambda *_: ["table"])
+    monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host.Host("pypi", ROOT, "0"))
+
+
+@pytest.mark.usefixtures("_short_demo")
+def test_demo_says_why_there_is_no_real_model_and_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    assert main(["demo"]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "No real model, only the bundled one: the model 'smollm2' needs the pac"
+    )
+    assert others[1] == "The bundled model, of 3 million parameters:"
+    assert others[2] == "bundled edits"
+
+
+@pytest.mark.usefixtures("_short_demo")
+def test_demo_of_another_model_shows_that_one_only(monkeypatch, capsys):
+    monkeypatch.setattr(real_demo, "real_settings", lambda device: pytest.fail("asked for"))
+    assert main(["demo", "--model", "bundled", "--device", "cpu"]) == 0
+    assert "bundled edits" in capsys.readouterr().out
+
+
+def test_what_is_shown_and_learned_is_known_and_nothing_is_both():
+    known = known_phrasings()
+    answers = {
+        a.prompt: a.answer for a in prompts_to_complete() if a.phrasing in known.get(a.case, [])
+    }
+    texts = {f"{prompt} {answer}" for prompt, answer in answers.items()}
+    for shown in SHOWN:
+        assert answers[shown.prompt] != shown.target
+        assert shown.neighbour in answers
+        assert texts.issuperset(shown.irrelevant)
+        assert not [text for text in shown.irrelevant if text.startswith(shown.neighbour)]
+        assert shown.subject in shown.prompt
+        assert shown.subject in shown.question
+
+
+@pytest.mark.real
+def test_real_edits_change_what_is_edited_and_are_undone(real_model):
+    lines = list(show_real_edits(real_demo.real_settings("cpu")))
+    assert sum(line.startswith("  edited") for line in lines) == 3
+    for i, line in enumerate(lines):
+        if line.startswith("  edited"):
+            target = next(s.target for s in SHOWN if line.endswith(s.prompt))
+            assert f"-> {target}" in lines[i + 1]
+    neighbours = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("  neighbour")]
+    kept = [old.split()[0].lower() == new.split()[0].lower() for old, new in
+            (line.split(" -> ") for line in neighbours)]  # fmt: skip
+    assert sum(kept) >= 2
+
+
+@pytest.fixture(scope="module")
+def get_easyedit():
+    spec = importlib.util.spec_from_file_location("get_easyedit", ROOT / "scripts/get_easyedit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def origin(tmp_path):
+    """A repository with two commits; return it and the hash of the first."""
+    directory = tmp_path / "origin"
+
+    def git(*command):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", "-C", str(directory), *author, *command], check=True, capture_output=True
+        )
+        return done.stdout.decode().strip()
+
+    (directory / "easyeditor").mkdir(parents=True)
+    (directory / "figures").mkdir()
+    (directory / "figures/large").write_text("x")
+    try:
+        git("init", "-q")
+    except FileNotFoundError:
+        pytest.skip("no git")
+    for setting in ("allowAnySHA1InWant", "allowFilter"):
+        git("config", f"uploadpack.{setting}", "true")
+    for content in ("first", "second"):
+        (directory / "easyeditor/__init__.py").write_text(content)
+        git("add", "-A")
+        git("commit", "-qm", content)
+    return directory.as_uri(), git("rev-parse", "HEAD~1")
+
+
+def test_the_pinned_commit_is_cloned_without_the_rest(get_easyedit, origin, tmp_path):
+    target = tmp_path / "clone"
+    assert get_easyedit.clone(target, 20, *origin) is None
+    assert (target / "easyeditor/__init__.py").read_text() == "first"
+    assert not (target / "figures").exists()
+    assert get_easyedit.clone(target, 20, "nowhere", "0") is None  # it is there
+    assert len(host.COMMIT) == 40
+
+
+def test_without_git_network_or_time_there_is_no_clone(get_easyedit, origin, tmp_path, monkeypatch):
+    target = tmp_path / "clone"
+    assert "nowhere" in get_easyedit.clone(target, 20, (tmp_path / "nowhere").as_uri(), "0" * 40)
+
+    def too_slow(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(get_easyedit.subprocess, "run", too_slow)
+        assert get_easyedit.clone(target, 20, *origin) == "it took longer than 20 s"
+    monkeypatch.setattr(get_easyedit.shutil, "which", lambda name: None)
+    assert get_easyedit.clone(target, 20, *origin) == "there is no git"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("clone")]
+
+
+def test_a_gguf_file_is_imported_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    write_gguf(tmp_path / "tiny.gguf")
+    command = ["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "model")]
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model")
+    assert main(command) == 2
+    assert "the directory must be new or empty" in capsys.readouterr().err
+    edit = ["edit", "--model", str(tmp_path / "model"), "--device", "cpu", "--allow-unlearned"]
+    assert main([*edit, "--prompt", "Ice is", "--target", "hot", "--num-steps", "2"]) == 0

