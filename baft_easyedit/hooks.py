@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from baft_easyedit.compiling import not_compiled
 from baft_easyedit.cuda_graph import KnownSteps
 from baft_easyedit.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.locks import ModelLock, lock_of
@@ -463,7 +464,7 @@ class ModelEdit(nn.Module):
             )
         self.load_state_dict(dict(snapshot))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
+    @not_compiled  # for dynamo follows no thread's own
     def _on_model_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -481,7 +482,7 @@ class ModelEdit(nn.Module):
         self._begin_call(model, args, kwargs)
         self._calls.is_announced = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
+    @not_compiled  # for dynamo follows no thread's own
     def _on_decoder_call(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -535,7 +536,7 @@ class ModelEdit(nn.Module):
                 self.num_prompt_positions,
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
+    @not_compiled  # for dynamo follows no thread's own
     def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """Forward hook of what was called, also if it raised."""
         if self._calls.begun_by == id(module):
@@ -543,7 +544,7 @@ class ModelEdit(nn.Module):
             if self._lock is not None and not torch.compiler.is_compiling():
                 self._lock.end_forward()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo follows no thread's own
+    @not_compiled  # for dynamo follows no thread's own
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
         call, contexts = self._calls.positions, self.contexts

@@ -223,10 +223,12 @@ def says_nothing_of_prompts(
 def _by_name(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return the arguments of a forward by their names."""
-    if not args:
-        return kwargs
-    return {**kwargs, **dict(zip(inspect.signature(forward).parameters, args, strict=False))}
+    """Return the arguments of a forward by their names, its cache as `past_key_values`."""
+    names = inspect.signature(forward).parameters if args else ()
+    given = {**kwargs, **dict(zip(names, args, strict=False))}
+    if given.get("past_key_values") is None and "cache" in given:  # its name in transformers 5.2x
+        given["past_key_values"] = given["cache"]
+    return given
 
 
 def _tokens(given: Mapping[str, Any]) -> Tensor | None:

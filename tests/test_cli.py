@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -250,13 +251,15 @@ def _unlearned(monkeypatch):
 
 @pytest.mark.usefixtures("_unlearned")
 @pytest.mark.parametrize(("option", "status"), [([], 3), (["--allow-unlearned"], 0)])
-def test_edit_that_was_not_learned_is_told(option, status, saved, tmp_path, capsys):
+def test_edit_that_was_not_learned_is_told_once(option, status, saved, tmp_path, capsys, caplog):
     steps = ["--num-steps", "2", "--lr", "1e-5", "--device", "cpu"]
     command = [*edit_command(saved, "--target", "Rome"), *steps, *option]
     told = "baft-easyedit: not learned: 'The capital of France is' -> 'Rome'"
     more = ". Try more steps (--num-steps 4) or a higher learning rate (--lr 2e-05)\n"
     assert main(command) == status
     assert capsys.readouterr().err == told + more
+    assert not caplog.records
+    assert logging.getLogger("baft_easyedit.learner").level == logging.NOTSET
     kept = str(tmp_path / "kept")
     assert main([*command, "--save", kept]) == status
     assert capsys.readouterr().err == f"{told}; it is kept in {kept} all the same{more}"
@@ -350,8 +353,8 @@ def test_command_line_runs_as_a_module():
     assert "doctor" in run.stdout
 
 
-def test_import_brings_neither_easyedit_nor_transformers():
-    heavy = {"easyeditor", "transformers", "huggingface_hub", "safetensors"}
+def test_import_brings_nothing_heavy():
+    heavy = {"easyeditor", "transformers", "huggingface_hub", "safetensors", "torch._dynamo"}
     code = f"import sys, baft_easyedit; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

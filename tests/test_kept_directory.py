@@ -28,6 +28,8 @@ from baft_easyedit.keeping.state import state_hash
 from tests.conftest import make_model
 
 ROOT = Path(__file__).parent.parent
+OWN = {**os.environ, "PYTHONPATH": str(ROOT)}
+"""Lets scripts use this package, whatever is installed."""
 
 
 def fact(i):
@@ -905,7 +907,7 @@ def test_crash_between_any_two_steps_is_recovered(opened, kept, monkeypatch):
 
 def test_kills_lose_nothing():
     command = [sys.executable, str(ROOT / "scripts/kill_test.py"), "--kills", "5", "--edits", "12"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=OWN)
     assert run.returncode == 0, run.stderr
     assert "nothing was lost, and the final states are bit-equal" in run.stdout
 
@@ -1304,7 +1306,7 @@ def test_many_edits_cost_no_more(tmp_path):
     data.write_text(json.dumps([fact(i) for i in range(30)]))
     command = [sys.executable, str(ROOT / "scripts/soak.py"), "--model", "bundled", "--data", data]
     command += ["--edits", "100", "--out", str(tmp_path / "out"), "--layers", "1", "--steps", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=OWN)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(": yes") == 6
     assert len((tmp_path / "out/soak.jsonl").read_text().splitlines()) == 1

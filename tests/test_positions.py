@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from baft_easyedit.positions import edit_positions, positions_of_call, real_tokens
+from baft_easyedit.positions import (
+    edit_positions,
+    positions_of_call,
+    real_tokens,
+    says_nothing_of_prompts,
+)
 
 
 def mask(*rows):
@@ -179,10 +184,15 @@ def test_positional_arguments_of_the_model_are_understood():
     assert torch.equal(positions, mask("0011"))
 
 
-def test_cache_given_as_tuples_is_understood():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # until transformers 5.5, and later
+def test_cache_given_as_tuples_is_understood(name):
     past = ((torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8)),)
-    kwargs = {"input_ids": torch.zeros(1, 1).long(), "past_key_values": past}
-    assert torch.equal(positions_of_call(forward, (), kwargs, 2), mask("1"))
+    ids = torch.zeros(1, 1).long()
+    assert torch.equal(positions_of_call(forward, (), {"input_ids": ids, name: past}, 2), mask("1"))
+    namespace = {}
+    exec(f"def forward(input_ids, {name}): ...", namespace)
+    assert torch.equal(positions_of_call(namespace["forward"], (ids, past), {}, 2), mask("1"))
+    assert not says_nothing_of_prompts(forward, (), {"input_ids": torch.ones(1, 5), name: past}, 2)
 
 
 def test_embeddings_stand_in_for_tokens_and_a_call_without_either_has_no_positions():

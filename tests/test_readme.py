@@ -23,5 +23,6 @@ def test_edit_is_kept_and_shipped_as_the_readme_says(tmp_path, monkeypatch, caps
     exec(compile(keep, "README", "exec"), {})
     capsys.readouterr()
     exec(compile(use, "README", "exec"), {})  # loads the model anew
-    assert capsys.readouterr().out == "[{'generated_text': ' Tashkent'}]\n"
+    out = capsys.readouterr().out.replace("' Tash", "'Tash")  # some versions keep the blank
+    assert out == "[{'generated_text': 'Tashkent'}]\n"
     assert {file.name for file in tmp_path.iterdir()} == {"my-edit", "shipped"}

@@ -8,7 +8,7 @@ signs of failure; `bench.diagnosis` holds what it finds. Shape: r rank.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import hypot, isnan, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -240,15 +240,19 @@ def _layer_tests(prompts: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[LayerSep
         for a, b in zip(edit.T, irrelevant.T, strict=True)
     ]
     results = [mannwhitneyu(a, b) for _, a, b in pairs]
-    adjusted = false_discovery_control([result.pvalue for result in results], method="bh")
+    # Weights that are all equal tell nothing: p is 1, for which scipy 1.18 gives nan.
+    p_values = [1.0 if isnan(result.pvalue) else float(result.pvalue) for result in results]
+    adjusted = false_discovery_control(p_values, method="bh")
     bases: dict[int, list[BasisTest]] = {layer: [] for layer in prompts}
-    for (layer, a, b), result, adjusted_p in zip(pairs, results, adjusted, strict=True):
+    for (layer, a, b), result, p, adjusted_p in zip(
+        pairs, results, p_values, adjusted, strict=True
+    ):
         bases[layer].append(
             BasisTest(
                 edit_weight=float(a.mean()),
                 irrelevant_weight=float(b.mean()),
                 auc=float(result.statistic) / (len(a) * len(b)),
-                p_value=float(result.pvalue),
+                p_value=p,
                 adjusted_p_value=float(adjusted_p),
             )
         )

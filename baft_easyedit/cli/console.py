@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -28,6 +29,18 @@ def silence_loading() -> None:
     """Keep the progress bars and retries of model loading out of what the command prints."""
     import_module("transformers.utils.logging").disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextmanager
+def without_warnings_of(module: str) -> Iterator[None]:
+    """Keep a module's logged warnings out of what the command prints, which says so itself."""
+    logger = logging.getLogger(module)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Bar:

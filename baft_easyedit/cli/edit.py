@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from baft_easyedit.cli.console import note, silence_loading
+from baft_easyedit.cli.console import note, silence_loading, without_warnings_of
 from baft_easyedit.cli.model import add_model_options, hparams_of
 from baft_easyedit.cli.options import (
     DTYPES,
@@ -102,7 +102,8 @@ def _edit(arguments: argparse.Namespace) -> int:
     with _told_what_is_kept(arguments), _editor(arguments, model, tokenizer, hparams) as editor:
         form = PromptFormat.of(editor.hparams)
         before = generate_answers(model, tokenizer, prompts, prompt_format=form)
-        report = editor.edit(request)
+        with without_warnings_of("baft_easyedit.learner"):  # `_status` tells what was not learned
+            report = editor.edit(request)
         after = generate_answers(model, tokenizer, prompts, prompt_format=form)
         if arguments.save is not None:
             editor.save(arguments.save, arguments.overwrite)

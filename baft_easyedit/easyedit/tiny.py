@@ -64,5 +64,9 @@ def _byte_tokenizer() -> Any:
         single=f"{_BEGIN} $A", special_tokens=[(_BEGIN, 0)]
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=_BEGIN, eos_token=_END, pad_token=_END
+        tokenizer_object=tokenizer,
+        bos_token=_BEGIN,
+        eos_token=_END,
+        pad_token=_END,
+        model_input_names=["input_ids", "attention_mask"],  # else transformers 4 adds types of tokens
     )
