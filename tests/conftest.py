@@ -95,12 +95,12 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def real_model(tmp_path_factory):
     """SmolLM2 and its tokenizer, made anew from its package."""
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(reason)
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
+        reason = why_not()
+        if reason is not None:
+            pytest.skip(reason)
         yield load_model("smollm2")
     shutil.rmtree(cache)  # it is large
 
