@@ -140,6 +140,7 @@ class Learner:
     def consolidate(self, steps: int, hparams: BaFTHyperParams) -> EditReport:
         """Learn what is remembered, in turn."""
         self._attach()
+        self._condition()
         fixed = replace(hparams, num_steps=steps, early_stop_loss=0.0)
         review = Review(self.edit.memory, fixed, partial(self._known_rows, hparams=fixed))
         (learned,) = self._learned(self.edit, [[]], fixed, review)
@@ -154,7 +155,23 @@ class Learner:
         `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
+        before = self.edit.snapshot()
         self._condition()
+        try:
+            in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
+        finally:
+            self.edit.restore(before)
+        _warn_of_unlearned(requests, [one.report for one in in_order])
+        return in_order
+
+    def _learn_in_parts(
+        self,
+        requests: Sequence[EditRequest],
+        edits: Sequence[Sequence[TextRow]],
+        batch_size: int | None,
+        hparams: BaFTHyperParams,
+    ) -> list[Learned]:
+        """Learn each request on its own; see `learn_apart`."""
         size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
         sizes = [sum(len(row.ids) for row in rows) for rows in edits]
@@ -175,9 +192,7 @@ class Learner:
                     continue
                 size.finish(len(part))
                 learned |= dict(zip(part, results, strict=True))
-        in_order = [learned[i] for i in range(len(edits))]
-        _warn_of_unlearned(requests, [one.report for one in in_order])
-        return in_order
+        return [learned[i] for i in range(len(edits))]
 
     def install(
         self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams

@@ -314,6 +314,25 @@ def test_a_whitened_edit_that_is_kept_is_learned_again_bit_for_bit(tokenizer, hp
     assert torch.equal(logits(other), logits(model))
 
 
+def test_learning_apart_leaves_a_kept_edit_as_it_is(model, tokenizer, hparams, tmp_path):
+    hparams, request = (
+        replace(hparams, **WHITENED, num_steps=3),
+        {"prompt": "A is", "target_new": "b"},
+    )
+    with BaFTEditor.open(model, tokenizer, tmp_path / "edit", hparams) as editor:
+        before = editor.model_edit.snapshot()
+        (learned,) = editor.learn_apart([request])
+        now = editor.model_edit.snapshot()
+        assert all(torch.equal(now[name], before[name]) for name in before)
+        editor.install(learned, request)
+        editor.edit({"prompt": "C is", "target_new": "d"})
+    alone = BaFTEditor(make_model(), tokenizer, hparams)
+    alone.edit(request)
+    for name, value in alone.model_edit.snapshot().items():
+        if not name.endswith(".root"):
+            assert torch.allclose(learned.state[name], value, rtol=1e-3, atol=1e-3), name
+
+
 def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
     weights = []
     for sees in (False, True):
@@ -323,7 +342,7 @@ def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
         report = editor.edit({"prompt": "The capital of France is", "target_new": "Rome"})
         assert (report.losses[-1].locality is not None) == sees
         states = own_states(model).of(model, [3])[3]
-        weights.append(float(editor.model_edit.gate_weights(3, states).mean()))
+        weights.append(editor.model_edit.gate_weights(3, states).mean().item())
     assert weights[1] < weights[0] - 0.01
 
 
