@@ -68,5 +68,8 @@ def _byte_tokenizer() -> Any:
         bos_token=_BEGIN,
         eos_token=_END,
         pad_token=_END,
-        model_input_names=["input_ids", "attention_mask"],  # else transformers 4 adds types of tokens
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # transformers 4 has a third
     )
