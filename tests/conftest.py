@@ -1,5 +1,6 @@
 """Tiny random models of the supported families and a byte tokenizer; no file, no network."""
 
+import io
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from baft_easyedit import BaFTHyperParams, ModelEdit
+from baft_easyedit.bench import process, worker
+from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.generation import load_model
 from baft_easyedit.gguf_models.smollm2 import why_not
 
@@ -54,6 +57,14 @@ FAMILIES = {
 def pytest_addoption(parser):
     parser.addoption("--stress-seconds", default=60, help="how long threads are let loose")
     parser.addoption("--interrupt-every", default=16, help="n-th place that is interrupted; 1: all")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("easyedit"):
+        try:
+            find_host()
+        except ImportError as error:
+            pytest.skip(f"no EasyEdit: {error}")
 
 
 def make_model(family="llama", dtype=torch.float32, seed=0):
@@ -131,6 +142,22 @@ def hparams():
         gate_lr=3.0e-2,
         num_steps=60,
     )
+
+
+@pytest.fixture
+def worker_here(monkeypatch):
+    """Let benchmarks run here: a process of their own takes ten seconds to import EasyEdit."""
+
+    def run(scratch, config, listener, workers):
+        events = io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.chdir(scratch)
+            patch.setattr(worker, "_claim_stdout", lambda: events)
+            worker.main(str(scratch / "job.json"))
+        listener.listen(events.getvalue().splitlines())
+        return listener.failure or "the worker ended"
+
+    monkeypatch.setattr(process, "_run_worker", run)
 
 
 @pytest.fixture

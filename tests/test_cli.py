@@ -334,7 +334,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
 
 
 def test_runs_are_reported_and_diagnosed(tmp_path, capsys):
-    write_run(tmp_path / "run")
+    write_run(tmp_path / "run", methods=("BaFT", "FT-L"), num_cases=10)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert main(["diagnose", str(tmp_path / "run"), "--out", str(tmp_path / "found")]) == 0
     out = capsys.readouterr().out

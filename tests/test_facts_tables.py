@@ -116,47 +116,40 @@ def test_questions_reject_an_unknown_kind():
         questions("hard")
 
 
-def _append(path, line):
-    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
-
-
-def test_facts_reject_a_repeated_subject(data_dir):
-    _append(data_dir / "moons.tsv", "Titan\tJupiter")
-    with pytest.raises(ValueError, match=r"moons.tsv: moon must be unique, but \['Titan'\]"):
-        facts(data_dir)
-
-
-def test_facts_reject_a_missing_cell(data_dir):
-    _append(data_dir / "moons.tsv", "Charon")
-    with pytest.raises(ValueError, match=r"moons\.tsv: line 31 needs a cell for column planet"):
-        facts(data_dir)
-
-
-def test_facts_reject_a_blank_at_an_end(data_dir):
-    _append(data_dir / "moons.tsv", "Charon\t Pluto")
-    with pytest.raises(ValueError, match=r"must not start or end with a blank.*' Pluto'; strip"):
-        facts(data_dir)
-
-
-def test_relations_reject_an_unknown_use(data_dir):
-    _append(data_dir / "phrasings.tsv", "moon_planet\tmaybe\tWhere is {subject}?")
-    with pytest.raises(ValueError, match=r"use must be trained or held_out, but moon_planet has"):
-        relations(data_dir)
-
-
-def test_relations_reject_a_second_held_out_phrasing(data_dir):
-    _append(data_dir / "phrasings.tsv", "moon_planet\theld_out\tWhere is the moon {subject}?")
-    with pytest.raises(ValueError, match=r"needs 1 held_out phrasing, but moon_planet has 2"):
-        relations(data_dir)
-
-
-def test_relations_reject_a_phrasing_without_a_subject(data_dir):
-    _append(data_dir / "phrasings.tsv", "moon_planet\ttrained\tWhich planet?")
-    with pytest.raises(ValueError, match=r"phrasing needs \{subject\} once.*'Which planet\?'"):
-        relations(data_dir)
-
-
-def test_two_hop_rules_reject_a_phrasing_without_a_subject(data_dir):
-    _append(data_dir / "two_hop.tsv", "moon_planet\tgod_domain\tWhich one?")
-    with pytest.raises(ValueError, match=r"two_hop\.tsv: a phrasing needs"):
-        two_hop_rules(data_dir)
+@pytest.mark.parametrize(
+    ("read", "table", "line", "message"),
+    [
+        (facts, "moons", "Titan|Jupiter", r"moons.tsv: moon must be unique, but \['Titan'\]"),
+        (facts, "moons", "Charon", r"moons\.tsv: line 31 needs a cell for column planet"),
+        (facts, "moons", "Charon| Pluto", "must not start or end with a blank.*' Pluto'; strip"),
+        (
+            relations,
+            "phrasings",
+            "moon_planet|maybe|Where is {subject}?",
+            "use must be trained or held_out, but moon_planet has",
+        ),
+        (
+            relations,
+            "phrasings",
+            "moon_planet|held_out|Where is the moon {subject}?",
+            "needs 1 held_out phrasing, but moon_planet has 2",
+        ),
+        (
+            relations,
+            "phrasings",
+            "moon_planet|trained|Which planet?",
+            r"phrasing needs \{subject\} once.*'Which planet\?'",
+        ),
+        (
+            two_hop_rules,
+            "two_hop",
+            "moon_planet|god_domain|Which one?",
+            r"two_hop\.tsv: a phrasing needs",
+        ),
+    ],
+)
+def test_a_wrong_line_is_refused(read, table, line, message, data_dir):
+    with (data_dir / f"{table}.tsv").open("a", encoding="utf-8") as file:
+        file.write(line.replace("|", "\t") + "\n")
+    with pytest.raises(ValueError, match=message):
+        read(data_dir)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from baft_easyedit.keeping import lock as lock_module
 from baft_easyedit.keeping.directory import read_history
 from baft_easyedit.keeping.state import state_hash
 from tests.conftest import make_model
+from tests.special_files import KINDS, make_special
 
 ROOT = Path(__file__).parent.parent
 OWN = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -906,7 +906,7 @@ def test_crash_between_any_two_steps_is_recovered(opened, kept, monkeypatch):
 
 
 def test_kills_lose_nothing():
-    command = [sys.executable, str(ROOT / "scripts/kill_test.py"), "--kills", "5", "--edits", "12"]
+    command = [sys.executable, str(ROOT / "scripts/kill_test.py"), "--kills", "3", "--edits", "8"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=OWN)
     assert run.returncode == 0, run.stderr
     assert "nothing was lost, and the final states are bit-equal" in run.stdout
@@ -1060,24 +1060,6 @@ def test_split_journal_is_repaired(opened, kept, tokenizer):
     opened(hparams=None)
 
 
-def special(kind, file):
-    """Puts something in the place of a file that is none."""
-    file.unlink(missing_ok=True)
-    if kind == "FIFO":
-        os.mkfifo(file)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(file))
-    elif kind == "directory":
-        file.mkdir()
-        (file / "something").write_text("of value")
-    else:
-        file.symlink_to({"loop": file, "dangling": "nowhere", "device": "/dev/zero"}[kind])
-
-
-SPECIAL = ("FIFO", "socket", "directory", "loop", "dangling", "device")
-
-
 @pytest.fixture
 def limited():
     """Ends a test that waits for ever."""
@@ -1087,11 +1069,11 @@ def limited():
 
 
 @pytest.mark.usefixtures("limited")
-@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["baft.safetensors", "journal.jsonl"])
 def test_what_is_no_file_is_refused_until_it_is_repaired(opened, three, kind, name, tokenizer):
     expected = read_history(three)
-    special(kind, three / name)
+    make_special(kind, three / name)
     uses = [lambda: opened(hparams=None)]
     if name == "baft.safetensors":
         uses.append(lambda: attach(make_model(), three))
@@ -1112,16 +1094,16 @@ def test_what_is_no_file_is_refused_until_it_is_repaired(opened, three, kind, na
 
 
 @pytest.mark.usefixtures("limited")
-@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_file_beside_a_directory_stops_it(opened, three, kind):
-    special(kind, three / "checkpoints/00000002.safetensors")
+    make_special(kind, three / "checkpoints/00000002.safetensors")
     with opened(hparams=None) as editor:
         editor._history.recent.clear()
         editor.rollback(to=2)
     for name in ("baft_config.json", "checkpoints"):
         if name == "checkpoints":
             (three / name).rename(three.parent / f"{name} of {kind}")
-        special("FIFO" if (kind, name) == ("directory", "checkpoints") else kind, three / name)
+        make_special("FIFO" if (kind, name) == ("directory", "checkpoints") else kind, three / name)
         match = f"{name} must be a .*put a copy of what it should be in its place, or open.. with r"
         with pytest.raises(ValueError, match=match):
             opened(hparams=None)
@@ -1130,7 +1112,7 @@ def test_no_file_beside_a_directory_stops_it(opened, three, kind):
         assert json.loads((three / "baft_config.json").read_text())["format_version"] == 3
     assert [os.path.lexists(three / f"before-repair-{i}/{name}") for i, name in (
         (1, "baft_config.json"), (2, "checkpoints"))] == [True, True]  # fmt: skip
-    special(kind, three / "lock")
+    make_special(kind, three / "lock")
     with pytest.raises((ValueError, OSError), match=r"lock must be a regular file; it is a"):
         opened(hparams=None)
 

@@ -7,7 +7,6 @@ import pytest
 
 from baft_easyedit import BaFTHyperParams, resources
 from baft_easyedit.cli import main
-from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.easyedit.tiny import save_tiny_llama
 from tests.bench.dataset_files import write_records, zsre
 from tests.test_readme import blocks_of
@@ -21,14 +20,6 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def _host():
-    try:
-        find_host()
-    except ImportError as error:
-        pytest.skip(f"no EasyEdit: {error}")
 
 
 @pytest.fixture
@@ -46,7 +37,7 @@ def on_cpu(*command):
 
 
 @pytest.mark.easyedit
-@pytest.mark.usefixtures("_host")
+@pytest.mark.usefixtures("worker_here")
 @pytest.mark.parametrize("given", ["model", pytest.param("hparams", marks=pytest.mark.slow)])
 def test_demo(model, settings, given, capsys):
     source, row = {"model": (model, "BaFT  "), "hparams": (settings, "BaFT+rehearsal")}[given]
@@ -59,7 +50,6 @@ def test_demo(model, settings, given, capsys):
 
 @pytest.mark.slow
 @pytest.mark.easyedit
-@pytest.mark.usefixtures("_host")
 def test_benchmark_report_and_diagnosis(model, tmp_path, capsys):
     (tmp_path / "zsre").mkdir()
     data = write_records(tmp_path / "zsre", [zsre("Roma"), zsre("Milan")], "zsre_mend_eval.json")

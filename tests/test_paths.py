@@ -1,7 +1,6 @@
 import os
 import re
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from baft_easyedit.keeping.state import read_entries, read_state
 from baft_easyedit.paths import check_own, expanded, open_own, open_regular, read_regular, read_text
 from baft_easyedit.reading import read_yaml
 from baft_easyedit.resources import model_location
+from tests.special_files import make_special
 
 PACKAGE = Path(__file__).parent.parent / "baft_easyedit"
 READERS = {
@@ -42,31 +42,12 @@ def limited():
     signal.alarm(0)
 
 
-@pytest.fixture
-def special(tmp_path):
-    """Makes what is no regular file."""
-
-    def make(kind):
-        file = tmp_path / "it.yaml"
-        if kind == "FIFO":
-            os.mkfifo(file)
-        elif kind == "socket":
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(str(file))
-        elif kind == "directory":
-            file.mkdir()
-        else:
-            file.symlink_to("/dev/zero")
-        return file
-
-    return make
-
-
 @pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "directory", "device"])
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_refuses_what_is_no_file(special, kind, reader):
-    file = special(kind)
+def test_every_reader_refuses_what_is_no_file(tmp_path, kind, reader):
+    file = tmp_path / "it.yaml"
+    make_special(kind, file)
     if (kind, reader) == ("directory", "piqa"):
         pytest.skip("a directory is where its files are")
     with pytest.raises((ValueError, OSError), match=r"/it(\.yaml|-labels)"):
@@ -74,8 +55,9 @@ def test_every_reader_refuses_what_is_no_file(special, kind, reader):
 
 
 @pytest.mark.usefixtures("limited")
-def test_something_that_comes_in_the_place_of_a_file_is_refused(special, monkeypatch):
-    file, regular = special("FIFO"), os.stat(__file__)
+def test_something_that_comes_in_the_place_of_a_file_is_refused(tmp_path, monkeypatch):
+    file, regular = tmp_path / "it.yaml", os.stat(__file__)
+    make_special("FIFO", file)
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", lambda path: regular)
         with (

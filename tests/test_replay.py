@@ -181,25 +181,6 @@ def test_edits_are_the_same_with_either_engine(tokenizer, hparams, request_dict)
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
-def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, rows, caplog):
-    edit = with_edit(model)
-    expected = FullForward(model, edit).prepare([rows])()
-    forward = model.forward
-
-    def no_cache(*args, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            raise NotImplementedError("no cache here")
-        return forward(*args, **kwargs)
-
-    model.forward = no_cache
-    engine = Engine(model, edit, "auto")
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(engine.prepare([rows])(), expected)
-    assert engine.name == "full"
-    assert "full forward: LlamaForCausalLM cannot be replayed" in caplog.text
-    assert "no cache here" in caplog.text
-
-
 def no_cache_here(model):
     """Let a model refuse every cache, and give none."""
     forward = model.forward
@@ -210,6 +191,18 @@ def no_cache_here(model):
         return forward(*args, use_cache=False, **kwargs)
 
     model.forward = no_cache
+
+
+def test_a_model_that_cannot_be_replayed_gets_the_full_forward(model, rows, caplog):
+    edit = with_edit(model)
+    expected = FullForward(model, edit).prepare([rows])()
+    no_cache_here(model)
+    engine = Engine(model, edit, "auto")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(engine.prepare([rows])(), expected)
+    assert engine.name == "full"
+    assert "full forward: LlamaForCausalLM cannot be replayed" in caplog.text
+    assert "no cache here" in caplog.text
 
 
 def test_reports_say_what_ran_and_why(model, tokenizer, hparams, request_dict):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from baft_easyedit import register
 from baft_easyedit.bench.datasets import load_dataset, load_piqa
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.requests import as_requests
@@ -94,14 +95,8 @@ def test_piqa_is_read_in_full(data):
 
 @pytest.fixture(scope="session")
 def host():
-    try:
-        found = find_host()
-    except ImportError as error:
-        pytest.skip(f"no EasyEdit: {error}")
-    from baft_easyedit import register
-
     register()
-    return found
+    return find_host()
 
 
 @pytest.mark.easyedit

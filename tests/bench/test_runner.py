@@ -16,20 +16,11 @@ from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.plan import Protocol, Unit
 from baft_easyedit.bench.runner import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
-from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.easyedit.tiny import save_tiny_llama
 
 CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
 MEASURED = ("edit_time_s", "peak_memory_bytes")
 BAFT = {"layers": [1, 2], "rank": 4, "lr": 5.0e-2, "num_steps": 30}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _host():
-    try:
-        find_host()
-    except ImportError as error:
-        pytest.skip(f"no EasyEdit: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +113,7 @@ def test_a_run_scores_every_method_under_every_protocol(whole):
     assert read_json(directory / "run.json")["status"] == "success"
 
 
+@pytest.mark.usefixtures("worker_here")
 def test_a_run_goes_on_where_it_stopped(settings, whole, tmp_path, monkeypatch):
     shutil.copytree(whole[0], tmp_path / "run")
     for gone in ("chunks/BaFT/single/00002.json", "chunks/FT-L/continual-T2/00001.json"):
@@ -187,6 +179,7 @@ def test_cases_scored_one_by_one_score_the_same(settings, whole, tmp_path):
     assert len(list(whole[0].glob("pre_edit/*.json"))) == 4 + 2  # of each chunk, for all methods
 
 
+@pytest.mark.usefixtures("worker_here")
 def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
     # ROME needs a subject: one record has none.
     changed = changed_records(settings, tmp_path, lambda records: records[1].pop("subject"))

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.easyedit.tiny import save_tiny_llama
 from baft_easyedit.hooks import attached_edit
 from baft_easyedit.speed import SpeedOptions, Sweep, run_speed
@@ -256,10 +255,6 @@ def test_run_measures_in_a_process_and_writes_files(tmp_path):
 
 @pytest.fixture
 def peer(tmp_path, monkeypatch):
-    try:
-        find_host()
-    except ImportError as error:
-        pytest.skip(f"no EasyEdit: {error}")
     monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
     path = save_tiny_llama(tmp_path)
     word_tokenizer(258).save_pretrained(path)
