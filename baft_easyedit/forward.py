@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.hooks import ModelEdit, Positions
+from baft_easyedit.locks import of_this_thread
 from baft_easyedit.packing import Layout
 from baft_easyedit.recordings import model_version
 
@@ -196,12 +197,6 @@ def _is_ours(traceback: TracebackType | None) -> bool:
     while traceback is not None:
         name, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
     return name.startswith("baft_easyedit.") and name != FrozenPrefix.__module__
-
-
-def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that does nothing in other threads, whose forwards may run beside."""
-    thread = threading.get_ident()
-    return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 @contextmanager

@@ -31,6 +31,12 @@ def lock_of(model: nn.Module) -> "ModelLock":
     return cast(ModelLock, vars(decoder_layers(model)).setdefault(_NAME, ModelLock()))
 
 
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing in other threads, whose forwards may run beside."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
+
 class ModelLock:
     """Who changes the edit of a model, and who runs it.
 

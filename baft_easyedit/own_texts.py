@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.forward import of_this_thread
+from baft_easyedit.locks import of_this_thread
 from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
 from baft_easyedit.recordings import model_version
 

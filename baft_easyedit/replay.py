@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from baft_easyedit.caches import FrozenPrefix, Recorder
-from baft_easyedit.forward import CannotReplayError, Contents, Expected, Forward, of_this_thread
+from baft_easyedit.forward import CannotReplayError, Contents, Expected, Forward
 from baft_easyedit.hooks import ModelEdit, Positions
+from baft_easyedit.locks import of_this_thread
 from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
