@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.easyedit.peer_caches import fill_context_templates, forget_caches
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peer_calls import (
     APPEND_ANSWERS,
     calls_put_right,

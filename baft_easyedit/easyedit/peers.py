@@ -38,6 +38,7 @@ __all__ = [
     "PEERS",
     "ModelShape",
     "batchable",
+    "own_preset_config",
     "peer_config",
     "peer_hparams",
     "shipped_presets",
@@ -87,6 +88,12 @@ def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
         # EasyEdit looks the weight up by name, and a tied output layer has none of its own.
         config["lm_head_module"] = "model.embed_tokens"
     return config
+
+
+def own_preset_config(name: str, preset: str) -> dict[str, Any] | None:
+    """Return a peer's hyper-parameters in `hparams/peers/<METHOD>/<preset>.yaml`; None without."""
+    file = f"peers/{name}/{preset}"
+    return yaml.safe_load(read_text(hparams_file(file))) if has_hparams(file) else None
 
 
 def shipped_presets(name: str) -> dict[str, Path]:
@@ -184,8 +191,8 @@ def _config(
     """Return the hyper-parameters of a preset, else scaled ones; and a note if not our own."""
     if preset is None:
         return peer_config(name, ModelShape.of(model_path)), ()
-    if has_hparams(f"peers/{name}/{preset}"):
-        tuned: dict[str, Any] = yaml.safe_load(read_text(hparams_file(f"peers/{name}/{preset}")))
+    tuned = own_preset_config(name, preset)
+    if tuned is not None:
         return tuned, ()
     shipped = shipped_presets(name)
     wanted = preset.lower()

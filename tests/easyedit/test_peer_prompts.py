@@ -25,7 +25,7 @@ TEXTS = [f"text number {i} of quite a few" for i in range(30)]
 
 @pytest.fixture(scope="module")
 def chat_path(tmp_path_factory):
-    """A tiny Llama whose tokenizer has a chat template, and a token more than its first and last."""
+    """A tiny Llama whose tokenizer has a chat template and a token to pad with."""
     directory = save_tiny_llama(tmp_path_factory.mktemp("chat"))
     tok = AutoTokenizer.from_pretrained(directory)
     tok.unk_token = "~"  # one that it has
