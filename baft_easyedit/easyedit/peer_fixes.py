@@ -274,17 +274,17 @@ def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
         return dict(request)
     scored = deepcopy(dict(request))
     space = " " if space_is_part_of_token(request, editor.tok) else ""
-    scored["target_new"] = space + scored["target_new"]
+    asked_space = "" if getattr(editor.hparams, "use_chat_template", False) else space
+    scored["target_new"] = asked_space + scored["target_new"]
     for key in ("prompt", "rephrase_prompt"):
         if scored.get(key):
             scored[key] = shown(scored[key], editor)
-    for section in ("locality", "portability"):
+    for section, before in (("locality", space), ("portability", asked_space)):
         for probe in scored.get(section, {}).values():
             prompts = as_list(probe["prompt"])
-            probe["prompt"] = (
-                prompts if section == "locality" else [shown(p, editor) for p in prompts]
-            )
-            probe["ground_truth"] = [space + _first(a) for a in as_list(probe["ground_truth"])]
+            asked = [shown(p, editor) for p in prompts]
+            probe["prompt"] = prompts if section == "locality" else asked
+            probe["ground_truth"] = [before + _first(a) for a in as_list(probe["ground_truth"])]
     return scored
 
 

@@ -5,9 +5,10 @@ its own): the template becomes a part of the prompt, the token that ends a text 
 answer. EasyEdit's evaluators see neither here; they put prompts into the template themselves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.prompt_format import PromptFormat
 
 HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
@@ -45,6 +46,27 @@ def learned_texts(request: Mapping[str, Any], editor: Any) -> dict[str, str]:
     if getattr(editor.hparams, "learn_end", False) and learns_no_end(editor.hparams) is None:
         target += editor.tok.eos_token
     return {"prompt": prompt, "target_new": target}
+
+
+def tokenizer_behind_templates(
+    tok: Any, requests: Sequence[Mapping[str, Any]], hparams: Any
+) -> Any:
+    """Return a tokenizer by which answers stand right behind templates, not behind a space.
+
+    EasyEdit's methods put one there. Some tokenizers join it with the end of a template, of which
+    the edit then never is reminded.
+
+    Args:
+        tok: What the method would be given.
+        requests: What it is to learn, of `learned_texts`.
+        hparams: Its EasyEdit hyper-parameters.
+    """
+    form = PromptFormat.of(hparams)
+    if not form.use_chat_template:
+        return tok
+    suited = LearnedTokens(tok, form)
+    suited.expect_answers([request["target_new"] for request in requests])
+    return suited
 
 
 def shown(prompt: str, editor: Any) -> str:

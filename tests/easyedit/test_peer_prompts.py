@@ -13,7 +13,11 @@ from baft_easyedit.easyedit.peer_fixes import (
     prepare_method,
     scored_request,
 )
-from baft_easyedit.easyedit.peer_prompts import learns_no_end, tell_end_from_padding
+from baft_easyedit.easyedit.peer_prompts import (
+    learns_no_end,
+    tell_end_from_padding,
+    tokenizer_behind_templates,
+)
 from baft_easyedit.easyedit.peers import peer_hparams, write_statistics
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
 from baft_easyedit.easyedit.tiny import save_tiny_llama
@@ -138,6 +142,20 @@ def test_grace_is_asked_in_the_template_but_for_locality(requests, tok):
     assert scored_request(requests[0], editor_of("FT", tok, **BOTH)) == requests[0]
 
 
+def test_answers_stand_right_behind_the_template(requests, tok):
+    editor = editor_of("FT", tok, **BOTH)
+    edited = edited_request({**requests[0], "target_new": " 2006"}, editor)
+    suited = tokenizer_behind_templates(tok, [edited], editor.hparams)
+    text = f"{edited['prompt']} {edited['target_new']}"
+    expected = tok(f"{edited['prompt']}2006</s>")["input_ids"]
+    assert suited(text)["input_ids"] == expected
+    assert suited(f"a {text}")["input_ids"][-len(expected) + 1 :] == expected[1:]  # a prefix
+    assert suited(" 2006</s>")["input_ids"] == tok("2006</s>")["input_ids"]
+    assert suited("The sky is blue")["input_ids"] == tok("The sky is blue")["input_ids"]
+    editor.hparams.use_chat_template = False
+    assert tokenizer_behind_templates(tok, [edited], editor.hparams) is tok
+
+
 LIVES = {
     "FT-M": {"lr": 1e-2, "num_steps": 25},
     "LoRA": {"lr": 1e-2, "num_steps": 40, "lora_dropout": 0.0},
@@ -179,5 +197,7 @@ def test_prompts_are_shown_to_methods_as_to_the_scorer(make_peer, requests):
     session.score([{**complete[0], "rephrase_prompt": None, "locality": {}, "portability": {}}])
     hook.remove()
     learned, scored = seen[0], seen[-1]
+    text = f"<s>[{complete[0]['prompt']}]</s>Oslo"  # without a space
+    assert scored.tolist() == editor.tok(text, add_special_tokens=False)["input_ids"]
     assert torch.equal(learned[:-1], scored)
     assert learned[-1] == editor.tok.eos_token_id
