@@ -27,7 +27,7 @@ class PromptFormat:
     """What the template is given besides."""
     separator: str | None = None
     """What stands between prompt and answer; None for a space, or nothing behind a script that is
-    written without spaces."""
+    written without spaces, or behind a template, where models begin their answers with none."""
 
     @classmethod
     def of(cls, hparams: Any) -> "PromptFormat":
@@ -36,10 +36,11 @@ class PromptFormat:
         Args:
             hparams: Those of any method of EasyEdit, whose own methods put a space everywhere.
         """
+        in_template = bool(getattr(hparams, "use_chat_template", False))
         return cls(
-            use_chat_template=bool(getattr(hparams, "use_chat_template", False)),
+            use_chat_template=in_template,
             chat_template_kwargs=getattr(hparams, "chat_template_kwargs", None),
-            separator=getattr(hparams, "separator", " "),
+            separator=getattr(hparams, "separator", None if in_template else " "),
         )
 
     def without_template(self) -> "PromptFormat":
@@ -50,6 +51,8 @@ class PromptFormat:
         """Return what stands between a prompt, outside its template, and its answer."""
         if self.separator is not None:
             return self.separator
+        if self.use_chat_template:
+            return ""
         last = next((c for c in reversed(prompt) if c.isalpha()), " ")
         return "" if unicodedata.name(last, "").startswith(_UNSPACED_SCRIPTS) else " "
 
@@ -68,7 +71,12 @@ class PromptFormat:
     def whole_text(self, prompt: str, answer: str, tokenizer: Any) -> str:
         """Return a prompt and its answer with one separator between them."""
         separator = self.separator_after(prompt)
-        return self.prompt_text(prompt, tokenizer) + separator + answer.removeprefix(separator)
+        given = separator or (" " if self.use_chat_template else "")  # some answers begin with one
+        return self.prompt_text(prompt, tokenizer) + separator + answer.removeprefix(given)
+
+    def template_end(self, tokenizer: Any) -> str:
+        """Return what a template puts behind every prompt; nothing without one."""
+        return self.prompt_text("@@", tokenizer).rpartition("@@")[2]
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt, to which an answer is to be generated."""

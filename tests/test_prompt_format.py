@@ -72,7 +72,7 @@ def test_chat_template_brings_its_own_special_tokens_and_is_given_what_is_set(ow
     own_tokenizer.chat_template = CHAT
     form = PromptFormat(True, {"mood": "glad"})
     ids = form.whole_ids("Hi ", "you", own_tokenizer)
-    assert own_tokenizer.decode(ids) == "<s><user>Hi <glad> you"
+    assert own_tokenizer.decode(ids) == "<s><user>Hi <glad>you"
     templated = own_tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi "}], add_generation_prompt=True, mood="glad"
     )
@@ -86,3 +86,14 @@ def test_format_is_that_of_the_hyper_parameters():
     ours = BaFTHyperParams("x", [1], use_chat_template=True, chat_template_kwargs={"a": 1})
     assert PromptFormat.of(ours) == PromptFormat(True, {"a": 1}, None)
     assert PromptFormat.of(SimpleNamespace(max_length=40)) == PromptFormat(separator=" ")
+
+
+@pytest.mark.parametrize("answer", ["2006", " 2006"])
+def test_nothing_stands_between_a_template_and_an_answer(own_tokenizer, answer):
+    own_tokenizer.chat_template = CHAT
+    form = PromptFormat(use_chat_template=True, chat_template_kwargs={"mood": "!"})
+    assert form.whole_text("When?", answer, own_tokenizer) == "<s><user>When?<!>2006"
+    assert form.template_end(own_tokenizer) == "<!>"
+    assert PromptFormat().template_end(own_tokenizer) == ""
+    spaced = PromptFormat(True, {"mood": "!"}, " ")
+    assert spaced.whole_text("When?", answer, own_tokenizer) == "<s><user>When?<!> 2006"

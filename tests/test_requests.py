@@ -141,7 +141,7 @@ def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     chat = PromptFormat(use_chat_template=True)
     (row,) = text_rows(as_requests(REQUEST), tokenizer, prompt_format=chat)
-    assert tokenizer.decode(row.ids) == "<user>The capital of France is<answer> Rome"
+    assert tokenizer.decode(row.ids) == "<user>The capital of France is<answer>Rome"
     assert row.prompt_length == len("<user>The capital of France is<answer>")
 
 

@@ -110,10 +110,17 @@ class BenchConfig(_Strict):
     """Our hyper-parameters, `<method>/<preset>.yaml`, or with `-continual` or `-batch` after the
     preset where there is one for the protocol; made for the model's depth if null."""
     peer_preset: str | None = None
-    """EasyEdit's hyper-parameters for its methods, such as `llama-7b`; ours, scaled, if null."""
+    """Hyper-parameters of EasyEdit's methods: ours for a model, such as `smollm2`, or those that
+    EasyEdit ships, such as `llama-7b`; the bundled model's, scaled, if null."""
     texts: str | None = None
     """Text file, a passage a line, for the key statistics of MEMIT and its kin; if null, the texts
     of the bundled facts."""
+    use_chat_template: bool = False
+    """Put prompts into the model's chat template, to edit and to score; not those of locality."""
+    learn_end: bool = False
+    """Let edits learn where an answer ends, so that generated ones stop there: BaFT and ReFT by
+    their `learn_end`, EasyEdit's methods by the token behind their targets, but for those that
+    cannot, which a note names. If false, BaFT and ReFT do as their hyper-parameters say."""
     generation: bool = True
     """Score by generation too: greedy, natural stop, exact match."""
     immediate: bool = True

@@ -18,6 +18,7 @@ from baft_easyedit.bench.plan import protocols
 from baft_easyedit.bench.settings import our_hparams, statistics_texts
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.easyedit.peers import own_preset_config
 from baft_easyedit.messages import short
 from baft_easyedit.reading import read_yaml
 
@@ -64,7 +65,7 @@ def run_record(
 
 
 def _inputs(config: BenchConfig) -> dict[str, str]:
-    """Hash what a configuration names but does not hold: files, and our presets, by row."""
+    """Hash what a configuration names but does not hold: files, and presets of ours, by row."""
     inputs = {"the texts": provenance.digest(list(statistics_texts(config)))}
     if config.downstream is not None:
         files = load_piqa(config.downstream.path, config.downstream.limit).files
@@ -75,6 +76,10 @@ def _inputs(config: BenchConfig) -> dict[str, str]:
             values.pop("device")
             what = f"the hyper-parameters of {method.name}, {protocol.slug}"
             inputs[what] = provenance.digest(values)
+        if method.method not in OUR_METHODS and config.peer_preset is not None:
+            tuned = own_preset_config(method.method, config.peer_preset)
+            if tuned is not None:
+                inputs[f"the hyper-parameters of {method.name}"] = provenance.digest(tuned)
     return inputs
 
 

@@ -66,6 +66,7 @@ def our_hparams(
         "model_parallel": config.model_parallel,
         "batch_size": protocol.batch_size,
         "seed": config.seed,
+        **asked_of_all(config),
         **(_rehearsal_settings(method) if method.rehearsal else {}),
         **method.set,
     }
@@ -80,6 +81,12 @@ def our_hparams(
             f"{hparams.rehearsal}"
         )
     return hparams
+
+
+def asked_of_all(config: BenchConfig) -> dict[str, bool]:
+    """Return what a configuration asks of every method, ours and EasyEdit's."""
+    names = ("fp16", "model_parallel", "use_chat_template", "learn_end")
+    return {name: True for name in names if getattr(config, name)}
 
 
 def _rehearsal_settings(method: MethodConfig) -> dict[str, Any]:

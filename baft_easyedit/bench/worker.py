@@ -20,7 +20,7 @@ from baft_easyedit.bench.config import BenchConfig, MethodConfig, read_config
 from baft_easyedit.bench.datasets import load_piqa
 from baft_easyedit.bench.plan import Protocol, Unit
 from baft_easyedit.bench.scoring import PreEditScores
-from baft_easyedit.bench.settings import our_hparams, statistics_texts
+from baft_easyedit.bench.settings import asked_of_all, our_hparams, statistics_texts
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Host
@@ -162,6 +162,7 @@ class _Job:
     def _editor(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
         hparams, notes = self._hparams(host, path)
+        _check_templates(hparams, host)
         seed_everything(self.config.seed)
         editor = make_editor(hparams)
         if self.method.method not in OUR_METHODS:
@@ -181,7 +182,7 @@ class _Job:
             Path.cwd(),
             host.generation,
             len(self.texts),
-            {**_shared(config), **method.set},
+            {**asked_of_all(config), **method.set},
             preset=config.peer_preset,
         )
         return hparams, (*notes, *fix_peer(method.method, hparams))
@@ -201,10 +202,17 @@ class _Job:
             editor.hparams.batch_size = protocol.batch_size + method.rehearsal
 
 
-def _shared(config: BenchConfig) -> dict[str, Any]:
-    """Return what the configuration asks of every method."""
-    asked = {"fp16": config.fp16, "model_parallel": config.model_parallel}
-    return {name: value for name, value in asked.items() if value}
+def _check_templates(hparams: Any, host: Host) -> None:
+    """Check that prompts can be scored as they are learned.
+
+    Raises:
+        ValueError: If they are to be in a chat template, and EasyEdit's evaluators have none.
+    """
+    if host.generation == "pypi" and getattr(hparams, "use_chat_template", False):
+        raise ValueError(
+            "use_chat_template must be false under the release of EasyEdit, which scores plain "
+            "texts: set EASYEDIT_HOME to a current clone"
+        )
 
 
 if __name__ == "__main__":

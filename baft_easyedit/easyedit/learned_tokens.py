@@ -26,7 +26,14 @@ class LearnedTokens:
     def __init__(self, tok: Any, prompt_format: PromptFormat) -> None:
         while isinstance(tok, LearnedTokens):
             tok = tok._tok
-        self.__dict__.update(_tok=tok, _format=prompt_format, _texts={}, _templated=set())
+        end = prompt_format.template_end(tok) if prompt_format.use_chat_template else ""
+        self.__dict__.update(
+            _tok=tok,
+            _format=prompt_format,
+            _texts={},
+            _templated=set(),
+            _template_end="" if prompt_format.separator_after("") else end,
+        )
 
     def expect(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
         """Make known which prompts and targets will come; return the prompts' tokens."""
@@ -43,10 +50,24 @@ class LearnedTokens:
             lengths.append(len(form.prompt_ids(prompt, tok)))
         return lengths
 
+    def expect_answers(self, answers: Sequence[str]) -> None:
+        """Make known which answers will come alone, with a space that no template has behind it."""
+        spaced = [f" {answer.removeprefix(' ')}" for answer in answers]
+        self._texts.update({text: text[1:] for text in spaced if self._template_end})
+
     def ids(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text."""
         is_templated = text.startswith(tuple(self._templated))
-        return token_ids(self._texts.get(text, text), self._tok, is_templated=is_templated)
+        known = self._texts.get(text)
+        if known is None:
+            known = self._behind_template(text)
+        return token_ids(known, self._tok, is_templated=is_templated)
+
+    def _behind_template(self, text: str) -> str:
+        """Return a text without the space that EasyEdit puts between a template and an answer."""
+        end = self._template_end
+        template, found, answer = text.rpartition(f"{end} ") if end else ("", "", "")
+        return f"{template}{end}{answer.removeprefix(' ')}" if found else text
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """Put conversations into the template, with what the format gives it."""

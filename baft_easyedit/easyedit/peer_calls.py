@@ -12,6 +12,7 @@ import torch
 
 from baft_easyedit.easyedit.host import loaded_generation
 from baft_easyedit.easyedit.peer_methods import NEED_TEXTS, batchable
+from baft_easyedit.easyedit.peer_prompts import tokenizer_behind_templates
 
 APPEND_ANSWERS = ("ROME", "R-ROME", "SimIE", *NEED_TEXTS)
 """Methods that read an answer behind its prompt as text."""
@@ -39,7 +40,9 @@ def calls_put_right(name: str, apply: Apply) -> Apply:
             hparams.batch_size = len(requests)
             if hasattr(hparams, "batch_size_once"):  # UltraEdit's part of it, a divisor
                 hparams.batch_size_once = 1
-        return apply(model, tokenizer_for(name, tok, hparams), requests, hparams, *args, **kwargs)
+        suited = tokenizer_for(name, tok, hparams)
+        suited = tokenizer_behind_templates(suited, requests, hparams)
+        return apply(model, suited, requests, hparams, *args, **kwargs)
 
     further: dict[str, Callable[[Apply], Apply]] = {
         "EMMET": _returning_weights,

@@ -14,11 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.easyedit.peer_caches import fill_context_templates, forget_caches
 from baft_easyedit.easyedit.peer_calls import (
     APPEND_ANSWERS,
     calls_put_right,
     space_is_part_of_token,
+)
+from baft_easyedit.easyedit.peer_prompts import (
+    learned_texts,
+    learns_no_end,
+    shown,
+    tell_end_from_padding,
 )
 
 _PAD_RIGHT = ("PMET", "MEMIT-FE", "SimIE")
@@ -66,6 +74,8 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
     notes = [*_TOLD.get(name, ())]
     if name in _PAD_RIGHT:
         notes.append("padded on the right, as its positions are counted")
+    if getattr(hparams, "learn_end", False) and (reason := learns_no_end(hparams)):
+        notes.append(f"does not learn where an answer ends: {reason}")
     if name in APPEND_ANSWERS:
         notes.append("answers keep their first space with a SentencePiece tokenizer")
     return tuple(f"{name}: {note}" for note in notes)
@@ -149,6 +159,7 @@ def prepare_method(name: str, editor: Any, seed: int) -> None:
         # They find tokens by their position in the bare text, like the ROME family, for which alone
         # `BaseEditor` pads on the right.
         editor.tok.padding_side = "right"
+    tell_end_from_padding(editor)
     if name == "MELO":
         _remember_melo_modules(editor)
     editor.apply_algo = calls_put_right(name, editor.apply_algo)
@@ -217,9 +228,12 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     to unlearn, `target_neg`, and KN and CORE the `ground_truth`: they get the first of several.
     PMET and KN take answers' tokens without the space that a byte-level BPE puts before them in the
     text, which no evaluator asks for: where the tokenizer does so, they get them with the space.
+    Ours are given the request as it is.
     """
     edited = deepcopy(dict(request))
     name = editor.alg_name
+    if name in OUR_METHODS:
+        return edited
     if name == "WISE":
         given = edited.get("loc_prompt") or "nq question: who sang the song of the summer"
         edited["loc_prompt"] = given if isinstance(given, str) else given[0]
@@ -230,7 +244,7 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     if name in ("PMET", "KN") and space_is_part_of_token(request, editor.tok):
         answers = ("target_new", "ground_truth") if name == "KN" else ("target_new",)
         edited.update({key: " " + edited[key] for key in answers})
-    return edited
+    return edited | learned_texts(edited, editor)
 
 
 def _old_answer(request: Mapping[str, Any], name: str) -> str:
@@ -253,18 +267,24 @@ def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
 
     GRACE alone is scored by generation, against `tok.encode(target)` without the space that a
     byte-level BPE puts before it in the text: a perfect edit scores 0. Where the tokenizer does so,
-    the targets get that space.
+    the targets get that space. Nor does EasyEdit use a chat template then: all prompts but those of
+    locality get it here.
     """
-    scored = dict(request)
-    if editor.alg_name != "GRACE" or not space_is_part_of_token(request, editor.tok):
-        return scored
-    scored = deepcopy(scored)
-    scored["target_new"] = " " + scored["target_new"]
-    for section in ("locality", "portability"):
+    if editor.alg_name != "GRACE":
+        return dict(request)
+    scored = deepcopy(dict(request))
+    space = " " if space_is_part_of_token(request, editor.tok) else ""
+    asked_space = "" if getattr(editor.hparams, "use_chat_template", False) else space
+    scored["target_new"] = asked_space + scored["target_new"]
+    for key in ("prompt", "rephrase_prompt"):
+        if scored.get(key):
+            scored[key] = shown(scored[key], editor)
+    for section, before in (("locality", space), ("portability", asked_space)):
         for probe in scored.get(section, {}).values():
-            for key in ("prompt", "ground_truth"):
-                probe[key] = [probe[key]] if isinstance(probe[key], str) else list(probe[key])
-            probe["ground_truth"] = [" " + _first(answer) for answer in probe["ground_truth"]]
+            prompts = as_list(probe["prompt"])
+            asked = [shown(p, editor) for p in prompts]
+            probe["prompt"] = prompts if section == "locality" else asked
+            probe["ground_truth"] = [before + _first(a) for a in as_list(probe["ground_truth"])]
     return scored
 
 

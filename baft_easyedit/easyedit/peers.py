@@ -1,9 +1,9 @@
 """Hyper-parameters and statistics of EasyEdit's other methods, to compare BaFT with.
 
-The values are those of `hparams/peers/<METHOD>/facts-llama.yaml`, made for the bundled model, and
-scaled to the model's depth and width (`peer_scaling.py`): heuristics, to be tuned on held-out
-requests before a comparison is published. For the models that EasyEdit ships hyper-parameters for,
-those can be had instead.
+The values are those of a preset: a file `hparams/peers/<METHOD>/<preset>.yaml` of ours, tuned for a
+model, or one that EasyEdit ships. Without a preset they are those made for the bundled model,
+`facts-llama`, scaled to the model's depth and width (`peer_scaling.py`): heuristics, to be tuned on
+held-out requests before a comparison is published.
 """
 
 import importlib
@@ -23,6 +23,7 @@ from baft_easyedit.easyedit.peer_methods import (
     batchable,
     why_not,
 )
+from baft_easyedit.easyedit.peer_prompts import HOW_TO_ASK
 from baft_easyedit.easyedit.peer_scaling import scale_layers, scale_steps
 from baft_easyedit.easyedit.statistics import (
     read_key_statistics,
@@ -30,13 +31,14 @@ from baft_easyedit.easyedit.statistics import (
     write_null_space,
 )
 from baft_easyedit.paths import read_text
-from baft_easyedit.resources import hparams_file, merged_settings
+from baft_easyedit.resources import has_hparams, hparams_file, merged_settings
 
 __all__ = [
     "NEED_TEXTS",
     "PEERS",
     "ModelShape",
     "batchable",
+    "own_preset_config",
     "peer_config",
     "peer_hparams",
     "shipped_presets",
@@ -88,6 +90,12 @@ def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
     return config
 
 
+def own_preset_config(name: str, preset: str) -> dict[str, Any] | None:
+    """Return a peer's hyper-parameters in `hparams/peers/<METHOD>/<preset>.yaml`; None without."""
+    file = f"peers/{name}/{preset}"
+    return yaml.safe_load(read_text(hparams_file(file))) if has_hparams(file) else None
+
+
 def shipped_presets(name: str) -> dict[str, Path]:
     """Return the files of hyper-parameters that EasyEdit ships for a peer, by model name.
 
@@ -129,8 +137,10 @@ def peer_hparams(
         generation: EasyEdit's generation; its module must be imported.
         num_texts: Number of texts for the statistics; see `write_statistics`.
         overrides: Values that replace those of the file; nested ones (MELO) in nested mappings.
-        preset: A model name of EasyEdit's `hparams/<METHOD>`, in any case, such as `llama-7b`: take
-            that file instead of ours. Where EasyEdit ships none, ours is taken, and a note says so.
+            Beside its own, any method takes those of `HOW_TO_ASK`.
+        preset: A file of `hparams/peers/<METHOD>`, such as `smollm2`; or else a model name of
+            EasyEdit's `hparams/<METHOD>`, in any case, such as `llama-7b`. Where there is neither,
+            the bundled model's values are scaled, and a note says so.
         stats_dir: Where statistics go, or are already; `workdir/stats` if None. One directory is
             good for one model and one list of texts.
 
@@ -150,11 +160,13 @@ def peer_hparams(
         raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
     stats_dir = stats_dir or workdir / "stats"
     _fill_in(config, model_path, stats_dir, num_texts)
+    how_to_ask = {key: config.pop(key) for key in HOW_TO_ASK if key in config}
     # The release counts CUDA devices only; without CUDA its device 0 is the CPU (`devices.py`).
     without_cuda = generation == "pypi" and not torch.cuda.is_available()
     config["device"] = 0 if without_cuda else device
     if name != "SimIE":
         hparams, lacking = _loaded(name, config, workdir / f"{name}.yaml", generation)
+        vars(hparams).update(how_to_ask)
         return hparams, (*notes, *lacking)
     base, base_notes = peer_hparams(
         config["base_method"],
@@ -169,15 +181,19 @@ def peer_hparams(
     # Its own loader looks for the base method's file at a path that it makes up from its own.
     hparams = _hparams_class(name)(**config)
     hparams._base_hparams = base
+    vars(hparams).update(how_to_ask)
     return hparams, (*notes, *base_notes)
 
 
 def _config(
     name: str, model_path: str, preset: str | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return EasyEdit's hyper-parameters for a preset, else our own; and a note on which."""
+    """Return the hyper-parameters of a preset, else scaled ones; and a note if not our own."""
     if preset is None:
         return peer_config(name, ModelShape.of(model_path)), ()
+    tuned = own_preset_config(name, preset)
+    if tuned is not None:
+        return tuned, ()
     shipped = shipped_presets(name)
     wanted = preset.lower()
     exact = [file for known, file in shipped.items() if known.lower() == wanted]

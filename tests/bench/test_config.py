@@ -2,7 +2,7 @@ import pytest
 
 from baft_easyedit.bench.config import BenchConfig, MethodConfig, make_config, read_config
 from baft_easyedit.bench.plan import Protocol
-from baft_easyedit.bench.settings import check_methods, our_hparams
+from baft_easyedit.bench.settings import asked_of_all, check_methods, our_hparams
 from baft_easyedit.resources import hparams_root
 
 SMALLEST = {"data": {"kind": "facts"}, "methods": ["BaFT"]}
@@ -137,3 +137,16 @@ def test_methods_that_edit_one_request_at_a_time_cannot_rehearse():
     config = BenchConfig.model_validate({"data": {"kind": "facts"}, "methods": ["ROME+rehearsal"]})
     with pytest.raises(ValueError, match="rehearsal must be 0 for ROME, which edits one request"):
         check_methods(config)
+
+
+def test_how_to_ask_is_for_all_rows():
+    how = {"use_chat_template": True, "learn_end": True}
+    rows = ["BaFT", {"name": "plain", "method": "BaFT", "set": {"learn_end": False}}]
+    config = make_config({**SMALLEST, **how, "methods": rows})
+    ours, plain = (our_hparams(config, method, Protocol()) for method in config.methods)
+    assert (ours.use_chat_template, ours.learn_end) == (True, True)
+    assert (plain.use_chat_template, plain.learn_end) == (True, False)
+    without = make_config(SMALLEST)
+    assert not our_hparams(without, without.methods[0], Protocol()).use_chat_template
+    assert asked_of_all(config) == how
+    assert asked_of_all(without) == {}

@@ -243,6 +243,18 @@ def test_other_settings_are_refused_also_after_further_rows(settings, tmp_path, 
         run_bench(make_config({**settings, **QUICK, **change}), tmp_path / "run")
 
 
+def test_other_hyper_parameters_of_a_method_under_the_same_name_are_refused(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "run_units", lambda *a: None)
+    config = make_config({**settings, "methods": ["FT-M"], "T": [1], "peer_preset": "smollm2"})
+    run_bench(config, tmp_path / "run")
+    run_bench(config, tmp_path / "run")
+    monkeypatch.setattr(identity, "own_preset_config", lambda name, preset: {"lr": 1.0})
+    with pytest.raises(ValueError, match="same name: the hyper-parameters of FT-M"):
+        run_bench(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("what", ["records", "model", "EasyEdit", "texts", "hyper-parameters"])
 def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkeypatch, what):
     (tmp_path / "texts").write_text("a b")

@@ -77,7 +77,7 @@ def complete(requests):
 
 
 def editor_of(algorithm, tok=None):
-    return SimpleNamespace(alg_name=algorithm, tok=tok)
+    return SimpleNamespace(alg_name=algorithm, tok=tok, hparams=SimpleNamespace())
 
 
 # A life of each method.

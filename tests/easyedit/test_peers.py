@@ -1,6 +1,7 @@
 """Names, hyper-parameters and statistics of EasyEdit's other methods."""
 
 import importlib
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,8 @@ from baft_easyedit.resources import hparams_file
 BUNDLED = ModelShape(depth=6, width=192, tied=False)
 DEEP = ModelShape(depth=12, width=768, tied=True)
 SHALLOW = ModelShape(depth=2, width=192, tied=False)
+TIED = "model.embed_tokens"
+"""Where EasyEdit finds an output layer that shares the input embedding's weights."""
 
 
 @pytest.fixture
@@ -161,6 +164,14 @@ def test_what_the_editor_reads_is_set_where_a_class_lacks_it(host, model_path, t
 
 
 @pytest.mark.easyedit
+@pytest.mark.parametrize("name", ["FT-L", "ROME", "WISE", "SimIE"])
+def test_how_to_ask_is_set_for_any_method(current, model_path, tmp_path, name):
+    asked = {"use_chat_template": True, "learn_end": True}
+    hparams, _ = peer_hparams(name, model_path, "cpu", tmp_path, "current", overrides=asked)
+    assert (hparams.use_chat_template, hparams.learn_end) == (True, True)
+
+
+@pytest.mark.easyedit
 def test_nested_values_and_paths_are_filled_in(current, model_path, tmp_path):
     hparams, _ = peer_hparams(
         "MELO", model_path, "cpu", tmp_path, "current", overrides={"grace": {"num_block": 9}}
@@ -200,6 +211,25 @@ def test_shipped_hparams_are_found_by_model_name(shipped):
     assert config["layers"] == [21]
     assert notes == ("FT-M: EasyEdit's hparams/FT/gpt-j-6B.yaml",)
     assert peers._config("UltraEdit", "unused", "llama3-8b")[0]["lr"] == "1e-6"
+
+
+def test_a_preset_of_ours_goes_first():
+    config, notes = peers._config("FT-M", "unused", "smollm2")
+    assert (config["layers"], notes) == ([26], ())
+    assert peers.own_preset_config("FT-M", "llama-7b") is None
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PEERS if peers.own_preset_config(name, "smollm2")]
+)
+def test_presets_of_ours_are_whole_and_within_the_model(name):
+    config, bundled = peers.own_preset_config(name, "smollm2"), peer_config(name, BUNDLED)
+    assert config.keys() == bundled.keys()
+    assert config["alg_name"] == bundled["alg_name"]
+    modules = " ".join(config.get("inner_params", []))
+    layers = [int(number) for number in re.findall(r"layers[.\[](\d+)", modules)]
+    assert all(0 <= layer < 29 for layer in [*layers, *config.get("layers", [])])
+    assert config.get("lm_head_module") in (None, "lm_head" if name[:2] == "FT" else TIED)
 
 
 def test_hparams_that_are_not_shipped_are_scaled_ones(shipped, model_path):

@@ -1,0 +1,203 @@
+"""Chat templates and ends of answers for EasyEdit's other methods."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from baft_easyedit.easyedit.model_path import host_model_path
+from baft_easyedit.easyedit.peer_fixes import (
+    edited_request,
+    fix_peer,
+    prepare_method,
+    scored_request,
+)
+from baft_easyedit.easyedit.peer_prompts import (
+    learns_no_end,
+    tell_end_from_padding,
+    tokenizer_behind_templates,
+)
+from baft_easyedit.easyedit.peers import peer_hparams, write_statistics
+from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
+from baft_easyedit.easyedit.tiny import save_tiny_llama
+
+CHAT = "<s>{% for m in messages %}[{{ m['content'] }}{{ mood }}]</s>{% endfor %}"
+BOTH = {"use_chat_template": True, "learn_end": True}
+TEXTS = [f"text number {i} of quite a few" for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def chat_path(tmp_path_factory):
+    """A tiny Llama whose tokenizer has a chat template and a token to pad with."""
+    directory = save_tiny_llama(tmp_path_factory.mktemp("chat"))
+    tok = AutoTokenizer.from_pretrained(directory)
+    tok.unk_token = "~"  # one that it has
+    tok.chat_template = CHAT
+    tok.save_pretrained(directory)
+    return host_model_path(str(directory))
+
+
+@pytest.fixture
+def tok(chat_path):
+    tok = AutoTokenizer.from_pretrained(chat_path)
+    tok.pad_token = tok.eos_token
+    return tok
+
+
+@pytest.fixture
+def make_peer(host, chat_path, tmp_path):
+    if host.generation == "pypi":
+        pytest.skip("the release has no chat templates")
+
+    def make(name, **overrides):
+        hparams, _ = peer_hparams(
+            name, chat_path, "cpu", tmp_path, "current", len(TEXTS), {**BOTH, **overrides}
+        )
+        notes = fix_peer(name, hparams)
+        editor = make_editor(hparams)
+        write_statistics(editor, TEXTS)
+        prepare_method(name, editor, seed=0)
+        return editor, notes
+
+    return make
+
+
+def editor_of(algorithm, tok, **settings):
+    hparams = SimpleNamespace(alg_name=algorithm, **settings)
+    return SimpleNamespace(alg_name=algorithm, tok=tok, hparams=hparams)
+
+
+def test_the_template_becomes_part_of_the_prompt_and_the_end_of_the_answer(requests, tok):
+    mood = {"chat_template_kwargs": {"mood": "!"}}
+    edited = edited_request(requests[0], editor_of("FT", tok, **BOTH, **mood))
+    assert edited["prompt"] == "[The capital of Freedonia is!]</s>"
+    assert edited["target_new"] == "Oslo</s>"
+    ids = tok(f"{edited['prompt']} {edited['target_new']}")["input_ids"]
+    assert ids.count(tok.bos_token_id) == 1  # which the tokenizer puts there
+    assert ids[-1] == tok.eos_token_id
+    assert requests[0]["prompt"] == "The capital of Freedonia is"
+
+
+def test_each_can_be_had_alone(requests, tok):
+    plain = edited_request(requests[0], editor_of("FT", tok, learn_end=True))
+    assert plain["prompt"] == requests[0]["prompt"]
+    assert plain["target_new"] == "Oslo</s>"
+    chat = edited_request(requests[0], editor_of("FT", tok, use_chat_template=True))
+    assert (chat["prompt"][0], chat["target_new"]) == ("[", "Oslo")
+
+
+def test_a_tokenizer_without_a_first_token_gets_the_templates(requests, tok):
+    tok.backend_tokenizer.post_processor = None
+    if tok("a")["input_ids"][0] == tok.bos_token_id:
+        pytest.skip("this tokenizer cannot be told to begin with nothing")
+    edited = edited_request(requests[0], editor_of("FT", tok, **BOTH))
+    assert edited["prompt"].startswith("<s>[")
+
+
+def test_methods_with_templates_of_their_own_get_bare_prompts(requests, tok):
+    for algorithm in ("WISE", "BaFT", "ReFT"):
+        edited = edited_request(requests[0], editor_of(algorithm, tok, **BOTH))
+        assert edited["prompt"] == requests[0]["prompt"]
+    assert edited["target_new"] == "Oslo"  # ours learn the end by themselves
+    assert edited_request(requests[0], editor_of("WISE", tok, **BOTH))["target_new"] == "Oslo</s>"
+
+
+def test_what_cannot_learn_an_end_says_so(requests, tok):
+    ft_l = {"objective_optimization": "prompt_last", **BOTH}
+    edited = edited_request(requests[0], editor_of("FT", tok, **ft_l))
+    assert (edited["prompt"][0], edited["target_new"]) == ("[", "Oslo")
+    assert edited_request(requests[0], editor_of("CORE", tok, **BOTH))["target_new"] == "Oslo"
+    (note,) = fix_peer("FT-L", editor_of("FT", tok, **ft_l).hparams)
+    assert note.startswith("FT-L: does not learn where an answer ends: it learns all tokens")
+    assert fix_peer("FT-M", editor_of("FT", tok, **BOTH).hparams) == ()
+    assert "neurons" in learns_no_end(editor_of("KN", tok).hparams)
+
+
+def test_padding_is_told_from_the_end(tok):
+    editor = editor_of("FT", tok)
+    tell_end_from_padding(editor)
+    assert tok.pad_token_id == tok.eos_token_id  # nobody asked
+    editor.hparams.learn_end = True
+    tell_end_from_padding(editor)
+    assert tok.pad_token == "~"
+
+
+def test_padding_needs_a_token_of_its_own(model_path):
+    editor = editor_of("FT", AutoTokenizer.from_pretrained(model_path), **BOTH)
+    with pytest.raises(ValueError, match=r"need a special token for padding beside .* '</s>'\]"):
+        tell_end_from_padding(editor)
+    editor.tok.eos_token = None
+    with pytest.raises(ValueError, match="learn_end needs a tokenizer with an eos_token"):
+        tell_end_from_padding(editor)
+
+
+def test_grace_is_asked_in_the_template_but_for_locality(requests, tok):
+    scored = scored_request(requests[0], editor_of("GRACE", tok, **BOTH))
+    assert scored["prompt"] == "[The capital of Freedonia is]</s>"
+    assert scored["rephrase_prompt"] == "[Freedonia has the capital]</s>"
+    assert scored["portability"]["hop"]["prompt"] == ["[People of Freedonia vote in]</s>"]
+    assert scored["locality"]["nq"]["prompt"] == ["The sky is"]
+    assert "</s>" not in scored["target_new"]
+    assert scored_request(requests[0], editor_of("FT", tok, **BOTH)) == requests[0]
+
+
+def test_answers_stand_right_behind_the_template(requests, tok):
+    editor = editor_of("FT", tok, **BOTH)
+    edited = edited_request({**requests[0], "target_new": " 2006"}, editor)
+    suited = tokenizer_behind_templates(tok, [edited], editor.hparams)
+    text = f"{edited['prompt']} {edited['target_new']}"
+    expected = tok(f"{edited['prompt']}2006</s>")["input_ids"]
+    assert suited(text)["input_ids"] == expected
+    assert suited(f"a {text}")["input_ids"][-len(expected) + 1 :] == expected[1:]  # a prefix
+    assert suited(" 2006</s>")["input_ids"] == tok("2006</s>")["input_ids"]
+    assert suited("The sky is blue")["input_ids"] == tok("The sky is blue")["input_ids"]
+    editor.hparams.use_chat_template = False
+    assert tokenizer_behind_templates(tok, [edited], editor.hparams) is tok
+
+
+LIVES = {
+    "FT-M": {"lr": 1e-2, "num_steps": 25},
+    "LoRA": {"lr": 1e-2, "num_steps": 40, "lora_dropout": 0.0},
+    "GRACE": {"n_iter": 60},
+    "WISE": {"n_iter": 60},
+    "ROME": {"context_template_length_params": [[5, 5]]},
+    "UltraEdit": {},
+    "MEMIT": {"v_num_grad_steps": 3},
+}
+LEARN = ("FT-M", "LoRA")  # one value of GRACE is too little for this model
+
+
+@pytest.mark.easyedit
+@pytest.mark.parametrize("name", LIVES)
+def test_a_method_lives_in_a_chat(make_peer, requests, name):
+    editor, _ = make_peer(name, **LIVES[name])
+    complete = prepare_requests(requests)
+    session = Session(editor, "The sky is")
+    session.edit(complete[:1])
+    (scored,) = session.score(complete[:1])
+    assert 0 <= scored["rewrite_acc"][0] <= 1
+    if name in LEARN:
+        text = complete[0]["prompt"]
+        prompt = editor.tok(f"<s>[{text}]</s>", add_special_tokens=False)["input_ids"]
+        assert session.answers([prompt], [16]) == ["Oslo"]  # and no more: it has learned the end
+        assert scored["rewrite_acc"] == [1.0]
+    assert session.restore() is True
+
+
+@pytest.mark.easyedit
+def test_prompts_are_shown_to_methods_as_to_the_scorer(make_peer, requests):
+    editor, _ = make_peer("FT-M", num_steps=1)
+    complete, seen = prepare_requests(requests), []
+    hook = editor.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0]), with_kwargs=True
+    )
+    session = Session(editor, "The sky is", verify=False)
+    session.edit(complete[:1])
+    session.score([{**complete[0], "rephrase_prompt": None, "locality": {}, "portability": {}}])
+    hook.remove()
+    learned, scored = seen[0], seen[-1]
+    text = f"<s>[{complete[0]['prompt']}]</s>Oslo"  # without a space
+    assert scored.tolist() == editor.tok(text, add_special_tokens=False)["input_ids"]
+    assert torch.equal(learned[:-1], scored)
+    assert learned[-1] == editor.tok.eos_token_id
