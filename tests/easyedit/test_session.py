@@ -157,7 +157,8 @@ def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, request
     editor.alg_name = "GRACE"
     scored = scored_request(requests[0], editor)
     # With single bytes as tokens the target's own tokens end the text: nothing to put right.
-    assert scored == requests[0]
+    assert scored["target_new"] == "Oslo"
+    assert scored["locality"]["nq"] == {"prompt": ["The sky is"], "ground_truth": ["blue"]}
     merged = type(
         "Merging", (), {"encode": lambda self, text, **_: text.replace(" ", " _").split()}
     )
