@@ -2,8 +2,9 @@
 
 Most of the power of a model's hidden states is their common mean and a handful of dimensions, so a
 step in the entries of a matrix that they are multiplied by moves all prompts nearly alike. In
-whitened coordinates z = S (h - mu) it does not. The states that past edits use are added to what is
-whitened: what they use is then expensive to touch, as in recursive least squares, of constant size.
+whitened coordinates z = S (h - mu) it does not; K^-1 below is to hidden states what ROME's C^-1 is
+to keys (Meng et al. 2022, Eq. 2). The states that past edits use are added to what is whitened:
+what they use is then expensive to touch, as in recursive least squares, of constant size.
 
 Needs torch only. Shapes: N states, D hidden size, m directions that are known apart.
 """
@@ -74,7 +75,16 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: Tensor) -> None:
-        """Take the statistics of irrelevant states, [N, D], in place of those before."""
+        """Take the statistics of irrelevant states, [N, D], in place of those before.
+
+        Raises:
+            FloatingPointError: If a state is not finite.
+        """
+        if not torch.isfinite(states).all():
+            raise FloatingPointError(
+                "hidden states of the model's own texts must be finite to be whitened, and are not:"
+                " load the model in a wider dtype, or set parametrisation to 'direct'"
+            )
         exact = states.double()
         self.mean.copy_(exact.mean(0))
         deviation = exact.std(0)

@@ -111,6 +111,17 @@ def test_dimensions_that_never_change_are_not_blown_up():
     assert torch.isfinite(whitening.whitened(states + 1)).all()
 
 
+def test_states_that_are_not_finite_are_refused_and_nothing_stays(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, parametrisation="whitened"))
+    before = editor.model_edit.snapshot()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"own texts must be finite .* wider dtype"):
+        editor.edit({"prompt": "A is", "target_new": "b"})
+    assert not editor.is_attached
+    assert all(torch.equal(v, before[n]) for n, v in editor.model_edit.snapshot().items())
+
+
 def loss_of(edit, hidden, target):
     """Some loss that depends on all parameters of both layers."""
     outputs = [edit.intervention(layer)(hidden)[0] for layer in edit.layers]

@@ -230,6 +230,9 @@ def test_presets_of_ours_are_whole_and_within_the_model(name):
     layers = [int(number) for number in re.findall(r"layers[.\[](\d+)", modules)]
     assert all(0 <= layer < 29 for layer in [*layers, *config.get("layers", [])])
     assert config.get("lm_head_module") in (None, "lm_head" if name[:2] == "FT" else TIED)
+    for key, value in config.items():
+        is_number = type(bundled[key]) in (int, float)
+        assert not is_number or type(value) in (int, float, type(None)), key
 
 
 def test_hparams_that_are_not_shipped_are_scaled_ones(shipped, model_path):
