@@ -61,6 +61,7 @@ def test_what_is_shown_and_learned_is_known_and_nothing_is_both():
         assert shown.subject in shown.question
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_edits_change_what_is_edited_and_are_undone(real_model):
     lines = list(show_real_edits(real_demo.real_settings("cpu")))
