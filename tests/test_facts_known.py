@@ -96,6 +96,7 @@ def test_what_decoding_would_give_is_read_off_one_forward():
     assert not any(answers_follow(model, tokenizer, begun))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_sample_is_answered_rightly_still(real_model, known_prompts):
     sample = list(known_prompts.items())[::80]
