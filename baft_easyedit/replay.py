@@ -15,7 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,9 @@ class FullForward:
         contents = Contents(layout, Positions.of(layout.positions), inputs | dict(arguments))
         return Forward(self._model, self._edit, contents)
 
-    def record(self, rows: Sequence[TextRow], cache: DynamicCache) -> Forward:
-        """Prepare a forward of rows that fills a cache."""
-        return self._forward([rows], (), {"use_cache": True, "past_key_values": cache})
+    def record(self, row: TextRow, cache: DynamicCache) -> Forward:
+        """Prepare a forward of one row that fills a cache."""
+        return self._forward([[row]], (), {"use_cache": True, "past_key_values": cache})
 
 
 def _pieces(
@@ -111,6 +111,16 @@ def _takes(model: nn.Module, argument: str) -> bool:
     hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     decoder = owner_of(model, decoder_layers(model))
     return hands_on and argument in inspect.signature(decoder.forward).parameters
+
+
+class _Recorded(NamedTuple):
+    """What a forward of a text gave."""
+
+    recording: Recording
+    logits: Tensor
+    """Of its answer tokens, [A, V]."""
+    loss: Tensor
+    """Of its answer, [1]."""
 
 
 class LayerReplay:
@@ -156,9 +166,11 @@ class LayerReplay:
         missing = [row for row in rows if row not in known]
         if missing:
             with self._edit.disabled():
-                new, logits, _ = self._record(missing)
+                made = [self._record(row) for row in missing]
+                new = {row: m.recording for row, m in zip(missing, made, strict=True)}
                 with torch.no_grad():
                     replayed = self._replayed(_pieces([missing], (), self._start), new)()
+            logits = torch.cat([m.logits for m in made])
             _check_equal(replayed[: len(logits)], logits)
             self._keep(new)
             known |= new
@@ -180,10 +192,10 @@ class LayerReplay:
         is_told = len(set(rows)) == len(rows) and any(rows[i].is_edit for i in missing)
         if len(edits) > 1 or not is_told:
             return self.prepare(edits)
-        with torch.no_grad():
-            self._unchecked, logits, layout = self._record([rows[i] for i in missing])
-        losses = answer_loss(token_losses(logits, layout.labels), layout.label_rows, len(missing))
-        expected = Expected(missing, losses, _OF_LOSSES * _tolerance(logits))
+        made = {i: self._record(rows[i]) for i in missing}
+        self._unchecked = {rows[i]: m.recording for i, m in made.items()}
+        tolerance = _OF_LOSSES * _tolerance(made[missing[0]].logits)
+        expected = Expected(missing, torch.cat([m.loss for m in made.values()]), tolerance)
         return self._replayed(_pieces(edits, (), self._start), known | self._unchecked, expected)
 
     @torch.no_grad()
@@ -224,8 +236,8 @@ class LayerReplay:
         known = None if row is None else self._recordings.get(row)
         if row is not None and known is not None:
             with self._edit.disabled():
-                again, _, _ = self._record([row])
-            if not again[row].is_close(known, _tolerance(known.hidden)):
+                again = self._record(row).recording
+            if not again.is_close(known, _tolerance(known.hidden)):
                 logger.info("all texts are recorded anew: %s computes something else", self._name)
                 self._recordings.clear()
         self._are_recordings_checked = True
@@ -244,29 +256,28 @@ class LayerReplay:
         return first_edited(row.prompt_length, self._edit.num_prompt_positions)
 
     @torch.no_grad()
-    def _record(self, rows: Sequence[TextRow]) -> tuple[dict[TextRow, Recording], Tensor, Layout]:
-        """Run the model once; return what of each text no edit can change, logits, and layout."""
+    def _record(self, row: TextRow) -> _Recorded:
+        """Run the model once on a text, and keep what no edit can change.
+
+        On that text alone: beside others it is rounded otherwise, and an edit that is learned
+        again, from a journal, meets other texts beside it and has to come out bit for bit.
+        """
         recorder = Recorder(self._first_layer + 1)
-        full = self._full.record(rows, recorder)
+        full = self._full.record(row, recorder)
         with _watching(self._stubs[-1]) as seen:
             logits = full()
         is_tuple = bool(seen) and isinstance(seen[0], tuple)
         hidden: Any = seen[0][0] if is_tuple else seen[0] if seen else None
-        _check_belong_to_rows(full.layout, hidden, recorder.seen)
+        layout, start = full.layout, self._start(row)
+        _check_belong_to_text(layout, hidden, recorder.seen)
         self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
-        new = {row: self._cut(b, row, hidden, recorder.seen) for b, row in enumerate(rows)}
-        return new, logits, full.layout
-
-    def _cut(
-        self, b: int, row: TextRow, hidden: Tensor, states: Mapping[int, tuple[Tensor, Tensor]]
-    ) -> Recording:
-        """Copy what belongs to row b of a forward on all columns."""
-        start = self._start(row)
         past = {
-            i: (keys[b, :, :start].clone(), values[b, :, :start].clone())
-            for i, (keys, values) in states.items()
+            i: (keys[0, :, :start].clone(), values[0, :, :start].clone())
+            for i, (keys, values) in recorder.seen.items()
         }
-        return Recording(hidden[b, start : len(row.ids)].clone(), past)
+        losses = token_losses(logits, layout.labels)
+        loss = answer_loss(losses, layout.label_rows, 1)
+        return _Recorded(Recording(hidden[0, start : len(row.ids)].clone(), past), logits, loss)
 
     def _replayed(
         self,
@@ -310,7 +321,7 @@ def _check_takes_masks(config: Any) -> None:
         )
 
 
-def _check_belong_to_rows(
+def _check_belong_to_text(
     layout: Layout, hidden: Any, states: Mapping[int, tuple[Tensor, Tensor]]
 ) -> None:
     """Raise CannotReplayError unless a layer gives [R, W, D], and stores [R, N, W, H]."""
