@@ -94,6 +94,10 @@ class _Renderer:
     relations: dict[str, Relation]
     rules: dict[str, TwoHopRule]
     answers: dict[tuple[str, str], str]
+    used: list[Fact]
+    """The facts that records are made of."""
+    trained: set[Fact]
+    """Those of the `train` split."""
     by_relation: dict[str, list[Fact]]
     by_thing: dict[tuple[str, str], list[Fact]]
 
@@ -125,13 +129,15 @@ class _Renderer:
             relations=named,
             rules={rule.relation: rule for rule in two_hop_rules()},
             answers={fact.key: fact.answer for fact in every},
+            used=[every[case] for case in used],
+            trained={every[case] for case in used if split_of(every[case]) == "train"},
             by_relation=by_relation,
             by_thing=by_thing,
         )
 
     def members(self, split: str) -> list[int]:
         """Return the numbers of the facts to edit: those with enough others of their relation."""
-        others = Counter(fact.relation for fact in self._used() if split_of(fact) == "train")
+        others = Counter(fact.relation for fact in self.trained)
         return [
             case
             for case, fact in enumerate(self.facts)
@@ -139,10 +145,6 @@ class _Renderer:
             and split_of(fact) == split
             and others[fact.relation] >= MIN_OTHERS
         ]
-
-    def _used(self) -> list[Fact]:
-        """Return the facts that records are made of."""
-        return [fact for fact in self.facts if fact.key in self.prompts]
 
     def record(self, case: int) -> dict[str, Any]:
         """Render one fact as an edit request."""
@@ -201,7 +203,7 @@ class _Renderer:
         if same:
             chosen["same_subject"] = rng.choice(same)
         chosen["unrelated"] = rng.choice(
-            [f for f in self._used() if f.relation != fact.relation and f.subject != fact.subject]
+            [f for f in self.used if f.relation != fact.relation and f.subject != fact.subject]
         )
         return {
             name: {"prompt": self._prompt(other, rng), "ground_truth": other.answer}
@@ -217,7 +219,7 @@ class _Renderer:
             [
                 other
                 for other in self._neighbours(fact, target)
-                if split_of(other) == "train" and not probed & set(self._phrasings(other))
+                if other in self.trained and not probed & set(self._phrasings(other))
             ],
             NUM_LOC_PROMPTS,
         )
