@@ -6,7 +6,9 @@ steps. Named here are:
 - `direct`: A, b, R and the gate, as they stand in Eq. 3. A turn of R moves what is edited by R h.
 - `whitened` (ours): A - R = (A - R)_0 + V S and b = c - V S mu, where z = S (h - mu) are whitened
   states (see `whitening`); V is moved from 0, and c and R. A turn of R turns what was displaced,
-  and nothing else. The logits of a gate with a constant are moved in the same way.
+  and nothing else. Of a gate with constants, the logits of each basis are moved in the same way:
+  it opens to some states, and hardly to others. What a gate has beside them (the row of the
+  subspace) is moved as it stands: what closes one irrelevant prompt so closes most.
 
 Shapes: r rank, D hidden size; a leading E for independent edits.
 """
@@ -56,10 +58,11 @@ class _Whitened:
     """V and c in place of the weight W_0 + V S and bias c - V S mu of an affine function.
 
     Args:
-        weight: [..., n, D].
+        weight: [..., n, D]; rows beyond the rank are moved as they stand.
         bias: [..., n].
         names: Of both.
         whitening: S and mu.
+        rank: r.
         unit: What the function's input is divided by; V S is multiplied by it.
     """
 
@@ -69,12 +72,14 @@ class _Whitened:
         bias: Tensor,
         names: tuple[str, str],
         whitening: Whitening,
+        rank: int,
         unit: Tensor | float = 1.0,
     ) -> None:
         self._weight, self._bias, self._whitening = weight, bias, whitening
-        self._unit = unit
-        self._start = weight.detach().clone()
-        self._rows = torch.zeros_like(weight).requires_grad_()  # V
+        self._rank, self._unit = rank, unit
+        self._start = weight.detach()[..., :rank, :].clone()
+        rest = weight.detach()[..., rank:, :]
+        self._rows = torch.cat([torch.zeros_like(self._start), rest], -2).requires_grad_()  # V
         self._constant = bias.detach().clone().requires_grad_()  # c
         self.moved = dict(zip(names, (self._rows, self._constant), strict=True))
 
@@ -83,13 +88,19 @@ class _Whitened:
         if weight is None or bias is None:
             self._rows.grad = self._constant.grad = None
             return
-        centred = self._unit * weight - bias[..., None] * self._whitening.mean
-        self._rows.grad, self._constant.grad = self._whitening.pulled(centred), bias
+        r = self._rank
+        centred = self._unit * weight[..., :r, :] - bias[..., :r, None] * self._whitening.mean
+        pulled = self._whitening.pulled(centred)
+        self._rows.grad = torch.cat([pulled, weight[..., r:, :]], -2)
+        self._constant.grad = bias
 
     def follow(self) -> None:
-        change = self._whitening.folded(self._rows)
-        self._weight.copy_(self._start + self._unit * change)
-        self._bias.copy_(self._constant - change @ self._whitening.mean)
+        r = self._rank
+        change = self._whitening.folded(self._rows[..., :r, :])
+        folded = self._start + self._unit * change
+        self._weight.copy_(torch.cat([folded, self._rows[..., r:, :]], -2))
+        self._bias.copy_(self._constant)
+        self._bias[..., :r] -= change @ self._whitening.mean
 
 
 class Coordinates:
@@ -112,12 +123,14 @@ class Coordinates:
                 self._parts.append(_Direct(difference, basis, names[0]))
                 continue
             whitening = edit.whitening(layer)
-            self._parts.append(_Whitened(difference, bias, names, whitening))
+            self._parts.append(_Whitened(difference, bias, names, whitening, edit.rank))
             names = (f"{prefix}gate.weight", f"{prefix}gate.bias")
             if names[1] in parameters:
                 weight, bias = (parameters[name] for name in names)
                 # A gate sees h / rms(h), which is near h / (rms of all).
-                self._parts.append(_Whitened(weight, bias, names, whitening, whitening.rms))
+                self._parts.append(
+                    _Whitened(weight, bias, names, whitening, edit.rank, whitening.rms)
+                )
         self.moved: Mapping[str, Tensor] = parameters | {
             name: value for part in self._parts for name, value in part.moved.items()
         }

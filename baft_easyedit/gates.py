@@ -102,6 +102,30 @@ class BasisSubspaceGate(Gate):
         self.weight[-1] = smaller.weight[-1]
 
 
+class BasisSubspaceBiasGate(BasisSubspaceGate):
+    """w = sigmoid(W h / rms(h) + c) * sigmoid(v . h / rms(h) + d); (r + 1) (D + 1) parameters.
+
+    Begins with c = -2 and d = 2: the subspace is open, and its bases are closed but to what opens
+    them (ours).
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__(hidden_size, rank)
+        self.bias = nn.Parameter(torch.tensor([-2.0] * rank + [2.0]))
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Return w, [..., r]."""
+        return super().activate(logits + self.bias)
+
+    @torch.no_grad()
+    def continue_from(self, smaller: Gate) -> None:
+        """Take over a gate with fewer bases; the row of the subspace stays last."""
+        super().continue_from(smaller)
+        bias = smaller.get_parameter("bias")
+        self.bias[: smaller.rank] = bias[:-1]
+        self.bias[-1] = bias[-1]
+
+
 class SigmoidGate(Gate):
     """w = sigmoid(W h / rms(h) + c): logistic regressions with a bias; r D + r parameters."""
 
@@ -143,6 +167,7 @@ GATES: dict[str, Callable[[int, int], Gate]] = {
     "rms-sigmoid": RMSSigmoidGate,
     "softmax-null": SoftmaxNullGate,
     "basis-subspace": BasisSubspaceGate,
+    "basis-subspace-bias": BasisSubspaceBiasGate,
     "sigmoid": SigmoidGate,
     "subspace": SubspaceGate,
     "one": OneGate,

@@ -8,6 +8,7 @@ COUNTS = {
     "rms-sigmoid": (R + 1) * D,
     "softmax-null": (R + 1) * D,
     "basis-subspace": (R + 1) * D,
+    "basis-subspace-bias": (R + 1) * (D + 1),
     "sigmoid": R * D + R,
     "subspace": D,
     "one": 0,
@@ -63,6 +64,23 @@ def test_basis_subspace_gate_is_a_product_of_logistic_regressions():
         torch.sigmoid(x @ gate.weight[k]) * torch.sigmoid(x @ gate.weight[R]) for k in range(R)
     ]
     assert torch.allclose(gate(hidden), torch.stack(expected, -1), atol=1e-6)
+
+
+def test_basis_subspace_gate_has_a_constant_for_each_logit():
+    gate, plain = randomised("basis-subspace-bias"), make_gate("basis-subspace", D, R)
+    plain.weight.data.copy_(gate.weight)
+    gate.bias.data.zero_()
+    hidden = torch.randn(7, D)
+    assert torch.equal(gate(hidden), plain(hidden))
+    gate.bias.data[0], gate.bias.data[R] = -30.0, 30.0
+    weights, x = gate(hidden), unit_rms(hidden)
+    assert (weights[:, 0] < 1e-6).all()
+    assert torch.allclose(weights[:, 1], torch.sigmoid(x @ gate.weight[1]), atol=1e-6)
+
+
+def test_basis_subspace_gate_with_constants_begins_nearly_closed():
+    weights = make_gate("basis-subspace-bias", D, R)(torch.randn(7, D))
+    assert torch.allclose(weights, torch.tensor(-2.0).sigmoid() * torch.tensor(2.0).sigmoid())
 
 
 def test_make_gate_names_the_choices_when_the_name_is_unknown():
