@@ -14,11 +14,12 @@ from baft_easyedit import BaFTEditor, attached_edit
 from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.descent import Objective
 from baft_easyedit.engine import Engine
+from baft_easyedit.models import CACHE_NAMES, cache_name
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.replay import FullForward, LayerReplay, _check_belong_to_text
 from baft_easyedit.requests import as_requests, text_rows
-from tests.conftest import FAMILIES, make_model, random_edit
+from tests.conftest import FAMILIES, call_cache, make_model, random_edit
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -193,12 +194,26 @@ def test_edits_are_the_same_with_either_engine(tokenizer, hparams, request_dict)
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_model_is_replayed_whatever_it_calls_its_cache(model, name, rows):
+    edit = with_edit(model)
+    expected = LayerReplay(model, edit).prepare([rows])()
+    call_cache(model, name)
+    assert torch.equal(LayerReplay(model, edit).prepare([rows])(), expected)
+
+
+def test_a_forward_that_hands_on_its_cache_calls_it_as_its_decoder_does(model):
+    forward, name = model.forward, cache_name(model)
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert cache_name(model) == name
+
+
 def no_cache_here(model):
     """Let a model refuse every cache, and give none."""
     forward = model.forward
 
-    def no_cache(*args, past_key_values=None, use_cache=None, **kwargs):
-        if past_key_values is not None:
+    def no_cache(*args, use_cache=None, **kwargs):
+        if any(kwargs.get(name) is not None for name in CACHE_NAMES):
             raise NotImplementedError("no cache here")
         return forward(*args, use_cache=False, **kwargs)
 
@@ -280,7 +295,7 @@ class OtherStates(torch.nn.Module):
         self.attention = attention
 
     def forward(self, *args, **kwargs):
-        for name in ("past_key_value", "past_key_values", "cache"):  # as versions call it
+        for name in ("past_key_value", *CACHE_NAMES):  # as versions call it
             if kwargs.get(name) is not None:
                 kwargs.pop(name).update(torch.ones(2, 3), torch.ones(2, 3), 3)
         return self.attention(*args, **kwargs)
@@ -375,10 +390,10 @@ def test_the_first_step_is_the_check_of_what_it_recorded(known, num_forwards, mo
 def test_a_model_that_cannot_be_replayed_is_found_by_the_first_step(model, rows, hparams, caplog):
     forward = model.forward
 
-    def no_past(*args, past_key_values=None, **kwargs):
-        if isinstance(past_key_values, FrozenPrefix):
+    def no_past(*args, **kwargs):
+        if any(isinstance(value, FrozenPrefix) for value in kwargs.values()):
             raise NotImplementedError("no past here")
-        return forward(*args, past_key_values=past_key_values, **kwargs)
+        return forward(*args, **kwargs)
 
     model.forward = no_past
     with caplog.at_level(logging.WARNING):
