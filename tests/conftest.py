@@ -70,10 +70,11 @@ def pytest_runtest_setup(item):
             pytest.skip(f"no EasyEdit: {error}")
 
 
-def make_model(family="llama", dtype=torch.float32, seed=0):
+def make_model(family="llama", dtype=torch.float32, seed=0, **options):
     config_class, sizes = FAMILIES[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**sizes))
+    config = getattr(transformers, config_class)(**sizes)
+    model = AutoModelForCausalLM.from_config(config, **options)
     with torch.no_grad():  # a random model with weights of 0.02 is nearly the identity, and unsure
         for name, p in model.named_parameters():
             if p.dim() == 2:

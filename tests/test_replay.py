@@ -42,13 +42,10 @@ NOT_REPLAYED = {"gemma2", "gemma3", "gpt2"} if OLD else set()
 """Families whose masks older transformers do not take as they are given."""
 
 
-def set_attention(model, attention):
-    if OLD:
-        model.config._attn_implementation = attention
-        return
+def make_model_with(family, attention):
     try:
-        model.set_attn_implementation(attention)
-    except ValueError as error:  # newer transformers refuse what an architecture cannot do
+        return make_model(family, attn_implementation=attention)
+    except ValueError as error:  # this version has no such attention for the architecture
         pytest.skip(str(error))
 
 
@@ -101,8 +98,7 @@ def transformers_loss(model, tokenizer, edit):
 def test_engines_equal_the_model_itself(family, engine, attention, tokenizer, rows):
     if engine is not FullForward and family in NOT_REPLAYED:
         pytest.skip("not replayed under transformers below 4.53")
-    model = make_model(family)
-    set_attention(model, attention)
+    model = make_model_with(family, attention)
     edit = with_edit(model)
     loss, gradients = loss_and_gradients(transformers_loss(model, tokenizer, edit), edit)
     forward = engine(model, edit).prepare([rows])
