@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward calls its key-value cache: since transformers 5.2x, and before."""
+"""What a forward calls its key-value cache: since transformers 5.24, and before."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
