@@ -168,7 +168,7 @@ class Forward:
         try:
             return self._model(**inputs).logits
         except _OF_UNKNOWN_CACHES as error:
-            has_cache = isinstance(inputs.get("past_key_values"), FrozenPrefix)
+            has_cache = any(isinstance(value, FrozenPrefix) for value in inputs.values())
             if not has_cache or _is_of_the_device(error) or _is_ours(error.__traceback__):
                 raise
             raise CannotReplayError(f"{type(error).__name__}: {error}") from error

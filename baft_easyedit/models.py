@@ -1,13 +1,17 @@
-"""Where a Hugging Face causal language model keeps what is edited, and how to ask for its dtype.
+"""Where a Hugging Face causal language model keeps what is edited, and how to call it.
 
 Needs torch only.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward calls its key-value cache: since transformers 5.24, and before."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -63,6 +67,17 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
     """Return the module inside a model that holds a decoder stack directly."""
     return next(m for m in model.modules() if any(child is stack for child in m.children()))
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return what a model's forward calls the key-value cache that it takes and gives.
+
+    Where it names none, and hands on its arguments as PEFT's does, its decoder's forward tells.
+    """
+    decoder = owner_of(model, decoder_layers(model))
+    taken = [*inspect.signature(model.forward).parameters]
+    taken += inspect.signature(decoder.forward).parameters
+    return next((name for name in taken if name in CACHE_NAMES), CACHE_NAMES[-1])
 
 
 def input_device(model: nn.Module) -> torch.device:

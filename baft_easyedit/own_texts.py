@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from baft_easyedit.locks import of_this_thread
-from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
+from baft_easyedit.models import cache_name, decoder_layers, input_device, owner_of, text_config
 from baft_easyedit.recordings import model_version
 
 NUM_TEXTS = 40
@@ -80,9 +80,10 @@ def _first_token(config: Any) -> int:
 
 def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """Return the logits after the last of some tokens, [N, V], and the cache if there is one."""
-    given = {} if cache is None else {"past_key_values": cache}
+    name = cache_name(model)
+    given = {} if cache is None else {name: cache}
     output = model(input_ids=ids, use_cache=True, **given)
-    return output.logits[:, -1], getattr(output, "past_key_values", None)
+    return output.logits[:, -1], getattr(output, name, None)
 
 
 @torch.no_grad()

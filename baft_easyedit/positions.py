@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baft_easyedit.models import CACHE_NAMES
+
 IGNORED_LABEL = -100
 
 PromptLengths = Sequence[int] | Tensor
@@ -184,7 +186,7 @@ def positions_of_call(
     if tokens is None:
         return None
     batch, num_new = tokens.shape[:2]
-    num_past = _past_length(given.get("past_key_values"))
+    num_past = _past_length(given["cache"])
     real = real_tokens(given.get("attention_mask"), batch, num_past + num_new, tokens.device)
     kept = given.get("logits_to_keep")
     num_kept = kept if isinstance(kept, int) else 0
@@ -214,7 +216,7 @@ def says_nothing_of_prompts(
     """
     given = _by_name(forward, args, kwargs)
     tokens = _tokens(given)
-    names = ("labels", "past_key_values", "use_cache", "logits_to_keep", "num_logits_to_keep")
+    names = ("labels", "cache", "use_cache", "logits_to_keep", "num_logits_to_keep")
     told = any(isinstance(given.get(name), Tensor) or bool(given.get(name)) for name in names[2:])
     told = told or any(given.get(name) is not None for name in names[:2])
     return tokens is not None and tokens.shape[1] > num_prompt_positions and not told
@@ -223,12 +225,11 @@ def says_nothing_of_prompts(
 def _by_name(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return the arguments of a forward by their names, its cache as `past_key_values`."""
+    """Return the arguments of a forward by their names, its cache as `cache` in any version."""
     names = inspect.signature(forward).parameters if args else ()
     given = {**kwargs, **dict(zip(names, args, strict=False))}
-    if given.get("past_key_values") is None and "cache" in given:  # its name in transformers 5.2x
-        given["past_key_values"] = given["cache"]
-    return given
+    caches = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
+    return given | {"cache": caches[0] if caches else None}
 
 
 def _tokens(given: Mapping[str, Any]) -> Tensor | None:

@@ -26,7 +26,7 @@ from baft_easyedit.caches import FrozenPrefix, Recorder
 from baft_easyedit.forward import CannotReplayError, Contents, Expected, Forward
 from baft_easyedit.hooks import ModelEdit, Positions
 from baft_easyedit.locks import of_this_thread
-from baft_easyedit.models import decoder_layers, input_device, owner_of, text_config
+from baft_easyedit.models import cache_name, decoder_layers, input_device, owner_of, text_config
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
@@ -84,7 +84,7 @@ class FullForward:
 
     def record(self, row: TextRow, cache: DynamicCache) -> Forward:
         """Prepare a forward of one row that fills a cache."""
-        return self._forward([[row]], (), {"use_cache": True, "past_key_values": cache})
+        return self._forward([[row]], (), {"use_cache": True, cache_name(self._model): cache})
 
 
 def _pieces(
@@ -297,7 +297,7 @@ class LayerReplay:
         inputs = _inputs(self._model, layout)
         inputs["attention_mask"] = _masks(config, layout, hidden.dtype)
         inputs["use_cache"] = True
-        inputs["past_key_values"] = FrozenPrefix(
+        inputs[cache_name(self._model)] = FrozenPrefix(
             _joined_past(in_order, layout.past_row_of), layout.past_row_of.shape[1]
         )
         extras = self._recordings.layer_extras

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+from inspect import Parameter, Signature
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from baft_easyedit.bench import process, worker
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.generation import load_model
 from baft_easyedit.gguf_models.smollm2 import why_not
+from baft_easyedit.models import cache_name
 
 HIDDEN, LAYERS, VOCAB = 32, 4, 260
 SIZES = {
@@ -67,15 +70,33 @@ def pytest_runtest_setup(item):
             pytest.skip(f"no EasyEdit: {error}")
 
 
-def make_model(family="llama", dtype=torch.float32, seed=0):
+def make_model(family="llama", dtype=torch.float32, seed=0, **options):
     config_class, sizes = FAMILIES[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**sizes))
+    config = getattr(transformers, config_class)(**sizes)
+    model = AutoModelForCausalLM.from_config(config, **options)
     with torch.no_grad():  # a random model with weights of 0.02 is nearly the identity, and unsure
         for name, p in model.named_parameters():
             if p.dim() == 2:
                 p.mul_(20 if "lm_head" in name else 5)
     return model.to(dtype).eval()
+
+
+def call_cache(model, name):
+    """Let a model take its cache, and give it, by one name only; return the widths of its calls."""
+    forward, own, widths = model.forward, cache_name(model), []
+    arguments = ("input_ids", "attention_mask", "position_ids", "use_cache", name)
+    signature = Signature([Parameter(a, Parameter.KEYWORD_ONLY, default=None) for a in arguments])
+
+    def renamed(**given):
+        signature.bind(**given)  # raises TypeError, as a forward does, if it is called otherwise
+        widths.append(given["input_ids"].shape[1])
+        output = forward(**{own if a == name else a: value for a, value in given.items()})
+        return SimpleNamespace(logits=output.logits, **{name: output.get(own)})
+
+    renamed.__signature__ = signature
+    model.forward = renamed
+    return widths
 
 
 def make_tokenizer():

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from baft_easyedit import BaFTEditor, ModelEdit, attach
 from baft_easyedit.coordinates import Coordinates
 from baft_easyedit.intervention import orthonormal_rows
+from baft_easyedit.models import CACHE_NAMES
 from baft_easyedit.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
 from baft_easyedit.whitening import Whitening, principal_rows
-from tests.conftest import HIDDEN, make_model
+from tests.conftest import HIDDEN, call_cache, make_model
 
 D = HIDDEN
 
@@ -286,6 +287,14 @@ def test_a_model_writes_the_same_texts_each_time(model):
     assert torch.equal(own_texts(make_model()), texts)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len({tuple(text.tolist()) for text in texts}) == NUM_TEXTS
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_model_writes_with_its_cache_whatever_it_calls_it(model, name):
+    texts = own_texts(model)
+    widths = call_cache(model, name)
+    assert torch.equal(own_texts(model), texts)
+    assert widths == [1] * (LENGTH - 1)
 
 
 def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from baft_easyedit.models import CACHE_NAMES
 from baft_easyedit.positions import (
     edit_positions,
     positions_of_call,
@@ -184,7 +185,7 @@ def test_positional_arguments_of_the_model_are_understood():
     assert torch.equal(positions, mask("0011"))
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # until transformers 5.5, and later
+@pytest.mark.parametrize("name", CACHE_NAMES)
 def test_cache_given_as_tuples_is_understood(name):
     past = ((torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8)),)
     ids = torch.zeros(1, 1).long()

@@ -14,11 +14,12 @@ from baft_easyedit import BaFTEditor, attached_edit
 from baft_easyedit.caches import FrozenPrefix
 from baft_easyedit.descent import Objective
 from baft_easyedit.engine import Engine
+from baft_easyedit.models import CACHE_NAMES, cache_name
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.replay import FullForward, LayerReplay, _check_belong_to_text
 from baft_easyedit.requests import as_requests, text_rows
-from tests.conftest import FAMILIES, make_model, random_edit
+from tests.conftest import FAMILIES, call_cache, make_model, random_edit
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -41,13 +42,10 @@ NOT_REPLAYED = {"gemma2", "gemma3", "gpt2"} if OLD else set()
 """Families whose masks older transformers do not take as they are given."""
 
 
-def set_attention(model, attention):
-    if OLD:
-        model.config._attn_implementation = attention
-        return
+def make_model_with(family, attention):
     try:
-        model.set_attn_implementation(attention)
-    except ValueError as error:  # newer transformers refuse what an architecture cannot do
+        return make_model(family, attn_implementation=attention)
+    except ValueError as error:  # this version has no such attention for the architecture
         pytest.skip(str(error))
 
 
@@ -100,8 +98,7 @@ def transformers_loss(model, tokenizer, edit):
 def test_engines_equal_the_model_itself(family, engine, attention, tokenizer, rows):
     if engine is not FullForward and family in NOT_REPLAYED:
         pytest.skip("not replayed under transformers below 4.53")
-    model = make_model(family)
-    set_attention(model, attention)
+    model = make_model_with(family, attention)
     edit = with_edit(model)
     loss, gradients = loss_and_gradients(transformers_loss(model, tokenizer, edit), edit)
     forward = engine(model, edit).prepare([rows])
@@ -193,12 +190,26 @@ def test_edits_are_the_same_with_either_engine(tokenizer, hparams, request_dict)
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_model_is_replayed_whatever_it_calls_its_cache(model, name, rows):
+    edit = with_edit(model)
+    expected = LayerReplay(model, edit).prepare([rows])()
+    call_cache(model, name)
+    assert torch.equal(LayerReplay(model, edit).prepare([rows])(), expected)
+
+
+def test_a_forward_that_hands_on_its_cache_calls_it_as_its_decoder_does(model):
+    forward, name = model.forward, cache_name(model)
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert cache_name(model) == name
+
+
 def no_cache_here(model):
     """Let a model refuse every cache, and give none."""
     forward = model.forward
 
-    def no_cache(*args, past_key_values=None, use_cache=None, **kwargs):
-        if past_key_values is not None:
+    def no_cache(*args, use_cache=None, **kwargs):
+        if any(kwargs.get(name) is not None for name in CACHE_NAMES):
             raise NotImplementedError("no cache here")
         return forward(*args, use_cache=False, **kwargs)
 
@@ -280,7 +291,7 @@ class OtherStates(torch.nn.Module):
         self.attention = attention
 
     def forward(self, *args, **kwargs):
-        for name in ("past_key_value", "past_key_values", "cache"):  # as versions call it
+        for name in ("past_key_value", *CACHE_NAMES):  # as versions call it
             if kwargs.get(name) is not None:
                 kwargs.pop(name).update(torch.ones(2, 3), torch.ones(2, 3), 3)
         return self.attention(*args, **kwargs)
@@ -375,10 +386,10 @@ def test_the_first_step_is_the_check_of_what_it_recorded(known, num_forwards, mo
 def test_a_model_that_cannot_be_replayed_is_found_by_the_first_step(model, rows, hparams, caplog):
     forward = model.forward
 
-    def no_past(*args, past_key_values=None, **kwargs):
-        if isinstance(past_key_values, FrozenPrefix):
+    def no_past(*args, **kwargs):
+        if any(isinstance(value, FrozenPrefix) for value in kwargs.values()):
             raise NotImplementedError("no past here")
-        return forward(*args, past_key_values=past_key_values, **kwargs)
+        return forward(*args, **kwargs)
 
     model.forward = no_past
     with caplog.at_level(logging.WARNING):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from baft_easyedit import BaFTEditor, attached_edit
-from baft_easyedit.models import decoder_layers
+from baft_easyedit.models import cache_name, decoder_layers
 from tests.conftest import make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
@@ -50,6 +50,13 @@ def generate(model, input_ids=IDS, **kwargs):
     )
 
 
+def cached(model, input_ids=IDS, **kwargs):
+    """A forward's cache, as the next one's argument."""
+    name = cache_name(model)
+    with torch.no_grad():
+        return {name: model(input_ids=input_ids, use_cache=True, **kwargs)[name]}
+
+
 # Generation
 
 
@@ -61,11 +68,11 @@ def test_sampling_is_a_loop_over_forwards_with_a_cache(edited):
         eos_token_id=257, suppress_tokens=[257], pad_token_id=257,
     )  # fmt: skip
     torch.manual_seed(4)
-    ids, cache, new = IDS, None, IDS
+    ids, cache, new, name = IDS, None, IDS, cache_name(model)
     for _ in range(6):
         with torch.no_grad():
-            output = model(input_ids=new, past_key_values=cache, use_cache=True)
-        cache, scores = output.past_key_values, output.logits[:, -1].clone()
+            output = model(input_ids=new, **{name: cache}, use_cache=True)
+        cache, scores = output[name], output.logits[:, -1].clone()
         scores[:, 257] = -torch.inf
         new = torch.multinomial(scores.softmax(-1), 1)
         ids = torch.cat([ids, new], 1)
@@ -145,23 +152,18 @@ def test_prompt_whose_beginning_is_in_a_cache_gives_the_same_tokens(edited, know
     mask = padded_on_the_left(padding)
     expected = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :known]
-    with edit.prompt_lengths(mask.sum(-1)), torch.no_grad():
-        cache = model(
-            input_ids=IDS[:, :known], attention_mask=mask[:, :known], position_ids=positions,
-            use_cache=True,
-        ).past_key_values  # fmt: skip
-    rest = model.generate(input_ids=IDS, attention_mask=mask, past_key_values=cache, **GREEDY)
+    with edit.prompt_lengths(mask.sum(-1)):
+        past = cached(model, IDS[:, :known], attention_mask=mask[:, :known], position_ids=positions)
+    rest = model.generate(input_ids=IDS, attention_mask=mask, **past, **GREEDY)
     assert torch.equal(rest, expected)
 
 
 @since_5
 def test_new_tokens_behind_a_cache_go_with_the_mask_of_all(edited):
     model, edit = edited
-    with edit.disabled(), torch.no_grad():
-        cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
-    continued = model.generate(
-        input_ids=IDS[:, 4:], attention_mask=ONES, past_key_values=cache, **GREEDY
-    )
+    with edit.disabled():
+        past = cached(model, IDS[:, :4])
+    continued = model.generate(input_ids=IDS[:, 4:], attention_mask=ONES, **past, **GREEDY)
     assert torch.equal(continued[:, 5:], generate(model)[:, 9:])
 
 
@@ -191,21 +193,25 @@ def test_generations_side_by_side_know_their_own_prompts(edited):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options_of", "message"),
     [
-        ({"use_cache": False}, r"given to generate with use_cache=False: each forward repeats"),
-        ({"past_key_values": 4}, r"5 new tokens after 4 may be a later part of a prompt"),
+        (
+            lambda _: {"use_cache": False},
+            r"given to generate with use_cache=False: each forward repeats",
+        ),
+        (
+            lambda model: cached(model, IDS[:, :4]),
+            r"5 new tokens after 4 may be a later part of a prompt",
+        ),
     ],
     ids=["uncached", "cached"],
 )
-def test_generation_that_does_not_tell_its_prompts_needs_their_lengths(edited, options, message):
+def test_generation_that_does_not_tell_its_prompts_needs_their_lengths(edited, options_of, message):
     model, edit = edited
 
     def generate_behind_its_back():
-        own = dict(options)
-        if "past_key_values" in own:
-            with edit.disabled(), torch.no_grad():
-                own["past_key_values"] = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
+        with edit.disabled():
+            own = options_of(model)
         return type(model).generate(model, input_ids=IDS, attention_mask=ONES, **GREEDY, **own)
 
     with pytest.raises(ValueError, match=message):
@@ -384,11 +390,9 @@ def test_forward_that_says_nothing_of_prompts_warns_once(edited, caplog, call):
 
 def test_forward_that_tells_its_prompts_does_not_warn(edited, caplog):
     model, edit = edited
-    cache = None
     with torch.no_grad():
         model(input_ids=IDS, labels=IDS)
-        cache = model(input_ids=IDS, use_cache=True).past_key_values
-        model(input_ids=IDS[:, -1:], past_key_values=cache)
+        model(input_ids=IDS[:, -1:], **cached(model))
         model(input_ids=IDS, logits_to_keep=4)
         model(input_ids=IDS[:, :3])
         with edit.prompt_lengths([5]):

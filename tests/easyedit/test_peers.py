@@ -325,10 +325,10 @@ def test_statistics_need_texts(tiny, tmp_path):
 def test_the_null_space_holds_the_directions_least_used(tmp_path):
     moment = torch.diag(torch.tensor([5.0, 0.1, 3.0, 0.2]))
     write_null_space([moment], tmp_path / "p.pt", share=0.5)
-    (projector,) = torch.load(tmp_path / "p.pt")
+    (projector,) = torch.load(tmp_path / "p.pt", weights_only=True)
     torch.testing.assert_close(projector, torch.diag(torch.tensor([0.0, 1.0, 0.0, 1.0])))
     write_null_space([moment], tmp_path / "p.pt", threshold=0.15)
-    (projector,) = torch.load(tmp_path / "p.pt")
+    (projector,) = torch.load(tmp_path / "p.pt", weights_only=True)
     torch.testing.assert_close(projector, torch.diag(torch.tensor([0.0, 1.0, 0.0, 0.0])))
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\); got 1"):
         write_null_space([moment], tmp_path / "p.pt", share=1)
