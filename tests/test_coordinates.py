@@ -249,6 +249,7 @@ def test_a_gate_without_constants_is_moved_as_it_stands(gate):
 def test_gradients_of_a_gate_are_those_of_what_is_moved(gate):
     """Against differences of the loss."""
     edit, (hidden, target) = known_edit("whitened", gate), torch.randn(2, 6, D)
+    edit.whitening(2).measure(torch.randn(4000, D) + 1)
     coordinates = Coordinates(edit)
     loss_of(edit, hidden, target).backward()
     coordinates.pull_back()
