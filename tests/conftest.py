@@ -1,6 +1,8 @@
 """Tiny random models of the supported families and a byte tokenizer; no file, no network."""
 
+import gc
 import io
+import os
 import shutil
 
 import pytest
@@ -101,6 +103,22 @@ def make_tokenizer():
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # the models are too small to share out
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_no_garbage():
+    """Let no collection look again through the million objects of torch and transformers."""
+    make_model()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_wait_for_the_disk():
+    """No test cuts the power: a sync checks its descriptor only, as a child process's does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
 
 
 @pytest.fixture(scope="session")
