@@ -162,20 +162,21 @@ def hparams():
     )
 
 
+def run_worker_here(scratch, config, listener, workers):
+    """Stand in for `process._run_worker`."""
+    events = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(scratch)
+        patch.setattr(worker, "_claim_stdout", lambda: events)
+        worker.main(str(scratch / "job.json"))
+    listener.listen(events.getvalue().splitlines())
+    return listener.failure or "the worker ended"
+
+
 @pytest.fixture
 def worker_here(monkeypatch):
     """Let benchmarks run here: a process of their own takes ten seconds to import EasyEdit."""
-
-    def run(scratch, config, listener, workers):
-        events = io.StringIO()
-        with monkeypatch.context() as patch:
-            patch.chdir(scratch)
-            patch.setattr(worker, "_claim_stdout", lambda: events)
-            worker.main(str(scratch / "job.json"))
-        listener.listen(events.getvalue().splitlines())
-        return listener.failure or "the worker ended"
-
-    monkeypatch.setattr(process, "_run_worker", run)
+    monkeypatch.setattr(process, "_run_worker", run_worker_here)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A device that is not there, to see on a CPU what an edit does on a GPU: run as a program.
+"""A device that is not there, to see on a CPU what an edit does on a GPU: for a process of its own.
 
 Its tensors lie in the CPU's memory, but torch takes them for another device's: operators refuse to
 mix them with those of the CPU, and whatever a GPU would have to be waited for is counted.
@@ -104,9 +104,9 @@ def note_wait(name):
 
 
 def learned(model, hparams):
-    """Edit in a row, together and side by side; return the last loss of each run."""
+    """Edit one, then all together, then side by side; return the last loss of each run."""
     editor = BaFTEditor(model, make_tokenizer(), hparams)
-    reports = [editor.edit(request) for request in (*REQUESTS, REQUESTS)]
+    reports = [editor.edit(request) for request in (REQUESTS[0], REQUESTS)]
     assert {p.device for p in editor.model_edit.parameters()} == {model.device}
     reports += [one.report for one in editor.learn_apart(REQUESTS)]
     editor.model_edit.detach()
@@ -122,7 +122,7 @@ def check(family, hparams):
         losses = learned(model.to(NAME), hparams)
     assert torch.allclose(losses, expected, rtol=1e-3), (family, losses, expected)
     num_looks = sum(count for (name, _), count in WAITS.items() if name == "tolist")
-    assert num_looks <= (len(REQUESTS) + 2) * (2 + hparams.num_steps / 4), WAITS
+    assert num_looks <= (len(REQUESTS) + 1) * (2 + hparams.num_steps / 4), WAITS
 
 
 def never_waiting(step):
@@ -148,7 +148,3 @@ def main():
         check(family, BaFTHyperParams("tiny", **settings))
     check("llama", ReFTHyperParams("tiny", **settings))
     check("llama", BaFTHyperParams("tiny", rehearsal=2, **settings))
-
-
-if __name__ == "__main__":
-    main()
