@@ -6,7 +6,11 @@ A server imports the two once and is forked for each process: none has any state
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-_IMPORTED = ["torch", "transformers.models.auto.modeling_auto", "transformers.models.llama"]
+_IMPORTED = [
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def new_processes(count=1):
