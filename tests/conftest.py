@@ -1,6 +1,8 @@
 """Tiny random models of the supported families and a byte tokenizer; no file, no network."""
 
+import gc
 import io
+import os
 import shutil
 from inspect import Parameter, Signature
 from types import SimpleNamespace
@@ -124,6 +126,22 @@ def _one_thread():
     torch.set_num_threads(1)  # the models are too small to share out
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_no_garbage():
+    """Let no collection look again through the million objects of torch and transformers."""
+    make_model()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_wait_for_the_disk():
+    """No test cuts the power: a sync checks its descriptor only, as a child process's does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_model(tmp_path_factory):
     """SmolLM2 and its tokenizer, made anew from its package."""
@@ -165,20 +183,21 @@ def hparams():
     )
 
 
+def run_worker_here(scratch, config, listener, workers):
+    """Stand in for `process._run_worker`."""
+    events = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(scratch)
+        patch.setattr(worker, "_claim_stdout", lambda: events)
+        worker.main(str(scratch / "job.json"))
+    listener.listen(events.getvalue().splitlines())
+    return listener.failure or "the worker ended"
+
+
 @pytest.fixture
 def worker_here(monkeypatch):
     """Let benchmarks run here: a process of their own takes ten seconds to import EasyEdit."""
-
-    def run(scratch, config, listener, workers):
-        events = io.StringIO()
-        with monkeypatch.context() as patch:
-            patch.chdir(scratch)
-            patch.setattr(worker, "_claim_stdout", lambda: events)
-            worker.main(str(scratch / "job.json"))
-        listener.listen(events.getvalue().splitlines())
-        return listener.failure or "the worker ended"
-
-    monkeypatch.setattr(process, "_run_worker", run)
+    monkeypatch.setattr(process, "_run_worker", run_worker_here)
 
 
 @pytest.fixture

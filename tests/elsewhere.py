@@ -1,4 +1,4 @@
-"""A device that is not there, to see on a CPU what an edit does on a GPU: run as a program.
+"""A device that is not there, to see on a CPU what an edit does on a GPU: for a process of its own.
 
 Its tensors lie in the CPU's memory, but torch takes them for another device's: operators refuse to
 mix them with those of the CPU, and whatever a GPU would have to be waited for is counted.
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
@@ -59,11 +58,29 @@ class Device(TorchDispatchMode):
         return call(op, args, kwargs or {})
 
 
+def each(kind, function, value):
+    """Apply a function to all of a kind in lists, tuples and dicts: torch's own way takes long."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([each(kind, function, one) for one in value])
+    if isinstance(value, dict):
+        return {key: each(kind, function, one) for key, one in value.items()}
+    return value
+
+
+def tensors_in(value):
+    """Return all tensors in lists, tuples and dicts."""
+    found = []
+    each(Tensor, found.append, value)
+    return found
+
+
 def call(op, args, kwargs):
     """Call an operator where its tensors are."""
-    name, given = op.overloadpacket.__name__, tree_leaves((args, kwargs))
-    there = [value for value in given if isinstance(value, Elsewhere)]
-    here = [v for v in given if isinstance(v, Tensor) and not isinstance(v, Elsewhere) and v.dim()]
+    name, given = op.overloadpacket.__name__, tensors_in((args, kwargs))
+    there = [tensor for tensor in given if isinstance(tensor, Elsewhere)]
+    here = [t for t in given if not isinstance(t, Elsewhere) and t.dim()]
     device = kwargs.get("device")
     goes_there = bool(there) if device is None else torch.device(device).type == NAME
     if name == "copy_":
@@ -75,7 +92,7 @@ def call(op, args, kwargs):
         raise RuntimeError(f"{op} is given tensors of two devices")
     elif there and looks(name, op, args):
         note_wait(name)
-    plain_args, plain_kwargs = tree_map_only(Elsewhere, lambda t: t.inner, (args, kwargs))
+    plain_args, plain_kwargs = each(Elsewhere, lambda t: t.inner, (args, kwargs))
     if device is not None:
         plain_kwargs = {**plain_kwargs, "device": "cpu"}
     result = op(*plain_args, **plain_kwargs)
@@ -83,15 +100,14 @@ def call(op, args, kwargs):
         return result
     known = {id(tensor.inner): tensor for tensor in there}
     moved = lambda t: known[id(t)] if id(t) in known else Elsewhere(t)  # noqa: E731
-    result = tree_map_only(Tensor, moved, result)
+    result = each(Tensor, moved, result)
     return return_and_correct_aliasing(op, args, kwargs, result)
 
 
 def looks(name, op, args):
     """Tell whether an operator needs to know values, to go on or for the size of its result."""
     if name.startswith("index"):
-        indices = [i for i in tree_leaves(args[1:]) if isinstance(i, Tensor)]
-        return any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        return any(i.dtype in (torch.bool, torch.uint8) for i in tensors_in(args[1:]))
     return name == "equal" or bool(
         {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*op.tags}
     )
@@ -104,9 +120,9 @@ def note_wait(name):
 
 
 def learned(model, hparams):
-    """Edit in a row, together and side by side; return the last loss of each run."""
+    """Edit one, then all together, then side by side; return the last loss of each run."""
     editor = BaFTEditor(model, make_tokenizer(), hparams)
-    reports = [editor.edit(request) for request in (*REQUESTS, REQUESTS)]
+    reports = [editor.edit(request) for request in (REQUESTS[0], REQUESTS)]
     assert {p.device for p in editor.model_edit.parameters()} == {model.device}
     reports += [one.report for one in editor.learn_apart(REQUESTS)]
     editor.model_edit.detach()
@@ -122,7 +138,7 @@ def check(family, hparams):
         losses = learned(model.to(NAME), hparams)
     assert torch.allclose(losses, expected, rtol=1e-3), (family, losses, expected)
     num_looks = sum(count for (name, _), count in WAITS.items() if name == "tolist")
-    assert num_looks <= (len(REQUESTS) + 2) * (2 + hparams.num_steps / 4), WAITS
+    assert num_looks <= (len(REQUESTS) + 1) * (2 + hparams.num_steps / 4), WAITS
 
 
 def never_waiting(step):
@@ -148,7 +164,3 @@ def main():
         check(family, BaFTHyperParams("tiny", **settings))
     check("llama", ReFTHyperParams("tiny", **settings))
     check("llama", BaFTHyperParams("tiny", rehearsal=2, **settings))
-
-
-if __name__ == "__main__":
-    main()

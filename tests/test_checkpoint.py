@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,26 +23,23 @@ from baft_easyedit.keeping.state import (
     state_hash,
 )
 from tests.conftest import make_model, random_edit
+from tests.new_process import new_processes
 
 KINDS = [(f, d) for f in ("llama", "gemma", "qwen2", "gpt2") for d in ("float32", "bfloat16")]
-IN_A_NEW_PROCESS = """
-import sys, torch
-from safetensors.torch import save_file
-from baft_easyedit import attach
-from tests.conftest import make_model
-from tests.test_checkpoint import KINDS, logits
-
-torch.set_num_threads(1)
-for family, dtype in KINDS:
-    model = make_model(family, getattr(torch, dtype))
-    attach(model, f"{sys.argv[1]}/{family}-{dtype}")
-    save_file({"logits": logits(model)}, f"{sys.argv[1]}/{family}-{dtype}/logits")
-"""
 
 
 def logits(model):
     with torch.no_grad():
         return model(torch.tensor([[256, 84, 104, 101, 32, 99, 97, 112]])).logits
+
+
+def write_logits(directory):
+    """Attach the edits in a directory to new models, and write their logits beside them."""
+    torch.set_num_threads(1)
+    for family, dtype in KINDS:
+        model = make_model(family, getattr(torch, dtype))
+        attach(model, directory / f"{family}-{dtype}")
+        save_file({"logits": logits(model)}, directory / f"{family}-{dtype}" / "logits")
 
 
 @pytest.fixture
@@ -73,8 +68,8 @@ def test_edit_of_every_family_is_bit_equal_in_a_new_process(
         editor.save(tmp_path / f"{family}-{dtype}")
         edited[family, dtype] = logits(model)
         assert not torch.equal(edited[family, dtype], plain)
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    with new_processes() as pool:
+        pool.submit(write_logits, tmp_path).result()
     for (family, dtype), expected in edited.items():
         loaded = load_file(tmp_path / f"{family}-{dtype}" / "logits")["logits"]
         assert torch.equal(loaded, expected), (family, dtype)

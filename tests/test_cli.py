@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -355,9 +356,12 @@ def test_command_line_runs_as_a_module():
 
 def test_import_brings_nothing_heavy():
     heavy = {"easyeditor", "transformers", "huggingface_hub", "safetensors", "torch._dynamo"}
-    code = f"import sys, baft_easyedit; print({heavy} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    heavy |= {"peft", "matplotlib"}
+    code = f"import sys, baft_easyedit; print({heavy} & set(sys.modules)); "
+    code += "import baft_easyedit.bench.report; print('matplotlib' in sys.modules)"
+    root = Path(baft_easyedit.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.stdout.split() == ["set()", "False"], run.stderr
 
 
 def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkeypatch, capsys):

@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib
+import io
+import logging
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +20,7 @@ from baft_easyedit.gguf_models import smollm2
 from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.resources import model_location, real_model_path
 from tests.gguf_files import write_gguf
-
-ROOT = Path(__file__).parent.parent
+from tests.new_process import new_processes
 
 
 @pytest.fixture
@@ -119,24 +120,25 @@ def test_there_is_nothing_to_say_where_it_can_be_made(package, cache, monkeypatc
     assert "'gguf' from version 0.16 on" in smollm2.why_not()
 
 
-TWO_AT_ONCE = """
-import sys, logging
-from baft_easyedit.gguf_models import smollm2
-smollm2.REAL_SHA256 = sys.argv[1]
-logging.basicConfig()
-print(smollm2.ready_location("smollm2"))
-"""
+def make_at_once(meeting, cache_home, sha256):
+    """Make the model once two processes are there; return where it is, and what was logged."""
+    os.environ["XDG_CACHE_HOME"] = cache_home
+    smollm2.REAL_SHA256 = sha256
+    told = io.StringIO()
+    logging.basicConfig(stream=told)
+    (meeting / str(os.getpid())).touch()
+    while len(list(meeting.iterdir())) < 2:
+        time.sleep(0.01)
+    return smollm2.ready_location("smollm2"), told.getvalue()
 
 
 def test_two_processes_make_one_model(package, cache, tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}"}
-    command = [sys.executable, "-c", TWO_AT_ONCE, smollm2.REAL_SHA256]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    ends = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    assert {out.strip() for out, _ in ends} == {str(real_model_path())}
-    assert sum(err.count("converting SmolLM2 into") for _, err in ends) == 1
+    (tmp_path / "meeting").mkdir()
+    given = tmp_path / "meeting", str(cache.parent), smollm2.REAL_SHA256
+    with new_processes(2) as pool:
+        ends = [end.result() for end in [pool.submit(make_at_once, *given) for _ in range(2)]]
+    assert {place for place, _ in ends} == {str(real_model_path())}
+    assert sum(told.count("converting SmolLM2 into") for _, told in ends) == 1
     assert made(cache) == [real_model_path().name]
 
 

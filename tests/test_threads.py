@@ -112,7 +112,7 @@ def stress(tokenizer, hparams, duration_s):
 
 
 def test_threads_see_the_model_before_or_after_an_edit(tokenizer, short):
-    counts = stress(tokenizer, short, duration_s=4)
+    counts = stress(tokenizer, short, duration_s=2)
     assert all(counts.get(name, 0) > 0 for name in ("run", "generate", "edit", "learn_apart"))
 
 

@@ -17,6 +17,7 @@ from baft_easyedit.bench.plan import Protocol, Unit
 from baft_easyedit.bench.runner import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.easyedit.tiny import save_tiny_llama
+from tests.conftest import run_worker_here
 
 CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
 MEASURED = ("edit_time_s", "peak_memory_bytes")
@@ -67,7 +68,9 @@ def whole(settings, tmp_path_factory):
         moves.append((total, done))
         return moves.append
 
-    run_bench(make_config(settings), directory / "run", start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "_run_worker", run_worker_here)
+        run_bench(make_config(settings), directory / "run", start)
     return directory / "run", moves
 
 
@@ -126,6 +129,16 @@ def test_a_run_goes_on_where_it_stopped(settings, whole, tmp_path, monkeypatch):
     again = run_bench(make_config(settings), tmp_path / "run")
     assert seen == [[("BaFT", 1, 1, 2)], [("FT-L", 2, 1, 1)]]
     assert scores(again) == scores(read_json(whole[0] / "summary.json"))
+
+
+def test_a_process_of_its_own_gives_the_same_numbers(settings, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run/chunks/BaFT/continual-T2/00001.json").unlink()
+    moves = []
+    start = lambda total, done: moves.append((total, done)) or moves.append  # noqa: E731
+    rows = run_bench(make_config(settings), tmp_path / "run", start)
+    assert moves == [(16, 14), 1, 1]
+    assert scores(rows) == scores(read_json(whole[0] / "summary.json"))
 
 
 def as_command(settings, tmp_path, *launcher):
