@@ -100,8 +100,6 @@ class _Renderer:
     """Those of the `train` split."""
     by_relation: dict[str, list[Fact]]
     by_thing: dict[tuple[str, str], list[Fact]]
-    places: dict[tuple[str, str], set[int]]
-    """Where in `used` the facts of a `relation`, or about a `subject`, are."""
 
     @classmethod
     def from_tables(cls, known: Mapping[int, Sequence[int]] | None) -> _Renderer:
@@ -117,16 +115,13 @@ class _Renderer:
         prompts: dict[tuple[str, str], list[str]] = {}
         by_relation: dict[str, list[Fact]] = {}
         by_thing: dict[tuple[str, str], list[Fact]] = {}
-        places: dict[tuple[str, str], set[int]] = {}
-        for place, case in enumerate(used):
+        for case in used:
             fact = every[case]
             phrasings = named[fact.relation].all
             numbers = range(len(phrasings) - 1) if known is None else known[case]
             prompts[fact.key] = [fill(phrasings[number], fact.subject) for number in numbers]
             by_relation.setdefault(fact.relation, []).append(fact)
             by_thing.setdefault((fact.table, fact.subject), []).append(fact)
-            for shared in (("relation", fact.relation), ("subject", fact.subject)):
-                places.setdefault(shared, set()).add(place)
         return cls(
             facts=every,
             prompts=prompts,
@@ -138,7 +133,6 @@ class _Renderer:
             trained={every[case] for case in used if split_of(every[case]) == "train"},
             by_relation=by_relation,
             by_thing=by_thing,
-            places=places,
         )
 
     def members(self, split: str) -> list[int]:
@@ -208,20 +202,13 @@ class _Renderer:
         chosen = {"neighborhood": rng.choice(self._neighbours(fact, target))}
         if same:
             chosen["same_subject"] = rng.choice(same)
-        chosen["unrelated"] = self._unrelated(fact, rng)
+        chosen["unrelated"] = rng.choice(
+            [f for f in self.used if f.relation != fact.relation and f.subject != fact.subject]
+        )
         return {
             name: {"prompt": self._prompt(other, rng), "ground_truth": other.answer}
             for name, other in chosen.items()
         }
-
-    def _unrelated(self, fact: Fact, rng: random.Random) -> Fact:
-        """Draw a fact of another relation about another subject, without a list of them all."""
-        same_subject = self.places["subject", fact.subject]
-        related = sorted(self.places["relation", fact.relation] | same_subject)
-        place = rng.choice(range(len(self.used) - len(related)))
-        for other in related:
-            place += other <= place
-        return self.used[place]
 
     def _loc_prompts(
         self, fact: Fact, target: str, probes: dict[str, dict[str, str]], rng: random.Random
