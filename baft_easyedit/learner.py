@@ -213,12 +213,15 @@ class Learner:
         edit = self.edit
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
-            for layer, states in self._own_states().items():
+            for layer, states in self._own_states(edit).items():
                 edit.whitening(layer).measure(states)
 
-    def _own_states(self) -> dict[int, Tensor]:
-        """Return the hidden states of the model's own texts, where the edit of each layer is."""
-        with self.edit.disabled(), evaluating(self.model):
+    def _own_states(self, attached: ModelEdit) -> dict[int, Tensor]:
+        """Return the hidden states of the model's own texts, as they are without what is attached.
+
+        They are where the edit of each layer is.
+        """
+        with attached.disabled(), evaluating(self.model):
             return own_states(self.model).of(self.model, self.edit.layers)
 
     def _grow(self, hparams: BaFTHyperParams) -> None:
@@ -254,7 +257,7 @@ class Learner:
     ) -> list[Learned]:
         """Learn rows into an edit."""
         recordings = self._recordings(hparams) if hparams.rehearsal else None
-        own = self._own_states() if hparams.locality and hparams.loc_own_texts else None
+        own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
         return learn(self.model, into, edits, hparams, rehearsal, recordings, own)
 
     def _rehearsal(

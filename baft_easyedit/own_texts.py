@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from baft_easyedit.locks import of_this_thread
 from baft_easyedit.models import cache_name, decoder_layers, input_device, owner_of, text_config
-from baft_easyedit.recordings import model_version
+from baft_easyedit.recordings import is_close, model_version, tolerance_of
 
 NUM_TEXTS = 40
 LENGTH = 64
 """In tokens, the first one included."""
+_LOOKED_AT = 8
+"""Tokens that are read again to see whether the model is still as it was."""
 _AT_ONCE = 8
 """Texts of one forward."""
 _NAME = "_baft_own_states"
@@ -28,6 +30,7 @@ class OwnStates:
 
     def __init__(self) -> None:
         self._version: Hashable = None
+        self._texts = torch.zeros(0, LENGTH, dtype=torch.long)
         self._states: dict[int, Tensor] = {}
 
     def __reduce__(self) -> Any:
@@ -43,11 +46,20 @@ class OwnStates:
             layers: Which.
         """
         version = model_version(model)
-        if version != self._version:
-            self._version, self._states = version, {}
+        if version != self._version or not self._are_as_they_were(model):
+            self._version, self._texts, self._states = version, own_texts(model), {}
         if not self._states.keys() >= set(layers):
-            self._states |= _states(model, layers, own_texts(model))
+            self._states |= _states(model, layers, self._texts)
         return {layer: self._states[layer] for layer in layers}
+
+    def _are_as_they_were(self, model: nn.Module) -> bool:
+        """Tell whether a text's beginning gives the states that are known of it, up to rounding.
+
+        No version tells of all that changes what a model computes (see `model_version`).
+        """
+        again = _states(model, list(self._states), self._texts[:1, :_LOOKED_AT])
+        tolerance = tolerance_of(next(model.parameters()))
+        return all(is_close(h, self._states[i][: len(h)], tolerance) for i, h in again.items())
 
 
 def own_states(model: nn.Module) -> OwnStates:

@@ -13,6 +13,32 @@ from torch import Tensor, nn
 
 from baft_easyedit.requests import TextRow
 
+_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+
+_TOLERANCE_TF32 = 5e-3
+
+
+def tolerance_of(values: Tensor) -> float:
+    """Return how far what is computed again may be off, as a share of its size."""
+    tolerance = _TOLERANCE.get(values.dtype, 0.0)
+    if values.is_cuda:  # which may multiply matrices in TF32
+        tolerance = max(tolerance, _TOLERANCE_TF32)
+    return tolerance
+
+
+def is_close(values: Tensor, others: Tensor, tolerance: float) -> bool:
+    """Tell whether values are others of the same shape, but for this share of their mean size.
+
+    Not of their largest value: some hidden states have a few that exceed all others.
+    """
+    a, b = values.float(), others.float()
+    return a.shape == b.shape and float((a - b).abs().sum()) <= tolerance * float(b.abs().sum())
+
 
 class Recording(NamedTuple):
     """What of a text no edit can change."""
@@ -40,17 +66,11 @@ class Recording(NamedTuple):
         return tuple(t.device for t in self.tensors)
 
     def is_close(self, other: "Recording", tolerance: float) -> bool:
-        """Tell whether each tensor is the other's, but for this share of its mean size.
-
-        Not of its largest value: some hidden states have a few that exceed all others.
-        """
+        """Tell whether each tensor is the other's; see the function `is_close`."""
         if self.past.keys() != other.past.keys():
             return False
-        pairs = [(a.float(), b.float()) for a, b in zip(self.tensors, other.tensors, strict=True)]
-        return all(
-            a.shape == b.shape and float((a - b).abs().sum()) <= tolerance * float(b.abs().sum())
-            for a, b in pairs
-        )
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return all(is_close(a, b, tolerance) for a, b in pairs)
 
     def to(self, devices: Iterable[torch.device]) -> "Recording":
         """Bring each of its tensors to a device."""
@@ -144,7 +164,10 @@ class Recordings:
 def model_version(model: nn.Module) -> Hashable:
     """Return what changes when a weight of the model is moved, replaced or written to.
 
-    Writes through `Tensor.data` are not seen, nor adapters that are switched on or off: `replay`
-    looks whether a text is still computed as it was.
+    And when it computes by other kernels, which round otherwise. Writes through `Tensor.data` are
+    not seen, nor adapters that are switched on or off: who keeps what a model computed looks
+    whether it still computes that.
     """
-    return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())
+    return torch.get_num_threads(), attention, weights

@@ -30,15 +30,10 @@ from baft_easyedit.models import cache_name, decoder_layers, input_device, owner
 from baft_easyedit.objective import answer_loss, token_losses
 from baft_easyedit.packing import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.positions import first_edited
-from baft_easyedit.recordings import Recording, Recordings, model_version
+from baft_easyedit.recordings import Recording, Recordings, model_version, tolerance_of
 from baft_easyedit.requests import TextRow
 
 logger = logging.getLogger(__name__)
-
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far replayed logits may be from recorded ones, relative to the largest of these."""
-
-_TOLERANCE_TF32 = 5e-3
 
 _OF_LOSSES = 0.2
 """How far losses may be off, as a share of that; beyond it, the logits decide."""
@@ -194,7 +189,7 @@ class LayerReplay:
             return self.prepare(edits)
         made = {i: self._record(rows[i]) for i in missing}
         self._unchecked = {rows[i]: m.recording for i, m in made.items()}
-        tolerance = _OF_LOSSES * _tolerance(made[missing[0]].logits)
+        tolerance = _OF_LOSSES * tolerance_of(made[missing[0]].logits)
         expected = Expected(missing, torch.cat([m.loss for m in made.values()]), tolerance)
         return self._replayed(_pieces(edits, (), self._start), known | self._unchecked, expected)
 
@@ -237,7 +232,7 @@ class LayerReplay:
         if row is not None and known is not None:
             with self._edit.disabled():
                 again = self._record(row).recording
-            if not again.is_close(known, _tolerance(known.hidden)):
+            if not again.is_close(known, tolerance_of(known.hidden)):
                 logger.info("all texts are recorded anew: %s computes something else", self._name)
                 self._recordings.clear()
         self._are_recordings_checked = True
@@ -402,21 +397,13 @@ def _watching(layer: nn.Module) -> Iterator[list[Any]]:
             handle.remove()
 
 
-def _tolerance(values: Tensor) -> float:
-    """Return how far what is replayed or recorded may be off, relative to its size."""
-    tolerance = _TOLERANCE.get(values.dtype, 0.0)
-    if values.is_cuda:  # which may multiply matrices in TF32
-        tolerance = max(tolerance, _TOLERANCE_TF32)
-    return tolerance
-
-
 def _check_equal(replayed: Tensor, recorded: Tensor) -> None:
     """Raise CannotReplayError unless logits [A, V] are equal up to rounding."""
     if not len(recorded):
         return
     difference = float((replayed - recorded).float().abs().max())
     largest = float(recorded.float().abs().max())
-    if not difference <= _tolerance(recorded) * largest:
+    if not difference <= tolerance_of(recorded) * largest:
         raise CannotReplayError(
             f"replayed logits differ by {difference:.2g} from the full forward's, of size "
             f"{largest:.2g}"

@@ -310,13 +310,51 @@ def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model
     assert not torch.equal(own_states(model).of(model, [3])[3], states[3])
 
 
+def write_data(model):
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
+
+
+def add_hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 1.5)
+
+
+@pytest.mark.parametrize("change", [write_data, add_hook])
+def test_states_are_those_of_the_model_as_it_is(change, model):
+    """Also after a change that no version of the weights tells of."""
+    before = own_states(model).of(model, [1])[1]
+    change(model)
+    after, (texts, other) = own_states(model).of(model, [1])[1], (own_texts(model), make_model())
+    change(other)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(after, own_states(other).of(other, [1])[1])
+    assert torch.equal(own_texts(other), texts)
+
+
+@pytest.mark.parametrize("parametrisation", ["direct", "whitened"])
+def test_own_texts_are_those_of_the_model_beside_edits_learned_apart(
+    parametrisation, tokenizer, hparams, request_dict, tmp_path
+):
+    """In a new process, too, where nothing is known of them when copies of the edit are there."""
+    hparams = replace(hparams, parametrisation=parametrisation, loc_own_texts=True, num_steps=3)
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "kept", hparams) as editor:
+        editor.edit(request_dict)
+    model, new = make_model(), make_model()
+    requests = [{"prompt": f"{name} is", "target_new": "ice"} for name in ("Tea", "Fog", "Sea")]
+    with BaFTEditor.open(model, tokenizer, tmp_path / "kept") as editor:
+        editor.learn_apart(requests)
+        with editor.model_edit.disabled():
+            found, expected = (own_states(m).of(m, [1, 3]) for m in (model, new))
+    for layer, states in expected.items():
+        assert torch.equal(found[layer], states)
+
+
 def test_statistics_are_measured_once_and_without_the_edit(
     model, tokenizer, hparams, request_dict, monkeypatch
 ):
     editor = BaFTEditor(model, tokenizer, replace(hparams, parametrisation="whitened"))
     editor.edit(request_dict)
     first = editor.model_edit.whitening(1).mean.clone()
-    monkeypatch.setattr("baft_easyedit.own_texts._states", None)
+    monkeypatch.setattr("baft_easyedit.own_texts.own_texts", None)
     editor.edit({"prompt": "Water is", "target_new": "ice"})
     assert torch.equal(editor.model_edit.whitening(1).mean, first)
     editor.undo()

@@ -67,6 +67,20 @@ def test_another_version_of_the_model_starts_anew(model):
     assert len(recordings) == recordings.num_bytes == 0
 
 
+def test_other_kernels_are_another_version_of_the_model(model):
+    """They round otherwise, and an edit that is learned again has to come out bit for bit."""
+    versions, threads = [model_version(model)], torch.get_num_threads()
+    model.set_attn_implementation("eager")
+    versions.append(model_version(model))
+    try:
+        torch.set_num_threads(threads + 1)
+        versions.append(model_version(model))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(versions)) == 3
+    assert versions[1] == model_version(model)
+
+
 def test_a_copy_is_empty():
     recordings = Recordings(10 * SIZE)
     recordings.put(text(0), recording())

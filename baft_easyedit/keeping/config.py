@@ -200,4 +200,5 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "device": name,
         "threads": torch.get_num_threads(),
+        "attention": text_config(model)._attn_implementation,
     }
