@@ -39,8 +39,8 @@ def assert_same(apart, alone):
     for learned, (report, state) in zip(apart, alone, strict=True):
         assert learned.report.num_steps == report.num_steps
         for one, other in zip(learned.report.losses, report.losses, strict=True):
-            assert one.answer == pytest.approx(other.answer, rel=1e-3, abs=1e-4)
-            assert one.locality == pytest.approx(other.locality, rel=1e-3, abs=1e-4)
+            assert one.answer == pytest.approx(other.answer, abs=1e-4)
+            assert one.locality == pytest.approx(other.locality, abs=1e-4)
         assert set(learned.state) == set(state)
         for name in state:
             found, expected = (squared_root(name, s[name]) for s in (learned.state, state))
@@ -58,10 +58,14 @@ def test_side_by_side_equals_one_by_one(gate, whitens, tokenizer, hparams):
     hparams = replace(hparams, gate=gate, num_steps=5, loc_own_texts=whitens)
     hparams = replace(hparams, parametrisation="whitened" if whitens else "direct")
     model = make_model()
+    editor = BaFTEditor(model, tokenizer, hparams)
+    # The largest weight, in R_loc, is that of any basis as long as only rounding tells them apart.
+    earlier = {"prompt": "Snow is", "target_new": "red", "loc_prompt": "Tea is hot"}
+    editor.edit(earlier)
     before = logits(model, tokenizer)
-    apart = BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS)
+    apart = editor.learn_apart(REQUESTS)
     assert torch.equal(logits(model, tokenizer), before)
-    assert_same(apart, one_by_one(model, tokenizer, hparams))
+    assert_same(apart, one_by_one(make_model(), tokenizer, hparams, earlier=earlier))
 
 
 @pytest.mark.parametrize("engine", ["replay", "full"])
