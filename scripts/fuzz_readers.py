@@ -355,7 +355,7 @@ def kept_readers(folder: Path) -> Iterator[Reader]:
                 found = state_module.state_hash(editor._learner.state())
                 if found == whole:  # the edit goes on from it, with the settings it has
                     before.pop(STATE, None)
-                # One whose hashes were put right looks as if its journal were lost: a new one says so.
+                # One with right hashes looks as if its journal were lost: a new one says so.
                 is_begun_anew = read_history(path)[0].snapshot_of is not None
                 expect(found in known or is_begun_anew, "a state that never was")
                 own = attached_edit(model)
