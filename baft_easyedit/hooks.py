@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from baft_easyedit.compiling import not_compiled
@@ -24,6 +25,7 @@ from baft_easyedit.locks import ModelLock, lock_of
 from baft_easyedit.models import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.objective import BasisUsage
 from baft_easyedit.overrides import Override, override
+from baft_easyedit.past_states import PastStates
 from baft_easyedit.positions import PromptLengths, positions_of_call, says_nothing_of_prompts
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import RehearsalMemory
@@ -32,6 +34,9 @@ from baft_easyedit.whitening import Whitening
 Snapshot = Mapping[str, Tensor]
 
 logger = logging.getLogger(__name__)
+
+_IRRELEVANT_KEPT = 4
+"""Irrelevant states of an edit that each layer keeps; see `past_states`."""
 
 
 @dataclass
@@ -129,6 +134,7 @@ class ModelEdit(nn.Module):
         num_prompt_positions: P, how many of the last prompt tokens are edited.
         seed: Seed of the random bases.
         parametrisation: One of `PARAMETRISATIONS`; see `coordinates`.
+        past_states: Hidden states of past edits that each layer keeps at most; 0 for none.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class ModelEdit(nn.Module):
         num_prompt_positions: int,
         seed: int = 0,
         parametrisation: str = "direct",
+        past_states: int = 0,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -150,8 +157,13 @@ class ModelEdit(nn.Module):
             self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
             whitened = layers if parametrisation == "whitened" else ()
             self._whitening = nn.ModuleDict({str(i): Whitening(hidden_size) for i in whitened})
+            keeping = layers if past_states else ()
+            self._past = nn.ModuleDict(
+                {str(i): PastStates(hidden_size, past_states) for i in keeping}
+            )
         self.gate = gate
         self.parametrisation = parametrisation
+        self.past_states = past_states
         self.num_prompt_positions = num_prompt_positions
         self.memory = RehearsalMemory()
         self.latest_change: Change | None = None
@@ -201,6 +213,15 @@ class ModelEdit(nn.Module):
         """Return the statistics of one edited layer of an edit that `whitens`."""
         return cast(Whitening, self._whitening[str(layer)])
 
+    @property
+    def num_past_states(self) -> int:
+        """Hidden states of past edits that a layer keeps now."""
+        return self.past(self.layers[0]).num_kept if self._past else 0
+
+    def past(self, layer: int) -> PastStates:
+        """Return what an edit that keeps past states has of them at one layer."""
+        return cast(PastStates, self._past[str(layer)])
+
     def joint_usage(self) -> BasisUsage:
         """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""
         return BasisUsage.stacked([self.usage(i) for i in self.layers])
@@ -240,8 +261,8 @@ class ModelEdit(nn.Module):
             ValueError: If the rank is out of range; nothing has changed then.
         """
         self._renew(rank, seed)
-        for whitening in self._whitening.values():
-            cast(Whitening, whitening).forget()
+        for known in (*self._whitening.values(), *self._past.values()):
+            cast(Whitening | PastStates, known).forget()
 
     def _renew(self, rank: int, seed: int) -> None:
         """Make interventions and usage new, of another rank perhaps."""
@@ -294,7 +315,7 @@ class ModelEdit(nn.Module):
         edit: int,
         usage: Mapping[int, tuple[Tensor, Tensor]],
         used: Mapping[int, Tensor],
-        past_weight: float,
+        irrelevant: Mapping[int, Tensor],
     ) -> Snapshot:
         """Return a copy of what one of the `num_edits` edits has learned.
 
@@ -302,17 +323,57 @@ class ModelEdit(nn.Module):
             edit: Which, from 0.
             usage: `total` [num_edits, r] and `count` [num_edits] of each layer's usage by then.
             used: The states that each layer's edit was made for, [N, D].
-            past_weight: How much they count from now on; see `Whitening.with_states`.
+            irrelevant: Those of its irrelevant prompts, [M, D].
         """
         state = dict(self.snapshot())
-        state |= self._values_of(edit)
+        values = self._values_of(edit)
+        state |= values
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
-        for layer in self.layers if self.whitens and past_weight else ():
-            root = self.whitening(layer).with_states(used[layer], past_weight)
-            state[f"_whitening.{layer}.root"] = root
+        for layer in self.layers if self._past else ():
+            if len(used[layer]):  # a consolidation has none of its own
+                new = self._past_of(layer, values, used[layer].float(), irrelevant[layer].float())
+                kept = self.past(layer).with_edit(*new)
+                state |= {f"_past.{layer}.{name}": value for name, value in kept.items()}
         return state
+
+    @torch.no_grad()
+    def _past_of(
+        self, layer: int, values: Snapshot, used: Tensor, irrelevant: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states to keep of an edit with these values, and how they are to move.
+
+        Of the irrelevant ones those that move most, for not to.
+        """
+        moved = self.displacement(layer, irrelevant, values).norm(dim=-1)
+        worst = irrelevant[moved.topk(min(_IRRELEVANT_KEPT, len(moved))).indices]
+        moves = self.displacement(layer, used, values)
+        return torch.cat([used, worst]), torch.cat([moves, torch.zeros_like(worst)])
+
+    @torch.no_grad()
+    def note_moves(self) -> None:
+        """Take what the edit does now for what past ones were to do where h was to move."""
+        for layer in self.layers if self._past else ():
+            states, moves = self.past(layer).kept()
+            moves.copy_(self.displacement(layer, states) * moves.any(-1, keepdim=True))
+
+    def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
+        """Return Phi(h) - h of one layer, [N, D].
+
+        Args:
+            layer: Which.
+            states: h, [N, D], fp32.
+            values: Parameters by the names of `snapshot`, for those of this module.
+        """
+        prefix = f"_interventions.{layer}."
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in (values or {}).items()
+            if name.startswith(prefix)
+        }
+        edited: Tensor = functional_call(self.intervention(layer), own, (states,))[0]
+        return edited - states
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
         """Return copies of one edit's parameters where they are not this module's own."""
@@ -589,6 +650,8 @@ class ModelEdit(nn.Module):
             self.usage(layer).to(device)
             if self.whitens:
                 self.whitening(layer).to(device)
+            if self._past:
+                self.past(layer).to(device)
 
 
 def rank_of(snapshot: Snapshot) -> int:

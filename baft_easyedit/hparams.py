@@ -68,9 +68,11 @@ class BaFTHyperParams:
     parametrisation: str = "direct"
     """In which coordinates the edit is learned, a name of `PARAMETRISATIONS`: as the paper writes
     it, or `whitened` (ours), by which edits in a row hardly touch each other on a real model."""
-    past_weight: float = 10.0
-    """Whitened: how much each state that an edit uses counts, against all irrelevant ones together,
-    so that later edits leave it alone, at least 0."""
+    past_states: int = 0
+    """Hidden states that each layer keeps of past edits, at most; 0 for none (the paper). With
+    them each edit settles among past ones (ours): see `settling`."""
+    settle_steps: int = 40
+    """Steps of that, at least 1; they take no forward of the model."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -204,7 +206,7 @@ class BaFTHyperParams:
         _check(self.gate_lr is None or self.gate_lr > 0, "gate_lr", "be above 0", self.gate_lr)
         rate = self.basis_lr
         _check(rate is None or rate >= 0, "basis_lr", "be at least 0, or null", rate)
-        at_least_0 = ("past_weight", "weight_decay", "early_stop_loss")
+        at_least_0 = ("weight_decay", "early_stop_loss")
         for name in (*at_least_0, "balance_coef", "locality_coef"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("alpha", "beta", "gamma"):
@@ -212,10 +214,10 @@ class BaFTHyperParams:
 
     def _check_continual(self) -> None:
         """Check how a run of edits keeps the earlier ones."""
-        at_least_0 = ("rehearsal", "rehearsal_cache_mib", "rehearsal_spill_mib")
+        at_least_0 = ("past_states", "rehearsal", "rehearsal_cache_mib", "rehearsal_spill_mib")
         for name in (*at_least_0, "rehearsal_stop_loss", "consolidate_every", "rank_growth"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
-        for name in ("consolidate_steps", "rank_growth_every", "max_rank"):
+        for name in ("settle_steps", "consolidate_steps", "rank_growth_every", "max_rank"):
             _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         _check_choice("rehearsal_policy", self.rehearsal_policy, POLICIES)
         limit, irrelevant = self.rehearsal_memory, self.rehearsal_irrelevant

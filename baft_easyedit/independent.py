@@ -35,6 +35,7 @@ class IndependentEdits(ModelEdit):
             start.gate,
             start.num_prompt_positions,
             parametrisation=start.parametrisation,
+            past_states=start.past_states,
         )
         self.to(basis.device)
         self.restore(start.snapshot())

@@ -26,6 +26,7 @@ from baft_easyedit.prompt_format import PromptFormat
 from baft_easyedit.recordings import Recordings
 from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.requests import EditRequest, TextRow, text_rows
+from baft_easyedit.settling import settle
 from baft_easyedit.surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Learner:
         self._condition()
         rehearsal = self._rehearsal(hparams, memory, requests)
         (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
-        self.edit.restore(learned.state)
+        self.edit.restore(self._settled(learned, self.edit.num_past_states, hparams))
         _warn_of_unlearned(requests, [learned.report])
         num_seen = memory.num_seen
         memory.remember(requests, learned.report.request_losses, hparams)
@@ -145,6 +146,7 @@ class Learner:
         review = Review(self.edit.memory, fixed, partial(self._known_rows, hparams=fixed))
         (learned,) = self._learned(self.edit, [[]], fixed, review)
         self.edit.restore(learned.state)
+        self.edit.note_moves()
         return learned.report
 
     def learn_apart(
@@ -155,10 +157,13 @@ class Learner:
         `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
-        before = self.edit.snapshot()
+        before, num_past = self.edit.snapshot(), self.edit.num_past_states
         self._condition()
         try:
-            in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
+            in_order = [
+                one._replace(state=self._settled(one, num_past, hparams))
+                for one in self._learn_in_parts(requests, edits, batch_size, hparams)
+            ]
         finally:
             self.edit.restore(before)
         _warn_of_unlearned(requests, [one.report for one in in_order])
@@ -202,6 +207,20 @@ class Learner:
         self._attach()
         losses = learned.report.request_losses
         self.edit.memory.remember(requests, losses[: len(requests)], hparams)
+
+    def _settled(self, learned: Learned, num_past: int, hparams: BaFTHyperParams) -> Snapshot:
+        """Return the state of what was learned, settled among past edits if there are any.
+
+        Args:
+            learned: The new edit.
+            num_past: Hidden states that were kept of past ones.
+            hparams: How to settle.
+        """
+        if not num_past:
+            return learned.state
+        self.edit.restore(learned.state)
+        settle(self.edit, self._own_states(self.edit), hparams)
+        return self.edit.snapshot()
 
     def _attach(self) -> None:
         """Make the model compute with the edit, unless it does."""

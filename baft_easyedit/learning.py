@@ -119,7 +119,7 @@ def learn(
     start = time.perf_counter()
     edit.follow(model)
     coordinates = Coordinates(edit)
-    optimizer = _optimizer(coordinates, hparams)
+    optimizer = make_optimizer(coordinates, hparams)
     run = _Run(edit, edits, hparams, rehearsal)
     known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
     with _frozen(model):
@@ -154,7 +154,7 @@ def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
     return edit.num_edits == 1 and input_device(model).type == "cuda"
 
 
-def _optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
+def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
     """Make AdamW, in one kernel for each learning rate; gates and bases may have their own."""
     moved = coordinates.moved
     alike: dict[float, list[Tensor]] = {}
@@ -283,11 +283,14 @@ class _Run:
 
     def _state(self, i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
         """Return what an edit has learned, its usage and the states that it uses as past ones."""
-        used = {
-            layer: hidden[i][step.new[i].to(hidden.device)]
-            for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
-        }
-        return self._edit.state_of(i, usage, used, self._hparams.past_weight)
+        used, irrelevant = (
+            {
+                layer: hidden[i][at[i].to(hidden.device)]
+                for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
+            }
+            for at in (step.new, step.irrelevant)
+        )
+        return self._edit.state_of(i, usage, used, irrelevant)
 
     def results(self, time_s: float) -> list[Learned]:
         """Return the states and reports of all edits.

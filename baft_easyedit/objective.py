@@ -177,6 +177,22 @@ def closed_gate(weights: Tensor, alpha: float) -> Tensor:
     return F.relu(weights - alpha).mean((-2, -1))
 
 
+def displacement_error(moves: Tensor, wanted: Tensor) -> Tensor:
+    """Return how far displacements are off, as a share of what is wanted (ours).
+
+    |moves - wanted|^2 / |wanted|^2, over all states; see `settling`.
+
+    Args:
+        moves: Phi(h) - h, [N, D].
+        wanted: What it is to be, [N, D].
+
+    Returns:
+        [].
+    """
+    size = wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
+    return (moves - wanted).square().sum() / size
+
+
 RESCALINGS = ("match", "none")
 
 _SMALLEST_TERM = 1e-3

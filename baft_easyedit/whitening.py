@@ -3,8 +3,7 @@
 Most of the power of a model's hidden states is their common mean and a handful of dimensions, so a
 step in the entries of a matrix that they are multiplied by moves all prompts nearly alike. In
 whitened coordinates z = S (h - mu) it does not; K^-1 below is to hidden states what ROME's C^-1 is
-to keys (Meng et al. 2022, Eq. 2). The states that past edits use are added to what is whitened:
-what they use is then expensive to touch, as in recursive least squares, of constant size.
+to keys (Meng et al. 2022, Eq. 2).
 
 Needs torch only. Shapes: N states, D hidden size, m directions that are known apart.
 """
@@ -93,17 +92,6 @@ class Whitening(nn.Module):
         self.root.copy_(principal_rows(units, len(self.root)))
         rest = units.square().sum() - self.root.square().sum()
         self.floor.copy_(1 - _SHARE + rest.clamp_min(0) / len(self.mean))
-
-    @torch.no_grad()
-    def with_states(self, states: Tensor, weight: float) -> Tensor:
-        """Return F, [m, D], as it is once an edit that uses some states is past.
-
-        Args:
-            states: h, [N, D].
-            weight: How much they count; all irrelevant ones together count 1.
-        """
-        units = self.in_units(states) * weight**0.5
-        return principal_rows(torch.cat([self.root, units]), len(self.root))
 
     @property
     def rms(self) -> Tensor:

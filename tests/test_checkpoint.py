@@ -220,7 +220,7 @@ def test_config_tells_the_method_and_no_secret_and_no_path(model, tokenizer, qui
         assert b"secret" not in file.read_bytes()
         assert b"/home/me" not in file.read_bytes()
     config = json.loads((tmp_path / "kept/baft_config.json").read_text())
-    assert config["format_version"] == 3
+    assert config["format_version"] == 4
     assert config["base_model"] == tmp_path.name
     assert config["hparams"] == method_of(quick)
     assert set(config["versions"]) == {"baft_easyedit", "torch", "transformers", "python"}
@@ -236,7 +236,7 @@ def test_name_of_a_model_on_the_hub_is_kept(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 4}, "here must have format_version 1 to 3; got 4: use a version"),
+        ({"format_version": 5}, "here must have format_version 1 to 4; got 5: use a version"),
         ({"format_version": "1"}, "here must have a int as 'format_version'; got str"),
         ({"base_model": 3}, "here must have a str as 'base_model'; got int"),
         ({"revision": 3}, "here must have a str or null as 'revision'; got int"),
@@ -314,7 +314,7 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
         (b"\xff" * 64, "ends within its header"),
         (save(tensors), "its metadata are not of one"),
         (save(tensors, {"format_version": "1"}), "metadata do not have the hash that they name"),
-        (rewritten(data, {"format_version": "9"}), "must have format_version 1 to 3; got '9'"),
+        (rewritten(data, {"format_version": "9"}), "must have format_version 1 to 4; got '9'"),
         (rewritten(data, {"memory": "[]"}), "memory in .* must be a JSON object; got list"),
         (rewritten(data, {"entries": "{}"}), "a journal entry in .* must have the key 'kind'"),
         (rewritten(data, {"state_hash": "0"}), "its tensors do not have the hash that it names"),
@@ -493,4 +493,4 @@ def test_an_edit_of_an_older_version_goes_on(model, tokenizer, request_dict, old
     with BaFTEditor.open(other, tokenizer, old) as editor:  # all of it is of this version by now
         assert all(torch.equal(v, after[k]) for k, v in editor.model_edit.snapshot().items())
         editor.edit(request_dict)
-    assert json.loads((old / "baft_config.json").read_text())["format_version"] == 3
+    assert json.loads((old / "baft_config.json").read_text())["format_version"] == 4

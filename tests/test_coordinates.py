@@ -82,23 +82,9 @@ def test_pulling_a_gradient_back_is_the_adjoint_of_folding():
     assert torch.allclose(one, (rows * whitening.pulled(gradient)).sum(), rtol=1e-4)
 
 
-def test_what_past_edits_use_is_touched_less():
-    whitening = measured(skewed_states())
-    used, other = skewed_states(3, seed=5), skewed_states(3, seed=6)
-    before = [whitening.whitened(states).norm(dim=-1) for states in (used, other)]
-    whitening.root.copy_(whitening.with_states(used, 100.0))
-    after = [whitening.whitened(states).norm(dim=-1) for states in (used, other)]
-    assert (after[0] < 0.3 * before[0]).all()
-    assert (after[1] > 0.6 * before[1]).all()
-    root, unweighted = whitening.root, whitening.with_states(used, 0.0)
-    assert torch.allclose(unweighted.mT @ unweighted, root.mT @ root, rtol=1e-3, atol=1e-2)
-
-
 def test_statistics_are_of_constant_size():
     whitening = Whitening(600)
     whitening.measure(torch.randn(700, 600))
-    for _ in range(3):
-        whitening.root.copy_(whitening.with_states(torch.randn(100, 600), 1.0))
     assert whitening.root.shape == (256, 600)
     whitening.forget()
     assert not whitening.is_known
@@ -423,8 +409,7 @@ def test_learning_apart_leaves_a_kept_edit_as_it_is(model, tokenizer, hparams, t
     alone = BaFTEditor(make_model(), tokenizer, hparams)
     alone.edit(request)
     for name, value in alone.model_edit.snapshot().items():
-        if not name.endswith(".root"):
-            assert torch.allclose(learned.state[name], value, rtol=1e-3, atol=1e-3), name
+        assert torch.allclose(learned.state[name], value, rtol=1e-3, atol=1e-3), name
 
 
 def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):

@@ -1131,7 +1131,7 @@ def test_no_file_beside_a_directory_stops_it(opened, three, kind):
             opened(hparams=None)
         with opened(hparams=None, repair=True) as editor:
             editor.edit(fact(8))
-        assert json.loads((three / "baft_config.json").read_text())["format_version"] == 3
+        assert json.loads((three / "baft_config.json").read_text())["format_version"] == 4
     assert [os.path.lexists(three / f"before-repair-{i}/{name}") for i, name in (
         (1, "baft_config.json"), (2, "checkpoints"))] == [True, True]  # fmt: skip
     make_special(kind, three / "lock")

@@ -19,10 +19,10 @@ from baft_easyedit.messages import short
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.reading import taken
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of what is written."""
 
-READABLE_VERSIONS = (1, 2, 3)
+READABLE_VERSIONS = (1, 2, 3, 4)
 """For those before see `older`."""
 
 _OF_EASYEDIT = frozenset(
@@ -173,6 +173,7 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module, rank: int | None = None
         h.num_prompt_positions,
         h.seed,
         h.parametrisation,
+        h.past_states,
     )
 
 

@@ -107,6 +107,7 @@ def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -
         "gate": hparams.gate,
         "num_prompt_positions": hparams.num_prompt_positions,
         "parametrisation": hparams.parametrisation,
+        "past_states": hparams.past_states,
     }
     for name, value in wanted.items():
         if getattr(carried, name) != value:

@@ -3,7 +3,8 @@
 In version 1 the basis was a function of an unconstrained matrix, `raw_basis`, by QR. It is computed
 once, and kept as it is from then on. Before version 3, A itself was kept, not A - R. The edit stays
 the same up to rounding. One that is opened goes on from there; what was learned before cannot be
-learned again bit for bit, but checkpoints are read.
+learned again bit for bit, but checkpoints are read. Before version 4, whitened statistics took in
+the states of past edits, by a `past_weight`; they stay as they were left.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,9 @@ def converted(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def converted_hparams(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a kept edit with the values that are known today."""
     known = {name: _now_called(name, value) for name, value in method.items()}
-    return {"parametrisation": "direct", "past_weight": 0.0, "basis_lr": None} | known
+    known.pop("past_weight", None)
+    added = {"parametrisation": "direct", "basis_lr": None, "past_states": 0, "settle_steps": 40}
+    return added | known
 
 
 def _now_called(name: str, value: Any) -> Any:

@@ -1,0 +1,209 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor, ModelEdit, attach
+from baft_easyedit.independent import IndependentEdits
+from baft_easyedit.objective import displacement_error
+from baft_easyedit.past_states import PastStates
+from tests.conftest import HIDDEN, make_model
+
+SETTLED = {
+    "parametrisation": "whitened",
+    "gate": "basis-subspace-bias",
+    "past_states": 64,
+    "settle_steps": 20,
+    "num_steps": 6,
+}
+
+
+def request(k):
+    return {"prompt": f"Fact {k} is", "target_new": "no", "loc_prompt": f"Ice {k} is cold"}
+
+
+def logits(model):
+    return model(torch.tensor([[256, 84, 104, 101, 32, 99]])).logits
+
+
+def same(state, other):
+    return all(torch.equal(state[name], other[name]) for name in state)
+
+
+def past_error(editor):
+    """How far off what the edit does at past states is now."""
+    edit = editor.model_edit
+    return sum(
+        displacement_error(edit.displacement(layer, states), moves).item()
+        for layer in edit.layers
+        for states, moves in [edit.past(layer).kept()]
+    )
+
+
+def test_past_states_are_kept_as_they_came():
+    past = PastStates(3, 4)
+    for first in (1.0, 3.0):
+        new = torch.tensor([[first] * 3, [first + 1] * 3])
+        past.load_state_dict(past.with_edit(new, -new))
+    assert past.num_kept == 4
+    states, moves = past.kept()
+    assert states[:, 0].tolist() == [1, 2, 3, 4]
+    assert torch.equal(moves, -states)
+    past.forget()
+    assert past.num_kept == 0
+
+
+def test_of_more_than_fit_each_state_is_as_likely_kept():
+    kept: Counter[float] = Counter()
+    for offset in range(300):
+        past = PastStates(1, 5)
+        past.count.fill_(0)
+        new = torch.arange(20.0)[:, None]
+        # What is drawn depends on how many came before.
+        past.load_state_dict(past.with_edit(new[:5], new[:5]))
+        past.count.fill_(5 + offset)
+        past.load_state_dict(past.with_edit(new[5:], new[5:]))
+        assert past.num_kept == 5
+        kept.update(past.kept()[0][:, 0].tolist())
+    assert kept[0] > 150  # most came before: the later ones are kept rarely
+    assert 0 < kept[19] < 60
+
+
+def test_displacement_is_what_the_intervention_adds(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
+    editor.edit(request(0))
+    edit = editor.model_edit
+    layer, states = edit.layers[0], torch.randn(5, HIDDEN)
+    edited = edit.intervention(layer)(states)[0]
+    assert torch.equal(edit.displacement(layer, states), edited - states)
+    copies = IndependentEdits(edit, 2)
+    values = copies._values_of(1)
+    assert torch.allclose(copies.displacement(layer, states, values), edited - states)
+
+
+def test_an_edit_keeps_its_states_and_what_it_does_there(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED, num_prompt_positions=2))
+    editor.edit(request(0))
+    edit = editor.model_edit
+    past = edit.past(edit.layers[0])
+    _, moves = past.kept()
+    used = 2 + len(" no")
+    assert past.num_kept == used + 4  # and irrelevant ones
+    assert (moves[:used].norm(dim=-1) > 0).all()
+    assert (moves[used:] == 0).all()
+    assert torch.equal(moves[:used], edit.displacement(edit.layers[0], past.kept()[0][:used]))
+
+
+def test_settling_brings_past_edits_back(tokenizer, hparams):
+    errors = []
+    for steps in (1, 80):
+        editor = BaFTEditor(make_model(), tokenizer, replace(hparams, **SETTLED))
+        editor.hparams = replace(editor.hparams, settle_steps=steps)
+        for k in range(4):
+            editor.edit(request(k))
+        errors.append(past_error(editor))
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_a_first_edit_is_that_without_past_states(tokenizer, hparams):
+    outputs = []
+    for most in (0, 64):
+        model = make_model()
+        editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED | {"past_states": most}))
+        editor.edit(request(0))
+        outputs.append(logits(model))
+    assert torch.equal(*outputs)
+
+
+def test_of_an_edit_without_displacement_nothing_settles(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED | {"early_stop_loss": 1e9}))
+    for k in range(2):
+        assert editor.edit(request(k) | {"target_new": "e"}).num_steps <= 6
+    assert all(torch.isfinite(value).all() for value in editor.model_edit.snapshot().values())
+
+
+@pytest.mark.parametrize("rehearsal", [0, 1])
+def test_settled_edits_are_undone_bit_for_bit(rehearsal, model, tokenizer, hparams):
+    hparams = replace(hparams, **SETTLED, rehearsal=rehearsal)
+    hparams = replace(hparams, rank_growth=1, rank_growth_every=2, max_rank=8)
+    editor, seen = BaFTEditor(model, tokenizer, hparams), []
+    for k in range(4):
+        seen.append((logits(model), editor.model_edit.snapshot()))
+        editor.edit(request(k))
+    for before, state in reversed(seen):
+        editor.undo()
+        assert torch.equal(logits(model), before)
+        assert same(editor.model_edit.snapshot(), state)
+
+
+def test_settled_edits_that_are_kept_are_learned_again_bit_for_bit(tokenizer, hparams, tmp_path):
+    hparams = replace(hparams, **SETTLED | {"past_states": 20})  # fewer than there are
+    with BaFTEditor.open(
+        make_model(), tokenizer, tmp_path / "edit", hparams, checkpoint_every=100
+    ) as editor:
+        for k in range(4):
+            editor.edit(request(k))
+            if k == 2:
+                expected = editor.model_edit.snapshot()
+    model = make_model()
+    with BaFTEditor.open(model, tokenizer, tmp_path / "edit", undo_depth=1) as editor:
+        editor.rollback(to=3)
+        assert same(editor.model_edit.snapshot(), expected)
+        editor.edit(request(9))
+    other = make_model()
+    attach(other, tmp_path / "edit")
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_an_edit_learned_apart_is_the_one_learned_in_a_row(tokenizer, hparams):
+    hparams, models = replace(hparams, **SETTLED), [make_model(), make_model()]
+    editors = [BaFTEditor(model, tokenizer, hparams) for model in models]
+    for editor in editors:
+        editor.edit(request(0))
+    editors[0].edit(request(1))
+    before = editors[1].model_edit.snapshot()
+    (learned,) = editors[1].learn_apart([request(1)])
+    assert same(editors[1].model_edit.snapshot(), before)
+    editors[1].install(learned, request(1))
+    assert torch.allclose(*map(logits, models), rtol=1e-3, atol=1e-3)
+    assert past_error(editors[1]) == pytest.approx(past_error(editors[0]), rel=0.1)
+
+
+def test_a_settling_that_fails_leaves_all_as_it_was(model, tokenizer, hparams, monkeypatch):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
+    editor.edit(request(0))
+    before, state = logits(model), editor.model_edit.snapshot()
+
+    def fail(*_args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("baft_easyedit.settling.displacement_error", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        editor.edit(request(1))
+    assert torch.equal(logits(model), before)
+    assert same(editor.model_edit.snapshot(), state)
+
+
+def test_a_consolidation_notes_what_past_edits_do_since(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED, rehearsal=2))
+    for k in range(3):
+        editor.edit(request(k))
+    edit = editor.model_edit
+    wanted = edit.past(edit.layers[0]).kept()[1].clone()
+    editor.consolidate(5)
+    states, moves = edit.past(edit.layers[0]).kept()
+    moving = moves.any(-1)
+    assert torch.equal(moving, wanted.any(-1))  # what is not to move still is not
+    assert not torch.equal(moves, wanted)
+    assert torch.equal(moves[moving], edit.displacement(edit.layers[0], states)[moving])
+
+
+def test_past_states_are_forgotten_and_stay_when_the_edit_grows():
+    edit = ModelEdit(HIDDEN, (1,), 2, "one", 1, past_states=3)
+    new = torch.ones(2, HIDDEN)
+    edit.past(1).load_state_dict(edit.past(1).with_edit(new, new))
+    edit.grow(4)
+    assert edit.num_past_states == 2
+    edit.start_afresh(2)
+    assert edit.num_past_states == 0
