@@ -5,6 +5,7 @@ weights never change. What a call changes is an `EditState`, which can be taken 
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -127,8 +128,10 @@ class Learner:
         self._grow(hparams)
         self._condition()
         rehearsal = self._rehearsal(hparams, memory, requests)
+        num_past = self.edit.num_past_states
         (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
-        self.edit.restore(self._settled(learned, self.edit.num_past_states, hparams))
+        learned = self._settled(learned, num_past, hparams)
+        self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
         num_seen = memory.num_seen
         memory.remember(requests, learned.report.request_losses, hparams)
@@ -161,7 +164,7 @@ class Learner:
         self._condition()
         try:
             in_order = [
-                one._replace(state=self._settled(one, num_past, hparams))
+                self._settled(one, num_past, hparams)
                 for one in self._learn_in_parts(requests, edits, batch_size, hparams)
             ]
         finally:
@@ -208,8 +211,8 @@ class Learner:
         losses = learned.report.request_losses
         self.edit.memory.remember(requests, losses[: len(requests)], hparams)
 
-    def _settled(self, learned: Learned, num_past: int, hparams: BaFTHyperParams) -> Snapshot:
-        """Return the state of what was learned, settled among past edits if there are any.
+    def _settled(self, learned: Learned, num_past: int, hparams: BaFTHyperParams) -> Learned:
+        """Return what was learned, settled among past edits if there are any.
 
         Args:
             learned: The new edit.
@@ -217,10 +220,13 @@ class Learner:
             hparams: How to settle.
         """
         if not num_past:
-            return learned.state
+            return learned
+        start = time.perf_counter()
         self.edit.restore(learned.state)
         settle(self.edit, self._own_states(self.edit), hparams)
-        return self.edit.snapshot()
+        state = self.edit.snapshot()
+        time_s = learned.report.time_s + time.perf_counter() - start
+        return Learned(state, replace(learned.report, time_s=time_s))
 
     def _attach(self) -> None:
         """Make the model compute with the edit, unless it does."""
