@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 _MOST_NAMED = 3
 """Requests that a warning names."""
 
+_ANY_LOSS = 1e9
+"""Above the loss of any answer, in nats per token."""
+
 
 class EditState(NamedTuple):
     """All that an edit call changes."""
@@ -130,7 +133,7 @@ class Learner:
         rehearsal = self._rehearsal(hparams, memory, requests)
         num_past = self.edit.num_past_states
         (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
-        learned = self._settled(learned, num_past, hparams)
+        learned = self._settled(learned, rows, num_past, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
         num_seen = memory.num_seen
@@ -160,15 +163,20 @@ class Learner:
         `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
-        before, num_past = self.edit.snapshot(), self.edit.num_past_states
+        before, was_attached = self.edit.snapshot(), self.is_attached
+        num_past = self.edit.num_past_states
         self._condition()
         try:
+            in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
+            self._attach()
             in_order = [
-                self._settled(one, num_past, hparams)
-                for one in self._learn_in_parts(requests, edits, batch_size, hparams)
+                self._settled(one, rows, num_past, hparams)
+                for one, rows in zip(in_order, edits, strict=True)
             ]
         finally:
             self.edit.restore(before)
+            if not was_attached:
+                self.edit.unhook()
         _warn_of_unlearned(requests, [one.report for one in in_order])
         return in_order
 
@@ -211,11 +219,14 @@ class Learner:
         losses = learned.report.request_losses
         self.edit.memory.remember(requests, losses[: len(requests)], hparams)
 
-    def _settled(self, learned: Learned, num_past: int, hparams: BaFTHyperParams) -> Learned:
+    def _settled(
+        self, learned: Learned, rows: Sequence[TextRow], num_past: int, hparams: BaFTHyperParams
+    ) -> Learned:
         """Return what was learned, settled among past edits if there are any.
 
         Args:
             learned: The new edit.
+            rows: What it was learned from; its report says how they are answered after settling.
             num_past: Hidden states that were kept of past ones.
             hparams: How to settle.
         """
@@ -225,8 +236,15 @@ class Learner:
         self.edit.restore(learned.state)
         settle(self.edit, self._own_states(self.edit), hparams)
         state = self.edit.snapshot()
-        time_s = learned.report.time_s + time.perf_counter() - start
-        return Learned(state, replace(learned.report, time_s=time_s))
+        looking = replace(hparams, early_stop_loss=_ANY_LOSS)  # ends before the first step
+        (now,) = self._learned(self.edit, [rows], looking, None)
+        report = replace(
+            learned.report,
+            time_s=learned.report.time_s + time.perf_counter() - start,
+            request_losses=now.report.request_losses,
+            learned=now.report.learned,
+        )
+        return Learned(state, report)
 
     def _attach(self) -> None:
         """Make the model compute with the edit, unless it does."""

@@ -31,7 +31,7 @@ def converted_hparams(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a kept edit with the values that are known today."""
     known = {name: _now_called(name, value) for name, value in method.items()}
     known.pop("past_weight", None)
-    added = {"parametrisation": "direct", "basis_lr": None, "past_states": 0, "settle_steps": 40}
+    added = {"parametrisation": "direct", "basis_lr": None, "past_states": 0, "settle_steps": 100}
     return added | known
 
 
