@@ -207,3 +207,39 @@ def test_past_states_are_forgotten_and_stay_when_the_edit_grows():
     assert edit.num_past_states == 2
     edit.start_afresh(2)
     assert edit.num_past_states == 0
+
+
+def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monkeypatch):
+    learned = []
+    for wrecks in (False, True):
+        model = make_model()
+        h = replace(hparams, **SETTLED | {"num_steps": 40, "settle_steps": 1})
+        editor = BaFTEditor(model, tokenizer, h)
+        editor.edit(request(0))
+
+        def wreck(edit, *_args):
+            with torch.no_grad():
+                for p in edit.parameters():
+                    p.zero_()
+
+        if wrecks:
+            monkeypatch.setattr("baft_easyedit.learner.settle", wreck)
+        report = editor.edit(request(1))
+        learned.append(report.learned)
+        ids = tokenizer("Fact 1 is no")["input_ids"]
+        target = len(ids) - len(tokenizer("Fact 1 is")["input_ids"])
+        given = torch.tensor([ids])
+        with editor.model_edit.prompt_lengths([len(ids) - target]), torch.no_grad():
+            answer = model(given).logits[0, -target - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(answer, given[0, -target:])
+        assert report.request_losses[0] == pytest.approx(loss.item(), rel=1e-3, abs=1e-4)
+    assert learned == [(True,), (False,)]
+
+
+def test_learning_apart_leaves_an_edit_off_that_was_off(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
+    editor.edit(request(0))
+    editor.model_edit.detach()
+    before = logits(model)
+    editor.learn_apart([request(1)])
+    assert torch.equal(logits(model), before)
