@@ -1,4 +1,3 @@
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 
 from baft_easyedit import BaFTEditor, ModelEdit, attach
 from baft_easyedit.independent import IndependentEdits
+from baft_easyedit.keeping.older import converted_hparams
 from baft_easyedit.objective import displacement_error
 from baft_easyedit.past_states import PastStates
 from tests.conftest import HIDDEN, make_model
@@ -55,19 +55,13 @@ def test_past_states_are_kept_as_they_came():
 
 
 def test_of_more_than_fit_each_state_is_as_likely_kept():
-    kept: Counter[float] = Counter()
-    for offset in range(300):
-        past = PastStates(1, 5)
-        past.count.fill_(0)
-        new = torch.arange(20.0)[:, None]
-        # What is drawn depends on how many came before.
-        past.load_state_dict(past.with_edit(new[:5], new[:5]))
-        past.count.fill_(5 + offset)
-        past.load_state_dict(past.with_edit(new[5:], new[5:]))
-        assert past.num_kept == 5
-        kept.update(past.kept()[0][:, 0].tolist())
-    assert kept[0] > 150  # most came before: the later ones are kept rarely
-    assert 0 < kept[19] < 60
+    past, stream = PastStates(1, 200), torch.arange(4000.0)[:, None]
+    for new in stream.split(10):
+        past.load_state_dict(past.with_edit(new, new))
+    kept = past.kept()[0][:, 0]
+    assert len(kept.unique()) == 200
+    assert kept.mean() == pytest.approx(2000, abs=300)  # its standard error is 82
+    assert kept.std() == pytest.approx(1155, abs=150)
 
 
 def test_displacement_is_what_the_intervention_adds(model, tokenizer, hparams):
@@ -243,3 +237,17 @@ def test_learning_apart_leaves_an_edit_off_that_was_off(model, tokenizer, hparam
     before = logits(model)
     editor.learn_apart([request(1)])
     assert torch.equal(logits(model), before)
+
+
+def test_hyper_parameters_from_before_settling_are_read():
+    known = converted_hparams({"rank": 4, "parametrisation": "whitened", "past_weight": 10.0})
+    assert known["parametrisation"] == "whitened"
+    assert known["past_states"] == 0
+    assert "past_weight" not in known
+
+
+def test_an_edit_of_other_past_states_is_refused(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
+    other = replace(editor.hparams, past_states=0)
+    with pytest.raises(ValueError, match="past_states must be 64, as in the given edit; got 0"):
+        BaFTEditor(model, tokenizer, other, edit=editor.model_edit)
