@@ -2,12 +2,13 @@
 
 Each function says what is wrong and why its repair changes no method's mathematics. In the order in
 which a run needs them: `fix_peer` before the editor is made and `prepare_method` after it;
-`edited_request` and `after_edit` around each edit; `scored_request` for each score;
-`reset_method_state` after each restore.
+`edited_request` and `after_edit` around each edit; `scored_request` and `whole_answers` for each
+score; `reset_method_state` after each restore.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -286,6 +287,25 @@ def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
             probe["prompt"] = prompts if section == "locality" else asked
             probe["ground_truth"] = [before + _first(a) for a in as_list(probe["ground_truth"])]
     return scored
+
+
+@contextmanager
+def whole_answers(model: Any, name: str) -> Iterator[None]:
+    """Let GRACE's answers not end while EasyEdit scores them.
+
+    It takes as many tokens from the back as the target has, of prompt and answer where the answer
+    ends sooner, and raises where even both have fewer.
+    """
+    if name != "GRACE":
+        yield
+        return
+    answering = model if hasattr(model, "generation_config") else model.model  # which GRACE wraps
+    config = answering.generation_config
+    ends, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = ends
 
 
 def _first(answer: Any) -> str:

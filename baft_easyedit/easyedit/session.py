@@ -28,6 +28,7 @@ from baft_easyedit.easyedit.peer_fixes import (
     edited_request,
     reset_method_state,
     scored_request,
+    whole_answers,
 )
 from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.editor import BaFTEditor, Learned
@@ -154,7 +155,11 @@ class Session:
     def _quality(self, request: Request) -> dict[str, Any]:
         """Call EasyEdit's evaluator."""
         editor = self.editor
-        with _evaluating(self.model), honoured_device(self.generation, editor.hparams.device):
+        with (
+            _evaluating(self.model),
+            honoured_device(self.generation, editor.hparams.device),
+            whole_answers(self.model, editor.alg_name),
+        ):
             return self._host.compute_edit_quality(
                 self.model,
                 editor.model_name,

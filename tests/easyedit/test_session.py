@@ -169,6 +169,27 @@ def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, request
     assert requests[0]["target_new"] == "Oslo"
 
 
+def test_an_answer_of_grace_that_ends_early_is_scored_whole(host, make_editor):
+    if host.generation == "pypi":
+        pytest.skip("the release scores nothing by generation")
+    editor = make_editor()
+    editor.alg_name = editor.hparams.alg_name = "GRACE"
+    request = {
+        "prompt": "A",
+        "target_new": "an answer that is longer than its prompt",
+        "ground_truth": "?",
+        "portability": {},
+        "locality": {},
+    }
+    config = editor.model.generation_config
+    config.eos_token_id = None
+    wanted = Session(editor, "a").score([request])[0]["rewrite_acc"]
+    ids = editor.tok(request["prompt"], return_tensors="pt")["input_ids"]
+    config.eos_token_id = editor.model(ids).logits[0, -1].argmax().item()  # what comes first
+    assert Session(editor, "a").score([request])[0]["rewrite_acc"] == wanted
+    assert config.eos_token_id is not None
+
+
 def test_wise_gets_a_text_that_is_no_probe(make_editor, requests):
     from baft_easyedit.easyedit.peer_fixes import edited_request
 
