@@ -72,7 +72,7 @@ class BaFTHyperParams:
     """Hidden states that each layer keeps of past edits, at most; 0 for none (the paper). With
     them each edit settles among past ones (ours): see `settling`."""
     settle_steps: int = 100
-    """Steps of that, at least 1; they take no forward of the model."""
+    """Steps of that at most, at least 1; they take no forward of the model."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01

@@ -177,20 +177,22 @@ def closed_gate(weights: Tensor, alpha: float) -> Tensor:
     return F.relu(weights - alpha).mean((-2, -1))
 
 
-def displacement_error(moves: Tensor, wanted: Tensor) -> Tensor:
-    """Return how far displacements are off, as a share of what is wanted (ours).
+def displacement_error(moves: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> Tensor:
+    """Return how far displacements are off beyond what is tolerated (ours).
 
-    |moves - wanted|^2 / |wanted|^2, over all states; see `settling`.
+    The mean of max(0, |moves - wanted| / size - tolerance)^2; see `settling`.
 
     Args:
-        moves: Phi(h) - h, [N, D].
+        moves: Phi(h) - h of some states, [N, D].
         wanted: What it is to be, [N, D].
+        size: How long a displacement usually is, above 0, [].
+        tolerance: How far off one may be, as a share of `size`.
 
     Returns:
         [].
     """
-    size = wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
-    return (moves - wanted).square().sum() / size
+    off = (moves - wanted).norm(dim=-1) / size
+    return (off - tolerance).clamp_min(0).square().mean()
 
 
 RESCALINGS = ("match", "none")

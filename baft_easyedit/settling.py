@@ -2,12 +2,14 @@
 
 A new edit changes what earlier ones do. Once it is learned, what all of them did at the hidden
 states of `past_states` is learned again, the new one's included, while the displacement of the
-model's own texts stays as it is. A step costs a few matrix products, and no forward of the model.
+model's own texts stays as it is, but for a tolerance. A step costs a few matrix products, and no
+forward of the model.
 
 Shapes: N states, D hidden size.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +23,16 @@ from baft_easyedit.objective import displacement_error
 _OWN_STATES = 256
 """States of the model's own texts that a settling sees."""
 
+_TURNS = 4
+"""A step sees one of so many shares of all states, in turn."""
+
+_TOLERANCE = 0.2
+"""How far off a displacement may be, as a share of a usual one: without it nothing is left that a
+new edit could be general by."""
+
 
 def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams) -> None:
-    """Bring the displacement at past states back to what it was, for `settle_steps` steps.
+    """Bring the displacement at past states back to what it was, in at most `settle_steps` steps.
 
     The learning rates are those of learning, and fall to 0.
 
@@ -37,13 +46,17 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
     device = edit.intervention(edit.layers[0]).source_bias.device
     with torch.inference_mode(False), torch.enable_grad():
-        wanted = {layer: _wanted(edit, layer, own[layer]) for layer in edit.layers}
-        for _ in range(steps):
-            errors = [
-                displacement_error(edit.displacement(layer, states), moves).to(device)
-                for layer, (states, moves) in wanted.items()
-            ]
-            torch.autograd.backward(torch.stack(errors).mean())
+        wanted = [_Wanted.at(edit, layer, own[layer]) for layer in edit.layers]
+        num_settled = 0
+        for step in range(steps):
+            errors = [w.error(edit, step).to(device) for w in wanted]
+            error = torch.stack(errors).mean()
+            num_settled = 0 if error else num_settled + 1
+            if num_settled == _TURNS:
+                break
+            if num_settled:
+                continue
+            torch.autograd.backward(error)
             coordinates.pull_back()
             optimizer.step()
             schedule.step()
@@ -51,10 +64,32 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
             edit.zero_grad()
 
 
-@torch.no_grad()
-def _wanted(edit: ModelEdit, layer: int, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Return states of one layer, and the displacement that is wanted there, [N, D] each."""
-    states, moves = edit.past(layer).kept()
-    every = max(1, len(own) // _OWN_STATES)
-    rest = own[::every].to(states.device)
-    return torch.cat([states, rest]), torch.cat([moves, edit.displacement(layer, rest)])
+class _Wanted(NamedTuple):
+    """How some states of one layer are to move."""
+
+    layer: int
+    states: Tensor
+    """h, [N, D]."""
+    moves: Tensor
+    """Phi(h) - h, [N, D]."""
+    size: Tensor
+    """The root mean square of |Phi(h) - h| where h is to move, []."""
+
+    @classmethod
+    @torch.no_grad()
+    def at(cls, edit: ModelEdit, layer: int, own: Tensor) -> "_Wanted":
+        """Return past states as they were to move, and own ones as they do now."""
+        states, moves = edit.past(layer).kept()
+        num_moved = moves.any(-1).sum().clamp_min(1)
+        size = (moves.square().sum() / num_moved).sqrt().clamp_min(torch.finfo(moves.dtype).tiny)
+        every = max(1, len(own) // _OWN_STATES)
+        rest = own[::every].to(states.device)
+        moves = torch.cat([moves, edit.displacement(layer, rest)])
+        return cls(layer, torch.cat([states, rest]), moves, size)
+
+    def error(self, edit: ModelEdit, step: int) -> Tensor:
+        """Return how far off the states of this step's turn are, []."""
+        turns = min(_TURNS, len(self.states))
+        turn = slice(step % turns, None, turns)
+        moves = edit.displacement(self.layer, self.states[turn])
+        return displacement_error(moves, self.moves[turn], self.size, _TOLERANCE)

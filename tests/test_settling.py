@@ -35,7 +35,7 @@ def past_error(editor):
     """How far off what the edit does at past states is now."""
     edit = editor.model_edit
     return sum(
-        displacement_error(edit.displacement(layer, states), moves).item()
+        displacement_error(edit.displacement(layer, states), moves, moves.norm(), 0.0).item()
         for layer in edit.layers
         for states, moves in [edit.past(layer).kept()]
     )
@@ -91,13 +91,34 @@ def test_an_edit_keeps_its_states_and_what_it_does_there(model, tokenizer, hpara
 
 def test_settling_brings_past_edits_back(tokenizer, hparams):
     errors = []
-    for steps in (1, 80):
+    for steps in (1, 160):
         editor = BaFTEditor(make_model(), tokenizer, replace(hparams, **SETTLED))
         editor.hparams = replace(editor.hparams, settle_steps=steps)
         for k in range(4):
             editor.edit(request(k))
         errors.append(past_error(editor))
     assert errors[1] < 0.3 * errors[0]
+
+
+def test_what_is_off_within_the_tolerance_is_not_off():
+    wanted = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
+    moves = torch.tensor([[3.0, 4.0], [0.5, 0.0], [0.0, -2.5]])
+    assert displacement_error(moves, wanted, torch.tensor(5.0), 0.2).item() == pytest.approx(0.03)
+    assert displacement_error(moves, wanted, torch.tensor(5.0), 0.5).item() == 0
+
+
+def test_edits_that_leave_past_ones_alone_stay_as_they_were_learned(
+    tokenizer, hparams, monkeypatch
+):
+    monkeypatch.setattr("baft_easyedit.settling._TOLERANCE", 1e9)
+    outputs = []
+    for most in (0, 64):
+        model = make_model()
+        editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED | {"past_states": most}))
+        editor.edit(request(0))
+        editor.edit(request(1))
+        outputs.append(logits(model))
+    assert torch.equal(*outputs)
 
 
 def test_a_first_edit_is_that_without_past_states(tokenizer, hparams):
