@@ -26,7 +26,7 @@ _OWN_STATES = 256
 _TURNS = 4
 """A step sees one of so many shares of all states, in turn."""
 
-_TOLERANCE = 0.2
+_TOLERANCE = 0.1
 """How far off a displacement may be, as a share of a usual one: without it nothing is left that a
 new edit could be general by."""
 
