@@ -13,7 +13,7 @@ steps. Named here are:
 Shapes: r rank, D hidden size; a leading E for independent edits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -36,12 +36,15 @@ class _Coordinates(Protocol):
     def follow(self) -> None:
         """Set the parameters from what is moved."""
 
+    def at(self, inputs: Tensor) -> Callable[[], Tensor]:
+        """Return what computes the function from what is moved, [N, n], at fixed inputs [N, D]."""
+
 
 class _Direct:
     """A and R in place of A - R and R."""
 
-    def __init__(self, difference: Tensor, basis: Tensor, name: str) -> None:
-        self._difference, self._basis = difference, basis
+    def __init__(self, difference: Tensor, bias: Tensor, basis: Tensor, name: str) -> None:
+        self._difference, self._bias, self._basis = difference, bias, basis
         self._source = (difference + basis).detach().requires_grad_()  # A
         self.moved = {name: self._source}
 
@@ -52,6 +55,9 @@ class _Direct:
 
     def follow(self) -> None:
         self._difference.copy_(self._source - self._basis)
+
+    def at(self, inputs: Tensor) -> Callable[[], Tensor]:
+        return lambda: inputs @ (self._source - self._basis).mT + self._bias
 
 
 class _Whitened:
@@ -102,6 +108,15 @@ class _Whitened:
         self._bias.copy_(self._constant)
         self._bias[..., :r] -= change @ self._whitening.mean
 
+    @torch.no_grad()
+    def at(self, inputs: Tensor) -> Callable[[], Tensor]:
+        r, rows = self._rank, self._rows
+        before = inputs @ self._start.mT  # W_0 h
+        whitened = self._whitening.whitened(self._unit * inputs)  # z
+        return lambda: (
+            torch.cat([before + whitened @ rows[:r].mT, inputs @ rows[r:].mT], -1) + self._constant
+        )
+
 
 class Coordinates:
     """What is moved in place of the parameters of an edit, or of E independent ones.
@@ -112,7 +127,7 @@ class Coordinates:
 
     def __init__(self, edit: ModelEdit) -> None:
         self._edit = edit
-        self._parts: list[_Coordinates] = []
+        self._parts: dict[str, _Coordinates] = {}  # by the name of a weight
         parameters = edit.learned_parameters()
         for layer in edit.layers:
             prefix = f"_interventions.{layer}."
@@ -120,27 +135,48 @@ class Coordinates:
             difference, bias = (parameters[name] for name in names)
             if not edit.whitens:
                 basis = parameters[f"{prefix}basis"]
-                self._parts.append(_Direct(difference, basis, names[0]))
+                self._parts[names[0]] = _Direct(difference, bias, basis, names[0])
                 continue
-            whitening = edit.whitening(layer)
-            self._parts.append(_Whitened(difference, bias, names, whitening, edit.rank))
+            whitening, rank = edit.whitening(layer), edit.rank
+            self._parts[names[0]] = _Whitened(difference, bias, names, whitening, rank)
             names = (f"{prefix}gate.weight", f"{prefix}gate.bias")
             if names[1] in parameters:
                 weight, bias = (parameters[name] for name in names)
                 # A gate sees h / rms(h), which is near h / (rms of all).
-                self._parts.append(
-                    _Whitened(weight, bias, names, whitening, edit.rank, whitening.rms)
-                )
+                unit = whitening.rms
+                self._parts[names[0]] = _Whitened(weight, bias, names, whitening, rank, unit)
         self.moved: Mapping[str, Tensor] = parameters | {
-            name: value for part in self._parts for name, value in part.moved.items()
+            name: value for part in self._parts.values() for name, value in part.moved.items()
         }
         """Leaves by the names of the parameters they stand for; others stand for themselves."""
+
+    def displacement(self, layer: int, states: Tensor) -> Callable[[], Tensor]:
+        """Return what computes Phi(h) - h of one layer from what is moved, [N, D].
+
+        It needs no `pull_back` and no `follow`, and works out S (h - mu) once.
+
+        Args:
+            layer: Which.
+            states: h, [N, D], fp32.
+        """
+        prefix, intervention = f"_interventions.{layer}.", self._edit.intervention(layer)
+        step = self._parts[f"{prefix}difference"].at(states)
+        gate, gate_part = intervention.gate, self._parts.get(f"{prefix}gate.weight")
+        if gate_part is None:
+            return lambda: (gate(states) * step()) @ intervention.basis
+        logits = gate_part.at(gate.inputs(states))
+        return lambda: (gate.activate(logits()) * step()) @ intervention.basis
 
     @torch.no_grad()
     def pull_back(self) -> None:
         """Set the gradients of what is moved; that of R is the one along orthonormal matrices."""
-        for part in self._parts:
+        for part in self._parts.values():
             part.pull_back()
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Leave of the gradient of R what goes along orthonormal matrices."""
         for basis in self._edit.bases().values():
             if basis.grad is not None:
                 # AdamW's kernel takes for granted that it lies in memory as the parameter does.
@@ -150,5 +186,5 @@ class Coordinates:
     def follow(self) -> None:
         """Set the parameters from what was moved; the bases become orthonormal again."""
         self._edit.retract()
-        for part in self._parts:
+        for part in self._parts.values():
             part.follow()

@@ -21,7 +21,9 @@ def unit_rms(hidden: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Maps hidden states [..., D] (fp32) to basis weights: w = activate(W h / rms(h)), in [0, 1]^r.
+    """Maps hidden states [..., D] (fp32) to basis weights in [0, 1]^r: w = activate(W x + c).
+
+    x is h / rms(h), and c = 0 unless a kind of gate has a `bias`.
 
     Args:
         hidden_size: D.
@@ -29,14 +31,20 @@ class Gate(nn.Module):
     """
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.rank = rank
+        self.register_parameter("bias", None)
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Return x, [..., D]."""
+        return unit_rms(hidden)
 
     def activate(self, logits: Tensor) -> Tensor:
-        """Return w, [..., r], of the logits W h / rms(h), [..., n]."""
+        """Return w, [..., r], of the logits W x + c, [..., n]."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -47,7 +55,7 @@ class Gate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return w(h), [..., r]."""
-        return self.activate(F.linear(unit_rms(hidden), self.weight))
+        return self.activate(F.linear(self.inputs(hidden), self.weight, self.bias))
 
 
 class RMSSigmoidGate(Gate):
@@ -58,13 +66,13 @@ class RMSSigmoidGate(Gate):
         self.scale = nn.Parameter(torch.ones(hidden_size))
         self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
 
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Return g * h / rms(h), [..., D]."""
+        return unit_rms(hidden) * self.scale
+
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r]."""
         return torch.sigmoid(logits)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return w(h), [..., r]."""
-        return self.activate(F.linear(unit_rms(hidden) * self.scale, self.weight))
 
 
 class SoftmaxNullGate(Gate):
@@ -113,17 +121,13 @@ class BasisSubspaceBiasGate(BasisSubspaceGate):
         super().__init__(hidden_size, rank)
         self.bias = nn.Parameter(torch.tensor([-2.0] * rank + [2.0]))
 
-    def activate(self, logits: Tensor) -> Tensor:
-        """Return w, [..., r]."""
-        return super().activate(logits + self.bias)
-
     @torch.no_grad()
     def continue_from(self, smaller: Gate) -> None:
         """Take over a gate with fewer bases; the row of the subspace stays last."""
         super().continue_from(smaller)
-        bias = smaller.get_parameter("bias")
-        self.bias[: smaller.rank] = bias[:-1]
-        self.bias[-1] = bias[-1]
+        bias, larger = smaller.get_parameter("bias"), self.get_parameter("bias")
+        larger[: smaller.rank] = bias[:-1]
+        larger[-1] = bias[-1]
 
 
 class SigmoidGate(Gate):
@@ -136,7 +140,7 @@ class SigmoidGate(Gate):
 
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r]."""
-        return torch.sigmoid(logits + self.bias)
+        return torch.sigmoid(logits)
 
 
 class SubspaceGate(Gate):

@@ -19,7 +19,7 @@ from baft_easyedit.batching import BatchSize, alike
 from baft_easyedit.hooks import ModelEdit, Snapshot, attached_edit, rank_of
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.independent import IndependentEdits
-from baft_easyedit.learning import EditReport, Learned, evaluating, learn
+from baft_easyedit.learning import EditReport, Learned, answered_now, evaluating, learn
 from baft_easyedit.locks import lock_of
 from baft_easyedit.models import input_device, text_config
 from baft_easyedit.own_texts import own_states
@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 3
 """Requests that a warning names."""
-
-_ANY_LOSS = 1e9
-"""Above the loss of any answer, in nats per token."""
 
 
 class EditState(NamedTuple):
@@ -235,16 +232,14 @@ class Learner:
         start = time.perf_counter()
         self.edit.restore(learned.state)
         settle(self.edit, self._own_states(self.edit), hparams)
-        state = self.edit.snapshot()
-        looking = replace(hparams, early_stop_loss=_ANY_LOSS)  # ends before the first step
-        (now,) = self._learned(self.edit, [rows], looking, None)
+        losses, is_learned = answered_now(self.model, self.edit, rows, hparams)
         report = replace(
             learned.report,
             time_s=learned.report.time_s + time.perf_counter() - start,
-            request_losses=now.report.request_losses,
-            learned=now.report.learned,
+            request_losses=losses,
+            learned=is_learned,
         )
-        return Learned(state, report)
+        return Learned(self.edit.snapshot(), report)
 
     def _attach(self) -> None:
         """Make the model compute with the edit, unless it does."""

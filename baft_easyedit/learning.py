@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from baft_easyedit.coordinates import Coordinates
-from baft_easyedit.descent import Descent, Step
+from baft_easyedit.descent import Descent, Objective, Step
 from baft_easyedit.diagnostics import GateReport, LayerGates
 from baft_easyedit.hooks import ModelEdit, Snapshot
 from baft_easyedit.hparams import BaFTHyperParams
@@ -144,6 +144,26 @@ def learn(
         Learned(state, replace(report, engine=engine.name, engine_note=engine.note))
         for state, report in results
     ]
+
+
+def answered_now(
+    model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow], hparams: BaFTHyperParams
+) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    """Return the answer losses of requests, in nats per token, and which are answered rightly.
+
+    Args:
+        model: The model that `edit` is attached to.
+        edit: A single edit.
+        rows: What it was learned from, irrelevant prompts or not.
+        hparams: How.
+    """
+    from baft_easyedit.replay import FullForward  # it imports transformers
+
+    requests = [row for row in rows if row.is_edit]
+    with evaluating(model):
+        step = Objective(edit, hparams).value(FullForward(model, edit).prepare([requests]))
+    misses = step.row_misses.tolist()
+    return tuple(step.row_losses.tolist()), tuple(missed == 0 for missed in misses)
 
 
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:

@@ -9,7 +9,6 @@ Shapes: N states, D hidden size.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,50 +45,46 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
     device = edit.intervention(edit.layers[0]).source_bias.device
     with torch.inference_mode(False), torch.enable_grad():
-        wanted = [_Wanted.at(edit, layer, own[layer]) for layer in edit.layers]
-        num_settled = 0
+        wanted = [_Wanted(edit, coordinates, layer, own[layer]) for layer in edit.layers]
+        num_settled, has_moved = 0, False
         for step in range(steps):
-            errors = [w.error(edit, step).to(device) for w in wanted]
+            errors = [w.error(step).to(device) for w in wanted]
             error = torch.stack(errors).mean()
             num_settled = 0 if error else num_settled + 1
             if num_settled == _TURNS:
                 break
             if num_settled:
                 continue
-            torch.autograd.backward(error)
-            coordinates.pull_back()
+            optimizer.zero_grad()
+            error.backward()  # type: ignore[no-untyped-call]
+            coordinates.project()
             optimizer.step()
             schedule.step()
+            edit.retract()
+            has_moved = True
+        if has_moved:
             coordinates.follow()
-            edit.zero_grad()
+        edit.zero_grad()
 
 
-class _Wanted(NamedTuple):
-    """How some states of one layer are to move."""
+class _Wanted:
+    """How states of one layer are to move: past ones as they were to, own ones as they do now."""
 
-    layer: int
-    states: Tensor
-    """h, [N, D]."""
-    moves: Tensor
-    """Phi(h) - h, [N, D]."""
-    size: Tensor
-    """The root mean square of |Phi(h) - h| where h is to move, []."""
-
-    @classmethod
     @torch.no_grad()
-    def at(cls, edit: ModelEdit, layer: int, own: Tensor) -> "_Wanted":
-        """Return past states as they were to move, and own ones as they do now."""
+    def __init__(self, edit: ModelEdit, coordinates: Coordinates, layer: int, own: Tensor) -> None:
         states, moves = edit.past(layer).kept()
         num_moved = moves.any(-1).sum().clamp_min(1)
-        size = (moves.square().sum() / num_moved).sqrt().clamp_min(torch.finfo(moves.dtype).tiny)
-        every = max(1, len(own) // _OWN_STATES)
-        rest = own[::every].to(states.device)
-        moves = torch.cat([moves, edit.displacement(layer, rest)])
-        return cls(layer, torch.cat([states, rest]), moves, size)
+        usual = (moves.square().sum() / num_moved).sqrt()
+        self._size = usual.clamp_min(torch.finfo(moves.dtype).tiny)
+        rest = own[:: max(1, len(own) // _OWN_STATES)].to(states.device)
+        states = torch.cat([states, rest])  # [N, D]
+        moves = torch.cat([moves, edit.displacement(layer, rest)])  # [N, D]
+        turns = [slice(k, None, _TURNS) for k in range(min(_TURNS, len(states)))]
+        self._turns = [
+            (coordinates.displacement(layer, states[turn]), moves[turn]) for turn in turns
+        ]
 
-    def error(self, edit: ModelEdit, step: int) -> Tensor:
+    def error(self, step: int) -> Tensor:
         """Return how far off the states of this step's turn are, []."""
-        turns = min(_TURNS, len(self.states))
-        turn = slice(step % turns, None, turns)
-        moves = edit.displacement(self.layer, self.states[turn])
-        return displacement_error(moves, self.moves[turn], self.size, _TOLERANCE)
+        displacement, wanted = self._turns[step % len(self._turns)]
+        return displacement_error(displacement(), wanted, self._size, _TOLERANCE)

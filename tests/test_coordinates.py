@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from baft_easyedit import BaFTEditor, ModelEdit, attach
 from baft_easyedit.coordinates import Coordinates
+from baft_easyedit.gates import GATES
 from baft_easyedit.intervention import orthonormal_rows
 from baft_easyedit.models import CACHE_NAMES
 from baft_easyedit.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
@@ -447,3 +448,37 @@ def test_statistics_stay_when_the_edit_grows():
             assert torch.equal(value, before[name])
     edit.start_afresh(4)
     assert not edit.whitening(1).is_known
+
+
+FORMS = [("direct", "rms-sigmoid"), ("direct", "basis-subspace-bias")]
+FORMS += [("whitened", gate) for gate in GATES]
+
+
+@pytest.mark.parametrize(("parametrisation", "gate"), FORMS)
+def test_displacement_at_fixed_states_is_that_of_the_edit(parametrisation, gate):
+    """Its value, and its gradient with respect to what is moved, by both ways."""
+    edit, states = known_edit(parametrisation, gate), skewed_states(6, seed=1)
+    coordinates = Coordinates(edit)
+    with torch.no_grad():
+        for value in coordinates.moved.values():
+            value.add_(0.01 * torch.randn(value.shape))
+    coordinates.follow()
+    for layer in edit.layers:
+        target, found = torch.randn(6, D), coordinates.displacement(layer, states)()
+        expected = edit.displacement(layer, states)
+        assert torch.allclose(
+            found, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max())
+        )
+        leaves = {n: v for n, v in coordinates.moved.items() if f"s.{layer}." in n}
+        (expected * target).mean().backward()
+        coordinates.pull_back()
+        pulled = {name: value.grad for name, value in leaves.items()}
+        for value in leaves.values():
+            value.grad = None
+        (found * target).mean().backward()
+        coordinates.project()
+        for name, value in leaves.items():
+            assert torch.allclose(
+                value.grad, pulled[name], rtol=1e-2, atol=1e-3 * float(pulled[name].abs().max())
+            ), name
+        edit.zero_grad()
