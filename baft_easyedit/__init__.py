@@ -11,9 +11,9 @@ EasyEdit nor transformers.
 
 from baft_easyedit.easyedit import register
 from baft_easyedit.editor import BaFTEditor, EditReport
-from baft_easyedit.hooks import ModelEdit, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.keeping.loading import attach
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.storage.loading import attach
 
 __version__ = "0.2.0.dev0"
 

@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from baft_easyedit.history import History
-from baft_easyedit.hooks import ModelEdit, attached_edit
+from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.keeping.config import hparams_of, new_edit
-from baft_easyedit.keeping.directory import KeptDirectory, holds_edit
-from baft_easyedit.keeping.loading import (
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.inspect import check_layers, decoder_layers
+from baft_easyedit.storage.config import hparams_of, new_edit
+from baft_easyedit.storage.directory import KeptDirectory, holds_edit
+from baft_easyedit.storage.history import History
+from baft_easyedit.storage.loading import (
     check_carries_no_other,
     check_same_shape,
     checked_latest,
     edit_of,
     journal_of,
 )
-from baft_easyedit.keeping.state import StateFile
-from baft_easyedit.learner import Learner
-from baft_easyedit.learning import EditReport, Learned, StepLosses
-from baft_easyedit.models import check_layers, decoder_layers
-from baft_easyedit.paths import expanded
-from baft_easyedit.requests import as_requests
+from baft_easyedit.storage.state import StateFile
+from baft_easyedit.training.learner import Learner
+from baft_easyedit.training.loop import EditReport, Learned, StepLosses
+from baft_easyedit.training.requests import as_requests
 
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
 
@@ -377,7 +377,7 @@ class BaFTEditor:
             ValueError: If it holds the history of another edit, or a snapshot of one without
                 `overwrite`.
         """
-        from baft_easyedit.hub import HubEdit
+        from baft_easyedit.storage.hub import HubEdit
 
         save = partial(self.save, overwrite=overwrite)
         HubEdit(self._history.config(), save).save_pretrained(str(expanded(directory)))
@@ -404,7 +404,7 @@ class BaFTEditor:
         Returns:
             The commit's address.
         """
-        from baft_easyedit.hub import HubEdit
+        from baft_easyedit.storage.hub import HubEdit
 
         return HubEdit(self._history.config(), self.save).push_to_hub(
             repo_id,
@@ -444,7 +444,7 @@ class BaFTEditor:
             FileNotFoundError: If no edit is kept there.
             ValueError: If the model is another one or carries another edit, or a file is damaged.
         """
-        from baft_easyedit.hub import local_directory
+        from baft_easyedit.storage.hub import local_directory
 
         directory = local_directory(repo_or_directory, revision, token, cache_dir, local_files_only)
         return cls.load(model, tokenizer, directory, allow_other_model)

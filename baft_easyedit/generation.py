@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.batching import alike, padded
-from baft_easyedit.devices import as_device, check_device
-from baft_easyedit.gguf_models.smollm2 import ready_location
+from baft_easyedit.gguf.smollm2 import ready_location
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.models import dtype_option
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.batching import alike, padded
+from baft_easyedit.model.devices import as_device, check_device
+from baft_easyedit.model.inspect import dtype_option
+from baft_easyedit.model.prompt_format import PromptFormat
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from baft_easyedit.gates import GATES
-from baft_easyedit.messages import short
-from baft_easyedit.objective import RESCALINGS
-from baft_easyedit.reading import did_you_mean, read_yaml
-from baft_easyedit.resources import hparams_file, model_location
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.reading import did_you_mean, read_yaml
+from baft_easyedit.files.resources import hparams_file, model_location
+from baft_easyedit.method.gates import GATES
+from baft_easyedit.method.objective import RESCALINGS
 
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)

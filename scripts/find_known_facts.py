@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from baft_easyedit.facts.evaluation import answers_follow
 from baft_easyedit.facts.known import prompts_to_complete, write_known
+from baft_easyedit.files.resources import REAL_MODEL, REAL_SHA256
 from baft_easyedit.generation import load_model
-from baft_easyedit.resources import REAL_MODEL, REAL_SHA256
 
 CHUNK = 320
 

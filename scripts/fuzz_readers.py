@@ -39,22 +39,22 @@ import baft_easyedit
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams, attach, attached_edit
 from baft_easyedit.bench.config import make_config, read_config
 from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.files.messages import MAX_MESSAGE
+from baft_easyedit.files.paths import read_regular
 from baft_easyedit.hparams import read_hparams
-from baft_easyedit.keeping import state as state_module
-from baft_easyedit.keeping.config import KeptConfig
-from baft_easyedit.keeping.directory import (
+from baft_easyedit.storage import state as state_module
+from baft_easyedit.storage.config import KeptConfig
+from baft_easyedit.storage.directory import (
     CHECKPOINTS,
     CONFIG,
     JOURNAL,
     STATE,
     read_history,
 )
-from baft_easyedit.keeping.files import parse_object
-from baft_easyedit.keeping.state import read_entries, read_state
-from baft_easyedit.messages import MAX_MESSAGE
-from baft_easyedit.paths import read_regular
-from baft_easyedit.rehearsal import RehearsalMemory
-from baft_easyedit.requests import EditRequest
+from baft_easyedit.storage.files import parse_object
+from baft_easyedit.storage.state import read_entries, read_state
+from baft_easyedit.training.rehearsal import RehearsalMemory
+from baft_easyedit.training.requests import EditRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = str(Path(baft_easyedit.__file__).parent)

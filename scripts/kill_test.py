@@ -25,8 +25,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
-from baft_easyedit.keeping.directory import STATE, holds_edit, read_history
-from baft_easyedit.keeping.state import read_state
+from baft_easyedit.storage.directory import STATE, holds_edit, read_history
+from baft_easyedit.storage.state import read_state
 
 
 class ByteTokenizer:

@@ -35,8 +35,8 @@ import torch
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.generation import load_model
-from baft_easyedit.keeping.directory import JOURNAL, STATE, read_history
-from baft_easyedit.keeping.state import read_state
+from baft_easyedit.storage.directory import JOURNAL, STATE, read_history
+from baft_easyedit.storage.state import read_state
 
 EVERY = 100
 WARM_UP = 2000

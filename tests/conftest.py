@@ -17,8 +17,8 @@ from baft_easyedit import BaFTHyperParams, ModelEdit
 from baft_easyedit.bench import process, worker
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.generation import load_model
-from baft_easyedit.gguf_models.smollm2 import why_not
-from baft_easyedit.models import cache_name
+from baft_easyedit.gguf.smollm2 import why_not
+from baft_easyedit.model.inspect import cache_name
 
 HIDDEN, LAYERS, VOCAB = 32, 4, 260
 SIZES = {

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.descent import Descent
+from baft_easyedit.training.step import Descent
 from tests.conftest import make_model, make_tokenizer
 
 NAME = "elsewhere"

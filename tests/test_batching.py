@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from baft_easyedit.batching import BatchSize, alike
+from baft_easyedit.model.batching import BatchSize, alike
 
 CUDA = torch.device("cuda", 0)
 GIB = 2**30

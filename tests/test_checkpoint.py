@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 
 from baft_easyedit import BaFTEditor, ModelEdit, ReFTHyperParams, attach, attached_edit
-from baft_easyedit.keeping import state as state_module
-from baft_easyedit.keeping.config import KeptConfig, hparams_of, method_of, model_name
-from baft_easyedit.keeping.fingerprint import Fingerprint
-from baft_easyedit.keeping.journal import Journal
-from baft_easyedit.keeping.loading import edit_of
-from baft_easyedit.keeping.state import (
+from baft_easyedit.storage import state as state_module
+from baft_easyedit.storage.config import KeptConfig, hparams_of, method_of, model_name
+from baft_easyedit.storage.fingerprint import Fingerprint
+from baft_easyedit.storage.journal import Journal
+from baft_easyedit.storage.loading import edit_of
+from baft_easyedit.storage.state import (
     EditState,
     StateFile,
     check_fits,
@@ -410,7 +410,7 @@ def test_edit_is_pushed_and_comes_back_from_the_hub(
         assert (repo_id, others["revision"]) == ("me/an-edit", "v1")
         return str(pushed)
 
-    monkeypatch.setattr("baft_easyedit.hub.snapshot_download", download)
+    monkeypatch.setattr("baft_easyedit.storage.hub.snapshot_download", download)
     monkeypatch.setattr(
         "huggingface_hub.hub_mixin.hf_hub_download", lambda **others: str(pushed / "config.json")
     )

@@ -12,7 +12,7 @@ import pytest
 import baft_easyedit
 from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
-from baft_easyedit.learner import Learner
+from baft_easyedit.training.learner import Learner
 from tests.bench.synthetic import write_run
 from tests.conftest import make_model
 
@@ -260,7 +260,7 @@ def test_edit_that_was_not_learned_is_told_once(option, status, saved, tmp_path,
     assert main(command) == status
     assert capsys.readouterr().err == told + more
     assert not caplog.records
-    assert logging.getLogger("baft_easyedit.learner").level == logging.NOTSET
+    assert logging.getLogger("baft_easyedit.training.learner").level == logging.NOTSET
     kept = str(tmp_path / "kept")
     assert main([*command, "--save", kept]) == status
     assert capsys.readouterr().err == f"{told}; it is kept in {kept} all the same{more}"
@@ -366,9 +366,11 @@ def test_import_brings_nothing_heavy():
 
 def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("baft_easyedit.demo.show_edits", lambda h: seen.append(h) or ["shown"])
+    monkeypatch.setattr(
+        "baft_easyedit.demo.bundled.show_edits", lambda h: seen.append(h) or ["shown"]
+    )
     row = {"method": "SERAC", "T": 1, "error": "x"}
-    monkeypatch.setattr("baft_easyedit.demo.compare", lambda h, *_: seen.append(h) or [row])
+    monkeypatch.setattr("baft_easyedit.demo.bundled.compare", lambda h, *_: seen.append(h) or [row])
     host = SimpleNamespace(generation="current", version="1")
     monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host)
     monkeypatch.setattr("baft_easyedit.cli.demo._show_real_edits", lambda device: None)

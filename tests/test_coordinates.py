@@ -5,12 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from baft_easyedit import BaFTEditor, ModelEdit, attach
-from baft_easyedit.coordinates import Coordinates
-from baft_easyedit.gates import GATES
-from baft_easyedit.intervention import orthonormal_rows
-from baft_easyedit.models import CACHE_NAMES
-from baft_easyedit.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
-from baft_easyedit.whitening import Whitening, principal_rows
+from baft_easyedit.method.gates import GATES
+from baft_easyedit.method.intervention import orthonormal_rows
+from baft_easyedit.method.whitening import Whitening, principal_rows
+from baft_easyedit.model.inspect import CACHE_NAMES
+from baft_easyedit.training.coordinates import Coordinates
+from baft_easyedit.training.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
 from tests.conftest import HIDDEN, call_cache, make_model
 
 D = HIDDEN
@@ -341,7 +341,7 @@ def test_statistics_are_measured_once_and_without_the_edit(
     editor = BaFTEditor(model, tokenizer, replace(hparams, parametrisation="whitened"))
     editor.edit(request_dict)
     first = editor.model_edit.whitening(1).mean.clone()
-    monkeypatch.setattr("baft_easyedit.own_texts.own_texts", None)
+    monkeypatch.setattr("baft_easyedit.training.own_texts.own_texts", None)
     editor.edit({"prompt": "Water is", "target_new": "ice"})
     assert torch.equal(editor.model_edit.whitening(1).mean, first)
     editor.undo()

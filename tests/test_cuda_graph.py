@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from baft_easyedit import cuda_graph
-from baft_easyedit.cuda_graph import (
+from baft_easyedit.training import cuda_graph
+from baft_easyedit.training.cuda_graph import (
     Capture,
     CudaGraph,
     GraphPool,

@@ -5,7 +5,7 @@ import pytest
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.bench.plan import protocols
 from baft_easyedit.bench.settings import our_hparams
-from baft_easyedit.demo import (
+from baft_easyedit.demo.bundled import (
     DEMO_METHODS,
     _config,
     check_methods,

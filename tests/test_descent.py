@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baft_easyedit import BaFTEditor, ModelEdit, cuda_graph, descent, learning
-from baft_easyedit.cuda_graph import CudaGraph, Repeated
-from baft_easyedit.descent import Descent
-from baft_easyedit.engine import Engine
-from baft_easyedit.forward import Forward
-from baft_easyedit.independent import IndependentEdits
-from baft_easyedit.learning import _frozen
-from baft_easyedit.requests import as_requests, text_rows
+from baft_easyedit.model.independent import IndependentEdits
+from baft_easyedit.training.cuda_graph import CudaGraph, Repeated
+from baft_easyedit.training.engine import Engine
+from baft_easyedit.training.forward import Forward
+from baft_easyedit.training.loop import _frozen
+from baft_easyedit.training.requests import as_requests, text_rows
+from baft_easyedit.training.step import Descent
 from tests.conftest import random_edit
 
 REQUESTS = [
@@ -77,7 +77,7 @@ def stand_ins(monkeypatch):
 
 def of_graphs(caplog):
     """What the log says of graphs."""
-    return [r.message for r in caplog.records if r.name == "baft_easyedit.cuda_graph"]
+    return [r.message for r in caplog.records if r.name == "baft_easyedit.training.cuda_graph"]
 
 
 def states(model, tokenizer, hparams, requests):
@@ -261,7 +261,7 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
 
 
 def test_edits_by_graphs_are_those_without(model, tokenizer, long, stand_ins, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         captured, reports = states(model, tokenizer, long, REQUESTS)
     assert not of_graphs(caplog)
     never_captured(monkeypatch)
@@ -299,7 +299,7 @@ def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long)
 
 
 def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         repeated, reports = states(model, tokenizer, long, ALIKE)
     assert not of_graphs(caplog)
     assert len(stand_ins) == 1
@@ -328,7 +328,7 @@ def test_what_could_not_be_captured_is_not_tried_again(
         raise RuntimeError("no graphs here")
 
     monkeypatch.setattr(descent, "CudaGraph", fail)
-    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         tried, _ = states(model, tokenizer, long, ALIKE)
     assert len(of_graphs(caplog)) == 1
     never_captured(monkeypatch)
@@ -344,7 +344,7 @@ def test_edits_of_one_size_share_a_graph_on_cuda(
     dtype, rel, model, tokenizer, long, monkeypatch, caplog
 ):
     model.to("cuda", dtype)
-    with caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
+    with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         editor = BaFTEditor(model, tokenizer, long)
         reports = [editor.edit(request) for request in (*ALIKE, *REQUESTS, *ALIKE)]
         known = editor.model_edit.known_steps
@@ -365,7 +365,7 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
     edit = random_edit(layers=long.layers).cuda()
     edit.attach(model)
     steps, computed = Descent(edit, long), Descent(edit, replace(long, engine="full"))
-    with _frozen(model), caplog.at_level(logging.WARNING, "baft_easyedit.cuda_graph"):
+    with _frozen(model), caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         forward = Engine(model, edit, "replay").prepare([rows])
         for _ in range(8):
             with torch.no_grad():

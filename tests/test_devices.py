@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from baft_easyedit.devices import as_device, check_device, needs_missing_cuda
 from baft_easyedit.generation import load_model
+from baft_easyedit.model.devices import as_device, check_device, needs_missing_cuda
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from baft_easyedit.diagnostics import (
+from baft_easyedit.method.gate_report import (
     GateReport,
     LayerGates,
     coefficient_of_variation,
@@ -11,7 +11,7 @@ from baft_easyedit.diagnostics import (
     pooled_deviation,
     top_share,
 )
-from baft_easyedit.objective import load_balance
+from baft_easyedit.method.objective import load_balance
 
 ALIKE, UNUSED, ONE_OF_FOUR = [0.3] * 4, [0.0] * 4, [0.8, 0.0, 0.0, 0.0]
 

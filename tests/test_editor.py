@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams, attached_edit
-from baft_easyedit.gates import GATES
+from baft_easyedit.method.gates import GATES
 from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
 
 TEXT = "The capital of France is"

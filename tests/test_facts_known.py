@@ -8,8 +8,8 @@ from baft_easyedit.bench.datasets import load_dataset
 from baft_easyedit.facts import edit_requests, facts, questions, relations
 from baft_easyedit.facts.evaluation import answers_follow
 from baft_easyedit.facts.known import known_phrasings, prompts_to_complete, write_known
+from baft_easyedit.files.resources import REAL_SHA256
 from baft_easyedit.generation import generate_answers, load_model
-from baft_easyedit.resources import REAL_SHA256
 
 SPLITS = {"known": "eval", "known_train": "train"}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from baft_easyedit.gates import GATES, make_gate, unit_rms
+from baft_easyedit.method.gates import GATES, make_gate, unit_rms
 
 D, R = 16, 4
 COUNTS = {

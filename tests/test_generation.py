@@ -12,7 +12,7 @@ from baft_easyedit.generation import (
     model_depth,
     with_usable_end,
 )
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.prompt_format import PromptFormat
 from tests.conftest import make_model, make_tokenizer
 
 

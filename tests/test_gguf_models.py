@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils
 
-from baft_easyedit import writing
 from baft_easyedit.facts import bundled_model_path, questions
+from baft_easyedit.files import writing
 from baft_easyedit.generation import load_model
-from baft_easyedit.gguf_models import conversion, source
-from baft_easyedit.gguf_models.conversion import import_gguf
-from baft_easyedit.gguf_models.source import ARCHITECTURES, read_gguf
-from baft_easyedit.gguf_models.tokenizer import TokenizerSource, make_backend
+from baft_easyedit.gguf import conversion, source
+from baft_easyedit.gguf.conversion import import_gguf
+from baft_easyedit.gguf.source import ARCHITECTURES, read_gguf
+from baft_easyedit.gguf.tokenizer import TokenizerSource, make_backend
 from tests.gguf_files import TEMPLATE, TOKENS, write_gguf
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")

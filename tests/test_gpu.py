@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.demo import compare, show_edits
-from baft_easyedit.models import decoder_layers
+from baft_easyedit.demo.bundled import compare, show_edits
+from baft_easyedit.model.inspect import decoder_layers
 from tests.conftest import make_model
 
 pytestmark = [

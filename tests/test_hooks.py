@@ -6,8 +6,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baft_easyedit import ModelEdit, attached_edit
-from baft_easyedit.hooks import rank_of
-from baft_easyedit.models import check_layers, decoder_layers, text_config
+from baft_easyedit.model.hooks import rank_of
+from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
 from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(5))

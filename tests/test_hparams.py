@@ -2,8 +2,8 @@ import pytest
 import yaml
 
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.files.resources import hparams_file, hparams_root
 from baft_easyedit.hparams import read_hparams, scaled_layers
-from baft_easyedit.resources import hparams_file, hparams_root
 
 MINIMAL = {"model_name": "some-llama", "layers": [1, 3]}
 CLASSES = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, learner
-from baft_easyedit.gates import GATES
-from baft_easyedit.independent import IndependentEdits
+from baft_easyedit.method.gates import GATES
+from baft_easyedit.model.independent import IndependentEdits
 from tests.conftest import HIDDEN, make_model, random_edit
 
 REQUESTS = [

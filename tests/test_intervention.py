@@ -3,8 +3,8 @@ import torch
 from torch.nn.utils import parametrizations
 
 from baft_easyedit import ModelEdit
-from baft_easyedit.gates import GATES
-from baft_easyedit.intervention import (
+from baft_easyedit.method.gates import GATES
+from baft_easyedit.method.intervention import (
     BaFTIntervention,
     basis_edit,
     orthonormal_rows,

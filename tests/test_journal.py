@@ -6,8 +6,8 @@ import pytest
 
 from baft_easyedit import EditReport
 from baft_easyedit.editor import StepLosses
-from baft_easyedit.keeping.files import parse_object, to_json
-from baft_easyedit.keeping.journal import (
+from baft_easyedit.storage.files import parse_object, to_json
+from baft_easyedit.storage.journal import (
     MAX_LINE,
     Entry,
     Journal,
@@ -15,7 +15,7 @@ from baft_easyedit.keeping.journal import (
     read_lines,
     report_dict,
 )
-from baft_easyedit.requests import EditRequest
+from baft_easyedit.training.requests import EditRequest
 
 SETTINGS = {"hparams": {"rank": 4}, "environment": {}}
 LOSSES = (StepLosses(3.0, 0.5), StepLosses(1.0, 0.25), StepLosses(0.5, 0.125))

@@ -21,12 +21,12 @@ import torch
 from baft_easyedit import BaFTEditor, attach, attached_edit
 from baft_easyedit import editor as editor_module
 from baft_easyedit.cli import main
-from baft_easyedit.hooks import rank_of
-from baft_easyedit.keeping import directory as directory_module
-from baft_easyedit.keeping import files as files_module
-from baft_easyedit.keeping import lock as lock_module
-from baft_easyedit.keeping.directory import read_history
-from baft_easyedit.keeping.state import state_hash
+from baft_easyedit.model.hooks import rank_of
+from baft_easyedit.storage import directory as directory_module
+from baft_easyedit.storage import files as files_module
+from baft_easyedit.storage import lock as lock_module
+from baft_easyedit.storage.directory import read_history
+from baft_easyedit.storage.state import state_hash
 from tests.conftest import make_model
 from tests.new_process import new_processes
 from tests.special_files import KINDS, make_special

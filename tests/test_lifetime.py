@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, cuda_graph, descent, learning
-from baft_easyedit.forward import Forward
+from baft_easyedit.training.forward import Forward
 from tests.conftest import make_model
 
 OTHER = {"prompt": "The capital of Cuba's", "target_new": "Rome", "loc_prompt": "Ice is cold"}

@@ -1,9 +1,9 @@
 import pytest
 
 from baft_easyedit import BaFTHyperParams
-from baft_easyedit.messages import MAX_MESSAGE, cut, short
-from baft_easyedit.rehearsal import RehearsalMemory
-from baft_easyedit.requests import EditRequest, as_requests
+from baft_easyedit.files.messages import MAX_MESSAGE, cut, short
+from baft_easyedit.training.rehearsal import RehearsalMemory
+from baft_easyedit.training.requests import EditRequest, as_requests
 
 LONG = "long" * 20_000
 

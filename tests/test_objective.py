@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from baft_easyedit.objective import (
+from baft_easyedit.method.objective import (
     BasisUsage,
     answer_loss,
     joint_loss,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from baft_easyedit.packing import Multiples, Piece, lay_out, rounded
-from baft_easyedit.positions import edit_positions
-from baft_easyedit.requests import TextRow
+from baft_easyedit.model.positions import edit_positions
+from baft_easyedit.training.layout import Multiples, Piece, lay_out, rounded
+from baft_easyedit.training.requests import TextRow
 
 HIDDEN = 64
 MULTIPLES = Multiples(8, 16, 4)

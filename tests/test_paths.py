@@ -9,12 +9,19 @@ from baft_easyedit import BaFTHyperParams
 from baft_easyedit.bench import store
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.files.paths import (
+    check_own,
+    expanded,
+    open_own,
+    open_regular,
+    read_regular,
+    read_text,
+)
+from baft_easyedit.files.reading import read_yaml
+from baft_easyedit.files.resources import model_location
 from baft_easyedit.hparams import read_hparams
-from baft_easyedit.keeping.journal import read_lines
-from baft_easyedit.keeping.state import read_entries, read_state
-from baft_easyedit.paths import check_own, expanded, open_own, open_regular, read_regular, read_text
-from baft_easyedit.reading import read_yaml
-from baft_easyedit.resources import model_location
+from baft_easyedit.storage.journal import read_lines
+from baft_easyedit.storage.state import read_entries, read_state
 from tests.special_files import make_special
 
 PACKAGE = Path(__file__).parent.parent / "baft_easyedit"

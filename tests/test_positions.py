@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from baft_easyedit.models import CACHE_NAMES
-from baft_easyedit.positions import (
+from baft_easyedit.model.inspect import CACHE_NAMES
+from baft_easyedit.model.positions import (
     edit_positions,
     positions_of_call,
     real_tokens,

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import processors
 
 from baft_easyedit import BaFTHyperParams
-from baft_easyedit.prompt_format import PromptFormat, token_ids
+from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 from tests.conftest import make_tokenizer
 
 CHAT = "<s>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<{{ mood }}>"

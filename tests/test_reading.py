@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit.reading import parse_json, read_yaml, taken
+from baft_easyedit.files.reading import parse_json, read_yaml, taken
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit import demo, real_demo
 from baft_easyedit.cli import main
+from baft_easyedit.demo import bundled as demo
+from baft_easyedit.demo import real as real_demo
+from baft_easyedit.demo.real import SHOWN, show_real_edits
 from baft_easyedit.easyedit import host
 from baft_easyedit.facts.known import known_phrasings, prompts_to_complete
-from baft_easyedit.gguf_models import smollm2
-from baft_easyedit.real_demo import SHOWN, show_real_edits
+from baft_easyedit.gguf import smollm2
 from tests.gguf_files import write_gguf
 
 ROOT = Path(__file__).parent.parent

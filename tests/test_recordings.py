@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import torch
 
-from baft_easyedit.recordings import Recording, Recordings, model_version
-from baft_easyedit.requests import TextRow
+from baft_easyedit.training.recordings import Recording, Recordings, model_version
+from baft_easyedit.training.requests import TextRow
 
 
 def text(i):

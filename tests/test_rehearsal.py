@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams
-from baft_easyedit.gates import GATES
-from baft_easyedit.rehearsal import Rehearsal, RehearsalMemory, Review
-from baft_easyedit.requests import EditRequest, TextRow
+from baft_easyedit.method.gates import GATES
+from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
+from baft_easyedit.training.requests import EditRequest, TextRow
 from tests.conftest import make_model, random_edit
 
 FACTS = [

@@ -11,14 +11,14 @@ import transformers
 from packaging.version import Version
 
 from baft_easyedit import BaFTEditor, attached_edit
-from baft_easyedit.caches import FrozenPrefix
-from baft_easyedit.descent import Objective
-from baft_easyedit.engine import Engine
-from baft_easyedit.models import CACHE_NAMES, cache_name
-from baft_easyedit.objective import answer_loss, token_losses
-from baft_easyedit.recordings import Recordings
-from baft_easyedit.replay import FullForward, LayerReplay, _check_belong_to_text
-from baft_easyedit.requests import as_requests, text_rows
+from baft_easyedit.method.objective import answer_loss, token_losses
+from baft_easyedit.model.inspect import CACHE_NAMES, cache_name
+from baft_easyedit.training.caches import FrozenPrefix
+from baft_easyedit.training.engine import Engine
+from baft_easyedit.training.prefix_cache import FullForward, LayerReplay, _check_belong_to_text
+from baft_easyedit.training.recordings import Recordings
+from baft_easyedit.training.requests import as_requests, text_rows
+from baft_easyedit.training.step import Objective
 from tests.conftest import FAMILIES, call_cache, make_model, random_edit
 
 REQUESTS = [
@@ -275,7 +275,7 @@ def test_errors_that_no_cache_explains_are_raised(error, model, rows):
 def test_errors_of_our_own_code_are_raised(model, rows, monkeypatch):
     edit = with_edit(model)
     forward = LayerReplay(model, edit).prepare([rows])
-    namespace = {"__name__": "baft_easyedit.hooks", "torch": torch}
+    namespace = {"__name__": "baft_easyedit.model.hooks", "torch": torch}
     exec("def bug(*_): return torch.ones(2) @ torch.ones(3)", namespace)  # as if it were in hooks
     monkeypatch.setattr(type(edit), "_intervene", namespace["bug"])
     with pytest.raises(RuntimeError, match="inconsistent tensor size") as raised:
@@ -322,7 +322,7 @@ def test_short_memory_is_no_reason_for_the_full_forward(model, rows, monkeypatch
     def full(*args):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr("baft_easyedit.replay.LayerReplay.prepare", full)
+    monkeypatch.setattr("baft_easyedit.training.prefix_cache.LayerReplay.prepare", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         Engine(model, with_edit(model), "auto").prepare([rows])
 
@@ -412,7 +412,7 @@ def test_a_first_step_with_other_losses_is_refused(model, rows, hparams, caplog)
 
 
 def test_losses_that_are_off_by_rounding_are_looked_into(model, rows, hparams, monkeypatch):
-    monkeypatch.setattr("baft_easyedit.replay._OF_LOSSES", -1.0)
+    monkeypatch.setattr("baft_easyedit.training.prefix_cache._OF_LOSSES", -1.0)
     started(model, rows, hparams)
 
 

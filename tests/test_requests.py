@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import processors
 
-from baft_easyedit.prompt_format import PromptFormat
-from baft_easyedit.requests import EditRequest, as_requests, text_rows
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
 from tests.conftest import make_tokenizer
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, ModelEdit, attach
-from baft_easyedit.independent import IndependentEdits
-from baft_easyedit.keeping.older import converted_hparams
-from baft_easyedit.objective import displacement_error
-from baft_easyedit.past_states import PastStates
+from baft_easyedit.method.objective import displacement_error
+from baft_easyedit.method.past_states import PastStates
+from baft_easyedit.model.independent import IndependentEdits
+from baft_easyedit.storage.older import converted_hparams
 from tests.conftest import HIDDEN, make_model
 
 SETTLED = {
@@ -110,7 +110,7 @@ def test_what_is_off_within_the_tolerance_is_not_off():
 def test_edits_that_leave_past_ones_alone_stay_as_they_were_learned(
     tokenizer, hparams, monkeypatch
 ):
-    monkeypatch.setattr("baft_easyedit.settling._TOLERANCE", 1e9)
+    monkeypatch.setattr("baft_easyedit.training.settling._TOLERANCE", 1e9)
     outputs = []
     for most in (0, 64):
         model = make_model()
@@ -193,7 +193,7 @@ def test_a_settling_that_fails_leaves_all_as_it_was(model, tokenizer, hparams, m
     def fail(*_args):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("baft_easyedit.settling.displacement_error", fail)
+    monkeypatch.setattr("baft_easyedit.training.settling.displacement_error", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         editor.edit(request(1))
     assert torch.equal(logits(model), before)
@@ -238,7 +238,7 @@ def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monke
                     p.zero_()
 
         if wrecks:
-            monkeypatch.setattr("baft_easyedit.learner.settle", wreck)
+            monkeypatch.setattr("baft_easyedit.training.learner.settle", wreck)
         report = editor.edit(request(1))
         learned.append(report.learned)
         ids = tokenizer("Fact 1 is no")["input_ids"]

@@ -15,10 +15,10 @@ import pytest
 from baft_easyedit import BaFTHyperParams, resources, writing
 from baft_easyedit.bench import provenance
 from baft_easyedit.easyedit import model_path
+from baft_easyedit.files.resources import model_location, real_model_path
 from baft_easyedit.generation import generate_answers, load_model, model_depth
-from baft_easyedit.gguf_models import smollm2
-from baft_easyedit.prompt_format import PromptFormat
-from baft_easyedit.resources import model_location, real_model_path
+from baft_easyedit.gguf import smollm2
+from baft_easyedit.model.prompt_format import PromptFormat
 from tests.gguf_files import write_gguf
 from tests.new_process import new_processes
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, attached_edit
-from baft_easyedit.locks import ModelLock, _has_left, _is_ours, lock_of
+from baft_easyedit.model.locks import ModelLock, _has_left, _is_ours, lock_of
 from tests.conftest import make_model, random_edit
 
 IDS = torch.tensor([[256, 7, 9, 11, 13, 15]])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from baft_easyedit import BaFTEditor, attached_edit
-from baft_easyedit.models import cache_name, decoder_layers
+from baft_easyedit.model.inspect import cache_name, decoder_layers
 from tests.conftest import make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))

@@ -3,9 +3,9 @@ import os
 import pytest
 
 from baft_easyedit.bench.store import write_json
-from baft_easyedit.keeping.files import write_durably
-from baft_easyedit.keeping.lock import LOCK, DirectoryLock
-from baft_easyedit.writing import written_whole
+from baft_easyedit.files.writing import written_whole
+from baft_easyedit.storage.files import write_durably
+from baft_easyedit.storage.lock import LOCK, DirectoryLock
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])

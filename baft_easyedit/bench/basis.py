@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from baft_easyedit.easyedit.joint_scoring import as_list
-from baft_easyedit.hooks import GateRecord, ModelEdit, attached_edit
-from baft_easyedit.prompt_format import PromptFormat
-from baft_easyedit.replay import FullForward
-from baft_easyedit.requests import TextRow
+from baft_easyedit.model.hooks import GateRecord, ModelEdit, attached_edit
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.training.prefix_cache import FullForward
+from baft_easyedit.training.requests import TextRow
 
 LayerValues = dict[str, list[float]]
 """By layer (JSON wants text as keys), one number for each basis."""

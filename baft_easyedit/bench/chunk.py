@@ -23,7 +23,7 @@ from baft_easyedit.bench.scoring import PreEditScores, immediate_scores, score_c
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, write_json
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.editor import Learned
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.prompt_format import PromptFormat
 
 Progress = Callable[[], None]
 """Called after each edit of a request."""

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from baft_easyedit.messages import cut, short
-from baft_easyedit.reading import did_you_mean, read_yaml
-from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, merged_settings
+from baft_easyedit.files.messages import cut, short
+from baft_easyedit.files.reading import did_you_mean, read_yaml
+from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
 
 class _Strict(BaseModel):

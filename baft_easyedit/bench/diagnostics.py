@@ -30,7 +30,7 @@ from baft_easyedit.bench.diagnosis import (
 )
 from baft_easyedit.bench.runs import Result, read_run
 from baft_easyedit.bench.store import RunDirectory
-from baft_easyedit.diagnostics import (
+from baft_easyedit.method.gate_report import (
     coefficient_of_variation,
     collapse_warnings,
     imbalance_warnings,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baft_easyedit.batching import padded
 from baft_easyedit.bench.datasets import PiqaItem
-from baft_easyedit.hooks import attached_edit
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.batching import padded
+from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.prompt_format import PromptFormat
 
 _BATCH = 32
 

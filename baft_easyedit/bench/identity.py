@@ -19,8 +19,8 @@ from baft_easyedit.bench.settings import our_hparams, statistics_texts
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peers import own_preset_config
-from baft_easyedit.messages import short
-from baft_easyedit.reading import read_yaml
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.reading import read_yaml
 
 _MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs", "timeout_s", "report_to")
 """Settings that change no score that is there; rows are compared one by one."""

@@ -13,7 +13,7 @@ import yaml
 
 from baft_easyedit.bench.plan import Protocol
 from baft_easyedit.bench.runs import TEACHER_FORCED
-from baft_easyedit.messages import short
+from baft_easyedit.files.messages import short
 
 ByMethod = Mapping[str, Mapping[str, float]]
 """For each method its numbers, under the names of a summary's fields."""

@@ -15,7 +15,7 @@ import baft_easyedit
 from baft_easyedit.bench.config import BenchConfig
 from baft_easyedit.bench.plan import Unit
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, write_json
-from baft_easyedit.resources import model_location
+from baft_easyedit.files.resources import model_location
 
 Progress = Callable[[int], None]
 """Called with a number of edits that are done, or will not be."""

@@ -15,8 +15,8 @@ import torch
 
 import baft_easyedit
 from baft_easyedit.easyedit import find_host
-from baft_easyedit.gguf_models.smollm2 import ready_location
-from baft_easyedit.paths import open_regular
+from baft_easyedit.files.paths import open_regular
+from baft_easyedit.gguf.smollm2 import ready_location
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor")
 _SAMPLE = 1 << 20

@@ -22,11 +22,11 @@ from baft_easyedit.bench.process import Workers, run_units, write_failure
 from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.settings import check_methods
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
-from baft_easyedit.devices import check_device
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.files.resources import hparams_file
 from baft_easyedit.generation import model_depth
-from baft_easyedit.resources import hparams_file
+from baft_easyedit.model.devices import check_device
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
 """Called with the number of edits in this process's share and how many of them are done already;

@@ -17,7 +17,7 @@ from baft_easyedit.bench.scores import metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, read_json, write_json
 from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.easyedit.session import Session
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
 

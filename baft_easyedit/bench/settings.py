@@ -9,10 +9,10 @@ from baft_easyedit.bench.config import BenchConfig, MethodConfig
 from baft_easyedit.bench.plan import Protocol, protocols
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peer_methods import batchable, why_not
+from baft_easyedit.files.paths import expanded, read_text
+from baft_easyedit.files.resources import has_hparams, hparams_file, own_preset
 from baft_easyedit.generation import model_depth
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
-from baft_easyedit.paths import expanded, read_text
-from baft_easyedit.resources import has_hparams, hparams_file, own_preset
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
 

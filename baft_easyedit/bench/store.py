@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.bench.plan import Protocol, Unit, file_name
-from baft_easyedit.messages import short
-from baft_easyedit.paths import read_regular
-from baft_easyedit.reading import parse_json
-from baft_easyedit.writing import written_whole
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import read_regular
+from baft_easyedit.files.reading import parse_json
+from baft_easyedit.files.writing import written_whole
 
 SCHEMA = 1
 """Version of all records; in each of them as `schema`."""

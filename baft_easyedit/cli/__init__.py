@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from baft_easyedit.cli import bench, demo, edit, gguf, speed
 from baft_easyedit.cli.options import Parser
-from baft_easyedit.messages import cut
+from baft_easyedit.files.messages import cut
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell has it."""

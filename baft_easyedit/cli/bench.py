@@ -123,7 +123,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _print_tables(config: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Show a table for each protocol that was asked for."""
-    from baft_easyedit.demo import table
+    from baft_easyedit.demo.bundled import table
 
     for T in config.T:
         for size in config.batch_size:

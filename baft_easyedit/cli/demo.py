@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     """Show a few edits, then the tables."""
-    from baft_easyedit.demo import check_methods, compare, show_edits, tables
+    from baft_easyedit.demo.bundled import check_methods, compare, show_edits, tables
     from baft_easyedit.easyedit import find_host
 
     methods = check_methods(arguments.methods)
@@ -53,7 +53,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _show_real_edits(device: int | str) -> None:
     """Show edits of the real model, or say why there is none."""
-    from baft_easyedit.real_demo import real_settings, show_real_edits
+    from baft_easyedit.demo.real import real_settings, show_real_edits
 
     try:
         settings = real_settings(device)

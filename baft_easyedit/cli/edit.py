@@ -16,11 +16,11 @@ from baft_easyedit.cli.options import (
     whole,
 )
 from baft_easyedit.editor import BaFTEditor, EditReport
+from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.keeping.directory import check_target, holds_edit, read_history
-from baft_easyedit.messages import short
-from baft_easyedit.prompt_format import PromptFormat
-from baft_easyedit.requests import as_requests
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.storage.directory import check_target, holds_edit, read_history
+from baft_easyedit.training.requests import as_requests
 
 UNLEARNED = 3
 """Exit status if an edit was made, but not learned."""
@@ -102,7 +102,9 @@ def _edit(arguments: argparse.Namespace) -> int:
     with _told_what_is_kept(arguments), _editor(arguments, model, tokenizer, hparams) as editor:
         form = PromptFormat.of(editor.hparams)
         before = generate_answers(model, tokenizer, prompts, prompt_format=form)
-        with without_warnings_of("baft_easyedit.learner"):  # `_status` tells what was not learned
+        with without_warnings_of(
+            "baft_easyedit.training.learner"
+        ):  # `_status` tells what was not learned
             report = editor.edit(request)
         after = generate_answers(model, tokenizer, prompts, prompt_format=form)
         if arguments.save is not None:

@@ -24,7 +24,7 @@ def _import(arguments: argparse.Namespace) -> None:
     """Convert, and say where the model is."""
     import torch
 
-    from baft_easyedit.gguf_models.conversion import import_gguf
+    from baft_easyedit.gguf.conversion import import_gguf
 
     silence_loading()
     dtype = getattr(torch, arguments.dtype)

@@ -6,10 +6,10 @@ from typing import Any
 
 from baft_easyedit.cli.console import note
 from baft_easyedit.cli.options import device
-from baft_easyedit.devices import check_device, needs_missing_cuda
+from baft_easyedit.files.reading import read_yaml
+from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
-from baft_easyedit.reading import read_yaml
-from baft_easyedit.resources import BUNDLED_MODEL, hparams_file, own_preset
+from baft_easyedit.model.devices import check_device, needs_missing_cuda
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from baft_easyedit.devices import check_device
-from baft_easyedit.paths import expanded
+from baft_easyedit.files.paths import expanded
+from baft_easyedit.model.devices import check_device
 
 DTYPES = ("float32", "float16", "bfloat16")
 

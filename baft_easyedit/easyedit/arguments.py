@@ -10,8 +10,8 @@ from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from baft_easyedit.easyedit.host import Generation
-from baft_easyedit.messages import short
-from baft_easyedit.requests import EditRequest, as_requests
+from baft_easyedit.files.messages import short
+from baft_easyedit.training.requests import EditRequest, as_requests
 
 _ALIGNED = ("target_new", "ground_truth", "target_neg", "rephrase_prompts", "subject")
 """Lists with one entry for each prompt."""

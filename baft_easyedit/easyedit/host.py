@@ -25,7 +25,7 @@ import torch
 
 from baft_easyedit.easyedit.compat import moved_names, repair
 from baft_easyedit.easyedit.standins import missing_vision_packages, vision_standins
-from baft_easyedit.paths import read_text
+from baft_easyedit.files.paths import read_text
 
 logger = logging.getLogger(__name__)
 

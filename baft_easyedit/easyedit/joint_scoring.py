@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from baft_easyedit.batching import alike
-from baft_easyedit.models import text_config
+from baft_easyedit.model.batching import alike
+from baft_easyedit.model.inspect import text_config
 
 Request = Mapping[str, Any]
 

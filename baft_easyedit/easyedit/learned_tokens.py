@@ -8,8 +8,8 @@ these the tokens are those of the tokenizer itself.
 from collections.abc import Sequence
 from typing import Any
 
-from baft_easyedit.batching import padded
-from baft_easyedit.prompt_format import PromptFormat, token_ids
+from baft_easyedit.model.batching import padded
+from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
 _RELEASES_END = " <|endoftext|>"
 """What EasyEdit's release puts behind texts whose perplexity it measures."""

@@ -11,9 +11,9 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from baft_easyedit.gguf_models.smollm2 import ready_location
-from baft_easyedit.paths import read_regular
-from baft_easyedit.reading import parse_json
+from baft_easyedit.files.paths import read_regular
+from baft_easyedit.files.reading import parse_json
+from baft_easyedit.gguf.smollm2 import ready_location
 
 _FAMILIES = (
     "t5",

@@ -10,7 +10,7 @@ from typing import Any
 
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Generation
-from baft_easyedit.reading import did_you_mean
+from baft_easyedit.files.reading import did_you_mean
 
 
 @dataclass(frozen=True)

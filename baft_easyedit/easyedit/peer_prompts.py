@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.prompt_format import PromptFormat
 
 HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
 """Hyper-parameters of ours that are for any method; they have the meaning of `BaFTHyperParams`."""

@@ -30,8 +30,8 @@ from baft_easyedit.easyedit.statistics import (
     write_key_statistics,
     write_null_space,
 )
-from baft_easyedit.paths import read_text
-from baft_easyedit.resources import has_hparams, hparams_file, merged_settings
+from baft_easyedit.files.paths import read_text
+from baft_easyedit.files.resources import has_hparams, hparams_file, merged_settings
 
 __all__ = [
     "NEED_TEXTS",

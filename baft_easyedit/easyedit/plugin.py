@@ -15,10 +15,10 @@ from baft_easyedit.easyedit.base_editor import OUR_METHODS, wrap_base_editor
 from baft_easyedit.easyedit.host import Host, load_host
 from baft_easyedit.easyedit.scoring import wrap_scoring
 from baft_easyedit.editor import BaFTEditor
-from baft_easyedit.hooks import ModelEdit, attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.keeping.loading import check_same_shape
-from baft_easyedit.rehearsal import RehearsalMemory
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.storage.loading import check_same_shape
+from baft_easyedit.training.rehearsal import RehearsalMemory
 
 
 class Undo(dict[str, Any]):

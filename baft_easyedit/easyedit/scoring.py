@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
-from baft_easyedit.hooks import attached_edit
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.prompt_format import PromptFormat
 
 Scorer = Callable[..., Any]
 TellEdit = Callable[[Sequence[int]], AbstractContextManager[Any]]

@@ -33,8 +33,8 @@ from baft_easyedit.easyedit.peer_fixes import (
 from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.editor import BaFTEditor, Learned
 from baft_easyedit.generation import generate_answers
-from baft_easyedit.hooks import attached_edit
-from baft_easyedit.prompt_format import PromptFormat
+from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
 

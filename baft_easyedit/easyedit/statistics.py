@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.writing import written_whole
+from baft_easyedit.files.writing import written_whole
 
 _DATASET = "wikipedia"
 """The name in EasyEdit's file names; the texts are ours."""

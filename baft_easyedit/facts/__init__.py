@@ -8,7 +8,7 @@ here.
 from baft_easyedit.facts.questions import Question, questions
 from baft_easyedit.facts.records import edit_requests, split_of
 from baft_easyedit.facts.tables import Fact, Relation, TwoHopRule, facts, relations, two_hop_rules
-from baft_easyedit.resources import bundled_model_path
+from baft_easyedit.files.resources import bundled_model_path
 
 __all__ = [
     "Fact",

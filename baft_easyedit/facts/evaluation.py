@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 import torch
 
-from baft_easyedit.batching import padded
 from baft_easyedit.facts.questions import Kind, Question, questions
 from baft_easyedit.facts.tables import facts, relations
 from baft_easyedit.facts.training import TrainingRecipe
 from baft_easyedit.generation import generate_answers, load_model
-from baft_easyedit.prompt_format import token_ids
+from baft_easyedit.model.batching import padded
+from baft_easyedit.model.prompt_format import token_ids
 
 MAX_ANSWER_TOKENS = 24
 """More than the longest answer and its end have: what is cut here is wrong anyway."""

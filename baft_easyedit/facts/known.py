@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from baft_easyedit.facts.tables import facts, fill, relations
-from baft_easyedit.paths import read_text
+from baft_easyedit.files.paths import read_text
 
 FILE = "known.json"
 

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from baft_easyedit.paths import read_text
+from baft_easyedit.files.paths import read_text
 
 SUBJECT_SLOT = "{subject}"
 NUM_HELD_OUT = 1

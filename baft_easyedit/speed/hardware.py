@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from baft_easyedit.models import decoder_layers
+from baft_easyedit.model.inspect import decoder_layers
 
 Result = TypeVar("Result")
 

@@ -8,7 +8,7 @@ import torch
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
-from baft_easyedit.models import decoder_layers
+from baft_easyedit.model.inspect import decoder_layers
 from baft_easyedit.speed.hardware import timed
 from baft_easyedit.speed.measure import EditCost, Requests
 from baft_easyedit.speed.options import Row

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.devices import as_device, check_device
 from baft_easyedit.generation import model_depth
+from baft_easyedit.model.devices import as_device, check_device
 from baft_easyedit.speed.measure import Sample
 from baft_easyedit.speed.options import Row, SpeedOptions, make_rows
 from baft_easyedit.speed.ours import load

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from baft_easyedit.devices import as_device
+from baft_easyedit.model.devices import as_device
 from baft_easyedit.speed.hardware import MemoryMeter, bytes_per_step, copy_bandwidth
 from baft_easyedit.speed.measure import Method, Requests, measure, profiled, run_once
 from baft_easyedit.speed.options import Row

@@ -3,7 +3,7 @@ import pytest
 from baft_easyedit.bench.config import BenchConfig, MethodConfig, make_config, read_config
 from baft_easyedit.bench.plan import Protocol
 from baft_easyedit.bench.settings import asked_of_all, check_methods, our_hparams
-from baft_easyedit.resources import hparams_root
+from baft_easyedit.files.resources import hparams_root
 
 SMALLEST = {"data": {"kind": "facts"}, "methods": ["BaFT"]}
 

@@ -10,7 +10,7 @@ import pytest
 from dataset_files import RECORDS, knowedit, records_of, request, write_records
 
 from baft_easyedit.bench.datasets import DATASETS, load_dataset
-from baft_easyedit.requests import as_requests
+from baft_easyedit.training.requests import as_requests
 
 JUNK = (None, "", "  ", 3, 1.5, True, [], [[]], [""], ["x"], {}, {"x": 1}, "x", "{}{}")
 

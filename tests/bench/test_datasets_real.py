@@ -8,7 +8,7 @@ import pytest
 from baft_easyedit import register
 from baft_easyedit.bench.datasets import load_dataset, load_piqa
 from baft_easyedit.easyedit.host import find_host
-from baft_easyedit.requests import as_requests
+from baft_easyedit.training.requests import as_requests
 
 # Path, requests, prompts in several records, records without portability.
 FILES = {

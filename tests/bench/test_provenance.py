@@ -1,7 +1,7 @@
 import shutil
 
 from baft_easyedit.bench import provenance
-from baft_easyedit.resources import bundled_model_path
+from baft_easyedit.files.resources import bundled_model_path
 
 
 def test_a_model_is_known_by_its_content(tmp_path):

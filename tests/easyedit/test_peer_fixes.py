@@ -24,7 +24,7 @@ from baft_easyedit.easyedit.peers import (
     write_statistics,
 )
 from baft_easyedit.easyedit.session import Session, prepare_requests
-from baft_easyedit.resources import bundled_model_path
+from baft_easyedit.files.resources import bundled_model_path
 
 QUICK = {
     "num_steps": 2,

@@ -27,7 +27,7 @@ from baft_easyedit.easyedit.statistics import (
     write_key_statistics,
     write_null_space,
 )
-from baft_easyedit.resources import hparams_file
+from baft_easyedit.files.resources import hparams_file
 
 BUNDLED = ModelShape(depth=6, width=192, tied=False)
 DEEP = ModelShape(depth=12, width=768, tied=True)

@@ -14,8 +14,8 @@ from baft_easyedit import BaFTHyperParams, ModelEdit, attached_edit
 from baft_easyedit.easyedit.devices import honoured_device
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.plugin import apply_baft_to_model
-from baft_easyedit.prompt_format import PromptFormat
-from baft_easyedit.requests import as_requests, text_rows
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.training.requests import as_requests, text_rows
 
 pytestmark = pytest.mark.easyedit
 

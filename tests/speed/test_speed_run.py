@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from baft_easyedit.easyedit.tiny import save_tiny_llama
-from baft_easyedit.hooks import attached_edit
+from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.speed import SpeedOptions, Sweep, run_speed
 from baft_easyedit.speed.hardware import (
     MemoryMeter,

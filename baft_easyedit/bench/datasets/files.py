@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from baft_easyedit.messages import short
-from baft_easyedit.paths import expanded, read_regular
-from baft_easyedit.reading import parse_json
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import expanded, read_regular
+from baft_easyedit.files.reading import parse_json
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from baft_easyedit.bench.datasets.plain import read_facts, read_requests
 from baft_easyedit.bench.datasets.rewrites import read_counterfact, read_mquake
 from baft_easyedit.bench.datasets.schema import Source
 from baft_easyedit.bench.datasets.zsre import read_zsre
-from baft_easyedit.messages import short
-from baft_easyedit.requests import EditRequest
+from baft_easyedit.files.messages import short
+from baft_easyedit.training.requests import EditRequest
 
 Request = dict[str, Any]
 

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 
 from baft_easyedit.bench.datasets.files import FileHash, find_file, read_file, select
 from baft_easyedit.bench.datasets.schema import Layout, Text, check
-from baft_easyedit.messages import short
-from baft_easyedit.reading import parse_json
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.reading import parse_json
 
 
 class PiqaItem(Layout):

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from baft_easyedit.bench.datasets.files import FileHash
-from baft_easyedit.messages import cut, short
+from baft_easyedit.files.messages import cut, short
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 """Text without blanks at its ends, not empty."""

@@ -1,0 +1,1 @@
+"""What `baft-easyedit demo` shows."""

@@ -1,0 +1,185 @@
+"""The demo: a few edits shown as text, then BaFT beside EasyEdit's methods on the bundled facts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, MethodConfig
+from baft_easyedit.bench.runner import StartProgress, run_bench
+from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.facts import edit_requests
+from baft_easyedit.files.resources import BUNDLED_MODEL, model_location
+from baft_easyedit.generation import generate_answers, load_model, with_usable_end
+from baft_easyedit.hparams import BaFTHyperParams
+
+DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "AdaLoRA", "MEMIT", "WISE")
+NUM_IN_A_ROW = 10
+"""T of the demo's continual protocol."""
+_NUM_SHOWN = 3
+_PRESET = "facts-llama"
+"""The bundled model's settings."""
+_DECIDED = (
+    *("model_name", "alg_name", "api_key", "batch_size", "rehearsal"),
+    *("device", "fp16", "model_parallel"),
+)
+"""Hyper-parameters that a benchmark has elsewhere."""
+
+
+def check_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """Return method names as they are, or the demo's own if there are none.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    for name in names:
+        why_not(name, "current")  # raises if there is no such method
+    return tuple(names) or DEMO_METHODS
+
+
+def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
+    """Edit a few facts one after another, each undone, and yield the answers before and after.
+
+    Args:
+        hparams: Hyper-parameters; their `model_name` and `device` say what is edited and where.
+    """
+    dtype = torch.float16 if hparams.fp16 else torch.float32
+    model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
+    editor = BaFTEditor(model, tokenizer, with_usable_end(hparams, tokenizer))
+    with_two_hops = [r for r in edit_requests("eval") if r["portability"]]
+    for request in with_two_hops[:_NUM_SHOWN]:
+        asked = {
+            "edited": request["prompt"],
+            "rephrased": request["rephrase_prompt"],
+            "two-hop": request["portability"]["two_hop"]["prompt"],
+            "neighbour": request["locality"]["neighborhood"]["prompt"],
+        }
+        before = generate_answers(model, tokenizer, list(asked.values()))
+        report = editor.edit(request)
+        after = generate_answers(model, tokenizer, list(asked.values()))
+        editor.undo()
+        target = request["target_new"]
+        yield f"\n{request['subject']}: {request['ground_truth']} -> {target}   " + (
+            f"({report.num_steps} steps, {report.time_s:.2f} s)"
+        )
+        for kind, prompt, old, new in zip(asked, asked.values(), before, after, strict=True):
+            change = f"{old} -> {new}" if old != new else f"{old} (as before)"
+            yield f"  {kind:10} {prompt} ... {' '.join(change.split())}"
+
+
+def compare(
+    hparams: BaFTHyperParams,
+    methods: Sequence[str],
+    num_cases: int,
+    num_jobs: int,
+    start_progress: StartProgress | None = None,
+) -> list[dict[str, Any]]:
+    """Run methods through EasyEdit: single edits, and edits in a row.
+
+    Args:
+        hparams: Hyper-parameters of BaFT or ReFT, with model and device.
+        methods: BaFT, ReFT, or methods of EasyEdit.
+        num_cases: Facts of the eval split to edit, at least 1.
+        num_jobs: Methods run at once, each in a process with one thread, at least 1.
+        start_progress: Makes a progress bar.
+
+    Returns:
+        The rows of the benchmark's summary, for `tables`.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    for name, value in (("cases", num_cases), ("jobs", num_jobs)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    config = _config(hparams, methods, num_cases, tuple(_titles(num_cases)), num_jobs)
+    with TemporaryDirectory(prefix="easyedit-") as directory:
+        return run_bench(config, Path(directory), start_progress)
+
+
+def tables(rows: Sequence[Mapping[str, Any]], num_cases: int) -> Iterator[str]:
+    """Yield the lines of a table for single edits, and of one for edits in a row.
+
+    Args:
+        rows: What `compare` returned.
+        num_cases: What it was called with.
+    """
+    for T, title in _titles(num_cases).items():
+        yield "\n" + title
+        yield from table([row for row in rows if row["T"] == T])
+
+
+def _titles(num_cases: int) -> dict[int, str]:
+    """Return the demo's T, and the titles of their tables."""
+    in_a_row = min(NUM_IN_A_ROW, num_cases)
+    titles = {1: f"{num_cases} single edits"}
+    if in_a_row > 1:
+        titles[in_a_row] = f"the same, {in_a_row} edits in a row, scored after the last"
+    return titles
+
+
+def _config(
+    hparams: BaFTHyperParams, methods: Sequence[str], num_cases: int, T: tuple[int, ...], jobs: int
+) -> BenchConfig:
+    """Describe the benchmark of a demo."""
+    return BenchConfig(
+        model=hparams.model_name,
+        data=DataConfig(kind="facts", limit=num_cases),
+        methods=tuple(_row(method, hparams) for method in methods),
+        T=T,
+        preset=_PRESET if hparams.model_name == model_location(BUNDLED_MODEL) else None,
+        generation=False,
+        immediate=False,
+        basis=False,
+        device=hparams.device,
+        fp16=hparams.fp16,
+        model_parallel=hparams.model_parallel,
+        jobs=jobs,
+    )
+
+
+def is_bundled(hparams: BaFTHyperParams) -> bool:
+    """Tell whether hyper-parameters are the bundled model's own, which differ by protocol."""
+    loading = {name: getattr(hparams, name) for name in ("device", "fp16", "model_parallel")}
+    return hparams == type(hparams).from_hparams(f"{hparams.algorithm}/{_PRESET}", **loading)
+
+
+def _row(method: str, hparams: BaFTHyperParams) -> MethodConfig:
+    """Make a row; the given hyper-parameters are kept for the method that they are of."""
+    if method != hparams.alg_name or is_bundled(hparams):
+        return MethodConfig(name=method, method=method)
+    values = {name: value for name, value in asdict(hparams).items() if name not in _DECIDED}
+    if not hparams.rehearsal:
+        return MethodConfig(name=method, method=method, set=values)
+    name = f"{method}{REHEARSED}"
+    return MethodConfig(name=name, method=method, set=values, rehearsal=hparams.rehearsal)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table; a method that did not run says why.
+
+    Args:
+        rows: Rows of a benchmark's summary.
+    """
+    yield "| method | Rel | Gen | Loc | Por | s/edit | parameters |"
+    yield "|--------|-----|-----|-----|-----|--------|------------|"
+    for row in rows:
+        if row["error"] is not None:
+            yield f"| {row['method']:6} | not run: {_first_line(row['error'])} |"
+            continue
+        scores = [row[f"{name}_acc"] for name in ("rewrite", "rephrase", "locality", "portability")]
+        cells = ["  - " if score is None else f"{score:.2f}" for score in scores]
+        seconds, count = row["edit_time_s"], row["trainable_parameters"]
+        cells.append("     -" if seconds is None else f"{seconds:6.2f}")
+        cells.append("         -" if count is None else f"{count:10,}")
+        yield f"| {row['method']:6} | {' | '.join(cells)} |"
+
+
+def _first_line(text: str) -> str:
+    """Return the first line of an error, cut to a table's width."""
+    line = text.strip().splitlines()[0] if text.strip() else "no reason given"
+    return line if len(line) <= 100 else line[:97] + "..."

@@ -1,0 +1,1 @@
+"""Files that users name, what they hold, and messages about them."""

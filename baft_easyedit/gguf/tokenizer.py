@@ -1,0 +1,259 @@
+"""The tokenizer that a GGUF file's metadata describe.
+
+transformers' own reader takes a byte-level vocabulary of a Llama for LLaMA-3's, whatever
+`tokenizer.ggml.pre` says, and forgets whether a text begins with a special token. So the backend is
+built here. Kinds and their regular expressions are those of llama.cpp's `llama-vocab.cpp`.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.gguf.source import GGUFSource
+
+_CONTROL, _USER_DEFINED = 3, 4
+"""Values of `tokenizer.ggml.token_type`."""
+_BLANK = "▁"
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_DIGITS = "digits"
+"""Digits one by one, then as GPT-2."""
+_GPT2 = "gpt-2"
+_SPLITS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("gpt-2", "phi-2"), _GPT2),
+        **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _DIGITS),
+        **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+        **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+    }
+)
+"""How texts are split before pairs are merged, by `tokenizer.ggml.pre`."""
+
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Names of special tokens in transformers, and in GGUF."""
+
+
+class TokenizerSource:
+    """The part of a file's metadata that describes its tokenizer.
+
+    Args:
+        source: The file.
+
+    Raises:
+        ValueError: If it has no list of tokens, or the list repeats one.
+    """
+
+    def __init__(self, source: GGUFSource) -> None:
+        self._source = source
+        self.tokens: list[str] = list(self.get("tokens") or [])
+        self.vocab = {token: i for i, token in enumerate(self.tokens)}
+        if not self.tokens or len(self.vocab) < len(self.tokens):
+            what = "repeats one" if self.tokens else "has none"
+            raise ValueError(f"tokenizer.ggml.tokens must be a list of tokens; {self.file} {what}")
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return str(self._source.file)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of `tokenizer.ggml.NAME`."""
+        return self._source.metadata.get(f"tokenizer.ggml.{name}", default)
+
+    def token(self, id_name: str) -> str | None:
+        """Return the token whose number is in `tokenizer.ggml.ID_NAME`; None if there is none.
+
+        Raises:
+            ValueError: If there is no token of that number.
+        """
+        number = self.get(id_name)
+        if number is None:
+            return None
+        if not 0 <= number < len(self.tokens):
+            raise ValueError(
+                f"tokenizer.ggml.{id_name} must be below {len(self.tokens)}, the number of tokens; "
+                f"{self.file} has {short(number)}"
+            )
+        return self.tokens[number]
+
+    @property
+    def special(self) -> dict[str, str]:
+        """Special tokens by transformers' names, such as `eos_token`."""
+        found = {role: self.token(id_name) for role, id_name in _ROLES.items()}
+        return {role: token for role, token in found.items() if token is not None}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template, as it is in the file."""
+        return self._source.metadata.get("tokenizer.chat_template")
+
+    def of_type(self, kind: int) -> list[str]:
+        """Return the tokens of one type."""
+        types = self.get("token_type") or []
+        return [token for token, its in zip(self.tokens, types, strict=False) if its == kind]
+
+
+def make_backend(source: TokenizerSource) -> Any:
+    """Build the `tokenizers.Tokenizer` of a file.
+
+    Raises:
+        ValueError: If the tokenizer is of a kind that is not known, or its parts do not fit.
+    """
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = source.get("model")
+    if kind not in makers:
+        raise ValueError(
+            f"tokenizer.ggml.model must be one of {', '.join(makers)}; {source.file} has "
+            f"{short(kind)}"
+        )
+    from tokenizers import AddedToken
+
+    backend = makers[kind](source)
+    # In their order, as transformers numbers what is new.
+    for kind_of_token, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        backend.add_tokens(
+            [
+                AddedToken(token, normalized=False, special=is_special)
+                for token in source.of_type(kind_of_token)
+            ]
+        )
+    _add_ends(backend, source, begins=kind == "llama" or _split(source) == _LLAMA3)
+    return backend
+
+
+def _add_ends(backend: Any, source: TokenizerSource, begins: bool) -> None:
+    """Put special tokens before and behind each text, as the file says, or else llama.cpp's way.
+
+    Args:
+        backend: A `tokenizers.Tokenizer`.
+        source: What describes it.
+        begins: Whether texts begin with a special token where the file does not say.
+    """
+    from tokenizers import processors
+
+    bos = source.token("bos_token_id") if source.get("add_bos_token", begins) else None
+    eos = source.token("eos_token_id") if source.get("add_eos_token", False) else None
+    if bos is None and eos is None:
+        return
+    ends = [token for token in (bos, eos) if token is not None]
+    one, two = (" ".join(filter(None, (bos, *text, eos))) for text in (["$A"], ["$A", "$B"]))
+    backend.post_processor = processors.TemplateProcessing(
+        single=one, pair=two, special_tokens=[(token, source.vocab[token]) for token in set(ends)]
+    )
+
+
+def _split(source: TokenizerSource) -> str:
+    """Return how texts are split, a value of `_SPLITS`.
+
+    Raises:
+        ValueError: If the file does not say, or says what is not known.
+    """
+    kind = source.get("pre")
+    if source.get("model") == "gpt2" and kind not in _SPLITS:
+        raise ValueError(
+            f"tokenizer.ggml.pre must be one of {', '.join(_SPLITS)}; {source.file} has "
+            f"{short(kind)}: how it splits texts is not known here, and a guess would give other "
+            "tokens than the model was trained on"
+        )
+    return _SPLITS.get(kind, "")
+
+
+def _byte_level(source: TokenizerSource) -> Any:
+    """Build a tokenizer of the kind `gpt2`: pairs of bytes, merged in the order of a list."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    split = _split(source)
+    merges = [tuple(pair.split(" ")) for pair in source.get("merges") or []]
+    # LLaMA-3's list of merges does not lead to each of its tokens.
+    backend = _of_merges(source, Tokenizer, models, merges, ignore_merges=split == _LLAMA3)
+    by_bytes = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(source.get("add_space_prefix", False)),
+        use_regex=split in (_GPT2, _DIGITS),
+    )
+    first: list[Any] = []
+    if split == _DIGITS:
+        first = [pre_tokenizers.Digits(individual_digits=True)]
+    elif split != _GPT2:
+        first = [pre_tokenizers.Split(Regex(split), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, by_bytes])
+    if split == _QWEN2:
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(source: TokenizerSource) -> Any:
+    """Build a tokenizer of the kind `llama`: pieces with scores, the best merged first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    backend = _of_merges(
+        source,
+        Tokenizer,
+        models,
+        _merges_of_scores(source),
+        unk_token=source.token("unknown_token_id"),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    prefix = bool(source.get("add_space_prefix", True))
+    first = [normalizers.Prepend(_BLANK)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _BLANK)])
+    last = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    return backend
+
+
+def _of_merges(
+    source: TokenizerSource,
+    tokenizer: Any,
+    models: Any,
+    merges: Sequence[tuple[str, ...]],
+    **options: Any,
+) -> Any:
+    """Build a tokenizer of a vocabulary and its merges.
+
+    Raises:
+        ValueError: If there are none, or they do not fit.
+    """
+    try:
+        return tokenizer(models.BPE(source.vocab, [*map(tuple, merges)], **options))
+    # The backend raises plain exceptions, and its own about single merges.
+    except Exception as error:
+        raise ValueError(
+            f"the merges of {source.file} do not fit its tokens: {short(str(error))}"
+        ) from error
+
+
+def _merges_of_scores(source: TokenizerSource) -> list[tuple[str, str]]:
+    """Return all pairs of pieces that make a piece, in the order in which it is best to merge.
+
+    Raises:
+        ValueError: If not each token has a score.
+    """
+    scores, vocab = source.get("scores") or [], source.vocab
+    if len(scores) != len(source.tokens):
+        raise ValueError(
+            f"tokenizer.ggml.scores must have a number for each of {len(source.tokens)} tokens; "
+            f"{source.file} has {len(scores)}"
+        )
+    not_merged = {*source.of_type(_CONTROL), *source.of_type(_USER_DEFINED)}
+    found = [
+        (-score, vocab[piece[:i]], vocab[piece[i:]])
+        for piece, score in zip(source.tokens, scores, strict=True)
+        if piece not in not_merged
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    return [(source.tokens[left], source.tokens[right]) for _, left, right in sorted(found)]

@@ -1,0 +1,164 @@
+"""The intervention on one layer's output (Liu et al. 2025, Eq. 1-3). Needs torch only.
+
+Not here: where it applies (`positions`), how it reaches a model (`hooks`), how it is learned
+(`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baft_easyedit.method.gates import make_gate
+
+
+def orthonormal_rows(rows: Tensor) -> Tensor:
+    """Turn any full-rank rows into a basis by a thin QR decomposition.
+
+    The signs are fixed so that the diagonal of the triangular factor is positive: the basis is then
+    a continuous function of the rows, and rows that are orthonormal stay as they are, up to
+    rounding. This is also the retraction by which a basis that an optimiser's step has moved
+    becomes orthonormal again (Absil et al. 2008, Example 4.1.3).
+
+    Args:
+        rows: [..., r, D], r <= D.
+
+    Returns:
+        R, [..., r, D], with R R^T = 1, spanning the same subspace.
+    """
+    q, triangular = torch.linalg.qr(rows.mT)  # [..., D, r], [..., r, r]
+    diagonal = torch.diagonal(triangular, dim1=-2, dim2=-1)
+    signs = torch.where(diagonal < 0, -1.0, 1.0)  # [..., r]
+    return (q * signs[..., None, :]).mT
+
+
+def tangent(gradient: Tensor, basis: Tensor) -> Tensor:
+    """Leave out of a gradient what would only move a basis off the orthonormal matrices.
+
+    G - sym(G R^T) R: the gradient on the Stiefel manifold (Absil et al. 2008, Section 3.6.1).
+
+    Args:
+        gradient: G, with respect to each entry of the basis, [..., r, D].
+        basis: R, with orthonormal rows, [..., r, D].
+
+    Returns:
+        [..., r, D].
+    """
+    inner = gradient @ basis.mT  # [..., r, r]  G R^T
+    return gradient - 0.5 * (inner + inner.mT) @ basis
+
+
+def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> Tensor:
+    """Move `hidden` by `step` in the coordinates of a basis, each by its weight.
+
+    For one hidden state h: h' = h + R^T diag(w) (A h + b - R h). (Liu et al. 2025, Eq. 3)
+
+    Args:
+        hidden: Hidden states h, [..., D].
+        basis: Matrix R with orthonormal rows, [r, D].
+        step: From the coordinates R h to the wanted ones, A h + b - R h, [..., r].
+        weights: Basis weights w(h), each in [0, 1], [..., r].
+
+    Returns:
+        Edited hidden states h', [..., D].
+
+    Raises:
+        ValueError: If a last dimension disagrees with `basis`.
+    """
+    rank, hidden_size = basis.shape
+    if hidden.shape[-1] != hidden_size:
+        raise ValueError(f"hidden has size {hidden.shape[-1]}, but the basis has {hidden_size}")
+    if step.shape[-1] != rank:
+        raise ValueError(f"step has {step.shape[-1]} coordinates, but the basis has {rank}")
+    if weights.shape[-1] != rank:
+        raise ValueError(f"weights has {weights.shape[-1]} entries, but the basis has {rank}")
+    return hidden + (weights * step) @ basis  # [..., D]
+
+
+class BaFTIntervention(nn.Module):
+    """Phi(h) = h + R^T diag(w(h)) (A h + b - R h), with orthonormal rows of R (Eq. 1-3).
+
+    R is the parameter `basis` itself. A step of an optimiser moves it off the orthonormal matrices,
+    and `orthonormal_rows` has to put it back after each (`ModelEdit.retract`): as a function of
+    unconstrained parameters, R would turn ever less as their scale grows from step to step. Of A
+    the parameter is the `difference` A - R; how an optimiser moves both is said in `coordinates`.
+
+    Parameters are fp32 and the edit is computed in fp32, whatever the dtype of the hidden states.
+    A new intervention has A = R and b = 0 bit for bit, so it changes nothing (ours: the paper does
+    not give the initial values).
+
+    Args:
+        hidden_size: D.
+        rank: Number of bases r, in [1, D].
+        gate: A name of `gates.GATES`; "one" is ReFT.
+        generator: Source of the random basis; torch's default one if None.
+
+    Raises:
+        ValueError: If the rank is outside [1, D] or the gate is unknown.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        gate: str = "rms-sigmoid",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= hidden_size:
+            raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
+        columns = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
+        self.basis = nn.Parameter(columns.mT.contiguous())
+        self.difference = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.source_bias = nn.Parameter(torch.zeros(rank))
+        self.gate = make_gate(gate, hidden_size, rank)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast, with tensors that can be learned also where inference mode is on."""
+        with torch.inference_mode(False):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def continue_from(self, smaller: "BaFTIntervention") -> None:
+        """Take over what one of fewer bases has learned; the bases beyond change nothing (A = R).
+
+        QR takes the rows in turn, so the new ones come to lie at right angles to the old ones,
+        which stay what they are.
+
+        Raises:
+            ValueError: If the gate cannot grow.
+        """
+        rank = len(smaller.basis)
+        self.gate.continue_from(smaller.gate)
+        self.basis[:rank] = smaller.basis
+        self.basis.copy_(orthonormal_rows(self.basis))
+        self.basis[:rank] = smaller.basis  # without the rounding
+        self.difference[:rank] = smaller.difference
+        self.source_bias[:rank] = smaller.source_bias
+
+    def step(self, hidden: Tensor) -> Tensor:
+        """Return A h + b - R h, [..., r], of hidden states [..., D]."""
+        return F.linear(hidden, self.difference, self.source_bias)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Edit hidden states.
+
+        Args:
+            hidden: h, [..., D], any floating dtype.
+
+        Returns:
+            Phi(h), [..., D], in the dtype of `hidden`; and the basis weights w(h), [..., r], fp32.
+        """
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            edited, weights = self._edit(hidden.float())
+        else:
+            with torch.autocast(device, enabled=False):
+                edited, weights = self._edit(hidden.float())
+        return edited.to(hidden.dtype), weights
+
+    def _edit(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Phi(h) [..., D] and w(h) [..., r]."""
+        weights = self.gate(h)
+        return basis_edit(h, self.basis, self.step(h), weights), weights

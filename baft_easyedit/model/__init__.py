@@ -1,0 +1,1 @@
+"""An edit in a Hugging Face model: attached, looked at, taken off. No learning."""

@@ -1,0 +1,699 @@
+"""Attach an edit to a Hugging Face causal language model by forward hooks, and take it off again.
+
+The model's modules, parameter names and weights stay untouched. `ModelEdit` owns everything that an
+edit has learned; its hooks are bound methods, so `copy.deepcopy(model)` copies the edit with it.
+
+Shapes: B batch, T tokens of a forward, D hidden size, r rank.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
+
+from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
+from baft_easyedit.method.objective import BasisUsage
+from baft_easyedit.method.past_states import PastStates
+from baft_easyedit.method.whitening import Whitening
+from baft_easyedit.model.compiling import not_compiled
+from baft_easyedit.model.inspect import check_layers, computing_device, decoder_layers, owner_of
+from baft_easyedit.model.locks import ModelLock, lock_of
+from baft_easyedit.model.overrides import Override, override
+from baft_easyedit.model.positions import PromptLengths, positions_of_call, says_nothing_of_prompts
+from baft_easyedit.training.cuda_graph import KnownSteps
+from baft_easyedit.training.recordings import Recordings
+from baft_easyedit.training.rehearsal import RehearsalMemory
+
+Snapshot = Mapping[str, Tensor]
+
+logger = logging.getLogger(__name__)
+
+_IRRELEVANT_KEPT = 4
+"""Irrelevant states of an edit that each layer keeps; see `past_states`."""
+
+
+@dataclass
+class GateRecord:
+    """Basis weights seen inside `ModelEdit.recording`; each layer keeps its latest."""
+
+    positions: Tensor | None = None
+    """True where the intervention applies, [B, T]."""
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    """Basis weights of each edited layer, [B, T, r], fp32, with their graph."""
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """Hidden states h that the edit of each layer was given, [B, T, D], without their graph."""
+
+    def weights_of(self, rows: slice) -> dict[int, Tensor]:
+        """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
+        if self.positions is None:
+            return {}
+        return {
+            layer: weights[rows][self.positions[rows].to(weights.device)]
+            for layer, weights in self.weights.items()
+        }
+
+
+class Positions(NamedTuple):
+    """Where one forward pass of a model is intervened on."""
+
+    at: Tensor
+    """True where the intervention applies, [B, T]."""
+    is_everywhere: bool
+    """Whether that is known to be everywhere, as in most steps of a generation."""
+
+    @classmethod
+    def of(cls, at: Tensor) -> "Positions":
+        """Look whether they are everywhere, where looking costs no wait."""
+        looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
+        return cls(at, looks and bool(at.all()))
+
+
+@dataclass(frozen=True, eq=False)
+class Author:
+    """Who changes an edit; each is only itself."""
+
+    name: str
+    """What others call it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of what an edit has learned."""
+
+    what: str
+    by: Author
+
+    def __str__(self) -> str:
+        return f"{self.what}, by {self.by.name}"
+
+
+class _Contexts(threading.local):
+    """The contexts of a `ModelEdit` that a thread is in."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.prompt_lengths: PromptLengths | None = None
+        self.prompt_width: int | None = None
+        """Of the generation that the thread is in."""
+        self.given_positions: Positions | None = None
+        self.record: GateRecord | None = None
+
+    def __reduce__(self) -> Any:
+        return _Contexts, ()
+
+
+class _Calls(threading.local):
+    """The forward pass that a thread is in, or was in last, since an edit was attached."""
+
+    def __init__(self) -> None:
+        self.positions: Positions | None = None
+        self.begun_by: int | None = None
+        """Id of the module that was called; None outside."""
+        self.is_announced = False
+        """Whether the decoder's call is still to come."""
+
+    def __reduce__(self) -> Any:
+        return _Calls, ()
+
+
+class ModelEdit(nn.Module):
+    """All that an edit has learned: one intervention and one usage record for each edited layer.
+
+    Args:
+        hidden_size: D.
+        layers: Decoder layers whose outputs are edited, 0-based.
+        rank: r, bases per layer.
+        gate: A name of `gates.GATES`.
+        num_prompt_positions: P, how many of the last prompt tokens are edited.
+        seed: Seed of the random bases.
+        parametrisation: One of `PARAMETRISATIONS`; see `coordinates`.
+        past_states: Hidden states of past edits that each layer keeps at most; 0 for none.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        rank: int,
+        gate: str,
+        num_prompt_positions: int,
+        seed: int = 0,
+        parametrisation: str = "direct",
+        past_states: int = 0,
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.inference_mode(False):  # whose tensors could never be learned
+            self._interventions = nn.ModuleDict(
+                {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
+            )
+            self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
+            whitened = layers if parametrisation == "whitened" else ()
+            self._whitening = nn.ModuleDict({str(i): Whitening(hidden_size) for i in whitened})
+            keeping = layers if past_states else ()
+            self._past = nn.ModuleDict(
+                {str(i): PastStates(hidden_size, past_states) for i in keeping}
+            )
+        self.gate = gate
+        self.parametrisation = parametrisation
+        self.past_states = past_states
+        self.num_prompt_positions = num_prompt_positions
+        self.memory = RehearsalMemory()
+        self.latest_change: Change | None = None
+        """The change that led to the present state; None if there was none, or it is not known."""
+        self.recordings: Recordings | None = None
+        self.known_steps = KnownSteps()
+        self.handles: list[RemovableHandle | Override] = []
+        """Of the hooks, and of what else it takes over; empty unless it is attached."""
+        self.contexts = _Contexts()
+        """Which of the contexts below the present thread is in."""
+        self._lock: ModelLock | None = None
+        self._beside: tuple[ModelEdit, ...] = ()
+        self._calls = _Calls()
+        # For the threads in which autograd repeats a forward.
+        self._latest_call: Positions | None = None
+        self._has_warned = False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers, 0-based."""
+        return tuple(int(i) for i in self._interventions)
+
+    @property
+    def rank(self) -> int:
+        """r, the bases of each layer."""
+        return len(self.intervention(self.layers[0]).basis)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def intervention(self, layer: int) -> BaFTIntervention:
+        """Return the intervention on one edited layer."""
+        return cast(BaFTIntervention, self._interventions[str(layer)])
+
+    def usage(self, layer: int) -> BasisUsage:
+        """Return how much the bases of one edited layer have been used so far."""
+        return cast(BasisUsage, self._usage[str(layer)])
+
+    @property
+    def whitens(self) -> bool:
+        """Whether it is learned in whitened coordinates."""
+        return self.parametrisation == "whitened"
+
+    def whitening(self, layer: int) -> Whitening:
+        """Return the statistics of one edited layer of an edit that `whitens`."""
+        return cast(Whitening, self._whitening[str(layer)])
+
+    @property
+    def num_past_states(self) -> int:
+        """Hidden states of past edits that a layer keeps now."""
+        return self.past(self.layers[0]).num_kept if self._past else 0
+
+    def past(self, layer: int) -> PastStates:
+        """Return what an edit that keeps past states has of them at one layer."""
+        return cast(PastStates, self._past[str(layer)])
+
+    def joint_usage(self) -> BasisUsage:
+        """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""
+        return BasisUsage.stacked([self.usage(i) for i in self.layers])
+
+    def grow(self, rank: int, seed: int = 0) -> None:
+        """Add bases to each layer, up to `rank`; the new ones change nothing until they learn.
+
+        Args:
+            rank: r from now on, at least what it was, at most the hidden size.
+            seed: Seed of the new bases.
+
+        Raises:
+            ValueError: If the gate cannot grow or the rank is out of range; nothing has changed.
+        """
+        if rank == self.rank:
+            return
+        old = {i: (self.intervention(i), self.usage(i)) for i in self.layers}
+        snapshot, before = self.snapshot(), self.rank
+        self._renew(rank, seed)
+        try:
+            for i, (intervention, usage) in old.items():
+                self.intervention(i).continue_from(intervention)
+                self.usage(i).continue_from(usage)
+        except BaseException:
+            self._renew(before, seed)
+            self.restore(snapshot)
+            raise
+
+    def start_afresh(self, rank: int, seed: int = 0) -> None:
+        """Forget everything that was learned; what stays as large stays where it is in memory.
+
+        Args:
+            rank: r from now on, in [1, hidden size].
+            seed: Seed of the random bases.
+
+        Raises:
+            ValueError: If the rank is out of range; nothing has changed then.
+        """
+        self._renew(rank, seed)
+        for known in (*self._whitening.values(), *self._past.values()):
+            cast(Whitening | PastStates, known).forget()
+
+    def _renew(self, rank: int, seed: int) -> None:
+        """Make interventions and usage new, of another rank perhaps."""
+        generator = torch.Generator().manual_seed(seed)
+        size = self.intervention(self.layers[0]).basis.shape[1]
+        new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
+        for i, intervention in new.items():
+            if self._has_rank(i, rank):
+                self.intervention(i).load_state_dict(intervention.state_dict())
+                self.usage(i).load_state_dict(BasisUsage(rank).state_dict())
+            else:
+                device = self.intervention(i).source_bias.device
+                self._interventions[str(i)] = intervention.to(device)
+                self._usage[str(i)] = BasisUsage(rank).to(device)
+
+    def resize(self, rank: int) -> None:
+        """Forget everything if the rank changes, or if a change of it was interrupted."""
+        if not all(self._has_rank(i, rank) for i in self.layers):
+            self.start_afresh(rank)
+
+    def _has_rank(self, layer: int, rank: int) -> bool:
+        """Tell whether all of a layer is of some rank: a change of it may have been interrupted."""
+        return len(self.intervention(layer).basis) == self.usage(layer).total.shape[-1] == rank
+
+    @property
+    def num_edits(self) -> int:
+        """Independent edits that this object holds; see `IndependentEdits`."""
+        return 1
+
+    def learned_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained, by the names of `snapshot`; gates have `.gate.` in theirs."""
+        return dict(self.named_parameters())
+
+    def bases(self) -> dict[str, Tensor]:
+        """Return R of each layer, [..., r, D], by its name among `learned_parameters`."""
+        parameters = self.learned_parameters()
+        return {name: parameters[name] for name in map(_basis_name, self.layers)}
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        """Make each layer's R orthonormal again, after an optimiser's step has moved it."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for basis in self.bases().values():
+            by_device.setdefault(basis.device, []).append(basis)
+        for bases in by_device.values():  # those of a device by one decomposition
+            torch._foreach_copy_(bases, orthonormal_rows(torch.stack(bases)).unbind())
+
+    def state_of(
+        self,
+        edit: int,
+        usage: Mapping[int, tuple[Tensor, Tensor]],
+        used: Mapping[int, Tensor],
+        irrelevant: Mapping[int, Tensor],
+    ) -> Snapshot:
+        """Return a copy of what one of the `num_edits` edits has learned.
+
+        Args:
+            edit: Which, from 0.
+            usage: `total` [num_edits, r] and `count` [num_edits] of each layer's usage by then.
+            used: The states that each layer's edit was made for, [N, D].
+            irrelevant: Those of its irrelevant prompts, [M, D].
+        """
+        state = dict(self.snapshot())
+        values = self._values_of(edit)
+        state |= values
+        for layer, (total, count) in usage.items():
+            state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
+            state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
+        for layer in self.layers if self._past else ():
+            if len(used[layer]):  # a consolidation has none of its own
+                new = self._past_of(layer, values, used[layer].float(), irrelevant[layer].float())
+                kept = self.past(layer).with_edit(*new)
+                state |= {f"_past.{layer}.{name}": value for name, value in kept.items()}
+        return state
+
+    @torch.no_grad()
+    def _past_of(
+        self, layer: int, values: Snapshot, used: Tensor, irrelevant: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states to keep of an edit with these values, and how they are to move.
+
+        Of the irrelevant ones those that move most, for not to.
+        """
+        moved = self.displacement(layer, irrelevant, values).norm(dim=-1)
+        worst = irrelevant[moved.topk(min(_IRRELEVANT_KEPT, len(moved))).indices]
+        moves = self.displacement(layer, used, values)
+        return torch.cat([used, worst]), torch.cat([moves, torch.zeros_like(worst)])
+
+    @torch.no_grad()
+    def note_moves(self) -> None:
+        """Take what the edit does now for what past ones were to do where h was to move."""
+        for layer in self.layers if self._past else ():
+            states, moves = self.past(layer).kept()
+            moves.copy_(self.displacement(layer, states) * moves.any(-1, keepdim=True))
+
+    def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
+        """Return Phi(h) - h of one layer, [N, D].
+
+        Args:
+            layer: Which.
+            states: h, [N, D], fp32.
+            values: Parameters by the names of `snapshot`, for those of this module.
+        """
+        prefix = f"_interventions.{layer}."
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in (values or {}).items()
+            if name.startswith(prefix)
+        }
+        edited: Tensor = functional_call(self.intervention(layer), own, (states,))[0]
+        return edited - states
+
+    def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
+        """Return copies of one edit's parameters where they are not this module's own."""
+        return {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Make `model` use this edit in every forward pass from now on.
+
+        What it does not reach: weights that are saved or exported (`save_pretrained` writes those
+        of the unedited model), engines with their own forward (vLLM, TGI), and what torch.compile
+        made of the model before, until `torch.compiler.reset()`. PEFT's forward hides labels from a
+        model that was edited before it was wrapped: attach to PEFT's model, or give
+        `prompt_lengths`. Forwards may run side by side in threads; the contexts of this class
+        (`disabled`, `prompt_lengths`, `recording`) hold for the thread that is in them.
+
+        Raises:
+            ValueError: If this edit is attached already, `model` carries another edit, or an edited
+                layer does not exist in it.
+        """
+        with lock_of(model).changing():
+            if self.handles:
+                raise ValueError("this edit is already attached to a model: call detach() first")
+            if attached_edit(model) not in (None, *self._beside):
+                raise ValueError("the model already carries an edit: detach or undo that one first")
+            stack = decoder_layers(model)
+            check_layers(self.layers, len(stack))
+            try:
+                self._hook_into(model, stack)
+            except BaseException:
+                self.unhook()
+                raise
+
+    def _hook_into(self, model: nn.Module, stack: nn.ModuleList) -> None:
+        """Register the hooks, that by which an edit is found first."""
+        self._calls, self._latest_call, self._lock = _Calls(), None, lock_of(model)
+        add = self.handles.append
+        add(model.register_forward_pre_hook(self._on_model_call, with_kwargs=True))
+        add(model.register_forward_hook(self._on_return, always_call=True))
+        owner = owner_of(model, stack)
+        if owner is not model:
+            add(owner.register_forward_pre_hook(self._on_decoder_call, with_kwargs=True))
+            add(owner.register_forward_hook(self._on_return, always_call=True))
+            self.handles += override(self, model)
+        for i in self.layers:
+            add(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
+
+    def detach(self) -> None:
+        """Take this edit off its model, which then computes exactly what it did before.
+
+        All that was recorded of the model is forgotten.
+        """
+        with nullcontext() if self._lock is None else self._lock.changing():
+            self.unhook()
+            self.forget()
+
+    def unhook(self) -> None:
+        """Remove all hooks, each of them even if this is interrupted; what was recorded stays."""
+        hooks = ExitStack()
+        hooks.callback(self.handles.clear)
+        for handle in self.handles:
+            hooks.callback(handle.remove)
+        hooks.close()
+
+    def forget(self) -> None:
+        """Drop what was recorded to save time, and gradients."""
+        self.recordings = None
+        self.known_steps = KnownSteps()
+        self.zero_grad()
+
+    def follow(self, model: nn.Module) -> None:
+        """Bring what is learned to where the layers of a model compute."""
+        stack = decoder_layers(model)
+        for i in self.layers:
+            device = computing_device(stack[i])
+            if device.type != "meta":  # weights that are loaded later
+                self._move(i, device)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the model without the edit inside this context and thread."""
+        with self._within(enabled=False):
+            yield
+
+    @contextmanager
+    def prompt_lengths(self, lengths: PromptLengths | None) -> Iterator[None]:
+        """Tell the forward passes inside this context and thread where the prompts end.
+
+        Args:
+            lengths: Real (not padding) prompt tokens of each row; None for "not known".
+        """
+        with self._within(prompt_lengths=lengths):
+            yield
+
+    @contextmanager
+    def generating(self, prompt_width: int | None) -> Iterator[None]:
+        """Take this thread's forward passes inside this context as those of one generation.
+
+        Args:
+            prompt_width: Columns of its prompts, padding included; None for "not known".
+        """
+        outer = self.contexts.prompt_width  # of a model that assists itself
+        with self._within(prompt_width=prompt_width if outer is None else outer):
+            yield
+
+    @contextmanager
+    def at_positions(self, positions: Positions) -> Iterator[None]:
+        """Let the forward passes inside this context and thread intervene exactly here."""
+        with self._within(given_positions=positions):
+            yield
+
+    @contextmanager
+    def recording(self) -> Iterator[GateRecord]:
+        """Record the basis weights of the forward passes inside this context and thread."""
+        record = GateRecord()
+        with self._within(record=record):
+            yield record
+
+    @contextmanager
+    def _within(self, **settings: Any) -> Iterator[None]:
+        """Set attributes of this thread's contexts inside this one."""
+        contexts = vars(self.contexts)
+        before = {name: contexts[name] for name in settings}
+        try:
+            contexts.update(settings)
+            yield
+        finally:
+            contexts.update(before)
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything learned so far."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a `snapshot`, bit for bit.
+
+        Raises:
+            ValueError: If it is one of an edit of another shape; nothing has changed then.
+        """
+        own = self.state_dict()
+        different = [
+            name
+            for name in {*own, *snapshot}
+            if name not in own or name not in snapshot or own[name].shape != snapshot[name].shape
+        ]
+        if different:
+            raise ValueError(
+                "the snapshot must be one of an edit of the same layers, rank and gate; "
+                f"{min(different)} differs"
+            )
+        self.load_state_dict(dict(snapshot))
+
+    @not_compiled  # for dynamo follows no thread's own
+    def _on_model_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Forward pre-hook of the model: find the positions before the layers run.
+
+        There are no `kwargs` in a call that began while another thread attached or detached.
+        """
+        if kwargs is None:
+            return
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "an edited model cannot run in nn.DataParallel, whose copies share one edit: use "
+                "one process for each device, or accelerate's device_map"
+            )
+        self._begin_call(model, args, kwargs)
+        self._calls.is_announced = True
+
+    @not_compiled  # for dynamo follows no thread's own
+    def _on_decoder_call(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Forward pre-hook of the decoder inside, which PEFT's forward and users call by itself."""
+        if kwargs is None:
+            return
+        if self._calls.is_announced:
+            self._calls.is_announced = False
+        else:
+            self._begin_call(decoder, args, kwargs)
+
+    def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Wait for a change by another thread; then find the positions of a forward pass."""
+        if self._lock is not None and not torch.compiler.is_compiling():
+            self._lock.begin_forward()
+            if not self.handles:  # detached meanwhile: no hook will tell of the end
+                self._lock.end_forward()
+        contexts, calls = self.contexts, self._calls
+        calls.begun_by = id(module)
+        positions = contexts.given_positions
+        if positions is None and contexts.enabled:
+            positions = self._positions_of(module.forward, args, kwargs)
+        calls.positions = self._latest_call = positions
+
+    def _positions_of(
+        self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Positions | None:
+        """Read the positions of a forward pass from its arguments and this thread's contexts."""
+        lengths, width = self.contexts.prompt_lengths, self.contexts.prompt_width
+        if lengths is None and width is None and not self._has_warned:
+            self._warn_unless_told(forward, args, kwargs)
+        num = self.num_prompt_positions
+        at = positions_of_call(forward, args, kwargs, num, lengths, width)
+        return None if at is None else Positions.of(at)
+
+    def _warn_unless_told(
+        self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Warn once of a forward pass that is read as prompts, and may hold answers."""
+        compiles = torch.compiler.is_compiling()
+        if not compiles and says_nothing_of_prompts(
+            forward, args, kwargs, self.num_prompt_positions
+        ):
+            self._has_warned = True
+            logger.warning(
+                "A forward pass of an edited model does not say where its prompts end: each row "
+                "is taken as a prompt, and only its last %d tokens are edited. If answers are in "
+                "it (log-likelihoods, perplexity), they are scored almost without the edit: use "
+                "`with model_edit.prompt_lengths([...])`, with the number of tokens of each "
+                "prompt, or pass labels. (This is said once for each edit.)",
+                self.num_prompt_positions,
+            )
+
+    @not_compiled  # for dynamo follows no thread's own
+    def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        """Forward hook of what was called, also if it raised."""
+        if self._calls.begun_by == id(module):
+            self._calls.begun_by, self._calls.is_announced = None, False
+            if self._lock is not None and not torch.compiler.is_compiling():
+                self._lock.end_forward()
+
+    @not_compiled  # for dynamo follows no thread's own
+    def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
+        """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
+        call, contexts = self._calls.positions, self.contexts
+        if call is None and _is_repeated_by_autograd():
+            call = self._latest_call
+        if not contexts.enabled or call is None or hidden.is_meta:
+            return hidden
+        if call.at.shape != hidden.shape[:2]:
+            raise RuntimeError(
+                f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}, but the "
+                f"model was called on {tuple(call.at.shape)} tokens"
+            )
+        self._move(layer, hidden.device)
+        if call.is_everywhere:
+            edited, weights = self._intervene(layer, hidden)
+        else:
+            here = call.at.to(hidden.device)[..., None]  # [B, T, 1]
+            # Padding can hold NaN, whose gradient `where` alone would not stop.
+            edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
+            edited = torch.where(here, edited, hidden)
+        if contexts.record is not None:
+            contexts.record.positions = call.at
+            contexts.record.weights[layer] = weights
+            contexts.record.hidden[layer] = hidden.detach()
+        return edited
+
+    def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
+        edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
+        return edited
+
+    def gate_weights(self, layer: int, states: Tensor) -> Tensor:
+        """Return the basis weights of one layer's gate for some states [N, D], [N, r]."""
+        weights: Tensor = self.intervention(layer).gate(states)
+        return weights
+
+    def _move(self, layer: int, device: torch.device) -> None:
+        """Bring what a layer has learned to where the layer computes now."""
+        intervention = self.intervention(layer)
+        if intervention.source_bias.device != device:
+            intervention.to(device)
+            self.usage(layer).to(device)
+            if self.whitens:
+                self.whitening(layer).to(device)
+            if self._past:
+                self.past(layer).to(device)
+
+
+def rank_of(snapshot: Snapshot) -> int:
+    """Return the rank of the edit that a snapshot is of.
+
+    Raises:
+        ValueError: If it is not one of an edit.
+    """
+    for name, value in snapshot.items():
+        if name.endswith(".basis") and value.dim() == 2:
+            return len(value)
+    raise ValueError(f"the snapshot must hold a basis [r, D]; it holds {sorted(snapshot)}")
+
+
+def _basis_name(layer: int) -> str:
+    """Return the name of a layer's R among what is learned."""
+    return f"_interventions.{layer}.basis"
+
+
+class _LayerHook:
+    """Forward hook of a decoder layer, which returns hidden states or a tuple that begins so."""
+
+    def __init__(self, edit: ModelEdit, layer: int) -> None:
+        self.edit = edit
+        self.layer = layer
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.edit._on_layer_output(self.layer, output[0]), *output[1:])
+        return self.edit._on_layer_output(self.layer, output)
+
+
+def _is_repeated_by_autograd() -> bool:
+    """Tell whether this runs inside a backward pass, as checkpoints do, in a thread of autograd."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def attached_edit(model: nn.Module) -> ModelEdit | None:
+    """Return the edit attached to a model (or to a model inside it, such as PEFT's), if any."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ModelEdit):
+                return owner
+    return None

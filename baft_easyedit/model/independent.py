@@ -1,0 +1,95 @@
+"""Many edits that know nothing of each other, learned side by side in one batch.
+
+Every parameter gets a leading dimension E, one entry for each edit. Rows of a batch belong to the
+edits in turn: with R rows an edit, row b belongs to edit b // R.
+Shapes: E edits, R rows of an edit, T columns, D hidden size.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from baft_easyedit.model.hooks import ModelEdit, Snapshot
+
+
+class IndependentEdits(ModelEdit):
+    """E copies of an edit that are learned apart.
+
+    Args:
+        start: What every copy has learned already; it is left as it is. They may be attached beside
+            it, while it is disabled.
+        num_edits: E, at least 1.
+
+    Raises:
+        ValueError: If E is below 1.
+    """
+
+    def __init__(self, start: ModelEdit, num_edits: int) -> None:
+        if num_edits < 1:
+            raise ValueError(f"num_edits must be at least 1; got {num_edits}")
+        basis = start.intervention(start.layers[0]).basis  # [r, D]
+        super().__init__(
+            basis.shape[1],
+            start.layers,
+            start.rank,
+            start.gate,
+            start.num_prompt_positions,
+            parametrisation=start.parametrisation,
+            past_states=start.past_states,
+        )
+        self.to(basis.device)
+        self.restore(start.snapshot())
+        self._num_edits = num_edits
+        self._beside = (start,)
+        self._values = {
+            name: p.detach().repeat(num_edits, *[1] * p.dim()).requires_grad_()
+            for name, p in self.named_parameters()
+        }
+
+    @property
+    def num_edits(self) -> int:
+        """E."""
+        return self._num_edits
+
+    def learned_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained: each parameter [E, ...], by the names of `snapshot`."""
+        return self._values
+
+    def _values_of(self, edit: int) -> Snapshot:
+        """Return copies of one edit's parameters."""
+        return {name: value.detach()[edit].clone() for name, value in self._values.items()}
+
+    def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Edit the rows of each edit, [E R, T, D], with its own parameters."""
+        intervention, values = self.intervention(layer), self._values_at(layer)
+
+        def intervene(own: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+            return functional_call(intervention, own, (rows,))
+
+        rows = hidden.view(self._num_edits, -1, *hidden.shape[1:])
+        edited, weights = torch.vmap(intervene)(values, rows)
+        return edited.flatten(0, 1), weights.flatten(0, 1)
+
+    def gate_weights(self, layer: int, states: Tensor) -> Tensor:
+        """Return the basis weights of each edit's gate for some states [N, D], [E, N, r]."""
+        gate, values = self.intervention(layer).gate, self._values_at(layer)
+        own = {n.removeprefix("gate."): v for n, v in values.items() if n.startswith("gate.")}
+        if not own:  # a gate that learns nothing
+            return super().gate_weights(layer, states).expand(self._num_edits, -1, -1)
+        return torch.vmap(lambda values: functional_call(gate, values, (states,)))(own)
+
+    def _values_at(self, layer: int) -> dict[str, Tensor]:
+        """Return one layer's parameters, by their names in its intervention."""
+        prefix = f"_interventions.{layer}."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self._values.items()
+            if name.startswith(prefix)
+        }
+
+    def _move(self, layer: int, device: torch.device) -> None:
+        """Bring what a layer has learned to where the layer computes now."""
+        super()._move(layer, device)
+        for value in self._values_at(layer).values():
+            if value.device != device:
+                value.data = value.data.to(device)  # the same leaf, for the optimiser

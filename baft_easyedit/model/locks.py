@@ -1,0 +1,148 @@
+"""One lock for each model: changes of its edit exclude each other, and all forwards.
+
+Forwards run side by side, as without an edit. A change waits for those that run, and those that
+begin meanwhile wait for it; then they come before the next change. Needs torch only.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, cast
+
+from torch import nn
+
+from baft_easyedit.model.inspect import decoder_layers
+
+_NAME = "_baft_lock"
+"""Attribute of a decoder stack, which a model and what wraps it have in common."""
+
+_LOOK_EVERY_S = 0.2
+"""Seconds between two looks at who is waited for."""
+
+
+def lock_of(model: nn.Module) -> "ModelLock":
+    """Return the lock of a model.
+
+    Raises:
+        ValueError: If the model has no decoder stack.
+    """
+    return cast(ModelLock, vars(decoder_layers(model)).setdefault(_NAME, ModelLock()))
+
+
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing in other threads, whose forwards may run beside."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
+
+class ModelLock:
+    """Who changes the edit of a model, and who runs it.
+
+    An interrupt may keep a thread from saying that it is done. So whoever waits looks, now and
+    then, whether those that are waited for still run what they said.
+    """
+
+    def __init__(self) -> None:
+        self._news = threading.Condition()
+        self._owner: int | None = None  # the thread that changes the edit
+        self._forwards: set[int] = set()  # threads in a forward
+        self._waiting: set[int] = set()  # threads that begin one
+        self._next: set[int] = set()  # those of them that come before another change
+
+    def __reduce__(self) -> Any:
+        return ModelLock, ()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep changes and forwards of other threads out of this context.
+
+        Raises:
+            RuntimeError: If this thread is in a forward of the model.
+        """
+        thread = threading.get_ident()
+        if self._owner == thread:
+            yield
+            return
+        if thread in self._forwards and _is_in(sys._getframe(), _is_forward):
+            raise RuntimeError(
+                "an edit must not change inside a forward of its model, such as in a hook: change "
+                "it when the forward has returned"
+            )
+        try:
+            with self._news:
+                self._forwards.discard(thread)  # of one that was interrupted
+                self._wait_for(lambda: self._owner is None and not self._next)
+                self._owner = thread
+                self._wait_for(lambda: not self._forwards)
+            yield
+        finally:
+            self._leave_change(thread)
+
+    def _leave_change(self, thread: int) -> None:
+        """Let others in, if this thread had got in."""
+        with self._news:
+            if self._owner == thread:
+                self._owner, self._next = None, set(self._waiting)
+                self._news.notify_all()
+
+    def begin_forward(self) -> None:
+        """Wait for a change by another thread, and keep others out until `end_forward`."""
+        thread = threading.get_ident()
+        if self._owner == thread:
+            return
+        with self._news:
+            self._forwards.discard(thread)  # of one that was interrupted
+            self._waiting.add(thread)
+            try:
+                self._wait_for(lambda: self._owner is None)
+                self._forwards.add(thread)
+            finally:
+                self._waiting.discard(thread)
+                self._next.discard(thread)
+                self._news.notify_all()
+
+    def end_forward(self) -> None:
+        """Let changes in; without effect in a thread that did not begin a forward."""
+        with self._news:
+            self._forwards.discard(threading.get_ident())
+            self._news.notify_all()
+
+    def _wait_for(self, is_so: Callable[[], bool]) -> None:
+        """Wait, and forget threads that are no longer where they said."""
+        while not self._news.wait_for(is_so, _LOOK_EVERY_S):
+            self._forwards = {t for t in self._forwards if not _has_left(t, _is_forward)}
+            self._next = {t for t in self._next & self._waiting if not _has_left(t, _is_ours)}
+            if self._owner is not None and _has_left(self._owner, _is_ours):
+                self._owner = None
+
+
+def _is_in(frame: FrameType | None, is_it: Callable[[FrameType], bool]) -> bool:
+    """Tell whether a frame, or one that called it, is of some kind."""
+    while frame is not None and not is_it(frame):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _has_left(thread: int, is_it: Callable[[FrameType], bool]) -> bool:
+    """Tell whether a thread is surely in no call of some kind.
+
+    A thread that runs while this looks may seem so: a generator that yields has no caller.
+    """
+    frame, at = _present(thread)
+    return not _is_in(frame, is_it) and _present(thread) == (frame, at)
+
+
+def _present(thread: int) -> tuple[FrameType | None, int | None]:
+    """Return the frame that a thread runs, and where in it; None if it has ended."""
+    frame = sys._current_frames().get(thread)
+    return frame, None if frame is None else frame.f_lasti
+
+
+def _is_forward(frame: FrameType) -> bool:
+    return frame.f_code is nn.Module._call_impl.__code__
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("baft_easyedit.")

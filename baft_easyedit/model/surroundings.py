@@ -1,0 +1,81 @@
+"""What learning changes for a while around a model, so that it can be put back from anywhere.
+
+Each change is put back where it was made, when all goes well or an error passes. An interrupt can
+come in the middle of that: then this does it once more, for all of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from baft_easyedit.model.hooks import ModelEdit
+from baft_easyedit.model.overrides import OVERRIDES
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+_METHODS = ("forward", *(kind.name for kind in OVERRIDES))
+"""Methods that an instance may have of its own for a while."""
+
+
+class Surroundings:
+    """Modes, hooks and methods of a model's modules, and torch's modes, as they are now.
+
+    Args:
+        model: The model.
+        edit: An edit that may be attached to it.
+    """
+
+    def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
+        self._handles = (edit.handles, list(edit.handles))
+        self._contexts = (vars(edit.contexts), dict(vars(edit.contexts)))
+        self._modules = [(m, m.training, _own_methods(m)) for m in model.modules()]
+        self._hooks = [(hooks, list(hooks.items())) for hooks in _hooks_of(model)]
+        self._trained = [(p, p.requires_grad) for p in model.parameters()]
+        self._is_grad_enabled = torch.is_grad_enabled()
+        self._has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+
+    def restore(self) -> None:
+        """Put back what is different."""
+        handles, before = self._handles
+        handles[:] = before
+        self._contexts[0].update(self._contexts[1])
+        torch.set_grad_enabled(self._is_grad_enabled)
+        if self._has_cudnn:  # else another thread may be about to enable it
+            torch.backends.cuda.enable_cudnn_sdp(True)
+        for module, training, methods in self._modules:
+            module.training = training
+            _set_methods(module, methods)
+        for hooks, items in self._hooks:
+            if list(hooks.items()) != items:
+                hooks.clear()
+                hooks.update(items)
+        for parameter, requires_grad in self._trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def _hooks_of(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """Go through the dicts of all forward hooks of a model."""
+    for module in model.modules():
+        yield from (vars(module)[name] for name in _HOOKS if name in vars(module))
+
+
+def _own_methods(module: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Return the methods that an instance has beside those of its class."""
+    return {name: vars(module)[name] for name in _METHODS if name in vars(module)}
+
+
+def _set_methods(module: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Let an instance have these methods of its own, and no others."""
+    for name in _METHODS:
+        if vars(module).get(name) is not methods.get(name):
+            vars(module).pop(name, None)
+            if name in methods:
+                vars(module)[name] = methods[name]

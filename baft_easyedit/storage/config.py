@@ -1,0 +1,205 @@
+"""What a kept directory says of its edit: the method, the model it belongs to, and the versions."""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.reading import taken
+from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.model.hooks import ModelEdit
+from baft_easyedit.model.inspect import input_device, text_config
+from baft_easyedit.storage.fingerprint import Fingerprint
+from baft_easyedit.storage.older import converted_hparams
+
+FORMAT_VERSION = 4
+"""Of what is written."""
+
+READABLE_VERSIONS = (1, 2, 3, 4)
+"""For those before see `older`."""
+
+_OF_EASYEDIT = frozenset(
+    (
+        "model_name",
+        "device",
+        "batch_size",
+        "max_length",
+        "model_parallel",
+        "fp16",
+        "evaluation_type",
+        "api_key",
+    )
+)
+"""Hyper-parameters that say nothing of the method or its training."""
+
+_NULL = type(None)
+
+
+@dataclass(frozen=True)
+class KeptConfig:
+    """The content of `baft_config.json`; nothing in it is ever opened as a path."""
+
+    base_model: str
+    """The model's name on the Hub; of a local model, the name of its directory."""
+    revision: str | None
+    """The commit of the model on the Hub, if it came from there."""
+    fingerprint: Fingerprint
+    hparams: dict[str, Any]
+    """Hyper-parameters of the method and its training; see `method_of`."""
+    versions: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, hparams: BaFTHyperParams) -> "KeptConfig":
+        """Describe an edit of a model."""
+        config: Any = getattr(model, "config", None)
+        return cls(
+            base_model=model_name(model),
+            revision=getattr(config, "_commit_hash", None),
+            fingerprint=Fingerprint.of(model),
+            hparams=method_of(hparams),
+            versions=versions(),
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> "KeptConfig":
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: If it is of another format version, or a value is missing or wrong.
+        """
+        found = taken(content, "format_version", int, where)
+        if found not in READABLE_VERSIONS:
+            raise ValueError(
+                f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
+                f"{short(found)}: use a version of baft_easyedit that knows it"
+            )
+        hparams = taken(content, "hparams", dict, where)
+        return cls(
+            base_model=taken(content, "base_model", str, where),
+            revision=taken(content, "revision", (str, _NULL), where),
+            fingerprint=Fingerprint.from_json(
+                taken(content, "fingerprint", dict, where), f"the fingerprint in {where}"
+            ),
+            hparams=hparams if found == FORMAT_VERSION else converted_hparams(hparams),
+            versions=taken(content, "versions", dict, where),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    def with_settings(self, hparams: BaFTHyperParams) -> "KeptConfig":
+        """Return the same with other hyper-parameters, and the versions of now."""
+        return replace(self, hparams=method_of(hparams), versions=versions())
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Tell whether this is the model that the edit was learned on."""
+        return self.fingerprint.difference(Fingerprint.of(model)) is None
+
+    def check_model(self, model: nn.Module, where: str) -> None:
+        """Raise ValueError unless this is the model that the edit was learned on."""
+        difference = self.fingerprint.difference(Fingerprint.of(model))
+        if difference is not None:
+            revision = f" at revision {self.revision}" if self.revision else ""
+            raise ValueError(
+                f"the model must be the one that {where} was learned on "
+                f"({self.base_model}{revision}); {difference}: load that model, or pass "
+                "allow_other_model=True to load() or attach() to use the edit on this one"
+            )
+
+
+def model_name(model: nn.Module) -> str:
+    """Return a model's name on the Hub; of a local one, the name of its directory."""
+    name = str(getattr(text_config(model), "_name_or_path", "") or "")
+    name = name or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if os.path.isabs(name) or os.path.isdir(name):
+        name = os.path.basename(os.path.normpath(name))
+    return name or type(model).__name__
+
+
+def method_of(hparams: BaFTHyperParams) -> dict[str, Any]:
+    """Return the hyper-parameters that define the method and its training; never `api_key`."""
+    return {f.name: getattr(hparams, f.name) for f in fields(hparams) if f.name not in _OF_EASYEDIT}
+
+
+def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTHyperParams:
+    """Build the hyper-parameters that `method_of` took apart, for a model.
+
+    Raises:
+        ValueError: If one is unknown, missing, or wrong.
+    """
+    classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
+    name = taken(method, "alg_name", str, f"the hyper-parameters in {where}")
+    forbidden = sorted(_OF_EASYEDIT & set(method))
+    if forbidden:
+        raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
+    if name not in classes:
+        names = ", ".join(classes)
+        raise ValueError(f"alg_name in {where} must be one of {names}; got {short(name)}")
+    own = {"model_name": model_name(model), "device": str(input_device(model))}
+    try:
+        return classes[name].from_dict({**method, **own})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the hyper-parameters in {where} cannot be used: {error}") from None
+
+
+def new_edit(hparams: BaFTHyperParams, model: nn.Module, rank: int | None = None) -> ModelEdit:
+    """Make the edit that these hyper-parameters describe, with nothing learned.
+
+    Args:
+        hparams: The hyper-parameters.
+        model: What it is for.
+        rank: What the rank has grown to; None for the one at the beginning.
+
+    Raises:
+        ValueError: If the rank exceeds the model's hidden size, or cannot have grown to that.
+    """
+    h = hparams
+    if rank is not None and not h.can_have_rank(rank):
+        raise ValueError(f"rank must be {h.rank}, or have grown from it; got {rank}")
+    rank = h.rank if rank is None else rank
+    return ModelEdit(
+        text_config(model).hidden_size,
+        h.layers,
+        rank,
+        h.gate,
+        h.num_prompt_positions,
+        h.seed,
+        h.parametrisation,
+        h.past_states,
+    )
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions that a result may depend on."""
+    packages = ("baft_easyedit", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    """Return a package's version, also from a checkout that is not installed."""
+    module = sys.modules.get(package)
+    try:
+        return str(getattr(module, "__version__", None) or version(package))
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """Return what must be the same for a replay to be bit-equal."""
+    device = input_device(model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        **versions(),
+        "format_version": FORMAT_VERSION,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "attention": text_config(model)._attn_implementation,
+    }

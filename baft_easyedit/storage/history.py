@@ -1,0 +1,379 @@
+"""History: each change of an edit happens wholly or not at all, and can be gone back to.
+
+The latest states are in memory. Once a directory is open, every change is in it, too, before it
+counts; states that are no longer in memory come from its checkpoints, and what lies between two of
+them is learned again.
+
+Several histories can change one model. An undo is only for the change that led to the present
+state, so each keeps what its changes led to; `ModelEdit.latest_change` names the latest of all.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import expanded
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.model.hooks import Author, Change, attached_edit
+from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of
+from baft_easyedit.storage.directory import KeptDirectory
+from baft_easyedit.storage.journal import Entry, Journal, report_dict
+from baft_easyedit.storage.state import is_after, present, state_hash
+from baft_easyedit.training.learner import EditState, Learner
+from baft_easyedit.training.loop import EditReport
+from baft_easyedit.training.requests import EditRequest, as_requests
+
+_NOTHING_TO_UNDO = "there is no edit to undo: edit() was not called, or undo_depth is used up"
+_CHANGED = "changed by other means than its editor since"
+
+
+class Step(NamedTuple):
+    """A change, and how to take it back."""
+
+    position: int
+    """Where in the journal it began; 0 without one."""
+    before: EditState
+    """The state before it."""
+    previous: Change | None
+    """What was the latest change before it."""
+    after: str | None
+    """Hash of the learned state that it led to; None with a journal, which has it."""
+
+
+class History:
+    """What an edit went through.
+
+    Args:
+        learner: What changes.
+        hparams: How it learns from now on; may be replaced.
+        undo_depth: How many states are in memory.
+    """
+
+    def __init__(self, learner: Learner, hparams: BaFTHyperParams, undo_depth: int) -> None:
+        self.hparams = hparams
+        self.origin: KeptConfig | None = None
+        """What a kept edit said of its model; None for an edit of this model."""
+        self.recent: deque[Step] = deque(maxlen=undo_depth)
+        """The latest changes that were made here."""
+        self._author = Author("another editor")
+        self._learner = learner
+        self._directory: KeptDirectory | None = None
+        self._journal: Journal | None = None
+        """What a loaded edit went through; None for a new one."""
+        self._snapshot_of = "an edit that was in memory only"
+        """What `save` writes a snapshot of while there is no journal."""
+        self._starts: set[str] = set()
+        """Snapshots of this edit that `save` may replace by newer ones: lines of entries 0."""
+
+    @property
+    def journal(self) -> Journal | None:
+        """The journal of the directory that is open, or was; else that of a loaded edit."""
+        return self._journal if self._directory is None else self._directory.journal
+
+    def config(self) -> KeptConfig:
+        """Describe the edit as it is kept: its method, model, and versions."""
+        config = self.origin or KeptConfig.of(self._learner.model, self.hparams)
+        return config.with_settings(self.hparams)
+
+    # ---- the directory
+
+    def go_on(self, journal: Journal) -> None:
+        """Go on, in memory, with the journal that led to the present state."""
+        self._journal = journal
+        self._starts.add(journal.entries[0].line)
+
+    def end_journal(self, last: Entry, why: str) -> None:
+        """Go on without a journal: the present state does not follow from its last entry."""
+        self._journal = None
+        self._snapshot_of = f"{last.reference}; {why}"
+
+    def open(self, directory: KeptDirectory) -> None:
+        """Keep all changes from now on; the present state is the latest of the directory."""
+        self._directory = directory
+        self._author = Author(f"the editor of {directory.path}")
+        self._keep_settings()
+        directory.ensure_checkpoint()
+
+    def close(self) -> None:
+        """Let others open the directory, if one is open."""
+        if self._directory is not None:
+            self._directory.close()
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool) -> None:
+        """Write the present state, and the journal that led to it, into a directory."""
+        own, path = self._directory, expanded(path)
+        if own is not None and own.is_at(path):
+            own.check_usable()
+            if present(self._learner.state(), own.journal) is None:
+                self._check_untouched(own)
+            return  # all is there already
+        entries, state = self._told()
+        target = KeptDirectory(path)
+        try:
+            target.take_over(entries, state, self.config(), None if overwrite else self._starts)
+        finally:
+            target.close()
+        self._starts.add(entries[0].line)
+
+    def _told(self) -> tuple[list[Entry], EditState]:
+        """Return the journal that leads to the present state, or a snapshot that says of what."""
+        state, journal, snapshot_of = self._learner.state(), self.journal, self._snapshot_of
+        if journal is not None:
+            as_told = present(state, journal)
+            if as_told is not None:
+                return journal.entries, as_told
+            snapshot_of = f"{journal.entries[-1].reference}; {_CHANGED}"
+        content = {**self._settings(), "snapshot_of": snapshot_of}
+        return [Journal().next("start", state_hash(state), content)], state
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what learning depends on beside the state and the requests."""
+        model = self._learner.model
+        return {"hparams": method_of(self.hparams), "environment": environment(model)}
+
+    def _keep_settings(self) -> None:
+        """Note in the journal how edits are learned from now on, unless it says so already."""
+        journal, settings = self.journal, self._settings()
+        if journal is None or (
+            len(journal) and journal.settings_of(len(journal) - 1).content == settings
+        ):
+            return
+        self.origin = self.config()
+        self._commit("settings" if len(journal) else "start", settings)
+
+    def _commit(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Note in the journal, if there is one, what led to the present state."""
+        state = self._learner.state()
+        if self._directory is not None:
+            self._directory.commit(kind, state, self.config(), content)
+        elif self._journal is not None:
+            self._journal.append(self._journal.next(kind, state_hash(state), content))
+
+    def _check_untouched(self, directory: KeptDirectory) -> None:
+        """Raise ValueError if the edit is not as the directory keeps it."""
+        self._check_present(
+            present(self._learner.state(), directory.journal) is not None,
+            f"the edit must be as {directory.path} keeps it",
+            f"call rollback(to={directory.journal.position}) first, or save() it elsewhere",
+        )
+
+    def _check_present(self, is_as_left: bool, rule: str, remedy: str = "") -> None:
+        """Raise ValueError, and name the latest change, unless the present state is this history's.
+
+        Args:
+            is_as_left: Whether what is learned is what the latest change of this history led to.
+            rule: What must be so.
+            remedy: What to do if it is not.
+        """
+        is_other = attached_edit(self._learner.model) not in (None, self._learner.edit)
+        if is_as_left and not is_other:
+            return
+        problem = self._others_change() or "it was changed by other means than this editor"
+        if is_other:
+            remedy = "undo that first, or take it off: attached_edit(model).detach()"
+        raise ValueError(f"{rule}, but {problem}: {remedy}")
+
+    def _others_change(self) -> str:
+        """Name the latest change of the model, if it was not made here."""
+        own = self._learner.edit
+        edit = attached_edit(self._learner.model) or own
+        if edit is not own and edit.latest_change is None:
+            return "the model carries another edit, attached by other means"
+        latest = edit.latest_change
+        is_others = latest is not None and latest.by is not self._author
+        return f"the latest change of the model is {latest}" if is_others else ""
+
+    # ---- changes
+
+    @contextmanager
+    def change(self, kind: str, requests: Sequence[EditRequest] = ()) -> Iterator[None]:
+        """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
+        with self._learner.lock.changing():
+            if self._directory is not None:
+                self._directory.check_usable()
+                self._check_untouched(self._directory)
+            elif (
+                self._journal is not None and present(self._learner.state(), self._journal) is None
+            ):
+                self.end_journal(self._journal.entries[-1], _CHANGED)
+            self._keep_settings()
+        with self._all_or_nothing(f"the {kind}{_about(requests)}"):
+            yield
+
+    def keep(
+        self,
+        kind: str,
+        requests: Sequence[EditRequest] = (),
+        report: EditReport | None = None,
+        to: int | None = None,
+    ) -> None:
+        """Commit a change to the open directory, or note it in the journal of a loaded edit."""
+        if self.journal is None:
+            return
+        content: dict[str, Any] = {"to": to}
+        if report is not None:
+            content = {
+                "requests": [request.to_dict() for request in requests],
+                "report": report_dict(report),
+            }
+        self._commit(kind, content)
+
+    @contextmanager
+    def _all_or_nothing(self, what: str) -> Iterator[None]:
+        """Go back if anything goes wrong before the change is kept."""
+        with self._taken_back() as before:
+            journal = self.journal
+            position = 0 if journal is None else journal.position
+            yield
+            self._note(position, before, what)
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[EditState]:
+        """Change the state alone; an error before the change is kept takes it back."""
+        journal, recent, edit = self.journal, list(self.recent), self._learner.edit
+        size, latest = 0 if journal is None else len(journal), edit.latest_change
+
+        def is_kept() -> bool:
+            return journal is not None and len(journal) > size
+
+        try:
+            with self._learner.alone(is_kept) as before:
+                yield before
+        except BaseException:
+            if not is_kept():
+                self.recent.clear()
+                self.recent.extend(recent)
+                edit.latest_change = latest
+            raise
+
+    def _note(self, position: int, before: EditState, what: str) -> None:
+        """Remember a change that was made from a state."""
+        edit, after = self._learner.edit, None if self._directory else self._values()
+        self.recent.append(Step(position, before, edit.latest_change, after))
+        edit.latest_change = Change(what, self._author)
+
+    def _values(self) -> str:
+        """Return a hash of what is learned, attached or not."""
+        return state_hash(self._learner.state()._replace(attached=True))
+
+    # ---- going back
+
+    def undo(self) -> None:
+        """Go back to before the latest change."""
+        if self._directory is None:
+            self._undo_in_memory()
+        else:
+            self._undo_on_disk(self._directory)
+
+    def _undo_on_disk(self, directory: KeptDirectory) -> None:
+        """Go back to what the latest change of a journal grew from."""
+        with self._learner.lock.changing():
+            parent = directory.journal.entries[directory.journal.position].parent
+            if parent is None:  # that of entry 0
+                self._refuse_undo()
+            directory.check_usable()
+            self._check_untouched(directory)
+            self._return("undo", parent)
+
+    def _undo_in_memory(self) -> None:
+        """Take back the latest change that was made here, if it is the latest of all."""
+        with self._taken_back():  # outermost: an interrupt on the way out takes the undo back
+            if not self.recent:
+                self._refuse_undo()
+            step = self.recent[-1]
+            self._check_present(
+                step.after == self._values(),
+                "an undo must take back the latest change of the model",
+                "undo that first, with its editor or the weights_copy of its EasyEdit call; or "
+                "take the whole edit off: attached_edit(model).detach()",
+            )
+            self._learner.restore(step.before)
+            self._learner.edit.latest_change = step.previous
+            self._note_undo(step.position)
+            self.recent.pop()
+
+    def _refuse_undo(self) -> NoReturn:
+        """Raise ValueError: no change is left to take back; name the latest one, if another's."""
+        raise ValueError("; ".join(filter(None, (_NOTHING_TO_UNDO, self._others_change()))))
+
+    def _note_undo(self, to: int) -> None:
+        """Note in the journal of a loaded edit that its state is an earlier one again."""
+        if self._journal is None:
+            return
+        if is_after(self._learner.state(), self._journal, to):
+            self._commit("undo", {"to": to})
+        else:
+            self.end_journal(self._journal.entries[-1], _CHANGED)
+
+    def rollback(self, to: int) -> None:
+        """Go to the state after an entry of the journal."""
+        journal = None if self._directory is None else self._directory.journal
+        if journal is None:
+            raise ValueError(
+                "rollback needs the journal of a directory, and none is open: use "
+                "BaFTEditor.open(), or undo()"
+            )
+        if not 0 <= to < len(journal):
+            raise ValueError(
+                f"to must be in [0, {len(journal) - 1}], the journal's ids; got {short(to)}"
+            )
+        self._return("rollback", to)
+
+    def _return(self, kind: str, to: int) -> None:
+        """Go to the state after an entry, whatever the present one is, and keep that."""
+        assert self._directory is not None
+        self._directory.check_usable()
+        self._check_present(
+            True, f"the model must carry no edit but that of {self._directory.path}"
+        )
+        with self._all_or_nothing(f"the {kind} to entry {to}"):
+            self._restore_entry(self._directory, to)
+            self.keep(kind, to=to)
+
+    def _restore_entry(self, directory: KeptDirectory, to: int) -> None:
+        """Restore the state after a journal entry, or learn it again from the nearest one."""
+        journal = directory.journal
+        known = {step.position: step.before for step in self.recent}
+        known[journal.position] = self._learner.state()
+        found = directory.nearest(to, known)
+        if found is None:
+            raise ValueError(
+                f"{directory.path} has no intact checkpoint of entry {to} or before it; the states "
+                f"after entries {directory.exact_ids()} are kept"
+            )
+        self._learner.restore(found[1])
+        path = [i for i in journal.ancestors(to) if i > found[0]]
+        for i in reversed(path):
+            self._repeat(directory, journal.entries[i], journal.settings_of(i).content)
+
+    def _repeat(self, directory: KeptDirectory, entry: Entry, settings: dict[str, Any]) -> None:
+        """Learn an entry of the journal again, and compare."""
+        model, where = self._learner.model, str(directory.path)
+        then, now = settings["environment"], environment(model)
+        is_of_this_format = then.get("format_version") == now["format_version"]
+        if is_of_this_format and entry.kind in ("edit", "consolidate"):
+            hparams = hparams_of(settings["hparams"], model, where)
+            if entry.kind == "edit":
+                self._learner.learn(as_requests(entry.requests), hparams)
+            else:
+                self._learner.consolidate(entry.report["num_steps"], hparams)
+            if state_hash(self._learner.state()) == entry.state_hash:
+                return
+        different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+        raise ValueError(
+            f"entry {entry.id} of {where} ({entry.kind}) could not be learned again bit for bit "
+            f"({'; '.join(different) or 'the environment looks the same'}); the states after "
+            f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
+        )
+
+
+def _about(requests: Sequence[EditRequest]) -> str:
+    """Say which requests a change is of."""
+    if not requests:
+        return ""
+    prompt, more = requests[0].prompt, len(requests) - 1
+    short = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
+    return f" of {short!r}" + (f" and {more} more" if more else "")

@@ -1,0 +1,91 @@
+"""A kept edit on the Hugging Face Hub; uploads go through `huggingface_hub.ModelHubMixin`.
+
+Imported only when it is used: `BaFTEditor.save_pretrained`, `push_to_hub` and `from_pretrained`.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+
+from baft_easyedit.storage.config import KeptConfig
+from baft_easyedit.storage.directory import CONFIG, JOURNAL, STATE
+from baft_easyedit.storage.lock import LOCK
+
+_URL = "https://github.com/zjunlp/EasyEdit"
+_CARD = """---
+{{ card_data }}
+---
+
+# A BaFT edit of {{ base_model }}
+
+Knowledge edits, as hooks on layers {{ layers }} of `{{ base_model }}`, whose weights are not here.
+
+```python
+from baft_easyedit import attach  # for inference
+
+attach(model, directory)  # of a download of this repository
+```
+
+To go on editing: `BaFTEditor.from_pretrained(REPOSITORY, model=model, tokenizer=tokenizer)`. The
+lines of `journal.jsonl` tell the changes, with the requests of edits. If the first line has the key
+`snapshot_of`, the edit did not begin there: it names what came before, which is not told.
+"""
+
+
+class HubEdit(
+    ModelHubMixin,
+    library_name="baft_easyedit",
+    tags=["knowledge-editing", "baft"],
+    repo_url=_URL,
+    model_card_template=_CARD,
+):
+    """A kept edit as the Hub sees it.
+
+    Args:
+        config: What it says of itself.
+        save: Writes it into a directory.
+    """
+
+    def __init__(self, config: KeptConfig, save: Callable[[Path], None]) -> None:
+        self._config = config
+        self._save = save
+        self._hub_mixin_config = {"library_name": "baft_easyedit"}  # the Hub counts config.json
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the edit."""
+        self._save(save_directory)
+        (save_directory / LOCK).unlink(missing_ok=True)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Describe the edit."""
+        config = self._config
+        card = super().generate_model_card(
+            *args, base_model=config.base_model, layers=config.hparams["layers"], **kwargs
+        )
+        if "/" in config.base_model:  # a name on the Hub
+            card.data["base_model"] = config.base_model
+        return card
+
+
+def local_directory(
+    repo_or_directory: str | os.PathLike[str],
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> str:
+    """Return a directory as it is, or that of a repository, downloaded; no checkpoints."""
+    directory = os.path.expanduser(repo_or_directory)
+    if os.path.isdir(directory):
+        return directory
+    return snapshot_download(
+        directory,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
+        local_files_only=local_files_only,
+        allow_patterns=[STATE, CONFIG, JOURNAL, "config.json"],
+    )

@@ -1,0 +1,272 @@
+"""One forward of a model on given tokens, again and again: what a step of learning runs.
+
+Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.model.hooks import ModelEdit, Positions
+from baft_easyedit.model.locks import of_this_thread
+from baft_easyedit.training.caches import FrozenPrefix
+from baft_easyedit.training.layout import Layout
+from baft_easyedit.training.recordings import model_version
+
+
+class Expected(NamedTuple):
+    """Losses that a forward has to give, known from one of all columns."""
+
+    rows: list[int]
+    """The rows that they are known of."""
+    losses: Tensor
+    """Of the answer tokens of each of these, in nats."""
+    tolerance: float
+    """How far they may be off, relative to the largest, or in nats if that is less than one."""
+
+    def agree(self, row_losses: Tensor) -> bool:
+        """Tell whether the losses of all rows, [R], are as expected; it waits for the device."""
+        largest = max(1.0, float(self.losses.max()))
+        rows = torch.tensor(self.rows).to(row_losses.device)
+        difference = (row_losses[rows] - self.losses).abs().max()
+        return bool(difference <= self.tolerance * largest)
+
+
+class CannotReplayError(ValueError):
+    """A model gives something else, or nothing, on what layer replay puts in."""
+
+
+class Contents(NamedTuple):
+    """What a forward is computed on: tensors, and nothing that knows of the model."""
+
+    layout: Layout
+    """What is computed."""
+    positions: Positions
+    """Where the edit intervenes."""
+    inputs: Mapping[str, Any]
+    """Arguments of the model's forward."""
+    output: Any = None
+    """What stubbed layers return: hidden states [B, W, D], or a tuple that begins so."""
+    is_rounded: bool = False
+    """Whether the layout has one of few sizes."""
+
+    @property
+    def sizes(self) -> Hashable:
+        """What those have in common on which the same kernels run."""
+        layout = self.layout
+        return (
+            tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in self.tensors.items()),
+            (layout.num_edits, len(layout.rows), layout.num_new, layout.num_rehearsed),
+            all(row.is_edit for row in layout.rows),
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that a forward reads, beside the weights and what is learned."""
+        output = self.output[0] if isinstance(self.output, tuple) else self.output
+        named = {"positions": self.positions.at, "output": output}
+        named |= {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
+        for name, value in self.inputs.items():
+            if isinstance(value, FrozenPrefix):
+                named |= {f"{i}.{k}": t for i, kv in value.states.items() for k, t in enumerate(kv)}
+            elif isinstance(value, Mapping):
+                named |= {f"{name}.{key}": t for key, t in value.items()}
+            else:
+                named[name] = value
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that they take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def take(self, other: "Contents") -> None:
+        """Copy others of the same sizes into this memory."""
+        others = other.tensors
+        for name, tensor in self.tensors.items():
+            tensor.copy_(others[name])
+
+
+class Forward:
+    """A model's forward on some contents.
+
+    Args:
+        model: A causal language model that `edit` is attached to.
+        edit: The edit.
+        contents: What is computed on.
+        stubs: Decoder layers that return `contents.output` instead of computing.
+        expected: What it has to give with the edit as it is now; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        edit: ModelEdit,
+        contents: Contents,
+        stubs: Sequence[nn.Module] = (),
+        expected: Expected | None = None,
+    ) -> None:
+        self._model = model
+        self._edit = edit
+        self._stubs = stubs
+        self.contents = contents
+        self.expected = expected
+
+    def on(self, contents: Contents) -> "Forward":
+        """Return the same forward on the same contents, in other memory."""
+        return Forward(self._model, self._edit, contents, self._stubs, self.expected)
+
+    @property
+    def layout(self) -> Layout:
+        """What is computed."""
+        return self.contents.layout
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether some layers are not computed."""
+        return bool(self._stubs)
+
+    @property
+    def weights_version(self) -> Hashable:
+        """What changes with the model's weights."""
+        return model_version(self._model)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model is; None if on several devices."""
+        devices = {p.device for p in self._model.parameters()}
+        return devices.pop() if len(devices) == 1 else None
+
+    def __call__(self) -> Tensor:
+        """Run the model as the edit has it now; return the logits of answer tokens, [A, V].
+
+        Behind them may come some that belong to nobody (see `packing.rounded`).
+
+        Raises:
+            CannotReplayError: If the model takes a cache of layer replay, and cannot use it.
+        """
+        model, contents = self._model, self.contents
+        columns = contents.layout.predicting
+        with (
+            self._edit.at_positions(contents.positions),
+            _stubbed(self._stubs, contents.output),
+            _head_at(model.get_output_embeddings(), columns) as is_selected,
+            _without_cudnn_attention(),
+        ):
+            logits = self._logits().flatten(0, 1)
+        return logits if is_selected else logits[columns.to(logits.device)]
+
+    def _logits(self) -> Tensor:
+        """Run the model."""
+        inputs = self.contents.inputs
+        try:
+            return self._model(**inputs).logits
+        except _OF_UNKNOWN_CACHES as error:
+            has_cache = any(isinstance(value, FrozenPrefix) for value in inputs.values())
+            if not has_cache or _is_of_the_device(error) or _is_ours(error.__traceback__):
+                raise
+            raise CannotReplayError(f"{type(error).__name__}: {error}") from error
+
+
+_OF_UNKNOWN_CACHES = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # of shapes that do not fit, and NotImplementedError
+    TypeError,
+    ValueError,
+)
+"""What a model's code raises with a cache that it does not know."""
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Tell whether an accelerator failed, or has no memory left, which no other input repairs."""
+    kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
+    return isinstance(error, kinds) or "CUDA error" in str(error)
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Tell whether an error comes from this package's own code, the caches apart."""
+    name = ""
+    while traceback is not None:
+        name, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
+    return name.startswith("baft_easyedit.") and name != FrozenPrefix.__module__
+
+
+@contextmanager
+def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
+    """Let a model's output embedding compute some columns only in this context.
+
+    Args:
+        head: Maps hidden states [B, W, D] to logits; None if the model does not name it.
+        columns: Flat indices into [B, W], [A].
+
+    Yields:
+        A list that is no longer empty once it did; the model's logits are [1, A, V] then.
+    """
+    selected: list[bool] = []
+
+    def select(_module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        if not arguments:
+            return None
+        hidden = arguments[0].flatten(0, 1)  # [B W, D]
+        selected.append(True)
+        return (hidden[columns.to(hidden.device)][None], *arguments[1:])
+
+    handle = None
+    try:
+        if head is not None:
+            handle = head.register_forward_pre_hook(of_this_thread(select))
+        yield selected
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Leave attention to torch's other kernels in this context.
+
+    That of cuDNN, which torch prefers on recent GPUs, makes a plan for each new shape, for longer
+    than a step takes; and with masks it has given gradients that are not finite.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
+    finally:
+        if was_enabled:  # else another thread may be here, and enables it when it leaves
+            torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@contextmanager
+def _stubbed(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Let layers return `output` in this context and thread; their hooks still run."""
+    # accelerate replaces the forward of an instance too
+    previous: list[Callable[..., Any] | None] = [vars(m).get("forward") for m in layers]
+    try:
+        for layer in layers:
+            layer.forward = _stub(layer.forward, output)
+        yield
+    finally:
+        for layer, forward in zip(layers, previous, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward
+
+
+def _stub(forward: Callable[..., Any], output: Any) -> Callable[..., Any]:
+    """Return what takes the place of a layer's forward in this thread."""
+    thread = threading.get_ident()
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        return output if threading.get_ident() == thread else forward(*args, **kwargs)
+
+    return stub

@@ -1,0 +1,272 @@
+"""Pack the tokens of many rows into few bins, so that a forward computes little padding.
+
+A bin is one row of the model's batch that holds the computed tokens of several texts, each of which
+sees its own past and itself only. Needs torch only.
+
+Shapes: E independent edits with as many bins each, B bins in all, W columns of a bin, S columns of
+its past, A answer tokens, R rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baft_easyedit.model.positions import first_edited
+from baft_easyedit.training.requests import TextRow
+
+_LINEAR_COST = 6
+"""Multiplications of a token in a layer's weights (12 D^2) over those with one column that it
+attends to (2 D), by D: what a column more costs against a bin less. A guess serves: it only chooses
+among layouts that compute the same."""
+
+
+class Piece(NamedTuple):
+    """The columns of a row that are computed; those before `start` are its past."""
+
+    row: TextRow
+    start: int
+    is_new: bool = True
+    """Whether it is learned for the first time, not rehearsed."""
+
+    @property
+    def length(self) -> int:
+        """Number of computed columns."""
+        return len(self.row.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the computed tokens of rows lie; everything is on one device."""
+
+    num_edits: int
+    """E."""
+    rows: tuple[TextRow, ...]
+    """R rows, those of an edit after one another."""
+    bins: tuple[tuple[int, ...], ...]
+    """Rows of each bin, in the order of their columns."""
+    input_ids: Tensor
+    """[B, W], int64; 0 in padding."""
+    position_ids: Tensor
+    """[B, W], int64, of each token in its own text."""
+    row_of: Tensor
+    """[B, W], int64, the index of each token's row; -1 in padding."""
+    past_position_ids: Tensor
+    """[B, S], int64."""
+    past_row_of: Tensor
+    """[B, S], int64; -1 in padding."""
+    edited: Tensor
+    """[B, W], True where the intervention applies to an edit."""
+    is_new: Tensor
+    """[B, W], True on tokens of rows that are not rehearsed."""
+    irrelevant: Tensor
+    """[B, W], True where it applies to an irrelevant prompt."""
+    predicting: Tensor
+    """[A], int64, flat indices into [B, W] of the columns that predict answer tokens, by rows."""
+    labels: Tensor
+    """[A], int64, the answer tokens."""
+    label_rows: Tensor
+    """[A], int64, the index of each answer token's row; R if it belongs to nobody."""
+    label_owners: Tensor
+    """[A], int64, the index e of each answer token's edit, E + e if it is rehearsed, 2 E if it
+    belongs to nobody."""
+
+    num_new: int
+    """Requests of each edit that are not rehearsed."""
+    num_rehearsed: int
+    """Requests of each edit that are rehearsed."""
+
+    @property
+    def positions(self) -> Tensor:
+        """True where the intervention applies, [B, W]."""
+        return self.edited | self.irrelevant
+
+    def attention(self, window: int | None = None) -> Tensor:
+        """Return what each token may attend to, past and computed columns, [B, W, S + W], bool.
+
+        Args:
+            window: Columns that a token of a sliding-window layer sees, itself included; None for
+                all.
+        """
+        rows = torch.cat([self.past_row_of, self.row_of], 1)[:, None]  # [B, 1, S + W]
+        columns = torch.cat([self.past_position_ids, self.position_ids], 1)[:, None]
+        distance = self.position_ids[:, :, None] - columns  # [B, W, S + W]
+        seen = (self.row_of[:, :, None] == rows) & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+
+def lay_out(
+    edits: Sequence[Sequence[Piece]],
+    num_prompt_positions: int,
+    hidden_size: int | None,
+    device: torch.device | str,
+) -> Layout:
+    """Decide where the tokens of each edit's pieces lie.
+
+    Args:
+        edits: Pieces of each independent edit.
+        num_prompt_positions: P.
+        hidden_size: D of the model, from which the cheapest number of bins is told; None for a bin
+            for each row, which then has no past.
+        device: Where the tensors go.
+    """
+    pieces = [piece for edit in edits for piece in edit]
+    bins = []
+    first = 0
+    for loads in _bins(edits, hidden_size):
+        bins += [tuple(first + i for i in load) for load in loads]
+        first += sum(len(load) for load in loads)
+    tokens = _Columns(pieces, bins, num_prompt_positions)
+    width = max(map(len, tokens.ids))
+    past_width = max(map(len, tokens.past_rows))
+
+    def tensor(values: list[list[int]], columns: int, padding: int = 0) -> Tensor:
+        padded = [row + [padding] * (columns - len(row)) for row in values]
+        return torch.tensor(padded, dtype=torch.long).view(len(bins), columns).to(device)
+
+    answers = [(b * width + t, label, i) for i, t, b, label in sorted(tokens.answers)]
+    columns = torch.tensor(answers, dtype=torch.long).view(-1, 3).to(device)
+    predicting, labels, label_rows = columns.unbind(1)
+    owners = [
+        e if piece.is_new else len(edits) + e for e, edit in enumerate(edits) for piece in edit
+    ]
+    return Layout(
+        num_edits=len(edits),
+        rows=tuple(piece.row for piece in pieces),
+        bins=tuple(bins),
+        input_ids=tensor(tokens.ids, width),
+        position_ids=tensor(tokens.positions, width),
+        row_of=tensor(tokens.rows, width, -1),
+        past_position_ids=tensor(tokens.past_positions, past_width),
+        past_row_of=tensor(tokens.past_rows, past_width, -1),
+        edited=tensor(tokens.edited, width).bool(),
+        irrelevant=tensor(tokens.irrelevant, width).bool(),
+        is_new=tensor(tokens.is_new, width).bool(),
+        predicting=predicting,
+        labels=labels,
+        label_rows=label_rows,
+        label_owners=torch.tensor(owners).to(device)[label_rows],
+        num_new=sum(piece.row.is_edit for piece in edits[0] if piece.is_new),
+        num_rehearsed=sum(piece.row.is_edit for piece in edits[0] if not piece.is_new),
+    )
+
+
+class Multiples(NamedTuple):
+    """What the sizes of layouts are rounded up to multiples of."""
+
+    columns: int
+    """For W."""
+    past: int
+    """For S; a column of it costs the least."""
+    answers: int
+    """For A; each costs a row of logits."""
+
+
+def rounded(layout: Layout, to: Multiples) -> Layout:
+    """Pad a layout to one of few sizes, so that edits of about one size run the same kernels.
+
+    Columns are added without a token, and answer tokens that belong to nobody.
+    """
+    num_answers = len(layout.labels)
+    columns = _round_up(layout.input_ids.shape[1], to.columns, 8) - layout.input_ids.shape[1]
+    past = _round_up(layout.past_row_of.shape[1], to.past, 4) - layout.past_row_of.shape[1]
+    answers = _round_up(num_answers, to.answers, 4) - num_answers
+    bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
+
+    def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss
+        return torch.cat([values, values[:1].expand(answers)])
+
+    return replace(
+        layout,
+        input_ids=F.pad(layout.input_ids, (0, columns)),
+        position_ids=F.pad(layout.position_ids, (0, columns)),
+        row_of=F.pad(layout.row_of, (0, columns), value=-1),
+        past_position_ids=F.pad(layout.past_position_ids, (0, past)),
+        past_row_of=F.pad(layout.past_row_of, (0, past), value=-1),
+        edited=F.pad(layout.edited, (0, columns)),
+        is_new=F.pad(layout.is_new, (0, columns)),
+        irrelevant=F.pad(layout.irrelevant, (0, columns)),
+        predicting=again(layout.predicting + bins * columns),
+        labels=again(layout.labels),
+        label_rows=F.pad(layout.label_rows, (0, answers), value=len(layout.rows)),
+        label_owners=F.pad(layout.label_owners, (0, answers), value=2 * layout.num_edits),
+    )
+
+
+def _round_up(size: int, least: int, parts: int) -> int:
+    """Return the next multiple of `least`; of large sizes, the next 1 / `parts` of an octave."""
+    if not size:
+        return 0
+    step = max(least, 2 ** (size.bit_length() - 1) // parts)
+    return -(-size // step) * step
+
+
+class _Columns:
+    """What stands in each column of each bin, as lists."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], bins: Sequence[Sequence[int]], num_prompt_positions: int
+    ) -> None:
+        self.ids: list[list[int]] = [[] for _ in bins]
+        self.positions: list[list[int]] = [[] for _ in bins]
+        self.rows: list[list[int]] = [[] for _ in bins]
+        self.edited: list[list[int]] = [[] for _ in bins]
+        self.irrelevant: list[list[int]] = [[] for _ in bins]
+        self.is_new: list[list[int]] = [[] for _ in bins]
+        self.past_positions: list[list[int]] = [[] for _ in bins]
+        self.past_rows: list[list[int]] = [[] for _ in bins]
+        self.answers: list[tuple[int, int, int, int]] = []  # row, column, bin, label
+        for b, load in enumerate(bins):
+            for i in load:
+                self._add(b, i, pieces[i], num_prompt_positions)
+
+    def _add(self, b: int, i: int, piece: Piece, num_prompt_positions: int) -> None:
+        """Put row i behind what bin b holds."""
+        row, start, is_new = piece
+        length, first_column = piece.length, len(self.ids[b]) - start
+        if row.is_edit:
+            self.answers += [
+                (i, first_column + t - 1, b, row.ids[t])
+                for t in range(row.prompt_length, len(row.ids))
+            ]
+        before = max(0, first_edited(row.prompt_length, num_prompt_positions) - start)
+        here = [0] * before + [1] * (length - before)
+        self.edited[b] += here if row.is_edit else [0] * length
+        self.irrelevant[b] += [0] * length if row.is_edit else here
+        self.ids[b] += row.ids[start:]
+        self.positions[b] += range(start, len(row.ids))
+        self.rows[b] += [i] * length
+        self.is_new[b] += [int(is_new)] * length
+        self.past_positions[b] += range(start)
+        self.past_rows[b] += [i] * start
+
+
+def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[list[list[int]]]:
+    """Share out each edit's pieces, by index, to as many bins an edit."""
+    most = max(map(len, edits))
+    if hidden_size is None:
+        return [[[i] for i in range(len(edit))] for edit in edits]
+    counts = {most, *(2**i for i in range(most.bit_length()) if 2**i < most)}
+    layouts = [[_shared_out(edit, count) for edit in edits] for count in sorted(counts)]
+
+    def cost(layout: list[list[list[int]]]) -> int:
+        loads = [(edit, load) for edit, loads in zip(edits, layout, strict=True) for load in loads]
+        width = max(sum(edit[i].length for i in load) for edit, load in loads)
+        past = max(sum(edit[i].start for i in load) for edit, load in loads)
+        return len(loads) * width * (_LINEAR_COST * hidden_size + past + width)
+
+    return min(layouts, key=cost)
+
+
+def _shared_out(pieces: Sequence[Piece], num_bins: int) -> list[list[int]]:
+    """Give each piece, the longest first, to the bin that holds least."""
+    loads: list[list[int]] = [[] for _ in range(num_bins)]
+    sizes = [0] * num_bins
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i].length):
+        b = sizes.index(min(sizes))
+        loads[b].append(i)
+        sizes[b] += pieces[i].length
+    return loads

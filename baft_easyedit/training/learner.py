@@ -1,0 +1,370 @@
+"""Learner: learn requests into a model's edit, and rehearse, consolidate, grow. In memory only.
+
+Each call minimises the objective over the parameters of the model's `ModelEdit`; the model's own
+weights never change. What a call changes is an `EditState`, which can be taken and restored.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.model.batching import BatchSize, alike
+from baft_easyedit.model.hooks import ModelEdit, Snapshot, attached_edit, rank_of
+from baft_easyedit.model.independent import IndependentEdits
+from baft_easyedit.model.inspect import input_device, text_config
+from baft_easyedit.model.locks import lock_of
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.model.surroundings import Surroundings
+from baft_easyedit.training.loop import EditReport, Learned, answered_now, evaluating, learn
+from baft_easyedit.training.own_texts import own_states
+from baft_easyedit.training.recordings import Recordings
+from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
+from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
+from baft_easyedit.training.settling import settle
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 3
+"""Requests that a warning names."""
+
+
+class EditState(NamedTuple):
+    """All that an edit call changes."""
+
+    learned: Snapshot
+    """What `ModelEdit.snapshot` returns."""
+    attached: bool
+    """Whether the model computes with it."""
+    memory: Mapping[str, Any] = {}
+    """What `RehearsalMemory.state` returns."""
+
+
+class Learner:
+    """Learns into one edit of one model, and attaches it.
+
+    Args:
+        model: A decoder-only Hugging Face model.
+        tokenizer: Its tokenizer.
+        edit: What is learned into.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, edit: ModelEdit) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.edit = edit
+        self._config = text_config(model)
+        self.lock = lock_of(model)
+        """Keeps other threads out of the model while the edit changes."""
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model computes with the edit now."""
+        return attached_edit(self.model) is self.edit
+
+    def state(self) -> EditState:
+        """Return all that the methods below change, as it is now."""
+        return EditState(self.edit.snapshot(), self.is_attached, self.edit.memory.state())
+
+    def restore(self, state: EditState) -> None:
+        """Go back to a `state`; the model's own outputs come back with the hooks off.
+
+        What was recorded stays, for the edits to come.
+        """
+        self.edit.resize(rank_of(state.learned))
+        self.edit.restore(state.learned)
+        self.edit.memory.restore(state.memory)
+        if state.attached:
+            self._attach()
+        else:
+            self.edit.unhook()
+
+    @contextmanager
+    def alone(self, is_complete: Callable[[], bool] = lambda: False) -> Iterator[EditState]:
+        """Change something, with no other thread in the model; if it fails, all is as before.
+
+        Args:
+            is_complete: Tells whether what failed came after the change.
+
+        Yields:
+            The state before.
+        """
+        before = None
+        try:
+            with self.lock.changing():
+                before, surroundings = self.state(), Surroundings(self.model, self.edit)
+                try:
+                    yield before
+                except BaseException:
+                    self._put_back(before, surroundings, is_complete)
+                    before = None
+                    raise
+        except BaseException:
+            if before is not None:  # an interrupt on the way out
+                with self.lock.changing():
+                    self._put_back(before, surroundings, is_complete)
+            raise
+
+    def _put_back(
+        self, before: EditState, surroundings: Surroundings, is_complete: Callable[[], bool]
+    ) -> None:
+        """Make all as it was, unless the change is complete."""
+        if not is_complete():
+            surroundings.restore()
+            self.restore(before)
+            self.edit.forget()
+
+    def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
+        """Learn requests together, beside past ones; then consolidate, if it is time."""
+        rows, memory = self._rows(requests, hparams), self.edit.memory
+        self._attach()
+        self._grow(hparams)
+        self._condition()
+        rehearsal = self._rehearsal(hparams, memory, requests)
+        num_past = self.edit.num_past_states
+        (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
+        learned = self._settled(learned, rows, num_past, hparams)
+        self.edit.restore(learned.state)
+        _warn_of_unlearned(requests, [learned.report])
+        num_seen = memory.num_seen
+        memory.remember(requests, learned.report.request_losses, hparams)
+        every = hparams.consolidate_every
+        if not every or memory.num_seen // every == num_seen // every:
+            return learned.report
+        again = self.consolidate(hparams.consolidate_steps, hparams)
+        return replace(learned.report, consolidation=again)
+
+    def consolidate(self, steps: int, hparams: BaFTHyperParams) -> EditReport:
+        """Learn what is remembered, in turn."""
+        self._attach()
+        self._condition()
+        fixed = replace(hparams, num_steps=steps, early_stop_loss=0.0)
+        review = Review(self.edit.memory, fixed, partial(self._known_rows, hparams=fixed))
+        (learned,) = self._learned(self.edit, [[]], fixed, review)
+        self.edit.restore(learned.state)
+        self.edit.note_moves()
+        return learned.report
+
+    def learn_apart(
+        self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
+    ) -> list[Learned]:
+        """Learn each request on its own from the present state, which is left as it is.
+
+        `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
+        """
+        edits = [self._rows([request], hparams) for request in requests]
+        before, was_attached = self.edit.snapshot(), self.is_attached
+        num_past = self.edit.num_past_states
+        self._condition()
+        try:
+            in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
+            self._attach()
+            in_order = [
+                self._settled(one, rows, num_past, hparams)
+                for one, rows in zip(in_order, edits, strict=True)
+            ]
+        finally:
+            self.edit.restore(before)
+            if not was_attached:
+                self.edit.unhook()
+        _warn_of_unlearned(requests, [one.report for one in in_order])
+        return in_order
+
+    def _learn_in_parts(
+        self,
+        requests: Sequence[EditRequest],
+        edits: Sequence[Sequence[TextRow]],
+        batch_size: int | None,
+        hparams: BaFTHyperParams,
+    ) -> list[Learned]:
+        """Learn each request on its own; see `learn_apart`."""
+        size = BatchSize(batch_size, input_device(self.model))
+        learned: dict[int, Learned] = {}
+        sizes = [sum(len(row.ids) for row in rows) for rows in edits]
+        for indices in alike(sizes, [len(rows) for rows in edits]):
+            rest = indices
+            while rest:
+                part, rest = rest[: size.value], rest[size.value :]
+                size.start()
+                try:
+                    results = self._learn_side_by_side(
+                        [edits[i] for i in part], [requests[i] for i in part], hparams
+                    )
+                except torch.cuda.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                    size.fail(len(part))
+                    rest = part + rest
+                    continue
+                size.finish(len(part))
+                learned |= dict(zip(part, results, strict=True))
+        return [learned[i] for i in range(len(edits))]
+
+    def install(
+        self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
+    ) -> None:
+        """Put in what was learned apart, from these requests where they are known."""
+        self.edit.restore(learned.state)
+        self._attach()
+        losses = learned.report.request_losses
+        self.edit.memory.remember(requests, losses[: len(requests)], hparams)
+
+    def _settled(
+        self, learned: Learned, rows: Sequence[TextRow], num_past: int, hparams: BaFTHyperParams
+    ) -> Learned:
+        """Return what was learned, settled among past edits if there are any.
+
+        Args:
+            learned: The new edit.
+            rows: What it was learned from; its report says how they are answered after settling.
+            num_past: Hidden states that were kept of past ones.
+            hparams: How to settle.
+        """
+        if not num_past:
+            return learned
+        start = time.perf_counter()
+        self.edit.restore(learned.state)
+        settle(self.edit, self._own_states(self.edit), hparams)
+        losses, is_learned = answered_now(self.model, self.edit, rows, hparams)
+        report = replace(
+            learned.report,
+            time_s=learned.report.time_s + time.perf_counter() - start,
+            request_losses=losses,
+            learned=is_learned,
+        )
+        return Learned(self.edit.snapshot(), report)
+
+    def _attach(self) -> None:
+        """Make the model compute with the edit, unless it does."""
+        if not self.is_attached:
+            self.edit.attach(self.model)
+
+    def _condition(self) -> None:
+        """Measure the model's hidden states, if the edit is learned by that and nobody has yet."""
+        edit = self.edit
+        if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
+            edit.follow(self.model)
+            for layer, states in self._own_states(edit).items():
+                edit.whitening(layer).measure(states)
+
+    def _own_states(self, attached: ModelEdit) -> dict[int, Tensor]:
+        """Return the hidden states of the model's own texts, as they are without what is attached.
+
+        They are where the edit of each layer is.
+        """
+        with attached.disabled(), evaluating(self.model):
+            return own_states(self.model).of(self.model, self.edit.layers)
+
+    def _grow(self, hparams: BaFTHyperParams) -> None:
+        """Add bases if it is time."""
+        num_seen = self.edit.memory.num_seen
+        rank = min(hparams.grown_rank(num_seen), self._config.hidden_size)
+        if rank > self.edit.rank:
+            self.edit.grow(rank, hparams.seed + num_seen)
+
+    def _learn_side_by_side(
+        self,
+        edits: Sequence[Sequence[TextRow]],
+        requests: Sequence[EditRequest],
+        hparams: BaFTHyperParams,
+    ) -> list[Learned]:
+        """Learn independent edits of as many rows each, beside the same past ones."""
+        memory = self.edit.memory.copy()  # what is not installed leaves no trace
+        rehearsal = self._rehearsal(hparams, memory, requests)
+        copies = IndependentEdits(self.edit, len(edits))
+        with self.edit.disabled():
+            try:
+                copies.attach(self.model)
+                return self._learned(copies, edits, hparams, rehearsal)
+            finally:
+                copies.detach()
+
+    def _learned(
+        self,
+        into: ModelEdit,
+        edits: Sequence[Sequence[TextRow]],
+        hparams: BaFTHyperParams,
+        rehearsal: Rehearsal | None,
+    ) -> list[Learned]:
+        """Learn rows into an edit."""
+        recordings = self._recordings(hparams) if hparams.rehearsal else None
+        own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
+        return learn(self.model, into, edits, hparams, rehearsal, recordings, own)
+
+    def _rehearsal(
+        self, hparams: BaFTHyperParams, memory: RehearsalMemory, new: Sequence[EditRequest]
+    ) -> Rehearsal | None:
+        """Return what the steps of an edit call learn again; None if there is nothing."""
+        rehearsal = Rehearsal(memory, hparams, partial(self._known_rows, hparams=hparams), new)
+        return rehearsal if len(rehearsal) else None
+
+    def _recordings(self, hparams: BaFTHyperParams) -> Recordings:
+        """Return the recordings that outlive an edit call, within the bounds of now."""
+        limits = hparams.rehearsal_cache_mib * 2**20, hparams.rehearsal_spill_mib * 2**20
+        known = self.edit.recordings
+        if known is None or known.limits != limits:
+            known = self.edit.recordings = Recordings(*limits)
+        return known
+
+    def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
+        """Tokenise a remembered request, once."""
+        h = hparams
+        settings = (request, PromptFormat.of(h), h.locality, h.loc_positions, h.learn_end)
+        known, rows = self.edit.memory.tokenised.get(request.prompt, (None, ()))
+        if known != settings:
+            rows = self._rows([request], hparams)
+            self.edit.memory.tokenised[request.prompt] = settings, rows
+        return rows
+
+    def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
+        """Tokenise requests that are learned together."""
+        h = hparams
+        _check_differentiable(self.model)
+        return text_rows(
+            requests,
+            self.tokenizer,
+            max_context=getattr(self._config, "max_position_embeddings", None),
+            prompt_format=PromptFormat.of(h),
+            with_irrelevant=h.locality,
+            loc_positions=None if h.loc_positions == "all" else 0,
+            with_end=h.learn_end,
+        )
+
+
+def _warn_of_unlearned(requests: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
+    """Log a warning that names the requests that were not learned, if there are any."""
+    losses = [loss for report in reports for loss in report.request_losses]
+    learned = [is_learned for report in reports for is_learned in report.learned]
+    unlearned = [
+        f"{request.prompt!r} -> {request.target_new!r} (loss {loss:.2g})"
+        for request, loss, is_learned in zip(requests, losses, learned, strict=True)
+        if not is_learned
+    ]
+    if unlearned:
+        more = f" and {len(unlearned) - _MOST_NAMED} more" if len(unlearned) > _MOST_NAMED else ""
+        logger.warning(
+            "%d of %d requests not learned in %d steps: %s%s; raise num_steps or lr, or learn "
+            "fewer at once",
+            len(unlearned),
+            len(requests),
+            max(report.num_steps for report in reports),
+            ", ".join(unlearned[:_MOST_NAMED]),
+            more,
+        )
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError if the model has layers through which no gradient passes."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise ValueError(
+                f"model must let gradients pass to be edited, but {name} is quantised by torch.ao, "
+                "which has none: edit the model before, or quantise it by bitsandbytes"
+            )

@@ -1,0 +1,131 @@
+"""Hidden states of texts that a model writes itself: irrelevant ones, without any data (ours).
+
+Shapes: N texts, T tokens, D hidden size.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.model.inspect import (
+    cache_name,
+    decoder_layers,
+    input_device,
+    owner_of,
+    text_config,
+)
+from baft_easyedit.model.locks import of_this_thread
+from baft_easyedit.training.recordings import is_close, model_version, tolerance_of
+
+NUM_TEXTS = 40
+LENGTH = 64
+"""In tokens, the first one included."""
+_LOOKED_AT = 8
+"""Tokens that are read again to see whether the model is still as it was."""
+_AT_ONCE = 8
+"""Texts of one forward."""
+_NAME = "_baft_own_states"
+"""Attribute of a decoder stack, which a model and what wraps it have in common."""
+
+
+class OwnStates:
+    """Hidden states of a model's own texts by layer, as long as its weights stay what they are."""
+
+    def __init__(self) -> None:
+        self._version: Hashable = None
+        self._texts = torch.zeros(0, LENGTH, dtype=torch.long)
+        self._states: dict[int, Tensor] = {}
+
+    def __reduce__(self) -> Any:
+        return OwnStates, ()
+
+    def of(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the states at the outputs of some layers, [N (T - 1), D], fp32.
+
+        The first token of each text is left out: its states are like no others.
+
+        Args:
+            model: The model, without an edit.
+            layers: Which.
+        """
+        version = model_version(model)
+        if version != self._version or not self._are_as_they_were(model):
+            self._version, self._texts, self._states = version, own_texts(model), {}
+        if not self._states.keys() >= set(layers):
+            self._states |= _states(model, layers, self._texts)
+        return {layer: self._states[layer] for layer in layers}
+
+    def _are_as_they_were(self, model: nn.Module) -> bool:
+        """Tell whether a text's beginning gives the states that are known of it, up to rounding.
+
+        No version tells of all that changes what a model computes (see `model_version`).
+        """
+        again = _states(model, list(self._states), self._texts[:1, :_LOOKED_AT])
+        tolerance = tolerance_of(next(model.parameters()))
+        return all(is_close(h, self._states[i][: len(h)], tolerance) for i, h in again.items())
+
+
+def own_states(model: nn.Module) -> OwnStates:
+    """Return what is known of a model's own texts."""
+    return cast(OwnStates, vars(decoder_layers(model)).setdefault(_NAME, OwnStates()))
+
+
+@torch.no_grad()
+def own_texts(model: nn.Module) -> Tensor:
+    """Let a model write texts from its first token on, [N, T]; the same ones each time.
+
+    A model that takes no cache reads each text again for each token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    written, cache = torch.full((NUM_TEXTS, 1), _first_token(text_config(model))), None
+    for _ in range(LENGTH - 1):
+        new = written if cache is None else written[:, -1:]
+        logits, cache = _next(model, new.to(input_device(model)), cache)
+        chances = logits.float().nan_to_num().softmax(-1).cpu()
+        written = torch.cat([written, torch.multinomial(chances, 1, generator=generator)], 1)
+    return written
+
+
+def _first_token(config: Any) -> int:
+    """Return the token that a model's texts begin with."""
+    known = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    tokens = [token[0] if isinstance(token, list) else token for token in known if token]
+    return int(tokens[0]) if tokens else 0
+
+
+def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Return the logits after the last of some tokens, [N, V], and the cache if there is one."""
+    name = cache_name(model)
+    given = {} if cache is None else {name: cache}
+    output = model(input_ids=ids, use_cache=True, **given)
+    return output.logits[:, -1], getattr(output, name, None)
+
+
+@torch.no_grad()
+def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int, Tensor]:
+    """Return the states at the outputs of layers, [N (T - 1), D], fp32."""
+    stack = decoder_layers(model)
+    decoder = owner_of(model, stack)  # without the logits of all tokens
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with _watching(stack, seen):
+        for part in torch.split(texts, _AT_ONCE):
+            decoder(input_ids=part.to(input_device(model)), use_cache=False)
+    return {layer: torch.cat(parts) for layer, parts in seen.items()}
+
+
+@contextmanager
+def _watching(stack: nn.ModuleList, seen: dict[int, list[Tensor]]) -> Iterator[None]:
+    """Collect the outputs of layers, but for each text's first token."""
+    with ExitStack() as hooks:
+        for layer, parts in seen.items():
+
+            def note(_module: nn.Module, _args: Any, output: Any, parts: Any = parts) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                parts.append(hidden[:, 1:].flatten(0, 1).float())
+
+            handle = stack[layer].register_forward_hook(of_this_thread(note), prepend=True)
+            hooks.callback(handle.remove)
+        yield

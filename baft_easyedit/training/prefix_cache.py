@@ -1,0 +1,416 @@
+"""Forward engines: repeat a model's forward in every optimisation step, computing what can change.
+
+Interventions act on layers >= l1 and, of each text, columns >= s; and attention is causal. So the
+outputs of layers 0..l1 are the same in every step, and columns < s are the same in every layer.
+`LayerReplay` records both once for each text; each step is then the model's own forward on columns
+>= s of all texts, packed into few bins, with keys and values of the past frozen and layers 0..l1
+stubbed by what they returned. The edit stays where it is, as hooks on the layers. `FullForward`
+computes everything: the fallback. Both compute logits only where an answer is predicted.
+
+Shapes: B bins, W columns, S columns of the past, N heads, H head size, A answer tokens, V
+vocabulary, D hidden size.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import DynamicCache
+
+from baft_easyedit.method.objective import answer_loss, token_losses
+from baft_easyedit.model.hooks import ModelEdit, Positions
+from baft_easyedit.model.inspect import (
+    cache_name,
+    decoder_layers,
+    input_device,
+    owner_of,
+    text_config,
+)
+from baft_easyedit.model.locks import of_this_thread
+from baft_easyedit.model.positions import first_edited
+from baft_easyedit.training.caches import FrozenPrefix, Recorder
+from baft_easyedit.training.forward import CannotReplayError, Contents, Expected, Forward
+from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
+from baft_easyedit.training.recordings import Recording, Recordings, model_version, tolerance_of
+from baft_easyedit.training.requests import TextRow
+
+logger = logging.getLogger(__name__)
+
+_OF_LOSSES = 0.2
+"""How far losses may be off, as a share of that; beyond it, the logits decide."""
+
+_CACHE_BYTES = 2**30
+"""Room for the recordings of one edit call; what does not fit is recorded when it is used."""
+
+_ROUNDED_TO = Multiples(32, 64, 16)
+"""On a GPU few tokens cost what one does, to read the weights, and a graph of each size takes
+memory."""
+
+Edits = Sequence[Sequence[TextRow]]
+"""The rows of each independent edit."""
+
+
+class FullForward:
+    """The model's forward on all columns, a row a bin, padded on the right.
+
+    Args:
+        model: A causal language model that `edit` is attached to.
+        edit: The edit.
+    """
+
+    def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
+        self._model = model
+        self._edit = edit
+
+    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
+        """Lay out the rows of each edit, as many for each, and the rehearsed ones."""
+        return self._forward(edits, rehearsed, {"use_cache": False})
+
+    def _forward(
+        self, edits: Edits, rehearsed: Sequence[TextRow], arguments: Mapping[str, Any]
+    ) -> Forward:
+        """Prepare a forward with further arguments."""
+        pieces = _pieces(edits, rehearsed, lambda _row: 0)
+        device = input_device(self._model)
+        layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
+        inputs = _inputs(self._model, layout)
+        inputs["attention_mask"] = (layout.row_of >= 0).long()
+        contents = Contents(layout, Positions.of(layout.positions), inputs | dict(arguments))
+        return Forward(self._model, self._edit, contents)
+
+    def record(self, row: TextRow, cache: DynamicCache) -> Forward:
+        """Prepare a forward of one row that fills a cache."""
+        return self._forward([[row]], (), {"use_cache": True, cache_name(self._model): cache})
+
+
+def _pieces(
+    edits: Edits, rehearsed: Sequence[TextRow], start_of: Callable[[TextRow], int]
+) -> list[list[Piece]]:
+    """Say from which column on the rows of each edit are computed."""
+    again = [Piece(row, start_of(row), is_new=False) for row in rehearsed]
+    return [[Piece(row, start_of(row)) for row in rows] + again for rows in edits]
+
+
+def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
+    """Return the arguments of a forward that say which tokens there are."""
+    inputs: dict[str, Any] = {"input_ids": layout.input_ids}
+    if _takes(model, "position_ids"):
+        inputs["position_ids"] = layout.position_ids
+    return inputs
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Tell whether a model's forward takes an argument, or hands it on, as PEFT's does."""
+    parameters = inspect.signature(model.forward).parameters
+    if argument in parameters:
+        return True
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    decoder = owner_of(model, decoder_layers(model))
+    return hands_on and argument in inspect.signature(decoder.forward).parameters
+
+
+class _Recorded(NamedTuple):
+    """What a forward of a text gave."""
+
+    recording: Recording
+    logits: Tensor
+    """Of its answer tokens, [A, V]."""
+    loss: Tensor
+    """Of its answer, [1]."""
+
+
+class LayerReplay:
+    """The model's forward on the columns that an edit can change.
+
+    Args:
+        model: A causal language model of transformers that `edit` is attached to.
+        edit: The edit.
+        recordings: What is known of texts already; it is added to.
+        rounds: Whether to pad to one of few sizes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        edit: ModelEdit,
+        recordings: Recordings | None = None,
+        rounds: bool = False,
+    ) -> None:
+        self._model = model
+        self._edit = edit
+        self._rounds = rounds
+        self._full = FullForward(model, edit)
+        self._first_layer = min(edit.layers)
+        self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
+        self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
+        self._unchecked: dict[TextRow, Recording] = {}
+        self._are_recordings_checked = False
+        shape = (edit.layers, edit.num_prompt_positions)
+        self._recordings.make_valid_for((model_version(model), shape))
+
+    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
+        """Lay out the rows of each edit and join their recordings, made where they are missing.
+
+        Raises:
+            CannotReplayError: If the model cannot use a cache that it does not know, the replayed
+                logits of the unedited model are not the recorded ones, or its attention takes no
+                mask for each pair of tokens.
+        """
+        _check_takes_masks(text_config(self._model))
+        rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
+        known = self._known(rows)
+        missing = [row for row in rows if row not in known]
+        if missing:
+            with self._edit.disabled():
+                made = [self._record(row) for row in missing]
+                new = {row: m.recording for row, m in zip(missing, made, strict=True)}
+                with torch.no_grad():
+                    replayed = self._replayed(_pieces([missing], (), self._start), new)()
+            logits = torch.cat([m.logits for m in made])
+            _check_equal(replayed[: len(logits)], logits)
+            self._keep(new)
+            known |= new
+        return self._replayed(_pieces(edits, rehearsed, self._start), known)
+
+    def prepare_unchecked(self, edits: Edits) -> Forward:
+        """Do the same, but leave the check to the first step on the forward.
+
+        The texts of a single edit are recorded with the edit as it is: what is kept of them does
+        not depend on it, and their losses are those that the first step has to give.
+
+        Raises:
+            CannotReplayError: As above.
+        """
+        _check_takes_masks(text_config(self._model))
+        rows = edits[0]
+        known = self._known(rows)
+        missing = [i for i, row in enumerate(rows) if row not in known]
+        is_told = len(set(rows)) == len(rows) and any(rows[i].is_edit for i in missing)
+        if len(edits) > 1 or not is_told:
+            return self.prepare(edits)
+        made = {i: self._record(rows[i]) for i in missing}
+        self._unchecked = {rows[i]: m.recording for i, m in made.items()}
+        tolerance = _OF_LOSSES * tolerance_of(made[missing[0]].logits)
+        expected = Expected(missing, torch.cat([m.loss for m in made.values()]), tolerance)
+        return self._replayed(_pieces(edits, (), self._start), known | self._unchecked, expected)
+
+    @torch.no_grad()
+    def check(self, forward: Forward, edits: Edits, row_losses: Tensor) -> None:
+        """Compare the first step on a forward with the model itself, if that was left to it.
+
+        Args:
+            forward: What was prepared last.
+            edits: The rows of each edit.
+            row_losses: The losses of the step, [R].
+
+        Raises:
+            CannotReplayError: If the losses, and then the logits too, are not those of the full
+                forward. There is more room for rounding in logits.
+        """
+        if not self._unchecked:
+            return
+        if forward.expected is None or not forward.expected.agree(row_losses):
+            logits = self._full.prepare(edits)()
+            _check_equal(forward()[: len(logits)], logits)
+        self._keep(self._unchecked)
+        self._unchecked = {}
+
+    def _known(self, rows: Iterable[TextRow]) -> dict[TextRow, Recording]:
+        """Return the recordings of those rows that have one."""
+        if not self._are_recordings_checked:
+            self._check_recordings()
+        found = {row: self._recordings.get(row) for row in rows}
+        return {row: recording for row, recording in found.items() if recording is not None}
+
+    def _check_recordings(self) -> None:
+        """Record a text of an earlier call again; forget all unless it is as it was.
+
+        No version of the weights tells of writes through `.data`, of hooks, or of adapters that
+        were switched. The text with the longest past says most of the layers above the first.
+        """
+        row = max(self._recordings, key=self._start, default=None)
+        known = None if row is None else self._recordings.get(row)
+        if row is not None and known is not None:
+            with self._edit.disabled():
+                again = self._record(row).recording
+            if not again.is_close(known, tolerance_of(known.hidden)):
+                logger.info("all texts are recorded anew: %s computes something else", self._name)
+                self._recordings.clear()
+        self._are_recordings_checked = True
+
+    @property
+    def _name(self) -> str:
+        return type(self._model).__name__
+
+    def _keep(self, new: Mapping[TextRow, Recording]) -> None:
+        """Keep recordings for later calls."""
+        for row, recording in new.items():
+            self._recordings.put(row, recording)
+
+    def _start(self, row: TextRow) -> int:
+        """Return the first column of a row that is computed."""
+        return first_edited(row.prompt_length, self._edit.num_prompt_positions)
+
+    @torch.no_grad()
+    def _record(self, row: TextRow) -> _Recorded:
+        """Run the model once on a text, and keep what no edit can change.
+
+        On that text alone: beside others it is rounded otherwise, and an edit that is learned
+        again, from a journal, meets other texts beside it and has to come out bit for bit.
+        """
+        recorder = Recorder(self._first_layer + 1)
+        full = self._full.record(row, recorder)
+        with _watching(self._stubs[-1]) as seen:
+            logits = full()
+        is_tuple = bool(seen) and isinstance(seen[0], tuple)
+        hidden: Any = seen[0][0] if is_tuple else seen[0] if seen else None
+        layout, start = full.layout, self._start(row)
+        _check_belong_to_text(layout, hidden, recorder.seen)
+        self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
+        past = {
+            i: (keys[0, :, :start].clone(), values[0, :, :start].clone())
+            for i, (keys, values) in recorder.seen.items()
+        }
+        losses = token_losses(logits, layout.labels)
+        loss = answer_loss(losses, layout.label_rows, 1)
+        return _Recorded(Recording(hidden[0, start : len(row.ids)].clone(), past), logits, loss)
+
+    def _replayed(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        recordings: Mapping[TextRow, Recording],
+        expected: Expected | None = None,
+    ) -> Forward:
+        """Join recordings to a forward."""
+        config = text_config(self._model)
+        device, num_positions = input_device(self._model), self._edit.num_prompt_positions
+        layout = lay_out(pieces, num_positions, config.hidden_size, device)
+        if self._rounds:
+            layout = rounded(layout, _ROUNDED_TO)
+        in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
+        row_of = layout.row_of
+        hidden = _scatter([recording.hidden for recording in in_order], row_of, _places(row_of))
+        inputs = _inputs(self._model, layout)
+        inputs["attention_mask"] = _masks(config, layout, hidden.dtype)
+        inputs["use_cache"] = True
+        inputs[cache_name(self._model)] = FrozenPrefix(
+            _joined_past(in_order, layout.past_row_of), layout.past_row_of.shape[1]
+        )
+        extras = self._recordings.layer_extras
+        output = hidden if extras is None else (hidden, *extras)
+        # In some layouts of a size there is no padding: it takes another graph to gain by that.
+        at = layout.positions
+        positions = Positions(at, False) if self._rounds else Positions.of(at)
+        contents = Contents(layout, positions, inputs, output, self._rounds)
+        return Forward(self._model, self._edit, contents, self._stubs, expected)
+
+
+def _check_takes_masks(config: Any) -> None:
+    """Raise CannotReplayError unless a model's attention takes a mask for each pair of tokens.
+
+    Others would read beyond their memory on a GPU, which ends the process's use of it.
+    """
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        raise CannotReplayError(
+            f"its attention, {attention}, takes no mask for each pair of tokens"
+        )
+
+
+def _check_belong_to_text(
+    layout: Layout, hidden: Any, states: Mapping[int, tuple[Tensor, Tensor]]
+) -> None:
+    """Raise CannotReplayError unless a layer gives [R, W, D], and stores [R, N, W, H]."""
+    shape = tuple(layout.input_ids.shape)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
+        raise CannotReplayError("its first edited layer gives no hidden state for each token")
+    for layer, pair in states.items():
+        if any(t.dim() != 4 or (t.shape[0], t.shape[2]) != shape for t in pair):
+            raise CannotReplayError(f"layer {layer} stores no keys and values for each token")
+
+
+def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a layer gives beside hidden states, such as attentions, which belong to texts."""
+    return tuple(tree_map_only(Tensor, lambda _: None, extras))
+
+
+def _scatter(values: Sequence[Tensor], row_of: Tensor, places: Tensor) -> Tensor:
+    """Put what belongs to tokens, [n, ...] for each row, to where the layout has them.
+
+    Args:
+        values: In the order of bins and columns.
+        row_of: [B, W]; -1 in padding, which gets zeros.
+        places: See `_places`.
+
+    Returns:
+        [B, W, ...].
+    """
+    joined = torch.cat(list(values))
+    padded = joined.new_zeros(row_of.numel(), *joined.shape[1:])
+    padded[places.to(joined.device)] = joined
+    return padded.view(*row_of.shape, *joined.shape[1:])
+
+
+def _places(row_of: Tensor) -> Tensor:
+    """Return the flat indices of what is no padding in [B, W]; it waits for the device."""
+    return (row_of >= 0).flatten().nonzero()[:, 0]
+
+
+def _joined_past(
+    recordings: Sequence[Recording], past_row_of: Tensor
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Join keys and values of the past, [B, N, S, H], of each layer."""
+    places = _places(past_row_of)
+
+    def joined(layer: int, which: int) -> Tensor:
+        states = [recording.past[layer][which].transpose(0, 1) for recording in recordings]
+        return _scatter(states, past_row_of, places).transpose(1, 2).contiguous()
+
+    return {layer: (joined(layer, 0), joined(layer, 1)) for layer in recordings[0].past}
+
+
+def _masks(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
+    """Return the additive attention masks, [B, 1, W, S + W], by layer type if there are several."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ()
+
+    def additive(limit: int | None) -> Tensor:
+        seen = layout.attention(limit)[:, None]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill(~seen, torch.finfo(dtype).min)
+
+    if "sliding_attention" in types:
+        return {"full_attention": additive(None), "sliding_attention": additive(window)}
+    return additive(None if types else window)
+
+
+@contextmanager
+def _watching(layer: nn.Module) -> Iterator[list[Any]]:
+    """Collect a layer's outputs in this context, before any edit of them."""
+    seen: list[Any] = []
+    hook = of_this_thread(lambda _module, _args, output: seen.append(output))
+    handle = None
+    try:
+        handle = layer.register_forward_hook(hook, prepend=True)
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _check_equal(replayed: Tensor, recorded: Tensor) -> None:
+    """Raise CannotReplayError unless logits [A, V] are equal up to rounding."""
+    if not len(recorded):
+        return
+    difference = float((replayed - recorded).float().abs().max())
+    largest = float(recorded.float().abs().max())
+    if not difference <= tolerance_of(recorded) * largest:
+        raise CannotReplayError(
+            f"replayed logits differ by {difference:.2g} from the full forward's, of size "
+            f"{largest:.2g}"
+        )

@@ -1,0 +1,262 @@
+"""Edit requests with EasyEdit's keys: validation, and tokenisation.
+
+A target's tokens are those of the text of prompt and target (see `prompt_format`) after the
+prompt's own, which is how EasyEdit's evaluators count them.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.reading import closest
+from baft_easyedit.model.prompt_format import PromptFormat, token_ids
+
+_PLACEHOLDER = "{}"
+"""What ROME's prompts have in place of their subject."""
+_KEYS = (
+    *("prompt", "target_new", "subject", "loc_prompt"),
+    *("ground_truth", "rephrase_prompt", "target_neg", "locality", "portability", "case_id"),
+)
+"""Keys of EasyEdit's requests: those that are read here, and those that only others read."""
+_ARGUMENTS = {"locality_inputs": "locality", "portability_inputs": "portability"}
+"""Arguments of EasyEdit's `edit`, and the keys that it makes of them."""
+_LIKENESS = 0.85
+"""From here on a key is a known one misspelt (`loc_prompts`, `promt`). Below it are keys of records
+(`locality_prompt`, `target_true`) and notes (`subject_id`)."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write, checked.
+
+    Attributes:
+        prompt: Text that the target completes; a space at its end is not a part of it.
+        target_new: The new answer; a space before it is not a part of it.
+        subject: What the fact is about, a part of the prompt; None if not known.
+        loc_prompts: Irrelevant texts on which the model should not change.
+
+    Raises:
+        ValueError: If the prompt or the target is empty, the subject is not a part of the prompt,
+            the prompt has a placeholder in its place, or an irrelevant text is empty.
+        TypeError: If a value is not text.
+    """
+
+    prompt: str
+    target_new: str
+    subject: str | None = None
+    loc_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, text in (("prompt", self.prompt), ("target_new", self.target_new)):
+            _check_text(key, text)
+        for text in self.loc_prompts:
+            _check_text("loc_prompt", text)
+        if self.subject is not None:
+            _check_text("subject", self.subject)
+        has_subject = self.subject is not None and _same_form(self.subject) in _same_form(
+            self.prompt
+        )
+        if _PLACEHOLDER in self.prompt and not has_subject:
+            filled = self.prompt.replace(_PLACEHOLDER, self.subject or "France")
+            raise ValueError(
+                f"prompt must have its subject where {short(self.prompt)} has {{}}: write, for "
+                f"example, {short(filled)} (if {{}} is meant, give as subject a part of the prompt)"
+            )
+        if self.subject is not None and not has_subject:
+            raise ValueError(
+                f"subject must be a part of the prompt; {short(self.subject)} is not in "
+                f"{short(self.prompt)}"
+            )
+
+    @classmethod
+    def from_dict(cls, request: Mapping[str, Any]) -> "EditRequest":
+        """Read one of EasyEdit's request dicts; keys that only the evaluators read are ignored.
+
+        So are keys of your own, unless they look like a known one that is misspelt.
+
+        Raises:
+            TypeError: If `request` is not a mapping, or a value has the wrong type.
+            ValueError: If `prompt` or `target_new` is missing, a key is misspelt, or a value breaks
+                a rule above.
+        """
+        if not isinstance(request, Mapping):
+            raise TypeError(
+                "a request must be a dict with the keys prompt and target_new; got "
+                f"{type(request).__name__}"
+            )
+        _check_keys([key for key in request if isinstance(key, str)])
+        irrelevant = request.get("loc_prompt") or ()
+        if not isinstance(irrelevant, (str, list, tuple)):
+            raise TypeError(
+                f"loc_prompt must be a string or a list of strings; got {short(irrelevant)}"
+            )
+        return cls(
+            prompt=request["prompt"],
+            target_new=request["target_new"],
+            subject=request.get("subject"),
+            loc_prompts=(irrelevant,) if isinstance(irrelevant, str) else tuple(irrelevant),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as EasyEdit's request dict, for `from_dict`; JSON values only."""
+        content: dict[str, Any] = {"prompt": self.prompt, "target_new": self.target_new}
+        if self.subject is not None:
+            content["subject"] = self.subject
+        if self.loc_prompts:
+            content["loc_prompt"] = list(self.loc_prompts)
+        return content
+
+
+def _same_form(text: str) -> str:
+    """Return a text in the one form in which letters with accents can be compared."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    """Raise ValueError if a key looks like a known one, or one that is needed is missing."""
+    for key in keys:
+        meant = _ARGUMENTS.get(key) or closest(key, _KEYS, _LIKENESS)
+        if key not in _KEYS and meant is not None:
+            raise ValueError(f"a request must have the key {meant!r}, not {short(key)}")
+    for needed in ("prompt", "target_new"):
+        if needed not in keys:
+            hint = ": rename 'target'" if needed == "target_new" and "target" in keys else ""
+            got = short(sorted(keys))
+            raise ValueError(f"a request must have the key {needed!r}; got {got}{hint}")
+
+
+def _check_text(key: str, text: object) -> None:
+    """Raise unless `text` is a string with something in it."""
+    if not isinstance(text, str):
+        raise TypeError(f"{key} must be a string; got {short(text)}")
+    if not text.strip():
+        raise ValueError(f"{key} must not be empty; got {short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key} must be text without half surrogate pairs; it has one at character "
+            f"{error.start}: {short(text[error.start])}"
+        ) from None
+
+
+def as_requests(requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[EditRequest]:
+    """Read one request dict or a list of them.
+
+    Raises:
+        ValueError: If the list is empty or a request breaks a rule of `EditRequest`.
+        TypeError: If a request is not a dict of strings.
+    """
+    dicts = [requests] if isinstance(requests, Mapping) else list(requests)
+    if not dicts:
+        raise ValueError("requests must hold at least one request; got an empty list")
+    return [EditRequest.from_dict(request) for request in dicts]
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One tokenised text: an edit, or an irrelevant prompt."""
+
+    ids: tuple[int, ...]
+    """Its tokens, special tokens included."""
+    prompt_length: int
+    """Tokens before the answer. Of an irrelevant prompt, the tokens before those that count as its
+    answer, to which the intervention applies all the same."""
+    is_edit: bool
+    """Whether the answer is learned."""
+
+
+def text_rows(
+    requests: Sequence[EditRequest],
+    tokenizer: Any,
+    *,
+    max_context: int | None = None,
+    prompt_format: PromptFormat | None = None,
+    with_irrelevant: bool = True,
+    loc_positions: int | None = None,
+    with_end: bool = False,
+) -> list[TextRow]:
+    """Tokenise requests, in their order, and then their irrelevant prompts.
+
+    Args:
+        requests: The edits.
+        tokenizer: Their model's tokenizer.
+        max_context: Longest input of the model, in tokens; None for no limit.
+        prompt_format: How prompts are put to the model; None for plain texts. Irrelevant prompts
+            are left as they are.
+        with_irrelevant: Add the irrelevant prompts.
+        loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
+            for all.
+        with_end: Put the tokenizer's end-of-sequence token behind each target, as its last one.
+
+    Raises:
+        ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
+            two targets, a text is longer than `max_context`, or the tokenizer has no
+            end-of-sequence token.
+    """
+    end = _end(tokenizer) if with_end else ()
+    form = prompt_format or PromptFormat()
+    rows = [_edit_row(request, tokenizer, form, end) for request in requests]
+    _check_agree(requests, rows)
+    if with_irrelevant:
+        texts = [text for request in requests for text in request.loc_prompts]
+        rows += [_irrelevant_row(text, tokenizer, loc_positions) for text in texts]
+    longest = max(len(row.ids) for row in rows)
+    if max_context is not None and longest > max_context:
+        raise ValueError(
+            f"prompt and target must fit the model's context of {max_context} tokens; the longest "
+            f"text has {longest}"
+        )
+    return rows
+
+
+def _check_agree(requests: Sequence[EditRequest], rows: Sequence[TextRow]) -> None:
+    """Raise ValueError if two requests ask for different answers to one prompt."""
+    answers: dict[tuple[int, ...], tuple[TextRow, EditRequest]] = {}
+    for request, row in zip(requests, rows, strict=True):
+        other, first = answers.setdefault(row.ids[: row.prompt_length], (row, request))
+        if other.ids != row.ids:
+            raise ValueError(
+                "requests learned together must not give one prompt two targets; "
+                f"{short(request.prompt)} has {short(first.target_new)} and "
+                f"{short(request.target_new)}: keep one"
+            )
+
+
+def _end(tokenizer: Any) -> tuple[int]:
+    """Return the token that ends an answer."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "tokenizer must have an eos_token to learn where an answer ends; got None: set one, or "
+            "learn_end to false"
+        )
+    return (tokenizer.eos_token_id,)
+
+
+def _edit_row(
+    request: EditRequest, tokenizer: Any, form: PromptFormat, end: tuple[int, ...]
+) -> TextRow:
+    """Tokenise a prompt and its target, and what ends it."""
+    prompt, target = request.prompt, request.target_new
+    ids = form.whole_ids(prompt, target, tokenizer)
+    before = form.prompt_ids(prompt, tokenizer)
+    if len(ids) <= len(before):
+        raise ValueError(
+            f"target_new must have at least one token; {short(target)} adds none to {short(prompt)}"
+        )
+    if ids[: len(before)] != before:
+        raise ValueError(
+            f"target_new must begin with a token of its own; the tokenizer joins the end of "
+            f"{short(prompt)} with {short(target)}: let the prompt end in a whole word, without "
+            "spaces, or set separator in the hyper-parameters to what stands between them"
+        )
+    return TextRow(ids + end, len(before), is_edit=True)
+
+
+def _irrelevant_row(text: str, tokenizer: Any, loc_positions: int | None) -> TextRow:
+    """Tokenise an irrelevant prompt."""
+    ids = token_ids(text, tokenizer)
+    length = 0 if loc_positions is None else max(0, len(ids) - loc_positions)
+    return TextRow(ids, length, is_edit=False)

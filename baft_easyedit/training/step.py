@@ -1,0 +1,269 @@
+"""A step of learning: run the model, compute the objective (Eq. 4) and its gradient.
+
+On a CUDA device, short steps on one forward are captured and repeated by a graph of their kernels,
+also by later edits of the same sizes (see `cuda_graph`).
+
+Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, L edited layers, r
+rank.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.method.objective import (
+    answer_loss,
+    closed_gate,
+    joint_loss,
+    load_balance,
+    locality_margin,
+    rescaling_factor,
+    token_losses,
+)
+from baft_easyedit.model.hooks import ModelEdit
+from baft_easyedit.training.cuda_graph import (
+    Capture,
+    CudaGraph,
+    Graph,
+    GraphPool,
+    KnownStep,
+    KnownSteps,
+    Repeated,
+    check_equal,
+)
+from baft_easyedit.training.layout import Layout
+
+if TYPE_CHECKING:  # it imports transformers
+    from baft_easyedit.training.forward import Forward
+
+
+class Step(NamedTuple):
+    """What one forward gives, without its graph."""
+
+    terms: dict[str, Tensor]
+    """The terms of the objective that are in use, [E], averaged over the edited layers; of L1, its
+    parts."""
+    loss: Tensor
+    """L1 of new and rehearsed requests, [E]."""
+    weights: Tensor
+    """Basis weights, [L, E, b, W, r]."""
+    hidden: tuple[Tensor, ...]
+    """What the edit of each layer was given, [E, b, W, D]."""
+    new: Tensor
+    """True at the positions of edits that are not rehearsed, [E, b, W]."""
+    irrelevant: Tensor
+    """True at those of irrelevant prompts, [E, b, W]."""
+    row_losses: Tensor
+    """Mean loss of each row's answer tokens, [R]; 0 for irrelevant prompts."""
+    row_misses: Tensor
+    """Share of each row's answer tokens that greedy decoding does not give, [R]; likewise."""
+
+
+Gradients = list[Tensor | None]
+"""Of each parameter that is learned, in order; None for one that the objective is not made of."""
+
+_Computed = tuple[Step, Gradients]
+
+_MOST_CAPTURED = 2048
+"""Tokens of a step that is made a CUDA graph."""
+
+
+class Objective:
+    """What is minimised over what an edit learns, L = L1 + R_bal + R_loc (Eq. 4).
+
+    Args:
+        edit: The edit, or E independent ones.
+        hparams: Which terms, and their coefficients.
+        own: States of the model's own texts by layer, [N, D], for R_loc; empty for none.
+    """
+
+    def __init__(
+        self, edit: ModelEdit, hparams: BaFTHyperParams, own: Mapping[int, Tensor] | None = None
+    ) -> None:
+        self._edit = edit
+        self._hparams = hparams
+        self._own = own or {}
+
+    @property
+    def settings(self) -> Hashable:
+        """What of the hyper-parameters it depends on."""
+        h = self._hparams
+        terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
+        own = tuple(states.data_ptr() for states in self._own.values())
+        return (*terms, h.alpha, h.beta, h.gamma, h.rescaling, own)
+
+    @torch.no_grad()
+    def value(self, forward: "Forward") -> Step:
+        """Compute a step without the gradient, by the same kernels."""
+        return self._terms(forward)
+
+    def check(self, forward: "Forward", computed: _Computed) -> None:
+        """Raise NotTheSameError unless a step is what it should be, but for its gradients."""
+        step = computed[0]
+        if forward.expected is None or not forward.expected.agree(step.row_losses):
+            check_equal(self.value(forward), step)
+
+    def gradients(self, forward: "Forward") -> _Computed:
+        """Compute a step and its gradient with respect to all that is learned.
+
+        A gradient is None if the objective does not depend on the parameter.
+        """
+        step, parameters = self._terms(forward), list(self._edit.learned_parameters().values())
+        gradients = torch.autograd.grad(self._total(step), parameters, allow_unused=True)
+        terms = {name: term.detach() for name, term in step.terms.items()}
+        step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
+        # The kernel of AdamW takes for granted that they lie in memory as the parameters do.
+        return step, [None if g is None else g.contiguous() for g in gradients]
+
+    def _terms(self, forward: "Forward") -> Step:
+        """Run the model once and compute the objective's terms."""
+        layout, edit, h = forward.layout, self._edit, self._hparams
+        with edit.recording() as record:
+            logits = forward()
+        losses = token_losses(logits, layout.labels)  # [A]
+        device = record.weights[edit.layers[0]].device
+        weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
+        weights = weights.view(len(weights), edit.num_edits, -1, *weights.shape[2:])
+        hidden = tuple(
+            h.view(edit.num_edits, -1, *h.shape[1:])
+            for h in (record.hidden[i] for i in edit.layers)
+        )
+        edited, irrelevant, is_new = (
+            at.to(device).view(edit.num_edits, -1, at.shape[1])  # [E, b, W]
+            for at in (layout.edited, layout.irrelevant, layout.is_new)
+        )
+        new = edited & is_new
+        terms, loss = _answer_terms(losses, layout)
+        if h.balance and layout.num_new:
+            balance = load_balance(edit.joint_usage().mean_with(weights, new))  # [L, E]
+            terms["balance"] = balance.mean(0)
+        locality = []
+        if h.locality and not all(row.is_edit for row in layout.rows):
+            margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
+            locality.append(locality_margin(weights, edited, weights, irrelevant, **margins))
+        if self._own:
+            closed = [
+                closed_gate(edit.gate_weights(layer, states), h.alpha).to(device)
+                for layer, states in self._own.items()
+            ]
+            locality.append(torch.stack(closed).view(len(closed), edit.num_edits))
+        if locality:
+            terms["locality"] = torch.stack(locality).sum(0).mean(0)  # of [L, E] each
+        misses = (logits.detach().argmax(-1) != layout.labels).to(losses.dtype)  # [A]
+        row_losses, row_misses = (
+            answer_loss(values, layout.label_rows, len(layout.rows))
+            for values in (losses.detach(), misses)
+        )
+        return Step(terms, loss, weights, hidden, new, irrelevant, row_losses, row_misses)
+
+    def _total(self, step: Step) -> Tensor:
+        """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""
+        coefficients = {
+            "balance": self._hparams.balance_coef,
+            "locality": self._hparams.locality_coef,
+        }
+        total = step.loss
+        for name, coefficient in coefficients.items():
+            if name in step.terms:
+                term = step.terms[name].to(total.device)
+                factor = rescaling_factor(self._hparams.rescaling, term, step.loss)
+                total = total + coefficient * factor * term
+        return total.sum()
+
+
+class Descent:
+    """Steps towards the least objective; the optimiser goes them.
+
+    Args:
+        edit: The edit, or E independent ones.
+        hparams: How to learn.
+        known: Steps of earlier calls on the same model, for forwards of one of few sizes, each of
+            which serves many steps; it is added to.
+        own: See `Objective`.
+    """
+
+    def __init__(
+        self,
+        edit: ModelEdit,
+        hparams: BaFTHyperParams,
+        known: KnownSteps | None = None,
+        own: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self._edit = edit
+        self._captures = hparams.engine != "full"
+        self._objective = Objective(edit, hparams, own)
+        self._parameters = list(edit.learned_parameters().values())
+        self._known = known
+        usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
+        memory = tuple(t.data_ptr() for t in (*self._parameters, *usage))
+        self._made_with = (self._objective.settings, memory)
+        self._forward: Forward | None = None
+
+    def step(self, forward: "Forward") -> Step:
+        """Compute a step, and leave its gradient in `grad` of what is learned.
+
+        The step lies in memory that the next one may use again.
+        """
+        if forward is not self._forward:
+            self._forward, self._compute = forward, self._known_or_new(forward)
+        step, gradients = self._compute()
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return step
+
+    def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
+        """Return what computes the steps on a forward: if its sizes are known, in their memory."""
+        device, state = self._captured_on(forward), None
+        if self._known is not None and device is not None and forward.contents.is_rounded:
+            self._known.make_valid_for((forward.weights_version, self._made_with))
+            known = self._known.get(forward.contents.sizes)
+            if known is None:
+                known = KnownStep(forward.contents, Capture())
+                self._known.put(forward.contents.sizes, known)
+            elif not known.state.has_failed:
+                known.contents.take(forward.contents)
+                known.state.renew()
+                forward = forward.on(known.contents)
+            state = known.state
+        compute = partial(self._objective.gradients, forward)
+        capture = None if device is None else partial(_graph, compute, device, self._known)
+        return Repeated(compute, capture, partial(self._objective.check, forward), state)
+
+    def _captured_on(self, forward: "Forward") -> torch.device | None:
+        """Return where the steps on a forward are captured; None if there is nothing to gain."""
+        device = forward.device
+        is_cuda = device is not None and device.type == "cuda"
+        return device if is_cuda and self._captures and _is_captured(forward) else None
+
+
+def _graph(
+    compute: Callable[[], _Computed], device: torch.device, known: KnownSteps | None
+) -> Graph[_Computed]:
+    """Make a graph of steps."""
+    return CudaGraph(compute, GraphPool(device) if known is None else known.pool_on(device))
+
+
+def _is_captured(forward: "Forward") -> bool:
+    """Tell whether the steps on a forward are worth a CUDA graph, and may be made one.
+
+    A full forward may wait for the device, to look at its mask; and many tokens keep a GPU busy,
+    while a graph takes as much memory again as a step.
+    """
+    return forward.is_replay and forward.layout.input_ids.numel() <= _MOST_CAPTURED
+
+
+def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the parts of L1, new and rehearsed requests, and both together, [E]."""
+    n, num_rehearsed = layout.num_edits, layout.num_rehearsed
+    by_owner = answer_loss(losses, layout.label_owners, 2 * n)
+    new, rehearsed = by_owner[:n], by_owner[n:]
+    if not layout.num_new:
+        return {"answer": rehearsed}, rehearsed
+    if not num_rehearsed:
+        return {"answer": new}, new
+    terms = {"answer": new, "rehearsal": rehearsed}
+    return terms, joint_loss(new, rehearsed, layout.num_new, num_rehearsed)
