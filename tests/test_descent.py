@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baft_easyedit import BaFTEditor, ModelEdit, cuda_graph, descent, learning
+from baft_easyedit import BaFTEditor, ModelEdit
 from baft_easyedit.model.independent import IndependentEdits
-from baft_easyedit.training.cuda_graph import CudaGraph, Repeated
+from baft_easyedit.training import cuda_graph
+from baft_easyedit.training import loop as learning
+from baft_easyedit.training import step as descent
+from baft_easyedit.training.cuda_graph import CudaGraph, KnownSteps, Repeated
 from baft_easyedit.training.engine import Engine
 from baft_easyedit.training.forward import Forward
 from baft_easyedit.training.loop import _frozen
@@ -182,15 +185,15 @@ def test_a_saved_or_copied_model_leaves_the_graphs_behind(
 ):
     editor = BaFTEditor(model, tokenizer, long)
     editor.edit(ALIKE[0])
-    assert len(editor.model_edit.known_steps) == 1
+    assert len(editor.model_edit.caches[KnownSteps]) == 1
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     for other in (loaded, deepcopy(model)):
         copied = BaFTEditor(other, tokenizer, long)
-        assert len(copied.model_edit.known_steps) == 0
+        assert len(copied.model_edit.caches[KnownSteps]) == 0
         copied.edit(ALIKE[1])
-        assert len(copied.model_edit.known_steps) == 1
-    assert len(editor.model_edit.known_steps) == 1
+        assert len(copied.model_edit.caches[KnownSteps]) == 1
+    assert len(editor.model_edit.caches[KnownSteps]) == 1
 
 
 def test_edits_of_several_sizes_find_their_own_graphs(model, tokenizer, long, stand_ins):
@@ -347,7 +350,7 @@ def test_edits_of_one_size_share_a_graph_on_cuda(
     with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         editor = BaFTEditor(model, tokenizer, long)
         reports = [editor.edit(request) for request in (*ALIKE, *REQUESTS, *ALIKE)]
-        known = editor.model_edit.known_steps
+        known = editor.model_edit.caches[KnownSteps]
         editor.model_edit.detach()
     assert not of_graphs(caplog)
     assert 1 <= len(known) <= 3

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baft_easyedit import ModelEdit, attached_edit
-from baft_easyedit.model.hooks import rank_of
+from baft_easyedit.model.edit import rank_of
 from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
 from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
 

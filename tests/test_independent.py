@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baft_easyedit import BaFTEditor, learner
+from baft_easyedit import BaFTEditor
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.model.independent import IndependentEdits
+from baft_easyedit.training import learner
 from tests.conftest import HIDDEN, make_model, random_edit
 
 REQUESTS = [

@@ -21,7 +21,7 @@ import torch
 from baft_easyedit import BaFTEditor, attach, attached_edit
 from baft_easyedit import editor as editor_module
 from baft_easyedit.cli import main
-from baft_easyedit.model.hooks import rank_of
+from baft_easyedit.model.edit import rank_of
 from baft_easyedit.storage import directory as directory_module
 from baft_easyedit.storage import files as files_module
 from baft_easyedit.storage import lock as lock_module

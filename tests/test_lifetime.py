@@ -7,8 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baft_easyedit import BaFTEditor, cuda_graph, descent, learning
+from baft_easyedit import BaFTEditor
+from baft_easyedit.training import cuda_graph
+from baft_easyedit.training import loop as learning
+from baft_easyedit.training import step as descent
+from baft_easyedit.training.cuda_graph import KnownSteps
 from baft_easyedit.training.forward import Forward
+from baft_easyedit.training.recordings import Recordings
 from tests.conftest import make_model
 
 OTHER = {"prompt": "The capital of Cuba's", "target_new": "Rome", "loc_prompt": "Ice is cold"}
@@ -114,7 +119,7 @@ def test_a_model_whose_steps_were_captured_is_freed(
     def used(model, tokenizer, hparams):
         model_edit = use(model, tokenizer, hparams, request_dict)
         if model_edit is not None:
-            known.append(len(model_edit.known_steps))
+            known.append(len(model_edit.caches[KnownSteps]))
         return model_edit
 
     is_alive, kept = is_alive_after(used, tokenizer, short)
@@ -126,9 +131,8 @@ def test_detach_drops_what_was_recorded(model, tokenizer, short, request_dict, g
     editor = BaFTEditor(model, tokenizer, replace(short, rehearsal=1))
     editor.edit(request_dict)
     model_edit = editor.model_edit
-    assert len(model_edit.recordings) > 0
-    assert len(model_edit.known_steps) == 1
+    assert len(model_edit.caches[Recordings]) > 0
+    assert len(model_edit.caches[KnownSteps]) == 1
     model_edit.detach()
-    assert model_edit.recordings is None
-    assert len(model_edit.known_steps) == 0
+    assert not model_edit.caches
     assert all(p.grad is None for p in model_edit.parameters())

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from baft_easyedit import BaFTHyperParams, resources
+from baft_easyedit import BaFTHyperParams
 from baft_easyedit.cli import main
 from baft_easyedit.easyedit.tiny import save_tiny_llama
+from baft_easyedit.files import resources
 from tests.bench.dataset_files import write_records, zsre
 from tests.test_readme import blocks_of
 

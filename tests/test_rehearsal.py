@@ -8,6 +8,7 @@ import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams
 from baft_easyedit.method.gates import GATES
+from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.training.requests import EditRequest, TextRow
 from tests.conftest import make_model, random_edit
@@ -238,11 +239,11 @@ def test_recordings_outlive_an_edit_call(model, tokenizer, rehearsing):
     editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
     for fact in FACTS:
         editor.edit(fact)
-    recordings = editor.model_edit.recordings
+    recordings = editor.model_edit.caches[Recordings]
     assert len(recordings) == 6  # three edits, three irrelevant prompts
     assert recordings.num_bytes > 0
     BaFTEditor(model, tokenizer, editor.hparams).edit(FACTS[0])
-    assert editor.model_edit.recordings is recordings
+    assert editor.model_edit.caches[Recordings] is recordings
 
 
 def test_rehearsed_edits_are_not_used_again_for_balance(tokenizer, rehearsing):

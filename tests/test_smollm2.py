@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from baft_easyedit import BaFTHyperParams, resources, writing
+from baft_easyedit import BaFTHyperParams
 from baft_easyedit.bench import provenance
 from baft_easyedit.easyedit import model_path
+from baft_easyedit.files import resources, writing
 from baft_easyedit.files.resources import model_location, real_model_path
 from baft_easyedit.generation import generate_answers, load_model, model_depth
 from baft_easyedit.gguf import smollm2

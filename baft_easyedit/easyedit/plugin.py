@@ -59,7 +59,7 @@ def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None
     """Return an edit that was taken back from a model, as if it were new; None if there is none.
 
     EasyEdit edits and undoes, one request after another: an edit in the same memory can repeat the
-    steps that were recorded for those before (see `known_steps`).
+    steps that were recorded for those before (see `KnownSteps`).
     """
     if attached_edit(model) is not None:
         return None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from baft_easyedit.model.hooks import ModelEdit, Snapshot
+from baft_easyedit.model.edit import Snapshot
+from baft_easyedit.model.hooks import ModelEdit
 
 
 class IndependentEdits(ModelEdit):

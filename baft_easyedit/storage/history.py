@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.model.hooks import Author, Change, attached_edit
+from baft_easyedit.model.edit import Author, Change
+from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.journal import Entry, Journal, report_dict

@@ -8,12 +8,14 @@ from torch import nn
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.model.hooks import ModelEdit, attached_edit, rank_of
+from baft_easyedit.model.edit import rank_of
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.storage.config import hparams_of, new_edit
 from baft_easyedit.storage.directory import read_history, read_latest
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.state import StateFile, check_fits, state_hash
 from baft_easyedit.training.learner import EditState
+from baft_easyedit.training.rehearsal import RehearsalMemory
 
 
 def checked_latest(
@@ -79,6 +81,7 @@ def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
     check_fits(state, edit, where)
     edit.restore(state.learned)
+    edit.memory = RehearsalMemory()
     try:
         edit.memory.restore(state.memory)
     except (ValueError, TypeError) as error:

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.batching import BatchSize, alike
-from baft_easyedit.model.hooks import ModelEdit, Snapshot, attached_edit, rank_of
+from baft_easyedit.model.edit import Snapshot, rank_of
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device, text_config
 from baft_easyedit.model.locks import lock_of
@@ -60,6 +61,8 @@ class Learner:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.edit = edit
+        if edit.memory is None:
+            edit.memory = RehearsalMemory()
         self._config = text_config(model)
         self.lock = lock_of(model)
         """Keeps other threads out of the model while the edit changes."""
@@ -69,9 +72,14 @@ class Learner:
         """Whether the model computes with the edit now."""
         return attached_edit(self.model) is self.edit
 
+    @property
+    def memory(self) -> RehearsalMemory:
+        """The past requests of the edit, remembered or not."""
+        return cast(RehearsalMemory, self.edit.memory)
+
     def state(self) -> EditState:
         """Return all that the methods below change, as it is now."""
-        return EditState(self.edit.snapshot(), self.is_attached, self.edit.memory.state())
+        return EditState(self.edit.snapshot(), self.is_attached, self.memory.state())
 
     def restore(self, state: EditState) -> None:
         """Go back to a `state`; the model's own outputs come back with the hooks off.
@@ -80,7 +88,7 @@ class Learner:
         """
         self.edit.resize(rank_of(state.learned))
         self.edit.restore(state.learned)
-        self.edit.memory.restore(state.memory)
+        self.memory.restore(state.memory)
         if state.attached:
             self._attach()
         else:
@@ -123,7 +131,7 @@ class Learner:
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together, beside past ones; then consolidate, if it is time."""
-        rows, memory = self._rows(requests, hparams), self.edit.memory
+        rows, memory = self._rows(requests, hparams), self.memory
         self._attach()
         self._grow(hparams)
         self._condition()
@@ -146,7 +154,7 @@ class Learner:
         self._attach()
         self._condition()
         fixed = replace(hparams, num_steps=steps, early_stop_loss=0.0)
-        review = Review(self.edit.memory, fixed, partial(self._known_rows, hparams=fixed))
+        review = Review(self.memory, fixed, partial(self._known_rows, hparams=fixed))
         (learned,) = self._learned(self.edit, [[]], fixed, review)
         self.edit.restore(learned.state)
         self.edit.note_moves()
@@ -214,7 +222,7 @@ class Learner:
         self.edit.restore(learned.state)
         self._attach()
         losses = learned.report.request_losses
-        self.edit.memory.remember(requests, losses[: len(requests)], hparams)
+        self.memory.remember(requests, losses[: len(requests)], hparams)
 
     def _settled(
         self, learned: Learned, rows: Sequence[TextRow], num_past: int, hparams: BaFTHyperParams
@@ -264,7 +272,7 @@ class Learner:
 
     def _grow(self, hparams: BaFTHyperParams) -> None:
         """Add bases if it is time."""
-        num_seen = self.edit.memory.num_seen
+        num_seen = self.memory.num_seen
         rank = min(hparams.grown_rank(num_seen), self._config.hidden_size)
         if rank > self.edit.rank:
             self.edit.grow(rank, hparams.seed + num_seen)
@@ -276,7 +284,7 @@ class Learner:
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
         """Learn independent edits of as many rows each, beside the same past ones."""
-        memory = self.edit.memory.copy()  # what is not installed leaves no trace
+        memory = self.memory.copy()  # what is not installed leaves no trace
         rehearsal = self._rehearsal(hparams, memory, requests)
         copies = IndependentEdits(self.edit, len(edits))
         with self.edit.disabled():
@@ -308,19 +316,19 @@ class Learner:
     def _recordings(self, hparams: BaFTHyperParams) -> Recordings:
         """Return the recordings that outlive an edit call, within the bounds of now."""
         limits = hparams.rehearsal_cache_mib * 2**20, hparams.rehearsal_spill_mib * 2**20
-        known = self.edit.recordings
+        known = self.edit.caches.get(Recordings)
         if known is None or known.limits != limits:
-            known = self.edit.recordings = Recordings(*limits)
-        return known
+            known = self.edit.caches[Recordings] = Recordings(*limits)
+        return cast(Recordings, known)
 
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
         """Tokenise a remembered request, once."""
         h = hparams
         settings = (request, PromptFormat.of(h), h.locality, h.loc_positions, h.learn_end)
-        known, rows = self.edit.memory.tokenised.get(request.prompt, (None, ()))
+        known, rows = self.memory.tokenised.get(request.prompt, (None, ()))
         if known != settings:
             rows = self._rows([request], hparams)
-            self.edit.memory.tokenised[request.prompt] = settings, rows
+            self.memory.tokenised[request.prompt] = settings, rows
         return rows
 
     def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.method.gate_report import GateReport, LayerGates
-from baft_easyedit.model.hooks import ModelEdit, Snapshot
+from baft_easyedit.model.edit import Snapshot
+from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import input_device
 from baft_easyedit.training.coordinates import Coordinates
+from baft_easyedit.training.cuda_graph import KnownSteps
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal
 from baft_easyedit.training.requests import TextRow
@@ -121,7 +123,9 @@ def learn(
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
     run = _Run(edit, edits, hparams, rehearsal)
-    known = edit.known_steps if rehearsal is None and _repeats_steps(model, edit) else None
+    known = None
+    if rehearsal is None and _repeats_steps(model, edit):
+        known = edit.caches.setdefault(KnownSteps, KnownSteps())
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         descent = Descent(edit, hparams, known, own)
