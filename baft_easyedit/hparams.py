@@ -25,10 +25,6 @@ ENGINES = ("auto", "replay", "full")
 """How a model is run in each step: layer replay on a frozen prefix, or all of its forward; `auto`
 is layer replay where the model allows it."""
 
-POLICIES = ("uniform", "most-forgotten", "reservoir")
-"""Which past edits a step rehearses: any; half of them those of the highest last known loss; or any
-of a bounded memory that holds each past edit with the same chance."""
-
 PARAMETRISATIONS = ("direct", "whitened")
 """In which coordinates an edit is learned; see `coordinates`."""
 
@@ -109,27 +105,18 @@ class BaFTHyperParams:
     """Past edits that each step learns again beside the new one (not in the paper, which has 0)."""
     rehearsal_irrelevant: int | None = None
     """How many of these bring their irrelevant prompts along; null for all. Fewer are faster."""
-    rehearsal_policy: str = "uniform"
-    """Which past edits a step takes, a name of `POLICIES`."""
     rehearsal_memory: int | None = None
-    """Most edits remembered, at least 1; null for no limit."""
+    """Most edits remembered, at least 1; null for no limit. Of more than that, any past edit is as
+    likely to be remembered as another."""
     rehearsal_stop_loss: float = 0.1
     """An early stop also needs the rehearsed edits' loss to be at most this, in nats per token."""
     rehearsal_cache_mib: int = 256
     """Memory for what layer replay keeps of past edits, in MiB, at least 0; the rest is computed
     again when it is drawn."""
-    rehearsal_spill_mib: int = 0
-    """CPU memory for what a GPU's share of `rehearsal_cache_mib` has no room for, in MiB."""
     consolidate_every: int = 0
     """Go over all remembered edits again after each so many edit calls; 0 for never."""
     consolidate_steps: int = 40
     """Optimiser steps of a consolidation, at least 1."""
-    rank_growth: int = 0
-    """Bases added to each layer every `rank_growth_every` requests; 0 for none (the paper)."""
-    rank_growth_every: int = 100
-    """Requests between two growths, at least 1."""
-    max_rank: int = 48
-    """Rank beyond which growth stops."""
     seed: int = 0
     """Seed of the random initial bases, and of what is rehearsed."""
     batch_size: int = 1
@@ -214,33 +201,17 @@ class BaFTHyperParams:
 
     def _check_continual(self) -> None:
         """Check how a run of edits keeps the earlier ones."""
-        at_least_0 = ("past_states", "rehearsal", "rehearsal_cache_mib", "rehearsal_spill_mib")
-        for name in (*at_least_0, "rehearsal_stop_loss", "consolidate_every", "rank_growth"):
+        at_least_0 = ("past_states", "rehearsal", "rehearsal_cache_mib")
+        for name in (*at_least_0, "rehearsal_stop_loss", "consolidate_every"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
-        for name in ("settle_steps", "consolidate_steps", "rank_growth_every", "max_rank"):
+        for name in ("settle_steps", "consolidate_steps"):
             _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        _check_choice("rehearsal_policy", self.rehearsal_policy, POLICIES)
         limit, irrelevant = self.rehearsal_memory, self.rehearsal_irrelevant
         _check(limit is None or limit >= 1, "rehearsal_memory", "be at least 1, or null", limit)
         rule = "be at least 0, or null"
         _check(irrelevant is None or irrelevant >= 0, "rehearsal_irrelevant", rule, irrelevant)
         if self.consolidate_every:
             _check(self.rehearsal > 0, "rehearsal", "be above 0 to consolidate", self.rehearsal)
-        if self.rank_growth:
-            rule = "not be 'softmax-null' with rank_growth, where a new basis changes old weights"
-            _check(self.gate != "softmax-null", "gate", rule, self.gate)
-
-    def grown_rank(self, num_requests: int) -> int:
-        """Return the rank after so many requests."""
-        if not self.rank_growth:
-            return self.rank
-        grown = self.rank + self.rank_growth * (num_requests // self.rank_growth_every)
-        return min(grown, max(self.rank, self.max_rank))
-
-    def can_have_rank(self, rank: int) -> bool:
-        """Tell whether an edit of this method can have a rank now, or after some growth."""
-        most = max(self.rank, self.max_rank) if self.rank_growth else self.rank
-        return self.rank <= rank <= most
 
     @classmethod
     def from_hparams(cls: type[HParams], path: str | Path, **overrides: Any) -> HParams:

@@ -125,9 +125,6 @@ def test_memory_travels_with_the_state(model, tokenizer, quick, request_dict, tm
     loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
     assert loaded.model_edit.memory.state() == memory.state()
     assert attach(make_model(), tmp_path).memory.state() == memory.state()
-    memory.note({"Ice is": float("nan")})
-    with pytest.raises(ValueError, match="what is kept must be JSON"):
-        editor.save(tmp_path)
 
 
 def test_snapshot_is_brought_up_to_date(model, tokenizer, quick, request_dict, tmp_path):
@@ -442,12 +439,10 @@ def test_no_pickle_is_read(kept, model):
         attach(model, kept)
 
 
-def test_a_rank_that_cannot_have_grown_is_refused(model, quick):
+def test_a_state_of_another_rank_is_refused(model, quick):
     state = EditState(random_edit(layers=(1, 3), rank=6).snapshot(), True)
-    with pytest.raises(ValueError, match="edit in here cannot be used: rank must be 4, or have gr"):
+    with pytest.raises(ValueError, match=r"must be .* rank and gate of the edit .* here holds"):
         edit_of(state, quick, model, "here")
-    grown = edit_of(state, replace(quick, rank_growth=2), model, "here")
-    assert grown.rank == 6
 
 
 OLDER = Path(__file__).parent / "data"

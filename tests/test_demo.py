@@ -89,7 +89,7 @@ def other_model(tmp_path_factory):
         {},
         {"rank": 3, "lr": 0.1, "seed": 4, "learn_end": True},
         {"rehearsal": 2, "rehearsal_irrelevant": 1, "consolidate_every": 3},
-        {"rank_growth": 1, "rank_growth_every": 2, "use_chat_template": True},
+        {"past_states": 8, "use_chat_template": True},
         {"fp16": True, "batch_size": 5, "device": "cpu", "model_parallel": True},
     ],
     ids=lambda change: next(iter(change), "none"),

@@ -6,7 +6,6 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baft_easyedit import ModelEdit, attached_edit
-from baft_easyedit.model.edit import rank_of
 from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
 from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
 
@@ -290,9 +289,3 @@ def test_output_that_does_not_fit_the_call_is_an_error(model):
 
 def test_layers_of_an_edit_are_listed_in_order():
     assert ModelEdit(HIDDEN, [3, 1], 2, "one", 3).layers == (3, 1)
-
-
-def test_rank_is_read_from_a_snapshot_of_an_edit_only():
-    assert rank_of(random_edit(rank=5).snapshot()) == 5
-    with pytest.raises(ValueError, match=r"must hold a basis \[r, D\]; it holds \['a'\]"):
-        rank_of({"a": torch.zeros(2, 3)})

@@ -173,32 +173,17 @@ def test_api_key_is_not_shown():
     [
         ({"rehearsal": -1}, "rehearsal must be at least 0; got -1"),
         ({"rehearsal_cache_mib": -1}, "rehearsal_cache_mib must be at least 0"),
-        ({"rehearsal_spill_mib": -1}, "rehearsal_spill_mib must be at least 0"),
         ({"rehearsal_stop_loss": -0.1}, "rehearsal_stop_loss must be at least 0"),
-        ({"rehearsal_policy": "newest"}, "rehearsal_policy must be one of uniform, most-forgotten"),
         ({"rehearsal_memory": 0}, "rehearsal_memory must be at least 1, or null; got 0"),
         ({"rehearsal_irrelevant": -1}, "rehearsal_irrelevant must be at least 0, or null; got -1"),
         ({"consolidate_every": -1}, "consolidate_every must be at least 0"),
         ({"consolidate_every": 5}, "rehearsal must be above 0 to consolidate; got 0"),
         ({"consolidate_steps": 0}, "consolidate_steps must be at least 1"),
-        ({"rank_growth": -1}, "rank_growth must be at least 0"),
-        ({"rank_growth_every": 0}, "rank_growth_every must be at least 1"),
-        ({"max_rank": 0}, "max_rank must be at least 1"),
-        (
-            {"rank_growth": 1, "gate": "softmax-null"},
-            "gate must not be 'softmax-null' with rank_gr",
-        ),
     ],
 )
 def test_bad_settings_of_continual_editing_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         BaFTHyperParams.from_dict({**MINIMAL, **change})
-
-
-def test_rank_grows_every_so_many_requests_up_to_its_limit():
-    hparams = BaFTHyperParams.from_dict({**MINIMAL, "rank": 4, "rank_growth": 3, "max_rank": 9})
-    assert [hparams.grown_rank(n) for n in (0, 99, 100, 200, 900)] == [4, 4, 7, 9, 9]
-    assert [hparams.can_have_rank(rank) for rank in (3, 4, 9, 10)] == [False, True, True, False]
 
 
 def test_chat_template_is_given_json_values_it_does_not_get_already(tmp_path):

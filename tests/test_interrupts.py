@@ -35,7 +35,6 @@ SETTINGS = {
     "full": ({"engine": "full"}, 0, edit),
     "later": ({}, 1, edit),
     "rehearsed": ({"rehearsal": 1}, 1, edit),
-    "grown": ({"rank_growth": 2, "rank_growth_every": 1}, 1, edit),
     "side by side": ({}, 0, side_by_side),
     "side by side, later": ({"rehearsal": 1}, 1, side_by_side),
     "undo": ({}, 1, undo),

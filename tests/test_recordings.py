@@ -37,18 +37,6 @@ def test_what_was_not_used_for_the_longest_time_goes_first():
     assert recordings.num_bytes == 2 * SIZE
 
 
-def test_what_does_not_fit_is_spilled_and_serves_from_there():
-    recordings = Recordings(SIZE, spill_bytes=2 * SIZE)
-    for i in range(4):
-        recordings.put(text(i), recording(i))
-    assert len(recordings) == 3
-    assert recordings.num_bytes == 3 * SIZE
-    assert recordings.get(text(0)) is None
-    spilled = recordings.get(text(1))
-    assert spilled.hidden.max() == 1
-    assert torch.equal(spilled.past[1][1], torch.ones(2, 3, 4))
-
-
 def test_nothing_is_kept_without_room():
     recordings = Recordings(SIZE - 1)
     recordings.put(text(0), recording())

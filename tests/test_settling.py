@@ -141,7 +141,6 @@ def test_of_an_edit_without_displacement_nothing_settles(model, tokenizer, hpara
 @pytest.mark.parametrize("rehearsal", [0, 1])
 def test_settled_edits_are_undone_bit_for_bit(rehearsal, model, tokenizer, hparams):
     hparams = replace(hparams, **SETTLED, rehearsal=rehearsal)
-    hparams = replace(hparams, rank_growth=1, rank_growth_every=2, max_rank=8)
     editor, seen = BaFTEditor(model, tokenizer, hparams), []
     for k in range(4):
         seen.append((logits(model), editor.model_edit.snapshot()))
@@ -214,13 +213,12 @@ def test_a_consolidation_notes_what_past_edits_do_since(model, tokenizer, hparam
     assert torch.equal(moves[moving], edit.displacement(edit.layers[0], states)[moving])
 
 
-def test_past_states_are_forgotten_and_stay_when_the_edit_grows():
+def test_an_edit_that_starts_afresh_keeps_no_past_states():
     edit = ModelEdit(HIDDEN, (1,), 2, "one", 1, past_states=3)
     new = torch.ones(2, HIDDEN)
     edit.past(1).load_state_dict(edit.past(1).with_edit(new, new))
-    edit.grow(4)
     assert edit.num_past_states == 2
-    edit.start_afresh(2)
+    edit.start_afresh()
     assert edit.num_past_states == 0
 
 

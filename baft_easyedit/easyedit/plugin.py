@@ -70,7 +70,7 @@ def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None
         check_same_shape(undone.edit, hparams, "the edit before")
     except ValueError:
         return None
-    undone.edit.start_afresh(hparams.rank, hparams.seed)
+    undone.edit.start_afresh(hparams.seed)
     undone.edit.memory, undone.edit.latest_change = RehearsalMemory(), None
     return cast(ModelEdit, undone.edit)
 

@@ -47,12 +47,6 @@ class Gate(nn.Module):
         """Return w, [..., r], of the logits W x + c, [..., n]."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def continue_from(self, smaller: "Gate") -> None:
-        """Take over a gate of the same kind with fewer bases, whose weights stay what they are."""
-        for name, value in smaller.named_parameters():
-            self.get_parameter(name)[: len(value)] = value
-
     def forward(self, hidden: Tensor) -> Tensor:
         """Return w(h), [..., r]."""
         return self.activate(F.linear(self.inputs(hidden), self.weight, self.bias))
@@ -86,10 +80,6 @@ class SoftmaxNullGate(Gate):
         """Return w, [..., r]; each row sums to at most 1."""
         return torch.softmax(logits, dim=-1)[..., :-1]
 
-    def continue_from(self, smaller: Gate) -> None:  # noqa: ARG002
-        """Raise ValueError: a new basis takes weight from all others."""
-        raise ValueError("gate must not be 'softmax-null' to grow: a new basis changes old weights")
-
 
 class BasisSubspaceGate(Gate):
     """w = sigmoid(W h / rms(h)) * sigmoid(v . h / rms(h)); (r + 1) D parameters."""
@@ -103,12 +93,6 @@ class BasisSubspaceGate(Gate):
         gates = torch.sigmoid(logits)  # [..., r + 1]
         return gates[..., :-1] * gates[..., -1:]
 
-    @torch.no_grad()
-    def continue_from(self, smaller: Gate) -> None:
-        """Take over a gate with fewer bases; the row of the subspace stays last."""
-        self.weight[: smaller.rank] = smaller.weight[:-1]
-        self.weight[-1] = smaller.weight[-1]
-
 
 class BasisSubspaceBiasGate(BasisSubspaceGate):
     """w = sigmoid(W h / rms(h) + c) * sigmoid(v . h / rms(h) + d); (r + 1) (D + 1) parameters.
@@ -120,14 +104,6 @@ class BasisSubspaceBiasGate(BasisSubspaceGate):
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
         self.bias = nn.Parameter(torch.tensor([-2.0] * rank + [2.0]))
-
-    @torch.no_grad()
-    def continue_from(self, smaller: Gate) -> None:
-        """Take over a gate with fewer bases; the row of the subspace stays last."""
-        super().continue_from(smaller)
-        bias, larger = smaller.get_parameter("bias"), self.get_parameter("bias")
-        larger[: smaller.rank] = bias[:-1]
-        larger[-1] = bias[-1]
 
 
 class SigmoidGate(Gate):

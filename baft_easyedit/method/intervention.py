@@ -119,24 +119,6 @@ class BaFTIntervention(nn.Module):
         with torch.inference_mode(False):
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
-    def continue_from(self, smaller: "BaFTIntervention") -> None:
-        """Take over what one of fewer bases has learned; the bases beyond change nothing (A = R).
-
-        QR takes the rows in turn, so the new ones come to lie at right angles to the old ones,
-        which stay what they are.
-
-        Raises:
-            ValueError: If the gate cannot grow.
-        """
-        rank = len(smaller.basis)
-        self.gate.continue_from(smaller.gate)
-        self.basis[:rank] = smaller.basis
-        self.basis.copy_(orthonormal_rows(self.basis))
-        self.basis[:rank] = smaller.basis  # without the rounding
-        self.difference[:rank] = smaller.difference
-        self.source_bias[:rank] = smaller.source_bias
-
     def step(self, hidden: Tensor) -> Tensor:
         """Return A h + b - R h, [..., r], of hidden states [..., D]."""
         return F.linear(hidden, self.difference, self.source_bias)

@@ -84,11 +84,6 @@ class BasisUsage(nn.Module):
         with torch.inference_mode(False):
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def continue_from(self, smaller: "BasisUsage") -> None:
-        """Take over the usage of fewer bases; those beyond were not used so far."""
-        self.total[: len(smaller.total)] = smaller.total
-        self.count.copy_(smaller.count)
-
     def with_current(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return `total` [..., r] and `count` [...] as they are once the current edit is past.
 

@@ -133,66 +133,16 @@ class EditParameters(nn.Module):
         """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""
         return BasisUsage.stacked([self.usage(i) for i in self.layers])
 
-    def grow(self, rank: int, seed: int = 0) -> None:
-        """Add bases to each layer, up to `rank`; the new ones change nothing until they learn.
-
-        Args:
-            rank: r from now on, at least what it was, at most the hidden size.
-            seed: Seed of the new bases.
-
-        Raises:
-            ValueError: If the gate cannot grow or the rank is out of range; nothing has changed.
-        """
-        if rank == self.rank:
-            return
-        old = {i: (self.intervention(i), self.usage(i)) for i in self.layers}
-        snapshot, before = self.snapshot(), self.rank
-        self._renew(rank, seed)
-        try:
-            for i, (intervention, usage) in old.items():
-                self.intervention(i).continue_from(intervention)
-                self.usage(i).continue_from(usage)
-        except BaseException:
-            self._renew(before, seed)
-            self.restore(snapshot)
-            raise
-
-    def start_afresh(self, rank: int, seed: int = 0) -> None:
-        """Forget everything that was learned; what stays as large stays where it is in memory.
-
-        Args:
-            rank: r from now on, in [1, hidden size].
-            seed: Seed of the random bases.
-
-        Raises:
-            ValueError: If the rank is out of range; nothing has changed then.
-        """
-        self._renew(rank, seed)
+    def start_afresh(self, seed: int = 0) -> None:
+        """Forget everything that was learned; all tensors stay where they are in memory."""
+        generator = torch.Generator().manual_seed(seed)
+        rank, size = self.intervention(self.layers[0]).basis.shape
+        for layer in self.layers:
+            new = BaFTIntervention(size, rank, self.gate, generator)
+            self.intervention(layer).load_state_dict(new.state_dict())
+            self.usage(layer).load_state_dict(BasisUsage(rank).state_dict())
         for known in (*self._whitening.values(), *self._past.values()):
             cast(Whitening | PastStates, known).forget()
-
-    def _renew(self, rank: int, seed: int) -> None:
-        """Make interventions and usage new, of another rank perhaps."""
-        generator = torch.Generator().manual_seed(seed)
-        size = self.intervention(self.layers[0]).basis.shape[1]
-        new = {i: BaFTIntervention(size, rank, self.gate, generator) for i in self.layers}
-        for i, intervention in new.items():
-            if self._has_rank(i, rank):
-                self.intervention(i).load_state_dict(intervention.state_dict())
-                self.usage(i).load_state_dict(BasisUsage(rank).state_dict())
-            else:
-                device = self.intervention(i).source_bias.device
-                self._interventions[str(i)] = intervention.to(device)
-                self._usage[str(i)] = BasisUsage(rank).to(device)
-
-    def resize(self, rank: int) -> None:
-        """Forget everything if the rank changes, or if a change of it was interrupted."""
-        if not all(self._has_rank(i, rank) for i in self.layers):
-            self.start_afresh(rank)
-
-    def _has_rank(self, layer: int, rank: int) -> bool:
-        """Tell whether all of a layer is of some rank: a change of it may have been interrupted."""
-        return len(self.intervention(layer).basis) == self.usage(layer).total.shape[-1] == rank
 
     @property
     def num_edits(self) -> int:
@@ -313,18 +263,6 @@ class EditParameters(nn.Module):
         """Return the basis weights of one layer's gate for some states [N, D], [N, r]."""
         weights: Tensor = self.intervention(layer).gate(states)
         return weights
-
-
-def rank_of(snapshot: Snapshot) -> int:
-    """Return the rank of the edit that a snapshot is of.
-
-    Raises:
-        ValueError: If it is not one of an edit.
-    """
-    for name, value in snapshot.items():
-        if name.endswith(".basis") and value.dim() == 2:
-            return len(value)
-    raise ValueError(f"the snapshot must hold a basis [r, D]; it holds {sorted(snapshot)}")
 
 
 def _basis_name(layer: int) -> str:

@@ -150,25 +150,21 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
         raise ValueError(f"the hyper-parameters in {where} cannot be used: {error}") from None
 
 
-def new_edit(hparams: BaFTHyperParams, model: nn.Module, rank: int | None = None) -> ModelEdit:
+def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
     """Make the edit that these hyper-parameters describe, with nothing learned.
 
     Args:
         hparams: The hyper-parameters.
         model: What it is for.
-        rank: What the rank has grown to; None for the one at the beginning.
 
     Raises:
-        ValueError: If the rank exceeds the model's hidden size, or cannot have grown to that.
+        ValueError: If the rank exceeds the model's hidden size.
     """
     h = hparams
-    if rank is not None and not h.can_have_rank(rank):
-        raise ValueError(f"rank must be {h.rank}, or have grown from it; got {rank}")
-    rank = h.rank if rank is None else rank
     return ModelEdit(
         text_config(model).hidden_size,
         h.layers,
-        rank,
+        h.rank,
         h.gate,
         h.num_prompt_positions,
         h.seed,

@@ -8,7 +8,6 @@ from torch import nn
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.model.edit import rank_of
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.storage.config import hparams_of, new_edit
 from baft_easyedit.storage.directory import read_history, read_latest
@@ -76,7 +75,7 @@ def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where:
         ValueError: If the state does not fit the model or the hyper-parameters.
     """
     try:
-        edit = new_edit(hparams, model, rank_of(state.learned))
+        edit = new_edit(hparams, model)
     except ValueError as error:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
     check_fits(state, edit, where)
@@ -106,7 +105,7 @@ def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -
     """Raise ValueError unless an edit is one that these hyper-parameters would make."""
     wanted = {
         "layers": tuple(hparams.layers),
-        "rank": carried.rank if hparams.can_have_rank(carried.rank) else hparams.rank,
+        "rank": hparams.rank,
         "gate": hparams.gate,
         "num_prompt_positions": hparams.num_prompt_positions,
         "parametrisation": hparams.parametrisation,

@@ -20,6 +20,15 @@ _NOW_CALLED: dict[str, dict[Any, str]] = {
 }
 """Values of hyper-parameters, and what comes closest to them today."""
 
+_GONE = (
+    "past_weight",
+    "rehearsal_policy",
+    "rehearsal_spill_mib",
+    "rank_growth",
+    "rank_growth_every",
+    "max_rank",
+)
+
 
 def converted(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what was learned with `basis` [r, D] for each `raw_basis` [D, r], A - R for each A."""
@@ -30,7 +39,8 @@ def converted(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def converted_hparams(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a kept edit with the values that are known today."""
     known = {name: _now_called(name, value) for name, value in method.items()}
-    known.pop("past_weight", None)
+    for name in _GONE:
+        known.pop(name, None)
     added = {"parametrisation": "direct", "basis_lr": None, "past_states": 0, "settle_steps": 100}
     return added | known
 

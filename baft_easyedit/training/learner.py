@@ -1,4 +1,4 @@
-"""Learner: learn requests into a model's edit, and rehearse, consolidate, grow. In memory only.
+"""Learner: learn requests into a model's edit, and rehearse, consolidate. In memory only.
 
 Each call minimises the objective over the parameters of the model's `ModelEdit`; the model's own
 weights never change. What a call changes is an `EditState`, which can be taken and restored.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.batching import BatchSize, alike
-from baft_easyedit.model.edit import Snapshot, rank_of
+from baft_easyedit.model.edit import Snapshot
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device, text_config
@@ -86,7 +86,6 @@ class Learner:
 
         What was recorded stays, for the edits to come.
         """
-        self.edit.resize(rank_of(state.learned))
         self.edit.restore(state.learned)
         self.memory.restore(state.memory)
         if state.attached:
@@ -133,7 +132,6 @@ class Learner:
         """Learn requests together, beside past ones; then consolidate, if it is time."""
         rows, memory = self._rows(requests, hparams), self.memory
         self._attach()
-        self._grow(hparams)
         self._condition()
         rehearsal = self._rehearsal(hparams, memory, requests)
         num_past = self.edit.num_past_states
@@ -142,7 +140,7 @@ class Learner:
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
         num_seen = memory.num_seen
-        memory.remember(requests, learned.report.request_losses, hparams)
+        memory.remember(requests, hparams)
         every = hparams.consolidate_every
         if not every or memory.num_seen // every == num_seen // every:
             return learned.report
@@ -221,8 +219,7 @@ class Learner:
         """Put in what was learned apart, from these requests where they are known."""
         self.edit.restore(learned.state)
         self._attach()
-        losses = learned.report.request_losses
-        self.memory.remember(requests, losses[: len(requests)], hparams)
+        self.memory.remember(requests, hparams)
 
     def _settled(
         self, learned: Learned, rows: Sequence[TextRow], num_past: int, hparams: BaFTHyperParams
@@ -270,13 +267,6 @@ class Learner:
         with attached.disabled(), evaluating(self.model):
             return own_states(self.model).of(self.model, self.edit.layers)
 
-    def _grow(self, hparams: BaFTHyperParams) -> None:
-        """Add bases if it is time."""
-        num_seen = self.memory.num_seen
-        rank = min(hparams.grown_rank(num_seen), self._config.hidden_size)
-        if rank > self.edit.rank:
-            self.edit.grow(rank, hparams.seed + num_seen)
-
     def _learn_side_by_side(
         self,
         edits: Sequence[Sequence[TextRow]],
@@ -315,10 +305,10 @@ class Learner:
 
     def _recordings(self, hparams: BaFTHyperParams) -> Recordings:
         """Return the recordings that outlive an edit call, within the bounds of now."""
-        limits = hparams.rehearsal_cache_mib * 2**20, hparams.rehearsal_spill_mib * 2**20
+        limit = hparams.rehearsal_cache_mib * 2**20
         known = self.edit.caches.get(Recordings)
-        if known is None or known.limits != limits:
-            known = self.edit.caches[Recordings] = Recordings(*limits)
+        if known is None or known.limit_bytes != limit:
+            known = self.edit.caches[Recordings] = Recordings(limit)
         return cast(Recordings, known)
 
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:

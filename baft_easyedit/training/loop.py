@@ -122,7 +122,7 @@ def learn(
     edit.follow(model)
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
-    run = _Run(edit, edits, hparams, rehearsal)
+    run = _Run(edit, edits, hparams)
     known = None
     if rehearsal is None and _repeats_steps(model, edit):
         known = edit.caches.setdefault(KnownSteps, KnownSteps())
@@ -217,13 +217,10 @@ class _Run:
         edit: ModelEdit,
         edits: Sequence[Sequence[TextRow]],
         hparams: BaFTHyperParams,
-        rehearsal: Rehearsal | None,
     ) -> None:
         self._edit = edit
         self._num_requests = sum(row.is_edit for row in edits[0])
-        self._num_rows = len(edits[0])
         self._hparams = hparams
-        self._rehearsal = rehearsal
         self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E]
         self._terms: list[dict[str, list[float]]] = []  # of those before
         self._done: dict[int, _Done] = {}
@@ -241,8 +238,6 @@ class _Run:
         if num_steps % every and not is_last:
             return False
         row_losses, row_misses = self._read(step)
-        if self._rehearsal is not None:
-            self._rehearsal.note(row_losses[0][self._num_rows :])
         answered = [
             [_Answered(loss, missed == 0) for loss, missed in zip(losses, misses, strict=True)]
             for losses, misses in zip(row_losses, row_misses, strict=True)

@@ -5,7 +5,6 @@ Shapes: n computed columns, s columns before them, D hidden size, N heads, H hea
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +59,6 @@ class Recording(NamedTuple):
         """Memory that it takes."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Where its tensors are."""
-        return tuple(t.device for t in self.tensors)
-
     def is_close(self, other: "Recording", tolerance: float) -> bool:
         """Tell whether each tensor is the other's; see the function `is_close`."""
         if self.past.keys() != other.past.keys():
@@ -72,50 +66,36 @@ class Recording(NamedTuple):
         pairs = zip(self.tensors, other.tensors, strict=True)
         return all(is_close(a, b, tolerance) for a, b in pairs)
 
-    def to(self, devices: Iterable[torch.device]) -> "Recording":
-        """Bring each of its tensors to a device."""
-        hidden, *states = (t.to(device) for t, device in zip(self.tensors, devices, strict=True))
-        pairs = zip(states[::2], states[1::2], strict=True)
-        return Recording(hidden, dict(zip(self.past, pairs, strict=True)))
-
 
 class Recordings:
     """Recordings of texts, those used last, up to a number of bytes.
 
-    A recording that has to go is spilled to CPU memory while there is room, and serves from there.
-
     Args:
-        limit_bytes: Of all recordings where they are made.
-        spill_bytes: Of those spilled; for models on the CPU leave it at 0.
+        limit_bytes: Of all recordings.
     """
 
-    def __init__(self, limit_bytes: int, spill_bytes: int = 0) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self.layer_extras: tuple[Any, ...] | None = None
         """What the last recorded layer returned after its hidden states, without tensors; None if
         it returned a bare tensor."""
-        self.limits = (limit_bytes, spill_bytes)
-        self._limits = {"near": limit_bytes, "spilled": spill_bytes}
-        self._tiers: dict[str, OrderedDict[TextRow, Recording]] = {
-            tier: OrderedDict() for tier in self._limits
-        }
-        self._sizes = dict.fromkeys(self._limits, 0)
-        self._devices: tuple[torch.device, ...] = ()
+        self.limit_bytes = limit_bytes
+        self.num_bytes = 0
+        """Memory that all of them take."""
+        self._by_row: OrderedDict[TextRow, Recording] = OrderedDict()
         self._made_with: Hashable = None
 
     def __len__(self) -> int:
-        return sum(map(len, self._tiers.values()))
+        return len(self._by_row)
 
     def __iter__(self) -> Iterator[TextRow]:
-        return chain.from_iterable(self._tiers.values())
+        return iter(self._by_row)
+
+    def __contains__(self, row: TextRow) -> bool:
+        return row in self._by_row
 
     def __reduce__(self) -> Any:
         """Copy, and write to a file, an empty one: another model makes its own."""
-        return Recordings, self.limits
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that all of them take."""
-        return sum(self._sizes.values())
+        return Recordings, (self.limit_bytes,)
 
     def make_valid_for(self, version: Hashable) -> None:
         """Forget everything unless it was made with this version of the model."""
@@ -125,40 +105,22 @@ class Recordings:
 
     def clear(self) -> None:
         """Forget everything."""
-        for tier, recordings in self._tiers.items():
-            recordings.clear()
-            self._sizes[tier] = 0
-
-    def __contains__(self, row: TextRow) -> bool:
-        return any(row in recordings for recordings in self._tiers.values())
+        self._by_row.clear()
+        self.num_bytes = 0
 
     def get(self, row: TextRow) -> Recording | None:
         """Return the recording of a text; None if there is none (any more)."""
-        for recordings in self._tiers.values():
-            if row in recordings:
-                recordings.move_to_end(row)
-                return recordings[row].to(self._devices)
-        return None
+        if row not in self._by_row:
+            return None
+        self._by_row.move_to_end(row)
+        return self._by_row[row]
 
     def put(self, row: TextRow, recording: Recording) -> None:
         """Keep a recording; what was not used for the longest time makes room."""
-        self._devices = recording.devices
-        on_cpu = [torch.device("cpu")] * len(self._devices)
-        for gone, old in self._store("near", row, recording):
-            if old.num_bytes <= self._limits["spilled"]:
-                self._store("spilled", gone, old.to(on_cpu))
-
-    def _store(
-        self, tier: str, row: TextRow, recording: Recording
-    ) -> list[tuple[TextRow, Recording]]:
-        """Put a recording into a tier; return those that had to go."""
-        recordings, gone = self._tiers[tier], []
-        recordings[row] = recording
-        self._sizes[tier] += recording.num_bytes
-        while self._sizes[tier] > self._limits[tier]:
-            gone.append(recordings.popitem(last=False))
-            self._sizes[tier] -= gone[-1][1].num_bytes
-        return gone
+        self._by_row[row] = recording
+        self.num_bytes += recording.num_bytes
+        while self.num_bytes > self.limit_bytes:
+            self.num_bytes -= self._by_row.popitem(last=False)[1].num_bytes
 
 
 def model_version(model: nn.Module) -> Hashable:

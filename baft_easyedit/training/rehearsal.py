@@ -5,9 +5,8 @@ requests (text, no weights), and each optimisation step takes some of them along
 """
 
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import taken
@@ -15,19 +14,11 @@ from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.training.requests import EditRequest, TextRow
 
 
-class PastEdit(NamedTuple):
-    """An edit that is remembered."""
-
-    request: EditRequest
-    loss: float
-    """Its answer loss when it was last looked at, in nats per token."""
-
-
 class RehearsalMemory:
     """The past edits of one model, the oldest first; a prompt is in it once."""
 
     def __init__(self) -> None:
-        self._past: dict[str, PastEdit] = {}
+        self._past: dict[str, EditRequest] = {}
         self._num_seen = 0
         self.tokenised: dict[str, tuple[Any, Sequence[TextRow]]] = {}
         """By prompt the rows of its request, and the settings they were made with, to save time; no
@@ -36,14 +27,14 @@ class RehearsalMemory:
     def __len__(self) -> int:
         return len(self._past)
 
-    def __iter__(self) -> Iterator[PastEdit]:
+    def __iter__(self) -> Iterator[EditRequest]:
         return iter(self._past.values())
 
-    def __getitem__(self, prompt: str) -> PastEdit:
+    def __getitem__(self, prompt: str) -> EditRequest:
         return self._past[prompt]
 
     def copy(self) -> "RehearsalMemory":
-        """Return one of the same edits."""
+        """Return a memory of the same edits."""
         other = RehearsalMemory()
         other._past, other._num_seen = dict(self._past), self._num_seen
         other.tokenised = self.tokenised
@@ -58,23 +49,19 @@ class RehearsalMemory:
         """Return a source of random draws that depends on the seed and on what was learned only."""
         return random.Random(f"{hparams.seed} {self._num_seen}")
 
-    def remember(
-        self, requests: Sequence[EditRequest], losses: Sequence[float], hparams: BaFTHyperParams
-    ) -> None:
-        """Add what was learned; a request with a prompt that is remembered replaces that one.
+    def remember(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
+        """Add learned requests; one with a prompt that is remembered replaces that one.
 
         Args:
             requests: What was learned.
-            losses: Their answer losses.
-            hparams: Whether anything is remembered, how many edits at most, and which then: with
-                the policy `reservoir` any past edit is as likely as another, else the latest.
+            hparams: Whether anything is remembered, and how many edits at most.
         """
         generator = self.generator(hparams)
-        for request, loss in zip(requests, losses, strict=True):
+        for request in requests:
             self._num_seen += 1
             self._past.pop(request.prompt, None)
-            if hparams.rehearsal and self._make_room(hparams, generator):
-                self._past[request.prompt] = PastEdit(request, loss)
+            if hparams.rehearsal and self._make_room(hparams.rehearsal_memory, generator):
+                self._past[request.prompt] = request
         self._forget_rows()
 
     def _forget_rows(self) -> None:
@@ -82,29 +69,23 @@ class RehearsalMemory:
         for prompt in self.tokenised.keys() - self._past.keys():
             del self.tokenised[prompt]
 
-    def _make_room(self, hparams: BaFTHyperParams, generator: random.Random) -> bool:
-        """Forget an edit if the memory is full; return whether the new one is to be kept."""
-        limit = hparams.rehearsal_memory
+    def _make_room(self, limit: int | None, generator: random.Random) -> bool:
+        """Forget an edit if the memory is full; return whether the new one is to be kept.
+
+        Any past edit is as likely to stay as another (Vitter's algorithm R).
+        """
         if limit is None or len(self._past) < limit:
             return True
-        forgotten = 0
-        if hparams.rehearsal_policy == "reservoir":
-            forgotten = generator.randrange(self._num_seen)
+        forgotten = generator.randrange(self._num_seen)
         if forgotten < limit:
             del self._past[list(self._past)[forgotten]]
         return forgotten < limit
-
-    def note(self, losses: Mapping[str, float]) -> None:
-        """Take note of the answer losses of past edits, by prompt."""
-        for prompt, loss in losses.items():
-            self._past[prompt] = self._past[prompt]._replace(loss=loss)
 
     def state(self) -> dict[str, Any]:
         """Return all of it as JSON values, for `restore`; empty if nothing was learned."""
         if not self._num_seen:
             return {}
-        past = [{"request": p.request.to_dict(), "loss": p.loss} for p in self]
-        return {"num_seen": self._num_seen, "past": past}
+        return {"num_seen": self._num_seen, "past": [request.to_dict() for request in self]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go back to a `state`.
@@ -114,22 +95,11 @@ class RehearsalMemory:
             TypeError: If a value of a request has the wrong type; likewise.
         """
         where = "the rehearsal memory"
-        if not state:
-            self._past, self._num_seen = {}, 0
-            self._forget_rows()
-            return
-        past = {}
-        num_seen = taken(state, "num_seen", int, where)
-        for item in taken(state, "past", list, where):
-            if not isinstance(item, Mapping):
-                raise TypeError(
-                    f"a past edit in {where} must be a mapping; got {type(item).__name__}"
-                )
-            request = EditRequest.from_dict(taken(item, "request", dict, where))
-            loss = taken(item, "loss", (int, float), where)
-            if isinstance(loss, int) and abs(loss) > sys.float_info.max:
-                raise ValueError(f"a loss in {where} must be a number of nats per token")
-            past[request.prompt] = PastEdit(request, float(loss))
+        num_seen, requests = 0, []
+        if state:
+            num_seen = taken(state, "num_seen", int, where)
+            requests = [EditRequest.from_dict(r) for r in taken(state, "past", list, where)]
+        past = {request.prompt: request for request in requests}
         if num_seen < len(past):
             raise ValueError(
                 f"num_seen must be at least the {len(past)} edits of the memory; got "
@@ -144,7 +114,7 @@ class Rehearsal:
 
     Args:
         memory: Where they come from.
-        hparams: How many, and by which policy.
+        hparams: How many.
         rows_of: Tokenises one request: its edit, then its irrelevant prompts.
         new: What the edit call learns; past edits of the same prompts are left out.
     """
@@ -160,44 +130,32 @@ class Rehearsal:
         self._hparams = hparams
         self._rows_of = rows_of
         self._generator = memory.generator(hparams)
-        self._prompts = [p.request.prompt for p in memory if p.request.prompt not in prompts]
-        self._memory = memory
-        self._drawn: list[str] = []
+        self._past = [request for request in memory if request.prompt not in prompts]
 
     def __len__(self) -> int:
         """How many past edits a step takes."""
-        return min(self._hparams.rehearsal, len(self._prompts))
+        return min(self._hparams.rehearsal, len(self._past))
 
     def draw(self) -> list[TextRow]:
         """Return the rows of the next step: past edits, then irrelevant prompts of some of them."""
-        self._drawn = self._choose(len(self))
-        rows = [self._rows_of(self._memory[prompt].request) for prompt in self._drawn]
+        rows = [self._rows_of(request) for request in self._choose(len(self))]
         with_irrelevant = rows[: self._hparams.rehearsal_irrelevant]
         return [*(r[0] for r in rows), *(row for r in with_irrelevant for row in r[1:])]
 
-    def _choose(self, count: int) -> list[str]:
-        """Return the prompts of the next step."""
-        if self._hparams.rehearsal_policy != "most-forgotten":
-            return self._generator.sample(self._prompts, count)
-        by_loss = sorted(self._prompts, key=lambda prompt: -self._memory[prompt].loss)
-        first = count - count // 2
-        # A loss is known only since its edit was drawn last: half are any, to look at them again.
-        return by_loss[:first] + self._generator.sample(by_loss[first:], count - first)
-
-    def note(self, losses: Sequence[float]) -> None:
-        """Take note of the losses of the rows drawn last."""
-        self._memory.note(dict(zip(self._drawn, losses, strict=False)))
+    def _choose(self, count: int) -> list[EditRequest]:
+        """Return the past edits of the next step."""
+        return self._generator.sample(self._past, count)
 
 
 class Review(Rehearsal):
     """A rehearsal that goes over all past edits in turn, in a random order."""
 
-    _rest: list[str]
+    _rest: list[EditRequest]
 
-    def _choose(self, count: int) -> list[str]:
-        """Return the next prompts; the order is drawn anew once all had their turn."""
+    def _choose(self, count: int) -> list[EditRequest]:
+        """Return the next past edits; the order is drawn anew once all had their turn."""
         rest = getattr(self, "_rest", [])
         if len(rest) < count:
-            rest = rest + self._generator.sample(self._prompts, len(self._prompts))
+            rest = rest + self._generator.sample(self._past, len(self._past))
         self._rest = rest[count:]
-        return list(dict.fromkeys(rest[:count]))
+        return list({request.prompt: request for request in rest[:count]}.values())

@@ -86,9 +86,9 @@ def test_edits_are_rehearsed_across_calls(host, make_editor, requests):
     sequential = {"sequential_edit": True} if host.generation == "current" else {}
     editor.edit(**edit_arguments(requests), **sequential)
     memory = attached_edit(editor.model).memory
-    assert [past.request.prompt for past in memory] == [r["prompt"] for r in requests]
+    assert [past.prompt for past in memory] == [r["prompt"] for r in requests]
     editor.edit(**edit_arguments(requests[:1]), **sequential)
-    assert [past.request.prompt for past in memory][-1] == requests[0]["prompt"]
+    assert [past.prompt for past in memory][-1] == requests[0]["prompt"]
     assert (len(memory), memory.num_seen) == (3, 4)
 
 
