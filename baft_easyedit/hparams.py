@@ -21,9 +21,9 @@ from baft_easyedit.method.objective import RESCALINGS
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
 
-ENGINES = ("auto", "replay", "full")
-"""How a model is run in each step: layer replay on a frozen prefix, or all of its forward; `auto`
-is layer replay where the model allows it."""
+ENGINES = ("auto", "cached", "full")
+"""How a model is run in each step: from cached prefixes, or all of its forward; `auto`
+is the prefix cache where the model allows it."""
 
 PARAMETRISATIONS = ("direct", "whitened")
 """In which coordinates an edit is learned; see `coordinates`."""
@@ -99,8 +99,8 @@ class BaFTHyperParams:
     close on what is not edited, whether a request brings a `loc_prompt` or not."""
     engine: str = "auto"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
-    rounding. A model that cannot be replayed gets the full forward with `auto`, a warning in the
-    log, and the reason in the report; with `replay` its edit is refused."""
+    rounding. A model that cannot use a cached prefix gets the full forward with `auto`, a warning
+    in the log, and the reason in the report; with `cached` its edit is refused."""
     rehearsal: int = 0
     """Past edits that each step learns again beside the new one (not in the paper, which has 0)."""
     rehearsal_irrelevant: int | None = None
@@ -111,8 +111,8 @@ class BaFTHyperParams:
     rehearsal_stop_loss: float = 0.1
     """An early stop also needs the rehearsed edits' loss to be at most this, in nats per token."""
     rehearsal_cache_mib: int = 256
-    """Memory for what layer replay keeps of past edits, in MiB, at least 0; the rest is computed
-    again when it is drawn."""
+    """Memory of the prefix cache for past edits, in MiB, at least 0; the rest is computed again
+    when it is drawn."""
     consolidate_every: int = 0
     """Go over all remembered edits again after each so many edit calls; 0 for never."""
     consolidate_steps: int = 40

@@ -147,7 +147,7 @@ def never_waiting(step):
     def watched(descent, forward):
         before = Counter(WAITS)
         result = step(descent, forward)
-        assert before == WAITS or not forward.is_replay, WAITS - before
+        assert before == WAITS or not forward.is_cached, WAITS - before
         return result
 
     return watched

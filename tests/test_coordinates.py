@@ -425,7 +425,7 @@ def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
     assert weights[1] < weights[0] - 0.01
 
 
-@pytest.mark.parametrize("engine", ["replay", "full"])
+@pytest.mark.parametrize("engine", ["cached", "full"])
 def test_whitened_edits_are_the_same_by_every_engine(engine, model, tokenizer, hparams):
     hparams = replace(hparams, **WHITENED, num_steps=5, engine=engine)
     report = BaFTEditor(model, tokenizer, hparams).edit(

@@ -32,12 +32,12 @@ def rows(tokenizer):
     return text_rows(as_requests(REQUESTS), tokenizer)
 
 
-def replayed(model, edit, *edits, **options):
-    """A replayed forward; older transformers have families that cannot be."""
+def on_cache(model, edit, *edits, **options):
+    """A forward on a cached prefix; older transformers have families that cannot be."""
     engine = Engine(model, edit, "auto", **options)
     forward = engine.prepare(edits)
     if engine.name == "full":
-        pytest.skip("not replayed under transformers below 4.53")
+        pytest.skip("no prefix cache under transformers below 4.53")
     return forward
 
 
@@ -218,7 +218,7 @@ def test_another_forward_is_captured_anew(model, rows, long, stand_ins):
     edit.attach(model)
     steps = Descent(edit, long)
     with _frozen(model):
-        engine = Engine(model, edit, "replay")
+        engine = Engine(model, edit, "cached")
         forwards = [engine.prepare([rows]), engine.prepare([rows[:1]])]
         for forward in forwards:
             for _ in range(5):
@@ -232,7 +232,7 @@ def test_models_on_several_devices_are_not_captured(model, rows, long, monkeypat
     edit = random_edit(layers=long.layers)
     edit.attach(model)
     with _frozen(model):
-        forward = Engine(model, edit, "replay").prepare([rows])
+        forward = Engine(model, edit, "cached").prepare([rows])
         assert forward.device == torch.device("cpu")
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
         assert forward.device is None
@@ -247,7 +247,7 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
     parameters = list(edit.learned_parameters().values())
     steps = Descent(edit, long)
     with _frozen(model):
-        forward = Engine(model, edit, "replay").prepare([rows] * num_edits)
+        forward = Engine(model, edit, "cached").prepare([rows] * num_edits)
         for _ in range(6):
             with torch.no_grad():
                 for p in parameters:
@@ -289,12 +289,12 @@ class NoLooking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("num_edits", [1, 2])
-def test_a_replayed_step_waits_for_no_value(num_edits, family_model, rows, long):
+def test_a_cached_step_waits_for_no_value(num_edits, family_model, rows, long):
     edit: ModelEdit = random_edit(layers=long.layers)
     edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
     edit.attach(family_model)
     with _frozen(family_model):
-        forward = replayed(family_model, edit, *[rows] * num_edits)
+        forward = on_cache(family_model, edit, *[rows] * num_edits)
         steps = Descent(edit, replace(long, engine="full"))
         with NoLooking():
             steps.step(forward)
@@ -317,7 +317,7 @@ def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, stand
     edit.attach(model)
     steps = Descent(edit, long)
     assert steps._captured_on(Engine(model, edit, "full").prepare([rows])) is None
-    forward = Engine(model, edit, "replay").prepare([rows])
+    forward = Engine(model, edit, "cached").prepare([rows])
     assert steps._captured_on(forward) is not None
     monkeypatch.setattr(descent, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
     assert steps._captured_on(forward) is None
@@ -368,7 +368,7 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
     edit.attach(model)
     steps, computed = Descent(edit, long), Descent(edit, replace(long, engine="full"))
     with _frozen(model), caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
-        forward = Engine(model, edit, "replay").prepare([rows])
+        forward = Engine(model, edit, "cached").prepare([rows])
         for _ in range(8):
             with torch.no_grad():
                 for p in edit.parameters():

@@ -107,7 +107,7 @@ def test_presets_keep_the_end_off_as_the_papers_scores_are_teacher_forced(name):
         ({"gamma": 2}, ValueError, r"gamma must be in \[0, 1\]"),
         ({"gate": "relu"}, ValueError, "gate must be one of rms-sigmoid"),
         ({"rescaling": "sum"}, ValueError, "rescaling must be one of match, none; got 'sum'"),
-        ({"engine": "graph"}, ValueError, "engine must be one of auto, replay, full; got 'graph'"),
+        ({"engine": "graph"}, ValueError, "engine must be one of auto, cached, full; got 'graph'"),
         ({"evaluation_type": "judge"}, ValueError, "evaluation_type must be one of LLM-judge"),
         ({"loc_positions": "first"}, ValueError, "loc_positions must be one of all, last"),
         ({"lr": 10**400}, TypeError, "lr must be of type float; got an integer of 1329 bits"),

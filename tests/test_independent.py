@@ -69,7 +69,7 @@ def test_side_by_side_equals_one_by_one(gate, whitens, tokenizer, hparams):
     assert_same(apart, one_by_one(make_model(), tokenizer, hparams, earlier=earlier))
 
 
-@pytest.mark.parametrize("engine", ["replay", "full"])
+@pytest.mark.parametrize("engine", ["cached", "full"])
 def test_edits_stop_each_at_its_own_step(engine, model, tokenizer, hparams):
     hparams = replace(hparams, engine=engine, early_stop_loss=1.0)
     alone = one_by_one(model, tokenizer, hparams)

@@ -31,7 +31,7 @@ def side_by_side(editor):
 
 
 SETTINGS = {
-    "replay": ({}, 0, edit),
+    "cached": ({}, 0, edit),
     "full": ({"engine": "full"}, 0, edit),
     "later": ({}, 1, edit),
     "rehearsed": ({"rehearsal": 1}, 1, edit),

@@ -91,7 +91,7 @@ def fail(model, tokenizer, hparams, request):
         editor.edit(request)
 
 
-@pytest.mark.parametrize("engine", ["replay", "full"])
+@pytest.mark.parametrize("engine", ["cached", "full"])
 @pytest.mark.parametrize("rehearsal", [0, 1])
 @pytest.mark.parametrize("use", [edit, edit_and_undo, edit_twice, edit_side_by_side])
 def test_an_edited_model_is_freed(

@@ -408,7 +408,7 @@ def test_forward_that_tells_its_prompts_does_not_warn(edited, caplog):
 
 def test_learning_does_not_warn(tokenizer, hparams, request_dict, caplog):
     hparams.num_steps, hparams.rehearsal = 2, 1
-    for engine in ("replay", "full"):
+    for engine in ("cached", "full"):
         hparams.engine = engine
         editor = BaFTEditor(make_model(), tokenizer, hparams)
         editor.edit(request_dict)

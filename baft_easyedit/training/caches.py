@@ -1,4 +1,4 @@
-"""Key-value caches of layer replay: one keeps what a forward stores, the other is never changed.
+"""Key-value caches: one keeps what a forward stores, the other is a prefix that never changes.
 
 Shapes: B bins, S columns of the past, N heads, H head size.
 """

@@ -38,8 +38,8 @@ class Expected(NamedTuple):
         return bool(difference <= self.tolerance * largest)
 
 
-class CannotReplayError(ValueError):
-    """A model gives something else, or nothing, on what layer replay puts in."""
+class CannotCacheError(ValueError):
+    """A model gives something else, or nothing, on what the prefix cache puts in."""
 
 
 class Contents(NamedTuple):
@@ -128,7 +128,7 @@ class Forward:
         return self.contents.layout
 
     @property
-    def is_replay(self) -> bool:
+    def is_cached(self) -> bool:
         """Whether some layers are not computed."""
         return bool(self._stubs)
 
@@ -149,7 +149,7 @@ class Forward:
         Behind them may come some that belong to nobody (see `packing.rounded`).
 
         Raises:
-            CannotReplayError: If the model takes a cache of layer replay, and cannot use it.
+            CannotCacheError: If the model takes a cache of the prefix cache, and cannot use it.
         """
         model, contents = self._model, self.contents
         columns = contents.layout.predicting
@@ -171,7 +171,7 @@ class Forward:
             has_cache = any(isinstance(value, FrozenPrefix) for value in inputs.values())
             if not has_cache or _is_of_the_device(error) or _is_ours(error.__traceback__):
                 raise
-            raise CannotReplayError(f"{type(error).__name__}: {error}") from error
+            raise CannotCacheError(f"{type(error).__name__}: {error}") from error
 
 
 _OF_UNKNOWN_CACHES = (

@@ -61,9 +61,9 @@ class EditReport:
     consolidation: "EditReport | None" = None
     """What going over all remembered edits did, if it was time for that after this edit."""
     engine: str = "full"
-    """How the model was run in the last step: `replay` or `full`."""
+    """How the model was run in the last step: `cached` or `full`."""
     engine_note: str | None = None
-    """Why it was not replayed; None if it was, or if the hyper-parameters did not ask for that."""
+    """Why it used none; None if it was, or if the hyper-parameters did not ask for that."""
 
     def __repr__(self) -> str:
         stop = "stopped early" if self.stopped_early else "all steps"
@@ -106,7 +106,7 @@ def learn(
             without rows learns what is rehearsed only.
         hparams: How to learn.
         rehearsal: Past edits, to learn again in each step.
-        recordings: What layer replay knows of texts from earlier calls; it is added to.
+        recordings: What the prefix cache knows of texts from earlier calls; it is added to.
         own: States of the model's own texts, for R_loc; see `descent.Objective`.
 
     Returns:
@@ -114,7 +114,7 @@ def learn(
 
     Raises:
         FloatingPointError: If a loss is not finite.
-        ValueError: If the engine is `replay`, and the model cannot be replayed.
+        ValueError: If the engine is `cached`, and the model cannot use a cached prefix.
     """
     from baft_easyedit.training.engine import Engine  # it imports transformers
 

@@ -2,7 +2,7 @@
 
 Interventions act on layers >= l1 and, of each text, columns >= s; and attention is causal. So the
 outputs of layers 0..l1 are the same in every step, and columns < s are the same in every layer.
-`LayerReplay` records both once for each text; each step is then the model's own forward on columns
+`PrefixCache` records both once for each text; each step is then the model's own forward on columns
 >= s of all texts, packed into few bins, with keys and values of the past frozen and layers 0..l1
 stubbed by what they returned. The edit stays where it is, as hooks on the layers. `FullForward`
 computes everything: the fallback. Both compute logits only where an answer is predicted.
@@ -34,7 +34,7 @@ from baft_easyedit.model.inspect import (
 from baft_easyedit.model.locks import of_this_thread
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.caches import FrozenPrefix, Recorder
-from baft_easyedit.training.forward import CannotReplayError, Contents, Expected, Forward
+from baft_easyedit.training.forward import CannotCacheError, Contents, Expected, Forward
 from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.training.recordings import Recording, Recordings, model_version, tolerance_of
 from baft_easyedit.training.requests import TextRow
@@ -124,7 +124,7 @@ class _Recorded(NamedTuple):
     """Of its answer, [1]."""
 
 
-class LayerReplay:
+class PrefixCache:
     """The model's forward on the columns that an edit can change.
 
     Args:
@@ -157,7 +157,7 @@ class LayerReplay:
         """Lay out the rows of each edit and join their recordings, made where they are missing.
 
         Raises:
-            CannotReplayError: If the model cannot use a cache that it does not know, the replayed
+            CannotCacheError: If the model cannot use a cache that it does not know, the cached
                 logits of the unedited model are not the recorded ones, or its attention takes no
                 mask for each pair of tokens.
         """
@@ -170,12 +170,12 @@ class LayerReplay:
                 made = [self._record(row) for row in missing]
                 new = {row: m.recording for row, m in zip(missing, made, strict=True)}
                 with torch.no_grad():
-                    replayed = self._replayed(_pieces([missing], (), self._start), new)()
+                    cached = self._cached(_pieces([missing], (), self._start), new)()
             logits = torch.cat([m.logits for m in made])
-            _check_equal(replayed[: len(logits)], logits)
+            _check_equal(cached[: len(logits)], logits)
             self._keep(new)
             known |= new
-        return self._replayed(_pieces(edits, rehearsed, self._start), known)
+        return self._cached(_pieces(edits, rehearsed, self._start), known)
 
     def prepare_unchecked(self, edits: Edits) -> Forward:
         """Do the same, but leave the check to the first step on the forward.
@@ -184,7 +184,7 @@ class LayerReplay:
         not depend on it, and their losses are those that the first step has to give.
 
         Raises:
-            CannotReplayError: As above.
+            CannotCacheError: As above.
         """
         _check_takes_masks(text_config(self._model))
         rows = edits[0]
@@ -197,7 +197,7 @@ class LayerReplay:
         self._unchecked = {rows[i]: m.recording for i, m in made.items()}
         tolerance = _OF_LOSSES * tolerance_of(made[missing[0]].logits)
         expected = Expected(missing, torch.cat([m.loss for m in made.values()]), tolerance)
-        return self._replayed(_pieces(edits, (), self._start), known | self._unchecked, expected)
+        return self._cached(_pieces(edits, (), self._start), known | self._unchecked, expected)
 
     @torch.no_grad()
     def check(self, forward: Forward, edits: Edits, row_losses: Tensor) -> None:
@@ -209,7 +209,7 @@ class LayerReplay:
             row_losses: The losses of the step, [R].
 
         Raises:
-            CannotReplayError: If the losses, and then the logits too, are not those of the full
+            CannotCacheError: If the losses, and then the logits too, are not those of the full
                 forward. There is more room for rounding in logits.
         """
         if not self._unchecked:
@@ -280,7 +280,7 @@ class LayerReplay:
         loss = answer_loss(losses, layout.label_rows, 1)
         return _Recorded(Recording(hidden[0, start : len(row.ids)].clone(), past), logits, loss)
 
-    def _replayed(
+    def _cached(
         self,
         pieces: Sequence[Sequence[Piece]],
         recordings: Mapping[TextRow, Recording],
@@ -311,27 +311,25 @@ class LayerReplay:
 
 
 def _check_takes_masks(config: Any) -> None:
-    """Raise CannotReplayError unless a model's attention takes a mask for each pair of tokens.
+    """Raise CannotCacheError unless a model's attention takes a mask for each pair of tokens.
 
     Others would read beyond their memory on a GPU, which ends the process's use of it.
     """
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
-        raise CannotReplayError(
-            f"its attention, {attention}, takes no mask for each pair of tokens"
-        )
+        raise CannotCacheError(f"its attention, {attention}, takes no mask for each pair of tokens")
 
 
 def _check_belong_to_text(
     layout: Layout, hidden: Any, states: Mapping[int, tuple[Tensor, Tensor]]
 ) -> None:
-    """Raise CannotReplayError unless a layer gives [R, W, D], and stores [R, N, W, H]."""
+    """Raise CannotCacheError unless a layer gives [R, W, D], and stores [R, N, W, H]."""
     shape = tuple(layout.input_ids.shape)
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
-        raise CannotReplayError("its first edited layer gives no hidden state for each token")
+        raise CannotCacheError("its first edited layer gives no hidden state for each token")
     for layer, pair in states.items():
         if any(t.dim() != 4 or (t.shape[0], t.shape[2]) != shape for t in pair):
-            raise CannotReplayError(f"layer {layer} stores no keys and values for each token")
+            raise CannotCacheError(f"layer {layer} stores no keys and values for each token")
 
 
 def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -403,14 +401,14 @@ def _watching(layer: nn.Module) -> Iterator[list[Any]]:
             handle.remove()
 
 
-def _check_equal(replayed: Tensor, recorded: Tensor) -> None:
-    """Raise CannotReplayError unless logits [A, V] are equal up to rounding."""
+def _check_equal(cached: Tensor, recorded: Tensor) -> None:
+    """Raise CannotCacheError unless logits [A, V] are equal up to rounding."""
     if not len(recorded):
         return
-    difference = float((replayed - recorded).float().abs().max())
+    difference = float((cached - recorded).float().abs().max())
     largest = float(recorded.float().abs().max())
     if not difference <= tolerance_of(recorded) * largest:
-        raise CannotReplayError(
-            f"replayed logits differ by {difference:.2g} from the full forward's, of size "
-            f"{largest:.2g}"
+        raise CannotCacheError(
+            f"logits on a cached prefix differ by {difference:.2g} from those of the full forward, "
+            f"of size {largest:.2g}"
         )

@@ -1,4 +1,4 @@
-"""What layer replay keeps of texts, within bounds of memory. Needs torch only.
+"""What the prefix cache keeps of texts, within bounds of memory. Needs torch only.
 
 Shapes: n computed columns, s columns before them, D hidden size, N heads, H head size.
 """

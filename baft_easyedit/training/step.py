@@ -253,7 +253,7 @@ def _is_captured(forward: "Forward") -> bool:
     A full forward may wait for the device, to look at its mask; and many tokens keep a GPU busy,
     while a graph takes as much memory again as a step.
     """
-    return forward.is_replay and forward.layout.input_ids.numel() <= _MOST_CAPTURED
+    return forward.is_cached and forward.layout.input_ids.numel() <= _MOST_CAPTURED
 
 
 def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
