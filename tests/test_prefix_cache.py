@@ -341,7 +341,9 @@ def add_the_mean(model):
 def test_a_cache_that_gives_other_logits_is_refused(model, rows):
     edit = with_edit(model)
     add_the_mean(model)
-    with pytest.raises(ValueError, match=r"logits on a cached prefix differ by .* from those of the full"):
+    with pytest.raises(
+        ValueError, match=r"logits on a cached prefix differ by .* from those of the full"
+    ):
         PrefixCache(model, edit).prepare([rows])
     engine = Engine(model, edit, "auto")
     engine.prepare([rows])

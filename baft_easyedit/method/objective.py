@@ -5,7 +5,7 @@ are layers and independent edits: each gets its own value.
 Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, L layers, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -216,3 +216,18 @@ def rescaling_factor(rule: str, term: Tensor, answer: Tensor) -> Tensor:
     if rule == "match":
         return answer.detach() / term.detach().clamp_min(_SMALLEST_TERM)
     raise ValueError(f"rescaling must be one of {', '.join(RESCALINGS)}; got {rule!r}")
+
+
+def objective(answer: Tensor, terms: Mapping[str, tuple[float, Tensor]], rescaling: str) -> Tensor:
+    """L = L1 + R_bal + R_loc, each regulariser rescaled and times its coefficient (Eq. 4), [E].
+
+    Args:
+        answer: L1, [E].
+        terms: Coefficient and value, [E], of each regulariser in use.
+        rescaling: One of `RESCALINGS`.
+    """
+    total = answer
+    for coefficient, value in terms.values():
+        term = value.to(answer.device)
+        total = total + coefficient * rescaling_factor(rescaling, term, answer) * term
+    return total

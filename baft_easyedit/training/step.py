@@ -21,7 +21,7 @@ from baft_easyedit.method.objective import (
     joint_loss,
     load_balance,
     locality_margin,
-    rescaling_factor,
+    objective,
     token_losses,
 )
 from baft_easyedit.model.hooks import ModelEdit
@@ -161,22 +161,15 @@ class Objective:
         return Step(terms, loss, weights, hidden, new, irrelevant, row_losses, row_misses)
 
     def _total(self, step: Step) -> Tensor:
-        """Add up the objective (Liu et al. 2025, Eq. 4), and that of all edits."""
-        coefficients = {
-            "balance": self._hparams.balance_coef,
-            "locality": self._hparams.locality_coef,
-        }
-        total = step.loss
-        for name, coefficient in coefficients.items():
-            if name in step.terms:
-                term = step.terms[name].to(total.device)
-                factor = rescaling_factor(self._hparams.rescaling, term, step.loss)
-                total = total + coefficient * factor * term
-        return total.sum()
+        """Return the objective of all edits together, []."""
+        h = self._hparams
+        coefficients = {"balance": h.balance_coef, "locality": h.locality_coef}
+        terms = {n: (c, step.terms[n]) for n, c in coefficients.items() if n in step.terms}
+        return objective(step.loss, terms, h.rescaling).sum()
 
 
 class Descent:
-    """Steps towards the least objective; the optimiser goes them.
+    """Compute training steps: the losses and their gradients, left in `.grad` for the optimiser.
 
     Args:
         edit: The edit, or E independent ones.
