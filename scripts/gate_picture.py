@@ -1,8 +1,9 @@
 """Draw what the gate does, as README shows it: `python scripts/gate_picture.py docs/gate.svg`.
 
-The first fact that the demo edits is edited. Then the mean weight over all layers and bases is drawn,
-token by token, for the edited prompt, its rephrasing and an unrelated prompt of its evaluation. Only
-the last tokens of a prompt and the answer are edited (dark); the others show what the gate would do.
+The first fact that the demo edits is edited. Then the mean weight over all layers and bases is
+drawn, token by token, for the edited prompt, its rephrasing and an unrelated prompt of its
+evaluation. Only the last tokens of a prompt and the answer are edited (dark); the others show what
+the gate would do.
 """
 
 import argparse

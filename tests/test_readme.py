@@ -1,7 +1,9 @@
-"""README.md and docs/*.md: what they tell to run, read and look up is there and does what they say."""
+"""README.md and docs/*.md: what they tell to run, read and look up is there."""
 
+import io
 import re
 import shlex
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
@@ -48,11 +50,8 @@ def commands_of(page):
 @cache
 def help_of(command):
     """The options of a command of baft-easyedit, as its help names them."""
-    import contextlib
-    import io
-
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+    with redirect_stdout(out), suppress(SystemExit):
         main([command, "--help"])
     return out.getvalue()
 
