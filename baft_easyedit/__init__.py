@@ -15,7 +15,7 @@ from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.storage.loading import attach
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BaFTEditor",

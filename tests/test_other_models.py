@@ -10,7 +10,7 @@ from baft_easyedit.cli import main
 from baft_easyedit.easyedit.tiny import save_tiny_llama
 from baft_easyedit.files import resources
 from tests.bench.dataset_files import write_records, zsre
-from tests.test_readme import blocks_of
+from tests.test_readme import STORAGE, blocks_of, fenced, text_of
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_programs(model, heading, monkeypatch, capsys):
         BaFTHyperParams, "from_hparams", lambda name, **others: replace(own, **others)
     )
     monkeypatch.setattr(resources, "bundled_model_path", lambda: model)
-    programs = [code for code in blocks_of(heading) if "import" in code]
-    assert len(programs) == (1 if heading.startswith("An") else 2)
-    for program in programs:
-        exec(compile(program, "README", "exec"), {})
+    (program,) = blocks_of(heading)
+    used = fenced(text_of(STORAGE), "python") if "shipped" in program else []
+    for code in (program, *used):
+        exec(compile(code, "README", "exec"), {})
     assert capsys.readouterr().out
