@@ -7,9 +7,9 @@ import pytest
 
 from baft_easyedit import BaFTHyperParams, resources
 from baft_easyedit.cli import main
-from baft_easyedit.easyedit.tiny import save_tiny_llama
 from tests.bench.dataset_files import write_records, zsre
 from tests.test_readme import blocks_of
+from tests.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
