@@ -15,7 +15,7 @@ from baft_easyedit.demo.bundled import (
     table,
     tables,
 )
-from baft_easyedit.easyedit.tiny import save_tiny_llama
+from tests.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")

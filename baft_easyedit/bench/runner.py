@@ -23,7 +23,7 @@ from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.settings import check_methods
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
 from baft_easyedit.easyedit import find_host
-from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.resources import hparams_file
 from baft_easyedit.generation import model_depth
 from baft_easyedit.model.devices import check_device

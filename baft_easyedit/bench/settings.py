@@ -8,7 +8,7 @@ import yaml
 from baft_easyedit.bench.config import BenchConfig, MethodConfig
 from baft_easyedit.bench.plan import Protocol, protocols
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.peer_methods import batchable, why_not
+from baft_easyedit.easyedit.peers import batchable, why_not
 from baft_easyedit.files.paths import expanded, read_text
 from baft_easyedit.files.resources import has_hparams, hparams_file, own_preset
 from baft_easyedit.generation import model_depth

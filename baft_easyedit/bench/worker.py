@@ -25,8 +25,13 @@ from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Host
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
-from baft_easyedit.easyedit.peers import batchable, peer_hparams, write_statistics
+from baft_easyedit.easyedit.peers import (
+    batchable,
+    fix_peer,
+    peer_hparams,
+    prepare_method,
+    write_statistics,
+)
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
 from baft_easyedit.editor import Learned

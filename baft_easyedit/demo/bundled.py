@@ -10,7 +10,7 @@ import torch
 
 from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, MethodConfig
 from baft_easyedit.bench.runner import StartProgress, run_bench
-from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.files.resources import BUNDLED_MODEL, model_location

@@ -7,7 +7,7 @@ the form that the found one reads; what it cannot do is refused before anything 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.files.messages import short
@@ -40,23 +40,14 @@ _PERPLEXITIES = ("ppl", "ood_ppl")
 _ONE_BY_ONE = ("edit", "edit_requests", "generate_edit")
 
 
-class EditCall(NamedTuple):
-    """A call of one of `BaseEditor`'s ways to edit."""
-
-    parts: tuple[dict[str, Any], ...]
-    """The arguments by name, as the found EasyEdit reads them, of the calls that make it up."""
-    keeps: bool
-    """Whether the edits stay in the model."""
-
-
 def read_call(
     original: Callable[..., Any],
     generation: Generation,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     batch_size: int,
-) -> EditCall:
-    """Say what a call means.
+) -> tuple[list[dict[str, Any]], bool]:
+    """Say what a call of one of `BaseEditor`'s ways to edit means.
 
     Edits are kept if `sequential_edit` says so. Where only `keep_original_weight` is given, they
     are if it is false. Without both, they are kept by the release, and not by the current EasyEdit.
@@ -67,6 +58,10 @@ def read_call(
         args: The caller's positional arguments.
         kwargs: The caller's keyword arguments.
         batch_size: That of the hyper-parameters.
+
+    Returns:
+        The calls that make it up, each as arguments by name that the found EasyEdit reads; and
+        whether the edits stay in the model.
 
     Raises:
         ValueError: If a value breaks a rule of `request_arguments`, or EasyEdit cannot do what an
@@ -87,38 +82,36 @@ def read_call(
     if "prompts" in given:
         given = request_arguments(given)
     if "requests" in given:
-        given["requests"] = _complete(given["requests"])
+        requests = given["requests"]
+        dicts = [requests] if isinstance(requests, Mapping) else list(requests)
+        as_requests(dicts)
+        defaults: dict[str, Any] = {"ground_truth": None, "locality": {}, "portability": {}}
+        given["requests"] = [{**defaults, **request} for request in dicts]
     if generation == "current":
-        return EditCall(({**given, "sequential_edit": keeps},), keeps)
+        return [{**given, "sequential_edit": keeps}], keeps
     given.pop("target_neg", None)  # which our methods do not read
     given["keep_original_weight"] = not keeps
-    if name != "batch_edit":
-        return EditCall((given,), keeps)
-    parts = _chunks(given, batch_size)  # of several, the release returns the scores of the last
-    return EditCall(tuple(map(_for_batch_edit, parts)), keeps)
+    # Of several chunks, the release's `batch_edit` returns the scores of the last.
+    return list(_chunks(given, batch_size)) if name == "batch_edit" else [given], keeps
 
 
 def _chunks(given: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """Divide arguments into those of at most `size` prompts each."""
+    """Divide arguments of the release's `batch_edit` into those of at most `size` prompts each."""
+    # It hands these on as if its parameters were those of `edit`.
+    own = {"locality_inputs": "locality_prompts", "portability_inputs": "locality_ground_truth"}
     for start in range(0, len(given["prompts"]), size):
         part = slice(start, start + size)
-        chunk = dict(given)
-        for name in ("prompts", *_ALIGNED, "loc_prompts"):
-            if name in given:
-                chunk[name] = given[name][part]
-        for name in _PROBES:
-            if name in given:
-                chunk[name] = {
+        chunk = {}
+        for name, value in given.items():
+            if name in ("prompts", *_ALIGNED, "loc_prompts"):
+                value = value[part]
+            elif name in _PROBES:
+                value = {
                     kind: {key: values[part] for key, values in probe.items()}
-                    for kind, probe in given[name].items()
+                    for kind, probe in value.items()
                 }
+            chunk[own.get(name, name)] = value
         yield chunk
-
-
-def _for_batch_edit(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename what the release's `batch_edit` hands on as if its parameters were those of `edit`."""
-    own = {"locality_inputs": "locality_prompts", "portability_inputs": "locality_ground_truth"}
-    return {own.get(name, name): value for name, value in given.items()}
 
 
 def _named(
@@ -157,14 +150,6 @@ def _check_read(name: str, generation: Generation, given: dict[str, Any]) -> Non
         )
 
 
-def _complete(requests: Any) -> list[dict[str, Any]]:
-    """Check request dicts, and add what EasyEdit reads without asking."""
-    dicts = [requests] if isinstance(requests, Mapping) else list(requests)
-    as_requests(dicts)
-    defaults: dict[str, Any] = {"ground_truth": None, "locality": {}, "portability": {}}
-    return [{**defaults, **request} for request in dicts]
-
-
 def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the arguments that requests are made of, and bring them into their fullest form.
 
@@ -186,21 +171,29 @@ def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if "target_new" not in full:
         raise TypeError("target_new must be given: one target for each prompt")
     prompts = full["prompts"] = _as_list(given["prompts"], "prompts")
+    count = len(prompts)
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
-    for name in _ALIGNED:
-        if name in full:
-            full[name] = _aligned(full[name], name, prompts)
-    for name in _PROBES:
-        if name in full:
-            full[name] = _probes(full[name], name, prompts)
+    for name in set(_ALIGNED) & full.keys():
+        full[name] = _aligned(full[name], name, count)
+    for name in set(_PROBES) & full.keys():
+        full[name] = _probes(full[name], name, count)
     if "loc_prompts" in full:
-        full["loc_prompts"] = _repeated(_as_list(full["loc_prompts"], "loc_prompts"), prompts)
-    for i, prompt in enumerate(prompts):
-        own = {"prompt": prompt, "target_new": full["target_new"][i]}
-        own |= {k: full[f"{k}s"][i] for k in ("loc_prompt",) if f"{k}s" in full}
-        about = full["subject"][i] if "subject" in full else None
-        EditRequest.from_dict({**own, "subject": about})
+        texts = _as_list(full["loc_prompts"], "loc_prompts")
+        if not 1 <= len(texts) <= count:
+            raise ValueError(
+                f"loc_prompts must have at least one entry, and at most one for each prompt; got "
+                f"{len(texts)} for {count} prompts"
+            )
+        full["loc_prompts"] = list(islice(cycle(texts), count))
+    subjects = full.get("subject", [None] * count)
+    if "subject" in full and None in subjects:
+        raise TypeError("subject must be given for each prompt, or for none; got None in a list")
+    for i, (prompt, about) in enumerate(zip(prompts, subjects, strict=True)):
+        own = {"prompt": prompt, "target_new": full["target_new"][i], "subject": about}
+        if "loc_prompts" in full:
+            own["loc_prompt"] = full["loc_prompts"][i]
+        EditRequest.from_dict(own)
         if about is not None and about not in prompt:
             raise ValueError(
                 f"subject must be in the Unicode form of its prompt; {short(about)} is in another "
@@ -218,20 +211,17 @@ def _as_list(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def _aligned(values: Any, name: str, prompts: Sequence[str]) -> list[Any]:
+def _aligned(values: Any, name: str, count: int) -> list[Any]:
     """Return a list with an entry for each prompt."""
     full = _as_list(values, name)
-    if len(full) != len(prompts):
+    if len(full) != count:
         raise ValueError(
-            f"{name} must have one entry for each prompt; got {len(full)} for {len(prompts)} "
-            "prompts"
+            f"{name} must have one entry for each prompt; got {len(full)} for {count} prompts"
         )
-    if name == "subject" and None in full:
-        raise TypeError("subject must be given for each prompt, or for none; got None in a list")
     return full
 
 
-def _probes(probes: Any, name: str, prompts: Sequence[str]) -> dict[str, Any]:
+def _probes(probes: Any, name: str, count: int) -> dict[str, Any]:
     """Return locality or portability inputs of the caller's as ones that may be changed."""
     if not isinstance(probes, Mapping) or not all(isinstance(p, Mapping) for p in probes.values()):
         raise TypeError(
@@ -244,15 +234,5 @@ def _probes(probes: Any, name: str, prompts: Sequence[str]) -> dict[str, Any]:
         for key in ("prompt", "ground_truth"):
             if key not in probe:
                 raise ValueError(f"{name}[{kind!r}] must have the key {key!r}")
-            full[kind][key] = _aligned(probe[key], f"{name}[{kind!r}][{key!r}]", prompts)
+            full[kind][key] = _aligned(probe[key], f"{name}[{kind!r}][{key!r}]", count)
     return full
-
-
-def _repeated(texts: list[Any], prompts: Sequence[str]) -> list[Any]:
-    """Return an irrelevant text for each prompt."""
-    if not 1 <= len(texts) <= len(prompts):
-        raise ValueError(
-            f"loc_prompts must have at least one entry, and at most one for each prompt; got "
-            f"{len(texts)} for {len(prompts)} prompts"
-        )
-    return list(islice(cycle(texts), len(prompts)))

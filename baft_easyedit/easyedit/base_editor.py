@@ -88,9 +88,9 @@ def _entry_point(original: Callable[..., Any], generation: Generation) -> Callab
         with honoured_device(generation, self.hparams.device):
             if self.alg_name not in OUR_METHODS or hasattr(self, _IN_CALL):
                 return original(self, *args, **kwargs)
-            call = read_call(original, generation, args, kwargs, self.hparams.batch_size)
-            with _in_call(self, call.keeps, restores_by_items):
-                results = [original(self, **arguments) for arguments in call.parts]
+            parts, keeps = read_call(original, generation, args, kwargs, self.hparams.batch_size)
+            with _in_call(self, keeps, restores_by_items):
+                results = [original(self, **arguments) for arguments in parts]
         metrics, edited, weights_copy = results[-1]
         if isinstance(weights_copy, _UndoneByItems):
             weights_copy = weights_copy.weights_copy

@@ -1,77 +1,39 @@
 """What EasyEdit needs to run with current transformers and peft: repairs in memory, with reasons.
 
-Nothing here concerns BaFT. Peers' defects that only show in comparisons are in `peer_fixes.py`.
+Nothing here concerns BaFT. Peers' defects that only show in comparisons are in `peers/repairs.py`.
 """
 
 import copy
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-_MOVED_NAMES = (
-    "apply_chunking_to_forward",
-    "find_pruneable_heads_and_indices",
-    "prune_linear_layer",
-)
-
-
-@contextmanager
-def moved_names() -> Iterator[None]:
-    """Let `transformers.modeling_utils` have, in this context, names that version 5 took from it.
-
-    The release of EasyEdit imports them for its vision models. They moved to
-    `transformers.pytorch_utils`, or are gone.
-    """
-    from transformers import modeling_utils, pytorch_utils
-
-    added = [name for name in _MOVED_NAMES if not hasattr(modeling_utils, name)]
-    for name in added:
-        setattr(modeling_utils, name, getattr(pytorch_utils, name, _gone(name)))
-    try:
-        yield
-    finally:
-        for name in added:
-            delattr(modeling_utils, name)
-
-
-def _gone(name: str) -> Callable[..., NoReturn]:
-    """Make a function that says that transformers no longer has it."""
-
-    def unavailable(*args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG001
-        raise ImportError(
-            f"transformers.modeling_utils.{name} is gone from the installed transformers. EasyEdit "
-            "uses it in its multimodal editors; text editing never needs it."
-        )
-
-    return unavailable
-
 
 def repair(generation: str) -> None:
-    """Put right what does not run with the installed transformers and peft.
-
-    Args:
-        generation: EasyEdit's generation.
-    """
-    _repair_adalora()
+    """Put right, in a generation of EasyEdit, what does not run with the installed libraries."""
+    # peft >= 0.15 refuses an AdaLoRA without `total_step`, which only `update_and_allocate` reads;
+    # EasyEdit never calls that.
+    lora: Any = importlib.import_module("easyeditor.models.lora.lora_main")
+    lora.AdaLoraConfig = functools.partial(lora.AdaLoraConfig, total_step=1)
     if generation == "pypi":
+        # The editor asks for `model_parallel`.
+        hparams = importlib.import_module("easyeditor.models.lora.lora_hparams")
+        hparams.LoRAHyperParams.model_parallel = False
         _repair_llama_classes()
-        _repair_lora_hparams()
         _repair_layer_outputs()
         _repair_scoring_limit()
 
 
-def _repair_adalora() -> None:
-    """Give AdaLoRA the `total_step` without which peft >= 0.15 refuses its configuration.
-
-    EasyEdit never calls `update_and_allocate`, the only reader of that number.
-    """
-    module: Any = importlib.import_module("easyeditor.models.lora.lora_main")
-    module.AdaLoraConfig = functools.partial(module.AdaLoraConfig, total_step=1)
+def replace_everywhere(original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Replace a function in every EasyEdit module that holds it under its name."""
+    name = original.__name__
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] == "easyeditor" and vars(module).get(name) is original:
+            setattr(module, name, replacement)
 
 
 def _repair_llama_classes() -> None:
@@ -95,12 +57,6 @@ def _repair_llama_classes() -> None:
     editor.LlamaForCausalLM = AutoModelForCausalLM
 
 
-def _repair_lora_hparams() -> None:
-    """Give LoRA's hyper-parameters the `model_parallel` that the release's editor asks for."""
-    module = importlib.import_module("easyeditor.models.lora.lora_hparams")
-    module.LoRAHyperParams.model_parallel = False
-
-
 def _repair_layer_outputs() -> None:
     """Let the release trace decoder layers that return a tensor.
 
@@ -113,15 +69,23 @@ def _repair_layer_outputs() -> None:
     def traced(
         self: Any, module: nn.Module, layer: str | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        self._tuple_hooks = []
+        self._tuple_hooks, was_tensor = [], False
         if layer is None or not layer.rpartition(".")[2].isdigit():  # not a decoder layer
             init(self, module, layer, *args, **kwargs)
             return
+
+        def to_tuple(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+            nonlocal was_tensor
+            was_tensor = isinstance(output, Tensor)
+            return (output,) if was_tensor else output
+
+        def to_tensor(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+            return output[0] if was_tensor else output
+
         target = nethook.get_module(module, layer)
-        shape = _OutputShape()
-        self._tuple_hooks.append(target.register_forward_hook(shape.to_tuple))
+        self._tuple_hooks.append(target.register_forward_hook(to_tuple))
         init(self, module, layer, *args, **kwargs)
-        self._tuple_hooks.append(target.register_forward_hook(shape.to_tensor))
+        self._tuple_hooks.append(target.register_forward_hook(to_tensor))
 
     @functools.wraps(close)
     def closed(self: Any) -> None:
@@ -131,20 +95,6 @@ def _repair_layer_outputs() -> None:
 
     nethook.Trace.__init__ = traced
     nethook.Trace.close = closed
-
-
-class _OutputShape:
-    """A pair of forward hooks: tensor outputs are tuples for the hooks between the two."""
-
-    def __init__(self) -> None:
-        self.was_tensor = False
-
-    def to_tuple(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
-        self.was_tensor = isinstance(output, Tensor)
-        return (output,) if self.was_tensor else output
-
-    def to_tensor(self, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002
-        return output[0] if self.was_tensor else output
 
 
 def _repair_scoring_limit() -> None:
@@ -166,9 +116,7 @@ def _repair_scoring_limit() -> None:
         whole.max_length = max(hparams.max_length, longest + 1)
         return original(model, tok, whole, prompts, targets, *args, **kwargs)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("easyeditor.") and vars(module).get(score.__name__) is original:
-            setattr(module, score.__name__, score)
+    replace_everywhere(original, score)
 
 
 def usable_unknown_token(tok: Any) -> None:

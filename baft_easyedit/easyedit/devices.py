@@ -40,26 +40,19 @@ class DeviceRemap(TorchFunctionMode):
 
     def _device(self, value: Any, number_is_device: bool) -> Any:
         """Return the device meant by one argument; anything else as it is."""
-        if isinstance(value, str) and value.startswith("cuda"):
+        if isinstance(value, str) and value.startswith("cuda:"):
             named = value.removeprefix("cuda:")
-            meant = value if named == value or named.isdigit() else named
-            return "cpu" if meant.startswith("cuda") and not self.has_cuda else meant
-        if self.has_cuda:
-            return value
-        if isinstance(value, torch.device) and value.type == "cuda":
-            return torch.device("cpu")
-        if number_is_device and type(value) is int:
-            return torch.device("cpu")
-        return value
+            value = value if named.isdigit() else named
+        names_cuda = (
+            (isinstance(value, str) and value.startswith("cuda"))
+            or (isinstance(value, torch.device) and value.type == "cuda")
+            or (number_is_device and type(value) is int)
+        )
+        return torch.device("cpu") if names_cuda and not self.has_cuda else value
 
 
 def honoured_device(generation: str, device: Any) -> AbstractContextManager[Any]:
-    """Return the context in which EasyEdit's code runs on `device`.
-
-    Args:
-        generation: EasyEdit's generation; the current one honours devices by itself.
-        device: The `device` of its hyper-parameters.
-    """
+    """Return the context in which EasyEdit's code runs on `device`, as its hyper-parameters say."""
     if generation == "current" or (torch.cuda.is_available() and type(device) is int):
         return nullcontext()
     return DeviceRemap()

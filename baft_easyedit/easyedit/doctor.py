@@ -19,12 +19,8 @@ import torch
 import baft_easyedit
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import COMMIT, HOME_VARIABLE, URL, Host
-from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.tiny import DEPTH, save_tiny_llama
-from baft_easyedit.hparams import BaFTHyperParams, scaled_layers
-
-_LIBRARIES = ("torch", "transformers", "peft")
+from baft_easyedit.hparams import BaFTHyperParams
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,18 @@ class DoctorReport:
 
 
 def doctor(with_edit: bool = True) -> DoctorReport:
-    """Look at the installation, and make one edit of a tiny random model through EasyEdit.
+    """Look at the installation, and make one edit of the bundled model through EasyEdit.
 
     Args:
         with_edit: Make that edit; without, EasyEdit is only imported.
     """
+    devices = torch.cuda.device_count()
     lines = [
         f"baft_easyedit {baft_easyedit.__version__}",
         f"python        {platform.python_version()}",
-        *map(_version_line, _LIBRARIES),
+        *map(_version_line, ("torch", "transformers", "peft")),
+        f"cuda          {f'{devices} device(s)' if devices else 'not available'}",
     ]
-    devices = torch.cuda.device_count()
-    lines.append(f"cuda          {f'{devices} device(s)' if devices else 'not available'}")
     try:
         host = register()
     except ImportError as error:
@@ -80,18 +76,17 @@ def _host_lines(host: Host) -> list[str]:
     """Describe an imported EasyEdit."""
     editor = importlib.import_module("easyeditor.editors.editor")
     methods = sorted(editor.ALG_DICT, key=lambda name: (name not in OUR_METHODS, name))
-    kind = "current, a clone" if host.generation == "current" else "the release of 2023, from PyPI"
-    entry_points = "edit, edit(sequential_edit=True), batch_edit, edit_requests" + (
-        ", normal_edit" if host.generation == "current" else ", edit_dataset"
-    )
+    is_current = host.generation == "current"
+    kind = "current, a clone" if is_current else "the release of 2023, from PyPI"
+    last = "normal_edit" if is_current else "edit_dataset"
     lines = [
         f"EasyEdit      {kind}, version {host.version}",
         f"  from        {host.path}",
         f"  methods     {', '.join(methods)}",
-        f"  BaFT, ReFT  in {entry_points}",
+        f"  BaFT, ReFT  in edit, edit(sequential_edit=True), batch_edit, edit_requests, {last}",
         f"  stood in    {', '.join(host.standins) or 'nothing'} (vision; not needed for text)",
     ]
-    if host.generation == "pypi":
+    if not is_current:
         lines.append(
             "  lacks       FT-M, WISE, GRACE, AlphaEdit, UltraEdit: for those, git clone "
             f"{URL} (tested: {COMMIT[:7]}) and set {HOME_VARIABLE}"
@@ -100,49 +95,37 @@ def _host_lines(host: Host) -> list[str]:
 
 
 def _edit_line() -> str:
-    """Edit a tiny random model through EasyEdit's `BaseEditor`, and say how it went.
+    """Edit the bundled model through EasyEdit's `BaseEditor`, and say how it went.
 
     Raises:
         RuntimeError: If the edit was not learned, or not undone exactly.
     """
     from easyeditor import BaseEditor
 
-    start = time.perf_counter()
-    with _out_of_the_way() as directory:
-        path = host_model_path(str(save_tiny_llama(directory)))
-        hparams = BaFTHyperParams(
-            model_name=path, layers=scaled_layers(DEPTH), device="cpu", lr=5e-2, num_steps=80
-        )
+    start, prompt = time.perf_counter(), "The capital of Malta is"
+    hparams = BaFTHyperParams.from_hparams("BaFT/facts-llama", device="cpu")
+    with _out_of_the_way():
         editor = BaseEditor.from_hparams(hparams)
-        probe = editor.tok("The capital of Freedonia is", return_tensors="pt")
+        probe = editor.tok(prompt, return_tensors="pt")
         with torch.no_grad():
             before = editor.model(**probe).logits
         metrics, _, _ = editor.edit_requests(
-            [
-                {
-                    "prompt": "The capital of Freedonia is",
-                    "target_new": "Oslo",
-                    "ground_truth": "",
-                    "locality": {},
-                    "portability": {},
-                }
-            ],
-            verbose=False,
-            sequential_edit=False,
+            [{"prompt": prompt, "target_new": "Oslo"}], verbose=False, sequential_edit=False
         )
         with torch.no_grad():
             undone = torch.equal(editor.model(**probe).logits, before)
     scores = [float(metrics[0][phase]["rewrite_acc"][0]) for phase in ("pre", "post")]
+    learned = f"token accuracy {scores[0]:.2f} -> {scores[1]:.2f}"
     if scores[1] <= scores[0] or not undone:
-        raise RuntimeError(f"token accuracy {scores[0]:.2f} -> {scores[1]:.2f}, undone: {undone}")
+        raise RuntimeError(f"{learned}, undone: {undone}")
     return (
-        f"works: token accuracy {scores[0]:.2f} -> {scores[1]:.2f} on a tiny random Llama, then "
-        f"undone bit for bit ({time.perf_counter() - start:.1f} s)"
+        f"works: {learned} on the bundled model, then undone bit for bit "
+        f"({time.perf_counter() - start:.1f} s)"
     )
 
 
 @contextmanager
-def _out_of_the_way() -> Iterator[Path]:
+def _out_of_the_way() -> Iterator[None]:
     """Work in a temporary directory, without output: EasyEdit prints and writes ./logs."""
     log = logging.getLogger("easyeditor.editors.editor")
     handlers, here = list(log.handlers), Path.cwd()
@@ -154,10 +137,9 @@ def _out_of_the_way() -> Iterator[Path]:
     ):
         os.chdir(directory)
         try:
-            yield Path(directory)
+            yield
         finally:
             os.chdir(here)
-            for handler in log.handlers:
-                if handler not in handlers:
-                    handler.close()
+            for handler in set(log.handlers) - set(handlers):
+                handler.close()
             log.handlers[:] = handlers

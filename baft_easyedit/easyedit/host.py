@@ -13,7 +13,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from baft_easyedit.easyedit.compat import moved_names, repair
+from baft_easyedit.easyedit.compat import repair
 from baft_easyedit.easyedit.standins import missing_vision_packages, vision_standins
 from baft_easyedit.files.paths import read_text
 
@@ -109,7 +109,7 @@ def load_host() -> Host:
         missing = missing_vision_packages()
         host = replace(host, standins=missing)
         logger.info("importing EasyEdit (%s) from %s", host.generation, host.path)
-        with _process_state_kept(), moved_names(), vision_standins(missing):
+        with _process_state_kept(), vision_standins(missing):
             _import_easyeditor(host)
     repair(host.generation)
     sys.modules["easyeditor"].__dict__["_baft_host"] = host
@@ -134,22 +134,21 @@ def _describe(package: Path) -> Host:
         ImportError: If it is of neither supported generation.
     """
     editors = package / "editors"
-    if "def restore_after_edit" in _text(editors / "utils.py"):
+    utils, editor = (
+        read_text(file) if file.is_file() else ""
+        for file in (editors / "utils.py", editors / "editor.py")
+    )
+    if "def restore_after_edit" in utils:
         return Host("current", package, _version(package))
     # The release passes `keep_original_weight` on to the methods; later commits dropped it, until
     # `restore_after_edit` came.
-    if "keep_original_weight=keep_original_weight" in _text(editors / "editor.py"):
+    if "keep_original_weight=keep_original_weight" in editor:
         return Host("pypi", package, _version(package))
     raise ImportError(
         f"EasyEdit at {package} is of a generation that is not supported: it has neither "
         "restore_after_edit (commits since 2026) nor the keep_original_weight of release "
         f"0.0.1.dev0. {HOW_TO_GET}"
     )
-
-
-def _text(file: Path) -> str:
-    """Return a file's text, empty if there is no such file."""
-    return read_text(file) if file.is_file() else ""
 
 
 def _version(package: Path) -> str:
@@ -165,8 +164,7 @@ def _version(package: Path) -> str:
             ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
-    site = [str(package.parent)]
-    found = importlib.metadata.distributions(name="easyeditor", path=site)
+    found = importlib.metadata.distributions(name="easyeditor", path=[str(package.parent)])
     return next((distribution.version for distribution in found), "unknown")
 
 
@@ -176,34 +174,24 @@ def _import_easyeditor(host: Host) -> None:
     Raises:
         ImportError: If a package that it needs is missing.
     """
-    spec = importlib.util.spec_from_file_location(
-        "easyeditor",
-        host.path / "__init__.py",
-        submodule_search_locations=[str(host.path)],
-    )
-    assert spec is not None  # a .py file always has a spec and a loader
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["easyeditor"] = module
+    sys.path.insert(0, str(host.path.parent))
     try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        for name in [n for n in sys.modules if n.split(".")[0] == "easyeditor"]:
-            del sys.modules[name]
-        if isinstance(error, ModuleNotFoundError):
-            raise ImportError(
-                f"EasyEdit at {host.path} needs the package {error.name!r}, which is not "
-                f"installed: {WITH_IMPORTS}"
-            ) from error
-        raise
+        importlib.import_module("easyeditor")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"EasyEdit at {host.path} needs the package {error.name!r}, which is not "
+            f"installed: {WITH_IMPORTS}"
+        ) from error
+    finally:
+        sys.path.remove(str(host.path.parent))
 
 
 @contextmanager
 def _process_state_kept() -> Iterator[None]:
     """Put back what importing EasyEdit changes: random states, environment, logging."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    uses_cuda: Callable[[], bool] = torch.cuda.is_initialized
-    cuda_states = torch.cuda.get_rng_state_all() if uses_cuda() else []
+    was_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda_states = torch.cuda.get_rng_state_all() if was_initialized else []
     environment = dict(os.environ)
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)

@@ -64,7 +64,7 @@ def score_jointly(
     """
     scores: dict[int, dict[str, Any]] = {}
     sizes = [_length(request, tok) for request in requests]
-    for group in alike(sizes, [_has_rephrasing(request) for request in requests]):
+    for group in alike(sizes, [bool(request.get("rephrase_prompt")) for request in requests]):
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
             found = _scored_together(score, [requests[i] for i in part])
@@ -93,26 +93,20 @@ def _scored_together(
     return [score(request) for request in requests]
 
 
-def _has_rephrasing(request: Request) -> bool:
-    """Tell whether a request has a rephrasing; all that are joined do, or none."""
-    return bool(request.get("rephrase_prompt"))
-
-
 def joint_request(requests: Sequence[Request]) -> dict[str, Any]:
     """Put requests together into one; all have a rephrasing, or none."""
-    joint: dict[str, Any] = {
-        name: [request[name] for request in requests]
-        for name in ("prompt", "target_new", "ground_truth")
-    }
-    if _has_rephrasing(requests[0]):
-        joint["rephrase_prompt"] = [request["rephrase_prompt"] for request in requests]
+    texts = ["prompt", "target_new", "ground_truth"]
+    if requests[0].get("rephrase_prompt"):
+        texts.append("rephrase_prompt")
+    joint: dict[str, Any] = {name: [request[name] for request in requests] for name in texts}
     for section in SECTIONS:
+        keys = dict.fromkeys(key for r in requests for key in r.get(section) or {})
         joint[section] = {
             key: {
                 part: [text for r in requests for text in _probe_texts(r, section, key, part)]
                 for part in ("prompt", "ground_truth")
             }
-            for key in dict.fromkeys(key for r in requests for key in r.get(section) or {})
+            for key in keys
         }
     return joint
 
@@ -132,15 +126,14 @@ def taken_apart(metrics: Mapping[str, Any], requests: Sequence[Request]) -> list
     """
     shares: list[dict[str, Any]] = [{} for _ in requests]
     for name, value in metrics.items():
-        if name in SECTIONS:
-            for share, scores in zip(shares, _probe_shares(name, value, requests), strict=True):
-                share[name] = scores
-        elif name.endswith("_acc"):
-            for share, score in zip(shares, _split(name, value, [1] * len(requests)), strict=True):
-                share[name] = score
+        if name.endswith("_acc"):
+            parts: Iterator[Any] = _split(name, value, [1] * len(requests))
+        elif name in SECTIONS:
+            parts = iter(_probe_shares(name, value, requests))
         else:  # what it says of its metrics
-            for share in shares:
-                share[name] = deepcopy(value)
+            parts = (deepcopy(value) for _ in requests)
+        for share, part in zip(shares, parts, strict=True):
+            share[name] = part
     return shares
 
 

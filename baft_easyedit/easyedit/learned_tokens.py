@@ -27,7 +27,7 @@ class LearnedTokens:
         while isinstance(tok, LearnedTokens):
             tok = tok._tok
         end = prompt_format.template_end(tok) if prompt_format.use_chat_template else ""
-        self.__dict__.update(
+        self.__dict__.update(  # as attributes that are set are the tokenizer's
             _tok=tok,
             _format=prompt_format,
             _texts={},
@@ -36,7 +36,7 @@ class LearnedTokens:
         )
 
     def expect(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
-        """Make known which prompts and targets will come; return the prompts' tokens."""
+        """Make known which prompts and targets will come; return the prompts' lengths in tokens."""
         form, tok, lengths = self._format, self._tok, []
         for prompt, target in zip(prompts, targets, strict=True):
             shown = form.prompt_text(prompt, tok)

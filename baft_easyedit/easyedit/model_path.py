@@ -16,21 +16,10 @@ from baft_easyedit.files.reading import parse_json
 from baft_easyedit.gguf.smollm2 import ready_location
 
 _FAMILIES = (
-    "t5",
-    "chatglm-api",
-    "gpt-3.5",
-    "gpt",
-    "llama",
-    "baichuan",
-    "chatglm",
-    "internlm",
-    "qwen2",
-    "qwen3",
-    "qwen",
-    "mistral",
-)
+    "t5", "chatglm-api", "gpt-3.5", "gpt", "llama", "baichuan", "chatglm", "internlm", "qwen2",
+    "qwen3", "qwen", "mistral",
+)  # fmt: skip
 """In the order in which EasyEdit looks for them."""
-_MAX_TRIES = 100
 
 
 def host_model_path(path: str) -> str:
@@ -83,11 +72,9 @@ def _family_of_model(directory: Path) -> str:
 
 
 def _safe_directory() -> Path:
-    """Make a temporary directory the random part of whose name means nothing to EasyEdit."""
-    for _ in range(_MAX_TRIES):
+    """Make a temporary directory, gone with the process, whose name means nothing to EasyEdit."""
+    while True:
         directory = Path(tempfile.mkdtemp(prefix="easyedit-"))
-        if _family_in(directory.name) is None:
-            atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        if _family_in(directory.name) is None:  # some names have a "t5" in their random part
             return directory
-        directory.rmdir()
-    raise ValueError(f"no usable temporary directory in {tempfile.gettempdir()}")

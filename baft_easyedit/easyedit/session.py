@@ -23,13 +23,8 @@ from baft_easyedit.easyedit.joint_scoring import (
     score_jointly,
 )
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
-from baft_easyedit.easyedit.peer_fixes import (
-    after_edit,
-    edited_request,
-    reset_method_state,
-    scored_request,
-    whole_answers,
-)
+from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
+from baft_easyedit.easyedit.peers.repairs import after_edit, reset_method_state, whole_answers
 from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.editor import BaFTEditor, Learned
 from baft_easyedit.generation import generate_answers
@@ -42,11 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_editor(hparams: Any) -> Any:
-    """Make EasyEdit's `BaseEditor`, which loads the model.
-
-    Args:
-        hparams: Hyper-parameters of a method.
-    """
+    """Make EasyEdit's `BaseEditor`, which loads the model of a method's hyper-parameters."""
     register()
     return importlib.import_module("easyeditor.editors.editor").BaseEditor.from_hparams(hparams)
 
@@ -85,7 +76,29 @@ class Session:
     @property
     def num_parameters(self) -> int | None:
         """Numbers that the edits learned or changed; None if there is no telling."""
-        return changed_parameters(self.model, self._edits[0][1]) if self._edits else None
+        model, weights_copy = self.model, self._edits[0][1] if self._edits else None
+        edit = attached_edit(model) if isinstance(model, nn.Module) else None
+        if edit is not None:
+            return edit.num_parameters
+        if hasattr(model, "peft_config"):
+            return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        if isinstance(weights_copy, Mapping) and weights_copy:
+            return sum(weight.numel() for weight in weights_copy.values())
+        return None
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Run EasyEdit's code on its device, with the model in eval mode."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        training = [module for module in modules if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with honoured_device(self.generation, self.editor.hparams.device):
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
     def edit(self, requests: Sequence[Request]) -> float:
         """Edit requests together in one call of the method; return the seconds it took."""
@@ -113,30 +126,26 @@ class Session:
     def learn_apart(self, requests: Sequence[Request], batch_size: int) -> list[Learned]:
         """Learn requests with BaFT or ReFT, each on its own, many side by side; see `install`."""
         editor = self.editor
-        return BaFTEditor(editor.model, editor.tok, editor.hparams).learn_apart(
-            requests, batch_size
-        )
+        ours = BaFTEditor(editor.model, editor.tok, editor.hparams)
+        return ours.learn_apart(requests, batch_size)
 
     def install(self, learned: Learned) -> float:
         """Edit the model with what `learn_apart` learned; return its share of the seconds."""
-        editor = BaFTEditor(self.editor.model, self.editor.tok, self.editor.hparams)
-        editor.install(learned)
-        self._edits.append((self.editor.model, Undo(editor.undo)))
+        editor = self.editor
+        ours = BaFTEditor(editor.model, editor.tok, editor.hparams)
+        ours.install(learned)
+        self._edits.append((editor.model, Undo(ours.undo)))
         return learned.report.time_s
 
     @property
     def scores_together(self) -> bool:
         """Whether several requests are scored in one forward: if that is as scoring each alone."""
         editor = self.editor
-        pads_left = self.generation == "current" or editor.tok.padding_side == "left"
-        generates = getattr(editor.hparams, "evaluation_type", None) in (
-            "LLM-judge",
-            "generate-text",
-        )
+        evaluation = getattr(editor.hparams, "evaluation_type", None)
         return (
             self.batch_size > 1
-            and pads_left
-            and not generates
+            and (self.generation == "current" or editor.tok.padding_side == "left")
+            and evaluation not in ("LLM-judge", "generate-text")
             and rows_are_independent(editor.alg_name)
             and padding_is_harmless(editor.model)
         )
@@ -155,11 +164,7 @@ class Session:
     def _quality(self, request: Request) -> dict[str, Any]:
         """Call EasyEdit's evaluator."""
         editor = self.editor
-        with (
-            _evaluating(self.model),
-            honoured_device(self.generation, editor.hparams.device),
-            whole_answers(self.model, editor.alg_name),
-        ):
+        with self._scoring(), whole_answers(self.model, editor.alg_name):
             return self._host.compute_edit_quality(
                 self.model,
                 editor.model_name,
@@ -191,16 +196,13 @@ class Session:
 
     def token_accuracies(self, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
         """Return EasyEdit's teacher-forced token accuracy of each target after its prompt."""
-        editor = self.editor
-        module = importlib.import_module("easyeditor.evaluate.evaluate_utils")
-        with _evaluating(self.model), honoured_device(self.generation, editor.hparams.device):
+        module, h = (
+            importlib.import_module("easyeditor.evaluate.evaluate_utils"),
+            self.editor.hparams,
+        )
+        with self._scoring():
             scores = module.test_prediction_acc(
-                self.model,
-                self._scoring_tokenizer,
-                editor.hparams,
-                list(prompts),
-                list(targets),
-                editor.hparams.device,
+                self.model, self._scoring_tokenizer, h, list(prompts), list(targets), h.device
             )
         return [float(score) for score in np.ravel(scores)]
 
@@ -213,11 +215,10 @@ class Session:
             prompts: One text per answer, or its tokens.
             max_new_tokens: Where each answer is cut.
         """
-        editor, model = self.editor, self.model
-        size = self.batch_size if rows_are_independent(editor.alg_name) else 1
-        with _evaluating(model), honoured_device(self.generation, editor.hparams.device):
+        size = self.batch_size if rows_are_independent(self.editor.alg_name) else 1
+        with self._scoring():
             return generate_answers(
-                model, editor.tok, prompts, max_new_tokens, self._input_device(), size
+                self.model, self.editor.tok, prompts, max_new_tokens, self._input_device(), size
             )
 
     def restore(self) -> bool | None:
@@ -231,13 +232,16 @@ class Session:
         """
         # What the first edit returned is what undoes them all: it kept the unedited weights, and
         # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only. Ours
-        # take back their own edit each.
+        # and KN's take back their own edit each.
         edits, self._edits = self._edits, []
-        ours = [edit for edit in edits if isinstance(edit[1], Undo)]
+        is_each_its_own = self.editor.alg_name == "KN" or any(isinstance(e[1], Undo) for e in edits)
         try:
-            for edited, weights_copy in reversed(ours or edits[:1]):
+            for edited, weights_copy in reversed(edits if is_each_its_own else edits[:1]):
                 with honoured_device(self.generation, self.editor.hparams.device):
-                    self._restore_as_easyedit(edited, weights_copy)
+                    if self.generation == "current":
+                        self._host.restore_after_edit(self.editor, edited, weights_copy)
+                    else:
+                        _restore_as_the_release_does(self.editor, edited, weights_copy)
         # A peer whose restore fails is one that does not restore: its scores stand, and say so.
         except Exception:
             if self._unedited is None:
@@ -246,17 +250,10 @@ class Session:
         reset_method_state(self.editor)
         if self._unedited is None:
             return None
-        if self._is_unedited():
+        if self._is_unedited(self._unedited):
             return True
         self.editor.model = deepcopy(self._unedited)
         return False
-
-    def _restore_as_easyedit(self, edited: Any, weights_copy: Any) -> None:
-        """Restore the model by this generation's own rules."""
-        if self.generation == "current":
-            self._host.restore_after_edit(self.editor, edited, weights_copy)
-        else:
-            _restore_as_the_release_does(self.editor, edited, weights_copy)
 
     def _input_device(self) -> torch.device:
         """Return where the model wants its tokens."""
@@ -264,38 +261,24 @@ class Session:
 
     def _probe_logits(self) -> Tensor:
         """Return the unedited model's logits on the probe."""
-        model = self.editor.model
         batch = self.editor.tok(self._probe, return_tensors="pt").to(self._input_device())
-        with torch.no_grad(), _evaluating(model):
-            return model(input_ids=batch["input_ids"]).logits
+        with torch.no_grad(), self._scoring():
+            return self.editor.model(input_ids=batch["input_ids"]).logits
 
-    def _is_unedited(self) -> bool:
+    def _is_unedited(self, unedited: nn.Module) -> bool:
         """Compare weights, names and probe logits with the unedited model's, bit for bit."""
-        now, before = self.editor.model.state_dict(), self._unedited.state_dict()  # type: ignore[union-attr]
-        same = now.keys() == before.keys() and all(
-            torch.equal(now[name], before[name]) for name in before
+        now, before = self.editor.model.state_dict(), unedited.state_dict()
+        return (
+            now.keys() == before.keys()
+            and all(torch.equal(now[name], before[name]) for name in before)
+            and torch.equal(self._probe_logits(), self._reference)  # type: ignore[arg-type]
         )
-        return same and torch.equal(self._probe_logits(), self._reference)  # type: ignore[arg-type]
 
 
 def _synchronize() -> None:
     """Wait for CUDA, so that a clock read afterwards has seen the work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Put a model's modules into eval mode inside this context."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _compare_locality(metrics: Mapping[str, Any], request: Request) -> None:
@@ -318,19 +301,6 @@ def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) ->
         else:
             for name, weight in weights_copy.items():
                 nethook.get_parameter(editor.model, name)[...] = weight
-
-
-def changed_parameters(edited: Any, weights_copy: Any) -> int | None:
-    """Count the numbers that an edit learned or changed; None if there is no telling."""
-    if isinstance(edited, nn.Module):
-        edit = attached_edit(edited)
-        if edit is not None:
-            return edit.num_parameters
-        if hasattr(edited, "peft_config"):
-            return sum(p.numel() for name, p in edited.named_parameters() if "lora_" in name)
-    if isinstance(weights_copy, Mapping) and weights_copy:
-        return sum(weight.numel() for weight in weights_copy.values())
-    return None
 
 
 def prepare_requests(requests: Sequence[Request]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Stand-ins for the vision packages that EasyEdit imports and text editing never uses.
+"""Stand-ins for what EasyEdit imports for its multimodal editors and text editing never uses.
 
 They exist only while EasyEdit is imported: after that, asking for a package that is not installed
 fails as it did before. What EasyEdit keeps of them can be inherited from, but not used.
@@ -18,40 +18,43 @@ VISION_PACKAGES = ("av", "cv2", "fairscale", "iopath", "qwen_vl_utils", "timm", 
 _ASKED_BEFORE = ("transformers", "datasets", "peft", "accelerate", "sentence_transformers")
 """Packages that look for vision packages themselves, and remember the answer."""
 
+_MOVED_NAMES = (
+    "apply_chunking_to_forward",
+    "find_pruneable_heads_and_indices",
+    "prune_linear_layer",
+)
+
 
 class _Unusable(type):
     """Metaclass of what a stand-in module holds: a class to inherit from and nothing more."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
+        origin = next(base for base in reversed(cls.__mro__[:-1]))
         raise ImportError(
-            f"{cls.__qualname__} needs the package {_package_of(cls)!r}, which is not installed. "
-            "EasyEdit imports it for its multimodal editors; text editing never needs it."
+            f"{origin.__qualname__} needs the package {origin.__module__!r}, which is not "
+            "installed. EasyEdit imports it for multimodal editors; text editing never needs it."
         )
 
     def __getattr__(cls, name: str) -> "_Unusable":
-        if name.startswith("__"):
-            raise AttributeError(name)
         return _unusable(f"{cls.__qualname__}.{name}")
 
 
-def _package_of(cls: type) -> str:
-    """Return the missing package that a class, or one it inherits from, stands for."""
-    names = [base.__dict__["_stands_for"] for base in cls.__mro__ if "_stands_for" in base.__dict__]
-    return names[0]
+def _unusable(path: str) -> _Unusable:
+    """Make the stand-in of one attribute of a missing package.
 
-
-def _unusable(qualname: str) -> _Unusable:
-    """Make the stand-in of one attribute of a missing package."""
-    members = {"__qualname__": qualname, "_stands_for": qualname.split(".")[0]}
-    return _Unusable(qualname.rpartition(".")[2], (), members)
+    Raises:
+        AttributeError: If it is a special one, by which others find out what a thing can do.
+    """
+    name = path.rpartition(".")[2]
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Unusable(name, (), {"__qualname__": path, "__module__": path.partition(".")[0]})
 
 
 class _StandIn(ModuleType):
     """A module every attribute of which exists and cannot be used."""
 
     def __getattr__(self, name: str) -> _Unusable:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return _unusable(f"{self.__name__}.{name}")
 
 
@@ -98,12 +101,21 @@ def _ask_before() -> None:
 
 @contextmanager
 def vision_standins(packages: Sequence[str]) -> Iterator[None]:
-    """Let imports of missing vision packages succeed inside this context.
+    """Let imports of missing vision packages, and of names that moved, succeed in this context.
+
+    The release imports, for its vision models, names of `transformers.modeling_utils` that version
+    5 moved to `transformers.pytorch_utils`, or dropped.
 
     Args:
         packages: Top-level names to stand in for; see `missing_vision_packages`.
     """
     _ask_before()
+    from transformers import modeling_utils, pytorch_utils
+
+    lent = [name for name in _MOVED_NAMES if not hasattr(modeling_utils, name)]
+    for name in lent:
+        gone = _unusable(f"transformers.{name}")
+        setattr(modeling_utils, name, getattr(pytorch_utils, name, gone))
     finder = _Finder(packages)
     sys.meta_path.append(finder)  # last: a real package always wins
     try:
@@ -112,3 +124,5 @@ def vision_standins(packages: Sequence[str]) -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in [n for n, m in sys.modules.items() if isinstance(m, _StandIn)]:
             del sys.modules[name]
+        for name in lent:
+            delattr(modeling_utils, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from baft_easyedit.bench.datasets import DATASETS
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.peer_methods import why_not
+from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import ENGINES
 from baft_easyedit.speed.shapes import find_shape

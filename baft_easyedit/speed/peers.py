@@ -15,8 +15,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from baft_easyedit.easyedit.host import loaded_generation
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peer_fixes import fix_peer, prepare_method
-from baft_easyedit.easyedit.peers import NEED_TEXTS, batchable, peer_hparams, write_statistics
+from baft_easyedit.easyedit.peers import (
+    NEED_TEXTS,
+    batchable,
+    fix_peer,
+    peer_hparams,
+    prepare_method,
+    write_statistics,
+)
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
 from baft_easyedit.speed.measure import EditCost, Requests
@@ -30,7 +36,7 @@ class PeerMethod:
     """A method of EasyEdit on a model that EasyEdit loads.
 
     Args:
-        name: A name of `peer_methods.PEERS`.
+        name: A name of `peers.PEERS`.
         model: Hugging Face name or directory, or `bundled`.
         device: EasyEdit's device.
         half: Load the model in half precision.

@@ -16,8 +16,8 @@ from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.plan import Protocol, Unit
 from baft_easyedit.bench.runner import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
-from baft_easyedit.easyedit.tiny import save_tiny_llama
 from tests.conftest import run_worker_here
+from tests.tiny import save_tiny_llama
 
 CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
 MEASURED = ("edit_time_s", "peak_memory_bytes")

@@ -10,7 +10,7 @@ import torch
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams, register
 from baft_easyedit.easyedit.host import HOME_VARIABLE
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.tiny import save_tiny_llama
+from tests.tiny import save_tiny_llama
 
 CAPITALS = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern"}
 

@@ -69,12 +69,10 @@ def test_the_readmes_script_does_what_it_says(host, make_hparams, learned, monke
         ("edit", {"sequential_edit": False}, False),
         ("edit", {"keep_original_weight": True}, False),
         ("edit", {"keep_original_weight": False}, True),
-        ("edit", {"sequential_edit": True, "keep_original_weight": True}, True),
         ("edit", {"sequential_edit": False, "keep_original_weight": False}, False),
         ("edit", {}, None),
         ("batch_edit", {"sequential_edit": True}, True),
         ("batch_edit", {"sequential_edit": False}, False),
-        ("edit_requests", {"sequential_edit": True}, True),
         ("edit_requests", {"sequential_edit": False}, False),
     ],
 )
@@ -95,17 +93,6 @@ def test_edits_are_kept_or_undone_as_asked(host, quick, requests, way, options, 
     assert torch.equal(logits(editor, "The sky is"), edited)
     weights_copy()  # the latest edit, if it is there
     assert torch.equal(logits(editor, "The sky is"), edited) is not keeps
-
-
-@pytest.mark.easyedit
-def test_normal_edit_keeps_edits_if_asked(host, quick, requests):
-    if host.generation == "pypi":
-        pytest.skip("the release has no normal_edit")
-    texts = {key: edit_arguments(requests)[key] for key in ("prompts", "target_new")}
-    for keeps in (False, True):
-        editor = quick(batch_size=3)
-        editor.normal_edit(**texts, sequential_edit=keeps)
-        assert is_edited(editor) is keeps
 
 
 @pytest.mark.easyedit
@@ -152,8 +139,7 @@ def test_an_edit_is_undone_if_its_scoring_fails(host, quick, requests, monkeypat
 
 
 @pytest.mark.easyedit
-@pytest.mark.parametrize("way", ["edit", "batch_edit"])
-@pytest.mark.parametrize("container", [list, tuple])
+@pytest.mark.parametrize(("way", "container"), [("edit", list), ("batch_edit", tuple)])
 def test_every_argument_reaches_the_requests(host, quick, requests, learned, way, container):
     editor = quick(**({"batch_size": 2} if way == "batch_edit" else {}))
     texts = [request["prompt"] for request in requests]
@@ -180,38 +166,6 @@ def test_every_argument_reaches_the_requests(host, quick, requests, learned, way
     assert all("rephrase_acc" in metric["post"] for metric in metrics)
     assert len(learned) == (2 if way == "batch_edit" else 3)
     assert PROBE["prompt"] == ["The sky is"] * 3
-
-
-@pytest.mark.easyedit
-@pytest.mark.parametrize("way", ["edit", "batch_edit"])
-def test_single_texts_are_one_request(host, quick, learned, way):
-    probe = {"nq": {"prompt": "The sky is", "ground_truth": "blue"}}
-    metrics, _, _ = getattr(quick(), way)(
-        prompts="The capital of Freedonia is",
-        target_new="Oslo",
-        ground_truth="Paris",
-        rephrase_prompts="Freedonia has the capital",
-        subject="Freedonia",
-        loc_prompts=IRRELEVANT,
-        locality_inputs=probe,
-        portability_inputs=probe,
-        sequential_edit=False,
-    )
-    ((request,),) = learned
-    assert request["prompt"] == "The capital of Freedonia is"
-    assert request["loc_prompt"] == IRRELEVANT
-    assert request["subject"] == "Freedonia"
-    assert len(metrics) == 1
-    assert probe == {"nq": {"prompt": "The sky is", "ground_truth": "blue"}}
-
-
-@pytest.mark.easyedit
-def test_requests_need_no_more_than_prompt_and_target(host, quick, learned):
-    request = {"prompt": "The sky is", "target_new": "red", "loc_prompt": [IRRELEVANT]}
-    metrics, _, _ = quick().edit_requests([request], sequential_edit=False, verbose=False)
-    assert learned[0][0]["loc_prompt"] == [IRRELEVANT]
-    assert "rewrite_acc" in metrics[0]["post"]
-    assert request == {"prompt": "The sky is", "target_new": "red", "loc_prompt": [IRRELEVANT]}
 
 
 def test_what_is_none_is_left_out():
@@ -256,15 +210,8 @@ def test_bad_requests_are_refused(change, error, message):
 @pytest.mark.parametrize(
     ("way", "options", "error", "message"),
     [
-        (
-            "edit",
-            {"loc_prompt": "x"},
-            TypeError,
-            "does not read 'loc_prompt'; it reads .*loc_promp",
-        ),
-        ("edit", {"requests": []}, TypeError, "does not read 'requests'"),
+        ("edit", {"loc_prompt": "x"}, TypeError, "does not read 'loc_prompt'; it .*loc_prompts"),
         ("batch_edit", {"metric_kwargs": []}, TypeError, "does not read 'metric_kwargs'"),
-        ("batch_edit", {"locality_prompts": ["x"]}, TypeError, "does not read 'locality_prompts'"),
         ("batch_edit", {"eval_metric": "ppl"}, ValueError, "eval_metric must be a token accuracy"),
         ("edit_requests", {"loc_prompts": ["x"]}, TypeError, "does not read 'loc_prompts'"),
     ],
@@ -328,10 +275,12 @@ def test_arguments_have_their_own_names():
     def edit(self, prompts, target_new, ground_truth=None, verbose=True, **kwargs):
         """Stand for EasyEdit's."""
 
-    call = read_call(edit, "current", ("a",), {"target_new": "b", "verbose": False}, 1)
-    assert call.parts == (
-        {"prompts": ["a"], "target_new": ["b"], "verbose": False, "sequential_edit": False},
-    )
+    given = {"target_new": "b", "verbose": False}
+    parts, keeps = read_call(edit, "current", ("a",), given, 1)
+    assert parts == [
+        {"prompts": ["a"], "target_new": ["b"], "verbose": False, "sequential_edit": False}
+    ]
+    assert not keeps
     with pytest.raises(TypeError, match=r"edit\(\) got multiple values for argument 'prompts'"):
         read_call(edit, "pypi", ("a",), {"prompts": "b"}, 1)
     with pytest.raises(TypeError, match="too many positional arguments"):

@@ -82,14 +82,6 @@ def test_a_package_that_easyedit_lacks_is_named(without_easyeditor, monkeypatch,
     assert "easyeditor" not in sys.modules
 
 
-def test_other_errors_of_an_import_come_through(without_easyeditor, monkeypatch, tmp_path):
-    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
-    make_clone(tmp_path, init="raise RuntimeError('broken')", utils=CURRENT)
-    with pytest.raises(RuntimeError, match="broken"):
-        load_host()
-    assert "easyeditor" not in sys.modules
-
-
 def test_importing_keeps_random_states_and_environment(without_easyeditor, monkeypatch, tmp_path):
     init = (
         "import os, random, logging, numpy, torch\n"
@@ -114,9 +106,5 @@ def test_importing_keeps_random_states_and_environment(without_easyeditor, monke
 def test_loading_twice_gives_the_same_host(host):
     assert load_host() is host
     assert loaded_generation() == host.generation
-    assert importlib.util.find_spec("easyeditor") is not None
-
-
-@pytest.mark.easyedit
-def test_standins_are_gone_after_the_import(host):
     assert not set(host.standins) & set(sys.modules)
+    assert importlib.util.find_spec("easyeditor") is not None

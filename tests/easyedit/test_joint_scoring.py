@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from baft_easyedit.easyedit.joint_scoring import (
-    joint_request,
     padding_is_harmless,
     score_jointly,
     taken_apart,
@@ -22,37 +21,6 @@ FULL = {
     "locality": {"nq": {"prompt": ["a", "b"], "ground_truth": ["c", "d"]}},
     "portability": {"hop": {"prompt": "e", "ground_truth": "f"}},
 }
-
-
-def test_a_joint_request_has_lists_of_all_texts():
-    assert joint_request([FULL, PLAIN, FULL]) == {
-        "prompt": ["Q", "P", "Q"],
-        "target_new": ["x"] * 3,
-        "ground_truth": [None] * 3,
-        "locality": {"nq": {"prompt": ["a", "b"] * 2, "ground_truth": ["c", "d"] * 2}},
-        "portability": {"hop": {"prompt": ["e"] * 2, "ground_truth": ["f"] * 2}},
-    }
-    rephrased = joint_request([{**PLAIN, "rephrase_prompt": text} for text in ("r", "s")])
-    assert rephrased["rephrase_prompt"] == ["r", "s"]
-
-
-def test_scores_are_taken_apart_again():
-    metrics = {
-        "rewrite_acc": [0.1, 0.2],
-        "metric_meta": {"rewrite": {"protocol": "tf"}},
-        "locality": {"nq_output": [[1], [2]]},
-        "portability": {"hop_acc": [0.5]},
-    }
-    plain, full = taken_apart(metrics, [PLAIN, FULL])
-    assert plain == {
-        "rewrite_acc": [0.1],
-        "metric_meta": {"rewrite": {"protocol": "tf"}},
-        "locality": {},
-        "portability": {},
-    }
-    assert full["locality"] == metrics["locality"]
-    assert full["portability"] == metrics["portability"]
-    assert plain["metric_meta"] is not full["metric_meta"]
 
 
 def test_each_prompt_needs_a_score():
@@ -109,13 +77,6 @@ def test_what_cannot_be_scored_together_is_scored_alone(caplog, error):
     assert f"2 requests are scored one by one: {error}" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("family", "harmless"), [("llama", True), ("gemma3", True), ("gptj", True), ("gpt2", False)]
-)
-def test_padding_shifts_learned_positions(family, harmless):
-    assert padding_is_harmless(make_model(family)) is harmless
-
-
 def several_probes(requests):
     """Requests of different shapes: more probes, none, no rephrasing."""
     more = {"prompt": ["Snow is", "The sun is very"], "ground_truth": ["white", "hot"]}
@@ -160,3 +121,5 @@ def test_only_what_scores_alike_is_scored_together(make_editor, monkeypatch):
             assert not session.scores_together
     editor.tok.padding_side = "right"
     assert session.scores_together == (session.generation == "current")
+    assert not padding_is_harmless(make_model("gpt2"))  # positions are learned
+    assert padding_is_harmless(make_model("gptj"))

@@ -3,24 +3,24 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peer_fixes import (
-    edited_request,
+from baft_easyedit.easyedit.peers import (
     fix_peer,
+    peer_hparams,
     prepare_method,
-    scored_request,
+    write_statistics,
 )
-from baft_easyedit.easyedit.peer_prompts import (
+from baft_easyedit.easyedit.peers.prompts import (
+    edited_request,
     learns_no_end,
+    scored_request,
+    suited_tokenizer,
     tell_end_from_padding,
-    tokenizer_behind_templates,
 )
-from baft_easyedit.easyedit.peers import peer_hparams, write_statistics
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
-from baft_easyedit.easyedit.tiny import save_tiny_llama
+from tests.tiny import save_tiny_llama
 
 CHAT = "<s>{% for m in messages %}[{{ m['content'] }}{{ mood }}]</s>{% endfor %}"
 BOTH = {"use_chat_template": True, "learn_end": True}
@@ -79,30 +79,6 @@ def test_the_template_becomes_part_of_the_prompt_and_the_end_of_the_answer(reque
     assert requests[0]["prompt"] == "The capital of Freedonia is"
 
 
-def test_each_can_be_had_alone(requests, tok):
-    plain = edited_request(requests[0], editor_of("FT", tok, learn_end=True))
-    assert plain["prompt"] == requests[0]["prompt"]
-    assert plain["target_new"] == "Oslo</s>"
-    chat = edited_request(requests[0], editor_of("FT", tok, use_chat_template=True))
-    assert (chat["prompt"][0], chat["target_new"]) == ("[", "Oslo")
-
-
-def test_a_tokenizer_without_a_first_token_gets_the_templates(requests, tok):
-    tok.backend_tokenizer.post_processor = None
-    if tok("a")["input_ids"][0] == tok.bos_token_id:
-        pytest.skip("this tokenizer cannot be told to begin with nothing")
-    edited = edited_request(requests[0], editor_of("FT", tok, **BOTH))
-    assert edited["prompt"].startswith("<s>[")
-
-
-def test_methods_with_templates_of_their_own_get_bare_prompts(requests, tok):
-    for algorithm in ("WISE", "BaFT", "ReFT"):
-        edited = edited_request(requests[0], editor_of(algorithm, tok, **BOTH))
-        assert edited["prompt"] == requests[0]["prompt"]
-    assert edited["target_new"] == "Oslo"  # ours learn the end by themselves
-    assert edited_request(requests[0], editor_of("WISE", tok, **BOTH))["target_new"] == "Oslo</s>"
-
-
 def test_what_cannot_learn_an_end_says_so(requests, tok):
     ft_l = {"objective_optimization": "prompt_last", **BOTH}
     edited = edited_request(requests[0], editor_of("FT", tok, **ft_l))
@@ -145,7 +121,7 @@ def test_grace_is_asked_in_the_template_but_for_locality(requests, tok):
 def test_answers_stand_right_behind_the_template(requests, tok):
     editor = editor_of("FT", tok, **BOTH)
     edited = edited_request({**requests[0], "target_new": " 2006"}, editor)
-    suited = tokenizer_behind_templates(tok, [edited], editor.hparams)
+    suited = suited_tokenizer("FT-M", tok, [edited], editor.hparams)
     text = f"{edited['prompt']} {edited['target_new']}"
     expected = tok(f"{edited['prompt']}2006</s>")["input_ids"]
     assert suited(text)["input_ids"] == expected
@@ -153,16 +129,14 @@ def test_answers_stand_right_behind_the_template(requests, tok):
     assert suited(" 2006</s>")["input_ids"] == tok("2006</s>")["input_ids"]
     assert suited("The sky is blue")["input_ids"] == tok("The sky is blue")["input_ids"]
     editor.hparams.use_chat_template = False
-    assert tokenizer_behind_templates(tok, [edited], editor.hparams) is tok
+    assert suited_tokenizer("FT-M", tok, [edited], editor.hparams) is tok
 
 
 LIVES = {
     "FT-M": {"lr": 1e-2, "num_steps": 25},
     "LoRA": {"lr": 1e-2, "num_steps": 40, "lora_dropout": 0.0},
-    "GRACE": {"n_iter": 60},
     "WISE": {"n_iter": 60},
     "ROME": {"context_template_length_params": [[5, 5]]},
-    "UltraEdit": {},
     "MEMIT": {"v_num_grad_steps": 3},
 }
 LEARN = ("FT-M", "LoRA")  # one value of GRACE is too little for this model
@@ -183,21 +157,3 @@ def test_a_method_lives_in_a_chat(make_peer, requests, name):
         assert session.answers([prompt], [16]) == ["Oslo"]  # and no more: it has learned the end
         assert scored["rewrite_acc"] == [1.0]
     assert session.restore() is True
-
-
-@pytest.mark.easyedit
-def test_prompts_are_shown_to_methods_as_to_the_scorer(make_peer, requests):
-    editor, _ = make_peer("FT-M", num_steps=1)
-    complete, seen = prepare_requests(requests), []
-    hook = editor.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0]), with_kwargs=True
-    )
-    session = Session(editor, "The sky is", verify=False)
-    session.edit(complete[:1])
-    session.score([{**complete[0], "rephrase_prompt": None, "locality": {}, "portability": {}}])
-    hook.remove()
-    learned, scored = seen[0], seen[-1]
-    text = f"<s>[{complete[0]['prompt']}]</s>Oslo"  # without a space
-    assert scored.tolist() == editor.tok(text, add_special_tokens=False)["input_ids"]
-    assert torch.equal(learned[:-1], scored)
-    assert learned[-1] == editor.tok.eos_token_id

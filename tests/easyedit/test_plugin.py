@@ -1,9 +1,7 @@
 """BaFT and ReFT as methods of a real EasyEdit; runs on whichever generation is found."""
 
 import copy
-import dataclasses
 import importlib
-import json
 import os
 import pickle
 import subprocess
@@ -13,7 +11,7 @@ import pytest
 import torch
 from conftest import edit_arguments, logits, other_generation_environment
 
-from baft_easyedit import BaFTEditor, BaFTHyperParams, attached_edit, register
+from baft_easyedit import BaFTEditor, attached_edit, register
 from baft_easyedit.easyedit.plugin import Undo, apply_baft_to_model, apply_reft_to_model
 
 pytestmark = pytest.mark.easyedit
@@ -60,13 +58,6 @@ def test_edit_learns_and_restores_bit_for_bit(make_editor, requests, undoing, me
     assert not weights_copy.items()
 
 
-def test_edit_requests_scores_locality_and_portability(make_editor, requests, undoing):
-    metrics, _, _ = make_editor().edit_requests(requests, verbose=False, **undoing)
-    for metric in metrics:
-        assert 0 <= metric["post"]["locality"]["nq_acc"][0] <= 1
-        assert metric["post"]["portability"]["hop_acc"][0] >= 0
-
-
 def test_edits_accumulate_when_asked(host, make_editor, requests):
     editor = make_editor()
     before = logits(editor, requests[0]["prompt"])
@@ -104,28 +95,6 @@ def test_batch_edit_learns_several_requests_in_one_call(host, make_editor, reque
     assert attached_edit(editor.model) is not None
 
 
-def test_normal_edit_restores_too(host, make_editor, requests):
-    if host.generation == "pypi":
-        pytest.skip("the release has no normal_edit")
-    editor = make_editor(batch_size=3)
-    before = logits(editor, requests[0]["prompt"])
-    texts = edit_arguments(requests)
-    editor.normal_edit(prompts=texts["prompts"], target_new=texts["target_new"])
-    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
-
-
-def test_copy_edits_a_copy(make_editor, requests):
-    editor = make_editor()
-    before = logits(editor, requests[0]["prompt"])
-    edited, _ = apply_baft_to_model(
-        editor.model, editor.tok, requests[:1], editor.hparams, copy=True
-    )
-    assert edited is not editor.model
-    assert attached_edit(edited) is not None
-    assert attached_edit(editor.model) is None
-    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
-
-
 @pytest.fixture
 def apply(make_editor):
     """Edits a request with the entry point; all on one model."""
@@ -136,22 +105,6 @@ def apply(make_editor):
 
     run.editor = editor
     return run
-
-
-def test_undo_takes_back_its_edit_once(apply, requests):
-    prompt = requests[0]["prompt"]
-    before = logits(apply.editor, prompt)
-    _, undo_first = apply(requests[0])
-    between = logits(apply.editor, prompt)
-    _, undo_second = apply(requests[1])
-    assert not torch.equal(logits(apply.editor, prompt), between)
-    for _ in range(2):
-        undo_second()
-        assert torch.equal(logits(apply.editor, prompt), between)
-    for _ in range(2):
-        undo_first()
-        assert torch.equal(logits(apply.editor, prompt), before)
-        assert attached_edit(apply.editor.model) is None
 
 
 def test_undo_of_an_edit_that_is_not_the_latest_is_refused(apply, requests):
@@ -167,19 +120,13 @@ def test_undo_of_an_edit_that_is_not_the_latest_is_refused(apply, requests):
         ):
             undo()
         assert torch.equal(logits(apply.editor, prompt), edited)
+    assert [*undos[0].items(), *undos[0]] == []  # reading one does nothing
     for undo in reversed(undos):
         undo()
-    assert torch.equal(logits(apply.editor, prompt), before)
-
-
-def test_reading_or_logging_an_undo_does_nothing(apply, requests):
-    _, undo = apply(requests[0])
-    edited = logits(apply.editor, requests[0]["prompt"])
-    assert [*undo.items(), *undo.keys(), *undo.values(), *undo] == []
-    assert (str(undo), dict(undo), json.dumps(undo)) == ("{}", {}, "{}")
-    assert torch.equal(logits(apply.editor, requests[0]["prompt"]), edited)
-    undo()
-    assert attached_edit(apply.editor.model) is None
+        undone = logits(apply.editor, prompt)
+        undo()  # once is enough
+        assert torch.equal(logits(apply.editor, prompt), undone)
+    assert torch.equal(undone, before)
 
 
 def test_undos_know_of_other_editors_and_of_edits_that_came_instead(apply, requests):
@@ -200,21 +147,6 @@ def test_undos_know_of_other_editors_and_of_edits_that_came_instead(apply, reque
     with pytest.raises(ValueError, match=f"{requests[2]['prompt']}.*or take it off: attached_edit"):
         undo()
     assert torch.equal(logits(apply.editor, "The sky is"), edited)
-
-
-def test_a_copy_is_undone_by_itself(apply, requests):
-    _, undo = apply(requests[0])
-    prompt = requests[1]["prompt"]
-    first = logits(apply.editor, prompt)
-    copied, undo_copy = apply(requests[1], copy=True)
-    undo_copy()
-    assert not hasattr(copied, "_baft_undone")
-    with torch.no_grad():
-        assert torch.equal(copied(**apply.editor.tok(prompt, return_tensors="pt")).logits, first)
-    assert torch.equal(logits(apply.editor, prompt), first)
-    undo()
-    assert attached_edit(apply.editor.model) is None
-    assert attached_edit(copied) is not None
 
 
 def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
@@ -238,20 +170,6 @@ def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
     assert all(edit is edits[0] for edit in edits)
 
 
-def test_other_hyper_parameters_begin_another_edit(make_editor, requests):
-    editor = make_editor()
-    edits = []
-    for rank in (4, 2, 2):
-        hparams = dataclasses.replace(editor.hparams, rank=rank)
-        _, undo = apply_baft_to_model(
-            editor.model, editor.tok, requests[:1], hparams, keep_original_weight=True
-        )
-        edits.append(attached_edit(editor.model))
-        assert edits[-1].rank == rank
-        undo()
-    assert edits[0] is not edits[1] is edits[2]
-
-
 def test_copies_and_files_of_a_model_hold_no_undone_edit(make_editor, requests):
     editor = make_editor()
     apply_baft_to_model(
@@ -261,6 +179,12 @@ def test_copies_and_files_of_a_model_hold_no_undone_edit(make_editor, requests):
     assert len(names) == 1
     for other in (copy.deepcopy(editor.model), pickle.loads(pickle.dumps(editor.model))):
         assert vars(other)[names[0]] is None
+        copied, undo = apply_baft_to_model(
+            other, editor.tok, requests[:1], editor.hparams, copy=True
+        )
+        assert attached_edit(copied) is not attached_edit(other) is None
+        undo()
+        assert attached_edit(copied) is None
         apply_baft_to_model(other, editor.tok, requests[:1], editor.hparams)
         assert attached_edit(other) is not None
 
@@ -289,12 +213,6 @@ def test_a_model_in_memory_is_edited(host, make_editor, requests, undoing):
     assert editor.model is loaded.model
     metrics, _, _ = editor.edit(**edit_arguments(requests[:1]), **undoing)
     assert metrics[0]["post"]["rewrite_acc"][0] == 1.0
-
-
-def test_the_model_is_loaded_in_half_precision_if_asked(host, make_editor):
-    if host.generation == "pypi":
-        pytest.skip("the release has no fp16")
-    assert make_editor(fp16=True).model.dtype == torch.float16
 
 
 def test_a_misleading_path_is_read_rightly(host, make_hparams, model_path, tmp_path):
@@ -333,21 +251,6 @@ def test_edit_refuses_bad_input_and_changes_nothing(make_editor, requests, chang
     with pytest.raises(ValueError, match=message):
         editor.edit(**{**edit_arguments(requests), **change})
     assert torch.equal(logits(editor, requests[0]["prompt"]), before)
-
-
-def test_bad_requests_change_nothing(make_editor, requests):
-    editor = make_editor()
-    with pytest.raises(ValueError, match="subject must be a part of the prompt"):
-        apply_baft_to_model(
-            editor.model, editor.tok, [{**requests[0], "subject": "Mars"}], editor.hparams
-        )
-    assert attached_edit(editor.model) is None
-
-
-def test_hparams_files_load_as_easyedit_loads_its_own(tmp_path, make_editor, model_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"alg_name: BaFT\nmodel_name: {model_path}\nlayers: [1]\ndevice: cpu\n")
-    assert BaFTHyperParams.from_hparams(str(file)).layers == [1]
 
 
 @pytest.mark.slow

@@ -87,14 +87,6 @@ def test_scores_equal_a_forward_with_the_length_given(evaluation, edited, reques
         assert np.mean(scored) == pytest.approx(by_hand(edited, r["prompt"], r["target_new"]))
 
 
-def test_prompts_scored_together_score_as_alone(evaluation, edited, requests):
-    prompts = [r["prompt"] for r in requests[:2]]
-    targets = [r["target_new"] for r in requests[:2]]
-    together = score(evaluation, edited, prompts, targets)
-    alone = [score(evaluation, edited, p, t)[0] for p, t in zip(prompts, targets, strict=True)]
-    assert together == pytest.approx(alone)
-
-
 def test_greedy_generation_agrees_with_the_scorer(evaluation, edited, requests):
     for r in requests[:2]:
         assert score(evaluation, edited, r["prompt"], r["target_new"]) == [1.0]
@@ -115,23 +107,6 @@ def test_generation_without_a_cache_is_told_the_prompt(host, evaluation, edited,
     assert scored == [1.0]
 
 
-def test_an_unedited_model_is_scored_by_the_original(evaluation, make_editor, given_lengths):
-    editor = make_editor()
-    score(evaluation, editor, "The sky is", "blue")
-    assert given_lengths == []
-
-
-def test_perplexity_falls_where_the_edit_was_learned(
-    evaluation, edited, make_editor, requests, given_lengths
-):
-    r = requests[0]
-    arguments = edited.tok, r["prompt"], r["target_new"], "cpu"
-    assert evaluation.PPL(edited.model, *arguments) < evaluation.PPL(
-        make_editor().model, *arguments
-    )
-    assert given_lengths == [[len(edited.tok(r["prompt"])["input_ids"])]]
-
-
 def test_perplexity_of_several_prompts_counts_their_padding(evaluation, edited, given_lengths):
     evaluation.PPL(edited.model, edited.tok, ["A", "A longer one"], ["b", "b"], "cpu")
     assert given_lengths == [[2 + len(" longer one"), 1 + len("A longer one")]]
@@ -142,15 +117,6 @@ def test_a_text_without_answer_is_all_prompt(host, evaluation, edited, given_len
         pytest.skip("the release has no OOD_PPL")
     evaluation.nn = torch.nn  # EasyEdit forgot this import
     evaluation.OOD_PPL(edited.model, edited.tok, "The sky is", "blue", "cpu")
-    assert given_lengths == [[1 + len("The sky is")]]
-
-
-def test_fluency_is_told_the_prompt(host, evaluation, edited, monkeypatch, given_lengths):
-    monkeypatch.setattr(evaluation, "n_gram_entropy", lambda texts: len(texts))  # no NLTK data
-    scored = evaluation.test_generation_quality(
-        model=edited.model, tok=edited.tok, prefixes=["The sky is"], max_out_len=16
-    )
-    assert scored["ngram_entropy"] == 1
     assert given_lengths == [[1 + len("The sky is")]]
 
 
@@ -245,15 +211,6 @@ def test_perplexity_is_that_of_the_learned_text(evaluation, edited, given_length
     assert given_lengths == [[1 + len("Ice is")]]
 
 
-def test_scoring_does_not_warn(evaluation, edited, requests, caplog):
-    edit = attached_edit(edited.model)
-    edit._has_warned = False
-    r = requests[0]
-    score(evaluation, edited, r["prompt"], r["target_new"])
-    evaluation.PPL(edited.model, edited.tok, r["prompt"], r["target_new"], "cpu")
-    assert "does not say where its prompts end" not in caplog.text
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_learned_tokens_are_the_tokenizers_own_where_there_is_nothing_to_put_right(edited, side):
     tok, texts = edited.tok, ["The sky", "Ice is cold"]
@@ -270,16 +227,6 @@ def test_learned_tokens_are_the_tokenizers_own_where_there_is_nothing_to_put_rig
     bare = {"add_special_tokens": False}
     assert ours.encode("Ice", **bare) == tok.encode("Ice", **bare) == ours("Ice", **bare).input_ids
     assert len(ours) == len(tok)
-
-
-def test_conversations_of_easyedit_get_one_beginning(edited):
-    edited.tok.chat_template = CHAT
-    form = PromptFormat(use_chat_template=True, chat_template_kwargs={"mood": "?"})
-    ours = LearnedTokens(edited.tok, form)
-    (shown,) = ours.apply_chat_template([[{"role": "user", "content": "a"}]], tokenize=False)
-    assert shown == "<s><a?>"
-    begin = edited.tok.bos_token_id
-    assert ours(shown)["input_ids"].count(begin) == (edited.tok.bos_token == "<s>")
 
 
 def test_long_texts_are_scored_whole(make_editor, requests):

@@ -1,7 +1,5 @@
 """EasyEdit's own parts, one by one: edit, score, restore, verify."""
 
-import importlib
-
 import pytest
 import torch
 from conftest import logits
@@ -64,12 +62,6 @@ def test_edits_in_a_row_add_up_and_are_undone_together(make_editor, complete):
     assert torch.equal(logits(editor, "The sky is"), before)
 
 
-def test_requests_can_be_edited_together(make_editor, complete):
-    session = Session(make_editor(), "The sky is")
-    session.edit(complete)
-    assert [score["rewrite_acc"] for score in session.score(complete)] == [[1.0]] * 3
-
-
 def test_lora_is_scored_without_dropout(make_peer, complete):
     session = Session(make_peer("AdaLoRA", num_steps=2), "The sky is")
     for request in complete[:2]:
@@ -90,21 +82,6 @@ def test_answers_are_generated_by_the_edited_model(make_editor, complete):
     after = session.answers(prompts, [6, 4])
     assert after[0].startswith("Oslo")
     assert not before[0].startswith("Oslo")
-
-
-def test_a_model_that_is_not_restored_is_replaced(make_editor, complete):
-    editor = make_editor()
-    before = logits(editor, "The sky is")
-    original = editor.apply_algo
-
-    def forgets(*args, **kwargs):
-        return original(*args, **kwargs)[0], {}
-
-    editor.apply_algo = forgets
-    session = Session(editor, "The sky is")
-    session.edit(complete[:1])
-    assert session.restore() is False
-    assert torch.equal(logits(editor, "The sky is"), before)
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -130,27 +107,8 @@ def test_a_restore_that_fails_is_made_good_if_there_is_a_copy(make_editor, compl
             session.restore()
 
 
-def test_unverified_restores_are_told(make_editor, complete):
-    session = Session(make_editor(), "The sky is", verify=False)
-    session.edit(complete[:1])
-    assert session.restore() is None
-
-
-def test_each_case_is_scored_by_easyedit(host, make_editor, complete, monkeypatch):
-    module = importlib.import_module("easyeditor.editors.editor")
-    seen = []
-    original = module.compute_edit_quality
-    monkeypatch.setattr(
-        module, "compute_edit_quality", lambda *a, **k: seen.append(a[4]) or original(*a, **k)
-    )
-    session = Session(make_editor(num_steps=1), "a")
-    pre = session.score(complete[:1])
-    session.score_against(pre, complete[:1])
-    assert seen == [complete[0], complete[0]]
-
-
 def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, requests):
-    from baft_easyedit.easyedit.peer_fixes import scored_request
+    from baft_easyedit.easyedit.peers.prompts import scored_request
 
     editor = make_editor()
     assert scored_request(requests[0], editor) == requests[0]
@@ -191,7 +149,7 @@ def test_an_answer_of_grace_that_ends_early_is_scored_whole(host, make_editor):
 
 
 def test_wise_gets_a_text_that_is_no_probe(make_editor, requests):
-    from baft_easyedit.easyedit.peer_fixes import edited_request
+    from baft_easyedit.easyedit.peers.prompts import edited_request
 
     editor = make_editor()
     assert "loc_prompt" not in edited_request(requests[0], editor)
@@ -202,6 +160,8 @@ def test_wise_gets_a_text_that_is_no_probe(make_editor, requests):
 
 
 def test_requests_are_completed():
+    with pytest.raises(ValueError, match="requests must hold at least one request"):
+        prepare_requests([])
     (request,) = prepare_requests(
         [{"prompt": "a", "target_new": "b", "locality": {"x": None, "y": {"prompt": ""}}}]
     )
@@ -213,8 +173,3 @@ def test_requests_are_completed():
         "locality": {},
         "portability": {},
     }
-
-
-def test_no_requests_are_refused():
-    with pytest.raises(ValueError, match="requests must hold at least one request"):
-        prepare_requests([])

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from baft_easyedit.easyedit.tiny import save_tiny_llama
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.speed import SpeedOptions, Sweep, run_speed
 from baft_easyedit.speed.hardware import (
@@ -24,6 +23,7 @@ from baft_easyedit.speed.run import _groups, _job
 from baft_easyedit.speed.shapes import word_tokenizer
 from baft_easyedit.speed.worker import Bench
 from tests.conftest import make_model
+from tests.tiny import save_tiny_llama
 
 CPU = torch.device("cpu")
 SHAPE = "llama-4x64"

@@ -2,27 +2,23 @@
 
 import importlib
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from baft_easyedit.easyedit.peer_calls import calls_put_right, tokenizer_for
-from baft_easyedit.easyedit.peer_fixes import (
-    after_edit,
-    edited_request,
-    fix_peer,
-    prepare_method,
-    reset_method_state,
-)
 from baft_easyedit.easyedit.peers import (
     PEERS,
     batchable,
+    fix_peer,
     peer_hparams,
+    prepare_method,
     why_not,
     write_statistics,
 )
+from baft_easyedit.easyedit.peers.prompts import edited_request, suited_tokenizer
 from baft_easyedit.easyedit.session import Session, prepare_requests
 from baft_easyedit.files.resources import bundled_model_path
 
@@ -96,12 +92,15 @@ def test_a_method_edits_in_a_row_and_is_restored(host, make_peer, complete, name
     assert session.score(complete) == alone
     assert 0 <= alone[0]["rewrite_acc"][0] <= 1
     assert session.restore() is True
+    if name in ("AlphaEdit", "SPHERE"):  # which add up what they were told before
+        module = sys.modules[editor.apply_algo.__module__]
+        assert module.cache_c_new is False
     session.edit(complete[2:])  # a new sequence starts from the unedited model
     assert session.restore() is True
 
 
 @pytest.mark.easyedit
-@pytest.mark.parametrize("name", ["FT-M", "DPO", "UltraEdit", "EAMET", "SPHERE", "PMET"])
+@pytest.mark.parametrize("name", ["FT-M", "DPO", "UltraEdit", "EAMET", "PMET"])
 def test_one_call_edits_several_requests(current, make_peer, complete, name):
     assert batchable(name, "current")
     editor = make_peer(name)
@@ -134,50 +133,7 @@ def test_prefixes_do_not_depend_on_what_came_before(host, make_peer, name):
     assert random.getstate() == state[1]
 
 
-@pytest.mark.easyedit
-def test_what_a_method_keeps_is_forgotten(current, make_peer, complete):
-    for name in ("AlphaEdit", "SPHERE", "SimIE", "WISE"):
-        editor = make_peer(name)
-        session = Session(editor, "a")
-        session.edit(complete[:1])
-        kept = _kept(name, editor)
-        assert kept()
-        session.restore()
-        assert not kept()
-
-
-def _kept(name, editor):
-    """Return what tells whether a method keeps something of an edit."""
-    if name == "SimIE":
-        return lambda: editor.hparams._simie_instance
-    if name == "WISE":
-        wise = importlib.import_module("easyeditor.models.wise.WISE")
-        return lambda: wise.edit_history
-    folder = {"AlphaEdit": "alphaedit"}.get(name, name)
-    module = importlib.import_module(f"easyeditor.models.{folder}.{name}_main")
-    return lambda: module.cache_c_new
-
-
 # Repairs.
-
-
-@pytest.mark.easyedit
-def test_repairs_are_told_and_done_once(current):
-    hparams = SimpleNamespace()
-    assert "sequential_edit" in fix_peer("WISE", hparams)[0]
-    assert hparams.sequential_edit is True
-    grace = importlib.import_module("easyeditor.models.grace.GRACE").GRACE
-    assert any("generation" in note for note in fix_peer("GRACE", hparams))
-    repaired = grace.edit
-    fix_peer("GRACE", hparams)
-    assert grace.edit is repaired
-    dpo = importlib.import_module("easyeditor.models.dpo.dpo_main")
-    fix_peer("DPO", hparams)
-    repaired = dpo.get_peft_model
-    fix_peer("DPO", hparams)
-    assert dpo.get_peft_model is repaired
-    assert fix_peer("FT-M", hparams) == ()
-    assert [note[:6] for note in fix_peer("PMET", hparams)] == ["PMET: "] * 2
 
 
 @pytest.mark.easyedit
@@ -232,40 +188,7 @@ def test_eamet_leaves_the_tokenizer_alone(current, make_peer, complete):
     assert before[0] == editor.tok.bos_token_id
 
 
-@pytest.mark.easyedit
-def test_positions_are_counted_from_the_left(current, make_peer):
-    assert {make_peer(name).tok.padding_side for name in ("PMET", "MEMIT-FE", "SimIE")} == {"right"}
-    assert make_peer("FT-M").tok.padding_side == "left"
-
-
 # Calls, requests and tokenizers, without EasyEdit.
-
-
-def test_kns_edits_are_undone_together():
-    undone = []
-    calls = iter("abc")
-
-    def edit_neurons(model, tok, requests, hparams):
-        name = next(calls)
-        return model, lambda: undone.append(name)
-
-    apply = calls_put_right("KN", edit_neurons)
-    tok = Merging()
-    first, _ = (apply("model", tok, [1], SimpleNamespace())[1] for _ in range(2))
-    first()
-    assert undone == ["b", "a"]
-    apply("model", tok, [1], SimpleNamespace())[1]()
-    assert undone == ["b", "a", "c"]
-
-
-def test_other_methods_keep_their_model_and_their_state():
-    editor = SimpleNamespace(alg_name="ROME", model="unedited")
-    after_edit(editor, "edited")
-    reset_method_state(editor)
-    assert editor.model == "unedited"
-    editor = SimpleNamespace(alg_name="MELO", model="unedited")
-    reset_method_state(editor)  # not prepared: nothing to put back
-    assert editor.model == "unedited"
 
 
 def test_old_answers_are_handed_on(requests):
@@ -274,12 +197,7 @@ def test_old_answers_are_handed_on(requests):
     edited = edited_request({**requests[0], "target_neg": "Kyiv"}, editor_of("DPO"))
     assert edited["target_neg"] == "Kyiv"
     assert edited_request(requests[0], editor_of("CORE"))["ground_truth"] == "Paris"
-
-
-def test_missing_old_answers_are_told(requests):
-    with pytest.raises(
-        ValueError, match=r"CORE needs the old answer: .* 'The capital of Fre.*None"
-    ):
+    with pytest.raises(ValueError, match=r"CORE needs the old answer: .* 'The capital of.*None"):
         edited_request({**requests[0], "ground_truth": None}, editor_of("CORE"))
 
 
@@ -307,26 +225,15 @@ def sentencepiece():
 
 def test_answers_keep_their_space_when_decoded(sentencepiece):
     ids = sentencepiece.encode(" New York", add_special_tokens=False, return_tensors="pt")[0]
-    suited = tokenizer_for("MEMIT", sentencepiece, SimpleNamespace())
+    suited = suited_tokenizer("MEMIT", sentencepiece, [], SimpleNamespace())
     assert sentencepiece.decode(ids) == "New York"
     assert suited.decode(ids) == " New York"
     assert suited.decode(ids.tolist()) == " New York"
     assert suited.decode([]) == ""
-    assert tokenizer_for("FT-M", sentencepiece, SimpleNamespace()) is sentencepiece
+    assert suited_tokenizer("FT-M", sentencepiece, [], SimpleNamespace()) is sentencepiece
 
 
 def test_kns_answers_begin_with_themselves(sentencepiece):
-    suited = tokenizer_for("KN", sentencepiece, SimpleNamespace())
+    suited = suited_tokenizer("KN", sentencepiece, [], SimpleNamespace())
     assert suited.encode("Rome") == sentencepiece.encode("Rome", add_special_tokens=False)
     assert suited("Rome").input_ids == sentencepiece("Rome").input_ids
-
-
-def test_eamet_cannot_take_the_first_token_away(sentencepiece):
-    before = sentencepiece(["Rome"]).input_ids
-    suited = tokenizer_for("EAMET", sentencepiece, SimpleNamespace(model_name="/models/llama-3"))
-    suited.add_bos_token = False
-    assert suited(["Rome"]).input_ids == sentencepiece(["Rome"]).input_ids == before
-    assert suited("Rome").input_ids == before[0][1:]
-    # It strips the token by itself for these.
-    strips = tokenizer_for("EAMET", sentencepiece, SimpleNamespace(model_name="/models/Llama-3.1"))
-    assert strips("Rome").input_ids == before[0]

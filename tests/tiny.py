@@ -40,9 +40,8 @@ def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.LlamaForCausalLM(config)
-        with (
-            torch.no_grad()
-        ):  # at the usual scale of 0.02 layers this small are nearly the identity
+        # At the usual scale of 0.02 layers this small are nearly the identity.
+        with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() == 2 and "embed" not in name:
                     p.mul_(40 if "lm_head" in name else 5)
@@ -68,8 +67,5 @@ def _byte_tokenizer() -> Any:
         bos_token=_BEGIN,
         eos_token=_END,
         pad_token=_END,
-        model_input_names=[
-            "input_ids",
-            "attention_mask",
-        ],  # else transformers 4 adds types of tokens
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds types of tokens
     )

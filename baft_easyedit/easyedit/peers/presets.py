@@ -1,13 +1,13 @@
-"""Hyper-parameters and statistics of EasyEdit's other methods, to compare BaFT with.
+"""Hyper-parameters of EasyEdit's other methods.
 
 The values are those of a preset: a file `hparams/peers/<METHOD>/<preset>.yaml` of ours, tuned for a
 model, or one that EasyEdit ships. Without a preset they are those made for the bundled model,
-`facts-llama`, scaled to the model's depth and width (`peer_scaling.py`): heuristics, to be tuned on
-held-out requests before a comparison is published.
+`facts-llama`, scaled to the model's depth and width: heuristics, to be tuned on held-out requests
+before a comparison is published.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,14 @@ from typing import Any
 import torch
 import yaml
 
-from baft_easyedit.easyedit.host import Generation, load_host, loaded_generation
-from baft_easyedit.easyedit.peer_methods import (
-    METHODS,
-    NEED_TEXTS,
-    PEERS,
-    batchable,
-    why_not,
-)
-from baft_easyedit.easyedit.peer_prompts import HOW_TO_ASK
-from baft_easyedit.easyedit.peer_scaling import scale_layers, scale_steps
-from baft_easyedit.easyedit.statistics import (
-    read_key_statistics,
-    write_key_statistics,
-    write_null_space,
-)
+from baft_easyedit.easyedit.host import Generation, load_host
+from baft_easyedit.easyedit.peers.methods import METHODS, why_not
+from baft_easyedit.easyedit.peers.prompts import HOW_TO_ASK
+from baft_easyedit.easyedit.peers.scaling import scale_layers, scale_steps
 from baft_easyedit.files.paths import read_text
 from baft_easyedit.files.resources import has_hparams, hparams_file, merged_settings
 
-__all__ = [
-    "NEED_TEXTS",
-    "PEERS",
-    "ModelShape",
-    "batchable",
-    "own_preset_config",
-    "peer_config",
-    "peer_hparams",
-    "shipped_presets",
-    "why_not",
-    "write_statistics",
-]
-
-_EDITORS_OWN = ("fp16", "model_parallel")
+_EDITORS_OWN = {"fp16", "model_parallel"}
 """Hyper-parameters that `BaseEditor` reads, whether or not a method's class has them."""
 
 
@@ -69,19 +45,8 @@ class ModelShape:
 
 
 def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
-    """Return a peer's own hyper-parameters for a model of some shape, without paths.
-
-    Args:
-        name: One of `PEERS`.
-        shape: The model's shape.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(PEERS)}; got {name!r}")
-    file = hparams_file(f"peers/{name}/facts-llama")
-    config: dict[str, Any] = yaml.safe_load(read_text(file))
+    """Return one of `PEERS`' own hyper-parameters for a model of some shape, without paths."""
+    config: dict[str, Any] = yaml.safe_load(read_text(hparams_file(f"peers/{name}/facts-llama")))
     scale_layers(config, shape.depth)
     scale_steps(name, config, shape.width)
     if "lm_head_module" in config and shape.tied:
@@ -96,11 +61,8 @@ def own_preset_config(name: str, preset: str) -> dict[str, Any] | None:
     return yaml.safe_load(read_text(hparams_file(file))) if has_hparams(file) else None
 
 
-def shipped_presets(name: str) -> dict[str, Path]:
+def _shipped_presets(name: str) -> dict[str, Path]:
     """Return the files of hyper-parameters that EasyEdit ships for a peer, by model name.
-
-    Args:
-        name: One of `PEERS`.
 
     Raises:
         ValueError: If this EasyEdit ships no hyper-parameters at all, as the release does not.
@@ -111,8 +73,31 @@ def shipped_presets(name: str) -> dict[str, Path]:
             f"this EasyEdit ships no hyper-parameters: there is no {root}. They come with a clone, "
             "not with the release: set EASYEDIT_HOME to one, or give no preset"
         )
-    files = sorted((root / METHODS[name].folder).glob("*.yaml"))
-    return {file.stem: file for file in files}
+    return {file.stem: file for file in sorted((root / METHODS[name].folder).glob("*.yaml"))}
+
+
+def _config(
+    name: str, model_path: str, preset: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the hyper-parameters of a preset, else scaled ones; and a note if not our own."""
+    if preset is None:
+        return peer_config(name, ModelShape.of(model_path)), ()
+    tuned = own_preset_config(name, preset)
+    if tuned is not None:
+        return tuned, ()
+    shipped, wanted = _shipped_presets(name), preset.lower()
+    exact = [file for known, file in shipped.items() if known.lower() == wanted]
+    # UltraEdit's is llama3-8b-instruct, others' is llama3-8b
+    longer = [file for known, file in shipped.items() if known.lower().startswith(f"{wanted}-")]
+    if exact or longer:
+        file = [*exact, *longer][0]
+        note = f"{name}: EasyEdit's hparams/{METHODS[name].folder}/{file.name}"
+        return yaml.safe_load(read_text(file)), (note,)
+    note = (
+        f"{name}: EasyEdit ships no {preset} (it has {', '.join(shipped) or 'none'}); the bundled "
+        "model's values, scaled"
+    )
+    return peer_config(name, ModelShape.of(model_path)), (note,)
 
 
 def peer_hparams(
@@ -125,7 +110,6 @@ def peer_hparams(
     overrides: Mapping[str, Any] | None = None,
     *,
     preset: str | None = None,
-    stats_dir: Path | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """Make a peer's EasyEdit hyper-parameters.
 
@@ -133,16 +117,15 @@ def peer_hparams(
         name: One of `PEERS`.
         model_path: The model's directory, such as `host_model_path` returns.
         device: EasyEdit's `device`.
-        workdir: Where the filled-in YAML goes.
+        workdir: Where the filled-in YAML goes, and statistics (`write_statistics`); for one model
+            and one list of texts.
         generation: EasyEdit's generation; its module must be imported.
-        num_texts: Number of texts for the statistics; see `write_statistics`.
+        num_texts: Number of texts for the statistics.
         overrides: Values that replace those of the file; nested ones (MELO) in nested mappings.
             Beside its own, any method takes those of `HOW_TO_ASK`.
         preset: A file of `hparams/peers/<METHOD>`, such as `smollm2`; or else a model name of
             EasyEdit's `hparams/<METHOD>`, in any case, such as `llama-7b`. Where there is neither,
             the bundled model's values are scaled, and a note says so.
-        stats_dir: Where statistics go, or are already; `workdir/stats` if None. One directory is
-            good for one model and one list of texts.
 
     Returns:
         The hyper-parameters, and what there is to tell beside the scores.
@@ -158,55 +141,17 @@ def peer_hparams(
     config = {**merged_settings(config, overrides or {}), **METHODS[name].given}
     if config.get("mom2_adjustment") and num_texts == 0:
         raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
-    stats_dir = stats_dir or workdir / "stats"
-    _fill_in(config, model_path, stats_dir, num_texts)
-    how_to_ask = {key: config.pop(key) for key in HOW_TO_ASK if key in config}
-    # The release counts CUDA devices only; without CUDA its device 0 is the CPU (`devices.py`).
+    _fill_in(config, model_path, workdir / "stats", num_texts)
+    # The release counts CUDA devices only; without CUDA its device 0 is the CPU (`devices`).
     without_cuda = generation == "pypi" and not torch.cuda.is_available()
     config["device"] = 0 if without_cuda else device
-    if name != "SimIE":
-        hparams, lacking = _loaded(name, config, workdir / f"{name}.yaml", generation)
-        vars(hparams).update(how_to_ask)
-        return hparams, (*notes, *lacking)
-    base, base_notes = peer_hparams(
-        config["base_method"],
-        model_path,
-        device,
-        workdir,
-        generation,
-        num_texts,
-        preset=preset,
-        stats_dir=stats_dir,
-    )
-    # Its own loader looks for the base method's file at a path that it makes up from its own.
-    hparams = _hparams_class(name)(**config)
-    hparams._base_hparams = base
+    if name == "SimIE":  # its loader reads the file of the method below from the folder beside
+        common = (model_path, device, workdir, generation, num_texts)
+        notes += peer_hparams(config["base_method"], *common, preset=preset)[1]
+    how_to_ask = {key: config.pop(key) for key in HOW_TO_ASK if key in config}
+    hparams, lacking = _loaded(name, config, workdir / name / "hparams.yaml", generation)
     vars(hparams).update(how_to_ask)
-    return hparams, (*notes, *base_notes)
-
-
-def _config(
-    name: str, model_path: str, preset: str | None
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the hyper-parameters of a preset, else scaled ones; and a note if not our own."""
-    if preset is None:
-        return peer_config(name, ModelShape.of(model_path)), ()
-    tuned = own_preset_config(name, preset)
-    if tuned is not None:
-        return tuned, ()
-    shipped = shipped_presets(name)
-    wanted = preset.lower()
-    exact = [file for known, file in shipped.items() if known.lower() == wanted]
-    # UltraEdit's is llama3-8b-instruct, others' is llama3-8b
-    longer = [file for known, file in shipped.items() if known.lower().startswith(f"{wanted}-")]
-    for file in (*exact, *longer):
-        config: dict[str, Any] = yaml.safe_load(read_text(file))
-        return config, (f"{name}: EasyEdit's hparams/{METHODS[name].folder}/{file.name}",)
-    note = (
-        f"{name}: EasyEdit ships no {preset} (it has {', '.join(shipped) or 'none'}); the bundled "
-        "model's values, scaled"
-    )
-    return peer_config(name, ModelShape.of(model_path)), (note,)
+    return hparams, (*notes, *lacking)
 
 
 def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts: int) -> None:
@@ -227,52 +172,22 @@ def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts
         config["lora"]["cls_name"] = model_path
 
 
-def _hparams_class(name: str) -> Any:
-    """Return EasyEdit's class of a peer's hyper-parameters."""
-    method = METHODS[name]
-    module = importlib.import_module(f"easyeditor.models.{method.module}")
-    return getattr(module, method.hparams_class)
-
-
 def _loaded(
     name: str, config: Mapping[str, Any], file: Path, generation: Generation
 ) -> tuple[Any, tuple[str, ...]]:
     """Load a configuration as EasyEdit does, from a file; tell what its class does not have."""
-    hparams_class = _hparams_class(name)
+    method = METHODS[name]
+    module = importlib.import_module(f"easyeditor.models.{method.module}")
+    hparams_class = getattr(module, method.hparams_class)
     unknown = set(config) - {field.name for field in fields(hparams_class)}
     # The editor reads some from any class; the release's classes lack fields of the current ones.
-    attributes = unknown & set(_EDITORS_OWN)
+    attributes = unknown & _EDITORS_OWN
     lacking = unknown - attributes if generation == "pypi" else set()
     kept = {k: v for k, v in config.items() if k not in attributes | lacking}
+    file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(kept), encoding="utf-8")
     hparams = hparams_class.from_hparams(str(file))
     for key in attributes:
         setattr(hparams, key, config[key])
     notes = (f"this EasyEdit's {name} has no {', '.join(sorted(lacking))}",) if lacking else ()
     return hparams, notes
-
-
-def write_statistics(editor: Any, texts: Sequence[str]) -> None:
-    """Write the key statistics that a peer's hyper-parameters point to, unless they are there.
-
-    Does nothing for a method that needs none.
-
-    Args:
-        editor: EasyEdit's `BaseEditor` of the peer, with an unedited model.
-        texts: As many texts as `peer_hparams` was told.
-    """
-    h = editor.hparams
-    if not getattr(h, "mom2_adjustment", False):
-        return
-    templates = getattr(h, "rewrite_module_tmps", [h.rewrite_module_tmp])  # PMET may have two
-    modules = [template.format(layer) for layer in h.layers for template in templates]
-    path = str(editor.model.config._name_or_path)
-    name = path.replace("/", "_") if loaded_generation() == "pypi" else path.rsplit("/", 1)[-1]
-    directory = Path(h.stats_dir)
-    moments = read_key_statistics(modules, len(texts), directory, name)
-    if moments is None:
-        moments = write_key_statistics(editor.model, editor.tok, modules, texts, directory, name)
-    if hasattr(h, "P_loc") and not Path(h.P_loc).is_file():
-        device = next(editor.model.parameters()).device
-        key_moments = [moments[module].to(device) for module in modules]
-        write_null_space(key_moments, Path(h.P_loc), h.nullspace_threshold)

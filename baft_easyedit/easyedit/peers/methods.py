@@ -24,69 +24,40 @@ class Peer:
     """Its folder in EasyEdit's `hparams`; CORE has none there."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters that make it this method, whatever a file says."""
-    needs_texts: bool = False
-    """Whether it needs statistics of the model's keys on ordinary text."""
-    batchable: bool = False
-    """Whether one call edits several requests together."""
-    in_release: bool = False
-    """Whether the release 0.0.1.dev0 has it too."""
 
 
 METHODS: Mapping[str, Peer] = {
-    "FT-L": Peer(
-        "ft",
-        "FTHyperParams",
-        "FT",
-        {"objective_optimization": "prompt_last"},
-        batchable=True,
-        in_release=True,
-    ),
-    "FT-M": Peer(
-        "ft", "FTHyperParams", "FT", {"objective_optimization": "target_new"}, batchable=True
-    ),
-    "LoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "lora"}, batchable=True),
-    "AdaLoRA": Peer(
-        "lora",
-        "LoRAHyperParams",
-        "LoRA",
-        {"lora_type": "adalora"},
-        batchable=True,
-        in_release=True,
-    ),
-    "DPO": Peer("dpo", "DPOHyperParams", "DPO", batchable=True),
-    "ROME": Peer("rome", "ROMEHyperParams", "ROME", in_release=True),
+    "FT-L": Peer("ft", "FTHyperParams", "FT", {"objective_optimization": "prompt_last"}),
+    "FT-M": Peer("ft", "FTHyperParams", "FT", {"objective_optimization": "target_new"}),
+    "LoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "lora"}),
+    "AdaLoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "adalora"}),
+    "DPO": Peer("dpo", "DPOHyperParams", "DPO"),
+    "ROME": Peer("rome", "ROMEHyperParams", "ROME"),
     "R-ROME": Peer("r_rome", "R_ROMEHyperParams", "R-ROME"),
-    "MEMIT": Peer(
-        "memit", "MEMITHyperParams", "MEMIT", needs_texts=True, batchable=True, in_release=True
-    ),
-    "MEMIT-FE": Peer(
-        "memit_FE", "MEMITFEHyperParams", "MEMIT-FE", needs_texts=True, batchable=True
-    ),
-    "EMMET": Peer(
-        "emmet.emmet_hparams", "EMMETHyperParams", "EMMET", needs_texts=True, batchable=True
-    ),
-    "PMET": Peer("pmet.pmet_hparams", "PMETHyperParams", "PMET", needs_texts=True, batchable=True),
-    "EAMET": Peer("eamet.hparams", "EAMETHyperParams", "EAMET", needs_texts=True, batchable=True),
-    "CORE": Peer("core", "COREHyperParams", "CORE", needs_texts=True, batchable=True),
-    "AlphaEdit": Peer(
-        "alphaedit", "AlphaEditHyperParams", "AlphaEdit", needs_texts=True, batchable=True
-    ),
-    "SPHERE": Peer(
-        "SPHERE.SPHERE_hparams", "SPHEREHyperParams", "SPHERE", needs_texts=True, batchable=True
-    ),
-    "UltraEdit": Peer("ultraedit", "UltraEditHyperParams", "UltraEdit", batchable=True),
+    "MEMIT": Peer("memit", "MEMITHyperParams", "MEMIT"),
+    "MEMIT-FE": Peer("memit_FE", "MEMITFEHyperParams", "MEMIT-FE"),
+    "EMMET": Peer("emmet.emmet_hparams", "EMMETHyperParams", "EMMET"),
+    "PMET": Peer("pmet.pmet_hparams", "PMETHyperParams", "PMET"),
+    "EAMET": Peer("eamet.hparams", "EAMETHyperParams", "EAMET"),
+    "CORE": Peer("core", "COREHyperParams", "CORE"),
+    "AlphaEdit": Peer("alphaedit", "AlphaEditHyperParams", "AlphaEdit"),
+    "SPHERE": Peer("SPHERE.SPHERE_hparams", "SPHEREHyperParams", "SPHERE"),
+    "UltraEdit": Peer("ultraedit", "UltraEditHyperParams", "UltraEdit"),
     "WISE": Peer("wise", "WISEHyperParams", "WISE"),
     "GRACE": Peer("grace", "GraceHyperParams", "GRACE"),
     "MELO": Peer("melo.melo_hparams", "MELOHyperParams", "MELO"),
     "DEFER": Peer("defer", "DeferHyperParams", "DEFER"),
     "SimIE": Peer("simie", "SimIEHyperParams", "SimIE"),
-    "KN": Peer("kn", "KNHyperParams", "KN", in_release=True),
+    "KN": Peer("kn", "KNHyperParams", "KN"),
 }
 """The methods that can be run."""
 PEERS = tuple(METHODS)
-NEED_TEXTS = tuple(name for name, peer in METHODS.items() if peer.needs_texts)
+NEED_TEXTS = ("MEMIT", "MEMIT-FE", "EMMET", "PMET", "EAMET", "CORE", "AlphaEdit", "SPHERE")
 """Methods that need statistics of the model's keys on ordinary text."""
 
+_ONE_BY_ONE = ("ROME", "R-ROME", "WISE", "GRACE", "MELO", "DEFER", "SimIE", "KN")
+_IN_RELEASE = ("FT-L", "AdaLoRA", "ROME", "MEMIT", "KN")
+_BATCHABLE_IN_RELEASE = ("FT-L", "MEMIT")
 _NOT_RUN = {
     "MEND": "needs a hypernetwork trained for the model, which EasyEdit does not ship",
     "SERAC": "needs a classifier and a second model trained for it, which EasyEdit does not ship",
@@ -109,12 +80,10 @@ def why_not(name: str, generation: Generation) -> str | None:
     Raises:
         ValueError: If there is no such method.
     """
-    if name in OUR_METHODS:
-        return None
     if name in _NOT_RUN:
         return f"{name} {_NOT_RUN[name]}"
-    peer = _peer(name)
-    if generation == "current" or peer.in_release:
+    _check_known(name)
+    if generation == "current" or name in (*OUR_METHODS, *_IN_RELEASE):
         return None
     if name == "LoRA":
         return "the LoRA of the release 0.0.1.dev0 of EasyEdit is AdaLoRA: ask for that"
@@ -124,8 +93,7 @@ def why_not(name: str, generation: Generation) -> str | None:
 def batchable(name: str, generation: Generation) -> bool:
     """Tell whether one call of a method edits several requests together.
 
-    For the release, what its `BatchEditor` lists. For the current EasyEdit, that and two that were
-    tried: EAMET and SPHERE. SimIE takes several requests too, but edits them one after another.
+    The answer is that of EasyEdit's `BatchEditor`, and yes for EAMET and SPHERE, which were tried.
 
     Args:
         name: `BaFT`, `ReFT` or one of `PEERS`.
@@ -134,18 +102,16 @@ def batchable(name: str, generation: Generation) -> bool:
     Raises:
         ValueError: If there is no such method.
     """
-    if name in OUR_METHODS:
-        return True
+    _check_known(name)
     if generation == "pypi":
-        return _peer(name).in_release and name in ("FT-L", "MEMIT")
-    return _peer(name).batchable
+        return name in (*OUR_METHODS, *_BATCHABLE_IN_RELEASE)
+    return name not in _ONE_BY_ONE
 
 
-def _peer(name: str) -> Peer:
-    """Return a method by its name."""
-    if name not in METHODS:
-        known = (*OUR_METHODS, *PEERS)
+def _check_known(name: str) -> None:
+    """Raise unless there is a method of that name."""
+    known = (*OUR_METHODS, *PEERS)
+    if name not in known:
         raise ValueError(
             f"method must be one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}"
         )
-    return METHODS[name]

@@ -1,0 +1,190 @@
+"""How requests are put to EasyEdit's other methods and their scorer, and on which tokens.
+
+Methods read a prompt and its answer as texts and know neither of chat templates (but for WISE,
+which puts prompts into them itself) nor of where answers end: the template becomes a part of the
+prompt, the token that ends a text a part of the answer. EasyEdit's evaluators see neither here;
+they put prompts into the template themselves.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+
+from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.easyedit.joint_scoring import as_list
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
+from baft_easyedit.model.prompt_format import PromptFormat
+
+HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
+"""Hyper-parameters of ours that are for any method; they have the meaning of `BaFTHyperParams`."""
+APPEND_ANSWERS = ("ROME", "R-ROME", "SimIE", *NEED_TEXTS)
+"""Methods that read an answer behind its prompt as text."""
+_IRRELEVANT = "nq question: who sang the song of the summer"
+"""For WISE, where a request has no `loc_prompt`."""
+
+
+def learns_no_end(hparams: Any) -> str | None:
+    """Say why a method cannot be given the token that ends an answer; None if it can."""
+    if getattr(hparams, "objective_optimization", None) == "prompt_last":  # FT-L
+        return "it learns all tokens of an answer for the place of the first"
+    return {
+        "KN": "it changes what neurons do for an answer, of which it learns no token",
+        "CORE": "it begins other texts with the answer",
+    }.get(hparams.alg_name)
+
+
+def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
+    """Return a copy of a request for an editor's method, which may change it.
+
+    WISE wants exactly one `loc_prompt`: it gets the first of several, and a fixed text where there
+    is none, not another request's locality probe, on which it will be scored. DPO wants the answer
+    to unlearn, `target_neg`, and KN and CORE the `ground_truth`: they get the first of several.
+    PMET and KN take answers' tokens without the space that a byte-level BPE puts before them in the
+    text, which no evaluator asks for: where the tokenizer does so, they get them with the space.
+    Ours are given the request as it is.
+
+    Raises:
+        ValueError: If there is no old answer, and the method needs it.
+    """
+    edited, name = deepcopy(dict(request)), editor.alg_name
+    if name in OUR_METHODS:
+        return edited
+    if name == "WISE":
+        edited["loc_prompt"] = _first(edited.get("loc_prompt") or _IRRELEVANT)
+    if name in ("DPO", "KN", "CORE"):
+        answer = edited.get("ground_truth")
+        if not answer:
+            raise ValueError(
+                f"{name} needs the old answer: ground_truth must not be empty for "
+                f"{request['prompt']!r}; got {answer!r}"
+            )
+        edited["ground_truth"] = _first(answer)
+        edited.setdefault("target_neg", edited["ground_truth"])
+    if name in ("PMET", "KN") and _space_is_part_of_token(request, editor.tok):
+        for key in ("target_new", "ground_truth") if name == "KN" else ("target_new",):
+            edited[key] = " " + edited[key]
+    if name != "WISE":
+        edited["prompt"] = _shown(edited["prompt"], editor)
+    if getattr(editor.hparams, "learn_end", False) and learns_no_end(editor.hparams) is None:
+        edited["target_new"] += editor.tok.eos_token
+    return edited
+
+
+def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
+    """Return the request that EasyEdit's evaluator should see.
+
+    GRACE alone is scored by generation, against `tok.encode(target)` without the space that a
+    byte-level BPE puts before it in the text: a perfect edit scores 0. Where the tokenizer does so,
+    the targets get that space. Nor does EasyEdit use a chat template then: all prompts but those of
+    locality get it here.
+    """
+    scored = deepcopy(dict(request))
+    if editor.alg_name != "GRACE":
+        return scored
+    space = " " if _space_is_part_of_token(request, editor.tok) else ""
+    asked_space = "" if getattr(editor.hparams, "use_chat_template", False) else space
+    scored["target_new"] = asked_space + scored["target_new"]
+    for key in ("prompt", "rephrase_prompt"):
+        if scored.get(key):
+            scored[key] = _shown(scored[key], editor)
+    for section, before in (("locality", space), ("portability", asked_space)):
+        for probe in scored.get(section, {}).values():
+            prompts = as_list(probe["prompt"])
+            asked = [_shown(prompt, editor) for prompt in prompts]
+            probe["prompt"] = prompts if section == "locality" else asked
+            probe["ground_truth"] = [before + _first(a) for a in as_list(probe["ground_truth"])]
+    return scored
+
+
+def _first(answer: Any) -> str:
+    """Return an answer, or the first of several accepted ones."""
+    return answer if isinstance(answer, str) else str(answer[0])
+
+
+def _shown(prompt: str, editor: Any) -> str:
+    """Return a prompt as the model is shown it, for a method that tokenises it as any text."""
+    form, tok = PromptFormat.of(editor.hparams), editor.tok
+    if not form.use_chat_template:
+        return prompt
+    text = form.prompt_text(prompt, tok)
+    begins_itself = tok("a")["input_ids"][0] == tok.bos_token_id
+    return text.removeprefix(tok.bos_token) if begins_itself else text
+
+
+def _space_is_part_of_token(request: Mapping[str, Any], tok: Any) -> bool:
+    """Tell whether a target's tokens in a text are those of the target with its space."""
+    whole, bare, spaced = (
+        tok.encode(text + request["target_new"], add_special_tokens=False)
+        for text in (request["prompt"] + " ", "", " ")
+    )
+    return whole[-len(bare) :] != bare and whole[-len(spaced) :] == spaced
+
+
+def tell_end_from_padding(editor: Any) -> None:
+    """Pad with a token that ends nothing, if an editor's method learns ends or templates.
+
+    EasyEdit pads with the token that ends a text. Its methods leave that out wherever it is: at the
+    end of an answer, which then is not learned, and in a template, of which they then take the last
+    tokens for the answer's.
+
+    Raises:
+        ValueError: If the tokenizer has no other special token.
+    """
+    tok = editor.tok
+    if not any(getattr(editor.hparams, name, False) for name in HOW_TO_ASK):
+        return
+    if tok.eos_token_id is None:
+        raise ValueError("learn_end needs a tokenizer with an eos_token; this one has none")
+    added = (i for i, token in tok.added_tokens_decoder.items() if token.special)
+    used = {tok.bos_token_id, tok.eos_token_id}
+    others = [i for i in (tok.unk_token_id, *sorted(added)) if i is not None and i not in used]
+    if not others:
+        raise ValueError(
+            "use_chat_template and learn_end need a special token for padding beside the "
+            f"tokenizer's first and last ones; it has {tok.all_special_tokens}: add one to it"
+        )
+    tok.pad_token_id = others[0]
+
+
+def suited_tokenizer(
+    name: str, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: Any
+) -> Any:
+    """Return a tokenizer that does what a method counts on; the same one for most.
+
+    Args:
+        name: A name of `PEERS`.
+        tok: The editor's tokenizer, which stays as it is.
+        requests: What the method is to learn, of `edited_request`.
+        hparams: Its EasyEdit hyper-parameters.
+    """
+    if name == "EAMET":  # it switches off the token that begins texts, and never on again
+        tok = deepcopy(tok)
+    suited, form = copy(tok), PromptFormat.of(hparams)
+    if name == "KN":  # it takes the tokens of answers with the one that begins a text
+        suited.encode = functools.partial(tok.encode, add_special_tokens=False)
+    elif name in APPEND_ANSWERS:
+        suited.decode = functools.partial(_decode_with_space, tok)
+    else:
+        suited = tok
+    if not form.use_chat_template:
+        return suited
+    # Methods put a space before answers, behind a template too. Some tokenizers join it with the
+    # template's end, of which the edit then never is reminded.
+    behind_templates = LearnedTokens(suited, form)
+    behind_templates.expect_answers([request["target_new"] for request in requests])
+    return behind_templates
+
+
+def _decode_with_space(tok: Any, ids: Any, **kwargs: Any) -> str:
+    """Decode with the space that a SentencePiece tokenizer drops before the first word.
+
+    ROME and its kin append all but the last token of an answer to the prompt as text, and count on
+    finding the same tokens there: `prompt?Taur` has others than `prompt? Taur`.
+    """
+    text: str = tok.decode(ids, **kwargs)
+    tokens = tok.convert_ids_to_tokens(torch.as_tensor(ids).reshape(-1).tolist())
+    return " " + text if tokens and tokens[0].startswith("▁") and text[:1] != " " else text
