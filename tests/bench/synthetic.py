@@ -12,7 +12,7 @@ import math
 from random import Random
 from statistics import fmean, median, stdev
 
-from baft_easyedit.bench.plan import file_name
+from baft_easyedit.bench.store import file_name
 
 METHODS = (
     "BaFT",

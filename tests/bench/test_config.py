@@ -1,8 +1,8 @@
 import pytest
 
 from baft_easyedit.bench.config import BenchConfig, MethodConfig, make_config, read_config
-from baft_easyedit.bench.plan import Protocol
-from baft_easyedit.bench.settings import asked_of_all, check_methods, our_hparams
+from baft_easyedit.bench.methods import asked_of_all, check_methods, our_hparams
+from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.files.resources import hparams_root
 
 SMALLEST = {"data": {"kind": "facts"}, "methods": ["BaFT"]}
@@ -23,12 +23,12 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"methods": [{"name": "BaFT", "st": {}}]}, r"methods.0.st is unknown \(.*'set'\?\)$"),
         ({"methods": [{"name": "x", "rehearsal": 1}]}, "methods.0: name must have '.rehearsal'"),
         ({"methods": []}, "methods: Tuple should have at least 1 item"),
-        ({"methods": ["BaFT", "BaFT"]}, "methods must not repeat an entry"),
+        ({"methods": ["BaFT", "BaFT"]}, "methods: must not repeat an entry; got"),
         ({"methods": [{"method": "BaFT"}]}, "methods.0.name: Field required"),
-        ({"T": [1, 0]}, "T must be at least 1; got 0$"),
-        ({"T": []}, "T must not be empty"),
+        ({"T": [1, 0]}, "T.1: Input should be greater than or equal to 1; got 0$"),
+        ({"T": []}, "T: Tuple should have at least 1 item"),
         ({"T": [1.5]}, "T.0: Input should be a valid integer"),
-        ({"batch_size": [0]}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": [0]}, "batch_size.0: Input should be greater than or equal to 1"),
         ({"data": {"kind": "facts", "limit": 0}}, "data.limit: Input should be greater than or"),
         ({"data": None}, "data: "),
         ({"model": ""}, "model: String should have at least 1 character; got ''"),

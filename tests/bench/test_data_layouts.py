@@ -16,7 +16,7 @@ from dataset_files import (
     zsre,
 )
 
-from baft_easyedit.bench.datasets import Piqa, PiqaItem, load_dataset, load_piqa
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.facts import edit_requests
 
 
@@ -294,52 +294,3 @@ def test_facts_are_the_packages_own(load):
 def test_facts_take_no_path():
     with pytest.raises(ValueError, match=r"path must be None for facts, which .*; got x"):
         load_dataset("facts", "x")
-
-
-@pytest.fixture
-def piqa(tmp_path):
-    """Write PIQA's two files; return their directory."""
-
-    def write(questions, labels):
-        lines = [q if isinstance(q, str) else json.dumps(q) for q in questions]
-        (tmp_path / "valid.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (tmp_path / "valid-labels.lst").write_text("\n".join(labels) + "\n")
-        return tmp_path
-
-    return write
-
-
-QUESTION = {"goal": "to dry\u2028hands", "sol1": "use a towel ", "sol2": " use a brick"}
-
-
-def test_piqa_joins_questions_with_their_labels(piqa):
-    folder = piqa([json.dumps(QUESTION, ensure_ascii=False)] * 2, ["0", "1"])
-    items, files = load_piqa(folder)
-    assert [item.label for item in items] == [0, 1]
-    assert items[0] == PiqaItem(
-        goal="to dry\u2028hands", sol1="use a towel", sol2="use a brick", label=0
-    )
-    assert [file.name for file in files] == ["valid.jsonl", "valid-labels.lst"]
-    assert load_piqa(folder / "valid.jsonl", limit=1) == Piqa(items[:1], files)
-
-
-@pytest.mark.parametrize(
-    ("questions", "labels", "error", "message"),
-    [
-        ([QUESTION], ["0", "1"], ValueError, r"a label for each of the 1 lines of.*; got 2"),
-        ([QUESTION], ["2"], ValueError, r"valid\.jsonl, record 0: label: Input should be 0 or 1"),
-        (["{"], ["0"], ValueError, r"valid\.jsonl, record 0 must be JSON"),
-        (["[]"], ["0"], TypeError, r"valid\.jsonl, record 0 must be an object with goal.*got \[\]"),
-        ([{**QUESTION, "sol2": " "}], ["0"], ValueError, r"record 0: sol2: String should have"),
-    ],
-)
-def test_piqa_files_that_break_a_rule_are_errors(piqa, questions, labels, error, message):
-    with pytest.raises(error, match=message):
-        load_piqa(piqa(questions, labels))
-
-
-def test_piqa_needs_as_many_items_as_asked_for(piqa):
-    with pytest.raises(ValueError, match=r"limit must be in \[1, 1\] for piqa"):
-        load_piqa(piqa([QUESTION], ["0"]), limit=2)
-    with pytest.raises(FileNotFoundError, match=r"valid\.jsonl; there is none"):
-        load_piqa("nowhere")

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from dataset_files import RECORDS, knowedit, records_of, request, write_records
 
-from baft_easyedit.bench.datasets import DATASETS, load_dataset
+from baft_easyedit.bench.data import DATASETS, load_dataset
 from baft_easyedit.training.requests import as_requests
 
 JUNK = (None, "", "  ", 3, 1.5, True, [], [[]], [""], ["x"], {}, {"x": 1}, "x", "{}{}")
@@ -177,7 +177,7 @@ def test_missing_file_is_an_error(tmp_path):
         (b'["\xff\xfe"]', ValueError, r"bad\.json must be JSON, and is not: .*codec can't decode"),
         (b'{"prompt": "x"}', TypeError, r"bad\.json must hold a list of records; got dict"),
         (b"[]", ValueError, r"bad\.json must hold at least one record; got an empty list"),
-        (b'["x"]', ValueError, r"bad\.json, record 0: the record: Input should be .*; got 'x'"),
+        (b'["x"]', ValueError, r"bad\.json, record 0: Input should be .*; got 'x'"),
     ],
 )
 def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
@@ -205,7 +205,7 @@ def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
             {"portability": {"Reasoning": [{"prompt": "x", "ground_truth": [["a"], [3]]}]}},
             r"portability\.Reasoning\.0\.ground_truth\.1: .*string; got 3",
         ),
-        ({"prompt": "", "subject": None}, r"got None \(and 1 more problems\)"),
+        ({"prompt": "", "subject": None}, r"got .* \(and 1 more problems\)"),
     ],
 )
 def test_bad_records_are_errors_that_name_place_rule_and_value(load, change, message):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from baft_easyedit import register
-from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.training.requests import as_requests
 
