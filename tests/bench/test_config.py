@@ -82,26 +82,6 @@ def test_every_benchmark_of_the_package_can_be_read(name):
     assert f"baft-easyedit bench bench/{name} " in first_line
 
 
-def test_row_whose_name_is_no_text_is_refused(tmp_path):
-    (tmp_path / "row.yaml").write_text("{data: {kind: facts}, methods: [{name: [a]}]}")
-    with pytest.raises(ValueError, match=r"methods\.0\.name: .*\(in .*row\.yaml\)"):
-        read_config(tmp_path / "row.yaml")
-
-
-def test_a_name_asks_for_rehearsal():
-    asked, given, without = (
-        MethodConfig.model_validate(value)
-        for value in (
-            "BaFT+rehearsal",
-            {"name": "FT-M+rehearsal of 4", "method": "FT-M", "rehearsal": 4},
-            "BaFT",
-        )
-    )
-    assert (asked.method, asked.rehearsal) == ("BaFT", 16)
-    assert (given.method, given.rehearsal) == ("FT-M", 4)
-    assert (without.method, without.rehearsal) == ("BaFT", 0)
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [

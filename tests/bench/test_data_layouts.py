@@ -48,22 +48,14 @@ def test_zsre_has_the_requests_of_the_wise_example_and_the_new_question(load):
     ]
 
 
-def test_zsre_record_without_a_new_question_has_no_portability(load):
-    record = zsre("Acme")
-    del record["portability"]
-    assert load("zsre", [record]).requests[0]["portability"] == {}
-
-
-def test_zsre_skips_empty_targets_as_easyedit_does_and_says_so(load):
-    dataset = load("zsre", [zsre("Acme"), zsre("Bolt", alt=" "), zsre("Cell")])
-    assert [r["case_id"] for r in dataset.requests] == [0, 2]
-    assert "records skipped, for their alt is empty: [1]" in dataset.notes
-
-
-def test_zsre_pairs_loc_prompts_by_record_and_starts_again_at_the_end(load, tmp_path):
+def test_zsre_skips_empty_targets_and_pairs_loc_prompts_by_record(load, tmp_path):
     records = [zsre("Acme"), zsre("Bolt", alt=""), zsre("Cell")]
     dataset = load("zsre", records)
-    assert "1 loc prompts are used in turn for 3 records" in dataset.notes
+    assert [r["case_id"] for r in dataset.requests] == [0, 2]
+    assert dataset.notes[:2] == [
+        "1 loc prompts are used in turn for 3 records",
+        "records skipped, for their alt is empty: [1]",
+    ]
     path = write_records(tmp_path, records)
     train = [{"loc": f"question {i}", "loc_ans": "x"} for i in range(3)]
     (tmp_path / "zsre_mend_train.json").write_text(json.dumps(train))
@@ -79,18 +71,6 @@ def test_zsre_without_loc_prompts_needs_no_train_file(load, tmp_path):
     assert len(dataset.files) == 1
     assert "loc_prompt" not in dataset.requests[0]
     with pytest.raises(FileNotFoundError, match=r"there is none at .*zsre_mend_train\.json"):
-        load_dataset("zsre", path)
-
-
-def test_zsre_loc_prompts_must_be_a_bool(load):
-    with pytest.raises(TypeError, match="loc_prompts must be true or false; got 'no'"):
-        load("zsre", records_of("zsre"), loc_prompts="no")
-
-
-def test_zsre_errors_name_the_train_file(tmp_path):
-    path = write_records(tmp_path, records_of("zsre"))
-    (tmp_path / "zsre_mend_train.json").write_text('[{"loc": "question"}]')
-    with pytest.raises(ValueError, match=r"^zsre_mend_train\.json, record 0: loc_ans: Field"):
         load_dataset("zsre", path)
 
 
@@ -154,11 +134,6 @@ def test_convsent_draws_are_of_both_sentiments_and_stay_the_same(load):
     questions = {r["prompt"].split(" answer ")[1].split(r["subject"])[0] for r in requests}
     assert len(questions) == 13
     assert "What is your stance on " in questions
-
-
-def test_convsent_seed_must_be_an_integer(load):
-    with pytest.raises(TypeError, match="seed must be an integer; got 'x'"):
-        load("convsent", records_of("convsent"), seed="x")
 
 
 def test_counterfact_is_read_in_easyedits_layout(load):
@@ -291,6 +266,18 @@ def test_facts_are_the_packages_own(load):
     assert train.requests[0]["case_id"] == edit_requests("train", 1)[0]["case_id"]
 
 
-def test_facts_take_no_path():
-    with pytest.raises(ValueError, match=r"path must be None for facts, which .*; got x"):
-        load_dataset("facts", "x")
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("zsre", {"loc_prompts": "no"}, TypeError, "loc_prompts must be true or false; got 'no'"),
+        ("convsent", {"seed": "x"}, TypeError, "seed must be an integer; got 'x'"),
+        ("facts", {"path": "x"}, ValueError, "path must be None for facts, which .*; got x"),
+        ("zsre", {"alpha": 1}, ValueError, r"options of zsre must be among \['loc_prompts'\]; got"),
+        ("wikibio", {"file_name": 1}, ValueError, r"options of wikibio must be among \[\]; got"),
+        ("trivia", {"path": "x"}, ValueError, "kind must be one of .*'mquake'.*; got 'trivia'"),
+        ("wikibio", {}, ValueError, r"path must lead to wikibio-test-all\.json; got None"),
+    ],
+)
+def test_bad_options_are_errors(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        load_dataset(kind, **options)
