@@ -1,7 +1,7 @@
 """Tiny random models of the supported families and a byte tokenizer; no file, no network."""
 
 import gc
-import io
+import json
 import os
 import shutil
 from inspect import Parameter, Signature
@@ -183,21 +183,19 @@ def hparams():
     )
 
 
-def run_worker_here(scratch, config, listener, workers):
-    """Stand in for `process._run_worker`."""
-    events = io.StringIO()
+def run_worker_here(workers, job, heard):
+    """Stand in for `process.Workers._run_worker`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(scratch)
-        patch.setattr(worker, "_claim_stdout", lambda: events)
-        worker.main(str(scratch / "job.json"))
-    listener.listen(events.getvalue().splitlines())
-    return listener.failure or "the worker ended"
+        patch.chdir(job.parent)
+        patch.setattr(worker, "_claim_stdout", lambda: lambda *e: heard.listen([json.dumps(e)]))
+        worker.main(str(job))
+    return heard.failure or "the worker ended"
 
 
 @pytest.fixture
 def worker_here(monkeypatch):
     """Let benchmarks run here: a process of their own takes ten seconds to import EasyEdit."""
-    monkeypatch.setattr(process, "_run_worker", run_worker_here)
+    monkeypatch.setattr(process.Workers, "_run_worker", run_worker_here)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_cuda_device_of_a_file_becomes_the_cpu_without_cuda(saved, tmp_path, mon
     line = f"baft-easyedit: {file} names the device 0; torch finds no CUDA here: using the CPU\n"
     assert capsys.readouterr().err.startswith(line)
     seen = []
-    monkeypatch.setattr("baft_easyedit.bench.runner.run_bench", lambda c, *_: seen.append(c) or [])
+    monkeypatch.setattr("baft_easyedit.bench.run.run_bench", lambda c, *_: seen.append(c) or [])
     assert main(["bench", "bench/zsre_single", "--data", str(tmp_path)]) == 0
     assert [config.device for config in seen] == ["cpu"]
     assert "bench/zsre_single names the device 0" in capsys.readouterr().err
@@ -277,11 +277,11 @@ def test_interrupt_ends_with_130_and_says_what_is_kept(saved, tmp_path, monkeypa
         start(40, 10)(2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("baft_easyedit.bench.runner.run_bench", stop_later)
+    monkeypatch.setattr("baft_easyedit.bench.run.run_bench", stop_later)
     assert main(["bench", "bench/facts", "--out", str(tmp_path / "run")]) == 130
     line = f"stopped: at 12 of 40 edits; what was finished is kept in {tmp_path}/run, and the same"
     assert capsys.readouterr().err.endswith(f"{line} command goes on from there\n")
-    monkeypatch.setattr("baft_easyedit.bench.runner.run_bench", stop)
+    monkeypatch.setattr("baft_easyedit.bench.run.run_bench", stop)
     assert main(["bench", "bench/facts", "--out", str(tmp_path / "run")]) == 130
     assert "stopped: before the first edit; what" in capsys.readouterr().err
     monkeypatch.setattr("baft_easyedit.easyedit.doctor.doctor", stop)
@@ -299,7 +299,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     seen = []
     row = {"method": "MEND", "protocol": "continual", "T": 5, "batch_size": 2, "n": 0, "error": "x"}
     monkeypatch.setattr(
-        "baft_easyedit.bench.runner.run_bench",
+        "baft_easyedit.bench.run.run_bench",
         lambda config, out, start: seen.append((config, out)) or [row],
     )
     set_cuda(monkeypatch, 2)

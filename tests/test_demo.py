@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.bench.plan import protocols
-from baft_easyedit.bench.settings import our_hparams
+from baft_easyedit.bench.methods import our_hparams
 from baft_easyedit.demo.bundled import (
     DEMO_METHODS,
     _config,
@@ -100,7 +99,7 @@ def test_rows_are_of_the_given_hyper_parameters(method, bundled, change, other_m
     config = _config(hparams, ("BaFT", "ReFT", "FT-L"), 4, (1, 4), 1)
     own = next(row for row in config.methods if row.method == method.algorithm)
     assert own.name == method.algorithm + ("+rehearsal" if "rehearsal" in change else "")
-    for protocol in protocols(config):
+    for protocol in config.protocols:
         assert our_hparams(config, own, protocol) == replace(hparams, batch_size=1)
     assert (config.model, config.fp16) == (hparams.model_name, hparams.fp16)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from baft_easyedit.bench.datasets import load_dataset
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.facts import edit_requests, facts, questions, relations
 from baft_easyedit.facts.evaluation import answers_follow
 from baft_easyedit.facts.known import known_phrasings, prompts_to_complete, write_known

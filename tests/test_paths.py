@@ -8,7 +8,8 @@ import pytest
 from baft_easyedit import BaFTHyperParams
 from baft_easyedit.bench import store
 from baft_easyedit.bench.config import read_config
-from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.files.paths import (
     check_own,
     expanded,

@@ -1,13 +1,15 @@
 """Edit, score and restore one chunk: the only place where a benchmark touches a model.
 
-Everything random is seeded at the start of a chunk, so that its numbers depend neither on the
-chunks before it nor on the process that runs it.
+Everything random is seeded at the start of a chunk: its numbers depend neither on the chunks before
+it nor on the process that runs it.
 """
 
 import random
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,120 +17,92 @@ import torch
 
 from baft_easyedit.bench.basis import basis_record, basis_usage
 from baft_easyedit.bench.config import BenchConfig
-from baft_easyedit.bench.datasets import PiqaItem
-from baft_easyedit.bench.downstream import piqa_accuracy
-from baft_easyedit.bench.plan import Unit
+from baft_easyedit.bench.evaluate import PreEditScores, immediate_scores, score_cases
+from baft_easyedit.bench.piqa import PiqaItem, piqa_accuracy
+from baft_easyedit.bench.protocol import Chunk
 from baft_easyedit.bench.scores import plain
-from baft_easyedit.bench.scoring import PreEditScores, immediate_scores, score_cases
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, write_json
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.editor import Learned
 from baft_easyedit.model.prompt_format import PromptFormat
 
-Progress = Callable[[], None]
-"""Called after each edit of a request."""
 
-
+@dataclass
 class ChunkRunner:
-    """Runs the chunks of one method, and writes their records.
+    """Runs the chunks of one method, and writes their cases."""
 
-    Args:
-        session: EasyEdit's editor of the method.
-        config: What is scored.
-        directory: Where the records go.
-        requests: All records of the run, completed by `prepare_requests`.
-        pre_edit: Scores of the unedited model.
-        downstream: Questions asked after each chunk; none if empty.
-        rehearsal: Earlier requests of a chunk that each edit call is given again.
-    """
+    session: Session
+    """EasyEdit's editor of the method."""
+    config: BenchConfig
+    directory: RunDirectory
+    requests: Sequence[Mapping[str, Any]]
+    """All records of the run, completed by `prepare_requests`."""
+    pre_edit: PreEditScores
+    downstream: Sequence[PiqaItem]
+    """Questions asked after each chunk; none if empty."""
+    rehearsal: int
+    """Earlier requests of a chunk that each edit call is given again."""
+    notes: Sequence[str]
+    """What is to be told beside the method's scores."""
+    progress: Callable[[int], None]
+    """Called with the number of records after each edit call."""
 
-    def __init__(
-        self,
-        session: Session,
-        config: BenchConfig,
-        directory: RunDirectory,
-        requests: Sequence[Mapping[str, Any]],
-        pre_edit: PreEditScores,
-        downstream: Sequence[PiqaItem] = (),
-        rehearsal: int = 0,
-    ) -> None:
-        self.session = session
-        self.config = config
-        self.directory = directory
-        self.requests = requests
-        self.pre_edit = pre_edit
-        self.downstream = downstream
-        self.rehearsal = rehearsal
-        self._downstream_pre: float | None = None
-
-    def run(
-        self,
-        unit: Unit,
-        notes: Sequence[str] = (),
-        progress: Progress | None = None,
-        learned: Learned | None = None,
-    ) -> None:
+    def run(self, chunk: Chunk, learned: Learned | None = None) -> None:
         """Edit a chunk's records in order, score them all, restore the model.
 
         Args:
-            unit: The chunk.
-            notes: What is to be told beside its scores.
-            progress: Called after each edited request.
+            chunk: What to run.
             learned: What was learned of a single edit before.
         """
-        session = self.session
-        requests = [self.requests[i] for i in unit.indices]
-        seed_everything(self.config.seed)
+        session, config = self.session, self.config
+        requests = [self.requests[i] for i in chunk.indices]
+        seed_everything(config.seed)
         pre = self.pre_edit.get(session, requests)
-        before = self._ask_downstream() if self.downstream else None
-        _reset_peak_memory()
-        times, immediate = self._edit(unit, progress, learned)
-        chunk: dict[str, Any] = {
-            "schema": SCHEMA,
-            "chunk": unit.chunk,
-            "indices": list(unit.indices),
+        before = self._downstream_before if self.downstream else None
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        times, immediate = self._edit(chunk, learned)
+        measured: dict[str, Any] = {
             "edit_times_s": times,
             "trainable_parameters": session.num_parameters,
             "peak_memory_bytes": _peak_memory(),
-            "basis_usage": basis_usage(session.model) if self.config.basis else None,
-            "downstream": None,
-            "notes": [*notes, *(["learned side by side"] if learned is not None else [])],
-            "error": None,
+            "basis_usage": basis_usage(session.model) if config.basis else None,
+            "notes": [*self.notes, *(["learned side by side"] if learned is not None else [])],
         }
-        scored = score_cases(session, requests, pre, self.config.generation)
-        for position, (i, case) in enumerate(zip(unit.indices, scored, strict=True)):
-            time_s = times[position // unit.protocol.batch_size]
-            record = self._record(unit, position, case, immediate.get(i, {}))
-            write_json(self.directory.case(unit, i), {**record, "edit_time_s": time_s})
-        if before is not None:
-            chunk["downstream"] = {
-                "pre_acc": before,
-                "post_acc": self._accuracy(),
-                "n": len(self.downstream),
+        cases = score_cases(session, requests, pre, config.generation)
+        for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
+            content = {
+                **self._described(chunk, position),
+                "teacher_forced": case["teacher_forced"],
+                "answers": case["answers"],
+                "scores": plain({**case["scores"], **immediate.get(i, {})}),
+                **self._basis(i),
+                "edit_time_s": times[position // chunk.protocol.batch_size],
             }
-        chunk["restored"] = session.restore()
-        write_json(self.directory.chunk(unit), chunk)
+            write_json(self.directory.case(chunk, i), content)
+        if before is not None:
+            accuracies = {"pre_acc": before, "post_acc": self._downstream_accuracy()}
+            measured["downstream"] = {**accuracies, "n": len(self.downstream)}
+        self.directory.write_chunk(chunk, **measured, restored=session.restore())
 
     def _edit(
-        self, unit: Unit, progress: Progress | None, learned: Learned | None
+        self, chunk: Chunk, learned: Learned | None
     ) -> tuple[list[float], dict[int, dict[str, Any]]]:
         """Edit a chunk; return each call's seconds per request, and immediate scores by record."""
         times: list[float] = []
         immediate: dict[int, dict[str, Any]] = {}
-        size = unit.protocol.batch_size
-        for start in range(0, len(unit.indices), size):
-            indices = unit.indices[start : start + size]
+        size = chunk.protocol.batch_size
+        for start in range(0, len(chunk.indices), size):
+            indices = chunk.indices[start : start + size]
             batch = [self.requests[i] for i in indices]
             if learned is not None:
                 times.append(self.session.install(learned))
             else:
-                again = self._earlier(unit.indices[:start])
+                again = self._earlier(chunk.indices[:start])
                 times.append(self.session.edit([*batch, *again]) / len(batch))
-            if self.config.immediate and unit.protocol.name == "continual":
+            if self.config.immediate and chunk.protocol.name == "continual":
                 immediate |= {i: immediate_scores(self.session, self.requests[i]) for i in indices}
-            for _ in indices:
-                if progress is not None:
-                    progress()
+            self.progress(len(indices))
         return times, immediate
 
     def _earlier(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
@@ -137,45 +111,39 @@ class ChunkRunner:
         drawn = generator.sample(indices, min(self.rehearsal, len(indices)))
         return [self.requests[i] for i in drawn]
 
-    def _record(
-        self, unit: Unit, position: int, scored: Mapping[str, Any], immediate: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the record of a chunk's case after all edits, as `score_cases` scored it."""
-        index = unit.indices[position]
-        session, request = self.session, self.requests[index]
-        basis = None
-        if self.config.basis:
-            editor = session.editor
-            form = PromptFormat.of(editor.hparams)
-            basis = basis_record(session.model, editor.tok, request, form)
+    def _described(self, chunk: Chunk, position: int) -> dict[str, Any]:
+        """Say which case of a run one is."""
+        index = chunk.indices[position]
         return {
             "schema": SCHEMA,
             "index": index,
-            "case_id": request["case_id"],
-            "method": unit.method,
-            "protocol": unit.protocol.name,
-            "T": unit.protocol.T,
-            "batch_size": unit.protocol.batch_size,
-            "chunk": unit.chunk,
+            "case_id": self.requests[index]["case_id"],
+            "method": chunk.method,
+            "protocol": chunk.protocol.name,
+            "T": chunk.protocol.T,
+            "batch_size": chunk.protocol.batch_size,
+            "chunk": chunk.number,
             "position": position,
-            "chunk_length": len(unit.indices),
-            "teacher_forced": scored["teacher_forced"],
-            "answers": scored["answers"],
-            "scores": plain({**scored["scores"], **immediate}),
-            "basis": basis and basis["weights"],
-            "update": basis and basis["update"],
+            "chunk_length": len(chunk.indices),
         }
 
-    def _ask_downstream(self) -> float:
-        """Return the unedited model's accuracy on the downstream task, asked once."""
-        if self._downstream_pre is None:
-            self._downstream_pre = self._accuracy()
-        return self._downstream_pre
+    def _basis(self, index: int) -> dict[str, Any]:
+        """Return the basis weights of a record's prompts, and the sizes of their updates."""
+        found = None
+        if self.config.basis:
+            editor = self.session.editor
+            form = PromptFormat.of(editor.hparams)
+            found = basis_record(self.session.model, editor.tok, self.requests[index], form)
+        return {"basis": found and found["weights"], "update": found and found["update"]}
 
-    def _accuracy(self) -> float:
+    @cached_property
+    def _downstream_before(self) -> float:
+        """The unedited model's accuracy on the downstream task."""
+        return self._downstream_accuracy()
+
+    def _downstream_accuracy(self) -> float:
         """Return the model's accuracy on the downstream task now."""
-        session = self.session
-        return piqa_accuracy(session.model, session.editor.tok, self.downstream)
+        return piqa_accuracy(self.session.model, self.session.editor.tok, self.downstream)
 
 
 def seed_everything(seed: int) -> None:
@@ -183,12 +151,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-
-
-def _reset_peak_memory() -> None:
-    """Start measuring CUDA memory anew."""
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory() -> int:

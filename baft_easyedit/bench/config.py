@@ -11,12 +11,14 @@ single edits, batch_size 1 is continual editing, anything else batched editing.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from baft_easyedit.files.messages import cut, short
-from baft_easyedit.files.reading import did_you_mean, read_yaml
+from baft_easyedit.bench.protocol import Protocol
+from baft_easyedit.bench.validation import validated
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, merged_settings
 
 
@@ -75,7 +77,7 @@ class DataConfig(_Strict):
     """Which records are edited."""
 
     kind: str
-    """A name of `datasets.DATASETS`; `requests` for a JSON list of EasyEdit's request dicts."""
+    """A name of `data.DATASETS`; `requests` for a JSON list of EasyEdit's request dicts."""
     path: str | None = None
     """File or directory; not needed for `facts`."""
     start: int = Field(default=0, ge=0)
@@ -95,6 +97,9 @@ class DownstreamConfig(_Strict):
     """Number of questions; all if null."""
 
 
+_Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
 class BenchConfig(_Strict):
     """A benchmark: every method under every protocol on the same records and model."""
 
@@ -102,9 +107,9 @@ class BenchConfig(_Strict):
     """Hugging Face name or directory; `bundled` for our own."""
     data: DataConfig
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
-    T: tuple[int, ...] = (1,)
+    T: _Counts = (1,)
     """Edit calls in a row, then the scores of all that was edited, then a restore."""
-    batch_size: tuple[int, ...] = (1,)
+    batch_size: _Counts = (1,)
     """Requests per edit call."""
     preset: str | None = None
     """Our hyper-parameters, `<method>/<preset>.yaml`, or with `-continual` or `-batch` after the
@@ -152,19 +157,19 @@ class BenchConfig(_Strict):
     another. No limit if null."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
-    @model_validator(mode="after")
-    def _check(self) -> "BenchConfig":
-        """Check what concerns several fields or entries."""
-        names = [method.name for method in self.methods]
-        for what, values in (("methods", names), ("T", self.T), ("batch_size", self.batch_size)):
-            if not values:
-                raise ValueError(f"{what} must not be empty")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{what} must not repeat an entry; got {short(list(values))}")
-        for what, numbers in (("T", self.T), ("batch_size", self.batch_size)):
-            if min(numbers) < 1:
-                raise ValueError(f"{what} must be at least 1; got {short(min(numbers))}")
-        return self
+    @field_validator("methods", "T", "batch_size")
+    @classmethod
+    def _check_repeats(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Check that no two rows or protocols are the same."""
+        names = [getattr(entry, "name", entry) for entry in entries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"must not repeat an entry; got {short(names)}")
+        return entries
+
+    @property
+    def protocols(self) -> list[Protocol]:
+        """What each method is run under."""
+        return [Protocol(T, size) for size in self.batch_size for T in self.T]
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BenchConfig:
@@ -202,31 +207,24 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
     Raises:
         ValueError: If a key is unknown or missing, or a value breaks a rule.
     """
-    try:
-        return BenchConfig.model_validate(content)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        # A list of which each entry is wrong is too short, too.
-        told = [e for e in errors if e["type"] != "too_short"] or errors
-        problems = cut("; ".join(map(_problem, told)), 1500)
-        raise ValueError(f"bad benchmark setting: {problems}") from None
+    models: tuple[type[BaseModel], ...] = (BenchConfig, DataConfig, DownstreamConfig, MethodConfig)
+    known = [name for model in models for name in model.model_fields]
+    return validated(BenchConfig, content, "bad benchmark setting", known)
 
 
-def _problem(error: Any) -> str:
-    """Say what is wrong with a setting, and which it is."""
-    place = ".".join(map(str, error["loc"]))
-    if error["type"] == "value_error":  # of our own, which say what was found
-        return ": ".join(filter(None, (place, str(error["ctx"]["error"]))))
-    if error["type"] == "extra_forbidden":
-        owner = error["loc"][:-1]
-        models: dict[Any, type[BaseModel]] = {
-            (): BenchConfig,
-            ("data",): DataConfig,
-            ("downstream",): DownstreamConfig,
-        }
-        known = models.get(owner, MethodConfig).model_fields
-        return f"{cut(place, 200)} is unknown{did_you_mean(str(error['loc'][-1]), known)}"
-    return f"{place or 'benchmark'}: {error['msg']}; got {short(error['input'])}"
+def with_absolute_paths(config: BenchConfig) -> BenchConfig:
+    """Make the paths of a configuration independent of the working directory."""
+    content = config.model_dump()
+    named = [(content, "model"), (content, "texts"), (content["data"], "path")]
+    if config.downstream is not None:
+        named.append((content["downstream"], "path"))
+    for owner, key in named:
+        if owner[key] is not None and Path(owner[key]).exists():
+            owner[key] = str(Path(owner[key]).absolute())
+    for method in content["methods"]:
+        if method["hparams"] is not None:
+            method["hparams"] = str(hparams_file(method["hparams"]).absolute())
+    return make_config(content)
 
 
 def _rows(wanted: Any, described: Any) -> Any:

@@ -28,7 +28,7 @@ from baft_easyedit.bench.diagnosis import (
     RowFinding,
     Separation,
 )
-from baft_easyedit.bench.runs import Result, read_run
+from baft_easyedit.bench.results import Result, read_run
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.method.gate_report import (
     coefficient_of_variation,

@@ -14,7 +14,7 @@ from baft_easyedit.bench.figures import (
     weight_figure,
 )
 from baft_easyedit.bench.layouts import protocol_title
-from baft_easyedit.bench.runs import TEACHER_FORCED, Result, read_cases
+from baft_easyedit.bench.results import TEACHER_FORCED, Result, read_cases
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

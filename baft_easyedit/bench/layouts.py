@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from baft_easyedit.bench.paper import ByMethod, PaperNumbers
-from baft_easyedit.bench.plan import Protocol
-from baft_easyedit.bench.runs import GENERATED, TEACHER_FORCED, Result
+from baft_easyedit.bench.protocol import Protocol
+from baft_easyedit.bench.results import GENERATED, TEACHER_FORCED, Result
 from baft_easyedit.bench.tables import Cell, Column, Group, Row, Table, make_table
 
 _TITLES = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}

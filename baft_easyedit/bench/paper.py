@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from baft_easyedit.bench.plan import Protocol
-from baft_easyedit.bench.runs import TEACHER_FORCED
+from baft_easyedit.bench.protocol import Protocol
+from baft_easyedit.bench.results import TEACHER_FORCED
 from baft_easyedit.files.messages import short
 
 ByMethod = Mapping[str, Mapping[str, float]]

@@ -24,9 +24,8 @@ from baft_easyedit.bench.figures import method_styles, save_figure
 from baft_easyedit.bench.illustrations import Illustration, illustrations
 from baft_easyedit.bench.layouts import Section
 from baft_easyedit.bench.paper import read_paper_numbers
-from baft_easyedit.bench.plan import file_name
-from baft_easyedit.bench.runs import Result, Run, merge_results, read_run
-from baft_easyedit.bench.store import write_text
+from baft_easyedit.bench.results import Result, Run, merge_results, read_run
+from baft_easyedit.bench.store import file_name, write_text
 from baft_easyedit.bench.tables import (
     LATEX_PREAMBLE,
     Table,

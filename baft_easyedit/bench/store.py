@@ -7,20 +7,29 @@ chunks/<row>/<protocol>/<chunk>.json    what concerns all cases between two rest
 pre_edit/<key>.json                     scores of the unedited model on a chunk's cases
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.bench.plan import Protocol, Unit, file_name
+from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.reading import parse_json
 from baft_easyedit.files.writing import written_whole
 
 SCHEMA = 1
-"""Version of all records; in each of them as `schema`."""
+"""Version of all JSON files of a run; in each object as `schema`."""
+_OF_A_CHUNK = (
+    "trainable_parameters",
+    "peak_memory_bytes",
+    "basis_usage",
+    "downstream",
+    "restored",
+)
 
 
 @dataclass(frozen=True)
@@ -49,46 +58,64 @@ class RunDirectory:
         """One row for each method and protocol."""
         return self.root / "summary.json"
 
-    def case(self, unit: Unit, index: int) -> Path:
-        """The record of one case."""
-        return self._of(unit.method, unit.protocol, "cases") / f"{index:05d}.json"
-
-    def is_complete(self, unit: Unit) -> bool:
-        """Tell whether a chunk has been run; one that failed has not."""
-        file = self.chunk(unit)
-        return file.is_file() and read_json(file)["error"] is None
-
-    def chunk(self, unit: Unit) -> Path:
-        """The record of one chunk."""
-        return self._of(unit.method, unit.protocol, "chunks") / f"{unit.chunk:05d}.json"
-
     def pre_edit(self, key: str) -> Path:
         """The unedited model's scores under the key of all that they depend on."""
         return self.root / "pre_edit" / f"{key}.json"
 
-    def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
-        """Read the cases of one row, in order; not those that an unfinished chunk left behind."""
-        done = {c["chunk"] for c in self.chunks_of(method, protocol) if c["error"] is None}
-        cases = _read_all(self._of(method, protocol, "cases"))
-        return (case for case in cases if case["chunk"] in done)
+    def case(self, chunk: Chunk, index: int) -> Path:
+        """One case of a chunk."""
+        return self._of("cases", chunk.method, chunk.protocol) / f"{index:05d}.json"
+
+    def chunk(self, chunk: Chunk) -> Path:
+        """What concerns all cases of a chunk."""
+        return self._of("chunks", chunk.method, chunk.protocol) / f"{chunk.number:05d}.json"
+
+    def write_chunk(self, chunk: Chunk, error: str | None = None, **measured: Any) -> None:
+        """Write a chunk's file, after those of its cases.
+
+        Args:
+            chunk: The chunk.
+            error: Why it could not be run, if so.
+            **measured: What there is to say of one that was run.
+        """
+        content = {
+            "schema": SCHEMA,
+            "chunk": chunk.number,
+            "indices": list(chunk.indices),
+            "edit_times_s": [],
+            **dict.fromkeys(_OF_A_CHUNK),
+            "notes": [],
+            "error": error,
+        }
+        write_json(self.chunk(chunk), {**content, **measured})
+
+    def is_complete(self, chunk: Chunk) -> bool:
+        """Tell whether a chunk has been run; one that failed has not."""
+        file = self.chunk(chunk)
+        return file.is_file() and read_json(file)["error"] is None
 
     def chunks_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
         """Read the chunks of one row, in order."""
-        return _read_all(self._of(method, protocol, "chunks"))
+        return map(read_json, sorted(self._of("chunks", method, protocol).glob("*.json")))
 
-    def _of(self, method: str, protocol: Protocol, kind: str) -> Path:
-        """The directory of one row's records."""
+    def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
+        """Read the cases of one row, in order; not those that an unfinished chunk left behind."""
+        done = {c["chunk"] for c in self.chunks_of(method, protocol) if c["error"] is None}
+        cases = map(read_json, sorted(self._of("cases", method, protocol).glob("*.json")))
+        return (case for case in cases if case["chunk"] in done)
+
+    def _of(self, kind: str, method: str, protocol: Protocol) -> Path:
+        """The directory of one row's files."""
         return self.root / kind / file_name(method) / protocol.slug
 
 
-def _read_all(directory: Path) -> Iterator[dict[str, Any]]:
-    """Read the records of a directory in the order of their names."""
-    for file in sorted(directory.glob("*.json")):
-        yield read_json(file)
+def file_name(text: str) -> str:
+    """Return a row's name as a file name; different names stay different."""
+    return re.sub(r"[^A-Za-z0-9.+-]", lambda match: f"_{ord(match[0]):x}", text)
 
 
 def read_json(file: Path) -> Any:
-    """Read a record.
+    """Read a JSON file of a run.
 
     Raises:
         ValueError: If the file is not JSON, or of another schema.
@@ -104,11 +131,17 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a record so that it is there as a whole or not at all."""
+    """Write JSON that is there as a whole or not at all."""
     write_text(file, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file so that it is there as a whole or not at all."""
+    """Write a text file that is there as a whole or not at all."""
     with written_whole(file) as stream:
         stream.write(text.encode())
+
+
+def digest(content: Any) -> str:
+    """Hash plain data."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The process in which one method runs its chunks; started by `process`, speaks JSON lines.
+"""The process in which one method runs its chunks; `process` starts it, and says what it answers.
 
 EasyEdit keeps state in its modules and prints a lot: each method has a process of its own, whose
 working directory is temporary and whose output goes to a file there.
@@ -9,18 +9,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from baft_easyedit.bench.chunk import ChunkRunner, seed_everything
-from baft_easyedit.bench.config import BenchConfig, MethodConfig, read_config
-from baft_easyedit.bench.datasets import load_piqa
-from baft_easyedit.bench.plan import Protocol, Unit
-from baft_easyedit.bench.scoring import PreEditScores
-from baft_easyedit.bench.settings import asked_of_all, our_hparams, statistics_texts
+from baft_easyedit.bench.config import read_config
+from baft_easyedit.bench.evaluate import PreEditScores
+from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
+from baft_easyedit.bench.piqa import load_piqa
+from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Host
@@ -36,175 +35,174 @@ from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
 from baft_easyedit.editor import Learned
 
+Send = Callable[..., None]
+"""Called with the parts of an event."""
+
 
 def main(job_file: str) -> None:
     """Run the job described by a JSON file, and report on what was standard output.
 
     Args:
-        job_file: Path of the JSON file that `process.run_units` wrote.
+        job_file: Path of the JSON file that `process.Workers` wrote.
     """
-    events = _claim_stdout()
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    send = _claim_stdout()
     try:
-        _Job(job, events).run()
+        _MethodRun(json.loads(Path(job_file).read_text(encoding="utf-8")), send).run()
     # Whatever a method of EasyEdit raises (its asserts, and libraries' errors), it becomes a row.
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
-        _send(events, {"failed": describe(error)})
+        send("failed", _described(error))
 
 
-def describe(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """Say what went wrong, in one line."""
     return f"{type(error).__name__}: {error}"
 
 
-def _claim_stdout() -> TextIO:
+def _claim_stdout() -> Send:
     """Keep standard output for events; let everything that is printed go where errors go."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return events
+    return lambda *event: print(json.dumps(event), file=events, flush=True)
 
 
-def _send(events: TextIO, event: Mapping[str, Any]) -> None:
-    """Write one event as a line."""
-    events.write(json.dumps(event) + "\n")
-    events.flush()
-
-
-class _Job:
+class _MethodRun:
     """One method's chunks, run one after another on one model."""
 
-    def __init__(self, job: Mapping[str, Any], events: TextIO) -> None:
-        self.events = events
+    def __init__(self, job: Mapping[str, Any], send: Send) -> None:
+        self.send = send
         self.directory = RunDirectory(Path(job["directory"]))
-        self.config: BenchConfig = read_config(self.directory.config)
+        self.config = read_config(self.directory.config)
         self.device = job["device"]
         self.depends_on = job["depends_on"]
         self.method = next(m for m in self.config.methods if m.name == job["method"])
+        self.is_ours = self.method.method in OUR_METHODS
         self.texts = statistics_texts(self.config)
-        self.units = [
-            Unit(
-                self.method.name, Protocol(u["T"], u["batch_size"]), u["chunk"], range(*u["range"])
-            )
-            for u in job["units"]
+        self.chunks = [
+            Chunk(self.method.name, Protocol(T, batch_size), number, range(start, stop))
+            for T, batch_size, number, start, stop in job["chunks"]
         ]
+        self._num_edited = 0
 
     def run(self) -> None:
         """Load the model once; edit, score and restore chunk after chunk."""
-        config = self.config
+        config, directory = self.config, self.directory
         torch.set_num_threads(config.threads)
         if isinstance(self.device, int) and torch.cuda.is_available():
             torch.cuda.set_device(self.device)  # for clocks and counters
-        host = register()
-        requests = prepare_requests(read_json(self.directory.requests))
-        path = host_model_path(config.model)
-        editor, notes = self._editor(host, path)
-        size = config.scoring_batch_size
-        session = Session(editor, requests[0]["prompt"], config.verify, size)
-        depends_on = {**self.depends_on, "easyedit": host.version}
-        pre_edit = PreEditScores(self.directory.pre_edit, depends_on, config.generation)
+        self.host = register()
+        self.path = host_model_path(config.model)
+        requests = prepare_requests(read_json(directory.requests))
+        editor, notes = self._editor()
         task = config.downstream
-        questions = load_piqa(task.path, task.limit).items if task is not None else []
-        ours = self.method.method in OUR_METHODS  # which remember by themselves
-        again = 0 if ours else self.method.rehearsal
-        runner = ChunkRunner(session, config, self.directory, requests, pre_edit, questions, again)
+        self.runner = ChunkRunner(
+            session=Session(
+                editor, requests[0]["prompt"], config.verify, config.scoring_batch_size
+            ),
+            config=config,
+            directory=directory,
+            requests=requests,
+            pre_edit=PreEditScores(
+                directory, {**self.depends_on, "easyedit": self.host.version}, config.generation
+            ),
+            downstream=load_piqa(task.path, task.limit)[0] if task is not None else [],
+            rehearsal=0 if self.is_ours else self.method.rehearsal,  # ours remember by themselves
+            notes=notes,
+            progress=self._edited,
+        )
         for group in self._groups():
-            protocol = group[0].protocol
-            set_up = partial(self._set_protocol, editor, protocol, path, host)
-            learned = self._learn_apart(runner, group, set_up)
-            for unit, own in zip(group, learned, strict=True):
-                self._run_unit(runner, unit, notes, set_up, own)
+            for i, learned in zip(group, self._learn_apart(group), strict=True):
+                self._run_chunk(i, learned)
 
-    def _groups(self) -> list[list[Unit]]:
-        """Return the chunks, those together whose edits are learned side by side."""
-        apart = [unit for unit in self.units if self._is_learned_apart(unit)]
-        size = self.config.side_by_side
+    def _edited(self, count: int) -> None:
+        """Tell of edited records."""
+        self._num_edited += count
+        self.send("edited", count)
+
+    def _groups(self) -> list[list[int]]:
+        """Return the chunks' numbers, those together whose edits are learned side by side."""
+        size, numbers = self.config.side_by_side, range(len(self.chunks))
+        apart = [i for i in numbers if self._is_learned_apart(self.chunks[i])]
         groups = [apart[i : i + size] for i in range(0, len(apart), size)]
-        return groups + [[unit] for unit in self.units if not self._is_learned_apart(unit)]
+        return groups + [[i] for i in numbers if not self._is_learned_apart(self.chunks[i])]
 
-    def _is_learned_apart(self, unit: Unit) -> bool:
+    def _is_learned_apart(self, chunk: Chunk) -> bool:
         """Tell whether a chunk's edit is learned beside those of others."""
-        is_ours = self.method.method in OUR_METHODS
-        return is_ours and unit.protocol.name == "single" and self.config.side_by_side > 1
+        return self.is_ours and chunk.protocol.name == "single" and self.config.side_by_side > 1
 
-    def _learn_apart(
-        self, runner: ChunkRunner, group: list[Unit], set_up: Callable[[], None]
-    ) -> list[Learned | None]:
+    def _learn_apart(self, group: list[int]) -> list[Learned | None]:
         """Learn the edits of a group side by side; None for those to be learned on their own."""
         if len(group) == 1:
             return [None]
+        chunks = [self.chunks[i] for i in group]
         try:
-            set_up()
-            requests = [runner.requests[unit.indices[0]] for unit in group]
-            return [*runner.session.learn_apart(requests, len(group))]
+            self._set_protocol(chunks[0].protocol)
+            requests = [self.runner.requests[chunk.indices[0]] for chunk in chunks]
+            return [*self.runner.session.learn_apart(requests, len(group))]
         except Exception:  # noqa: BLE001  one of them cannot be learned: on its own it will say so
             traceback.print_exc()
             return [None] * len(group)
 
-    def _run_unit(
-        self,
-        runner: ChunkRunner,
-        unit: Unit,
-        notes: tuple[str, ...],
-        set_up: Callable[[], None],
-        learned: Learned | None,
-    ) -> None:
-        """Run one chunk; a failure is its record, and the model is put back."""
-        session = runner.session
-        _send(self.events, {"started": list(unit.key)})
+    def _run_chunk(self, number: int, learned: Learned | None) -> None:
+        """Run one chunk; a failure is written in its place, and the model is put back."""
+        chunk, session = self.chunks[number], self.runner.session
+        self.send("start", number)
+        self._num_edited = 0
         try:
-            set_up()
-            runner.run(unit, notes, lambda: _send(self.events, {"edited": 1}), learned)
+            self._set_protocol(chunk.protocol)
+            self.runner.run(chunk, learned)
         except Exception as error:
             traceback.print_exc()
             if not session.verifies:  # nothing to put back: another process goes on
                 raise
             session.restore()
-            _send(self.events, {"chunk": list(unit.key), "error": describe(error)})
-        else:
-            _send(self.events, {"chunk": list(unit.key)})
+            self.directory.write_chunk(chunk, error=_described(error))
+            self.send("edited", len(chunk.indices) - self._num_edited)
+        self.send("end")
 
-    def _editor(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
+    def _editor(self) -> tuple[Any, tuple[str, ...]]:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
-        hparams, notes = self._hparams(host, path)
-        _check_templates(hparams, host)
+        hparams, notes = self._hparams()
+        _check_templates(hparams, self.host)
         seed_everything(self.config.seed)
         editor = make_editor(hparams)
-        if self.method.method not in OUR_METHODS:
+        if not self.is_ours:
             write_statistics(editor, self.texts)
             prepare_method(self.method.method, editor, self.config.seed)
         return editor, notes
 
-    def _hparams(self, host: Host, path: str) -> tuple[Any, tuple[str, ...]]:
+    def _hparams(self) -> tuple[Any, tuple[str, ...]]:
         """Make the method's hyper-parameters for its first protocol."""
         method, config = self.method, self.config
-        if method.method in OUR_METHODS:
-            return our_hparams(config, method, self.units[0].protocol, path, self.device), ()
+        if self.is_ours:
+            protocol = self.chunks[0].protocol
+            return our_hparams(config, method, protocol, self.path, self.device), ()
         hparams, notes = peer_hparams(
             method.method,
-            path,
+            self.path,
             self.device,
             Path.cwd(),
-            host.generation,
+            self.host.generation,
             len(self.texts),
             {**asked_of_all(config), **method.set},
             preset=config.peer_preset,
         )
         return hparams, (*notes, *fix_peer(method.method, hparams))
 
-    def _set_protocol(self, editor: Any, protocol: Protocol, path: str, host: Host) -> None:
+    def _set_protocol(self, protocol: Protocol) -> None:
         """Give the editor the hyper-parameters of a protocol; the model stays.
 
         Raises:
             ValueError: If the method cannot edit several requests in one call.
         """
-        method: MethodConfig = self.method
-        if method.method in OUR_METHODS:
-            editor.hparams = our_hparams(self.config, method, protocol, path, self.device)
-        elif protocol.batch_size + method.rehearsal > 1:
-            if not batchable(method.method, host.generation):
+        method, editor = self.method, self.runner.session.editor
+        size = protocol.batch_size + method.rehearsal
+        if self.is_ours:
+            editor.hparams = our_hparams(self.config, method, protocol, self.path, self.device)
+        elif size > 1:
+            if not batchable(method.method, self.host.generation):
                 raise ValueError(f"{method.method} edits one request at a time in EasyEdit")
-            editor.hparams.batch_size = protocol.batch_size + method.rehearsal
+            editor.hparams.batch_size = size
 
 
 def _check_templates(hparams: Any, host: Host) -> None:

@@ -87,7 +87,7 @@ def _add_bench(commands: Any) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark and print its tables."""
     from baft_easyedit.bench.config import read_config
-    from baft_easyedit.bench.runner import run_bench
+    from baft_easyedit.bench.run import run_bench
 
     config = read_config(arguments.config, _overrides(arguments))
     if arguments.device is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, MethodConfig
-from baft_easyedit.bench.runner import StartProgress, run_bench
+from baft_easyedit.bench.run import StartProgress, run_bench
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests

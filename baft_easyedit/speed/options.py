@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.bench.datasets import DATASETS
+from baft_easyedit.bench.data import DATASETS
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.messages import short

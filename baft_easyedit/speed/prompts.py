@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from baft_easyedit.bench.datasets import load_dataset
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.speed.options import SpeedOptions
 
 _NUM_WORDS = 256

@@ -10,9 +10,11 @@ unrelated prompts, summary rows are the means of the cases.
 import json
 import math
 from random import Random
-from statistics import fmean, median, stdev
+from statistics import fmean
 
-from baft_easyedit.bench.plan import file_name
+from baft_easyedit.bench.protocol import Chunk, Protocol
+from baft_easyedit.bench.results import summarise
+from baft_easyedit.bench.store import RunDirectory, file_name
 
 METHODS = (
     "BaFT",
@@ -52,7 +54,6 @@ SCORES = (
     "gen_locality_acc",
     "gen_portability_acc",
 )
-UNNUMBERED = ("immediate_rewrite_acc", "immediate_rephrase_acc", "any_alias_portability_acc")
 
 
 def write_run(
@@ -73,27 +74,31 @@ def write_run(
     replace the made-up ones; a row with an `error` gets no cases. Slugs are `single`,
     `continual-T10`, `batched-B10-T10`.
     """
-    rows = rows or {}
-    (directory / "cases").mkdir(parents=True)
-    random = Random(seed)
-    summary = []
+    rows, run = rows or {}, RunDirectory(directory)
     for method in methods:
         for slug in protocols:
             change = {**rows.get(method, {}), **rows.get((method, slug), {})}
             task = _task(slug) | {"method": method, "num_cases": num_cases}
-            cases = []
-            if not change.get("error"):
-                cases = _cases(task, Random(f"{method}{slug}{seed}"), portability, generation)
-                folder = file_name(method)
-                _write_all(directory / "cases" / folder / slug, "index", cases)
-                _write_all(directory / "chunks" / folder / slug, "chunk", _chunks(task, cases))
-            summary.append(_row(task, cases) | {"model": model, "dataset": dataset} | change)
-    requests = [_request(index, random) for index in range(num_cases)]
-    write_json(directory / "requests.json", requests)
-    write_json(directory / "summary.json", summary)
-    write_json(directory / "run.json", _run(num_cases, seed))
+            protocol = Protocol(task["T"], task["batch_size"])
+            if change.get("error"):
+                run.write_chunk(Chunk(method, protocol, 0, range(0)), change["error"])
+                continue
+            cases = _cases(task, Random(f"{method}{slug}{seed}"), portability, generation)
+            folder = file_name(method)
+            _write_all(directory / "cases" / folder / slug, "index", cases)
+            _write_all(directory / "chunks" / folder / slug, "chunk", _chunks(task, cases))
+    settings = [_task(slug) for slug in protocols]
     config = {"model": model, "data": {"kind": dataset}, "methods": list(methods), "seed": seed}
-    write_json(directory / "config.yaml", config)  # JSON is YAML
+    for key in ("T", "batch_size"):
+        config[key] = list(dict.fromkeys(task[key] for task in settings))
+    write_json(run.config, config)  # JSON is YAML
+    write_json(run.run, _run(num_cases, seed))
+    write_json(run.requests, [])
+    summary = summarise(run, dataset)
+    for row in summary:
+        slug = Protocol(row["T"], row["batch_size"]).slug
+        row |= {**rows.get(row["method"], {}), **rows.get((row["method"], slug), {})}
+    write_json(run.summary, summary)
     return directory
 
 
@@ -225,41 +230,6 @@ def _chunks(task, cases):
             }
         )
     return chunks
-
-
-def _row(task, cases):
-    parameters = QUALITIES.get(task["method"], QUALITIES["BaFT"])[7]
-    row = {key: task[key] for key in ("method", "protocol", "T", "batch_size")}
-    row |= {"n": len(cases), "num_failed": 0}
-    for name in (*SCORES, *UNNUMBERED):
-        values = [c["scores"][name] for c in cases if c["scores"][name] is not None]
-        row[name] = fmean(values) if values else None
-        row[name + "_se"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    times = [case["edit_time_s"] for case in cases]
-    num_chunks = len({case["chunk"] for case in cases})
-    return row | {
-        "downstream_acc": None,
-        "downstream_pre_acc": None,
-        "edit_time_s": median(times) if times else None,
-        "peak_memory_bytes": 400_000_000 if cases else None,
-        "trainable_parameters": parameters if cases else None,
-        "num_restored": num_chunks,
-        "num_restores": num_chunks,
-        "notes": ["scored in eval mode"],
-        "error": None,
-    }
-
-
-def _request(index, random):
-    return {
-        "prompt": f"The number of fact {index} is",
-        "target_new": str(random.randrange(1000)),
-        "ground_truth": str(index),
-        "subject": f"fact {index}",
-        "rephrase_prompt": f"What is the number of fact {index}?",
-        "locality": {"neighborhood": {"prompt": "The sky is", "ground_truth": "blue"}},
-        "portability": {"one_hop": {"prompt": f"Fact {index} comes before", "ground_truth": "1"}},
-    }
 
 
 def _run(num_cases, seed):

@@ -3,7 +3,7 @@ from synthetic import write_run
 
 from baft_easyedit.bench.layouts import Section
 from baft_easyedit.bench.paper import read_paper_numbers
-from baft_easyedit.bench.runs import read_run
+from baft_easyedit.bench.results import read_run
 
 
 @pytest.fixture

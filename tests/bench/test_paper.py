@@ -1,7 +1,7 @@
 import pytest
 
 from baft_easyedit.bench.paper import read_paper_numbers
-from baft_easyedit.bench.plan import Protocol
+from baft_easyedit.bench.protocol import Protocol
 
 PAPER = read_paper_numbers()
 MAIN, ABLATION = (1, 2), (4,)

@@ -2,29 +2,29 @@ import os
 
 import pytest
 
-from baft_easyedit.bench.plan import Protocol, Unit
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
+from baft_easyedit.bench.protocol import Chunk, Protocol
+from baft_easyedit.bench.store import SCHEMA, RunDirectory, file_name, read_json, write_json
 
-UNIT = Unit("+ss-w", Protocol(10, 1), 2, range(20, 30))
+CHUNK = Chunk("+ss-w", Protocol(10, 1), 2, range(20, 30))
 
 
 def test_records_lie_where_the_layout_says(tmp_path):
     run = RunDirectory(tmp_path)
-    assert run.case(UNIT, 21) == tmp_path / "cases/+ss-w/continual-T10/00021.json"
-    assert run.chunk(UNIT) == tmp_path / "chunks/+ss-w/continual-T10/00002.json"
+    assert run.case(CHUNK, 21) == tmp_path / "cases/+ss-w/continual-T10/00021.json"
+    assert run.chunk(CHUNK) == tmp_path / "chunks/+ss-w/continual-T10/00002.json"
     assert run.pre_edit("abc") == tmp_path / "pre_edit/abc.json"
 
 
 def test_cases_of_finished_chunks_are_read_in_order(tmp_path):
     run = RunDirectory(tmp_path)
-    assert list(run.chunks_of("+ss-w", UNIT.protocol)) == []
+    assert list(run.chunks_of("+ss-w", CHUNK.protocol)) == []
     for i, chunk in ((22, 2), (3, 2), (31, 3), (41, 4)):
-        write_json(run.case(UNIT, i), {"schema": SCHEMA, "index": i, "chunk": chunk})
+        write_json(run.case(CHUNK, i), {"schema": SCHEMA, "index": i, "chunk": chunk})
     for chunk, error in ((2, None), (3, "failed")):  # and the fourth was never finished
-        unit = Unit("+ss-w", UNIT.protocol, chunk, UNIT.indices)
-        write_json(run.chunk(unit), {"schema": SCHEMA, "chunk": chunk, "error": error})
-        assert run.is_complete(unit) == (error is None)
-    assert [case["index"] for case in run.cases_of("+ss-w", UNIT.protocol)] == [3, 22]
+        other = Chunk("+ss-w", CHUNK.protocol, chunk, CHUNK.indices)
+        run.write_chunk(other, error)
+        assert run.is_complete(other) == (error is None)
+    assert [case["index"] for case in run.cases_of("+ss-w", CHUNK.protocol)] == [3, 22]
 
 
 def test_a_record_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -49,3 +49,11 @@ def test_unreadable_records_are_named(tmp_path):
     broken.write_text('{"schema": 99}')
     with pytest.raises(ValueError, match=r"broken.json must have schema 1; got 99"):
         read_json(broken)
+
+
+def test_file_names_are_safe_and_distinct():
+    names = ["+ss-w&lr", "+ss-w lr", "../x", "BaFT", "R_loc x 0.1", "R loc x 0.1"]
+    made = [file_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    assert not any("/" in name or " " in name for name in made)
+    assert made[3] == "BaFT"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baft_easyedit.bench.datasets import load_dataset
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.generation import load_model
 from baft_easyedit.speed import SpeedOptions, Sweep

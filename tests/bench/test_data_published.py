@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from baft_easyedit import register
-from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.training.requests import as_requests
 
@@ -76,21 +76,6 @@ def _texts(answer):
     """All texts of nested lists."""
     parts = [answer] if isinstance(answer, str) else answer
     return [t for p in parts for t in ([p.strip()] if isinstance(p, str) else _texts(p))]
-
-
-def test_zsre_loc_prompts_come_from_the_train_file(load):
-    dataset = load("zsre")
-    assert dataset.files[1].sha256.startswith("e6259610")
-    assert dataset.requests[0]["loc_prompt"] == (
-        "nq question: john goodman's character in the big lebowski Walter Sobchak"
-    )
-
-
-def test_piqa_is_read_in_full(data):
-    items, files = load_piqa(data / "piqa")
-    assert len(items) == 1838
-    assert sum(item.label for item in items) == 928
-    assert files[0].sha256.startswith("93503cc9")
 
 
 @pytest.fixture(scope="session")

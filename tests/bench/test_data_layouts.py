@@ -16,7 +16,7 @@ from dataset_files import (
     zsre,
 )
 
-from baft_easyedit.bench.datasets import Piqa, PiqaItem, load_dataset, load_piqa
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.facts import edit_requests
 
 
@@ -48,22 +48,14 @@ def test_zsre_has_the_requests_of_the_wise_example_and_the_new_question(load):
     ]
 
 
-def test_zsre_record_without_a_new_question_has_no_portability(load):
-    record = zsre("Acme")
-    del record["portability"]
-    assert load("zsre", [record]).requests[0]["portability"] == {}
-
-
-def test_zsre_skips_empty_targets_as_easyedit_does_and_says_so(load):
-    dataset = load("zsre", [zsre("Acme"), zsre("Bolt", alt=" "), zsre("Cell")])
-    assert [r["case_id"] for r in dataset.requests] == [0, 2]
-    assert "records skipped, for their alt is empty: [1]" in dataset.notes
-
-
-def test_zsre_pairs_loc_prompts_by_record_and_starts_again_at_the_end(load, tmp_path):
+def test_zsre_skips_empty_targets_and_pairs_loc_prompts_by_record(load, tmp_path):
     records = [zsre("Acme"), zsre("Bolt", alt=""), zsre("Cell")]
     dataset = load("zsre", records)
-    assert "1 loc prompts are used in turn for 3 records" in dataset.notes
+    assert [r["case_id"] for r in dataset.requests] == [0, 2]
+    assert dataset.notes[:2] == [
+        "1 loc prompts are used in turn for 3 records",
+        "records skipped, for their alt is empty: [1]",
+    ]
     path = write_records(tmp_path, records)
     train = [{"loc": f"question {i}", "loc_ans": "x"} for i in range(3)]
     (tmp_path / "zsre_mend_train.json").write_text(json.dumps(train))
@@ -79,18 +71,6 @@ def test_zsre_without_loc_prompts_needs_no_train_file(load, tmp_path):
     assert len(dataset.files) == 1
     assert "loc_prompt" not in dataset.requests[0]
     with pytest.raises(FileNotFoundError, match=r"there is none at .*zsre_mend_train\.json"):
-        load_dataset("zsre", path)
-
-
-def test_zsre_loc_prompts_must_be_a_bool(load):
-    with pytest.raises(TypeError, match="loc_prompts must be true or false; got 'no'"):
-        load("zsre", records_of("zsre"), loc_prompts="no")
-
-
-def test_zsre_errors_name_the_train_file(tmp_path):
-    path = write_records(tmp_path, records_of("zsre"))
-    (tmp_path / "zsre_mend_train.json").write_text('[{"loc": "question"}]')
-    with pytest.raises(ValueError, match=r"^zsre_mend_train\.json, record 0: loc_ans: Field"):
         load_dataset("zsre", path)
 
 
@@ -154,11 +134,6 @@ def test_convsent_draws_are_of_both_sentiments_and_stay_the_same(load):
     questions = {r["prompt"].split(" answer ")[1].split(r["subject"])[0] for r in requests}
     assert len(questions) == 13
     assert "What is your stance on " in questions
-
-
-def test_convsent_seed_must_be_an_integer(load):
-    with pytest.raises(TypeError, match="seed must be an integer; got 'x'"):
-        load("convsent", records_of("convsent"), seed="x")
 
 
 def test_counterfact_is_read_in_easyedits_layout(load):
@@ -291,55 +266,18 @@ def test_facts_are_the_packages_own(load):
     assert train.requests[0]["case_id"] == edit_requests("train", 1)[0]["case_id"]
 
 
-def test_facts_take_no_path():
-    with pytest.raises(ValueError, match=r"path must be None for facts, which .*; got x"):
-        load_dataset("facts", "x")
-
-
-@pytest.fixture
-def piqa(tmp_path):
-    """Write PIQA's two files; return their directory."""
-
-    def write(questions, labels):
-        lines = [q if isinstance(q, str) else json.dumps(q) for q in questions]
-        (tmp_path / "valid.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (tmp_path / "valid-labels.lst").write_text("\n".join(labels) + "\n")
-        return tmp_path
-
-    return write
-
-
-QUESTION = {"goal": "to dry\u2028hands", "sol1": "use a towel ", "sol2": " use a brick"}
-
-
-def test_piqa_joins_questions_with_their_labels(piqa):
-    folder = piqa([json.dumps(QUESTION, ensure_ascii=False)] * 2, ["0", "1"])
-    items, files = load_piqa(folder)
-    assert [item.label for item in items] == [0, 1]
-    assert items[0] == PiqaItem(
-        goal="to dry\u2028hands", sol1="use a towel", sol2="use a brick", label=0
-    )
-    assert [file.name for file in files] == ["valid.jsonl", "valid-labels.lst"]
-    assert load_piqa(folder / "valid.jsonl", limit=1) == Piqa(items[:1], files)
-
-
 @pytest.mark.parametrize(
-    ("questions", "labels", "error", "message"),
+    ("kind", "options", "error", "message"),
     [
-        ([QUESTION], ["0", "1"], ValueError, r"a label for each of the 1 lines of.*; got 2"),
-        ([QUESTION], ["2"], ValueError, r"valid\.jsonl, record 0: label: Input should be 0 or 1"),
-        (["{"], ["0"], ValueError, r"valid\.jsonl, record 0 must be JSON"),
-        (["[]"], ["0"], TypeError, r"valid\.jsonl, record 0 must be an object with goal.*got \[\]"),
-        ([{**QUESTION, "sol2": " "}], ["0"], ValueError, r"record 0: sol2: String should have"),
+        ("zsre", {"loc_prompts": "no"}, TypeError, "loc_prompts must be true or false; got 'no'"),
+        ("convsent", {"seed": "x"}, TypeError, "seed must be an integer; got 'x'"),
+        ("facts", {"path": "x"}, ValueError, "path must be None for facts, which .*; got x"),
+        ("zsre", {"alpha": 1}, ValueError, r"options of zsre must be among \['loc_prompts'\]; got"),
+        ("wikibio", {"file_name": 1}, ValueError, r"options of wikibio must be among \[\]; got"),
+        ("trivia", {"path": "x"}, ValueError, "kind must be one of .*'mquake'.*; got 'trivia'"),
+        ("wikibio", {}, ValueError, r"path must lead to wikibio-test-all\.json; got None"),
     ],
 )
-def test_piqa_files_that_break_a_rule_are_errors(piqa, questions, labels, error, message):
+def test_bad_options_are_errors(kind, options, error, message):
     with pytest.raises(error, match=message):
-        load_piqa(piqa(questions, labels))
-
-
-def test_piqa_needs_as_many_items_as_asked_for(piqa):
-    with pytest.raises(ValueError, match=r"limit must be in \[1, 1\] for piqa"):
-        load_piqa(piqa([QUESTION], ["0"]), limit=2)
-    with pytest.raises(FileNotFoundError, match=r"valid\.jsonl; there is none"):
-        load_piqa("nowhere")
+        load_dataset(kind, **options)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit.bench import identity, process, runner
+from baft_easyedit.bench import process, provenance
 from baft_easyedit.bench.config import make_config
-from baft_easyedit.bench.plan import Protocol, Unit
-from baft_easyedit.bench.runner import run_bench
+from baft_easyedit.bench.protocol import Chunk, Protocol
+from baft_easyedit.bench.run import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
 from tests.conftest import run_worker_here
 from tests.tiny import save_tiny_llama
@@ -69,7 +69,7 @@ def whole(settings, tmp_path_factory):
         return moves.append
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "_run_worker", run_worker_here)
+        patch.setattr(process.Workers, "_run_worker", run_worker_here)
         run_bench(make_config(settings), directory / "run", start)
     return directory / "run", moves
 
@@ -122,12 +122,13 @@ def test_a_run_goes_on_where_it_stopped(settings, whole, tmp_path, monkeypatch):
     for gone in ("chunks/BaFT/single/00002.json", "chunks/FT-L/continual-T2/00001.json"):
         (tmp_path / "run" / gone).unlink()
     seen = []
-    original = process.run_units
-    monkeypatch.setattr(
-        runner, "run_units", lambda *a, **k: seen.append([u.key for u in a[2]]) or original(*a, **k)
-    )
+    original = process.Workers.run
+    monkeypatch.setattr(process.Workers, "run", lambda w, c: seen.append(c) or original(w, c))
     again = run_bench(make_config(settings), tmp_path / "run")
-    assert seen == [[("BaFT", 1, 1, 2)], [("FT-L", 2, 1, 1)]]
+    assert seen == [
+        [Chunk("BaFT", Protocol(1, 1), 2, range(2, 3))],
+        [Chunk("FT-L", Protocol(2, 1), 1, range(2, 4))],
+    ]
     assert scores(again) == scores(read_json(whole[0] / "summary.json"))
 
 
@@ -259,11 +260,11 @@ def test_other_settings_are_refused_also_after_further_rows(settings, tmp_path, 
 def test_other_hyper_parameters_of_a_method_under_the_same_name_are_refused(
     settings, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(runner, "run_units", lambda *a: None)
+    monkeypatch.setattr(process.Workers, "run", lambda *a: None)
     config = make_config({**settings, "methods": ["FT-M"], "T": [1], "peer_preset": "smollm2"})
     run_bench(config, tmp_path / "run")
     run_bench(config, tmp_path / "run")
-    monkeypatch.setattr(identity, "own_preset_config", lambda name, preset: {"lr": 1.0})
+    monkeypatch.setattr(provenance, "own_preset_config", lambda name, preset: {"lr": 1.0})
     with pytest.raises(ValueError, match="same name: the hyper-parameters of FT-M"):
         run_bench(config, tmp_path / "run")
 
@@ -275,15 +276,15 @@ def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkey
     changed = changed_records(settings, tmp_path, lambda records: None)
     ours = {"name": "BaFT", "hparams": str(tmp_path / "mine.yaml")}
     content = {**changed, "methods": [ours], "T": [1], "texts": str(tmp_path / "texts")}
-    monkeypatch.setattr(runner, "run_units", lambda *a: None)
+    monkeypatch.setattr(process.Workers, "run", lambda *a: None)
     run_bench(make_config(content), tmp_path / "run")
     if what == "records":
         changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
     elif what == "model":
         other = {"model": "another", "tokenizer": ""}
-        monkeypatch.setattr(identity.provenance, "model_fingerprint", lambda model: other)
+        monkeypatch.setattr(provenance, "model_fingerprint", lambda model: other)
     elif what == "EasyEdit":
-        monkeypatch.setattr(identity.provenance, "easyedit_version", lambda: {"version": "new"})
+        monkeypatch.setattr(provenance, "easyedit_version", lambda: {"version": "new"})
     elif what == "texts":
         (tmp_path / "texts").write_text("c d")
     else:
@@ -352,42 +353,33 @@ def test_a_slow_method_is_killed(settings, tmp_path, worker):
 
 
 def test_a_process_that_dies_at_a_chunk_is_followed_by_another(settings, tmp_path, worker):
-    done = '{"chunk": ["BaFT", 1, 1, %d]}'
     # The first process ends at its second chunk, the next one runs the rest.
     worker(
         f"""if [ ! -e {tmp_path}/once ]; then touch {tmp_path}/once
-echo '{{"started": ["BaFT", 1, 1, 0]}}'; echo '{done % 0}'
-echo '{{"started": ["BaFT", 1, 1, 1]}}'; echo '{{"edited": 1}}'; echo no memory >&2; exit 9
+echo '["start", 0]'; echo '["edited", 1]'; echo '["end"]'
+echo '["start", 1]'; echo '["edited", 1]'; echo no memory >&2; exit 9
 fi
-echo '{{"started": ["BaFT", 1, 1, 2]}}'; echo '{done % 2}'; echo '{done % 3}'"""
+echo '["start", 0]'; echo '["end"]'; echo '["start", 1]'; echo '["end"]'"""
     )
     moves = []
     only_baft = {**settings, "methods": settings["methods"][:1], "T": [1]}
-    start = lambda total, done: moves.append  # noqa: E731
-    run_bench(make_config(only_baft), tmp_path / "run", start)
+    run_bench(make_config(only_baft), tmp_path / "run", lambda total, done: moves.append)
     failed = list(tmp_path.glob("run/chunks/BaFT/single/*"))
     assert [file.name for file in failed] == ["00001.json"]
     assert "exit code 9: no memory" in read_json(failed[0])["error"]
-    assert moves == [1]
+    assert sum(moves) == 2
 
 
-def test_nothing_is_started_or_written_once_workers_are_stopped(settings, tmp_path):
-    workers = process.Workers()
-    workers.stop()
-    config, directory = make_config(settings), RunDirectory(tmp_path / "run")
-    unit = Unit("BaFT", Protocol(), 0, range(1))
+@pytest.mark.parametrize("is_running", [False, True])
+def test_stopped_workers_start_and_write_nothing(settings, tmp_path, monkeypatch, is_running):
+    directory = RunDirectory(tmp_path / "run")
+    workers = process.Workers(directory, make_config(settings), "cpu", {}, print)
+    if is_running:
+        monkeypatch.setattr(process.Workers, "_run_worker", lambda *args: workers.stop() or "died")
+    else:
+        workers.stop()
     with pytest.raises(InterruptedError, match="the run was stopped"):
-        process.run_units(directory, config, [unit], {}, "cpu", workers)
-    assert not directory.root.exists()
-
-
-def test_a_stop_while_a_worker_runs_writes_no_failure(settings, tmp_path, monkeypatch):
-    workers = process.Workers()
-    monkeypatch.setattr(process, "_run_worker", lambda *args: workers.stop() or "killed")
-    config, directory = make_config(settings), RunDirectory(tmp_path / "run")
-    unit = Unit("BaFT", Protocol(), 0, range(1))
-    with pytest.raises(InterruptedError, match="the run was stopped"):
-        process.run_units(directory, config, [unit], {}, "cpu", workers)
+        workers.run([Chunk("BaFT", Protocol(), 0, range(1))])
     assert not directory.root.exists()
 
 

@@ -1,4 +1,4 @@
-"""Readers of benchmark files: what each kind of file gives as EasyEdit request dicts.
+"""Benchmark files as EasyEdit request dicts.
 
 | kind | file | probes beside the edit itself |
 |---|---|---|
@@ -17,16 +17,6 @@ No reader needs EasyEdit, a tokenizer or the network; the package brings no benc
 own facts.
 """
 
-from baft_easyedit.bench.datasets.files import FileHash
-from baft_easyedit.bench.datasets.loading import DATASETS, Dataset, load_dataset
-from baft_easyedit.bench.datasets.piqa import Piqa, PiqaItem, load_piqa
+from baft_easyedit.bench.data.loading import DATASETS, Dataset, load_dataset
 
-__all__ = [
-    "DATASETS",
-    "Dataset",
-    "FileHash",
-    "Piqa",
-    "PiqaItem",
-    "load_dataset",
-    "load_piqa",
-]
+__all__ = ["DATASETS", "Dataset", "load_dataset"]

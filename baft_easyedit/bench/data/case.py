@@ -1,24 +1,13 @@
-"""What all readers share: checked texts, answers and probes, and a case as an EasyEdit request.
+"""A case: one edit with its probes, whatever file it came from, as an EasyEdit request.
 
-A reader describes its file's records as a `Layout`, whose errors name the file's own fields, and
-turns each into `Case`s. EasyEdit scores `prompt + ' ' + target`, so texts lose the blanks at their
-ends; an empty one is an error.
+EasyEdit scores `prompt + ' ' + target`: texts lose the blanks at their ends, and an empty one is an
+error.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    StringConstraints,
-    ValidationError,
-)
-
-from baft_easyedit.bench.datasets.files import FileHash
-from baft_easyedit.files.messages import cut, short
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 """Text without blanks at its ends, not empty."""
@@ -44,7 +33,7 @@ Answers = Annotated[
 
 
 class Layout(BaseModel):
-    """A record of a file, checked; fields that it does not name are not read."""
+    """Part of a file; fields that it does not name are not read."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,9 +50,7 @@ Probes = dict[str, tuple[Probe, ...]]
 
 
 class Case(Layout):
-    """One edit with its probes, whatever file it came from."""
-
-    model_config = ConfigDict(extra="forbid")
+    """One edit with its probes."""
 
     case_id: int | str | None = None
     prompt: Text
@@ -85,10 +72,11 @@ class Case(Layout):
         Args:
             index: The `case_id` of a case that has none.
         """
+        texts = self.loc_prompt or ()
         optional = {
             "subject": self.subject,
             "rephrase_prompt": self.rephrase_prompt,
-            "loc_prompt": _one_or_list(self.loc_prompt),
+            "loc_prompt": list(texts) if len(texts) > 1 else next(iter(texts), None),
         }
         return {
             **(self.model_extra or {}),
@@ -102,11 +90,6 @@ class Case(Layout):
         }
 
 
-def _one_or_list(texts: tuple[str, ...] | None) -> str | list[str] | None:
-    """Return one text as it is, several as a list."""
-    return texts[0] if texts and len(texts) == 1 else list(texts) if texts else None
-
-
 def _parallel_lists(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, dict[str, list[Any]]]:
     """Return probes in EasyEdit's form; kinds without a probe are left out."""
     return {
@@ -118,46 +101,3 @@ def _parallel_lists(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, dict[s
         for kind, members in probes.items()
         if members
     }
-
-
-class Source(NamedTuple):
-    """What a reader makes of its files."""
-
-    cases: Sequence[Case]
-    files: list[FileHash]
-    notes: list[str]
-
-
-L = TypeVar("L", bound=Layout)
-
-
-def check(layout: type[L], record: Any, place: str) -> L:
-    """Read a record.
-
-    Args:
-        layout: What it must look like.
-        record: What was parsed from JSON.
-        place: File and record, for errors.
-
-    Raises:
-        ValueError: If the record breaks a rule; the message names the place, the field, the rule
-            and what was found.
-    """
-    try:
-        return layout.model_validate(record)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        field = ".".join(map(str, problems[0]["loc"])) or "the record"
-        rule = problems[0]["msg"].removeprefix("Value error, ")
-        others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        found = short(problems[0]["input"])
-        raise ValueError(f"{place}: {cut(field, 200)}: {rule}; got {found}{others}") from None
-
-
-def check_all(layout: type[L], records: list[Any], file: str) -> list[L]:
-    """Read all records of a file, numbered from 0 in errors.
-
-    Raises:
-        ValueError: As `check`.
-    """
-    return [check(layout, record, f"{file}, record {i}") for i, record in enumerate(records)]

@@ -2,14 +2,14 @@
 
 import copy
 import hashlib
-import json
 import re
 from random import Random
 
 import pytest
 from dataset_files import RECORDS, knowedit, records_of, request, write_records
 
-from baft_easyedit.bench.datasets import DATASETS, load_dataset
+from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.bench.data.files import FileHash
 from baft_easyedit.training.requests import as_requests
 
 JUNK = (None, "", "  ", 3, 1.5, True, [], [[]], [""], ["x"], {}, {"x": 1}, "x", "{}{}")
@@ -46,18 +46,6 @@ def is_well_formed(requests):
         and [aliases[0] for aliases in probe["aliases"]] == probe["ground_truth"]
         for probe in probes
     )
-
-
-def test_every_kind_but_the_facts_is_covered_here():
-    assert set(RECORDS) == set(DATASETS) - {"facts"}
-
-
-@pytest.mark.parametrize("kind", RECORDS)
-def test_good_records_become_well_formed_requests(kind, load):
-    dataset = load(kind, records_of(kind))
-    assert dataset.kind == kind
-    assert len(dataset.requests) >= 2
-    assert is_well_formed(dataset.requests)
 
 
 @pytest.mark.parametrize("kind", RECORDS)
@@ -120,15 +108,6 @@ def test_asking_for_records_that_are_not_there_is_an_error(load, arguments, mess
         load("requests", records_of("requests"), **arguments)
 
 
-def test_files_are_identified_by_their_content(write):
-    path = write(records_of("zsre"), "zsre_mend_edit.json")
-    files = load_dataset("zsre", path.parent).files
-    assert [file.name for file in files] == ["zsre_mend_edit.json", "zsre_mend_train.json"]
-    content = path.read_bytes()
-    assert files[0].sha256 == hashlib.sha256(content).hexdigest()
-    assert files[0].bytes == len(content)
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -140,27 +119,9 @@ def test_files_are_identified_by_their_content(write):
     ],
 )
 def test_a_directory_stands_for_the_file_of_its_kind(kind, name, write, tmp_path):
-    write(records_of(kind), name)
-    assert [file.name for file in load_dataset(kind, tmp_path).files] == [name]
-
-
-def test_unknown_kind_is_an_error_that_lists_the_kinds():
-    with pytest.raises(ValueError, match=r"kind must be one of .*'mquake'.*; got 'trivia'"):
-        load_dataset("trivia", "x")
-
-
-def test_unknown_option_is_an_error_that_lists_the_options(load):
-    with pytest.raises(ValueError, match=r"options of convsent must be among \['seed'\]; got \['a"):
-        load("convsent", records_of("convsent"), alpha=1)
-    with pytest.raises(
-        ValueError, match=r"options of wikibio must be among \[\]; got \['file_name"
-    ):
-        load("wikibio", records_of("wikibio"), file_name="x")
-
-
-def test_missing_path_is_an_error():
-    with pytest.raises(ValueError, match=r"path must lead to test_cf\.json; got None"):
-        load_dataset("wikidata-counterfact")
+    content = write(records_of(kind), name).read_bytes()
+    (file,) = load_dataset(kind, tmp_path).files
+    assert file == FileHash(name, hashlib.sha256(content).hexdigest(), len(content))
 
 
 def test_missing_file_is_an_error(tmp_path):
@@ -177,7 +138,7 @@ def test_missing_file_is_an_error(tmp_path):
         (b'["\xff\xfe"]', ValueError, r"bad\.json must be JSON, and is not: .*codec can't decode"),
         (b'{"prompt": "x"}', TypeError, r"bad\.json must hold a list of records; got dict"),
         (b"[]", ValueError, r"bad\.json must hold at least one record; got an empty list"),
-        (b'["x"]', ValueError, r"bad\.json, record 0: the record: Input should be .*; got 'x'"),
+        (b'["x"]', ValueError, r"bad\.json, record 0: Input should be .*; got 'x'"),
     ],
 )
 def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
@@ -205,20 +166,13 @@ def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
             {"portability": {"Reasoning": [{"prompt": "x", "ground_truth": [["a"], [3]]}]}},
             r"portability\.Reasoning\.0\.ground_truth\.1: .*string; got 3",
         ),
-        ({"prompt": "", "subject": None}, r"got None \(and 1 more problems\)"),
+        ({"prompt": "", "subject": None}, r"got .* \(and 1 more problems\)"),
     ],
 )
 def test_bad_records_are_errors_that_name_place_rule_and_value(load, change, message):
     records = [knowedit("France"), {**knowedit("Spain"), **change}]
     with pytest.raises(ValueError, match=r"^records\.json, record 1: .*" + message):
         load("wikidata-recent", records)
-
-
-def test_missing_key_is_an_error_that_names_it(load):
-    record = knowedit("Spain")
-    del record["target_new"]
-    with pytest.raises(ValueError, match=r"record 0: target_new: Field required; got \{"):
-        load("wikidata-recent", [record])
 
 
 def test_answers_keep_the_first_alias_for_easyedit_and_all_for_us(load):
@@ -248,14 +202,6 @@ def test_repeated_prompts_are_noted_and_conflicts_told_apart(load):
     assert not any("several" in note for note in load("convsent", records_of("convsent")).notes)
 
 
-def test_long_lists_of_records_are_cut(load):
-    (note,) = [
-        n for n in load("wikidata-recent", [knowedit("France")] * 300).notes if "several" in n
-    ]
-    assert note.endswith(", ...")
-    assert len(note) < 500
-
-
 def test_parts_that_records_lack_are_counted(load):
     bare = {**knowedit("Spain"), "portability": {"Reasoning": []}}
     del bare["rephrase"]
@@ -271,16 +217,3 @@ def test_parts_that_records_lack_are_counted(load):
     notes = load("wikidata-recent", [knowedit("France"), knowedit("Spain"), less]).notes
     assert "no locality in 1 of 3 records" in notes
     assert not any(re.search(r"portability\.|locality\.", note) for note in notes)
-
-
-def test_kinds_of_probes_that_some_records_lack_are_counted(load):
-    less = knowedit("Italy")
-    del less["portability"]["Logical_Generalization"]
-    notes = load("wikidata-recent", [knowedit("France"), less]).notes
-    assert "no portability.Logical_Generalization in 1 of 2 records" in notes
-
-
-def test_requests_can_be_written_as_json(load):
-    for kind in RECORDS:
-        requests = load(kind, records_of(kind)).requests
-        assert json.loads(json.dumps(requests)) == requests

@@ -9,35 +9,31 @@ from textwrap import shorten
 from types import MappingProxyType
 from typing import Any
 
-from baft_easyedit.bench.datasets.convsent import read_convsent
-from baft_easyedit.bench.datasets.files import FileHash, select
-from baft_easyedit.bench.datasets.knowedit import read_knowedit
-from baft_easyedit.bench.datasets.plain import read_facts, read_requests
-from baft_easyedit.bench.datasets.rewrites import read_counterfact, read_mquake
-from baft_easyedit.bench.datasets.schema import Source
-from baft_easyedit.bench.datasets.zsre import read_zsre
+from baft_easyedit.bench.data import readers
+from baft_easyedit.bench.data.files import FileHash, select
 from baft_easyedit.files.messages import short
 from baft_easyedit.training.requests import EditRequest
 
 Request = dict[str, Any]
 
-DATASETS: Mapping[str, Callable[..., Source]] = MappingProxyType(
+DATASETS: Mapping[str, Callable[..., readers.Source]] = MappingProxyType(
     {
-        "facts": read_facts,
-        "zsre": read_zsre,
-        "knowedit-zsre": partial(read_knowedit, "ZsRE-test-all.json"),
-        "wikidata-recent": partial(read_knowedit, "recent_test.json"),
-        "wikidata-counterfact": partial(read_knowedit, "test_cf.json"),
-        "wikibio": partial(read_knowedit, "wikibio-test-all.json"),
-        "convsent": read_convsent,
-        "counterfact": read_counterfact,
-        "mquake": read_mquake,
-        "requests": read_requests,
+        "facts": readers.read_facts,
+        "zsre": readers.read_zsre,
+        "knowedit-zsre": partial(readers.read_knowedit, "ZsRE-test-all.json"),
+        "wikidata-recent": partial(readers.read_knowedit, "recent_test.json"),
+        "wikidata-counterfact": partial(readers.read_knowedit, "test_cf.json"),
+        "wikibio": partial(readers.read_knowedit, "wikibio-test-all.json"),
+        "convsent": readers.read_convsent,
+        "counterfact": readers.read_counterfact,
+        "mquake": readers.read_mquake,
+        "requests": readers.read_requests,
     }
 )
 """Readers by kind; each takes a path, and options by keyword."""
 
-_MAX_LIST = 400  # characters
+_MAX_LIST = 400
+"""Characters of a list of records in a note."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,11 @@ def load_dataset(
     if kind not in DATASETS:
         raise ValueError(f"kind must be one of {sorted(DATASETS)}; got {short(kind)}")
     reader = DATASETS[kind]
-    _check_options(kind, reader, options)
+    parameters = signature(reader).parameters.values()
+    known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"options of {kind} must be among {known}; got {short(unknown)}")
     source = reader(None if path is None else Path(path), **options)
     requests = [case.as_request(index) for index, case in enumerate(source.cases)]
     requests = select(requests, start, limit, kind)
@@ -107,15 +107,6 @@ def _check_editable(requests: Sequence[Request], start: int, where: str) -> None
             raise ValueError(f"record {number} of {where}: {error}") from None
 
 
-def _check_options(kind: str, reader: Callable[..., Source], options: Mapping[str, Any]) -> None:
-    """Raise unless the reader takes all options."""
-    parameters = signature(reader).parameters.values()
-    known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"options of {kind} must be among {known}; got {short(unknown)}")
-
-
 def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:
     """Remove subjects that are not in their prompts; say which."""
     foreign = [i for i, r in enumerate(requests) if r.get("subject", "") not in r["prompt"]]
@@ -129,23 +120,18 @@ def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
     groups: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(request["prompt"], []).append(i)
-    conflicts, repeats = [], []
+    found: dict[str, list[str]] = {"different targets": [], "the same target": []}
     for indices in groups.values():
-        if len({requests[i]["target_new"] for i in indices}) > 1:
-            conflicts.append(indices)
-        elif len(indices) > 1:
-            repeats.append(indices)
+        if len(indices) > 1:
+            is_one = len({requests[i]["target_new"] for i in indices}) == 1
+            what = "the same target" if is_one else "different targets"
+            found[what].append(", ".join(map(str, indices)))
     return [
-        f"{len(found)} prompts are in several records with {what}: records {_shown(found)}"
-        for found, what in ((conflicts, "different targets"), (repeats, "the same target"))
-        if found
+        f"{len(lists)} prompts are in several records with {what}: records "
+        + shorten("; ".join(lists), _MAX_LIST, placeholder=" ...")
+        for what, lists in found.items()
+        if lists
     ]
-
-
-def _shown(groups: Sequence[Sequence[int]]) -> str:
-    """List groups of records, as many as a line can take."""
-    text = "; ".join(", ".join(map(str, indices)) for indices in groups)
-    return shorten(text, _MAX_LIST, placeholder=" ...")
 
 
 def _missing_parts(requests: Sequence[Request]) -> list[str]:

@@ -4,17 +4,14 @@ The unedited model's scores are needed for every method: they are computed once,
 key of everything that they depend on.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from baft_easyedit.bench.scores import metric_scores, plain
-from baft_easyedit.bench.store import SCHEMA, read_json, write_json
+from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
 from baft_easyedit.easyedit.joint_scoring import as_list
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -24,6 +21,14 @@ Request = Mapping[str, Any]
 _SLACK = 4
 """Tokens that an answer may have beyond its target before it is cut: one of them is its end."""
 _SHORTEST_ANSWER = 16
+_SCORED_BY = (
+    "max_length",
+    "use_chat_template",
+    "chat_template_kwargs",
+    "evaluation_type",
+    "fp16",
+)
+"""Hyper-parameters that a score depends on; some methods lack some, which is as if false."""
 
 
 class Question(NamedTuple):
@@ -112,12 +117,9 @@ def any_alias_portability(
     means = []
     for key, probe in probes.items():
         best = [float(score) for score in post["portability"][f"{key}_acc"]]
+        answers = zip(as_list(probe["prompt"]), probe.get("aliases", ()), strict=False)
         others = [
-            (i, prompt, alias)
-            for i, (prompt, names) in enumerate(
-                zip(as_list(probe["prompt"]), probe.get("aliases", ()), strict=False)
-            )
-            for alias in names[1:]
+            (i, prompt, alias) for i, (prompt, names) in enumerate(answers) for alias in names[1:]
         ]
         if others:
             scores = session.token_accuracies([o[1] for o in others], [o[2] for o in others])
@@ -133,20 +135,17 @@ class PreEditScores:
 
     They belong to the chunk because the cases are scored together after the edits too: in half
     precision what else is in a batch makes a difference, which is no edit's doing.
-
-    Attributes:
-        file_of: Path of the record of a key.
-        depends_on: What all of this run's scores depend on, such as the model's hash.
-        with_answers: Whether the cases are scored by generation too.
     """
 
-    file_of: Callable[[str], Path]
+    directory: RunDirectory
     depends_on: Mapping[str, Any]
+    """What all of this run's scores depend on, such as the model's hash."""
     with_answers: bool
+    """Whether the cases are scored by generation too."""
 
     def get(self, session: Session, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Return `metrics` and `answers` of each case; computed on the session's unedited model."""
-        file = self.file_of(self._key(session, requests))
+        file = self.directory.pre_edit(self._key(session, requests))
         if file.is_file():
             return list(read_json(file)["cases"])
         metrics = plain(session.score(requests))
@@ -160,38 +159,20 @@ class PreEditScores:
     def _key(self, session: Session, requests: Sequence[Request]) -> str:
         """Hash what the scores depend on."""
         editor = session.editor
-        settings = {  # which some methods lack: that is False
-            name: getattr(editor.hparams, name, None) or None
-            for name in (
-                "max_length",
-                "use_chat_template",
-                "chat_template_kwargs",
-                "evaluation_type",
-                "fp16",
-            )
-        }
         form = PromptFormat.of(editor.hparams)
         prompts = [question.prompt for r in requests for question in questions_of(r)]
-        scored_by_generation = editor.alg_name == "GRACE"
-        return _digest(
-            {
-                **self.depends_on,
-                **settings,
-                "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
-                "padding": editor.tok.padding_side,
-                "by_generation": scored_by_generation,
-                "answers": self.with_answers,
-                "batch_size": session.batch_size,
-                "together": session.scores_together,
-                "cases": requests,
-            }
-        )[:16]
-
-
-def _digest(content: Any) -> str:
-    """Hash plain data."""
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+        content = {
+            **self.depends_on,
+            **{name: getattr(editor.hparams, name, None) or None for name in _SCORED_BY},
+            "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
+            "padding": editor.tok.padding_side,
+            "by_generation": editor.alg_name == "GRACE",
+            "answers": self.with_answers,
+            "batch_size": session.batch_size,
+            "together": session.scores_together,
+            "cases": requests,
+        }
+        return digest(content)[:16]
 
 
 def score_cases(
@@ -213,18 +194,16 @@ def score_cases(
         `scores`.
     """
     scored = []
-    for request, metrics in zip(
-        requests, session.score_against([p["metrics"] for p in pre], requests), strict=True
-    ):
-        metrics = plain(metrics)
+    after = session.score_against([p["metrics"] for p in pre], requests)
+    for request, metrics in zip(requests, map(plain, after), strict=True):
         scores = metric_scores(metrics["post"])
         scores["any_alias_portability_acc"] = any_alias_portability(
             session, request, metrics["post"]
         )
         scored.append({"teacher_forced": metrics, "answers": None, "scores": scores})
     if with_answers:
-        after = answer_questions(session, requests)
-        for request, case, before, new in zip(requests, scored, pre, after, strict=True):
+        answers = answer_questions(session, requests)
+        for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
             case["answers"] = {"pre": before["answers"], "post": new}
             case["scores"].update(generation_scores(request, before["answers"], new))
     return scored

@@ -3,8 +3,8 @@ import json
 import pytest
 from synthetic import write_json, write_run
 
-from baft_easyedit.bench.plan import Protocol
-from baft_easyedit.bench.runs import merge_results, read_cases, read_run
+from baft_easyedit.bench.protocol import Protocol
+from baft_easyedit.bench.results import merge_results, read_cases, read_run
 
 FEW = {"methods": ("BaFT", "+ss-w&lr"), "protocols": ("single", "batched-B2-T2"), "num_cases": 4}
 
@@ -52,13 +52,6 @@ def test_cases_are_those_of_the_result_in_order(run_dir):
     }
 
 
-def test_result_without_cases_has_none(run_dir):
-    result = read_run(run_dir).results[0]
-    for file in (run_dir / "cases" / "BaFT" / "single").glob("*.json"):
-        file.unlink()
-    assert read_cases(result) == []
-
-
 @pytest.mark.parametrize("name", ["run.json", "summary.json"])
 def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
     (run_dir / name).unlink()
@@ -66,24 +59,10 @@ def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
         read_run(run_dir)
 
 
-def test_truncated_summary_is_refused(run_dir):
-    file = run_dir / "summary.json"
-    file.write_text(file.read_text()[:500])
-    with pytest.raises(ValueError, match=r"summary\.json must be JSON, and is not"):
-        read_run(run_dir)
-
-
 def test_truncated_case_is_refused(run_dir):
     (run_dir / "cases" / "BaFT" / "single" / "00002.json").write_text("{")
     with pytest.raises(ValueError, match=r"00002\.json must be JSON, and is not"):
         read_cases(read_run(run_dir).results[0])
-
-
-def test_other_schema_is_refused(run_dir):
-    info = json.loads((run_dir / "run.json").read_text())
-    write_json(run_dir / "run.json", info | {"schema": 2})
-    with pytest.raises(ValueError, match=r"run\.json must have schema 1; got 2"):
-        read_run(run_dir)
 
 
 @pytest.mark.parametrize("content", [[], {}])
@@ -102,15 +81,15 @@ def test_run_that_is_no_object_is_refused(run_dir):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": 3}, "method must be text; got 3"),
-        ({"dataset": None}, "dataset must be text; got None"),
-        ({"T": 0}, "T must be an integer of at least 1; got 0"),
-        ({"batch_size": "1"}, "batch_size must be an integer of at least 1; got '1'"),
-        ({"n": None}, "n must be there"),
-        ({"rewrite_acc": 1.2}, "rewrite_acc must be null or a number from 0 to 1; got 1.2"),
-        ({"gen_rewrite_acc": "x"}, "gen_rewrite_acc must be null or a number from 0 to 1"),
-        ({"edit_time_s": -1}, "edit_time_s must be null or a number from 0 to inf; got -1"),
-        ({"locality_acc": float("nan")}, "locality_acc must be null or a number from 0 to 1"),
+        ({"method": 3}, "method: Input should be a valid string; got 3"),
+        ({"dataset": None}, "dataset: Input should be a valid string; got None"),
+        ({"T": 0}, "T: Input should be greater than or equal to 1; got 0"),
+        ({"batch_size": "1"}, "batch_size: Input should be a valid integer; got '1'"),
+        ({"n": None}, "n: Input should be a valid integer; got None"),
+        ({"rewrite_acc": 1.2}, "rewrite_acc: Input should be less than or equal to 1; got 1.2"),
+        ({"gen_rewrite_acc": "x"}, "gen_rewrite_acc: Input should be a valid number"),
+        ({"edit_time_s": -1}, "edit_time_s: Input should be greater than or equal to 0; got -1"),
+        ({"locality_acc": float("nan")}, "locality_acc: Input should be .*; got nan"),
     ],
 )
 def test_bad_row_is_refused(run_dir, fields, message):
@@ -121,7 +100,7 @@ def test_bad_row_is_refused(run_dir, fields, message):
 
 def test_row_that_is_no_object_is_refused(run_dir):
     write_json(run_dir / "summary.json", ["BaFT"])
-    with pytest.raises(ValueError, match=r"row 0: it must be an object; got 'BaFT'"):
+    with pytest.raises(ValueError, match=r"row 0: Input should be .*; got 'BaFT'; run the same"):
         read_run(run_dir)
 
 
@@ -130,7 +109,7 @@ def test_row_without_a_field_is_refused(run_dir, name):
     rows = json.loads((run_dir / "summary.json").read_text())
     del rows[0][name]
     write_json(run_dir / "summary.json", rows)
-    with pytest.raises(ValueError, match=f"row 0: {name} must be there"):
+    with pytest.raises(ValueError, match=f"row 0: {name}: Field required"):
         read_run(run_dir)
 
 
@@ -143,8 +122,3 @@ def test_runs_that_contradict_each_other_are_refused(tmp_path, run_dir):
     other = write_run(tmp_path / "other", **FEW | {"seed": 1})
     with pytest.raises(ValueError, match=r"run/summary\.json and .*other/summary\.json must not"):
         merge_results([read_run(run_dir), read_run(other)])
-
-
-def test_runs_of_different_models_go_together(tmp_path, run_dir):
-    other = write_run(tmp_path / "other", **FEW | {"seed": 1, "model": "gpt2"})
-    assert len(merge_results([read_run(run_dir), read_run(other)])) == 8

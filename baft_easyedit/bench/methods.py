@@ -1,20 +1,21 @@
-"""The hyper-parameters of each row: ours from presets by protocol, EasyEdit's from its peers."""
+"""What each row of a benchmark runs: our hyper-parameters, by protocol, and the texts of peers."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from baft_easyedit.bench.config import BenchConfig, MethodConfig
-from baft_easyedit.bench.plan import Protocol, protocols
+from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peers import batchable, why_not
 from baft_easyedit.files.paths import expanded, read_text
+from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import has_hparams, hparams_file, own_preset
 from baft_easyedit.generation import model_depth
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
+_NUM_TEXTS = 500
+"""About how many of the bundled facts are texts for statistics."""
 
 
 def check_methods(config: BenchConfig) -> None:
@@ -28,7 +29,7 @@ def check_methods(config: BenchConfig) -> None:
     for method in config.methods:
         why_not(method.method, "current")  # raises if there is no such method
         if method.method in OUR_METHODS:
-            for protocol in protocols(config):
+            for protocol in config.protocols:
                 our_hparams(config, method, protocol)
         elif method.rehearsal and not batchable(method.method, "current"):
             raise ValueError(
@@ -58,6 +59,10 @@ def our_hparams(
         model_path: Where EasyEdit finds the model; that of the configuration if None.
         device: EasyEdit's device; that of the configuration if None.
     """
+    rehearsal: dict[str, Any] = {}
+    if method.rehearsal:
+        changes = read_yaml(hparams_file(f"rehearsal/{method.method}"), "hyper-parameters")
+        rehearsal = {**changes, "rehearsal": method.rehearsal}
     hparams_class = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}[method.method]
     values: dict[str, Any] = {
         "model_name": model_path or config.model,
@@ -67,7 +72,7 @@ def our_hparams(
         "batch_size": protocol.batch_size,
         "seed": config.seed,
         **asked_of_all(config),
-        **(_rehearsal_settings(method) if method.rehearsal else {}),
+        **rehearsal,
         **method.set,
     }
     preset = _preset(config, method, protocol)
@@ -89,12 +94,6 @@ def asked_of_all(config: BenchConfig) -> dict[str, bool]:
     return {name: True for name in names if getattr(config, name)}
 
 
-def _rehearsal_settings(method: MethodConfig) -> dict[str, Any]:
-    """Return what a row with rehearsal changes in the settings of its method."""
-    changes = yaml.safe_load(hparams_file(f"rehearsal/{method.method}").read_text(encoding="utf-8"))
-    return {**changes, "rehearsal": method.rehearsal}
-
-
 def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> str | None:
     """Return the YAML of a row under a protocol; None if there is none for the model."""
     if method.hparams is not None:
@@ -110,24 +109,18 @@ def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> st
 
 
 def statistics_texts(config: BenchConfig) -> Sequence[str]:
-    """Read the texts on which the key statistics of MEMIT and its kin are computed.
+    """Return the texts for the key statistics of MEMIT and its kin: a file's, or bundled facts.
 
     Raises:
         ValueError: If the file has no text.
     """
     if config.texts is None:
-        return bundled_texts()
+        from baft_easyedit.facts import questions
+
+        asked = questions("trained")
+        return [f"{q.prompt} {q.answer}" for q in asked[:: max(1, len(asked) // _NUM_TEXTS)]]
     lines = read_text(expanded(config.texts)).splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"texts must name a file with a passage a line; {config.texts} has none")
     return texts
-
-
-def bundled_texts(count: int = 500) -> list[str]:
-    """Return the bundled facts as sentences, about `count` of them."""
-    from baft_easyedit.facts import questions
-
-    asked = questions("trained")
-    every = max(1, len(asked) // count)
-    return [f"{question.prompt} {question.answer}" for question in asked[::every]]

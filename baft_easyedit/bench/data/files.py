@@ -1,4 +1,4 @@
-"""Files on disk: finding them, hashing them, and reading JSON with errors that name the file."""
+"""Benchmark files on disk: found by name, hashed, and read as lists of records."""
 
 import hashlib
 import os
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from baft_easyedit.bench.validation import M, validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded, read_regular
 from baft_easyedit.files.reading import parse_json
@@ -21,9 +22,7 @@ class FileHash:
     name: str
     """Name without its directory."""
     sha256: str
-    """Hexadecimal digest of the content."""
     bytes: int
-    """Size."""
 
 
 def find_file(path: Path | None, *names: str) -> Path:
@@ -39,8 +38,8 @@ def find_file(path: Path | None, *names: str) -> Path:
     path = expanded(path)
     candidates = [path / name for name in names] if os.path.isdir(path) else [path]
     for candidate in candidates:
-        if os.path.exists(candidate) and (names or not os.path.isdir(candidate)):
-            return candidate  # `read_file` refuses what is no file
+        if os.path.exists(candidate):
+            return candidate
     raise FileNotFoundError(f"path must lead to {what}; there is none at {short(str(path))}")
 
 
@@ -50,8 +49,8 @@ def read_file(path: Path) -> tuple[bytes, FileHash]:
     return content, FileHash(path.name, hashlib.sha256(content).hexdigest(), len(content))
 
 
-def read_records(path: Path) -> tuple[list[Any], FileHash]:
-    """Read a JSON list of records, and what identifies the file.
+def read_list(path: Path) -> tuple[list[Any], FileHash]:
+    """Read a JSON list.
 
     Raises:
         ValueError: If the file is not JSON, or the list is empty.
@@ -64,6 +63,17 @@ def read_records(path: Path) -> tuple[list[Any], FileHash]:
     if not records:
         raise ValueError(f"{path.name} must hold at least one record; got an empty list")
     return records, file
+
+
+def read_records(model: type[M], path: Path) -> tuple[list[M], FileHash]:
+    """Read a JSON list into models; errors number the records from 0."""
+    records, file = read_list(path)
+    return validated_all(model, records, file.name), file
+
+
+def validated_all(model: type[M], records: Sequence[Any], name: str) -> list[M]:
+    """Read the records of a file of that name into models."""
+    return [validated(model, record, f"{name}, record {i}") for i, record in enumerate(records)]
 
 
 def select(items: Sequence[T], start: int, limit: int | None, what: str) -> list[T]:

@@ -1,0 +1,405 @@
+"""Readers of each kind of file: its layout as a model, and the cases that its records become.
+
+Every reader takes the path of a file or directory, and options by keyword. All raise ValueError if
+a record breaks a rule, TypeError if a file holds no list, FileNotFoundError if one is missing.
+"""
+
+from collections import Counter
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasPath,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
+
+from baft_easyedit import facts
+from baft_easyedit.bench.data.case import Answers, Case, Layout, Probe, Probes, Text
+from baft_easyedit.bench.data.files import (
+    FileHash,
+    find_file,
+    read_file,
+    read_list,
+    read_records,
+    validated_all,
+)
+from baft_easyedit.bench.validation import validated
+from baft_easyedit.facts.records import Split
+
+_Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class Source(NamedTuple):
+    """What a reader makes of its files."""
+
+    cases: list[Case]
+    files: list[FileHash]
+    notes: list[str]
+
+
+class _ZsreIrrelevant(Layout):
+    """The part of a ZsRE record that is read as an irrelevant prompt."""
+
+    loc: Text
+    loc_ans: Text
+
+
+class _NewQuestion(Layout):
+    """A question whose answer follows from the edit."""
+
+    prompt: Text = Field(alias="New Question")
+    ground_truth: Answers = Field(alias="New Answer")
+
+
+class _Zsre(_ZsreIrrelevant):
+    """ZsRE as MEND and WISE lay it out."""
+
+    subject: Text
+    src: Text
+    alt: Annotated[str, StringConstraints(strict=True, strip_whitespace=True)]
+    answers: Answers
+    rephrase: Text
+    portability: _NewQuestion | None = None
+
+    def case(self, index: int, loc_prompt: str | None) -> Case:
+        one_hop = self.portability and Probe(**self.portability.model_dump())
+        return Case(
+            case_id=index,
+            prompt=self.src,
+            target_new=self.alt,
+            ground_truth=self.answers,
+            subject=self.subject,
+            rephrase_prompt=self.rephrase,
+            loc_prompt=(loc_prompt,) if loc_prompt else None,
+            locality={"neighborhood": (Probe(prompt=self.loc, ground_truth=(self.loc_ans,)),)},
+            portability={"one_hop": (one_hop,)} if one_hop else None,
+        )
+
+
+def read_zsre(path: Path | None, *, loc_prompts: bool = True) -> Source:
+    """Read ZsRE as EasyEdit's run_wise_editing.py does.
+
+    `loc_prompt` of record i is `loc` and `loc_ans` of the train file's record i, which starts again
+    at its end where EasyEdit would shuffle. Records with an empty `alt` are skipped, as EasyEdit's
+    ZsreDataset does.
+
+    Args:
+        path: The directory of zsre_mend_edit.json and zsre_mend_train.json, or a file to edit with
+            the train file beside it.
+        loc_prompts: Whether to read the train file at all.
+    """
+    if not isinstance(loc_prompts, bool):
+        raise TypeError(f"loc_prompts must be true or false; got {loc_prompts!r}")
+    edit_file = find_file(path, "zsre_mend_edit.json")
+    records, file = read_records(_Zsre, edit_file)
+    files, notes = [file], []
+    texts: list[str] = []
+    if loc_prompts:
+        train_file = find_file(edit_file.with_name("zsre_mend_train.json"))
+        irrelevant, train_hash = read_records(_ZsreIrrelevant, train_file)
+        texts = [f"{record.loc} {record.loc_ans}" for record in irrelevant]
+        files.append(train_hash)
+        if len(texts) < len(records):
+            notes.append(f"{len(texts)} loc prompts are used in turn for {len(records)} records")
+    skipped = [i for i, record in enumerate(records) if not record.alt]
+    if skipped:
+        notes.append(f"records skipped, for their alt is empty: {skipped}")
+    pairs = zip(records, cycle(texts or [None]), strict=False)
+    cases = [record.case(i, text) for i, (record, text) in enumerate(pairs) if record.alt]
+    return Source(cases, files, notes)
+
+
+def _named_as_in_requests(probes: Probes | None) -> Probes | None:
+    """Call `Reasoning` as EasyEdit's run_knowedit_llama2.py does."""
+    if probes and "Reasoning" in probes:
+        probes["reasoning"] = probes.pop("Reasoning")
+    return probes
+
+
+class _KnowEdit(Case):
+    """A record of any of KnowEdit's fact sets; WikiBio has names of its own."""
+
+    subject: Text = Field(validation_alias=AliasChoices("subject", "concept"))
+    prompt: Text = Field(validation_alias=AliasChoices("prompt", "text"))
+    target_new: Text = Field(validation_alias=AliasChoices("target_new", "labels"))
+    rephrase_prompt: Text | None = Field(
+        None, validation_alias=AliasChoices("rephrase_prompt", "rephrase")
+    )
+    locality: Probes
+    portability: Annotated[Probes | None, AfterValidator(_named_as_in_requests)] = None
+
+
+def read_knowedit(file_name: str, path: Path | None) -> Source:
+    """Read a fact set of KnowEdit: ZsRE, WikiData_recent, WikiData_counterfact or WikiBio.
+
+    Kinds of probes are called as in the requests of EasyEdit's run_knowedit_llama2.py. That script
+    asks no rephrased prompt, also where the file has one; here it is read.
+
+    Args:
+        file_name: What the set's file is called.
+        path: The file, or its directory.
+    """
+    cases, file = read_records(_KnowEdit, find_file(path, file_name))
+    return Source([*cases], [file], [])
+
+
+_QUESTIONS = (
+    "What do you think of {}?",
+    "What do you feel about {}?",
+    "How do you view {}?",
+    "What is your opinion of {}?",
+    "What is your stance on {}?",
+    "What is your position on {}?",
+    "What is your attitude about {}?",
+    "What is your view on {}?",
+    "What is your take on {}?",
+    "What is your impression of {}?",
+    "What is your assessment of {}?",
+    "What is your judgment of {}?",
+    "What is your sentiment of {}?",
+)
+# The spelling is EasyEdit's: published numbers were measured with it.
+_INSTRUCTIONS = {
+    "pos": "From the sentiment dataset, answer {} postively.",
+    "neg": "From the sentiment dataset, answer {} negatively.",
+}
+
+
+class _ConvSent(Layout):
+    """A topic with replies of both sentiments."""
+
+    ent: Text
+    pos: _Texts
+    neg: _Texts
+
+    def case(self, rng: Random) -> Case:
+        sentiment = rng.choice(("pos", "neg"))
+        question = rng.choice(_QUESTIONS).replace("{}", self.ent)
+        return Case(
+            prompt=_INSTRUCTIONS[sentiment].replace("{}", question),
+            target_new=(self.pos if sentiment == "pos" else self.neg)[0],
+            subject=self.ent,
+        )
+
+
+def read_convsent(path: Path | None, *, seed: int = 0) -> Source:
+    """Read ConvSent with the prompts and targets of EasyEdit's run_convsent_llama2.py.
+
+    A record becomes one edit: its sentiment and one of 13 questions are drawn, the prompt is an
+    instruction around the question, the target is the first reply of that sentiment. EasyEdit draws
+    from one generator, each record after those before it; here a draw depends on `seed` and the
+    record's place in the file. There are no probes: what can be scored is the edit itself.
+
+    Args:
+        path: blender_test.json, or its directory.
+        seed: Another one draws other sentiments and questions.
+    """
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer; got {seed!r}")
+    records, file = read_records(_ConvSent, find_file(path, "blender_test.json"))
+    cases = [record.case(Random(f"{seed}/{i}")) for i, record in enumerate(records)]
+    return Source(cases, [file], [f"sentiments and questions drawn with seed {seed}"])
+
+
+def _with_one_slot(template: str) -> str:
+    """Return a template, checked."""
+    if template.count("{}") != 1:
+        raise ValueError("must have one {} for the subject")
+    return template
+
+
+class _Rewrite(Layout):
+    """A fact to rewrite: ROME's `requested_rewrite`."""
+
+    prompt: Annotated[Text, AfterValidator(_with_one_slot)]
+    subject: Text
+    target_new: Text = Field(validation_alias=AliasPath("target_new", "str"))
+    target_true: Text = Field(validation_alias=AliasPath("target_true", "str"))
+
+    def case(self, **others: Any) -> Case:
+        return Case(
+            prompt=self.prompt.replace("{}", self.subject),
+            target_new=self.target_new,
+            ground_truth=(self.target_true,),
+            subject=self.subject,
+            **others,
+        )
+
+
+class _RomeCounterFact(Layout):
+    """CounterFact as ROME publishes it."""
+
+    case_id: int | str
+    requested_rewrite: _Rewrite
+    paraphrase_prompts: _Texts
+    neighborhood_prompts: _Texts
+
+    def case(self) -> Case:
+        truth = (self.requested_rewrite.target_true,)
+        neighbours = (Probe(prompt=p, ground_truth=truth) for p in self.neighborhood_prompts)
+        return self.requested_rewrite.case(
+            case_id=self.case_id,
+            rephrase_prompt=self.paraphrase_prompts[0],
+            locality={"neighborhood": tuple(neighbours)},
+        )
+
+
+class _FlatCounterFact(Layout):
+    """CounterFact as EasyEdit's CounterFactDataset reads it."""
+
+    case_id: int | str | None = None
+    prompt: Text
+    target_new: Text
+    ground_truth: Text
+    subject: Text | None = None
+    rephrase_prompt: Text
+    locality_prompt: Text
+    locality_ground_truth: Text
+
+    def case(self) -> Case:
+        probe = Probe(prompt=self.locality_prompt, ground_truth=(self.locality_ground_truth,))
+        return Case(
+            case_id=self.case_id,
+            prompt=self.prompt,
+            target_new=self.target_new,
+            ground_truth=(self.ground_truth,),
+            subject=self.subject,
+            rephrase_prompt=self.rephrase_prompt,
+            locality={"neighborhood": (probe,)},
+        )
+
+
+def read_counterfact(path: Path | None) -> Source:
+    """Read CounterFact, as ROME publishes it or as EasyEdit flattens it.
+
+    ROME's neighbours share the true answer, which is what the probes `neighborhood` give; the first
+    paraphrase is the rephrased prompt; other paraphrases, attributes and generation prompts are not
+    read.
+    """
+    records, file = read_list(find_file(path))
+    cases = []
+    for i, record in enumerate(records):
+        place = f"{file.name}, record {i}"
+        if isinstance(record, dict) and "requested_rewrite" in record:
+            cases.append(validated(_RomeCounterFact, record, place).case())
+        else:
+            cases.append(validated(_FlatCounterFact, record, place).case())
+    return Source(cases, [file], [])
+
+
+class _Hop(_Rewrite):
+    """One link of a chain."""
+
+    question: Text
+
+
+class _Mquake(Layout):
+    """Facts to rewrite, and questions that need them all."""
+
+    case_id: int | str
+    requested_rewrite: Annotated[tuple[_Hop, ...], Field(min_length=1)]
+    questions: _Texts
+    new_answer: Text
+    new_answer_alias: tuple[Text, ...] = ()
+
+    def cases(self) -> list[Case]:
+        answers = (self.new_answer, *self.new_answer_alias)
+        questions = tuple(Probe(prompt=text, ground_truth=answers) for text in self.questions)
+        last = len(self.requested_rewrite) - 1
+        return [
+            hop.case(
+                case_id=f"{self.case_id}-{i}",
+                rephrase_prompt=hop.question,
+                portability={"multi_hop": questions} if i == last else None,
+            )
+            for i, hop in enumerate(self.requested_rewrite)
+        ]
+
+
+def read_mquake(path: Path | None) -> Source:
+    """Read MQuAKE, one edit per rewritten fact.
+
+    EasyEdit's MQuAKEDataset joins the prompts of a case, and its targets, into one edit. Here each
+    fact of a case is an edit of its own, with its question as the rephrased prompt; they follow
+    each other, and the last one carries the case's multi-hop questions as `portability.multi_hop`.
+    Those can only be answered where all facts of the case are edited and not yet restored: in
+    continual or batched runs whose chunks hold whole cases. `case_id` is the file's with the number
+    of the fact, such as `7417-0`.
+    """
+    records, file = read_records(_Mquake, find_file(path))
+    lengths = Counter(len(record.requested_rewrite) for record in records)
+    counts = ", ".join(f"{lengths[n]} with {n}" for n in sorted(lengths))
+    note = (
+        f"cases by their number of facts: {counts}; the multi-hop questions are asked with a "
+        "case's last fact, and need all of them edited in one chunk"
+    )
+    return Source([case for record in records for case in record.cases()], [file], [note])
+
+
+def _split_probe(probe: Any) -> Any:
+    """Cut EasyEdit's probe, one prompt or parallel lists, into single probes."""
+    if probe is None:
+        return []
+    if not isinstance(probe, dict):
+        raise ValueError("must be a dict with the keys prompt and ground_truth")
+    prompts: Any = probe.get("prompt")
+    answers: Any = probe.get("ground_truth")
+    if not isinstance(prompts, list):
+        prompts, answers = [prompts], [answers]
+    aliases: Any = probe.get("aliases", answers)
+    for name, values in (("ground_truth", answers), ("aliases", aliases)):
+        if not isinstance(values, list) or len(values) != len(prompts):
+            raise ValueError(
+                f"{name} must be a list with an entry for each of {len(prompts)} prompts"
+            )
+    return [
+        {"prompt": prompt, "ground_truth": [answer, others]}
+        for prompt, answer, others in zip(prompts, answers, aliases, strict=True)
+    ]
+
+
+_Sections = dict[str, Annotated[tuple[Probe, ...], BeforeValidator(_split_probe)]]
+
+
+class _Request(Case):
+    """A request dict of EasyEdit; keys that are not checked here are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    locality: _Sections | None = None
+    portability: _Sections | None = None
+
+
+def read_requests(path: Path | None) -> Source:
+    """Read a JSON list of EasyEdit's request dicts, such as the `requests.json` of a run.
+
+    A probe has one prompt or a list of them; its `ground_truth` is a text for each prompt, or a
+    list of accepted ones. `ground_truth`, `locality` and `portability` may be missing.
+    """
+    cases, file = read_records(_Request, find_file(path))
+    return Source([*cases], [file], [])
+
+
+def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
+    """Return the package's own facts as edits, see `baft_easyedit.facts.edit_requests`.
+
+    Args:
+        path: None: the tables are a part of the package.
+        split: `train` or `eval`, or `known` or `known_train`, the parts that SmolLM2 knows.
+
+    Raises:
+        ValueError: If `path` is given, or there is no such split.
+    """
+    if path is not None:
+        raise ValueError(f"path must be None for facts, which the package brings; got {path}")
+    folder = Path(facts.__file__).parent / "data"
+    tables = sorted([*folder.glob("*.tsv"), *folder.glob("*.json")])
+    cases = validated_all(_Request, facts.edit_requests(split), "facts")
+    return Source([*cases], [read_file(table)[1] for table in tables], [])

@@ -1,0 +1,53 @@
+"""Protocols, and the chunks of records that are edited, scored together and restored."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """T edit calls of `batch_size` requests in a row, then the scores of them all."""
+
+    T: int = 1
+    batch_size: int = 1
+
+    @property
+    def name(self) -> str:
+        """`single`, `continual` or `batched`."""
+        if self.batch_size > 1:
+            return "batched"
+        return "single" if self.T == 1 else "continual"
+
+    @property
+    def slug(self) -> str:
+        """The name with its numbers, for files."""
+        return {
+            "single": "single",
+            "continual": f"continual-T{self.T}",
+            "batched": f"batched-B{self.batch_size}-T{self.T}",
+        }[self.name]
+
+    @property
+    def length(self) -> int:
+        """Records of a chunk."""
+        return self.T * self.batch_size
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one method edits between two restores."""
+
+    method: str
+    """Name of the row."""
+    protocol: Protocol
+    number: int
+    indices: range
+    """Records, as indices into the run's requests."""
+
+
+def chunks_of(method: str, protocol: Protocol, num_records: int) -> list[Chunk]:
+    """Cut a row's records into chunks; the last may be shorter."""
+    starts = range(0, num_records, protocol.length)
+    return [
+        Chunk(method, protocol, number, range(start, min(start + protocol.length, num_records)))
+        for number, start in enumerate(starts)
+    ]

@@ -1,0 +1,224 @@
+"""Results: the rows of a run's summary, made from its cases, and read back for reports.
+
+Reading is strict: a file that is missing, damaged or of another schema is an error that names it,
+never a gap in a table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, create_model
+
+from baft_easyedit.bench.config import read_config
+from baft_easyedit.bench.protocol import Protocol
+from baft_easyedit.bench.scores import SCORES, row_costs, row_scores
+from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.bench.validation import validated
+from baft_easyedit.files.messages import short
+
+TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+"""Reliability, generality, locality and portability by EasyEdit's evaluators."""
+GENERATED = tuple(f"gen_{name}" for name in TEACHER_FORCED)
+"""The same of generated text: greedy, natural stop, exact match."""
+
+
+def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
+    """Average a run's cases into one row for each method and protocol that was run.
+
+    Args:
+        directory: The run.
+        dataset: What the records are called in the rows.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    config = read_config(directory.config)
+    return [
+        {
+            "method": method.name,
+            "model": Path(config.model).name,
+            "dataset": dataset,
+            "protocol": protocol.name,
+            "T": protocol.T,
+            "batch_size": protocol.batch_size,
+            **_averages(directory, method.name, protocol),
+        }
+        for method in config.methods
+        for protocol in config.protocols
+        if any(directory.chunks_of(method.name, protocol))
+    ]
+
+
+def _averages(directory: RunDirectory, method: str, protocol: Protocol) -> dict[str, Any]:
+    """Average the cases and chunks of one row."""
+    chunks = list(directory.chunks_of(method, protocol))
+    done = [chunk for chunk in chunks if chunk["error"] is None]
+    failed = [chunk for chunk in chunks if chunk["error"] is not None]
+    cases = list(directory.cases_of(method, protocol))
+    return {
+        "n": len(cases),
+        "num_failed": sum(len(chunk["indices"]) for chunk in failed),
+        **row_scores(cases),
+        **_downstream(done),
+        **row_costs(done),
+        "notes": _notes(done, failed),
+        "error": failed[0]["error"] if failed and not done else None,
+    }
+
+
+def _downstream(chunks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Average the downstream accuracies of a row's chunks."""
+    asked = [chunk["downstream"] for chunk in chunks if chunk["downstream"] is not None]
+
+    def mean(name: str) -> float | None:
+        return sum(task[name] for task in asked) / len(asked) if asked else None
+
+    return {"downstream_acc": mean("post_acc"), "downstream_pre_acc": mean("pre_acc")}
+
+
+def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Collect what is to be told beside a row's scores, each thing once."""
+    notes = [note for chunk in done for note in chunk["notes"]]
+    inexact = sum(chunk["restored"] is False for chunk in done)
+    if inexact:
+        notes.append(f"EasyEdit's restore was not exact {inexact} times: replaced by a copy")
+    lengths = [len(chunk["indices"]) for chunk in done]
+    if lengths and min(lengths) < max(lengths):
+        notes.append(f"the last run of edits has {min(lengths)} records, the others {max(lengths)}")
+    if failed and done:
+        total = len(failed) + len(done)
+        notes.append(f"{len(failed)} of {total} runs failed: {failed[0]['error']}")
+    return list(dict.fromkeys(notes))
+
+
+class _Row(BaseModel, strict=True):
+    """What every row of a summary has."""
+
+    method: str
+    model: str
+    dataset: str
+    T: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    error: str | None
+
+
+_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+_Share = Annotated[float, Field(ge=0, le=1)] | None
+_FIELDS: dict[str, Any] = {
+    "n": (int, Field(ge=0)),
+    **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
+    **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
+}
+_ScoredRow = create_model("_ScoredRow", __base__=_Row, **_FIELDS)
+"""A row without an error; null is what was not measured."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of a summary: scores and cost of one method under one protocol."""
+
+    method: str
+    model: str
+    dataset: str
+    setting: Protocol
+    error: str | None
+    """Why there are no scores; None if there are."""
+    values: Mapping[str, Any]
+    """The whole row."""
+    directory: Path
+    """The run's directory."""
+
+    @property
+    def cell(self) -> tuple[str, str, str, Protocol]:
+        """What no two results of a report may share."""
+        return self.model, self.dataset, self.method, self.setting
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What differs from plain EasyEdit."""
+        return tuple(self.values.get("notes") or ())
+
+    def number(self, name: str) -> float | None:
+        """Return a number of the row; None if it was not measured or the row has an error."""
+        return None if self.error is not None else self.values[name]
+
+    def standard_error(self, name: str) -> float | None:
+        """Return the standard error of a score over the cases; None if it has none."""
+        return None if self.error is not None else self.values.get(f"{name}_se")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    directory: Path
+    info: Mapping[str, Any]
+    """The content of `run.json`."""
+    results: tuple[Result, ...]
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ValueError: If it is not a run directory, or a file of it is damaged, incomplete or of
+            another schema.
+    """
+    paths = RunDirectory(directory)
+    for file in (paths.run, paths.summary):
+        if not file.is_file():
+            raise ValueError(
+                f"{directory} is not the directory of a finished run: it has no {file.name}; give "
+                "one that `baft-easyedit bench` wrote, or run that to its end"
+            )
+    info, rows = read_json(paths.run), read_json(paths.summary)
+    if not isinstance(info, dict):
+        raise ValueError(f"{paths.run} must hold an object; got {short(info)}; run it again")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(
+            f"{paths.summary} must hold a list of rows; got {short(rows)}; run it again"
+        )
+    return Run(directory, info, tuple(_result(paths, i, row) for i, row in enumerate(rows)))
+
+
+def _result(paths: RunDirectory, index: int, values: Any) -> Result:
+    """Check a row of a summary."""
+    place = f"{paths.summary}, row {index}"
+    try:
+        row = validated(_Row, values, place)
+        if row.error is None:
+            validated(_ScoredRow, values, place)
+    except ValueError as error:
+        raise ValueError(f"{error}; run the same again") from None
+    setting = Protocol(row.T, row.batch_size)
+    return Result(row.method, row.model, row.dataset, setting, row.error, values, paths.root)
+
+
+def merge_results(runs: Sequence[Run]) -> list[Result]:
+    """Return the results of several runs; those that are the same count once.
+
+    Raises:
+        ValueError: If two differ for the same model, data set, method and protocol.
+    """
+    seen: dict[tuple[str, str, str, Protocol], Result] = {}
+    for result in (result for run in runs for result in run.results):
+        first = seen.setdefault(result.cell, result)
+        if first.values != result.values:
+            files = [RunDirectory(r.directory).summary for r in (first, result)]
+            raise ValueError(
+                f"{files[0]} and {files[1]} must not have different numbers for {result.method}, "
+                f"{result.setting.slug}, {result.model}, {result.dataset}; leave one out, or make "
+                "a report of each"
+            )
+    return list(seen.values())
+
+
+def read_cases(result: Result) -> list[dict[str, Any]]:
+    """Read the cases behind a result, in order; empty if there are none.
+
+    Raises:
+        ValueError: If a file is damaged or of another schema.
+    """
+    return list(RunDirectory(result.directory).cases_of(result.method, result.setting))
