@@ -38,7 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import baft_easyedit
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams, attach, attached_edit
 from baft_easyedit.bench.config import make_config, read_config
-from baft_easyedit.bench.datasets import load_dataset, load_piqa
+from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.files.messages import MAX_MESSAGE
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.hparams import read_hparams
