@@ -31,6 +31,9 @@ from baft_easyedit.training.learner import Learner
 from baft_easyedit.training.loop import EditReport, Learned, StepLosses
 from baft_easyedit.training.requests import as_requests
 
+_LEARNING = torch.inference_mode(False)
+"""Tensors of inference mode cannot take part in learning."""
+
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
 
 
@@ -111,9 +114,9 @@ class BaFTEditor:
         """Whether the model computes with this editor's edit now."""
         return self._learner.is_attached
 
-    @torch.inference_mode(False)  # whose tensors cannot take part in learning
+    @_LEARNING
     def edit(self, requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> EditReport:
-        """Write one request, or a batch of them at once, into the model.
+        """Write one request, or a batch of them at once, into the model; or change nothing.
 
         Args:
             requests: EasyEdit's request dicts; `prompt` and `target_new` are needed, `subject` is
@@ -123,11 +126,10 @@ class BaFTEditor:
             What was done and what it cost.
 
         Raises:
-            ValueError: If a request is unusable, or gradients cannot pass through the model;
-                nothing has changed then.
-            TypeError: If a request has values of the wrong type; likewise.
-            FloatingPointError: If the loss is not finite; the edit has been undone then.
-            OSError: If the edit could not be written to the open directory; likewise.
+            ValueError: If a request is unusable, or gradients cannot pass through the model.
+            TypeError: If a request has values of the wrong type.
+            FloatingPointError: If the loss is not finite.
+            OSError: If the edit could not be written to the open directory.
         """
         checked = as_requests(requests)
         with self._history.change("edit", checked):
@@ -135,7 +137,7 @@ class BaFTEditor:
             self._history.keep("edit", checked, report)
             return report
 
-    @torch.inference_mode(False)
+    @_LEARNING
     def consolidate(self, steps: int | None = None) -> EditReport:
         """Go over all remembered edits once more, those of a step drawn in turn.
 
@@ -143,9 +145,7 @@ class BaFTEditor:
             steps: Optimiser steps, at least 1; `consolidate_steps` of the hyper-parameters if None.
 
         Raises:
-            ValueError: If nothing is remembered, or `steps` is below 1; nothing has changed then.
-            FloatingPointError: If the loss is not finite; what it did has been undone then.
-            OSError: If it could not be written to the open directory; likewise.
+            ValueError: If nothing is remembered, or `steps` is below 1; others as `edit` does.
         """
         steps = self.hparams.consolidate_steps if steps is None else steps
         if steps < 1:
@@ -159,7 +159,7 @@ class BaFTEditor:
             self._history.keep("consolidate", report=report)
             return report
 
-    @torch.inference_mode(False)
+    @_LEARNING
     def learn_apart(
         self, requests: Sequence[Mapping[str, Any]], batch_size: int | None = None
     ) -> list[Learned]:
@@ -171,17 +171,10 @@ class BaFTEditor:
         Args:
             requests: EasyEdit's request dicts.
             batch_size: Requests learned at once, at least 1; halved while a GPU's memory is short.
-                None: on a CUDA device as many as its free memory holds, on a CPU, which is soon
-                full, 8.
-
-        Returns:
-            What was learned of each request, in their order.
+                None: as many as the free memory of a CUDA device holds, or 8 on a CPU.
 
         Raises:
-            ValueError: If a request is unusable, gradients cannot pass through the model, or
-                `batch_size` is below 1.
-            TypeError: If a request has values of the wrong type.
-            FloatingPointError: If a loss is not finite.
+            ValueError: If `batch_size` is below 1; others as `edit` does.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -201,15 +194,15 @@ class BaFTEditor:
             requests: What it was learned from, for the journal of an open directory.
 
         Raises:
-            ValueError: If it was learned with other layers, rank or gate; nothing has changed then.
-            OSError: If it could not be written to the open directory; likewise.
+            ValueError: If it was learned with other layers, rank or gate.
+            OSError: If it could not be written to the open directory.
         """
         checked = [] if requests is None else as_requests(requests)
         with self._history.change("install", checked):
             self._learner.install(learned, checked, self.hparams)
             self._history.keep("install", checked, learned.report)
 
-    @torch.inference_mode(False)
+    @_LEARNING
     def undo(self) -> None:
         """Go back to the state before the latest edit call, bit for bit.
 
@@ -217,27 +210,26 @@ class BaFTEditor:
         earlier processes.
 
         Raises:
-            ValueError: If there is no edit call left to undo, or its state is not the present one:
-                the message names the latest change of the model, which another editor made. Nothing
-                has changed then.
-            OSError: If the undo could not be written to the open directory; nothing has changed.
+            ValueError: If there is no edit call left to undo, or another change came after it,
+                which the message names.
+            OSError: If the undo could not be written to the open directory.
         """
         self._history.undo()
 
-    @torch.inference_mode(False)
+    @_LEARNING
     def rollback(self, to: int) -> None:
         """Go to exactly the state after an earlier entry of the journal, forwards or backwards.
 
-        It comes from memory or from a checkpoint; edits after that are learned again, and compared
-        with the hashes in the journal. What other editors changed since is gone.
+        The state comes from memory or from a checkpoint; edits after that are learned again, and
+        compared with the hashes in the journal. What other editors changed since is gone.
 
         Args:
             to: Id of the entry; 0 for before the first edit.
 
         Raises:
-            ValueError: If no directory is open, there is no such entry, it cannot be had bit for
-                bit, or the model carries another edit; nothing has changed then.
-            OSError: If the rollback could not be written; likewise.
+            ValueError: If no directory is open, there is no such entry, its state cannot be had bit
+                for bit, or the model carries another edit.
+            OSError: If the rollback could not be written.
         """
         self._history.rollback(to)
 
@@ -254,9 +246,8 @@ class BaFTEditor:
     ) -> "BaFTEditor":
         """Keep an edit in a directory: begin one, or go on with the one that is there.
 
-        Every edit, install, undo and rollback is on the disk before its call returns. Use it in a
-        `with` statement, or call `close`; the directory is locked until then. The model keeps the
-        edit.
+        Every change is on the disk before its call returns. The directory is locked until `close`,
+        or until the end of a `with` statement; the model keeps the edit.
 
         Args:
             model: The model; for an edit that is there, the one that it was learned on.
@@ -266,24 +257,21 @@ class BaFTEditor:
             checkpoint_every: Changes between two checkpoints. Fewer: more room on the disk, and a
                 shorter `rollback`, which learns again what is between.
             undo_depth: How many states are kept in memory, too.
-            repair: If its files are damaged, lost, or disagree, go on from the newest state that is
-                whole; what cannot be read or no longer belongs is kept in its folder
-                `before-repair-N`.
+            repair: If files are damaged, lost, or disagree, go on from the newest state that is
+                whole; the rest is kept in a folder `before-repair-N`.
 
         Raises:
             BlockingIOError: If another editor has the directory open.
             OSError: If it cannot be written.
             ValueError: If the model or the hyper-parameters are not those of the edit, the files
-                are damaged, or a directory where nothing was begun gets no hyper-parameters; the
-                message says what to do.
+                are damaged, or none of either is there; the message says what to do.
         """
         directory = expanded(directory)
-        missing = (
-            f"hparams must be given to begin an edit in {directory}, for nothing was begun there; "
-            "got None"
-        )
         if hparams is None and not holds_edit(directory):
-            raise ValueError(missing)
+            raise ValueError(
+                f"hparams must be given to begin an edit in {directory}, for nothing was begun "
+                "there; got None"
+            )
         kept = KeptDirectory(directory, checkpoint_every, repair)
         try:
             if kept.latest is not None:
@@ -291,10 +279,9 @@ class BaFTEditor:
                 editor = cls._holding(
                     kept.latest, str(kept.path), model, tokenizer, hparams, undo_depth
                 )
-            elif hparams is not None:
-                editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             else:
-                raise ValueError(missing)
+                assert hparams is not None  # or another process has just emptied the directory
+                editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             editor._history.open(kept)
         except BaseException:
             kept.close()
@@ -309,10 +296,7 @@ class BaFTEditor:
         directory: str | os.PathLike[str],
         allow_other_model: bool = False,
     ) -> "BaFTEditor":
-        """Attach a kept edit to a model; the directory is only read, now, and not locked.
-
-        What the editor does is not written to the directory; `save` writes it elsewhere, with the
-        journal that led to it.
+        """Attach a kept edit to a model; the directory is read now, never written or locked.
 
         Args:
             model: The model that the edit was learned on.
@@ -341,11 +325,10 @@ class BaFTEditor:
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the edit, and the journal that led to it, into a directory.
 
-        Until all is there, the directory holds what it held before. A saved directory can be
-        loaded, or opened to go on. The journal is that of the directory that the edit was loaded
-        from, or is open, and what came after. A new edit that no directory keeps is saved as a
-        snapshot, and so is one that was changed by other means than its editor; the only entry of
-        its journal says of what.
+        Until all is there, the directory holds what it held before. The journal is that of the
+        directory that the edit was loaded from, or is open, and what came after. An edit without
+        one, or that was changed by other means than its editor, is saved as a snapshot, whose only
+        entry says of what.
 
         Args:
             directory: A new one; or one that `save` wrote before, which is brought up to date.
@@ -365,55 +348,30 @@ class BaFTEditor:
         self._history.close()
 
     def save_pretrained(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the edit as it would be pushed to the Hub: as `save` does, and a model card.
-
-        Args:
-            directory: A new one, or one from before.
-            overwrite: Replace a snapshot of another edit. A longer history is never replaced.
-
-        Raises:
-            BlockingIOError: If another editor has the directory open.
-            OSError: If it cannot be written.
-            ValueError: If it holds the history of another edit, or a snapshot of one without
-                `overwrite`.
-        """
+        """Write the edit as it would be pushed to the Hub: as `save` does, and a model card."""
         from baft_easyedit.storage.hub import HubEdit
 
         save = partial(self.save, overwrite=overwrite)
         HubEdit(self._history.config(), save).save_pretrained(str(expanded(directory)))
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Push an edit",
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        create_pr: bool | None = None,
+        self, repo_id: str, commit_message: str = "Push an edit", **options: Any
     ) -> str:
         """Upload the edit to the Hub, with its journal, which holds the requests.
 
         Args:
             repo_id: The repository; made if there is none.
             commit_message: Of the upload.
-            private: Whether a new repository is private; the Hub's choice if None.
-            token: The Hub's; that of the login if None.
-            branch: Where to push; `main` if None.
-            create_pr: Make a pull request instead.
+            **options: Those of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`,
+                `branch`, `create_pr`.
 
         Returns:
             The commit's address.
         """
         from baft_easyedit.storage.hub import HubEdit
 
-        return HubEdit(self._history.config(), self.save).push_to_hub(
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-        )
+        hub = HubEdit(self._history.config(), self.save)
+        return hub.push_to_hub(repo_id, commit_message=commit_message, **options)
 
     @classmethod
     def from_pretrained(
@@ -423,30 +381,21 @@ class BaFTEditor:
         model: nn.Module,
         tokenizer: Any,
         allow_other_model: bool = False,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        **options: Any,
     ) -> "BaFTEditor":
-        """Attach an edit from the Hub, or from a directory as `load` does.
+        """Attach an edit from the Hub, or from a directory, as `load` does.
 
         Args:
             repo_or_directory: A repository, or where `save` or `save_pretrained` wrote.
             model: The model that the edit was learned on.
             tokenizer: Its tokenizer.
             allow_other_model: Use the edit on another model of the same shape.
-            revision: Branch, tag or commit of the repository.
-            token: The Hub's; that of the login if None.
-            cache_dir: Where downloads go.
-            local_files_only: Download nothing.
-
-        Raises:
-            FileNotFoundError: If no edit is kept there.
-            ValueError: If the model is another one or carries another edit, or a file is damaged.
+            **options: Those of `huggingface_hub.snapshot_download`: `revision`, `token`,
+                `cache_dir`, `local_files_only`.
         """
         from baft_easyedit.storage.hub import local_directory
 
-        directory = local_directory(repo_or_directory, revision, token, cache_dir, local_files_only)
+        directory = local_directory(repo_or_directory, **options)
         return cls.load(model, tokenizer, directory, allow_other_model)
 
     @classmethod

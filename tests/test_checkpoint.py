@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from baft_easyedit.storage.state import (
 from tests.conftest import make_model, random_edit
 from tests.new_process import new_processes
 
-KINDS = [(f, d) for f in ("llama", "gemma", "qwen2", "gpt2") for d in ("float32", "bfloat16")]
+KINDS = [("llama", "float32"), ("gemma", "bfloat16"), ("gpt2", "float32")]
 
 
 def logits(model):
@@ -108,14 +108,6 @@ def test_reft_is_kept_as_reft(model, tokenizer, request_dict, tmp_path):
     assert isinstance(BaFTEditor.load(make_model(), tokenizer, tmp_path).hparams, ReFTHyperParams)
 
 
-def test_undone_edit_is_loaded_as_undone(model, tokenizer, quick, request_dict, tmp_path):
-    editor = BaFTEditor(model, tokenizer, quick)
-    editor.edit(request_dict)
-    editor.undo()
-    editor.save(tmp_path)
-    assert not BaFTEditor.load(make_model(), tokenizer, tmp_path).is_attached
-
-
 def test_memory_travels_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
     editor = BaFTEditor(model, tokenizer, replace(quick, rehearsal=2))
     editor.edit([request_dict, {"prompt": "Ice is", "target_new": "hot"}])
@@ -125,17 +117,6 @@ def test_memory_travels_with_the_state(model, tokenizer, quick, request_dict, tm
     loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
     assert loaded.model_edit.memory.state() == memory.state()
     assert attach(make_model(), tmp_path).memory.state() == memory.state()
-
-
-def test_snapshot_is_brought_up_to_date(model, tokenizer, quick, request_dict, tmp_path):
-    editor = BaFTEditor(model, tokenizer, quick)
-    for _ in range(2):
-        editor.edit(request_dict)
-        editor.save(tmp_path)
-        assert state_hash(read_state(tmp_path / "baft.safetensors").state) == state_hash(
-            editor._learner.state()
-        )
-    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
 
 
 # ---- which model
@@ -183,7 +164,7 @@ def test_fingerprint_sees_one_changed_matrix_and_an_adapter():
     assert own.difference(Fingerprint.of(model)) == "its weights have other values"
     model.model.layers[2].adapter = torch.nn.Linear(2, 2)
     assert "adapters such as LoRA count" in own.difference(Fingerprint.of(model))
-    assert Fingerprint.from_json(own.to_json(), "here") == own
+    assert Fingerprint.from_json(asdict(own), "here") == own
 
 
 def test_fingerprint_of_weights_that_accelerate_keeps_elsewhere():
@@ -321,13 +302,13 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
         ),
         (
             rewritten(data, tensors={name: tensors[name].half()}),
-            "must hold float32 tensors; .* 'F16'",
+            "must hold float32 tensors; .* is torch.float16",
         ),
-        (data + b"0", r"is damaged: it must have \d+ bytes, and has"),
+        (data + b"0", "is damaged: "),
         (data.replace(b'"data_offsets":[0,', b'"data_offsets":{0,'), "the header of .* must be JS"),
         (
             data.replace(b'"data_offsets":[0,', b'"data_offsets":["",')[:-2],
-            "has no place in it|JSON",
+            "is damaged: |JSON",
         ),
         (data.replace(b'"shape":[4,32]', b'"shape":[9,32]'), "is damaged: "),
     ]:
@@ -343,6 +324,12 @@ def test_values_that_are_not_finite_are_refused(model, quick, tmp_path):
         edit.intervention(1).source_bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"finite; _interventions.1.source_bias holds NaN"):
         encode(content_of(model, quick, edit))
+
+
+def test_edit_that_is_too_large_is_refused(model, quick, monkeypatch):
+    monkeypatch.setattr(state_module, "MAX_STATE", 1_000)
+    with pytest.raises(ValueError, match=r"an edit must have at most 1,000 bytes; .*smaller rank"):
+        encode(content_of(model, quick))
 
 
 def test_too_much_memory_is_refused(model, quick, monkeypatch):
@@ -417,12 +404,6 @@ def test_edit_is_pushed_and_comes_back_from_the_hub(
     )
     assert torch.equal(logits(twin), logits(model))
     assert method_of(loaded.hparams) == method_of(quick)
-
-
-def test_edit_is_saved_for_the_hub(model, tokenizer, quick, tmp_path):
-    BaFTEditor(model, tokenizer, quick).save_pretrained(tmp_path / "saved")
-    BaFTEditor.from_pretrained(tmp_path / "saved", model=make_model(), tokenizer=tokenizer)
-    assert "base_model:" not in (tmp_path / "saved/README.md").read_text()
 
 
 def test_no_pickle_is_read(kept, model):

@@ -228,12 +228,3 @@ def clean_up_lines(file):
         for statement in block
         for line in range(statement.lineno, statement.end_lineno + 1)
     }
-
-
-def test_interrupts_are_raised_where_they_are_wanted(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
-    with Interrupts() as counted:
-        editor.edit(NEW)
-    assert len(numbers_of(counted.places)) > 300
-    with pytest.raises(KeyboardInterrupt), Interrupts(100):
-        editor.edit(NEW)

@@ -6,7 +6,7 @@ import pytest
 
 from baft_easyedit import EditReport
 from baft_easyedit.editor import StepLosses
-from baft_easyedit.storage.files import parse_object, to_json
+from baft_easyedit.storage.files import to_json
 from baft_easyedit.storage.journal import (
     MAX_LINE,
     Entry,
@@ -42,15 +42,6 @@ def test_entries_form_a_tree():
     assert list(journal.ancestors(5)) == [2, 1, 0]
 
 
-def test_settings_count_from_where_they_are_noted():
-    journal = grown(None)
-    journal.append(journal.next("settings", "h1", {**SETTINGS, "hparams": {"rank": 8}}))
-    journal.append(journal.next("edit", "h3", EDIT))
-    assert journal.settings_of(1).content == SETTINGS
-    assert journal.settings_of(3).content["hparams"] == {"rank": 8}
-    assert list(journal.ancestors(3)) == [3, 1, 0]
-
-
 def test_lines_come_back_from_a_file(tmp_path):
     journal, file = grown(None, 0), tmp_path / "journal.jsonl"
     file.write_text("".join(f"{e.line}\n" for e in journal.entries) + '{"id":')
@@ -84,19 +75,8 @@ def test_summary_tells_what_was_not_learned():
     assert edit_line(**report_dict(missed)).endswith("0.10 s, 1 of 3 not learned]")
     for learned in ([True] * 3, [], None):  # journals of earlier versions have no such key
         assert edit_line(learned=learned).endswith(" 0.10 s]")
-    for damaged in ("yes", [0.5]):
-        with pytest.raises(ValueError, match=r"learned in .* must be true or false for each"):
-            edit_line(learned=damaged)
-
-
-def test_report_reads_as_a_line():
-    report = EditReport(3, 2, LOSSES, True, 0.1, learned=(True, False, False))
-    assert repr(report) == (
-        "EditReport(3 requests, 2 not learned, 2 steps (stopped early), 0.10 s, "
-        "answer loss 3.000 -> 0.500)"
-    )
-    assert "2 steps (all steps)" in repr(EditReport(1, 2, LOSSES * 100, False, 0.1))
-    assert len(repr(EditReport(1, 2, LOSSES * 100, False, 0.1))) < 240
+    for damaged in ({"learned": 3}, {"losses": {"answer": ["x"]}}, {"time_s": 10**400}):
+        assert edit_line(**damaged).endswith("[its report is not one]")
 
 
 def test_summary_of_an_entry_cannot_upset_a_terminal():
@@ -127,7 +107,6 @@ def changed(**content):
         (changed(kind="delete"), "kind in here must be one of start, settings, .*'delete'"),
         (changed(parent=1), "parent in here must be an entry before 1; got 1"),
         (changed(requests=["a"]), "requests in here must be JSON objects"),
-        (changed(report={**REPORT, "losses": {"answer": ["x"]}}), "losses in here must be numbers"),
         ("x" * (MAX_LINE + 1), f"here must be ASCII below {MAX_LINE} bytes"),
     ],
     ids=lambda text: text[:40],
@@ -141,12 +120,6 @@ def test_line_that_is_no_entry_is_refused(line, message):
 def test_what_is_not_json_is_not_kept(value):
     with pytest.raises(ValueError, match="what is kept must be JSON"):
         to_json({"value": value})
-
-
-def test_deep_json_is_refused():
-    deep = '{"a":' * 50_000 + "1" + "}" * 50_000
-    with pytest.raises(ValueError, match="here must be JSON, and is not"):
-        parse_object(deep, "here")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

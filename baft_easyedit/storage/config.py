@@ -5,7 +5,6 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -25,21 +24,11 @@ FORMAT_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)
 """For those before see `older`."""
 
-_OF_EASYEDIT = frozenset(
-    (
-        "model_name",
-        "device",
-        "batch_size",
-        "max_length",
-        "model_parallel",
-        "fp16",
-        "evaluation_type",
-        "api_key",
-    )
-)
+_OF_EASYEDIT = {
+    *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16"),
+    *("evaluation_type", "api_key"),
+}
 """Hyper-parameters that say nothing of the method or its training."""
-
-_NULL = type(None)
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class KeptConfig:
         hparams = taken(content, "hparams", dict, where)
         return cls(
             base_model=taken(content, "base_model", str, where),
-            revision=taken(content, "revision", (str, _NULL), where),
+            revision=taken(content, "revision", (str, type(None)), where),
             fingerprint=Fingerprint.from_json(
                 taken(content, "fingerprint", dict, where), f"the fingerprint in {where}"
             ),
@@ -176,16 +165,9 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
 def versions() -> dict[str, Any]:
     """Return the versions that a result may depend on."""
     packages = ("baft_easyedit", "torch", "transformers")
-    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str:
-    """Return a package's version, also from a checkout that is not installed."""
-    module = sys.modules.get(package)
-    try:
-        return str(getattr(module, "__version__", None) or version(package))
-    except PackageNotFoundError:
-        return "unknown"
+    return {"python": platform.python_version()} | {
+        name: str(getattr(sys.modules.get(name), "__version__", "unknown")) for name in packages
+    }
 
 
 def environment(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,12 @@
-"""A kept directory: commit each change before it counts, and recover what a crash interrupted."""
+"""A kept directory: commit each change before it counts, and recover what a crash interrupted.
+
+The state file tells all: its metadata hold the journal entries that the journal file may not have
+yet. One `os.replace` of it is the commit; the journal file follows, now or at the next opening.
+"""
 
 import contextlib
 import json
+import logging
 import os
 import stat
 from collections.abc import Container, Mapping, Sequence
@@ -11,15 +16,12 @@ from typing import Any
 from baft_easyedit.files.paths import check_own, expanded, read_regular
 from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.files import (
-    append_durably,
     keep_aside,
     parse_object,
     remove_temporaries,
-    set_aside,
     sync_directory,
-    temporary_of,
-    truncate_durably,
     write_durably,
+    write_tail,
     write_temporary,
 )
 from baft_easyedit.storage.journal import Entry, Journal, parse_lines, read_lines
@@ -34,6 +36,8 @@ from baft_easyedit.storage.state import (
     state_hash,
 )
 from baft_easyedit.training.learner import EditState
+
+logger = logging.getLogger(__name__)
 
 STATE = "baft.safetensors"
 CONFIG = "baft_config.json"
@@ -65,9 +69,12 @@ class KeptDirectory:
         self.path = expanded(path)
         self.journal = Journal()
         self.latest: StateFile | None = None
-        """The content of the state file when it was opened; None if there was none."""
+        """The content of the state file; None if there is none."""
         self._checkpoint_every = checkpoint_every
-        self._is_sound = True
+        self._size = 0
+        """Bytes of the journal file that hold complete, committed lines."""
+        self._pending: tuple[Entry, ...] = ()
+        """Committed entries that the journal file does not have yet."""
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
             sync_directory(self.path.parent)
@@ -96,28 +103,18 @@ class KeptDirectory:
                 f"{self.path} must be open in this process to take a change, and is closed: open it"
                 " again"
             )
-        if not self._is_sound:
-            raise ValueError(
-                f"{self.path} could not be brought back after a failure: close this editor and open"
-                " it again"
-            )
-        self._check_place()
-
-    def _check_place(self) -> None:
-        """Raise ValueError if a path now leads to what is not of this directory."""
         check_own(self.path / JOURNAL)
-        problem = self._lock.problem()
-        if problem is not None:
+        if not self._lock.is_in_place:
             raise ValueError(
-                f"{problem} must be what it was when this editor opened {self.path}; it has been "
-                "moved, replaced or deleted since: close this editor, and open the directory again "
-                "where it is"
+                f"{self.path} must be what it was when this editor opened it; it or its lock has "
+                "been moved, replaced or deleted since: close this editor, and open the directory "
+                "again where it is"
             )
 
     def commit(
         self, kind: str, state: EditState, config: KeptConfig, content: Mapping[str, Any]
     ) -> None:
-        """Write a change; once this returns, it outlives a crash.
+        """Write a change, which outlives a crash once this returns.
 
         Args:
             kind: One of `journal.KINDS`.
@@ -126,8 +123,8 @@ class KeptDirectory:
             content: What the entry holds beside; see `Entry.content`.
 
         Raises:
-            OSError: If it could not be written; the directory is as before then.
-            ValueError: If the state is not what the journal says it is, or cannot be kept.
+            OSError: If the disk did not take it; the directory is as before then.
+            ValueError: If the state is not what the journal says, or cannot be kept.
         """
         self.check_usable()
         entry = self.journal.next(kind, state_hash(state), content)
@@ -146,56 +143,40 @@ class KeptDirectory:
         config: KeptConfig,
         replaceable: Container[str] | None = (),
     ) -> None:
-        """Write a whole journal and its state, in one commit.
-
-        Args:
-            entries: The journal.
-            state: The state after it.
-            config: What belongs to it.
-            replaceable: Lines of snapshots that may be replaced; None for any.
-
-        Raises:
-            ValueError: If the directory holds another journal that may not be replaced.
-        """
+        """Write a whole journal and its state, in one commit; see `lacking`."""
         missing = lacking(self.path, self.journal.entries, entries, replaceable)
         if missing:
             self._write(missing, state, config)
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint of the present state if there is none at all, as after `save`."""
-        if self.latest is not None and not self._checkpoint_ids():
-            self._write_checkpoint(
-                len(self.journal) - 1, read_regular(self.path / STATE, MAX_STATE)
-            )
+        if self.latest is not None and not _checkpoint_files(self.path):
+            data = read_regular(self.path / STATE, MAX_STATE)
+            self._write_checkpoint(len(self.journal) - 1, data)
 
     def nearest(
         self, entry_id: int, known: Mapping[int, EditState]
     ) -> tuple[int, EditState] | None:
-        """Find the nearest exact state from which an entry grew, or its own.
+        """Find the nearest exact state from which an entry grew, or its own, and its position.
 
         Args:
             entry_id: The entry.
             known: States in memory, by their positions; those that were changed do not count.
-
-        Returns:
-            The state and its position; None if there is none.
         """
-        checkpoints: dict[int, list[int]] = {}
-        for i in self._checkpoint_ids():
-            if i < len(self.journal):
-                checkpoints.setdefault(self.journal.position_of(i), []).append(i)
+        ids = [i for i in map(_id_of, _checkpoint_files(self.path)) if i < len(self.journal)]
         for position in self.journal.ancestors(entry_id):
             if position in known and is_after(known[position], self.journal, position):
                 return position, known[position]
-            for i in checkpoints.get(position, ()):
-                content = self._read_checkpoint(i)
-                if content is not None:
-                    return position, content.state
+            for i in ids:
+                if self.journal.position_of(i) == position:
+                    content = self._read_known(_checkpoint_file(self.path, i))
+                    if content is not None:
+                        return position, content.state
         return None
 
     def exact_ids(self) -> list[int]:
         """Return the entries whose states are kept as intact checkpoints."""
-        return sorted(i for i in self._checkpoint_ids() if self._read_checkpoint(i) is not None)
+        return sorted(_id_of(f) for f in _checkpoint_files(self.path) if self._read_known(f))
 
     # ---- writing
 
@@ -207,66 +188,67 @@ class KeptDirectory:
         has_checkpoint: bool = False,
     ) -> None:
         """Commit entries and the state after the last of them, or change nothing."""
-        data = encode(StateFile(state, tuple(entries), config))
+        is_anew = entries[0].id == 0
+        content = StateFile(state, (*(() if is_anew else self._pending), *entries), config)
+        data = encode(content)
         try:
             if has_checkpoint:
                 self._write_checkpoint(entries[-1].id, data)
             if self.latest is None or config != self.latest.config:
                 self._write_config(config)
-            self._replace(data, entries)
+            self._replace_state(data, content)
         except OSError as error:
-            if not self._is_sound:
-                remedy = "it may hold it all the same: close this editor and open it again to see"
-            else:
-                remedy = "the change was undone: free space or make it writable, then repeat it"
             raise OSError(
                 error.errno,
                 f"{self.path} could not take journal entry {entries[-1].id}: "
-                f"{error.strerror or error}; {remedy}",
+                f"{error.strerror or error}; the change was undone: free space or make it "
+                "writable, then repeat it",
             ) from error
-        self.latest = StateFile(state, tuple(entries), config)
-        if entries[0].id == 0:
-            self.journal = Journal()
-        for entry in entries:
-            self.journal.append(entry)
-        self._is_sound = True  # until here, an interruption leaves it to the next open
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Remove temporary files, unless they are those of another directory."""
-        if self._lock.problem() is None:
-            remove_temporaries(self.path)
-
-    def _replace(self, data: bytes, entries: Sequence[Entry]) -> None:
-        """Replace the state file, which commits, and append to the journal; or do neither."""
-        file, journal = self.path / STATE, self.path / JOURNAL
+        finally:
+            if self._lock.is_in_place:  # else the temporary files are those of another directory
+                remove_temporaries(self.path)
         try:
-            before = set_aside(file), set_aside(journal)
-            length = journal.stat().st_size if journal.exists() else 0
-            write_temporary(file, data)
-            self._check_place()
-            self._is_sound = False
-            os.replace(temporary_of(file), file)
             sync_directory(self.path)
-            self._write_journal(entries)
-        except BaseException:
-            if not self._is_sound and not temporary_of(file).exists():  # it has been replaced
-                _put_back(journal, before[1])
-                if before[1] is not None:
-                    truncate_durably(journal, length)
-                _put_back(file, before[0])
-                sync_directory(self.path)
-            self._is_sound = True
-            self._tidy()
-            raise
+            self._write_journal()
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "%s holds the change, but %s could not be brought up to date (%s); the next change "
+                "or opening does that",
+                self.path / STATE,
+                JOURNAL,
+                error,
+            )
 
-    def _write_journal(self, entries: Sequence[Entry]) -> None:
+    def _replace_state(self, data: bytes, content: StateFile) -> None:
+        """Replace the state file, which commits; take note of it, whatever interrupts."""
+        temporary = write_temporary(self.path / STATE, data)
+        self.check_usable()
+        try:
+            os.replace(temporary, self.path / STATE)
+        finally:
+            if not temporary.exists():
+                self._take_note(content)
+
+    def _take_note(self, content: StateFile) -> None:
+        """Follow a commit in memory."""
+        first = content.entries[0].id
+        if first == 0:
+            self.journal = Journal()
+        for entry in content.entries[len(self.journal) - first :]:
+            self.journal.append(entry)
+        self.latest, self._pending = content, content.entries
+
+    def _write_journal(self) -> None:
         """Bring committed entries into the journal file; entry 0 begins it anew."""
-        data = "".join(f"{entry.line}\n" for entry in entries).encode("ascii")
-        if entries[0].id == 0:
+        if not self._pending:
+            return
+        data = "".join(f"{entry.line}\n" for entry in self._pending).encode("ascii")
+        if self._pending[0].id == 0:
             write_durably(self.path / JOURNAL, data)
+            self._size, self._pending = len(data), ()
         else:
-            append_durably(self.path / JOURNAL, data)
+            write_tail(self.path / JOURNAL, self._size, data)
+            self._size, self._pending = self._size + len(data), ()
 
     def _write_config(self, config: KeptConfig) -> None:
         """Write the copy of the configuration that people read."""
@@ -275,24 +257,16 @@ class KeptDirectory:
 
     def _write_checkpoint(self, entry_id: int, data: bytes) -> None:
         """Keep the bytes of a state file."""
-        folder = self.path / CHECKPOINTS
-        if not folder.exists():
-            folder.mkdir()
+        file = _checkpoint_file(self.path, entry_id)
+        if not file.parent.exists():
+            file.parent.mkdir()
             sync_directory(self.path)
-        write_durably(folder / f"{entry_id:08d}.safetensors", data)
+        write_durably(file, data)
 
     # ---- reading
 
-    def _checkpoint_ids(self) -> list[int]:
-        """Return the entries that have checkpoint files, the newest first."""
-        return [int(file.stem) for file in _checkpoint_files(self.path)]
-
-    def _read_checkpoint(self, entry_id: int) -> StateFile | None:
-        """Read a checkpoint; None if it is damaged, or of an entry that was never completed."""
-        return self._read_known(self.path / CHECKPOINTS / f"{entry_id:08d}.safetensors")
-
     def _read_known(self, file: Path) -> StateFile | None:
-        """Read a state file; None if it is damaged, or not of an entry of the journal."""
+        """Read a state file; None if it is damaged, or its entry was never completed."""
         content = _read_whole(file)
         return content if content is not None and self._knows(content) else None
 
@@ -309,54 +283,60 @@ class KeptDirectory:
     def _recover(self, repair: bool) -> None:
         """Read everything, and finish what a crash interrupted."""
         remove_temporaries(self.path)
-        if (self.path / CHECKPOINTS).is_dir():
-            remove_temporaries(self.path / CHECKPOINTS)
+        remove_temporaries(self.path / CHECKPOINTS)
         if not holds_edit(self.path):
             return
         try:
-            self._check_misplaced()
+            _check_misplaced(self.path)
             lines, rest = read_lines(self.path / JOURNAL)
             latest = read_latest(self.path)
-            missing = _missing_entries(lines, rest, latest.entries, self.path)
-            known = [] if missing and missing[0].id == 0 else lines
-            whole = [*known, *(entry.line for entry in missing)]
+            whole = _whole_history(lines, latest.entries)
+            last = latest.entries[-1].id
+            if whole is None or len(whole) > last + 1 or (rest and len(lines) == last + 1):
+                raise ValueError(
+                    f"{self.path / JOURNAL} must end with entry {last}, as {STATE} does, and has "
+                    f"{len(lines)} lines{' and a part of one' if rest else ''}: if an older "
+                    f"{STATE} was put back, open() with repair=True goes on from it or from the "
+                    "newest checkpoint; else restore the directory from a backup"
+                )
             self.journal = parse_lines(whole, str(self.path / JOURNAL))
         except (ValueError, OSError):
             if not repair:
                 raise
             self._repair()
             return
-        if rest:
-            truncate_durably(self.path / JOURNAL, _size(lines))
-        if missing:
-            self._write_journal(missing)
+        if whole[: len(lines)] == lines:
+            self._size, self._pending = _size(lines), tuple(self.journal.entries[len(lines) :])
+        else:  # another snapshot, whose journal is to be replaced
+            self._pending = latest.entries
+        self.latest = latest
+        self._write_journal()
         if not _holds(self.path / CONFIG, latest.config):
             self._write_config(latest.config)
-        self.latest = latest
 
     def _repair(self) -> None:
         """Go on from the newest state that is whole; lose nothing of the rest."""
-        journal, state = self.path / JOURNAL, self.path / STATE
+        file = self.path / JOURNAL
         lines: list[str] = []
         rest = ""
         with contextlib.suppress(ValueError, OSError):
-            check_own(journal)
-            lines, rest = read_lines(journal)
-            self.journal = parse_lines(lines, str(journal))
+            check_own(file)
+            lines, rest = read_lines(file)
+            self.journal = parse_lines(lines, str(file))
         found = self._newest()
         if found is None:
             raise ValueError(
                 f"{self.path} cannot be repaired: neither {STATE} nor a checkpoint is whole; "
                 "restore the directory from a backup"
             )
-        is_known = self._knows(found)
-        aside = [file for file in _checkpoint_files(self.path) if self._read_known(file) is None]
-        others = {state, *self._misplaced(), *([journal] if rest or not is_known else [])}
-        folder = keep_aside(self.path, [*aside, *others])
-        entry = found.entries[-1]
+        is_known, entry = self._knows(found), found.entries[-1]
+        old = [f for f in _checkpoint_files(self.path) if self._read_known(f) is None]
+        aside = {self.path / STATE, *_misplaced(self.path), *old}
+        folder = keep_aside(self.path, aside if is_known and not rest else {*aside, file})
         if is_known:
+            self._size = _size(lines)
             if rest:  # a new file, for the old one is kept
-                write_durably(journal, "".join(f"{line}\n" for line in lines).encode())
+                write_durably(file, "".join(f"{line}\n" for line in lines).encode())
             self.commit("rollback", found.state, found.config, {"to": entry.id})
         else:
             why = f"{JOURNAL}, now in {folder.name}, could not be read, or did not lead to it"
@@ -364,25 +344,9 @@ class KeptDirectory:
             content = {**settings, "snapshot_of": f"{entry.reference}; {why}"}
             self.journal = Journal()
             self.commit("start", found.state, found.config, content)
-        for file in aside:
-            if int(file.stem) != len(self.journal) - 1:  # else it is a new one
-                file.unlink(missing_ok=True)
-
-    def _misplaced(self) -> list[Path]:
-        """Return what stands where this directory has files, or a folder, of its own."""
-        files = [self.path / name for name in (JOURNAL, CONFIG)]
-        found = [f for f in files if os.path.lexists(f) and (f.is_symlink() or not f.is_file())]
-        folder = self.path / CHECKPOINTS
-        return found + [folder] * (os.path.lexists(folder) and not folder.is_dir())
-
-    def _check_misplaced(self) -> None:
-        """Raise ValueError if there is such a thing."""
-        for name in self._misplaced():
-            kind = "folder" if name.name == CHECKPOINTS else "regular file, not a link to one"
-            raise ValueError(
-                f"{name} must be a {kind}: put a copy of what it should be in its place, or open() "
-                "with repair=True, which keeps it aside"
-            )
+        for checkpoint in old:
+            if _id_of(checkpoint) != len(self.journal) - 1:  # else it is a new one
+                checkpoint.unlink(missing_ok=True)
 
     def _newest(self) -> StateFile | None:
         """Return the newest whole state; of the checkpoints, one that a sound journal knows."""
@@ -390,6 +354,24 @@ class KeptDirectory:
         checkpoints = (read(file) for file in _checkpoint_files(self.path))
         found = [_read_whole(self.path / STATE), next(filter(None, checkpoints), None)]
         return max(filter(None, found), key=lambda c: c.entries[-1].time, default=None)
+
+
+def _misplaced(path: Path) -> list[Path]:
+    """Return what stands where a directory has files, or a folder, of its own."""
+    files = [path / name for name in (JOURNAL, CONFIG)]
+    found = [f for f in files if os.path.lexists(f) and (f.is_symlink() or not f.is_file())]
+    folder = path / CHECKPOINTS
+    return found + [folder] * (os.path.lexists(folder) and not folder.is_dir())
+
+
+def _check_misplaced(path: Path) -> None:
+    """Raise ValueError if there is such a thing."""
+    for name in _misplaced(path):
+        kind = "folder" if name.name == CHECKPOINTS else "regular file, not a link to one"
+        raise ValueError(
+            f"{name} must be a {kind}: put a copy of what it should be in its place, or open() "
+            "with repair=True, which keeps it aside"
+        )
 
 
 def lacking(
@@ -462,8 +444,8 @@ def holds_edit(path: str | os.PathLike[str]) -> bool:
     directory = expanded(path)
     return (
         os.path.lexists(directory / STATE)
-        or (os.path.lexists(directory / JOURNAL) and not _is_empty(directory / JOURNAL))
-        or any(int(file.stem) for file in _checkpoint_files(directory))
+        or _has_content(directory / JOURNAL)
+        or any(map(_id_of, _checkpoint_files(directory)))
     )
 
 
@@ -477,48 +459,34 @@ def read_history(path: str | os.PathLike[str]) -> list[Entry]:
     directory = expanded(path)
     if not holds_edit(directory):
         read_latest(directory)
-    entries: tuple[Entry, ...] = ()
-    with contextlib.suppress(ValueError, OSError):
+    whole: list[str] | None
+    try:
         entries = read_entries(directory / STATE)  # first: a commit may come between
-    lines, _ = read_lines(directory / JOURNAL)
-    if entries and entries[0].id == 0 and len(lines) <= 1:
-        lines = []
-    for entry in entries:
-        if lines[entry.id : entry.id + 1] != [entry.line] and entry.id < len(lines):
-            raise ValueError(f"line {entry.id + 1} of {directory / JOURNAL} is damaged")
-    lines += [entry.line for entry in entries if entry.id >= len(lines)]
-    return parse_lines(lines, str(directory / JOURNAL)).entries
+        lines, _ = read_lines(directory / JOURNAL)
+        whole = _whole_history(lines, entries)
+    except (ValueError, OSError):
+        whole, _ = read_lines(directory / JOURNAL)
+    if whole is None:
+        raise ValueError(f"{directory / JOURNAL} and {STATE} must tell one history, and do not")
+    return parse_lines(whole, str(directory / JOURNAL)).entries
 
 
-def _missing_entries(
-    lines: Sequence[str], rest: str, entries: Sequence[Entry], path: Path
-) -> Sequence[Entry]:
-    """Return the entries of a state that its journal does not have yet.
+def _whole_history(lines: Sequence[str], entries: Sequence[Entry]) -> list[str] | None:
+    """Return the lines of a journal file, and those of a state file that it lacks.
 
     Args:
-        lines: The complete lines of the journal.
-        rest: What follows them: an incomplete line.
+        lines: The complete lines of the journal file.
         entries: Those that the state was written with.
-        path: The directory.
 
-    Raises:
-        ValueError: If the state and the journal are not of one history.
+    Returns:
+        All lines; None if the two are not of one history.
     """
-    first, last = entries[0].id, entries[-1].id
-    own = [entry.line for entry in entries]
-    is_replaced = first == 0 and len(lines) <= 1 and lines[:1] != own[: len(lines)]
-    if is_replaced:
-        return entries
-    done = len(lines) - first
-    agrees = done >= 0 and list(lines[first : last + 1]) == own[:done]
-    if not agrees or len(lines) > last + 1 or (rest and len(lines) == last + 1):
-        raise ValueError(
-            f"{path / JOURNAL} must end with entry {last}, as {STATE} does, and has "
-            f"{len(lines)} lines{' and a part of one' if rest else ''}: if an older {STATE} was put"
-            " back, open() with repair=True goes on from it or from the newest checkpoint; else "
-            "restore the directory from a backup"
-        )
-    return entries[done:]
+    first, own = entries[0].id, [entry.line for entry in entries]
+    if first == 0 and len(lines) <= 1:  # the state begins a history, or replaces a snapshot
+        return own
+    if len(lines) < first or list(lines[first:])[: len(own)] != own[: len(lines) - first]:
+        return None
+    return [*lines[:first], *own, *lines[first + len(own) :]]
 
 
 def _way_on(path: Path) -> str:
@@ -539,6 +507,16 @@ def _checkpoint_files(path: Path) -> list[Path]:
     return sorted((file for file in files if file.stem.isdecimal()), reverse=True)
 
 
+def _checkpoint_file(path: Path, entry_id: int) -> Path:
+    """Return where the state after an entry is kept."""
+    return path / CHECKPOINTS / f"{entry_id:08d}.safetensors"
+
+
+def _id_of(checkpoint: Path) -> int:
+    """Return the entry whose state is in a checkpoint file."""
+    return int(checkpoint.stem)
+
+
 def _holds(file: Path, config: KeptConfig) -> bool:
     """Tell whether a configuration file is a true copy."""
     try:
@@ -555,20 +533,14 @@ def _read_whole(file: Path) -> StateFile | None:
         return None
 
 
-def _is_empty(file: Path) -> bool:
-    """Tell whether a name is that of a regular file without content."""
+def _has_content(file: Path) -> bool:
+    """Tell whether there is anything of a name but an empty file."""
+    if not os.path.lexists(file):
+        return False
     found = os.lstat(file)
-    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+    return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
 
 
 def _size(lines: Sequence[str]) -> int:
     """Return the bytes of complete lines in a journal."""
     return sum(len(line) + 1 for line in lines)
-
-
-def _put_back(file: Path, aside: Path | None) -> None:
-    """Undo a replacement."""
-    if aside is None:
-        file.unlink(missing_ok=True)
-    else:
-        os.replace(aside, file)

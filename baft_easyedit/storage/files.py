@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,37 +36,21 @@ def write_temporary(file: Path, data: bytes) -> Path:
 
 def write_durably(file: Path, data: bytes) -> None:
     """Write a file so that it is there as a whole or not at all, whatever happens."""
-    temporary = write_temporary(file, data)
-    os.replace(temporary, file)
+    os.replace(write_temporary(file, data), file)
     sync_directory(file.parent)
 
 
-def append_durably(file: Path, data: bytes) -> None:
-    """Append to a file that exists, down to the disk."""
-    with os.fdopen(open_own(file, os.O_WRONLY | os.O_APPEND), "ab") as stream:
+def write_tail(file: Path, size: int, data: bytes) -> None:
+    """Let `data` follow the first `size` bytes of a file that exists, down to the disk."""
+    with os.fdopen(open_own(file, os.O_RDWR), "r+b") as stream:
+        stream.truncate(size)
+        stream.seek(size)
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def truncate_durably(file: Path, size: int) -> None:
-    """Cut a file to `size` bytes, down to the disk."""
-    with os.fdopen(open_own(file, os.O_RDWR), "r+b") as stream:
-        stream.truncate(size)
-        os.fsync(stream.fileno())
-
-
-def set_aside(file: Path) -> Path | None:
-    """Give a file, if it exists, a second temporary name under which it outlives a replacement."""
-    if not file.exists():
-        return None
-    aside = file.parent / f".{file.name}.before{_TEMPORARY}"
-    aside.unlink(missing_ok=True)
-    _name_twice(file, aside)
-    return aside
-
-
-def keep_aside(directory: Path, files: Sequence[Path]) -> Path:
+def keep_aside(directory: Path, files: Iterable[Path]) -> Path:
     """Keep files under their names in a new folder, so that they outlive a replacement.
 
     What is not a regular file is moved there, and makes way.
@@ -78,39 +62,32 @@ def keep_aside(directory: Path, files: Sequence[Path]) -> Path:
     Returns:
         The folder, `before-repair-1` or the next that is free.
     """
-    numbers = (n for n in count(1) if not os.path.lexists(directory / f"before-repair-{n}"))
-    folder = directory / f"before-repair-{next(numbers)}"
+    folders = (directory / f"before-repair-{n}" for n in count(1))
+    folder = next(folder for folder in folders if not os.path.lexists(folder))
     for file in filter(os.path.lexists, files):
         kept = folder / file.relative_to(directory)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        if stat.S_ISREG(os.lstat(file).st_mode):
-            _name_twice(file, kept)
-        else:
+        if not stat.S_ISREG(os.lstat(file).st_mode):
             os.rename(file, kept)
+        else:
+            try:
+                os.link(file, kept)
+            except OSError:  # some file systems have no links
+                shutil.copyfile(file, kept)
         sync_directory(kept.parent)
     sync_directory(directory)
     return folder
 
 
-def _name_twice(file: Path, other: Path) -> None:
-    """Give a regular file a second name, or make a copy of that name."""
-    try:
-        os.link(file, other)
-    except OSError:  # some file systems have no links
-        shutil.copyfile(file, other)
-
-
 def remove_temporaries(directory: Path) -> None:
-    """Remove what writes that were interrupted left behind."""
+    """Remove what interrupted writes left behind."""
     for leftover in directory.glob(f".*{_TEMPORARY}"):
         with contextlib.suppress(OSError):  # only untidy
             leftover.unlink()
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory down to the disk, where the platform can."""
-    if os.name == "nt":
-        return
+    """Bring the names in a directory down to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -131,11 +108,7 @@ def to_json(value: Any) -> str:
 
 
 def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        text: What somebody else wrote.
-        where: Its name in messages.
+    """Read a JSON object that somebody else wrote.
 
     Raises:
         ValueError: If it is not JSON (NaN and infinities are not), too deep, or not an object.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ _SAMPLES = 1024
 class Fingerprint:
     """What tells models apart; equal on every device, also where accelerate keeps the weights away.
 
-    Adapters such as PEFT's LoRA count: the model computes with them, and an edit is learned for
-    what the model computes. So does the dtype: an edit learned on fp32 weights is, on the same
-    weights in bf16, one that nobody has tried. `torch.compile` does not count.
+    Adapters such as PEFT's LoRA count: the model computes with them. So does the dtype: nobody has
+    tried an edit of fp32 weights on the same weights in bf16. `torch.compile` does not count.
 
     About 1024 values of each parameter are looked at, in even steps through all rows and columns.
     Missed are changes of other values only (a handful of single weights), of buffers, of the code,
@@ -49,7 +48,7 @@ class Fingerprint:
         dtypes, count = set(), 0
         for name, parameter, where in _parameters(model):
             names.update(f"{name}{tuple(parameter.shape)};".encode())
-            dtypes.add(_name(parameter.dtype))
+            dtypes.add(str(parameter.dtype).removeprefix("torch."))
             sample = _sample(name, parameter, where)
             values.update(_bytes(sample))
             rounded.update(_bytes(sample.bfloat16() if sample.is_floating_point() else sample))
@@ -59,16 +58,12 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: str) -> "Fingerprint":
-        """Read what `to_json` gave.
+        """Read a JSON object of the fields.
 
         Raises:
             ValueError: If a value is missing or of another type.
         """
         return cls(**{f.name: taken(content, f.name, f.type, where) for f in fields(cls)})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        return asdict(self)
 
     def difference(self, other: "Fingerprint") -> str | None:
         """Say in words how another model differs from this one; None if it does not."""
@@ -89,14 +84,13 @@ class Fingerprint:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield the parameters with their names and the modules that hold them."""
+    """Yield the parameters with their names and the modules that hold them; tied ones once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:  # tied ones are one
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
-                full = f"{path}.{name}" if path else name
-                yield full.replace("_orig_mod.", ""), parameter, module
+                yield name.replace("_orig_mod.", ""), parameter, module
 
 
 def _sample(name: str, parameter: Tensor, module: nn.Module) -> Tensor:
@@ -110,15 +104,10 @@ def _sample(name: str, parameter: Tensor, module: nn.Module) -> Tensor:
             )
         parameter = stored[name.rpartition(".")[2]]
     flat = parameter.detach().reshape(-1)
-    step = len(flat) // _SAMPLES | 1  # odd, so that it goes through all columns
+    step = len(flat) // _SAMPLES | 1  # odd, to go through all columns
     return flat[::step].cpu()
 
 
 def _bytes(values: Tensor) -> bytes:
     """Return the bytes of a tensor on the CPU."""
     return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without `torch.`."""
-    return str(dtype).removeprefix("torch.")

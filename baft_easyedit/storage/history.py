@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
+from baft_easyedit.files.reading import taken
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
@@ -154,7 +155,8 @@ class History:
             self._journal.append(self._journal.next(kind, state_hash(state), content))
 
     def _check_untouched(self, directory: KeptDirectory) -> None:
-        """Raise ValueError if the edit is not as the directory keeps it."""
+        """Raise ValueError if the directory is closed, or the edit is not as it keeps it."""
+        directory.check_usable()
         self._check_present(
             present(self._learner.state(), directory.journal) is not None,
             f"the edit must be as {directory.path} keeps it",
@@ -194,14 +196,13 @@ class History:
         """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
         with self._learner.lock.changing():
             if self._directory is not None:
-                self._directory.check_usable()
                 self._check_untouched(self._directory)
             elif (
                 self._journal is not None and present(self._learner.state(), self._journal) is None
             ):
                 self.end_journal(self._journal.entries[-1], _CHANGED)
             self._keep_settings()
-        with self._all_or_nothing(f"the {kind}{_about(requests)}"):
+        with self._noted(f"the {kind}{_about(requests)}"):
             yield
 
     def keep(
@@ -212,8 +213,6 @@ class History:
         to: int | None = None,
     ) -> None:
         """Commit a change to the open directory, or note it in the journal of a loaded edit."""
-        if self.journal is None:
-            return
         content: dict[str, Any] = {"to": to}
         if report is not None:
             content = {
@@ -223,22 +222,23 @@ class History:
         self._commit(kind, content)
 
     @contextmanager
-    def _all_or_nothing(self, what: str) -> Iterator[None]:
-        """Go back if anything goes wrong before the change is kept."""
+    def _noted(self, what: str) -> Iterator[None]:
+        """Make a change that can be undone; go back if anything goes wrong before it is kept."""
         with self._taken_back() as before:
-            journal = self.journal
-            position = 0 if journal is None else journal.position
+            position = 0 if self.journal is None else self.journal.position
             yield
-            self._note(position, before, what)
+            edit, after = self._learner.edit, None if self._directory else self._values()
+            self.recent.append(Step(position, before, edit.latest_change, after))
+            edit.latest_change = Change(what, self._author)
 
     @contextmanager
     def _taken_back(self) -> Iterator[EditState]:
         """Change the state alone; an error before the change is kept takes it back."""
-        journal, recent, edit = self.journal, list(self.recent), self._learner.edit
-        size, latest = 0 if journal is None else len(journal), edit.latest_change
+        recent, edit = list(self.recent), self._learner.edit
+        size, latest = len(self.journal or ()), edit.latest_change
 
         def is_kept() -> bool:
-            return journal is not None and len(journal) > size
+            return len(self.journal or ()) > size
 
         try:
             with self._learner.alone(is_kept) as before:
@@ -250,12 +250,6 @@ class History:
                 edit.latest_change = latest
             raise
 
-    def _note(self, position: int, before: EditState, what: str) -> None:
-        """Remember a change that was made from a state."""
-        edit, after = self._learner.edit, None if self._directory else self._values()
-        self.recent.append(Step(position, before, edit.latest_change, after))
-        edit.latest_change = Change(what, self._author)
-
     def _values(self) -> str:
         """Return a hash of what is learned, attached or not."""
         return state_hash(self._learner.state()._replace(attached=True))
@@ -266,17 +260,13 @@ class History:
         """Go back to before the latest change."""
         if self._directory is None:
             self._undo_in_memory()
-        else:
-            self._undo_on_disk(self._directory)
-
-    def _undo_on_disk(self, directory: KeptDirectory) -> None:
-        """Go back to what the latest change of a journal grew from."""
+            return
         with self._learner.lock.changing():
-            parent = directory.journal.entries[directory.journal.position].parent
+            journal = self._directory.journal
+            parent = journal.entries[journal.position].parent
             if parent is None:  # that of entry 0
                 self._refuse_undo()
-            directory.check_usable()
-            self._check_untouched(directory)
+            self._check_untouched(self._directory)
             self._return("undo", parent)
 
     def _undo_in_memory(self) -> None:
@@ -293,21 +283,16 @@ class History:
             )
             self._learner.restore(step.before)
             self._learner.edit.latest_change = step.previous
-            self._note_undo(step.position)
+            if self._journal is not None:
+                if is_after(step.before, self._journal, step.position):
+                    self._commit("undo", {"to": step.position})
+                else:
+                    self.end_journal(self._journal.entries[-1], _CHANGED)
             self.recent.pop()
 
     def _refuse_undo(self) -> NoReturn:
         """Raise ValueError: no change is left to take back; name the latest one, if another's."""
         raise ValueError("; ".join(filter(None, (_NOTHING_TO_UNDO, self._others_change()))))
-
-    def _note_undo(self, to: int) -> None:
-        """Note in the journal of a loaded edit that its state is an earlier one again."""
-        if self._journal is None:
-            return
-        if is_after(self._learner.state(), self._journal, to):
-            self._commit("undo", {"to": to})
-        else:
-            self.end_journal(self._journal.entries[-1], _CHANGED)
 
     def rollback(self, to: int) -> None:
         """Go to the state after an entry of the journal."""
@@ -330,7 +315,7 @@ class History:
         self._check_present(
             True, f"the model must carry no edit but that of {self._directory.path}"
         )
-        with self._all_or_nothing(f"the {kind} to entry {to}"):
+        with self._noted(f"the {kind} to entry {to}"):
             self._restore_entry(self._directory, to)
             self.keep(kind, to=to)
 
@@ -360,7 +345,8 @@ class History:
             if entry.kind == "edit":
                 self._learner.learn(as_requests(entry.requests), hparams)
             else:
-                self._learner.consolidate(entry.report["num_steps"], hparams)
+                steps = taken(entry.report, "num_steps", int, f"entry {entry.id} of {where}")
+                self._learner.consolidate(steps, hparams)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
         different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]

@@ -1,7 +1,4 @@
-"""A kept edit on the Hugging Face Hub; uploads go through `huggingface_hub.ModelHubMixin`.
-
-Imported only when it is used: `BaFTEditor.save_pretrained`, `push_to_hub` and `from_pretrained`.
-"""
+"""A kept edit on the Hugging Face Hub; uploads go through `huggingface_hub.ModelHubMixin`."""
 
 import os
 from collections.abc import Callable
@@ -42,12 +39,7 @@ class HubEdit(
     repo_url=_URL,
     model_card_template=_CARD,
 ):
-    """A kept edit as the Hub sees it.
-
-    Args:
-        config: What it says of itself.
-        save: Writes it into a directory.
-    """
+    """A kept edit as the Hub sees it: its configuration, and what writes it into a directory."""
 
     def __init__(self, config: KeptConfig, save: Callable[[Path], None]) -> None:
         self._config = config
@@ -70,22 +62,10 @@ class HubEdit(
         return card
 
 
-def local_directory(
-    repo_or_directory: str | os.PathLike[str],
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> str:
+def local_directory(repo_or_directory: str | os.PathLike[str], **options: Any) -> str:
     """Return a directory as it is, or that of a repository, downloaded; no checkpoints."""
     directory = os.path.expanduser(repo_or_directory)
     if os.path.isdir(directory):
         return directory
-    return snapshot_download(
-        directory,
-        revision=revision,
-        token=token,
-        cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
-        local_files_only=local_files_only,
-        allow_patterns=[STATE, CONFIG, JOURNAL, "config.json"],
-    )
+    allowed = [STATE, CONFIG, JOURNAL, "config.json"]
+    return snapshot_download(directory, allow_patterns=allowed, **options)

@@ -6,7 +6,6 @@ began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
 """
 
 import hashlib
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +72,8 @@ class Entry:
         entry_id = taken(content, "id", int, where)
         others = {key: taken(content, key, t, where) for key, t in _CONTENT[kind].items()}
         taken({"snapshot_of": "", **content}, "snapshot_of", str, where)
-        _check_report(others, where)
+        if not all(isinstance(request, dict) for request in others.get("requests", ())):
+            raise ValueError(f"requests in {where} must be JSON objects")
         for key in ("parent", "to"):
             if not 0 <= others.get(key, 0) < max(entry_id, 1):
                 raise ValueError(
@@ -98,7 +98,7 @@ class Entry:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the line holds beside: `requests` and `report`, or `hparams` and `environment`."""
+        """What the line holds beside, by its kind: see `_CONTENT`."""
         content = parse_object(self.line, f"journal entry {self.id}")
         return {key: content[key] for key in _CONTENT[self.kind]}
 
@@ -129,36 +129,20 @@ class Entry:
             more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
             parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
         if report := self.report:
-            learned = report.get("learned", [])  # absent in journals of earlier versions
-            missed = learned.count(False)
-            parts.append(
-                f"[{report['num_steps']} steps, loss {report['losses']['answer'][-1]:.3f}, "
-                f"{report['time_s']:.2f} s"
-                + (f", {missed} of {len(learned)} not learned]" if missed else "]")
-            )
+            parts.append(_told(report))
         text = " ".join(parts)
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _check_report(content: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError unless the requests and the report of an entry are such."""
-    if not all(isinstance(request, dict) for request in content.get("requests", ())):
-        raise ValueError(f"requests in {where} must be JSON objects")
-    if "report" in content:
-        report = content["report"]
-        taken(report, "num_steps", int, where)
-        time_s = taken(report, "time_s", (int, float), where)
-        answer = taken(taken(report, "losses", dict, where), "answer", list, where)
-        if not answer or not all(map(_is_number, [time_s, *answer])):
-            raise ValueError(f"losses in {where} must be numbers; got {short(answer)}")
-        learned = report.get("learned", [])
-        if not isinstance(learned, list) or not all(type(each) is bool for each in learned):
-            raise ValueError(f"learned in {where} must be true or false for each request")
-
-
-def _is_number(value: Any) -> bool:
-    """Tell whether a value is a number that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+def _told(report: Mapping[str, Any]) -> str:
+    """Tell a report in a few words; it may come from anybody."""
+    try:
+        loss, learned = float(report["losses"]["answer"][-1]), list(report.get("learned", ()))
+        steps, time_s = int(report["num_steps"]), float(report["time_s"])
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+        return "[its report is not one]"
+    missed = f", {learned.count(False)} of {len(learned)} not learned" if False in learned else ""
+    return f"[{steps} steps, loss {loss:.3f}, {time_s:.2f} s{missed}]"
 
 
 class Journal:
@@ -235,11 +219,11 @@ class Journal:
 
     @property
     def position(self) -> int:
-        """The start, edit or install whose state is the present one."""
+        """The start or change whose state is the present one."""
         return self._positions[-1]
 
     def position_of(self, entry_id: int) -> int:
-        """Return the start, edit or install whose state is that after an entry."""
+        """Return the start or change whose state is that after an entry."""
         return self._positions[entry_id]
 
     def ancestors(self, entry_id: int) -> Iterator[int]:

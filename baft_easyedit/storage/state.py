@@ -1,14 +1,14 @@
 """The format of a state file: safetensors whose metadata holds all else that belongs to a state.
 
 Metadata keys: `format_version`; `entry_id` and `entries`, the id of the latest journal entry and
-its line (after a save, all lines that the directory did not have); `state_hash`; `attached`;
+its line, after all lines that the journal file did not have yet; `state_hash`; `attached`;
 `memory`; `config`; `metadata_hash`, over all the others.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from baft_easyedit.files.messages import cut, short
-from baft_easyedit.files.paths import open_regular
+from baft_easyedit.files.paths import open_regular, read_regular
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.storage.config import FORMAT_VERSION, READABLE_VERSIONS, KeptConfig
 from baft_easyedit.storage.files import parse_object, to_json
@@ -26,12 +26,8 @@ from baft_easyedit.training.learner import EditState
 
 _MAX_HEADER = 100_000_000
 """Longest header that safetensors reads, in bytes."""
-_MAX_TENSORS = 2**31
-"""Most bytes of tensors."""
-MAX_STATE = _MAX_TENSORS + _MAX_HEADER + 8
+MAX_STATE = 2**31 + _MAX_HEADER
 """Most bytes of a state file."""
-_DTYPES = {"F32": torch.float32}
-"""What an edit is made of."""
 _KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "memory", "config")
 
 
@@ -41,10 +37,10 @@ class StateFile:
 
     state: EditState
     entries: tuple[Entry, ...]
-    """The journal entry that the state is of, after those that were written with it."""
+    """The journal entry that led to the state, after those that were written with it."""
     config: KeptConfig
     is_converted: bool = False
-    """Whether it was written in an older format: the state does not have the entry's hash then."""
+    """Whether the format was an older one: the state does not have the entry's hash then."""
 
 
 def state_hash(state: EditState) -> str:
@@ -53,7 +49,8 @@ def state_hash(state: EditState) -> str:
     for name in sorted(state.learned):
         value = state.learned[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(_bytes(value))
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     digest.update(to_json([state.attached, state.memory]).encode())
     return digest.hexdigest()
 
@@ -69,12 +66,6 @@ def present(state: EditState, journal: Journal) -> EditState | None:
     return next((s for s in either if is_after(s, journal, len(journal) - 1)), None)
 
 
-def _bytes(value: Tensor) -> bytes:
-    """Return a tensor's bytes."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
 def check_finite(state: EditState) -> None:
     """Raise ValueError if a learned value is NaN or infinite."""
     for name, value in state.learned.items():
@@ -86,13 +77,11 @@ def encode(content: StateFile) -> bytes:
     """Return the bytes of a state file.
 
     Raises:
-        ValueError: If a value is not finite, `memory` is not JSON, or it is all too long.
+        ValueError: If a value is not finite, `memory` is not JSON, or the file would be too large.
     """
     from safetensors.torch import save
 
     check_finite(content.state)
-    _check_tensors(sum(v.nbytes for v in content.state.learned.values()), "an edit")
-    assert state_hash(content.state) == content.entries[-1].state_hash
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "entry_id": str(content.entries[-1].id),
@@ -109,8 +98,13 @@ def encode(content: StateFile) -> bytes:
             f"what is kept beside the tensors must be below {_MAX_HEADER // 2} bytes; got {length}:"
             " edit in smaller batches; to move a long journal, copy its directory"
         )
-    learned = {name: value.detach().cpu() for name, value in content.state.learned.items()}
-    return save(learned, metadata)
+    data = save({name: v.detach().cpu() for name, v in content.state.learned.items()}, metadata)
+    if len(data) > MAX_STATE:
+        raise ValueError(
+            f"an edit must have at most {MAX_STATE:,} bytes; it has {len(data):,}: use a smaller "
+            "rank, or fewer layers"
+        )
+    return data
 
 
 def read_state(file: Path) -> StateFile:
@@ -121,18 +115,13 @@ def read_state(file: Path) -> StateFile:
         ValueError: If it is damaged, of another format, or holds what no edit has.
     """
     where = str(file)
-    with open_regular(file) as stream:
-        start, header = _read_header(stream, where)
-        body = _read_body(stream, start, header, where)
-    content = _checked_metadata(header.get("__metadata__"), where)
-    tensors = _tensors(start + body, where)
+    data = read_regular(file, MAX_STATE)
+    entries, content = _read_metadata(BytesIO(data), where)
     state = EditState(
-        tensors,
+        _tensors(data, where),
         attached=content["attached"] == "true",
         memory=parse_object(content["memory"], f"memory in {where}"),
     )
-    lines = content["entries"].split("\n")
-    entries = tuple(Entry.from_line(line, f"a journal entry in {where}") for line in lines)
     if not state_hash(state) == content["state_hash"] == entries[-1].state_hash:
         raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
     check_finite(state)
@@ -151,55 +140,29 @@ def read_entries(file: Path) -> tuple[Entry, ...]:
         ValueError: If its header is damaged, or of another format.
     """
     with open_regular(file) as stream:
-        _, header = _read_header(stream, str(file))
-    metadata = _checked_metadata(header.get("__metadata__"), str(file))
-    lines = metadata["entries"].split("\n")
-    return tuple(Entry.from_line(line, f"a journal entry in {file}") for line in lines)
+        return _read_metadata(stream, str(file))[0]
 
 
-def _read_header(stream: IO[bytes], where: str) -> tuple[bytes, dict[str, Any]]:
-    """Read the header of a safetensors file; return its bytes, too, with those of its length."""
+def _read_metadata(stream: IO[bytes], where: str) -> tuple[tuple[Entry, ...], dict[str, str]]:
+    """Read what is beside the tensors: the journal entries, and all metadata."""
+    content = _checked_metadata(_read_header(stream, where).get("__metadata__"), where)
+    lines = content["entries"].split("\n")
+    entries = tuple(Entry.from_line(line, f"a journal entry in {where}") for line in lines)
+    return entries, content
+
+
+def _read_header(stream: IO[bytes], where: str) -> dict[str, Any]:
+    """Read the header of a safetensors file: 8 bytes of its length, and JSON."""
     start = stream.read(8)
     length = int.from_bytes(start, "little")
     text = stream.read(length) if length <= _MAX_HEADER else b""
     if len(start) < 8 or len(text) < length:
         raise ValueError(f"{where} is damaged: it ends within its header")
-    return start + text, parse_object(text, f"the header of {where}")
-
-
-def _read_body(stream: IO[bytes], start: bytes, header: Mapping[str, Any], where: str) -> bytes:
-    """Read the tensors of a safetensors file, once its sizes and dtypes are known to fit."""
-    end = 0
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"{where} must hold float32 tensors; {short(name)} is {short(dtype)}")
-        offsets = tensor.get("data_offsets")
-        if not (isinstance(offsets, list) and all(type(o) is int for o in offsets)):
-            raise ValueError(f"{where} is damaged: {short(name)} has no place in it")
-        end = max([end, *offsets])
-    size, expected = os.fstat(stream.fileno()).st_size, len(start) + end
-    if size != expected:
-        raise ValueError(
-            f"{where} is damaged: it must have {short(expected)} bytes, and has {size}"
-        )
-    _check_tensors(end, where)
-    return stream.read(end)
-
-
-def _check_tensors(size: int, where: str) -> None:
-    """Raise ValueError if an edit is larger than is read."""
-    if size > _MAX_TENSORS:
-        raise ValueError(
-            f"the tensors of {where} must have at most {_MAX_TENSORS:,} bytes; they have {size:,}: "
-            "use a smaller rank, or fewer layers"
-        )
+    return parse_object(text, f"the header of {where}")
 
 
 def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
-    """Return the metadata, once it is known to be whole and of this format."""
+    """Return the metadata, once they are known to be whole and of a readable format."""
     if not isinstance(metadata, dict) or "format_version" not in metadata:
         raise ValueError(f"{where} must be a state of baft_easyedit; its metadata are not of one")
     if metadata["format_version"] not in map(str, READABLE_VERSIONS):
@@ -220,26 +183,30 @@ def _metadata_hash(metadata: Mapping[str, Any]) -> str:
 
 
 def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file."""
+    """Return the tensors of a safetensors file, all of float32."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        return load(data)
-    except SafetensorError as error:
+        tensors = load(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} is damaged: {cut(error, 500)}") from None
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{where} must hold float32 tensors; {short(name)} is {value.dtype}")
+    return tensors
 
 
 def check_fits(state: EditState, edit: ModelEdit, where: str) -> None:
     """Raise ValueError unless a state is one of an edit of this shape."""
     own = edit.state_dict()
     for name in sorted({*own, *state.learned}):
-        found = [
+        expected, found = (
             f"{tensors[name].dtype} {tuple(tensors[name].shape)}" if name in tensors else "nothing"
             for tensors in (own, state.learned)
-        ]
-        if found[0] != found[1]:
+        )
+        if expected != found:
             raise ValueError(
-                f"{name} must be {found[0]} for the layers, rank and gate of the edit on this "
-                f"model; {where} holds {found[1]}"
+                f"{name} must be {expected} for the layers, rank and gate of the edit on this "
+                f"model; {where} holds {found}"
             )
