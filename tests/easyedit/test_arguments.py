@@ -153,6 +153,8 @@ def test_every_argument_reaches_the_requests(host, quick, requests, learned, way
         loc_prompts=container([IRRELEVANT, "Ice is cold"]),
         locality_inputs={"nq": PROBE, "some": {**PROBE, "prompt": ["Tea is", None, None]}},
         portability_inputs={"hop": PROBE},
+        eval_metric="token_em",
+        train_ds=None,
         sequential_edit=False,
         verbose=False,
     )
@@ -192,10 +194,21 @@ def test_what_is_none_is_left_out():
         ({"loc_prompts": []}, ValueError, "loc_prompts must have at least one entry, and .* got 0"),
         ({"loc_prompts": ["c"] * 3}, ValueError, "loc_prompts must .* got 3 for 2 prompts"),
         ({"loc_prompts": [3, "c"]}, TypeError, "loc_prompt must be a string or a list of strings"),
+        ({"target_new": ["b", " "]}, ValueError, "target_new must not be empty"),
         (
-            {"locality_inputs": ["c"]},
-            TypeError,
-            "locality_inputs must be a dict of dicts .*; got l",
+            {"prompts": ["Malm\u00f6"] * 2, "subject": ["Malmo\u0308"] * 2},
+            ValueError,
+            "Unicode form",
+        ),
+        (
+            {"portability_inputs": {"hop": {"prompt": ["a"] * 2}}},
+            ValueError,
+            "have the key 'ground",
+        ),
+        (
+            {"portability_inputs": {"hop": {"prompt": ["a"], "ground_truth": ["b"] * 2}}},
+            ValueError,
+            r"portability_inputs\['hop'\]\['prompt'\] must have one entry for each prompt",
         ),
         ({"locality_inputs": {"nq": ["c"]}}, TypeError, "locality_inputs must be a dict of dicts"),
     ],
@@ -230,22 +243,12 @@ def test_what_easyedit_would_drop_is_refused(
 
 
 @pytest.mark.easyedit
-@pytest.mark.parametrize("way", ["edit", "edit_requests"])
-def test_several_requests_at_once_are_for_batch_edit(host, quick, requests, learned, way):
+def test_several_requests_at_once_are_for_batch_edit(host, quick, requests, learned):
     editor = quick(batch_size=2)
-    given = {"requests": requests} if way == "edit_requests" else edit_arguments(requests)
-    with pytest.raises(ValueError, match=rf"batch_size must be 1 for {way}\(\).* got 2: use batch"):
-        getattr(editor, way)(**given)
+    with pytest.raises(ValueError, match=r"batch_size must be 1 for edit\(\).* got 2: use batch"):
+        editor.edit(**edit_arguments(requests))
     assert editor.hparams.batch_size == 2
     assert not learned
-
-
-@pytest.mark.easyedit
-def test_token_accuracies_need_no_reader(host, quick, requests):
-    given = {**edit_arguments(requests[:1]), "sequential_edit": False}
-    for way in ("edit", "batch_edit"):
-        (metric,) = getattr(quick(), way)(**given, eval_metric="token_em", train_ds=None)[0]
-        assert "rewrite_acc" in metric["post"]
 
 
 @pytest.mark.easyedit

@@ -226,30 +226,11 @@ def test_a_misleading_path_is_read_rightly(host, make_hparams, model_path, tmp_p
     assert hparams.model_name == str(misleading)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"target_new": ["Rome"]}, "target_new must have one entry for each prompt; got 1 for 3"),
-        ({"rephrase_prompts": ["a", "b"]}, "rephrase_prompts must have one entry for each prompt"),
-        ({"ground_truth": ["a", "b"]}, "ground_truth must have one entry for each prompt"),
-        ({"subject": ["Mars"] * 3}, "subject must be a part of the prompt; 'Mars' is not in"),
-        (
-            {"prompts": ["Malm\u00f6 is in"] * 3, "subject": ["Malmo\u0308"] * 3},
-            "subject must be in the Unicode form of its prompt",
-        ),
-        ({"target_new": ["Rome", " ", "Oslo"]}, "target_new must not be empty"),
-        ({"locality_inputs": {"nq": {"prompt": ["a"] * 3}}}, "must have the key 'ground_truth'"),
-        (
-            {"portability_inputs": {"hop": {"prompt": ["a"], "ground_truth": ["b"] * 3}}},
-            r"portability_inputs\['hop'\]\['prompt'\] must have one entry for each prompt",
-        ),
-    ],
-)
-def test_edit_refuses_bad_input_and_changes_nothing(make_editor, requests, change, message):
+def test_edit_refuses_bad_input_and_changes_nothing(make_editor, requests):
     editor = make_editor()
     before = logits(editor, requests[0]["prompt"])
-    with pytest.raises(ValueError, match=message):
-        editor.edit(**{**edit_arguments(requests), **change})
+    with pytest.raises(ValueError, match="subject must be a part of the prompt; 'Mars' is not in"):
+        editor.edit(**{**edit_arguments(requests), "subject": ["Mars"] * 3})
     assert torch.equal(logits(editor, requests[0]["prompt"]), before)
 
 
