@@ -1,1 +1,1 @@
-"""Benchmarks: datasets, protocols, the runner, its records, and the reports made from them."""
+"""Benchmarks: data, protocols, runs, and the reports made from them."""

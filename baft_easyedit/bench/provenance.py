@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import baft_easyedit
-from baft_easyedit.bench.config import BenchConfig, make_config
+from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.data import Dataset
 from baft_easyedit.bench.methods import our_hparams, statistics_texts
 from baft_easyedit.bench.piqa import load_piqa
@@ -184,7 +184,7 @@ def with_earlier(directory: RunDirectory, config: BenchConfig) -> BenchConfig:
     """Return a configuration with the rows and protocols too that the run had before."""
     if not directory.run.is_file():
         return config
-    then = make_config(_read_config(directory))
+    then = read_config(directory.config)
     names = {method.name for method in then.methods}
     return config.model_copy(
         update={
@@ -203,9 +203,8 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
     """
     if not directory.run.is_file():
         return
-    then, now = (
-        _settings(content) for content in (_read_config(directory), config.model_dump(mode="json"))
-    )
+    then = _settings(read_yaml(directory.config, "benchmark settings"))
+    now = _settings(config.model_dump(mode="json"))
     for name, value in now.items():
         if then.get(name, value) != value:
             _refuse(directory.root, f"{name} {short(then[name])}; got {short(value)}")
@@ -227,11 +226,6 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the scores of a run: its settings, and each row by its name."""
     settings = {k: v for k, v in content.items() if k not in _MAY_DIFFER}
     return {**settings, **{f"the row {row['name']}": row for row in content["methods"]}}
-
-
-def _read_config(directory: RunDirectory) -> dict[str, Any]:
-    """Read the configuration of a run."""
-    return read_yaml(directory.config, "benchmark settings")
 
 
 def _refuse(root: Path, difference: str) -> None:

@@ -22,7 +22,6 @@ from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.host import Host
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import (
     batchable,
@@ -161,9 +160,17 @@ class _MethodRun:
         self.send("end")
 
     def _editor(self) -> tuple[Any, tuple[str, ...]]:
-        """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
+        """Make EasyEdit's editor of the method, its statistics and its module-level caches.
+
+        Raises:
+            ValueError: If prompts are to be in a chat template, and cannot be scored in it.
+        """
         hparams, notes = self._hparams()
-        _check_templates(hparams, self.host)
+        if self.host.generation == "pypi" and getattr(hparams, "use_chat_template", False):
+            raise ValueError(
+                "use_chat_template must be false under the release of EasyEdit, which scores plain "
+                "texts: set EASYEDIT_HOME to a current clone"
+            )
         seed_everything(self.config.seed)
         editor = make_editor(hparams)
         if not self.is_ours:
@@ -203,19 +210,6 @@ class _MethodRun:
             if not batchable(method.method, self.host.generation):
                 raise ValueError(f"{method.method} edits one request at a time in EasyEdit")
             editor.hparams.batch_size = size
-
-
-def _check_templates(hparams: Any, host: Host) -> None:
-    """Check that prompts can be scored as they are learned.
-
-    Raises:
-        ValueError: If they are to be in a chat template, and EasyEdit's evaluators have none.
-    """
-    if host.generation == "pypi" and getattr(hparams, "use_chat_template", False):
-        raise ValueError(
-            "use_chat_template must be false under the release of EasyEdit, which scores plain "
-            "texts: set EASYEDIT_HOME to a current clone"
-        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run directories made up from random numbers, in the format of the benchmark runner.
+"""Run directories made up from random numbers, in the format of a benchmark.
 
     from synthetic import write_run
     run = write_run(tmp_path / "run", methods=("BaFT", "ReFT"), protocols=("single",), num_cases=4)

@@ -151,9 +151,6 @@ def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": 3}, "prompt: Input should be a valid string; got 3"),
-        ({"target_new": " "}, "target_new: String should have at least 1 character; got ' '"),
-        ({"locality": None}, "locality: Input should be a valid dictionary; got None"),
         (
             {"locality": {"Forgetfulness": [{"prompt": "x"}]}},
             r"locality\.Forgetfulness\.0\.ground_truth: Field required; got \{'prompt': 'x'\}",
@@ -161,10 +158,6 @@ def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
         (
             {"portability": {"Reasoning": [{"prompt": "x", "ground_truth": [[]]}]}},
             r"portability\.Reasoning\.0\.ground_truth: a list of answers must not be empty; got",
-        ),
-        (
-            {"portability": {"Reasoning": [{"prompt": "x", "ground_truth": [["a"], [3]]}]}},
-            r"portability\.Reasoning\.0\.ground_truth\.1: .*string; got 3",
         ),
         ({"prompt": "", "subject": None}, r"got .* \(and 1 more problems\)"),
     ],

@@ -144,27 +144,26 @@ def test_scores_before_the_edit_are_computed_once(pre_edit):
 
 
 @pytest.mark.parametrize(
-    "what", ["model", "padding", "case", "company", "batch", "alone", "length", "scoring"]
+    "change",
+    [
+        lambda s: setattr(s.editor.tok, "padding_side", "right"),
+        lambda s: setattr(s, "batch_size", 2),
+        lambda s: setattr(s, "scores_together", False),
+        lambda s: setattr(s.editor.hparams, "max_length", 80),
+        lambda s: setattr(s.editor, "alg_name", "GRACE"),  # scored by generation
+    ],
 )
-def test_scores_before_the_edit_depend_on_all_that_matters(pre_edit, what):
+def test_scores_before_the_edit_depend_on_how_they_are_computed(pre_edit, change):
     session = Session()
     pre_edit(model="m").get(session, [CASE])
-    cases, model = [CASE], "m"
-    if what == "model":
-        model = "other"
-    elif what == "padding":
-        session.editor.tok.padding_side = "right"
-    elif what == "case":
-        cases = [{**CASE, "target_new": "newer"}]
-    elif what == "company":
-        cases = [CASE, CASE]
-    elif what == "batch":
-        session.batch_size = 2
-    elif what == "alone":
-        session.scores_together = False
-    elif what == "length":
-        session.editor.hparams.max_length = 80
-    else:
-        session.editor.alg_name = "GRACE"  # scored by generation
-    pre_edit(model=model).get(session, cases)
-    assert len(session.scored) == 1 + len(cases)
+    change(session)
+    pre_edit(model="m").get(session, [CASE])
+    assert len(session.scored) == 2
+
+
+def test_scores_before_the_edit_depend_on_the_model_and_all_cases_of_a_chunk(pre_edit):
+    session = Session()
+    for cases in ([CASE], [{**CASE, "target_new": "newer"}], [CASE, CASE]):
+        pre_edit(model="m").get(session, cases)
+    pre_edit(model="other").get(session, [CASE])
+    assert len(session.scored) == 5

@@ -94,17 +94,13 @@ def load_dataset(
         *_repeated_prompts(requests),
         *_missing_parts(requests),
     ]
-    _check_editable(requests, start, ", ".join(file.name for file in source.files) or kind)
-    return Dataset(kind, requests, source.files, notes)
-
-
-def _check_editable(requests: Sequence[Request], start: int, where: str) -> None:
-    """Raise ValueError for the first record that an editor would refuse."""
+    names = ", ".join(file.name for file in source.files)
     for number, request in enumerate(requests, start):
         try:
-            EditRequest.from_dict(request)
+            EditRequest.from_dict(request)  # as an editor will
         except ValueError as error:
-            raise ValueError(f"record {number} of {where}: {error}") from None
+            raise ValueError(f"record {number} of {names}: {error}") from None
+    return Dataset(kind, requests, source.files, notes)
 
 
 def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:
