@@ -24,7 +24,6 @@ from baft_easyedit.storage.loading import (
     check_same_shape,
     checked_latest,
     edit_of,
-    journal_of,
 )
 from baft_easyedit.storage.state import StateFile
 from baft_easyedit.training.learner import Learner
@@ -311,15 +310,8 @@ class BaFTEditor:
         directory = expanded(directory)
         latest = checked_latest(model, directory, allow_other_model)
         editor = cls._holding(latest, str(directory), model, tokenizer)
-        journal, last = journal_of(latest, directory), latest.entries[-1]
-        if allow_other_model and not latest.config.is_of(model):
-            editor._history.origin = None  # from now on it is an edit of this model
-            where = f"learned on another model, {latest.config.base_model}"
-            editor._history.end_journal(last, where)
-        elif journal is None:
-            editor._history.end_journal(last, "the journal before it could not be read")
-        else:
-            editor._history.go_on(journal)
+        is_of_model = not allow_other_model or latest.config.is_of(model)  # else checked above
+        editor._history.go_on(latest, directory, is_of_model)
         return editor
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import short
@@ -23,7 +24,8 @@ from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.journal import Entry, Journal, report_dict
-from baft_easyedit.storage.state import is_after, present, state_hash
+from baft_easyedit.storage.loading import journal_of
+from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
 from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import EditRequest, as_requests
@@ -82,10 +84,17 @@ class History:
 
     # ---- the directory
 
-    def go_on(self, journal: Journal) -> None:
-        """Go on, in memory, with the journal that led to the present state."""
-        self._journal = journal
-        self._starts.add(journal.entries[0].line)
+    def go_on(self, kept: StateFile, directory: Path, is_of_model: bool) -> None:
+        """Go on, in memory, with a kept state, and the journal that led to it, if it is whole."""
+        journal, last = journal_of(kept, directory), kept.entries[-1]
+        if not is_of_model:
+            self.origin = None  # from now on it is an edit of this model
+            self.end_journal(last, f"learned on another model, {kept.config.base_model}")
+        elif journal is None:
+            self.end_journal(last, "the journal before it could not be read")
+        else:
+            self._journal = journal
+            self._starts.add(journal.entries[0].line)
 
     def end_journal(self, last: Entry, why: str) -> None:
         """Go on without a journal: the present state does not follow from its last entry."""
