@@ -122,6 +122,26 @@ def test_threads_for_a_long_time(tokenizer, short, request):
     assert min(stress(tokenizer, short, duration_s).values()) > 10
 
 
+def test_two_edits_at_once_are_one_after_another(tokenizer, short):
+    rehearsing = replace(short, num_steps=20)
+    model = make_model()
+    editors = [BaFTEditor(model, tokenizer, rehearsing)]
+    editors.append(BaFTEditor(model, tokenizer, rehearsing, edit=editors[0].model_edit))
+    with ThreadPoolExecutor(2) as pool:
+        edits = [pool.submit(e.edit, r) for e, r in zip(editors, REQUESTS, strict=False)]
+        for edit in edits:
+            edit.result(timeout=120)
+    found = logits(model)
+    expected = []
+    for requests in (REQUESTS[:2], REQUESTS[1::-1]):
+        model = make_model()
+        editor = BaFTEditor(model, tokenizer, rehearsing)
+        for request in requests:
+            editor.edit(request)
+        expected.append(logits(model))
+    assert any(torch.equal(found, state) for state in expected)
+
+
 def test_a_forward_that_began_without_an_edit_ends_without_it(model, tokenizer, short):
     before = logits(model)
     is_inside, may_go_on = threading.Event(), threading.Event()
@@ -246,6 +266,37 @@ def test_contexts_hold_for_their_thread_only(model):
         assert torch.equal(pool.submit(logits, model).result(timeout=30), edited)
         assert not record.weights
         assert not torch.equal(logits(model), edited)
+
+
+def test_nothing_is_kept_of_threads_that_ended(model):
+    edit = random_edit()
+    edit.attach(model)
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(logits, model).result()
+    lock = lock_of(model)
+    assert not lock._forwards
+    assert not lock._waiting
+
+
+def test_a_call_that_failed_does_not_announce_the_next(model):
+    edit = random_edit()
+    edit.attach(model)
+
+    def fail(module, args):
+        raise KeyError("no forward")
+
+    handle = model.model.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(KeyError, match="no forward"):
+        model(IDS)
+    handle.remove()
+    with torch.no_grad(), edit.prompt_lengths([2]):
+        found = []
+        for _ in range(2):
+            with edit.recording() as record:
+                model.model(input_ids=IDS)
+            found.append(record.positions)
+    assert torch.equal(found[0], found[1])
 
 
 def test_a_change_inside_a_forward_is_refused(model, tokenizer, short):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from baft_easyedit import BaFTEditor, attached_edit
-from baft_easyedit.model.inspect import cache_name
+from baft_easyedit.model.inspect import cache_name, decoder_layers
 from tests.conftest import make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
@@ -59,6 +60,25 @@ def cached(model, input_ids=IDS, **kwargs):
 # Generation
 
 
+def test_sampling_is_a_loop_over_forwards_with_a_cache(edited):
+    model, _ = edited
+    torch.manual_seed(4)
+    sampled = model.generate(
+        input_ids=IDS, attention_mask=ONES, max_new_tokens=6, do_sample=True, top_k=0,
+        eos_token_id=257, suppress_tokens=[257], pad_token_id=257,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    ids, cache, new, name = IDS, None, IDS, cache_name(model)
+    for _ in range(6):
+        with torch.no_grad():
+            output = model(input_ids=new, **{name: cache}, use_cache=True)
+        cache, scores = output[name], output.logits[:, -1].clone()
+        scores[:, 257] = -torch.inf
+        new = torch.multinomial(scores.softmax(-1), 1)
+        ids = torch.cat([ids, new], 1)
+    assert torch.equal(sampled, ids)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
@@ -100,6 +120,14 @@ def test_assisted_generation_gives_the_greedy_tokens(edited, assistant):
     repetitive = IDS[:1, :3].repeat(1, 4)  # so that prompt look-up finds something
     for ids in (IDS[:1], repetitive):
         assert torch.equal(generate(model, ids, **options), generate(model, ids))
+
+
+def test_guesses_behind_a_prompt_are_edited_as_output(edited):
+    """Assisted generation runs a prompt with its first guesses and keeps their logits."""
+    model, edit = edited
+    with edit.prompt_lengths([6]):
+        expected = logits(model)[:, -4:]
+    assert torch.equal(logits(model, logits_to_keep=4), expected)
 
 
 def padded_on_the_left(num=4):
@@ -147,6 +175,23 @@ def test_generation_without_a_cache_gives_the_same_tokens(edited):
     assert torch.equal(uncached, model.generate(input_ids=IDS, attention_mask=mask, **GREEDY))
 
 
+def test_given_lengths_win_over_the_prompts_of_generate(edited):
+    model, edit = edited
+    with edit.prompt_lengths([6]), edit.recording() as record:
+        model.generate(input_ids=IDS, attention_mask=ONES, max_new_tokens=1, pad_token_id=257)
+    assert record.positions.int().tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2
+
+
+def test_generations_side_by_side_know_their_own_prompts(edited):
+    model, _ = edited
+    prompts = [IDS, IDS[:, 2:], IDS[:1, 5:]]
+    expected = [generate(model, ids, use_cache=False) for ids in prompts]
+    results = run_in_threads(
+        [lambda ids=ids: generate(model, ids, use_cache=False) for ids in prompts]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options_of", "message"),
     [
@@ -185,6 +230,36 @@ def test_continuous_batching_is_refused_where_it_is_called(edited):
     assert not {"generate", "init_continuous_batching"} & set(vars(model))
 
 
+def test_generate_of_a_copy_tells_the_copys_edit(edited):
+    model, edit = edited
+    expected = generate(model, use_cache=False)
+    twin, file = copy.deepcopy(model), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    edit.detach()
+    for other in (twin, loaded):
+        assert torch.equal(generate(other, use_cache=False), expected)
+        attached_edit(other).detach()
+        assert "generate" not in vars(other)
+        assert not torch.equal(generate(other, use_cache=False), expected)
+
+
+def test_generate_that_was_replaced_before_comes_back():
+    model, edit, calls = make_model(), random_edit(), []
+
+    def replaced(**kwargs):
+        calls.append(kwargs)
+        return type(model).generate(model, **kwargs)
+
+    model.generate = replaced
+    edit.attach(model)
+    assert torch.equal(generate(model), generate(edited_model()[0]))
+    assert len(calls) == 1
+    edit.detach()
+    assert model.generate is replaced
+
+
 @pytest.mark.parametrize(
     "packing",
     [
@@ -196,6 +271,15 @@ def test_continuous_batching_is_refused_where_it_is_called(edited):
 def test_packed_rows_are_refused(edited, packing):
     with pytest.raises(ValueError, match="each row must hold one sequence, but position_ids start"):
         logits(edited[0], **packing)
+
+
+def test_position_ids_of_padding_are_not_packing(edited):
+    model, _ = edited
+    mask = ONES.clone()
+    mask[:, :3] = 0
+    positions = torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4, 5]] * 2)
+    padded = logits(model, attention_mask=mask, position_ids=positions)
+    assert torch.allclose(padded[:, 3:], logits(model, IDS[:, 3:]), atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -225,6 +309,60 @@ def test_reported_hidden_states_are_the_edited_ones(edited):
     expected = edit.intervention(1)(before[2][:, -3:])[0]  # [0] are the embeddings
     assert torch.allclose(states[2][:, -3:], expected, atol=1e-5)
     assert torch.equal(states[2][:, :-3], before[2][:, :-3])
+
+
+def test_every_way_to_call_the_model_gives_the_same_logits(edited):
+    model, _ = edited
+    expected, embeddings = logits(model), model.get_input_embeddings()(IDS)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+        assert torch.equal(model(input_ids=IDS, return_dict=False)[0], expected)
+        assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
+    assert torch.equal(logits(model, use_cache=False), expected)
+    assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-4)  # with gradients
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    generated = model.generate(inputs_embeds=embeddings, attention_mask=ONES, **GREEDY)
+    assert torch.equal(generated, generate(model)[:, 9:])
+
+
+def test_attentions_are_those_of_the_edited_model(edited):
+    model, edit = edited
+    model.config._attn_implementation = "eager"  # transformers 4.51 has no setter
+    with torch.no_grad():
+        output = model(input_ids=IDS, output_attentions=True)
+        with edit.disabled():
+            before = model(input_ids=IDS, output_attentions=True).attentions
+    assert torch.equal(output.logits, logits(model))
+    assert torch.equal(output.attentions[1], before[1])
+    assert not torch.equal(output.attentions[2], before[2])
+
+
+def test_decoder_called_by_itself_is_edited_at_its_own_positions(edited):
+    model, _ = edited
+    with torch.no_grad():
+        expected = model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        model(input_ids=IDS.flip(1)[:, :5])  # whose positions must not stay
+        assert torch.equal(model.model(input_ids=IDS).last_hidden_state, expected)
+
+
+def test_failed_call_leaves_no_positions_to_the_decoder(edited):
+    model, edit = edited
+
+    def decoder():
+        with torch.no_grad(), edit.prompt_lengths([2]):
+            return model.model(input_ids=IDS).last_hidden_state
+
+    def fail(*_):
+        raise KeyError
+
+    expected = decoder()
+    for module in (model, model.model):
+        hook = module.register_forward_pre_hook(fail, prepend=module is model.model)
+        with pytest.raises(KeyError):
+            logits(model)  # whose positions are others
+        hook.remove()
+        assert torch.equal(decoder(), expected)
 
 
 # What a forward says of its prompts
@@ -317,6 +455,16 @@ def test_lora_and_the_edit_live_on_one_model(task, first):
     assert torch.equal(logits(merged), unedited)
 
 
+def test_labels_are_seen_through_peft_if_the_edit_is_attached_to_its_model():
+    peft = pytest.importorskip("peft", reason="LoRA is peft's")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    labels = IDS.clone()
+    labels[:, :6] = -100
+    wrapped, edit = peft.get_peft_model(make_model(), config), random_edit()
+    edit.attach(wrapped)
+    assert torch.equal(logits(wrapped, labels=labels), logits(edited_model()[0], labels=labels))
+
+
 def test_editing_through_peft_goes_on_with_the_edit_and_undo_is_bit_equal(
     tokenizer, hparams, request_dict
 ):
@@ -402,6 +550,39 @@ def test_compiled_model_follows_the_edit(backend):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
+def test_model_compiled_before_is_edited_after_a_reset():
+    model, edit = make_model(), random_edit()
+    compiled = torch.compile(model, backend="eager")
+    logits(compiled)
+    edit.attach(model)
+    torch.compiler.reset()
+    assert torch.allclose(logits(compiled), logits(model), atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_copy_and_original_are_independent(edited):
+    model, edit = edited
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    attached_edit(twin).intervention(1).source_bias.data.add_(1)
+    assert torch.equal(logits(model), expected)
+    assert not torch.equal(logits(twin), expected)
+    edit.detach()
+    assert attached_edit(twin) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_model_of_another_dtype_keeps_the_edit_in_fp32(edited, dtype):
+    model, edit = edited
+    before = logits(model)
+    model.to(dtype)
+    after = logits(model)
+    assert after.dtype == dtype
+    assert {p.dtype for p in edit.parameters()} == {torch.float32}
+    assert (after - before).abs().mean() < 0.1 * before.abs().mean()
+
+
 @since_5
 def test_meta_device_does_not_lose_what_is_learned(edited):
     model, edit = edited
@@ -469,6 +650,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_what_moves_in_inference_mode_can_be_learned_afterwards(edited):
+    _, edit = edited
+    with torch.inference_mode():
+        edit.to("meta")  # the way to a GPU makes new tensors, too
+    tensors = [*edit.parameters(), *edit.buffers()]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_editing_works_in_every_gradient_mode(tokenizer, hparams, request_dict, mode):
     model = make_model()
@@ -489,6 +679,23 @@ def run_in_threads(functions):
     with ThreadPoolExecutor(len(functions)) as pool:
         futures = [pool.submit(function) for function in functions]
         return [future.result(timeout=60) for future in futures]
+
+
+def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
+    model, _ = edited
+    mask = ONES.clone()
+    mask[:, :2] = 0
+    inputs = [{"attention_mask": ONES}, {"attention_mask": mask}, {"input_ids": IDS[:, 4:]}]
+    expected = [logits(model, **kwargs) for kwargs in inputs]
+    barrier = threading.Barrier(len(inputs), timeout=30)
+
+    def meet(module, args, output):
+        barrier.wait()
+
+    wait = decoder_layers(model)[0].register_forward_hook(meet)
+    results = run_in_threads([lambda kwargs=kwargs: logits(model, **kwargs) for kwargs in inputs])
+    wait.remove()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_models_edited_in_threads_are_those_edited_one_by_one(tokenizer, hparams, request_dict):
