@@ -266,11 +266,12 @@ class BaFTEditor:
                 are damaged, or none of either is there; the message says what to do.
         """
         directory = expanded(directory)
+        missing = (
+            f"hparams must be given to begin an edit in {directory}, for nothing was begun there; "
+            "got None"
+        )
         if hparams is None and not holds_edit(directory):
-            raise ValueError(
-                f"hparams must be given to begin an edit in {directory}, for nothing was begun "
-                "there; got None"
-            )
+            raise ValueError(missing)
         kept = KeptDirectory(directory, checkpoint_every, repair)
         try:
             if kept.latest is not None:
@@ -279,7 +280,8 @@ class BaFTEditor:
                     kept.latest, str(kept.path), model, tokenizer, hparams, undo_depth
                 )
             else:
-                assert hparams is not None  # or another process has just emptied the directory
+                if hparams is None:  # another process has just emptied the directory
+                    raise ValueError(missing)
                 editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             editor._history.open(kept)
         except BaseException:

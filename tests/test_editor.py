@@ -54,12 +54,25 @@ def test_edit_of_every_family(family_model, tokenizer, hparams, request_dict):
     assert torch.equal(logits(family_model, tokenizer), before)
 
 
+def test_reft_has_no_regularisers(model, tokenizer, hparams, request_dict):
+    reft = ReFTHyperParams(model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4)
+    report = BaFTEditor(model, tokenizer, reft).edit(request_dict)
+    assert report.losses[0].balance is None
+    assert report.losses[0].locality is None
+
+
 @pytest.mark.parametrize("term", ["balance", "locality"])
 def test_each_term_can_be_switched_off(model, tokenizer, hparams, request_dict, term):
     editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1, **{term: False}))
     losses = editor.edit(request_dict).losses[0]
     assert getattr(losses, term) is None
     assert getattr(losses, "locality" if term == "balance" else "balance") is not None
+
+
+def test_locality_is_off_without_an_irrelevant_prompt(model, tokenizer, hparams, request_dict):
+    del request_dict["loc_prompt"]
+    report = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1)).edit(request_dict)
+    assert report.losses[0].locality is None
 
 
 def test_locality_closes_the_gate_on_irrelevant_prompts(model, tokenizer, hparams, request_dict):
@@ -178,6 +191,15 @@ def test_undo_goes_back_as_far_as_its_depth(model, tokenizer, hparams, request_d
     assert editor.is_attached
 
 
+def test_new_editor_goes_on_with_the_edit_of_the_model(model, tokenizer, hparams, request_dict):
+    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+    once = logits(model, tokenizer)
+    second = BaFTEditor(model, tokenizer, hparams)
+    second.edit({"prompt": "Water freezes into", "target_new": "ice"})
+    second.undo()
+    assert torch.equal(logits(model, tokenizer), once)
+
+
 OTHER = {"prompt": "Water freezes into", "target_new": "ice"}
 
 
@@ -261,6 +283,14 @@ def test_undo_is_refused_while_another_edit_is_on_the_model(model, tokenizer, qu
     assert editor.is_attached
 
 
+def test_editor_without_a_change_of_its_own_names_the_latest(model, tokenizer, quick, request_dict):
+    BaFTEditor(model, tokenizer, quick).edit(request_dict)
+    with pytest.raises(
+        ValueError, match=r"no edit to undo: .*; the latest change of the model is the edit of 'Th"
+    ):
+        BaFTEditor(model, tokenizer, quick).undo()
+
+
 def test_copies_of_a_model_are_undone_apart(model, tokenizer, quick, request_dict):
     before = logits(model, tokenizer)
     editor = BaFTEditor(model, tokenizer, quick)
@@ -285,6 +315,13 @@ def test_editor_of_another_shape_is_refused(model, tokenizer, hparams, request_d
     name = next(iter(change))
     with pytest.raises(ValueError, match=f"{name} must be .*, as in the edit that the model"):
         BaFTEditor(model, tokenizer, replace(hparams, **change))
+
+
+def test_two_editors_share_nothing(tokenizer, hparams, request_dict):
+    first, second = make_model(), make_model()
+    untouched = logits(second, tokenizer)
+    BaFTEditor(first, tokenizer, hparams).edit(request_dict)
+    assert torch.equal(logits(second, tokenizer), untouched)
 
 
 def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, hparams, request_dict):
@@ -337,6 +374,16 @@ def test_model_whose_weights_accelerate_keeps_elsewhere(tokenizer, hparams, requ
     hparams = replace(hparams, num_steps=3)
     reports = [BaFTEditor(m, tokenizer, hparams).edit(request_dict) for m in (plain, offloaded)]
     assert reports[0].losses == reports[1].losses
+
+
+def test_edit_under_gradient_checkpointing_is_the_same(tokenizer, hparams, request_dict):
+    results = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        results.append(BaFTEditor(model, tokenizer, hparams).edit(request_dict).losses)
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("continues", [False, True], ids=["first edit", "later edit"])
@@ -427,6 +474,35 @@ def test_a_report_tells_which_requests_were_learned(model, tokenizer, hparams, c
     assert report.learned == (True, False)
     (warning,) = caplog.messages
     assert "1 of 2 requests not learned in 2 steps: 'Ice is' -> 'a long answer" in warning
+
+
+def test_what_greedy_decoding_gives_is_learned_whatever_its_loss(model, tokenizer, hparams):
+    unsure = replace(hparams, early_stop_loss=0.0)
+    editor = BaFTEditor(model, tokenizer, unsure)
+    report = editor.edit({"prompt": "Ice is", "target_new": "hot"})
+    assert report.num_steps == hparams.num_steps
+    assert report.learned == (True,)
+    assert answer(model, tokenizer, "Ice is", 4) == " hot"
+    editor.hparams = replace(unsure, num_steps=1, lr=1e-9)
+    assert editor.edit({"prompt": "Ice is", "target_new": "hot"}).learned == (True,)
+    assert editor.edit({"prompt": "Ice is", "target_new": "wet"}).learned == (False,)
+
+
+def test_a_low_loss_alone_is_not_learned(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=100.0, num_steps=1))
+    assert editor.edit({"prompt": "Ice is", "target_new": "hot"}).learned == (False,)
+
+
+def test_many_unlearned_requests_are_counted(model, tokenizer, hparams, caplog):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
+    requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(5)]
+    assert editor.edit(requests).learned == (False,) * 5
+    assert "5 of 5 requests not learned" in caplog.text
+    assert " and 2 more; raise num_steps or lr" in caplog.text
+    caplog.clear()
+    apart = editor.learn_apart(requests)
+    assert [learned.report.learned for learned in apart] == [(False,)] * 5
+    assert "5 of 5 requests not learned" in caplog.text
 
 
 def test_a_batch_does_not_stop_while_one_of_its_requests_is_far_from_learned(

@@ -1047,3 +1047,17 @@ def test_many_edits_cost_no_more(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(": yes") == 6
     assert len((tmp_path / "out/soak.jsonl").read_text().splitlines()) == 1
+
+
+def test_new_directory_needs_hparams(opened, kept, monkeypatch):
+    with pytest.raises(ValueError, match="hparams must be given to begin an edit in"):
+        opened(hparams=None)
+    assert not kept.exists()
+    kept.mkdir()
+    (kept / "journal.jsonl").touch()
+    for holds_edit in (editor_module.holds_edit, lambda path: True):  # another has just emptied it
+        monkeypatch.setattr(editor_module, "holds_edit", holds_edit)
+        with pytest.raises(
+            ValueError, match=r"begin an edit in .*, for nothing was begun there; go"
+        ):
+            opened(hparams=None)
