@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.training.step import Descent
+from baft_easyedit.training.step import TrainingStep
 from tests.conftest import make_model, make_tokenizer
 
 NAME = "elsewhere"
@@ -142,7 +142,7 @@ def check(family, hparams):
 
 
 def never_waiting(step):
-    """Wrap `Descent.step`: it may wait for nothing, unless the model itself does."""
+    """Wrap `TrainingStep.run`: it may wait for nothing, unless the model itself does."""
 
     def watched(descent, forward):
         before = Counter(WAITS)
@@ -158,7 +158,7 @@ def main():
     _setup_privateuseone_for_python_backend(NAME)
     getattr(torch, NAME).get_amp_supported_dtype = lambda: []  # autocast asks, to be switched off
     torch.set_num_threads(1)
-    Descent.step = never_waiting(Descent.step)
+    TrainingStep.run = never_waiting(TrainingStep.run)
     settings = {"layers": [1, 3], "rank": 4, "lr": 1e-2, "num_steps": 2, "early_stop_loss": 0.0}
     for family in ("gemma3", "gpt2"):
         check(family, BaFTHyperParams("tiny", **settings))

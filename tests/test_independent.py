@@ -129,15 +129,15 @@ def test_a_report_is_of_its_own_edit(model, tokenizer, hparams):
 
 
 def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
-    sizes, original = [], learner.learn
+    sizes, original = [], learner.train
 
-    def learn(model, edits, *others):
+    def train(model, edits, *others):
         sizes.append(edits.num_edits)
         if edits.num_edits > 1:
             raise torch.cuda.OutOfMemoryError("full")
         return original(model, edits, *others)
 
-    monkeypatch.setattr(learner, "learn", learn)
+    monkeypatch.setattr(learner, "train", train)
     apart = BaFTEditor(model, tokenizer, replace(hparams, num_steps=2)).learn_apart(REQUESTS[:3])
     assert sizes == [3, 1, 1, 1]
     assert len(apart) == 3
@@ -145,7 +145,7 @@ def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
     def never(*args):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(learner, "learn", never)
+    monkeypatch.setattr(learner, "train", never)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS[:1])
     assert not any(layer._forward_hooks for layer in model.model.layers)

@@ -14,8 +14,12 @@ from baft_easyedit import BaFTEditor, attached_edit
 from baft_easyedit.method.objective import answer_loss, token_losses
 from baft_easyedit.model.inspect import CACHE_NAMES, cache_name
 from baft_easyedit.training.caches import FrozenPrefix
-from baft_easyedit.training.engine import Engine
-from baft_easyedit.training.prefix_cache import FullForward, PrefixCache, _check_belong_to_text
+from baft_easyedit.training.prefix_cache import (
+    Engine,
+    FullForward,
+    PrefixCache,
+    _check_belong_to_text,
+)
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.requests import as_requests, text_rows
 from baft_easyedit.training.step import Objective
@@ -414,7 +418,7 @@ def test_a_first_step_with_other_losses_is_refused(model, rows, hparams, caplog)
 
 
 def test_losses_that_are_off_by_rounding_are_looked_into(model, rows, hparams, monkeypatch):
-    monkeypatch.setattr("baft_easyedit.training.prefix_cache._OF_LOSSES", -1.0)
+    monkeypatch.setattr("baft_easyedit.training.prefix_cache._LOSS_TOLERANCE", -1.0)
     started(model, rows, hparams)
 
 

@@ -1,4 +1,4 @@
-"""What is computed side by side, and how much of it at once. Needs torch only."""
+"""Group texts of similar length into batches, choose batch sizes, and pad. Needs torch only."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -7,26 +7,26 @@ import torch
 from torch import Tensor
 
 _FIRST = 8
-"""Edits learned at once before the memory that they take is known; on a CPU always."""
+"""Edits learned at once on a CPU, and on a GPU before the memory they take is known."""
 
 _MOST = 128
-"""A GPU is full with so many, whatever the model."""
+"""Most edits learned at once: so many keep any GPU busy."""
 
 _SHARE = 0.8
-"""Of the free memory that is used."""
+"""The share of the free memory that a batch may take."""
 
 _MOST_PADDING = 1.5
-"""How much longer than the shortest something computed beside it may be."""
+"""How many times as long as a batch's shortest member its longest may be."""
 
 
 def alike(sizes: Sequence[int], kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
-    """Group things, by index, of one kind and about one size, the smallest first.
+    """Group items (by index) of one kind and similar size, the smallest first.
 
-    What is computed side by side is padded to the largest of it.
+    Items of a batch are padded to the largest, so similar sizes waste least.
 
     Args:
-        sizes: Of each thing, in tokens.
-        kinds: Of each thing; all of one kind if None.
+        sizes: The size of each item, in tokens.
+        kinds: The kind of each item; None if all are of one kind.
     """
     by_kind: dict[Hashable, list[list[int]]] = {}
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
@@ -39,11 +39,11 @@ def alike(sizes: Sequence[int], kinds: Sequence[Hashable] | None = None) -> list
 
 
 class BatchSize:
-    """How many edits are learned at once.
+    """The number of edits learned at once, `value`.
 
     Args:
-        given: How many the caller wants; if None, on a CUDA device as many as its memory holds.
-        device: Where the model is.
+        given: The caller's number; None for as many as the memory of a CUDA device holds.
+        device: Device of the model.
     """
 
     def __init__(self, given: int | None, device: torch.device) -> None:
@@ -53,13 +53,13 @@ class BatchSize:
         self._before = 0
 
     def start(self) -> None:
-        """Take note that edits are about to be learned."""
+        """Measure the memory in use before a batch is learned."""
         if self._is_measured:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
 
     def finish(self, num_edits: int) -> None:
-        """Choose anew by the memory that so many edits took; it grows by 4 at most each time."""
+        """Choose the size anew by the memory that a batch took; grow at most fourfold."""
         if not self._is_measured:
             return
         peak = torch.cuda.max_memory_allocated(self._device) - self._before
@@ -69,18 +69,18 @@ class BatchSize:
         self.value = max(1, min(fitting, 4 * num_edits, _MOST))
 
     def fail(self, num_edits: int) -> None:
-        """Take note that so many edits are too many for the memory."""
+        """Halve the size after a batch did not fit the memory."""
         self.value = max(1, num_edits // 2)
         self._is_measured = False
 
 
 def padded(rows: Sequence[Sequence[int]], tokenizer: Any, side: str) -> dict[str, Tensor]:
-    """Return tokens as a batch.
+    """Pad the tokens of several texts to a batch.
 
     Args:
         rows: The tokens of each text.
-        tokenizer: Its padding token is used; 0, which the mask hides as well, if it has none.
-        side: Where padding goes, `left` or `right`.
+        tokenizer: Gives the padding token; 0 if it has none (the mask hides both).
+        side: The padded side, `left` or `right`.
 
     Returns:
         `input_ids` and `attention_mask`, each [B, T].
@@ -97,5 +97,5 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: Any, side: str) -> dict[str
 
 
 def _beside(row: Sequence[int], padding: list[int], side: str) -> list[int]:
-    """Put padding to a side of a row."""
+    """Join a row and its padding, which goes to `side`."""
     return [*padding, *row] if side == "left" else [*row, *padding]

@@ -1,6 +1,6 @@
-"""What an edit has learned: an intervention, and what is known beside it, for each edited layer.
+"""The tensors of an edit: for each edited layer an intervention, its usage, and its statistics.
 
-How it reaches a model is in `hooks`. Shapes: N states, D hidden size, r rank.
+`hooks` attaches them to a model. Shapes: N states, D hidden size, r rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,20 @@ from baft_easyedit.method.whitening import Whitening
 Snapshot = Mapping[str, Tensor]
 
 _IRRELEVANT_KEPT = 4
-"""Irrelevant states of an edit that each layer keeps; see `past_states`."""
+"""How many irrelevant states of an edit each layer keeps; see `past_states`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Author:
-    """Who changes an edit; each is only itself."""
+    """Who changed an edit; compared by identity."""
 
     name: str
-    """What others call it."""
+    """The author's name in messages."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of what an edit has learned."""
+    """A change of an edit, and its author."""
 
     what: str
     by: Author
@@ -42,7 +42,7 @@ class Change:
 
 
 class EditParameters(nn.Module):
-    """The interventions of an edit, their usage, and what later edits need to know of it.
+    """The interventions of an edit, their usage, and the statistics that later edits need.
 
     Args:
         hidden_size: D.
@@ -68,7 +68,7 @@ class EditParameters(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        with torch.inference_mode(False):  # whose tensors could never be learned
+        with torch.inference_mode(False):  # inference tensors could never be trained
             self._interventions = nn.ModuleDict(
                 {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
             )
@@ -84,9 +84,9 @@ class EditParameters(nn.Module):
         self.past_states = past_states
         self.num_prompt_positions = num_prompt_positions
         self.memory: Any = None
-        """Past requests to rehearse, of whoever learns into the edit; None if there are none."""
+        """The `RehearsalMemory` of past requests; None until a `Learner` sets it."""
         self.latest_change: Change | None = None
-        """The change that led to the present state; None if there was none, or it is not known."""
+        """The change that led to the present state; None if there was none or it is unknown."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -113,20 +113,20 @@ class EditParameters(nn.Module):
 
     @property
     def whitens(self) -> bool:
-        """Whether it is learned in whitened coordinates."""
+        """Whether the edit is trained in whitened coordinates."""
         return self.parametrisation == "whitened"
 
     def whitening(self, layer: int) -> Whitening:
-        """Return the statistics of one edited layer of an edit that `whitens`."""
+        """Return the whitening of one edited layer, in an edit that `whitens`."""
         return cast(Whitening, self._whitening[str(layer)])
 
     @property
     def num_past_states(self) -> int:
-        """Hidden states of past edits that a layer keeps now."""
+        """How many hidden states of past edits each layer keeps now."""
         return self.past(self.layers[0]).num_kept if self._past else 0
 
     def past(self, layer: int) -> PastStates:
-        """Return what an edit that keeps past states has of them at one layer."""
+        """Return the past states of one layer, in an edit that keeps them."""
         return cast(PastStates, self._past[str(layer)])
 
     def joint_usage(self) -> BasisUsage:
@@ -134,7 +134,7 @@ class EditParameters(nn.Module):
         return BasisUsage.stacked([self.usage(i) for i in self.layers])
 
     def start_afresh(self, seed: int = 0) -> None:
-        """Forget everything that was learned; all tensors stay where they are in memory."""
+        """Forget everything learned; all tensors keep their place in memory."""
         generator = torch.Generator().manual_seed(seed)
         rank, size = self.intervention(self.layers[0]).basis.shape
         for layer in self.layers:
@@ -146,25 +146,25 @@ class EditParameters(nn.Module):
 
     @property
     def num_edits(self) -> int:
-        """Independent edits that this object holds; see `IndependentEdits`."""
+        """E, the number of independent edits in this object; see `IndependentEdits`."""
         return 1
 
     def learned_parameters(self) -> dict[str, Tensor]:
-        """Return what is trained, by the names of `snapshot`; gates have `.gate.` in theirs."""
+        """Return the trained parameters by their `snapshot` names; gates' hold `.gate.`."""
         return dict(self.named_parameters())
 
     def bases(self) -> dict[str, Tensor]:
-        """Return R of each layer, [..., r, D], by its name among `learned_parameters`."""
+        """Return R of each layer, [..., r, D], by its name in `learned_parameters`."""
         parameters = self.learned_parameters()
         return {name: parameters[name] for name in map(_basis_name, self.layers)}
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Make each layer's R orthonormal again, after an optimiser's step has moved it."""
+        """Make each layer's R orthonormal again after an optimiser's step (see Eq. 1-3)."""
         by_device: dict[torch.device, list[Tensor]] = {}
         for basis in self.bases().values():
             by_device.setdefault(basis.device, []).append(basis)
-        for bases in by_device.values():  # those of a device by one decomposition
+        for bases in by_device.values():  # one QR decomposition for all bases of a device
             torch._foreach_copy_(bases, orthonormal_rows(torch.stack(bases)).unbind())
 
     def state_of(
@@ -174,13 +174,13 @@ class EditParameters(nn.Module):
         used: Mapping[int, Tensor],
         irrelevant: Mapping[int, Tensor],
     ) -> Snapshot:
-        """Return a copy of what one of the `num_edits` edits has learned.
+        """Return a copy of the state of one of the `num_edits` edits.
 
         Args:
-            edit: Which, from 0.
-            usage: `total` [num_edits, r] and `count` [num_edits] of each layer's usage by then.
-            used: The states that each layer's edit was made for, [N, D].
-            irrelevant: Those of its irrelevant prompts, [M, D].
+            edit: Index of the edit.
+            usage: `total` [num_edits, r] and `count` [num_edits] of each layer, the edit included.
+            used: Hidden states at the edit's intervened positions, by layer, [N, D].
+            irrelevant: Hidden states of its irrelevant prompts, by layer, [M, D].
         """
         state = dict(self.snapshot())
         values = self._values_of(edit)
@@ -189,7 +189,7 @@ class EditParameters(nn.Module):
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
         for layer in self.layers if self._past else ():
-            if len(used[layer]):  # a consolidation has none of its own
+            if len(used[layer]):  # a consolidation has no request of its own
                 new = self._past_of(layer, values, used[layer].float(), irrelevant[layer].float())
                 kept = self.past(layer).with_edit(*new)
                 state |= {f"_past.{layer}.{name}": value for name, value in kept.items()}
@@ -199,9 +199,10 @@ class EditParameters(nn.Module):
     def _past_of(
         self, layer: int, values: Snapshot, used: Tensor, irrelevant: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the states to keep of an edit with these values, and how they are to move.
+        """Return the states of an edit that become past states, and their wanted displacements.
 
-        Of the irrelevant ones those that move most, for not to.
+        All used states are kept, with the displacement that the edit gives them. Of the irrelevant
+        states, those that the edit moves most are kept; their wanted displacement is zero.
         """
         moved = self.displacement(layer, irrelevant, values).norm(dim=-1)
         worst = irrelevant[moved.topk(min(_IRRELEVANT_KEPT, len(moved))).indices]
@@ -210,7 +211,7 @@ class EditParameters(nn.Module):
 
     @torch.no_grad()
     def note_moves(self) -> None:
-        """Take what the edit does now for what past ones were to do where h was to move."""
+        """Set the past states' wanted displacements to the present ones; zeros stay zero."""
         for layer in self.layers if self._past else ():
             states, moves = self.past(layer).kept()
             moves.copy_(self.displacement(layer, states) * moves.any(-1, keepdim=True))
@@ -219,9 +220,9 @@ class EditParameters(nn.Module):
         """Return Phi(h) - h of one layer, [N, D].
 
         Args:
-            layer: Which.
+            layer: An edited layer.
             states: h, [N, D], fp32.
-            values: Parameters by the names of `snapshot`, for those of this module.
+            values: Parameters by `snapshot` names, used in place of this module's own.
         """
         prefix = f"_interventions.{layer}."
         own = {
@@ -233,7 +234,7 @@ class EditParameters(nn.Module):
         return edited - states
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
-        """Return copies of one edit's parameters where they are not this module's own."""
+        """Return copies of an edit's parameters that lie outside this module's own."""
         return {}
 
     def snapshot(self) -> Snapshot:
@@ -244,7 +245,7 @@ class EditParameters(nn.Module):
         """Go back to a `snapshot`, bit for bit.
 
         Raises:
-            ValueError: If it is one of an edit of another shape; nothing has changed then.
+            ValueError: If an edit of another shape made the snapshot; nothing has changed then.
         """
         own = self.state_dict()
         different = [
@@ -260,11 +261,11 @@ class EditParameters(nn.Module):
         self.load_state_dict(dict(snapshot))
 
     def gate_weights(self, layer: int, states: Tensor) -> Tensor:
-        """Return the basis weights of one layer's gate for some states [N, D], [N, r]."""
+        """Return one layer's basis weights w(h), [N, r], for hidden states [N, D]."""
         weights: Tensor = self.intervention(layer).gate(states)
         return weights
 
 
 def _basis_name(layer: int) -> str:
-    """Return the name of a layer's R among what is learned."""
+    """Return the name of a layer's R in a snapshot."""
     return f"_interventions.{layer}.basis"

@@ -1,23 +1,23 @@
 """Attach an edit to a Hugging Face causal language model by forward hooks, and take it off again.
 
-The model's modules, parameter names and weights stay untouched. `ModelEdit` owns everything that an
-edit has learned; its hooks are bound methods, so `copy.deepcopy(model)` copies the edit with it.
+The model's modules, parameter names and weights stay untouched. A `ModelEdit` owns all learned
+tensors; its hooks are bound methods, so `copy.deepcopy(model)` copies the edit with the model.
 
 Shapes: B batch, T tokens of a forward, D hidden size, r rank.
 """
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from baft_easyedit.model.compiling import not_compiled
 from baft_easyedit.model.edit import EditParameters
 from baft_easyedit.model.inspect import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.model.locks import ModelLock, lock_of
@@ -26,17 +26,38 @@ from baft_easyedit.model.positions import PromptLengths, positions_of_call, says
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile call a function as it is: dynamo cannot trace thread-local state.
+
+    `torch.compiler.disable` does the same, but imports dynamo, which takes about a second; here it
+    is applied at the first call.
+    """
+
+    @cache
+    def disabled() -> Callable[P, R]:
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return disabled()(*args, **kwargs)
+
+    return call
+
 
 @dataclass
 class GateRecord:
-    """Basis weights seen inside `ModelEdit.recording`; each layer keeps its latest."""
+    """Basis weights of the latest forward inside `ModelEdit.recording`."""
 
     positions: Tensor | None = None
     """True where the intervention applies, [B, T]."""
     weights: dict[int, Tensor] = field(default_factory=dict)
-    """Basis weights of each edited layer, [B, T, r], fp32, with their graph."""
+    """Basis weights w(h) of each edited layer, [B, T, r], fp32, with their autograd graph."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    """Hidden states h that the edit of each layer was given, [B, T, D], without their graph."""
+    """Hidden states h at each edited layer, before the edit, [B, T, D], without their graph."""
 
     def weights_of(self, rows: slice) -> dict[int, Tensor]:
         """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
@@ -49,28 +70,28 @@ class GateRecord:
 
 
 class Positions(NamedTuple):
-    """Where one forward pass of a model is intervened on."""
+    """The intervened positions of one forward pass."""
 
     at: Tensor
     """True where the intervention applies, [B, T]."""
     is_everywhere: bool
-    """Whether that is known to be everywhere, as in most steps of a generation."""
+    """Whether all positions are known to be intervened on, as in most steps of a generation."""
 
     @classmethod
     def of(cls, at: Tensor) -> "Positions":
-        """Look whether they are everywhere, where looking costs no wait."""
+        """Find out whether `at` is True everywhere, unless that would wait for the device."""
         looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
         return cls(at, looks and bool(at.all()))
 
 
 class _Contexts(threading.local):
-    """The contexts of a `ModelEdit` that a thread is in."""
+    """The contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...) that a thread is in."""
 
     def __init__(self) -> None:
         self.enabled = True
         self.prompt_lengths: PromptLengths | None = None
         self.prompt_width: int | None = None
-        """Of the generation that the thread is in."""
+        """Columns of the prompts, in the generation that the thread is in."""
         self.given_positions: Positions | None = None
         self.record: GateRecord | None = None
 
@@ -79,52 +100,51 @@ class _Contexts(threading.local):
 
 
 class _Calls(threading.local):
-    """The forward pass that a thread is in, or was in last, since an edit was attached."""
+    """A thread's present or latest forward pass since the edit was attached."""
 
     def __init__(self) -> None:
         self.positions: Positions | None = None
         self.begun_by: int | None = None
         """Id of the module that was called; None outside."""
         self.is_announced = False
-        """Whether the decoder's call is still to come."""
+        """Whether the model was called, and its call of the decoder is still to come."""
 
     def __reduce__(self) -> Any:
         return _Calls, ()
 
 
 class ModelEdit(EditParameters):
-    """An edit that is attached to a model by forward hooks, and taken off again.
-
-    `caches` holds what makes learning into it faster, by type: whatever can be made again.
+    """An edit that can be attached to a model by forward hooks, and taken off again.
 
     Args:
         *shape: See `EditParameters`.
-        **options: Likewise.
+        **options: See `EditParameters`.
     """
 
     def __init__(self, *shape: Any, **options: Any) -> None:
         super().__init__(*shape, **options)
         self.caches: dict[type, Any] = {}
+        """Objects that make training faster, by type; each can be made again."""
         self.handles: list[RemovableHandle | Override] = []
-        """Of the hooks, and of what else it takes over; empty unless it is attached."""
+        """Handles of the hooks and of the overridden methods; empty unless attached."""
         self.contexts = _Contexts()
-        """Which of the contexts below the present thread is in."""
+        """The contexts (below) that the present thread is in."""
         self._lock: ModelLock | None = None
         self._beside: tuple[ModelEdit, ...] = ()
         self._calls = _Calls()
-        # For the threads in which autograd repeats a forward.
+        # Threads of autograd that repeat a forward have no call of their own.
         self._latest_call: Positions | None = None
         self._has_warned = False
 
     def attach(self, model: nn.Module) -> None:
         """Make `model` use this edit in every forward pass from now on.
 
-        What it does not reach: weights that are saved or exported (`save_pretrained` writes those
-        of the unedited model), engines with their own forward (vLLM, TGI), and what torch.compile
+        The edit does not reach saved or exported weights (`save_pretrained` writes those of the
+        unedited model), engines with their own forward (vLLM, TGI), and code that torch.compile
         made of the model before, until `torch.compiler.reset()`. PEFT's forward hides labels from a
-        model that was edited before it was wrapped: attach to PEFT's model, or give
-        `prompt_lengths`. Forwards may run side by side in threads; the contexts of this class
-        (`disabled`, `prompt_lengths`, `recording`) hold for the thread that is in them.
+        model that was edited before PEFT wrapped it: attach to PEFT's model, or give
+        `prompt_lengths`. Forwards may run side by side in threads; a context of this class
+        (`disabled`, `prompt_lengths`, `recording`) holds for the thread that entered it.
 
         Raises:
             ValueError: If this edit is attached already, `model` carries another edit, or an edited
@@ -144,7 +164,7 @@ class ModelEdit(EditParameters):
                 raise
 
     def _hook_into(self, model: nn.Module, stack: nn.ModuleList) -> None:
-        """Register the hooks, that by which an edit is found first."""
+        """Register the hooks; the first is the one by which `attached_edit` finds the edit."""
         self._calls, self._latest_call, self._lock = _Calls(), None, lock_of(model)
         add = self.handles.append
         add(model.register_forward_pre_hook(self._on_model_call, with_kwargs=True))
@@ -160,14 +180,14 @@ class ModelEdit(EditParameters):
     def detach(self) -> None:
         """Take this edit off its model, which then computes exactly what it did before.
 
-        All that was recorded of the model is forgotten.
+        The caches are cleared.
         """
         with nullcontext() if self._lock is None else self._lock.changing():
             self.unhook()
             self.forget()
 
     def unhook(self) -> None:
-        """Remove all hooks, each of them even if this is interrupted; what was recorded stays."""
+        """Remove all hooks, even if an interrupt comes in between; the caches stay."""
         hooks = ExitStack()
         hooks.callback(self.handles.clear)
         for handle in self.handles:
@@ -175,12 +195,12 @@ class ModelEdit(EditParameters):
         hooks.close()
 
     def forget(self) -> None:
-        """Drop what was recorded to save time, and gradients."""
+        """Clear the caches and the gradients."""
         self.caches.clear()
         self.zero_grad()
 
     def follow(self, model: nn.Module) -> None:
-        """Bring what is learned to where the layers of a model compute."""
+        """Move each layer's tensors to the device where that layer of the model computes."""
         stack = decoder_layers(model)
         for i in self.layers:
             device = computing_device(stack[i])
@@ -205,7 +225,7 @@ class ModelEdit(EditParameters):
 
     @contextmanager
     def generating(self, prompt_width: int | None) -> Iterator[None]:
-        """Take this thread's forward passes inside this context as those of one generation.
+        """Treat this thread's forward passes inside this context as one generation.
 
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
@@ -216,7 +236,7 @@ class ModelEdit(EditParameters):
 
     @contextmanager
     def at_positions(self, positions: Positions) -> Iterator[None]:
-        """Let the forward passes inside this context and thread intervene exactly here."""
+        """Let the forward passes inside this context and thread intervene at `positions` only."""
         with self._within(given_positions=positions):
             yield
 
@@ -229,7 +249,7 @@ class ModelEdit(EditParameters):
 
     @contextmanager
     def _within(self, **settings: Any) -> Iterator[None]:
-        """Set attributes of this thread's contexts inside this one."""
+        """Set attributes of this thread's `contexts` until this context ends."""
         contexts = vars(self.contexts)
         before = {name: contexts[name] for name in settings}
         try:
@@ -238,13 +258,13 @@ class ModelEdit(EditParameters):
         finally:
             contexts.update(before)
 
-    @not_compiled  # for dynamo follows no thread's own
+    @not_compiled
     def _on_model_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
         """Forward pre-hook of the model: find the positions before the layers run.
 
-        There are no `kwargs` in a call that began while another thread attached or detached.
+        `kwargs` are missing in a call that began while another thread attached or detached.
         """
         if kwargs is None:
             return
@@ -256,11 +276,11 @@ class ModelEdit(EditParameters):
         self._begin_call(model, args, kwargs)
         self._calls.is_announced = True
 
-    @not_compiled  # for dynamo follows no thread's own
+    @not_compiled
     def _on_decoder_call(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Forward pre-hook of the decoder inside, which PEFT's forward and users call by itself."""
+        """Forward pre-hook of the inner decoder, which PEFT and users call without the model."""
         if kwargs is None:
             return
         if self._calls.is_announced:
@@ -272,7 +292,7 @@ class ModelEdit(EditParameters):
         """Wait for a change by another thread; then find the positions of a forward pass."""
         if self._lock is not None and not torch.compiler.is_compiling():
             self._lock.begin_forward()
-            if not self.handles:  # detached meanwhile: no hook will tell of the end
+            if not self.handles:  # detached meanwhile, so `_on_return` will not be called
                 self._lock.end_forward()
         contexts, calls = self.contexts, self._calls
         calls.begun_by = id(module)
@@ -295,7 +315,7 @@ class ModelEdit(EditParameters):
     def _warn_unless_told(
         self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        """Warn once of a forward pass that is read as prompts, and may hold answers."""
+        """Warn once if a forward pass is read as prompts but may hold answers."""
         compiles = torch.compiler.is_compiling()
         if not compiles and says_nothing_of_prompts(
             forward, args, kwargs, self.num_prompt_positions
@@ -310,17 +330,17 @@ class ModelEdit(EditParameters):
                 self.num_prompt_positions,
             )
 
-    @not_compiled  # for dynamo follows no thread's own
+    @not_compiled
     def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        """Forward hook of what was called, also if it raised."""
+        """Forward hook of the model or decoder; it runs also if the forward raised."""
         if self._calls.begun_by == id(module):
             self._calls.begun_by, self._calls.is_announced = None, False
             if self._lock is not None and not torch.compiler.is_compiling():
                 self._lock.end_forward()
 
-    @not_compiled  # for dynamo follows no thread's own
+    @not_compiled
     def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
-        """Edit the output [B, T, D] of one layer; off the positions it stays bit-equal."""
+        """Edit the output [B, T, D] of one layer; other positions stay bit-equal."""
         call, contexts = self._calls.positions, self.contexts
         if call is None and _is_repeated_by_autograd():
             call = self._latest_call
@@ -351,7 +371,7 @@ class ModelEdit(EditParameters):
         return edited
 
     def _move(self, layer: int, device: torch.device) -> None:
-        """Bring what a layer has learned to where the layer computes now."""
+        """Move a layer's learned tensors to the device where the layer computes now."""
         intervention = self.intervention(layer)
         if intervention.source_bias.device != device:
             intervention.to(device)
@@ -363,7 +383,7 @@ class ModelEdit(EditParameters):
 
 
 class _LayerHook:
-    """Forward hook of a decoder layer, which returns hidden states or a tuple that begins so."""
+    """Forward hook of a decoder layer that returns hidden states, or a tuple that begins so."""
 
     def __init__(self, edit: ModelEdit, layer: int) -> None:
         self.edit = edit
@@ -376,7 +396,7 @@ class _LayerHook:
 
 
 def _is_repeated_by_autograd() -> bool:
-    """Tell whether this runs inside a backward pass, as checkpoints do, in a thread of autograd."""
+    """Tell whether a backward pass repeats a forward, as gradient checkpointing does."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

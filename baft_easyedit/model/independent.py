@@ -1,7 +1,7 @@
-"""Many edits that know nothing of each other, learned side by side in one batch.
+"""Independent edits of one model, trained side by side in one batch.
 
-Every parameter gets a leading dimension E, one entry for each edit. Rows of a batch belong to the
-edits in turn: with R rows an edit, row b belongs to edit b // R.
+Every parameter gets a leading dimension E, one entry for each edit. With R rows of the batch for
+each edit, row b belongs to edit b // R.
 Shapes: E edits, R rows of an edit, T columns, D hidden size.
 """
 
@@ -14,11 +14,11 @@ from baft_easyedit.model.hooks import ModelEdit
 
 
 class IndependentEdits(ModelEdit):
-    """E copies of an edit that are learned apart.
+    """E copies of an edit that are trained apart.
 
     Args:
-        start: What every copy has learned already; it is left as it is. They may be attached beside
-            it, while it is disabled.
+        start: The edit that is copied; it does not change. The copies may be attached to its model
+            beside it, while it is disabled.
         num_edits: E, at least 1.
 
     Raises:
@@ -53,7 +53,7 @@ class IndependentEdits(ModelEdit):
         return self._num_edits
 
     def learned_parameters(self) -> dict[str, Tensor]:
-        """Return what is trained: each parameter [E, ...], by the names of `snapshot`."""
+        """Return the trained parameters, [E, ...] each, by the names of `snapshot`."""
         return self._values
 
     def _values_of(self, edit: int) -> Snapshot:
@@ -72,15 +72,15 @@ class IndependentEdits(ModelEdit):
         return edited.flatten(0, 1), weights.flatten(0, 1)
 
     def gate_weights(self, layer: int, states: Tensor) -> Tensor:
-        """Return the basis weights of each edit's gate for some states [N, D], [E, N, r]."""
+        """Return each edit's basis weights at one layer, [E, N, r], for states [N, D]."""
         gate, values = self.intervention(layer).gate, self._values_at(layer)
         own = {n.removeprefix("gate."): v for n, v in values.items() if n.startswith("gate.")}
-        if not own:  # a gate that learns nothing
+        if not own:  # a gate without parameters
             return super().gate_weights(layer, states).expand(self._num_edits, -1, -1)
         return torch.vmap(lambda values: functional_call(gate, values, (states,)))(own)
 
     def _values_at(self, layer: int) -> dict[str, Tensor]:
-        """Return one layer's parameters, by their names in its intervention."""
+        """Return one layer's parameters by their names in `BaFTIntervention`."""
         prefix = f"_interventions.{layer}."
         return {
             name.removeprefix(prefix): value
@@ -89,8 +89,8 @@ class IndependentEdits(ModelEdit):
         }
 
     def _move(self, layer: int, device: torch.device) -> None:
-        """Bring what a layer has learned to where the layer computes now."""
+        """Move a layer's learned tensors to the device where the layer computes now."""
         super()._move(layer, device)
         for value in self._values_at(layer).values():
             if value.device != device:
-                value.data = value.data.to(device)  # the same leaf, for the optimiser
+                value.data = value.data.to(device)  # stays the leaf that the optimiser knows

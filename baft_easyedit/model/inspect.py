@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal language model keeps what is edited, and how to call it.
+"""Find the decoder layers, cache argument and devices of a Hugging Face causal language model.
 
 Needs torch only.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward calls its key-value cache: since transformers 5.24, and before."""
+"""Names of a forward's key-value cache: since transformers 5.24, and before."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the option of `from_pretrained` for the dtype of weights, which has had two names."""
+    """Return `from_pretrained`'s option for the weights' dtype, renamed in transformers 4.56."""
     import transformers
     from packaging.version import Version
 
@@ -41,7 +41,7 @@ def text_config(model: nn.Module) -> Any:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the stack of decoder layers of a causal language model.
 
-    It is the least nested `ModuleList` with as many entries as the configuration has layers.
+    The stack is the least nested `ModuleList` with `num_hidden_layers` entries.
 
     Raises:
         ValueError: If there is none, or the model is an encoder-decoder.
@@ -65,14 +65,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
-    """Return the module inside a model that holds a decoder stack directly."""
+    """Return the module inside a model whose child is the decoder stack."""
     return next(m for m in model.modules() if any(child is stack for child in m.children()))
 
 
 def cache_name(model: nn.Module) -> str:
-    """Return what a model's forward calls the key-value cache that it takes and gives.
+    """Return the name of the key-value cache in a model's forward and output.
 
-    Where it names none, and hands on its arguments as PEFT's does, its decoder's forward tells.
+    A forward that hands on its arguments, as PEFT's does, names none: its decoder's forward does.
     """
     decoder = owner_of(model, decoder_layers(model))
     taken = [*inspect.signature(model.forward).parameters]
@@ -81,12 +81,12 @@ def cache_name(model: nn.Module) -> str:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return where a model wants its tokens, also if accelerate keeps the weights elsewhere."""
+    """Return the device on which a model takes tokens, even if accelerate offloads weights."""
     return computing_device(cast(Any, model).get_input_embeddings())
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Return where a module with weights computes, also if accelerate keeps them elsewhere."""
+    """Return the device on which a module computes, even if accelerate offloads its weights."""
     for part in module.modules():
         execution = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if execution is not None:

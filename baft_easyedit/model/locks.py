@@ -1,7 +1,7 @@
-"""One lock for each model: changes of its edit exclude each other, and all forwards.
+"""One lock for each model: a change of its edit excludes other changes, and all forwards.
 
-Forwards run side by side, as without an edit. A change waits for those that run, and those that
-begin meanwhile wait for it; then they come before the next change. Needs torch only.
+Forwards run side by side, as without an edit. A change waits for the running forwards. Forwards
+that begin meanwhile wait for the change, and then come before the next change. Needs torch only.
 """
 
 import sys
@@ -16,10 +16,10 @@ from torch import nn
 from baft_easyedit.model.inspect import decoder_layers
 
 _NAME = "_baft_lock"
-"""Attribute of a decoder stack, which a model and what wraps it have in common."""
+"""Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
 
 _LOOK_EVERY_S = 0.2
-"""Seconds between two looks at who is waited for."""
+"""Seconds between two checks of the threads that are waited for."""
 
 
 def lock_of(model: nn.Module) -> "ModelLock":
@@ -32,16 +32,16 @@ def lock_of(model: nn.Module) -> "ModelLock":
 
 
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that does nothing in other threads, whose forwards may run beside."""
+    """Return a hook that does nothing in other threads, whose forwards may run side by side."""
     thread = threading.get_ident()
     return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 class ModelLock:
-    """Who changes the edit of a model, and who runs it.
+    """Records which thread changes the edit of a model, and which threads run forwards.
 
-    An interrupt may keep a thread from saying that it is done. So whoever waits looks, now and
-    then, whether those that are waited for still run what they said.
+    An interrupt may keep a thread from releasing the lock. So a waiting thread checks, now and
+    then, whether the threads that it waits for still run a forward or a change.
     """
 
     def __init__(self) -> None:
@@ -81,14 +81,14 @@ class ModelLock:
             self._leave_change(thread)
 
     def _leave_change(self, thread: int) -> None:
-        """Let others in, if this thread had got in."""
+        """Release the lock, if this thread has it."""
         with self._news:
             if self._owner == thread:
                 self._owner, self._next = None, set(self._waiting)
                 self._news.notify_all()
 
     def begin_forward(self) -> None:
-        """Wait for a change by another thread, and keep others out until `end_forward`."""
+        """Wait for a change by another thread; then keep changes out until `end_forward`."""
         thread = threading.get_ident()
         if self._owner == thread:
             return
@@ -110,7 +110,7 @@ class ModelLock:
             self._news.notify_all()
 
     def _wait_for(self, is_so: Callable[[], bool]) -> None:
-        """Wait, and forget threads that are no longer where they said."""
+        """Wait for a condition; forget threads that left their forward or change without notice."""
         while not self._news.wait_for(is_so, _LOOK_EVERY_S):
             self._forwards = {t for t in self._forwards if not _has_left(t, _is_forward)}
             self._next = {t for t in self._next & self._waiting if not _has_left(t, _is_ours)}
@@ -119,23 +119,24 @@ class ModelLock:
 
 
 def _is_in(frame: FrameType | None, is_it: Callable[[FrameType], bool]) -> bool:
-    """Tell whether a frame, or one that called it, is of some kind."""
+    """Tell whether a frame or one of its callers satisfies `is_it`."""
     while frame is not None and not is_it(frame):
         frame = frame.f_back
     return frame is not None
 
 
 def _has_left(thread: int, is_it: Callable[[FrameType], bool]) -> bool:
-    """Tell whether a thread is surely in no call of some kind.
+    """Tell whether a thread is surely in no call that satisfies `is_it`.
 
-    A thread that runs while this looks may seem so: a generator that yields has no caller.
+    A thread that moves on during the look tells nothing (a generator that yields has no caller), so
+    its frame must be the same before and after.
     """
     frame, at = _present(thread)
     return not _is_in(frame, is_it) and _present(thread) == (frame, at)
 
 
 def _present(thread: int) -> tuple[FrameType | None, int | None]:
-    """Return the frame that a thread runs, and where in it; None if it has ended."""
+    """Return the frame and instruction that a thread runs; None if the thread has ended."""
     frame = sys._current_frames().get(thread)
     return frame, None if frame is None else frame.f_lasti
 

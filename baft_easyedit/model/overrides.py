@@ -1,28 +1,24 @@
-"""The methods of a model that generate, while it carries an edit.
+"""Overrides of a model's methods that generate, while the model carries an edit.
 
-Only the caller of `generate` knows where its prompts end: their width is told to the edit, whatever
-forwards follow (a cache that holds a part of the prompt, none, chunks, guesses). Continuous
-batching packs sequences into one row, in a thread of its own: it is refused before that begins.
+`generate` is overridden because only its caller knows where the prompts end: the override tells the
+edit the prompts' width, whatever forwards follow (with a cache of a part of the prompt, without a
+cache, in chunks, with guessed tokens). Continuous batching is refused, because it packs several
+sequences into one row, in a thread of its own.
 """
 
 import functools
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-
-class Edit(Protocol):
-    """What is told how wide prompts are."""
-
-    def generating(self, prompt_width: int | None) -> AbstractContextManager[None]:
-        """Return a context in which the model's forwards are those of a generation."""
+if TYPE_CHECKING:  # `hooks` imports this module
+    from baft_easyedit.model.hooks import ModelEdit
 
 
-def override(edit: Edit, model: nn.Module) -> list["Override"]:
-    """Take over the methods of the model, or of the one inside it, that generates."""
+def override(edit: "ModelEdit", model: nn.Module) -> list["Override"]:
+    """Override the methods of the model that generates: this one, or one inside it."""
     generator = next((m for m in model.modules() if _can_generate(m)), None)
     if generator is None:
         return []
@@ -30,22 +26,24 @@ def override(edit: Edit, model: nn.Module) -> list["Override"]:
 
 
 def _can_generate(module: nn.Module) -> bool:
-    """Tell whether `generate` is a module's own, not that of a model inside it."""
+    """Tell whether a module generates itself, not by a model inside it."""
     can_generate = getattr(type(module), "can_generate", None)
     return can_generate is not None and bool(can_generate())
 
 
 class Override:
-    """A method of one model, in place of its own until `remove`; a copy is one of the copy.
+    """A method of one model that replaces the model's own until `remove`.
+
+    A deep copy of the model gets an override for the copy. Neither model nor edit is kept alive.
 
     Args:
         edit: The edit that the model carries.
-        model: The model; neither is kept alive.
+        model: The model.
     """
 
     name: str
 
-    def __init__(self, edit: Edit, model: nn.Module) -> None:
+    def __init__(self, edit: "ModelEdit", model: nn.Module) -> None:
         self._edit, self._model = weakref.ref(edit), weakref.ref(model)
         self._replaced: Callable[..., Any] | None = vars(model).get(self.name)
         vars(model)[self.name] = self
@@ -68,20 +66,20 @@ class Override:
 
 
 class Generate(Override):
-    """`generate`, which tells the edit how wide its prompts are."""
+    """Override of `generate` that tells the edit the width of the prompts."""
 
     name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does."""
         edit = self._edit()
-        assert edit is not None  # the model carries it
+        assert edit is not None  # the model carries the edit
         with edit.generating(_prompt_width(args, kwargs)):
             return self._original()(*args, **kwargs)
 
 
 class ContinuousBatching(Override):
-    """What all of continuous batching begins with."""
+    """Override of the method that every continuous batching begins with."""
 
     name = "init_continuous_batching"
 
@@ -94,13 +92,13 @@ class ContinuousBatching(Override):
 
 
 OVERRIDES: tuple[type[Override], ...] = (Generate, ContinuousBatching)
-"""All that is taken over."""
+"""All overrides."""
 
 
 def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return how many columns the prompts of a call of `generate` have; None if it has none.
+    """Return how many columns the prompts of a call of `generate` have; None without prompts.
 
-    Behind a cache a caller may pass new tokens only, and the mask of all.
+    The mask counts too: with a cache, a caller may pass new tokens only, and the mask of all.
     """
     names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
     given = [*args[:1], *(kwargs.get(name) for name in names)]

@@ -1,13 +1,16 @@
 """Which token positions are intervened on: the last P prompt tokens and every answer token.
 
-The rule counts real tokens, so it does not depend on the padding side. A token's rank is the number
-of real tokens up to and including it; a real token is intervened on if rank > n_prompt - P. The
-prompt length n_prompt of a row is, in this order: given (`prompt_lengths`), the real tokens of the
-columns that `generate` was called with, read from the labels (real tokens before the first label),
-the whole input (a plain forward) but for k - 1 tokens if `logits_to_keep` is k (what generation
-guesses is verified so); on a non-empty key-value cache every new token is output. Calls that cannot
-be read so are refused.
-Needs torch only.
+The rule counts real tokens (not padding), so it does not depend on the padding side. The rank of a
+token is the number of real tokens up to and including it. A real token is intervened on if
+rank > n_prompt - P. The prompt length n_prompt of a row is the first of these that is known:
+
+1. the length given by `prompt_lengths`;
+2. the real tokens in the columns that `generate` was called with;
+3. the real tokens before the first label;
+4. the whole input, less k - 1 tokens if `logits_to_keep` is k (generation verifies guesses so).
+
+On a key-value cache that is not empty, every new token counts as output. A call whose prompt length
+cannot be read is refused. Needs torch only.
 
 Shapes: B batch, T tokens of this forward, S = past + T tokens in all.
 """
@@ -28,7 +31,7 @@ PromptLengths = Sequence[int] | Tensor
 
 
 def first_edited(prompt_length: int, num_prompt_positions: int) -> int:
-    """Return the first token, from 0, of a text that is intervened on.
+    """Return the index (from 0) of the first intervened token of a text.
 
     Args:
         prompt_length: n_prompt.
@@ -47,7 +50,7 @@ def edit_positions(
     prompt_width: int | None = None,
     num_guessed: int = 0,
 ) -> Tensor:
-    """Decide where to intervene.
+    """Apply the rule above to the tokens of a forward.
 
     Args:
         real: True where a token is not padding, over past and new tokens, [B, S].
@@ -66,8 +69,8 @@ def edit_positions(
         ValueError: If the number of `prompt_lengths` does not divide the number of rows.
     """
     num_past = real.shape[1] - num_new
-    # Caches of a window may not count beyond it: one new token is the last of its prompt, or
-    # output.
+    # A sliding-window cache may not count tokens beyond its window, but a single new token is
+    # always the last of its prompt, or output.
     is_output = num_new == 1 or num_past >= (prompt_width or 0)
     if prompt_lengths is None and num_past > 0 and is_output:
         return real[:, num_past:]
@@ -75,7 +78,7 @@ def edit_positions(
     if prompt_lengths is not None:
         n_prompt = _per_row(prompt_lengths, real)
     elif prompt_width is not None:
-        beyond = max(0, prompt_width - real.shape[1])  # columns of later parts, without padding
+        beyond = max(0, prompt_width - real.shape[1])  # columns of later chunks, all of them real
         n_prompt = real[:, :prompt_width].sum(-1, keepdim=True) + beyond
     elif labels is not None:
         n_prompt = _tokens_before_answer(labels, real)
@@ -103,14 +106,14 @@ def _tokens_before_answer(labels: Tensor, real: Tensor) -> Tensor:
 
 
 def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.device) -> Tensor:
-    """Read which of all past and new tokens are real from any attention mask transformers passes.
+    """Read from any attention mask of transformers which past and new tokens are real.
 
     Args:
         attention_mask: None; [B, S]; [B, T] for the new tokens only; a prepared [B, 1, T, S] mask
             (boolean, or additive with 0 for "attend"); or a dict of those by layer type.
         batch: B.
         total: S.
-        device: Where the answer is wanted.
+        device: Device of the result.
 
     Returns:
         True where a token is real, [B, S].
@@ -133,8 +136,8 @@ def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.devic
 def _seen(mask: Tensor, total: int) -> Tensor:
     """Read which tokens are real from a prepared mask of causal attention.
 
-    The row of padding is empty, or attends to everything, the future too. A past token that no new
-    one sees is padding, or out of a sliding window: it counts as real where a window shows.
+    A padding token attends to nothing, or to everything, later tokens too. A past token that no new
+    token sees is padding or out of a sliding window; it counts as real if the mask shows a window.
 
     Args:
         mask: Boolean, or additive with 0 for "attend", [B, T, columns], T above 1.
@@ -151,7 +154,7 @@ def _seen(mask: Tensor, total: int) -> Tensor:
     sees_next = F.pad(sees, (0, 1), value=False).diagonal(num_past + 1, 1, 2)
     new = sees_itself & ~sees_next  # [B, T]
     past = (sees & new[..., None])[..., :num_past].any(1)  # [B, num_past]
-    first = sees.int().argmax(-1)  # [B, T]  the first that each new token sees
+    first = sees.int().argmax(-1)  # [B, T]  the first column that each new token sees
     slides = first[:, -1:] > first[:, :1]  # [B, 1]
     return torch.cat([past | slides, new], 1)
 
@@ -178,8 +181,8 @@ def positions_of_call(
         True where the intervention applies, [B, T]; None if the call has no tokens.
 
     Raises:
-        ValueError: If the number of `prompt_lengths` does not divide the number of rows; if there
-            are none, and nothing in the call tells where its prompts end.
+        ValueError: If the number of `prompt_lengths` does not divide the number of rows, or there
+            are none and the call does not tell where its prompts end.
     """
     given = _by_name(forward, args, kwargs)
     tokens = _tokens(given)
@@ -209,10 +212,10 @@ def says_nothing_of_prompts(
     kwargs: Mapping[str, Any],
     num_prompt_positions: int,
 ) -> bool:
-    """Tell whether a forward is on tokens alone, more than P, so that it may hold answers or not.
+    """Tell whether a forward may hold answers without saying so: more than P tokens and no labels.
 
-    One that asks for a cache, or brings one, is the beginning of a generation. Arguments: see
-    `positions_of_call`.
+    A forward that asks for a cache, or brings one, belongs to a generation and holds none. For the
+    arguments see `positions_of_call`.
     """
     given = _by_name(forward, args, kwargs)
     tokens = _tokens(given)
@@ -225,7 +228,7 @@ def says_nothing_of_prompts(
 def _by_name(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return the arguments of a forward by their names, its cache as `cache` in any version."""
+    """Return a forward's arguments by name; the cache is named `cache`, whatever the version."""
     names = inspect.signature(forward).parameters if args else ()
     given = {**kwargs, **dict(zip(names, args, strict=False))}
     caches = [given[name] for name in CACHE_NAMES if given.get(name) is not None]
@@ -247,11 +250,12 @@ def _check_readable(
 ) -> None:
     """Raise ValueError if the arguments of a call do not tell where its prompts end.
 
-    A generation keeps the logits of one token, but for the k of k - 1 guesses that it verifies.
+    A call with `logits_to_keep` 1 belongs to a generation; k > 1 means that it verifies k - 1
+    guessed tokens.
 
     Args:
-        given: The arguments.
-        num_kept: Their `logits_to_keep`, 0 for all.
+        given: The arguments by name.
+        num_kept: `logits_to_keep`, 0 for all.
         num_past: Tokens in the cache.
         real: True where a new token is not padding, [B, T].
         num_prompt_positions: P.

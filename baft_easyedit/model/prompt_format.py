@@ -1,8 +1,9 @@
 """How a prompt and its answer become one text, and that text tokens.
 
-Learning, asking and scoring all go through here, so that they agree. The tokens of a text are those
-that its tokenizer puts before it and its own: what a tokenizer puts behind (an end-of-sequence
-token) would come between a prompt and its answer. A chat template brings its own special tokens.
+Training, generation and scoring all use this module, so that they agree. A text's tokens include
+the special tokens that the tokenizer puts before the text, but none that it puts behind: an
+end-of-sequence token would stand between a prompt and its answer. A chat template brings its own
+special tokens.
 """
 
 import unicodedata
@@ -14,27 +15,28 @@ _UNSPACED_SCRIPTS = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER",
     "MYANMAR",
 )  # fmt: skip
-"""How the Unicode names of letters begin whose scripts put no spaces between words."""
+"""First words of the Unicode names of letters in scripts that put no spaces between words."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts are put to a model. The fields are those of `BaFTHyperParams`."""
+    """The text of prompts as a model sees them. The fields are those of `BaFTHyperParams`."""
 
     use_chat_template: bool = False
     """Put prompts into the tokenizer's chat template, as the user's message."""
     chat_template_kwargs: Mapping[str, Any] | None = None
-    """What the template is given besides."""
+    """Further arguments of the template."""
     separator: str | None = None
-    """What stands between prompt and answer; None for a space, or nothing behind a script that is
-    written without spaces, or behind a template, where models begin their answers with none."""
+    """The text between prompt and answer. None stands for a space; for nothing after a script that
+    is written without spaces, and after a chat template, where answers begin without a space."""
 
     @classmethod
     def of(cls, hparams: Any) -> "PromptFormat":
         """Return the format that hyper-parameters set.
 
         Args:
-            hparams: Those of any method of EasyEdit, whose own methods put a space everywhere.
+            hparams: Hyper-parameters of any method of EasyEdit; without a `separator` of their own
+                they get a space, as EasyEdit's methods do.
         """
         in_template = bool(getattr(hparams, "use_chat_template", False))
         return cls(
@@ -44,11 +46,11 @@ class PromptFormat:
         )
 
     def without_template(self) -> "PromptFormat":
-        """Return the format of texts that never are in a chat template, such as locality probes."""
+        """Return this format without the chat template, as locality probes need it."""
         return PromptFormat(separator=self.separator)
 
     def separator_after(self, prompt: str) -> str:
-        """Return what stands between a prompt, outside its template, and its answer."""
+        """Return the text between a prompt (without its template) and its answer."""
         if self.separator is not None:
             return self.separator
         if self.use_chat_template:
@@ -57,7 +59,7 @@ class PromptFormat:
         return "" if unicodedata.name(last, "").startswith(_UNSPACED_SCRIPTS) else " "
 
     def prompt_text(self, prompt: str, tokenizer: Any) -> str:
-        """Return the text of a prompt as the model is shown it, without a separator at its end."""
+        """Return the text of a prompt as the model sees it, without a separator at its end."""
         if not self.use_chat_template:
             return prompt.removesuffix(self.separator_after(prompt))
         shown: str = tokenizer.apply_chat_template(
@@ -75,11 +77,11 @@ class PromptFormat:
         return self.prompt_text(prompt, tokenizer) + separator + answer.removeprefix(given)
 
     def template_end(self, tokenizer: Any) -> str:
-        """Return what a template puts behind every prompt; nothing without one."""
+        """Return the text that the chat template puts behind every prompt; empty without one."""
         return self.prompt_text("@@", tokenizer).rpartition("@@")[2]
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
-        """Return the tokens of a prompt, to which an answer is to be generated."""
+        """Return the tokens of a prompt without its answer."""
         text = self.prompt_text(prompt, tokenizer)
         return token_ids(text, tokenizer, is_templated=self.use_chat_template)
 
@@ -95,7 +97,7 @@ def token_ids(text: str, tokenizer: Any, *, is_templated: bool = False) -> tuple
     Args:
         text: The text.
         tokenizer: A tokenizer of transformers.
-        is_templated: Whether the text has its special tokens in it already.
+        is_templated: Whether the text contains its special tokens already.
     """
     if is_templated:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,7 +1,8 @@
-"""What learning changes for a while around a model, so that it can be put back from anywhere.
+"""Restore everything that training changes around a model, even after an interrupt.
 
-Each change is put back where it was made, when all goes well or an error passes. An interrupt can
-come in the middle of that: then this does it once more, for all of them.
+Training switches modes, hooks and methods of the model. The code that makes each change undoes it,
+after success and after an error. But an interrupt can come in the middle of the undoing; then
+`Surroundings.restore` undoes all changes once more.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +23,11 @@ _HOOKS = (
 )
 
 _METHODS = ("forward", *(kind.name for kind in OVERRIDES))
-"""Methods that an instance may have of its own for a while."""
+"""Methods that training may replace on an instance."""
 
 
 class Surroundings:
-    """Modes, hooks and methods of a model's modules, and torch's modes, as they are now.
+    """A copy of the present modes, hooks and methods of a model's modules, and of torch's modes.
 
     Args:
         model: The model.
@@ -43,7 +44,7 @@ class Surroundings:
         self._has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
-        """Put back what is different."""
+        """Restore what has changed since."""
         handles, before = self._handles
         handles[:] = before
         self._contexts[0].update(self._contexts[1])
@@ -62,18 +63,18 @@ class Surroundings:
 
 
 def _hooks_of(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """Go through the dicts of all forward hooks of a model."""
+    """Yield the dicts of all forward hooks of a model."""
     for module in model.modules():
         yield from (vars(module)[name] for name in _HOOKS if name in vars(module))
 
 
 def _own_methods(module: nn.Module) -> dict[str, Callable[..., Any]]:
-    """Return the methods that an instance has beside those of its class."""
+    """Return the methods that are replaced on an instance."""
     return {name: vars(module)[name] for name in _METHODS if name in vars(module)}
 
 
 def _set_methods(module: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> None:
-    """Let an instance have these methods of its own, and no others."""
+    """Replace exactly these methods on an instance; the others are its class's again."""
     for name in _METHODS:
         if vars(module).get(name) is not methods.get(name):
             vars(module).pop(name, None)

@@ -1,7 +1,28 @@
-"""Pack the tokens of many rows into few bins, so that a forward computes little padding.
+"""Lay the texts of a step out in few rows of the model's batch, so that little padding is computed.
 
-A bin is one row of the model's batch that holds the computed tokens of several texts, each of which
-sees its own past and itself only. Needs torch only.
+A bin is one row of the batch. It holds the computed tokens of several texts, one behind another,
+and the attention mask lets each text see only itself and its own past (the columns before its
+first computed token, whose keys and values are known). Without bins each text would need a row as
+wide as the longest text::
+
+    one text a row               two bins
+    a a a a a a a a a a          a a a a a a a a a a
+    b b b . . . . . . .          b b b c c d d d d .
+    c c . . . . . . . .
+    d d d d . . . . . .          '.': padding, computed for nothing
+
+The mask of the second bin, here without a past (row: a token, column: what it may attend to)::
+
+        b b b c c d d d d .
+    b   x
+    b   x x
+    b   x x x
+    c         x
+    c         x x
+    d             x
+    ...
+
+Needs torch only.
 
 Shapes: E independent edits with as many bins each, B bins in all, W columns of a bin, S columns of
 its past, A answer tokens, R rows.
@@ -19,18 +40,18 @@ from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.requests import TextRow
 
 _LINEAR_COST = 6
-"""Multiplications of a token in a layer's weights (12 D^2) over those with one column that it
-attends to (2 D), by D: what a column more costs against a bin less. A guess serves: it only chooses
-among layouts that compute the same."""
+"""Cost of a token in a layer's weights (12 D^2 multiplications) over the cost of one column that
+the token attends to (2 D), divided by D. The ratio weighs wider bins against more bins. A rough
+value is enough, as all layouts compute the same."""
 
 
 class Piece(NamedTuple):
-    """The columns of a row that are computed; those before `start` are its past."""
+    """A row and its first computed column, `start`; the columns before it are the row's past."""
 
     row: TextRow
     start: int
     is_new: bool = True
-    """Whether it is learned for the first time, not rehearsed."""
+    """False for a rehearsed row."""
 
     @property
     def length(self) -> int:
@@ -40,18 +61,18 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the computed tokens of rows lie; everything is on one device."""
+    """The place of each computed token of all rows; all tensors are on one device."""
 
     num_edits: int
     """E."""
     rows: tuple[TextRow, ...]
-    """R rows, those of an edit after one another."""
+    """R rows; the rows of one edit follow one another."""
     bins: tuple[tuple[int, ...], ...]
-    """Rows of each bin, in the order of their columns."""
+    """Indices of the rows in each bin, in the order of their columns."""
     input_ids: Tensor
     """[B, W], int64; 0 in padding."""
     position_ids: Tensor
-    """[B, W], int64, of each token in its own text."""
+    """[B, W], int64, the position of each token in its own text."""
     row_of: Tensor
     """[B, W], int64, the index of each token's row; -1 in padding."""
     past_position_ids: Tensor
@@ -63,16 +84,16 @@ class Layout:
     is_new: Tensor
     """[B, W], True on tokens of rows that are not rehearsed."""
     irrelevant: Tensor
-    """[B, W], True where it applies to an irrelevant prompt."""
+    """[B, W], True where the intervention applies to an irrelevant prompt."""
     predicting: Tensor
-    """[A], int64, flat indices into [B, W] of the columns that predict answer tokens, by rows."""
+    """[A], int64, flat indices into [B, W] of the columns that predict answers, row by row."""
     labels: Tensor
     """[A], int64, the answer tokens."""
     label_rows: Tensor
-    """[A], int64, the index of each answer token's row; R if it belongs to nobody."""
+    """[A], int64, the index of each answer token's row; R for a token that is padding."""
     label_owners: Tensor
-    """[A], int64, the index e of each answer token's edit, E + e if it is rehearsed, 2 E if it
-    belongs to nobody."""
+    """[A], int64, the index e of each answer token's edit; E + e for a rehearsed one; 2 E for a
+    token that is padding."""
 
     num_new: int
     """Requests of each edit that are not rehearsed."""
@@ -85,10 +106,10 @@ class Layout:
         return self.edited | self.irrelevant
 
     def attention(self, window: int | None = None) -> Tensor:
-        """Return what each token may attend to, past and computed columns, [B, W, S + W], bool.
+        """Return which past and computed columns each token attends to, [B, W, S + W], bool.
 
         Args:
-            window: Columns that a token of a sliding-window layer sees, itself included; None for
+            window: Columns that a token sees in a sliding-window layer, its own included; None for
                 all.
         """
         rows = torch.cat([self.past_row_of, self.row_of], 1)[:, None]  # [B, 1, S + W]
@@ -104,14 +125,14 @@ def lay_out(
     hidden_size: int | None,
     device: torch.device | str,
 ) -> Layout:
-    """Decide where the tokens of each edit's pieces lie.
+    """Place the tokens of each edit's pieces in bins.
 
     Args:
         edits: Pieces of each independent edit.
         num_prompt_positions: P.
-        hidden_size: D of the model, from which the cheapest number of bins is told; None for a bin
-            for each row, which then has no past.
-        device: Where the tensors go.
+        hidden_size: D of the model, which decides the cheapest number of bins; None for one bin a
+            row, for rows without a past.
+        device: Device of the tensors.
     """
     pieces = [piece for edit in edits for piece in edit]
     bins = []
@@ -155,20 +176,20 @@ def lay_out(
 
 
 class Multiples(NamedTuple):
-    """What the sizes of layouts are rounded up to multiples of."""
+    """The numbers of which W, S and A become multiples when a layout is rounded."""
 
     columns: int
     """For W."""
     past: int
-    """For S; a column of it costs the least."""
+    """For S, whose columns cost the least."""
     answers: int
-    """For A; each costs a row of logits."""
+    """For A, each of which costs a row of logits."""
 
 
 def rounded(layout: Layout, to: Multiples) -> Layout:
-    """Pad a layout to one of few sizes, so that edits of about one size run the same kernels.
+    """Pad a layout to one of few sizes, so that edits of similar sizes share one CUDA graph.
 
-    Columns are added without a token, and answer tokens that belong to nobody.
+    The added columns hold no token, and the added answer tokens belong to no row and no edit.
     """
     num_answers = len(layout.labels)
     columns = _round_up(layout.input_ids.shape[1], to.columns, 8) - layout.input_ids.shape[1]
@@ -176,7 +197,7 @@ def rounded(layout: Layout, to: Multiples) -> Layout:
     answers = _round_up(num_answers, to.answers, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
-    def again(values: Tensor) -> Tensor:  # a column that is there already has a finite loss
+    def again(values: Tensor) -> Tensor:  # repeats a column whose loss is surely finite
         return torch.cat([values, values[:1].expand(answers)])
 
     return replace(
@@ -197,7 +218,7 @@ def rounded(layout: Layout, to: Multiples) -> Layout:
 
 
 def _round_up(size: int, least: int, parts: int) -> int:
-    """Return the next multiple of `least`; of large sizes, the next 1 / `parts` of an octave."""
+    """Round up to a multiple of `least`, or, for a large size, of its power of two / `parts`."""
     if not size:
         return 0
     step = max(least, 2 ** (size.bit_length() - 1) // parts)
@@ -205,7 +226,7 @@ def _round_up(size: int, least: int, parts: int) -> int:
 
 
 class _Columns:
-    """What stands in each column of each bin, as lists."""
+    """The contents of each column of each bin, as lists."""
 
     def __init__(
         self, pieces: Sequence[Piece], bins: Sequence[Sequence[int]], num_prompt_positions: int
@@ -224,7 +245,7 @@ class _Columns:
                 self._add(b, i, pieces[i], num_prompt_positions)
 
     def _add(self, b: int, i: int, piece: Piece, num_prompt_positions: int) -> None:
-        """Put row i behind what bin b holds."""
+        """Append row i to bin b."""
         row, start, is_new = piece
         length, first_column = piece.length, len(self.ids[b]) - start
         if row.is_edit:
@@ -245,12 +266,12 @@ class _Columns:
 
 
 def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[list[list[int]]]:
-    """Share out each edit's pieces, by index, to as many bins an edit."""
+    """Distribute each edit's pieces (by index) over bins, as many for each edit, at least cost."""
     most = max(map(len, edits))
     if hidden_size is None:
         return [[[i] for i in range(len(edit))] for edit in edits]
     counts = {most, *(2**i for i in range(most.bit_length()) if 2**i < most)}
-    layouts = [[_shared_out(edit, count) for edit in edits] for count in sorted(counts)]
+    layouts = [[_distribute(edit, count) for edit in edits] for count in sorted(counts)]
 
     def cost(layout: list[list[list[int]]]) -> int:
         loads = [(edit, load) for edit, loads in zip(edits, layout, strict=True) for load in loads]
@@ -261,8 +282,8 @@ def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[lis
     return min(layouts, key=cost)
 
 
-def _shared_out(pieces: Sequence[Piece], num_bins: int) -> list[list[int]]:
-    """Give each piece, the longest first, to the bin that holds least."""
+def _distribute(pieces: Sequence[Piece], num_bins: int) -> list[list[int]]:
+    """Give each piece, the longest first, to the bin with the fewest columns so far."""
     loads: list[list[int]] = [[] for _ in range(num_bins)]
     sizes = [0] * num_bins
     for i in sorted(range(len(pieces)), key=lambda i: -pieces[i].length):

@@ -24,7 +24,7 @@ from baft_easyedit.model.inspect import input_device, text_config
 from baft_easyedit.model.locks import lock_of
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
-from baft_easyedit.training.loop import EditReport, Learned, answered_now, evaluating, learn
+from baft_easyedit.training.loop import EditReport, Learned, answered_now, evaluating, train
 from baft_easyedit.training.own_texts import own_states
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
@@ -294,7 +294,7 @@ class Learner:
         """Learn rows into an edit."""
         recordings = self._recordings(hparams) if hparams.rehearsal else None
         own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
-        return learn(self.model, into, edits, hparams, rehearsal, recordings, own)
+        return train(self.model, into, edits, hparams, rehearsal, recordings, own)
 
     def _rehearsal(
         self, hparams: BaFTHyperParams, memory: RehearsalMemory, new: Sequence[EditRequest]

@@ -1,6 +1,6 @@
-"""The optimisation loop: minimise the objective over an edit's parameters with AdamW.
+"""The training loop: AdamW minimises the objective (Eq. 4) over the parameters of an edit.
 
-One edit, or E independent ones side by side.
+The edit is a single one, or E independent ones that are trained side by side.
 """
 
 import math
@@ -23,10 +23,10 @@ from baft_easyedit.training.cuda_graph import KnownSteps
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal
 from baft_easyedit.training.requests import TextRow
-from baft_easyedit.training.step import Descent, Objective, Step
+from baft_easyedit.training.step import Objective, StepResult, TrainingStep
 
 _CHECK_EVERY = 4
-"""Steps between two looks at the losses on a GPU, where each look waits for it."""
+"""Steps between two looks at the losses on a GPU, where each look waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StepLosses:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What one edit call did."""
+    """A report of one edit call."""
 
     num_requests: int
     num_steps: int
@@ -51,19 +51,19 @@ class EditReport:
     """The terms before each step, and after the last one: one entry more than the steps."""
     stopped_early: bool
     time_s: float
-    """Seconds; of edits learned side by side, each one's share."""
+    """Seconds; for edits learned side by side, the time of all divided by their number."""
     gates: GateReport | None = None
-    """What the gates did at the end; None for ReFT, which has none, and if no step was taken."""
+    """The gates' weights at the end; None for ReFT (no gates), and if no step was taken."""
     request_losses: tuple[float, ...] = ()
     """The last answer loss of each request, in nats per token."""
     learned: tuple[bool, ...] = ()
-    """Whether each request was learned: its target is what greedy decoding gives at the end."""
+    """Whether each request was learned: greedy decoding gives its target at the end."""
     consolidation: "EditReport | None" = None
-    """What going over all remembered edits did, if it was time for that after this edit."""
+    """The report of the consolidation that followed this edit, if one was due."""
     engine: str = "full"
-    """How the model was run in the last step: `cached` or `full`."""
+    """The forward of the last step: on a `cached` prefix, or in `full`."""
     engine_note: str | None = None
-    """Why it used none; None if it was, or if the hyper-parameters did not ask for that."""
+    """Why the model cannot use a cached prefix; None if it can, or was not asked to."""
 
     def __repr__(self) -> str:
         stop = "stopped early" if self.stopped_early else "all steps"
@@ -81,14 +81,14 @@ class EditReport:
 
 
 class Learned(NamedTuple):
-    """What learning an edit gave."""
+    """The result of learning one edit."""
 
     state: Snapshot
-    """For `ModelEdit.restore`."""
+    """The edit's state, for `ModelEdit.restore`."""
     report: EditReport
 
 
-def learn(
+def train(
     model: nn.Module,
     edit: ModelEdit,
     edits: Sequence[Sequence[TextRow]],
@@ -97,69 +97,72 @@ def learn(
     recordings: Recordings | None = None,
     own: Mapping[int, Tensor] | None = None,
 ) -> list[Learned]:
-    """Learn rows into an attached edit, or into E independent ones.
+    """Train an attached edit, or E independent ones, on tokenised texts.
 
     Args:
         model: The model that `edit` is attached to; its weights do not change.
-        edit: Where to start; its parameters are changed.
-        edits: The rows of each of the E edits, as many for each, the requests first; a single edit
-            without rows learns what is rehearsed only.
-        hparams: How to learn.
-        rehearsal: Past edits, to learn again in each step.
-        recordings: What the prefix cache knows of texts from earlier calls; it is added to.
-        own: States of the model's own texts, for R_loc; see `descent.Objective`.
+        edit: The edit to train, from its present parameters, which are changed.
+        edits: The rows of each of the E edits, as many for each, the requests first. A single edit
+            without rows learns the rehearsed ones only.
+        hparams: Hyper-parameters of the edit call.
+        rehearsal: Past edits, some of which each step learns again.
+        recordings: Texts that the prefix cache recorded in earlier calls; new ones are added.
+        own: Hidden states of the model's own texts, for R_loc; see `step.Objective`.
 
     Returns:
-        For each of the E edits, its state when it was done, and its report.
+        For each of the E edits, its state at the step where it stopped, and its report.
 
     Raises:
         FloatingPointError: If a loss is not finite.
         ValueError: If the engine is `cached`, and the model cannot use a cached prefix.
     """
-    from baft_easyedit.training.engine import Engine  # it imports transformers
+    from baft_easyedit.training.prefix_cache import Engine  # it imports transformers
 
     start = time.perf_counter()
     edit.follow(model)
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
-    run = _Run(edit, edits, hparams)
+    progress = _Progress(edit, edits, hparams)
     known = None
     if rehearsal is None and _repeats_steps(model, edit):
         known = edit.caches.setdefault(KnownSteps, KnownSteps())
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
-        descent = Descent(edit, hparams, known, own)
+        training_step = TrainingStep(edit, hparams, known, own)
         forward = None
         while True:
-            if rehearsal is not None:
-                step = descent.step(engine.prepare(edits, rehearsal.draw()))
+            if rehearsal is not None:  # each step learns other texts again
+                step = training_step.run(engine.prepare(edits, rehearsal.draw()))
             elif forward is None:
-                forward, step = engine.start(edits, descent.step)
+                forward, step = engine.start(edits, training_step.run)
             else:
-                step = descent.step(forward)
-            if run.is_over_after(step):
+                step = training_step.run(forward)
+            if progress.is_over_after(step):
                 break
             coordinates.pull_back()
             optimizer.step()
             coordinates.follow()
-        edit.zero_grad()  # gradients lie in memory that is used again
-    results = run.results((time.perf_counter() - start) / edit.num_edits)
+        edit.zero_grad()  # a later step may overwrite the memory of the gradients
+    time_s = (time.perf_counter() - start) / edit.num_edits
     return [
-        Learned(state, replace(report, engine=engine.name, engine_note=engine.note))
-        for state, report in results
+        Learned(
+            learned.state,
+            replace(learned.report, time_s=time_s, engine=engine.name, engine_note=engine.note),
+        )
+        for learned in (progress.results[i] for i in range(edit.num_edits))
     ]
 
 
 def answered_now(
     model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow], hparams: BaFTHyperParams
 ) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-    """Return the answer losses of requests, in nats per token, and which are answered rightly.
+    """Return the answer loss of each request, in nats per token, and whether it is answered.
 
     Args:
         model: The model that `edit` is attached to.
         edit: A single edit.
-        rows: What it was learned from, irrelevant prompts or not.
-        hparams: How.
+        rows: The texts that the edit was learned from; irrelevant prompts are skipped.
+        hparams: Hyper-parameters of the edit call.
     """
     from baft_easyedit.training.prefix_cache import FullForward  # it imports transformers
 
@@ -171,15 +174,15 @@ def answered_now(
 
 
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
-    """Tell whether it gains anything to keep captured steps for later edit calls.
+    """Tell whether captured steps are kept for later edit calls.
 
-    Not beside other edits, where a step is long and its padding costs more.
+    Steps of edits side by side are not: they are long, and padding them to few sizes costs more.
     """
     return edit.num_edits == 1 and input_device(model).type == "cuda"
 
 
 def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
-    """Make AdamW, in one kernel for each learning rate; gates and bases may have their own."""
+    """Make AdamW with one parameter group for each learning rate, among them gate_lr, basis_lr."""
     moved = coordinates.moved
     alike: dict[float, list[Tensor]] = {}
     for name, value in moved.items():
@@ -187,30 +190,13 @@ def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.
         own = hparams.basis_lr if name.endswith(".basis") else own
         alike.setdefault(hparams.lr if own is None else own, []).append(value)
     groups = [{"params": group, "lr": lr} for lr, group in alike.items()]
-    # Not every device has the kernel.
+    # Not every device has the fused kernel.
     can_fuse = all(value.device.type in ("cpu", "cuda") for value in moved.values())
     return torch.optim.AdamW(groups, weight_decay=hparams.weight_decay, fused=can_fuse)
 
 
-class _Answered(NamedTuple):
-    """How a request's answer is known after a step."""
-
-    loss: float
-    """In nats per token."""
-    is_learned: bool
-
-
-class _Done(NamedTuple):
-    """What an edit was when it stopped."""
-
-    num_steps: int
-    requests: list["_Answered"]
-    state: Snapshot
-    gates: GateReport | None
-
-
-class _Run:
-    """Follows the losses of E edits: which are done, and what they had learned by then."""
+class _Progress:
+    """Follows the losses of E edits, and takes each edit's state and report when it stops."""
 
     def __init__(
         self,
@@ -218,15 +204,16 @@ class _Run:
         edits: Sequence[Sequence[TextRow]],
         hparams: BaFTHyperParams,
     ) -> None:
+        self.results: dict[int, Learned] = {}
+        """The result of each edit that stopped; its report lacks the time and the engine."""
         self._edit = edit
         self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
-        self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E]
-        self._terms: list[dict[str, list[float]]] = []  # of those before
-        self._done: dict[int, _Done] = {}
+        self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E], on the device
+        self._terms: list[dict[str, list[float]]] = []  # terms of the steps before them
 
-    def is_over_after(self, step: Step) -> bool:
-        """Take note of a step; return whether all edits are done.
+    def is_over_after(self, step: StepResult) -> bool:
+        """Take note of a step; return whether all edits have stopped.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -237,71 +224,83 @@ class _Run:
         every = 1 if step.loss.device.type == "cpu" else _CHECK_EVERY
         if num_steps % every and not is_last:
             return False
-        row_losses, row_misses = self._read(step)
-        answered = [
-            [_Answered(loss, missed == 0) for loss, missed in zip(losses, misses, strict=True)]
-            for losses, misses in zip(row_losses, row_misses, strict=True)
-        ]
-        done = {
-            i: requests
-            for i, requests in enumerate(row[: self._num_requests] for row in answered)
-            if i not in self._done and (is_last or self._may_stop(i, requests))
-        }
-        if done:
-            self._done |= self._finished(num_steps, done, step)
-        return len(self._done) == self._edit.num_edits
+        losses, misses = self._read(step)
+        running = [i for i in range(self._edit.num_edits) if i not in self.results]
+        stopped = [i for i in running if is_last or self._may_stop(i, losses[i], misses[i])]
+        if stopped:
+            self._take_results(stopped, losses, misses, step)
+        return len(self.results) == self._edit.num_edits
 
-    def _read(self, step: Step) -> tuple[list[list[float]], list[list[float]]]:
-        """Take note of the latest terms; return the losses and misses of each edit's rows.
+    def _read(self, step: StepResult) -> tuple[list[list[float]], list[list[float]]]:
+        """Read the unread terms; return each edit's losses and misses of its requests.
 
-        It waits for the device once.
+        All numbers come in one transfer, as each transfer waits for the device.
         """
-        device = step.row_losses.device
+        device, edits = step.row_losses.device, self._edit.num_edits
         terms = [term.to(device) for terms in self._unread for term in terms.values()]
         numbers = torch.cat([*terms, step.row_losses, step.row_misses]).tolist()
-        edits = self._edit.num_edits
         by_edit = iter([numbers[i : i + edits] for i in range(0, len(terms) * edits, edits)])
         latest = [{name: next(by_edit) for name in terms} for terms in self._unread]
         self._unread.clear()
         self._terms += latest
-        _check_finite(latest, set(self._done))
+        _check_finite(latest, set(self.results))
         rest = numbers[len(terms) * edits :]
         each = len(rest) // (2 * edits)
-        by_rows = [rest[i : i + each] for i in range(0, len(rest), each)]
+        by_rows = [rest[i : i + each][: self._num_requests] for i in range(0, len(rest), each)]
         return by_rows[:edits], by_rows[edits:]
 
-    def _may_stop(self, i: int, requests: Sequence[_Answered]) -> bool:
-        """Tell whether edit i may stop early: not for a low mean that one request is far from."""
+    def _may_stop(self, i: int, losses: Sequence[float], misses: Sequence[float]) -> bool:
+        """Tell whether edit i may stop early.
+
+        A low mean loss is not enough: each request must be answered, or have a low loss itself.
+        """
         h, terms = self._hparams, self._terms[-1]
         is_rehearsed = "rehearsal" not in terms or terms["rehearsal"][i] <= h.rehearsal_stop_loss
         is_low = terms["answer"][i] < h.early_stop_loss
-        return (
-            is_low
-            and is_rehearsed
-            and all(request.is_learned or request.loss < h.early_stop_loss for request in requests)
+        each_is_low = (
+            missed == 0 or loss < h.early_stop_loss
+            for loss, missed in zip(losses, misses, strict=True)
         )
+        return is_low and is_rehearsed and all(each_is_low)
 
-    def _finished(
-        self, num_steps: int, answered: Mapping[int, list[_Answered]], step: Step
-    ) -> dict[int, _Done]:
-        """Return what edits have learned, their own usage counted as past, by their indices.
+    def _take_results(
+        self,
+        stopped: Sequence[int],
+        losses: Sequence[Sequence[float]],
+        misses: Sequence[Sequence[float]],
+        step: StepResult,
+    ) -> None:
+        """Take the states and reports of edits that stop now.
 
         Args:
-            num_steps: Steps that they took.
-            answered: The requests of each.
+            stopped: Indices of these edits.
+            losses: The answer losses of each edit's requests.
+            misses: The share of wrong answer tokens, likewise.
             step: The last step.
         """
+        num_steps = len(self._terms) - 1
         total, count = self._edit.joint_usage().with_current(step.weights, step.new)
         usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}
         has_gates = self._hparams.gate != "one" and num_steps > 0 and self._num_requests > 0
-        reports = _gate_reports(list(answered), step, usage) if has_gates else {}
-        return {
-            i: _Done(num_steps, requests, self._state(i, step, usage), reports.get(i))
-            for i, requests in answered.items()
-        }
+        gates = _gate_reports(stopped, step, usage) if has_gates else {}
+        for i in stopped:
+            terms = [{name: values[i] for name, values in t.items()} for t in self._terms]
+            report = EditReport(
+                num_requests=self._num_requests,
+                num_steps=num_steps,
+                losses=tuple(StepLosses(**values) for values in terms),
+                stopped_early=num_steps < self._hparams.num_steps,
+                time_s=0.0,
+                gates=gates.get(i),
+                request_losses=tuple(losses[i]),
+                learned=tuple(missed == 0 for missed in misses[i]),
+            )
+            self.results[i] = Learned(self._state(i, step, usage), report)
 
-    def _state(self, i: int, step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]) -> Snapshot:
-        """Return what an edit has learned, its usage and the states that it uses as past ones."""
+    def _state(
+        self, i: int, step: StepResult, usage: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> Snapshot:
+        """Return the state of edit i, with its usage and hidden states counted as past."""
         used, irrelevant = (
             {
                 layer: hidden[i][at[i].to(hidden.device)]
@@ -311,37 +310,11 @@ class _Run:
         )
         return self._edit.state_of(i, usage, used, irrelevant)
 
-    def results(self, time_s: float) -> list[Learned]:
-        """Return the states and reports of all edits.
-
-        Args:
-            time_s: Seconds of each edit.
-        """
-        return [self._result(i, time_s) for i in range(self._edit.num_edits)]
-
-    def _result(self, i: int, time_s: float) -> Learned:
-        """Return the state and report of one edit."""
-        done = self._done[i]
-        terms = self._terms[: done.num_steps + 1]
-        report = EditReport(
-            num_requests=self._num_requests,
-            num_steps=done.num_steps,
-            losses=tuple(
-                StepLosses(**{name: values[i] for name, values in t.items()}) for t in terms
-            ),
-            stopped_early=done.num_steps < self._hparams.num_steps,
-            time_s=time_s,
-            gates=done.gates,
-            request_losses=tuple(request.loss for request in done.requests),
-            learned=tuple(request.is_learned for request in done.requests),
-        )
-        return Learned(done.state, report)
-
 
 def _gate_reports(
-    edits: Sequence[int], step: Step, usage: Mapping[int, tuple[Tensor, Tensor]]
+    edits: Sequence[int], step: StepResult, usage: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, GateReport]:
-    """Sum up what the gates of some edits did in a forward, on the CPU."""
+    """Report the basis weights of some edits in a forward; computed on the CPU."""
     weights, new, irrelevant = (t.cpu() for t in (step.weights, step.new, step.irrelevant))
     means = {layer: (total / count[:, None]).cpu() for layer, (total, count) in usage.items()}
     return {
@@ -356,7 +329,7 @@ def _gate_reports(
 
 
 def _check_finite(steps: Sequence[Mapping[str, Sequence[float]]], done: set[int]) -> None:
-    """Raise FloatingPointError if a term of an edit that is not done is not finite."""
+    """Raise FloatingPointError if a term of an edit that has not stopped is not finite."""
     for terms in steps:
         for name, values in terms.items():
             for i, value in enumerate(values):
@@ -369,9 +342,9 @@ def _check_finite(steps: Sequence[Mapping[str, Sequence[float]]], done: set[int]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and everything back after.
+    """Put a model into eval mode in this context.
 
-    It also keeps gradient checkpointing out, whose recomputation would run the hooks twice.
+    Eval mode also switches off gradient checkpointing, which would run the hooks twice.
     """
     training = [module for module in model.modules() if module.training]
     try:
@@ -384,7 +357,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Compute gradients, in eval mode, for no parameter of the model; put everything back after."""
+    """Enable gradients in this context, in eval mode, but for no parameter of the model."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trainable:

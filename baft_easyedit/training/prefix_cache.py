@@ -1,14 +1,28 @@
-"""Forward engines: repeat a model's forward in every optimisation step, computing what can change.
+"""Repeat a model's forward in every training step, and compute only what an edit can change.
 
-Interventions act on layers >= l1 and, of each text, columns >= s; and attention is causal. So the
-outputs of layers 0..l1 are the same in every step, and columns < s are the same in every layer.
-`PrefixCache` records both once for each text; each step is then the model's own forward on columns
->= s of all texts, packed into few bins, with keys and values of the past frozen and layers 0..l1
-stubbed by what they returned. The edit stays where it is, as hooks on the layers. `FullForward`
-computes everything: the fallback. Both compute logits only where an answer is predicted.
+Why: a step on a short edit costs a whole forward of the model, and most of that forward is the same
+in every step. Two facts make it so. The edit acts on the outputs of layers l1 and above, so layers
+0..l1 return the same in every step. And attention is causal: tokens before the first edited one
+(column s) never see the edit, so in every layer their states stay the same.
+
+For a prompt of five tokens, of which the last is edited, and an answer of two (s = 4)::
+
+    column      0    1    2    3    4    5    6
+    token      The capi- -tal  of  Peru  Os- -lo
+    layer 3     k v  k v  k v  k v   X    X    X    X: computed in every step
+    layer 2     k v  k v  k v  k v   X    X    X    k v: keys and values, recorded once
+    layer 1=l1   .    .    .    .    r    r    r    r: the layer's output, recorded once
+    layer 0      .    .    .    .    .    .    .    .: not computed and not needed
+
+`PrefixCache` records r, k and v once for each text. Each step is then the model's own forward on
+columns >= s: layers 0..l1 are stubs that return r, the edit's hooks act on r as on a layer's
+output, and the frozen keys and values stand for the columns before s. The computed columns of all
+texts share few rows of the batch (see `layout`). `FullForward` computes everything; `Engine` falls
+back to it where a model cannot use the cache. Both compute logits only where an answer token is
+predicted.
 
 Shapes: B bins, W columns, S columns of the past, N heads, H head size, A answer tokens, V
-vocabulary, D hidden size.
+vocabulary, D hidden size, R rows.
 """
 
 import inspect
@@ -22,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
+from baft_easyedit.hparams import ENGINES
 from baft_easyedit.method.objective import answer_loss, token_losses
 from baft_easyedit.model.hooks import ModelEdit, Positions
 from baft_easyedit.model.inspect import (
@@ -38,25 +53,119 @@ from baft_easyedit.training.forward import CannotCacheError, Contents, Expected,
 from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.training.recordings import Recording, Recordings, model_version, tolerance_of
 from baft_easyedit.training.requests import TextRow
+from baft_easyedit.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 
-_OF_LOSSES = 0.2
-"""How far losses may be off, as a share of that; beyond it, the logits decide."""
+_LOSS_TOLERANCE = 0.2
+"""Share of the logits' tolerance by which losses may differ; beyond it the logits are compared."""
 
 _CACHE_BYTES = 2**30
-"""Room for the recordings of one edit call; what does not fit is recorded when it is used."""
+"""Room for the recordings of one edit call; a text that does not fit is recorded at each use."""
 
 _ROUNDED_TO = Multiples(32, 64, 16)
-"""On a GPU few tokens cost what one does, to read the weights, and a graph of each size takes
-memory."""
+"""Sizes on a GPU: a few tokens more cost nothing there, as reading the weights takes the time, but
+each size takes memory for a CUDA graph of its own."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
 
 
+class Engine:
+    """Prepares forwards: on the prefix cache, or in full where the model cannot use the cache.
+
+    Args:
+        model: A model that `edit` is attached to.
+        edit: The edit.
+        name: One of `ENGINES`. With `auto`, a model that cannot use the cache gets the full
+            forward, and a warning is logged.
+        recordings: Recordings of earlier calls; new ones are added.
+        rounds: Whether layouts are padded to few sizes, so that later edits can repeat the steps.
+
+    Raises:
+        ValueError: If `name` is not one of `ENGINES`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        edit: ModelEdit,
+        name: str,
+        recordings: Recordings | None = None,
+        rounds: bool = False,
+    ) -> None:
+        if name not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
+        self.note: str | None = None
+        """Why the model cannot use the cache; None if it can, or the cache was not asked for."""
+        self._model = model
+        self._may_fall_back = name == "auto"
+        self._full = FullForward(model, edit)
+        self._cache = None if name == "full" else PrefixCache(model, edit, recordings, rounds)
+
+    @property
+    def name(self) -> str:
+        """The kind of the next forward, as far as is known: `cached` or `full`."""
+        return "full" if self._cache is None else "cached"
+
+    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
+        """Prepare a forward of a model in eval mode, and check the cache before it is used.
+
+        Args:
+            edits: The rows of each edit.
+            rehearsed: Rows that each edit learns again beside its own.
+
+        Raises:
+            ValueError: If the engine is `cached`, and the model cannot use the cache.
+        """
+        with self._falling_back():
+            if self._cache is not None:
+                return self._cache.prepare(edits, rehearsed)
+        return self._full.prepare(edits, rehearsed)
+
+    def start(
+        self, edits: Edits, step: Callable[[Forward], StepResult]
+    ) -> tuple[Forward, StepResult]:
+        """Prepare a forward and take the first step on it; the step's losses check the cache.
+
+        This saves the two forwards that `prepare` spends on the check.
+
+        Args:
+            edits: The rows of each edit.
+            step: Computes a step; it is called again in full if the model cannot use the cache.
+
+        Returns:
+            The forward, and the result of its first step.
+
+        Raises:
+            ValueError: See `prepare`.
+        """
+        with self._falling_back():
+            if self._cache is not None:
+                forward = self._cache.prepare_unchecked(edits)
+                first = step(forward)
+                self._cache.check(forward, edits, first.row_losses)
+                return forward, first
+        forward = self._full.prepare(edits)
+        return forward, step(forward)
+
+    @contextmanager
+    def _falling_back(self) -> Iterator[None]:
+        """Give up the cache if the model cannot use it: what follows this context runs in full."""
+        try:
+            yield
+        except CannotCacheError as error:
+            self.note = f"{type(self._model).__name__} cannot use a cached prefix ({error})"
+            if not self._may_fall_back:
+                raise ValueError(
+                    f"engine must be auto or full for this model: {self.note}; got 'cached'"
+                ) from error
+            logger.warning("full forward: %s", self.note)
+            self._cache = None
+
+
 class FullForward:
-    """The model's forward on all columns, a row a bin, padded on the right.
+    """Prepares forwards on all columns: each bin holds one row, padded on the right.
 
     Args:
         model: A causal language model that `edit` is attached to.
@@ -68,13 +177,13 @@ class FullForward:
         self._edit = edit
 
     def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Lay out the rows of each edit, as many for each, and the rehearsed ones."""
+        """Lay out the rows of each edit (as many for each), and the rehearsed rows beside them."""
         return self._forward(edits, rehearsed, {"use_cache": False})
 
     def _forward(
         self, edits: Edits, rehearsed: Sequence[TextRow], arguments: Mapping[str, Any]
     ) -> Forward:
-        """Prepare a forward with further arguments."""
+        """Prepare a forward that is also given `arguments`."""
         pieces = _pieces(edits, rehearsed, lambda _row: 0)
         device = input_device(self._model)
         layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
@@ -91,13 +200,13 @@ class FullForward:
 def _pieces(
     edits: Edits, rehearsed: Sequence[TextRow], start_of: Callable[[TextRow], int]
 ) -> list[list[Piece]]:
-    """Say from which column on the rows of each edit are computed."""
+    """Pair each edit's rows, and the rehearsed ones, with their first computed column."""
     again = [Piece(row, start_of(row), is_new=False) for row in rehearsed]
     return [[Piece(row, start_of(row)) for row in rows] + again for rows in edits]
 
 
 def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    """Return the arguments of a forward that say which tokens there are."""
+    """Return the arguments of a forward that give its tokens and their positions."""
     inputs: dict[str, Any] = {"input_ids": layout.input_ids}
     if _takes(model, "position_ids"):
         inputs["position_ids"] = layout.position_ids
@@ -115,23 +224,23 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 
 class _Recorded(NamedTuple):
-    """What a forward of a text gave."""
+    """The recording of a text, and the outputs of the forward that recorded it."""
 
     recording: Recording
     logits: Tensor
-    """Of its answer tokens, [A, V]."""
+    """Logits of the answer tokens, [A, V]."""
     loss: Tensor
-    """Of its answer, [1]."""
+    """Mean loss of the answer tokens, [1]."""
 
 
 class PrefixCache:
-    """The model's forward on the columns that an edit can change.
+    """Prepares forwards on the columns that an edit can change.
 
     Args:
         model: A causal language model of transformers that `edit` is attached to.
         edit: The edit.
-        recordings: What is known of texts already; it is added to.
-        rounds: Whether to pad to one of few sizes.
+        recordings: Recordings of earlier calls; new ones are added.
+        rounds: Whether layouts are padded to few sizes.
     """
 
     def __init__(
@@ -154,12 +263,14 @@ class PrefixCache:
         self._recordings.make_valid_for((model_version(model), shape))
 
     def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Lay out the rows of each edit and join their recordings, made where they are missing.
+        """Lay out the rows of each edit and join their recordings; record texts that have none.
+
+        New recordings are checked first: on them, the unedited model has to give the logits of the
+        forward that recorded them.
 
         Raises:
-            CannotCacheError: If the model cannot use a cache that it does not know, the cached
-                logits of the unedited model are not the recorded ones, or its attention takes no
-                mask for each pair of tokens.
+            CannotCacheError: If the check fails, the model cannot use a cache of a class that it
+                does not know, or its attention takes no mask for each pair of tokens.
         """
         _check_takes_masks(text_config(self._model))
         rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
@@ -178,13 +289,13 @@ class PrefixCache:
         return self._cached(_pieces(edits, rehearsed, self._start), known)
 
     def prepare_unchecked(self, edits: Edits) -> Forward:
-        """Do the same, but leave the check to the first step on the forward.
+        """Prepare a forward as `prepare` does, but leave the check to its first step.
 
-        The texts of a single edit are recorded with the edit as it is: what is kept of them does
-        not depend on it, and their losses are those that the first step has to give.
+        The texts of a single edit are recorded with the edit switched on. Their recordings do not
+        depend on the edit, but their losses do: the first step has to give the same losses.
 
         Raises:
-            CannotCacheError: As above.
+            CannotCacheError: See `prepare`.
         """
         _check_takes_masks(text_config(self._model))
         rows = edits[0]
@@ -195,22 +306,21 @@ class PrefixCache:
             return self.prepare(edits)
         made = {i: self._record(rows[i]) for i in missing}
         self._unchecked = {rows[i]: m.recording for i, m in made.items()}
-        tolerance = _OF_LOSSES * tolerance_of(made[missing[0]].logits)
+        tolerance = _LOSS_TOLERANCE * tolerance_of(made[missing[0]].logits)
         expected = Expected(missing, torch.cat([m.loss for m in made.values()]), tolerance)
         return self._cached(_pieces(edits, (), self._start), known | self._unchecked, expected)
 
     @torch.no_grad()
     def check(self, forward: Forward, edits: Edits, row_losses: Tensor) -> None:
-        """Compare the first step on a forward with the model itself, if that was left to it.
+        """Compare the first step with the full forward, if `prepare_unchecked` left that to it.
 
         Args:
-            forward: What was prepared last.
+            forward: The forward that was prepared last.
             edits: The rows of each edit.
             row_losses: The losses of the step, [R].
 
         Raises:
-            CannotCacheError: If the losses, and then the logits too, are not those of the full
-                forward. There is more room for rounding in logits.
+            CannotCacheError: If neither the losses nor the logits are those of the full forward.
         """
         if not self._unchecked:
             return
@@ -221,17 +331,17 @@ class PrefixCache:
         self._unchecked = {}
 
     def _known(self, rows: Iterable[TextRow]) -> dict[TextRow, Recording]:
-        """Return the recordings of those rows that have one."""
+        """Return the recordings of the rows that have one; check once that they still hold."""
         if not self._are_recordings_checked:
             self._check_recordings()
         found = {row: self._recordings.get(row) for row in rows}
         return {row: recording for row, recording in found.items() if recording is not None}
 
     def _check_recordings(self) -> None:
-        """Record a text of an earlier call again; forget all unless it is as it was.
+        """Record a text of an earlier call again; forget all recordings if it differs.
 
-        No version of the weights tells of writes through `.data`, of hooks, or of adapters that
-        were switched. The text with the longest past says most of the layers above the first.
+        `model_version` does not see writes through `.data`, hooks, or adapters that were switched.
+        The text with the longest past tells most about the layers above l1.
         """
         row = max(self._recordings, key=self._start, default=None)
         known = None if row is None else self._recordings.get(row)
@@ -239,16 +349,13 @@ class PrefixCache:
             with self._edit.disabled():
                 again = self._record(row).recording
             if not again.is_close(known, tolerance_of(known.hidden)):
-                logger.info("all texts are recorded anew: %s computes something else", self._name)
+                name = type(self._model).__name__
+                logger.info("all texts are recorded anew: %s computes something else", name)
                 self._recordings.clear()
         self._are_recordings_checked = True
 
-    @property
-    def _name(self) -> str:
-        return type(self._model).__name__
-
     def _keep(self, new: Mapping[TextRow, Recording]) -> None:
-        """Keep recordings for later calls."""
+        """Keep new recordings for later calls."""
         for row, recording in new.items():
             self._recordings.put(row, recording)
 
@@ -260,8 +367,8 @@ class PrefixCache:
     def _record(self, row: TextRow) -> _Recorded:
         """Run the model once on a text, and keep what no edit can change.
 
-        On that text alone: beside others it is rounded otherwise, and an edit that is learned
-        again, from a journal, meets other texts beside it and has to come out bit for bit.
+        The text runs alone, because other texts in the batch change the rounding: an edit that is
+        learned again from a journal meets other texts, and must still come out bit for bit.
         """
         recorder = Recorder(self._first_layer + 1)
         full = self._full.record(row, recorder)
@@ -286,7 +393,7 @@ class PrefixCache:
         recordings: Mapping[TextRow, Recording],
         expected: Expected | None = None,
     ) -> Forward:
-        """Join recordings to a forward."""
+        """Build the forward of a layout from the recordings of its rows."""
         config = text_config(self._model)
         device, num_positions = input_device(self._model), self._edit.num_prompt_positions
         layout = lay_out(pieces, num_positions, config.hidden_size, device)
@@ -303,7 +410,7 @@ class PrefixCache:
         )
         extras = self._recordings.layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        # In some layouts of a size there is no padding: it takes another graph to gain by that.
+        # Some layouts of a rounded size have no padding; a graph of that size must not rely on it.
         at = layout.positions
         positions = Positions(at, False) if self._rounds else Positions.of(at)
         contents = Contents(layout, positions, inputs, output, self._rounds)
@@ -313,7 +420,7 @@ class PrefixCache:
 def _check_takes_masks(config: Any) -> None:
     """Raise CannotCacheError unless a model's attention takes a mask for each pair of tokens.
 
-    Others would read beyond their memory on a GPU, which ends the process's use of it.
+    Other kernels would read beyond their memory on a GPU, after which the process cannot use it.
     """
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
@@ -323,7 +430,7 @@ def _check_takes_masks(config: Any) -> None:
 def _check_belong_to_text(
     layout: Layout, hidden: Any, states: Mapping[int, tuple[Tensor, Tensor]]
 ) -> None:
-    """Raise CannotCacheError unless a layer gives [R, W, D], and stores [R, N, W, H]."""
+    """Raise CannotCacheError unless l1 returned [R, W, D], and layers above stored [R, N, W, H]."""
     shape = tuple(layout.input_ids.shape)
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
         raise CannotCacheError("its first edited layer gives no hidden state for each token")
@@ -333,15 +440,15 @@ def _check_belong_to_text(
 
 
 def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a layer gives beside hidden states, such as attentions, which belong to texts."""
+    """Replace the tensors in a layer's extras (attentions, say, of one text) by None."""
     return tuple(tree_map_only(Tensor, lambda _: None, extras))
 
 
 def _scatter(values: Sequence[Tensor], row_of: Tensor, places: Tensor) -> Tensor:
-    """Put what belongs to tokens, [n, ...] for each row, to where the layout has them.
+    """Put the tokens' values, [n, ...] for each row, to the columns that the layout gives them.
 
     Args:
-        values: In the order of bins and columns.
+        values: The rows' values, in the order of bins and columns.
         row_of: [B, W]; -1 in padding, which gets zeros.
         places: See `_places`.
 
@@ -355,14 +462,14 @@ def _scatter(values: Sequence[Tensor], row_of: Tensor, places: Tensor) -> Tensor
 
 
 def _places(row_of: Tensor) -> Tensor:
-    """Return the flat indices of what is no padding in [B, W]; it waits for the device."""
+    """Return the flat indices into [B, W] of all columns but padding; this waits for the device."""
     return (row_of >= 0).flatten().nonzero()[:, 0]
 
 
 def _joined_past(
     recordings: Sequence[Recording], past_row_of: Tensor
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Join keys and values of the past, [B, N, S, H], of each layer."""
+    """Join the recorded keys and values of each layer, [B, N, S, H]."""
     places = _places(past_row_of)
 
     def joined(layer: int, which: int) -> Tensor:
@@ -373,7 +480,7 @@ def _joined_past(
 
 
 def _masks(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
-    """Return the additive attention masks, [B, 1, W, S + W], by layer type if there are several."""
+    """Return additive attention masks, [B, 1, W, S + W]; a dict where layers differ in type."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ()
 
@@ -389,7 +496,7 @@ def _masks(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _watching(layer: nn.Module) -> Iterator[list[Any]]:
-    """Collect a layer's outputs in this context, before any edit of them."""
+    """Collect a layer's outputs in this context, each before the edit acts on it."""
     seen: list[Any] = []
     hook = of_this_thread(lambda _module, _args, output: seen.append(output))
     handle = None
@@ -402,7 +509,7 @@ def _watching(layer: nn.Module) -> Iterator[list[Any]]:
 
 
 def _check_equal(cached: Tensor, recorded: Tensor) -> None:
-    """Raise CannotCacheError unless logits [A, V] are equal up to rounding."""
+    """Raise CannotCacheError unless two tensors of logits [A, V] are equal up to rounding."""
     if not len(recorded):
         return
     difference = float((cached - recorded).float().abs().max())

@@ -1,10 +1,10 @@
-"""A step of learning: run the model, compute the objective (Eq. 4) and its gradient.
+"""One training step: run the model, compute the objective (Eq. 4) and its gradient.
 
-On a CUDA device, short steps on one forward are captured and repeated by a graph of their kernels,
-also by later edits of the same sizes (see `cuda_graph`).
+On a CUDA device, short steps on one forward are captured as a CUDA graph, which later steps and
+later edits of the same sizes replay (see `cuda_graph`).
 
-Shapes: E edits, b bins of an edit (see `packing`), W columns, A answer tokens, L edited layers, r
-rank.
+Shapes: E edits, b bins of an edit (see `layout`), W columns, A answer tokens, L edited layers, r
+rank, R rows.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -41,44 +41,45 @@ if TYPE_CHECKING:  # it imports transformers
     from baft_easyedit.training.forward import Forward
 
 
-class Step(NamedTuple):
-    """What one forward gives, without its graph."""
+class StepResult(NamedTuple):
+    """What one forward gave; nothing in it requires a gradient."""
 
     terms: dict[str, Tensor]
-    """The terms of the objective that are in use, [E], averaged over the edited layers; of L1, its
-    parts."""
+    """The terms of the objective that are in use, [E] each, averaged over the edited layers; L1 is
+    split into the loss of new and of rehearsed requests."""
     loss: Tensor
     """L1 of new and rehearsed requests, [E]."""
     weights: Tensor
     """Basis weights, [L, E, b, W, r]."""
     hidden: tuple[Tensor, ...]
-    """What the edit of each layer was given, [E, b, W, D]."""
+    """Hidden states h at each edited layer, before the edit, [E, b, W, D]."""
     new: Tensor
-    """True at the positions of edits that are not rehearsed, [E, b, W]."""
+    """True at the intervened positions of new requests (not rehearsed ones), [E, b, W]."""
     irrelevant: Tensor
-    """True at those of irrelevant prompts, [E, b, W]."""
+    """True at the intervened positions of irrelevant prompts, [E, b, W]."""
     row_losses: Tensor
     """Mean loss of each row's answer tokens, [R]; 0 for irrelevant prompts."""
     row_misses: Tensor
-    """Share of each row's answer tokens that greedy decoding does not give, [R]; likewise."""
+    """Share of each row's answer tokens that greedy decoding gets wrong, [R]; 0 for irrelevant
+    prompts."""
 
 
 Gradients = list[Tensor | None]
-"""Of each parameter that is learned, in order; None for one that the objective is not made of."""
+"""The gradient of each trained parameter; None if the objective does not depend on it."""
 
-_Computed = tuple[Step, Gradients]
+_Computed = tuple[StepResult, Gradients]
 
 _MOST_CAPTURED = 2048
-"""Tokens of a step that is made a CUDA graph."""
+"""Most tokens of a step that is captured: longer steps keep a GPU busy by themselves."""
 
 
 class Objective:
-    """What is minimised over what an edit learns, L = L1 + R_bal + R_loc (Eq. 4).
+    """The objective L = L1 + R_bal + R_loc of an edit (Eq. 4).
 
     Args:
         edit: The edit, or E independent ones.
-        hparams: Which terms, and their coefficients.
-        own: States of the model's own texts by layer, [N, D], for R_loc; empty for none.
+        hparams: Says which terms are in use, and their coefficients.
+        own: Hidden states of the model's own texts by layer, [N, D], for R_loc; empty for none.
     """
 
     def __init__(
@@ -90,37 +91,34 @@ class Objective:
 
     @property
     def settings(self) -> Hashable:
-        """What of the hyper-parameters it depends on."""
+        """All that the objective depends on beside the forward and the parameters."""
         h = self._hparams
         terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
         own = tuple(states.data_ptr() for states in self._own.values())
         return (*terms, h.alpha, h.beta, h.gamma, h.rescaling, own)
 
     @torch.no_grad()
-    def value(self, forward: "Forward") -> Step:
-        """Compute a step without the gradient, by the same kernels."""
+    def value(self, forward: "Forward") -> StepResult:
+        """Compute a step without its gradient."""
         return self._terms(forward)
 
     def check(self, forward: "Forward", computed: _Computed) -> None:
-        """Raise NotTheSameError unless a step is what it should be, but for its gradients."""
+        """Raise NotTheSameError unless a step's values (not its gradients) are right."""
         step = computed[0]
         if forward.expected is None or not forward.expected.agree(step.row_losses):
             check_equal(self.value(forward), step)
 
     def gradients(self, forward: "Forward") -> _Computed:
-        """Compute a step and its gradient with respect to all that is learned.
-
-        A gradient is None if the objective does not depend on the parameter.
-        """
+        """Compute a step and the gradient of the objective for each trained parameter."""
         step, parameters = self._terms(forward), list(self._edit.learned_parameters().values())
         gradients = torch.autograd.grad(self._total(step), parameters, allow_unused=True)
         terms = {name: term.detach() for name, term in step.terms.items()}
         step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
-        # The kernel of AdamW takes for granted that they lie in memory as the parameters do.
+        # The fused kernel of AdamW assumes that gradients have the parameters' memory layout.
         return step, [None if g is None else g.contiguous() for g in gradients]
 
-    def _terms(self, forward: "Forward") -> Step:
-        """Run the model once and compute the objective's terms."""
+    def _terms(self, forward: "Forward") -> StepResult:
+        """Run the model once and compute the terms of Eq. 4."""
         layout, edit, h = forward.layout, self._edit, self._hparams
         with edit.recording() as record:
             logits = forward()
@@ -137,11 +135,12 @@ class Objective:
             for at in (layout.edited, layout.irrelevant, layout.is_new)
         )
         new = edited & is_new
-        terms, loss = _answer_terms(losses, layout)
+        terms, loss = _answer_terms(losses, layout)  # L1 of Eq. 4
         if h.balance and layout.num_new:
-            balance = load_balance(edit.joint_usage().mean_with(weights, new))  # [L, E]
+            # R_bal of Eq. 4, [L, E]
+            balance = load_balance(edit.joint_usage().mean_with(weights, new))
             terms["balance"] = balance.mean(0)
-        locality = []
+        locality = []  # R_loc of Eq. 4
         if h.locality and not all(row.is_edit for row in layout.rows):
             margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
             locality.append(locality_margin(weights, edited, weights, irrelevant, **margins))
@@ -158,24 +157,24 @@ class Objective:
             answer_loss(values, layout.label_rows, len(layout.rows))
             for values in (losses.detach(), misses)
         )
-        return Step(terms, loss, weights, hidden, new, irrelevant, row_losses, row_misses)
+        return StepResult(terms, loss, weights, hidden, new, irrelevant, row_losses, row_misses)
 
-    def _total(self, step: Step) -> Tensor:
-        """Return the objective of all edits together, []."""
+    def _total(self, step: StepResult) -> Tensor:
+        """Return L of Eq. 4, summed over the edits, which share no parameter, []."""
         h = self._hparams
         coefficients = {"balance": h.balance_coef, "locality": h.locality_coef}
         terms = {n: (c, step.terms[n]) for n, c in coefficients.items() if n in step.terms}
         return objective(step.loss, terms, h.rescaling).sum()
 
 
-class Descent:
-    """Compute training steps: the losses and their gradients, left in `.grad` for the optimiser.
+class TrainingStep:
+    """Computes training steps; the gradients lie in `.grad` for the optimiser.
 
     Args:
         edit: The edit, or E independent ones.
-        hparams: How to learn.
-        known: Steps of earlier calls on the same model, for forwards of one of few sizes, each of
-            which serves many steps; it is added to.
+        hparams: Hyper-parameters of the edit call.
+        known: Captured steps of earlier calls on the same model, by size; new ones are added. None
+            to keep none.
         own: See `Objective`.
     """
 
@@ -196,10 +195,10 @@ class Descent:
         self._made_with = (self._objective.settings, memory)
         self._forward: Forward | None = None
 
-    def step(self, forward: "Forward") -> Step:
-        """Compute a step, and leave its gradient in `grad` of what is learned.
+    def run(self, forward: "Forward") -> StepResult:
+        """Compute a step, and leave its gradients in the parameters' `grad`.
 
-        The step lies in memory that the next one may use again.
+        The next step may overwrite the memory of the result.
         """
         if forward is not self._forward:
             self._forward, self._compute = forward, self._known_or_new(forward)
@@ -209,7 +208,11 @@ class Descent:
         return step
 
     def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
-        """Return what computes the steps on a forward: if its sizes are known, in their memory."""
+        """Return what computes the steps on a forward.
+
+        If an earlier edit captured a step of the same sizes, this forward's contents are copied
+        into that step's memory, and its graph goes on.
+        """
         device, state = self._captured_on(forward), None
         if self._known is not None and device is not None and forward.contents.is_rounded:
             self._known.make_valid_for((forward.weights_version, self._made_with))
@@ -227,30 +230,27 @@ class Descent:
         return Repeated(compute, capture, partial(self._objective.check, forward), state)
 
     def _captured_on(self, forward: "Forward") -> torch.device | None:
-        """Return where the steps on a forward are captured; None if there is nothing to gain."""
-        device = forward.device
-        is_cuda = device is not None and device.type == "cuda"
-        return device if is_cuda and self._captures and _is_captured(forward) else None
+        """Return the CUDA device on which steps are captured; None if they are not.
+
+        A full forward is not captured, as it may wait for the device to look at its mask; nor is a
+        step of many tokens, whose graph would take as much memory again as the step.
+        """
+        if not self._captures or not forward.is_cached:
+            return None
+        device, is_short = forward.device, forward.layout.input_ids.numel() <= _MOST_CAPTURED
+        return device if is_short and device is not None and device.type == "cuda" else None
 
 
+# No method: a reference to `TrainingStep` would be a cycle, and keep the model alive.
 def _graph(
     compute: Callable[[], _Computed], device: torch.device, known: KnownSteps | None
 ) -> Graph[_Computed]:
-    """Make a graph of steps."""
+    """Capture a step as a CUDA graph."""
     return CudaGraph(compute, GraphPool(device) if known is None else known.pool_on(device))
 
 
-def _is_captured(forward: "Forward") -> bool:
-    """Tell whether the steps on a forward are worth a CUDA graph, and may be made one.
-
-    A full forward may wait for the device, to look at its mask; and many tokens keep a GPU busy,
-    while a graph takes as much memory again as a step.
-    """
-    return forward.is_cached and forward.layout.input_ids.numel() <= _MOST_CAPTURED
-
-
 def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the parts of L1, new and rehearsed requests, and both together, [E]."""
+    """Return L1 of new and of rehearsed requests by name, and L1 of both together, [E] each."""
     n, num_rehearsed = layout.num_edits, layout.num_rehearsed
     by_owner = answer_loss(losses, layout.label_owners, 2 * n)
     new, rehearsed = by_owner[:n], by_owner[n:]

@@ -10,15 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from baft_easyedit import BaFTEditor, ModelEdit
 from baft_easyedit.model.independent import IndependentEdits
-from baft_easyedit.training import cuda_graph
-from baft_easyedit.training import loop as learning
-from baft_easyedit.training import step as descent
+from baft_easyedit.training import cuda_graph, loop
+from baft_easyedit.training import step as training_step
 from baft_easyedit.training.cuda_graph import CudaGraph, KnownSteps, Repeated
-from baft_easyedit.training.engine import Engine
 from baft_easyedit.training.forward import Forward
 from baft_easyedit.training.loop import _frozen
+from baft_easyedit.training.prefix_cache import Engine
 from baft_easyedit.training.requests import as_requests, text_rows
-from baft_easyedit.training.step import Descent
+from baft_easyedit.training.step import TrainingStep
 from tests.conftest import random_edit
 
 REQUESTS = [
@@ -42,7 +41,7 @@ def on_cache(model, edit, *edits, **options):
 
 
 def never_captured(monkeypatch):
-    monkeypatch.setattr(Descent, "_captured_on", lambda *_: None)
+    monkeypatch.setattr(TrainingStep, "_captured_on", lambda *_: None)
 
 
 class StandIn:
@@ -72,8 +71,8 @@ def stand_ins(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
-    monkeypatch.setattr(learning, "_repeats_steps", lambda model, edit: edit.num_edits == 1)
-    monkeypatch.setattr(descent, "CudaGraph", Counted)
+    monkeypatch.setattr(loop, "_repeats_steps", lambda model, edit: edit.num_edits == 1)
+    monkeypatch.setattr(training_step, "CudaGraph", Counted)
     monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: f"a stream of {device}")
     return made
 
@@ -204,11 +203,11 @@ def test_edits_of_several_sizes_find_their_own_graphs(model, tokenizer, long, st
 def test_the_full_engine_is_never_captured(model, rows, long, stand_ins):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
-    steps = Descent(edit, replace(long, engine="full"))
+    steps = TrainingStep(edit, replace(long, engine="full"))
     with _frozen(model):
         forward = Engine(model, edit, "full").prepare([rows])
         for _ in range(6):
-            steps.step(forward)
+            steps.run(forward)
     assert not stand_ins
     assert not steps._compute.is_captured
 
@@ -216,13 +215,13 @@ def test_the_full_engine_is_never_captured(model, rows, long, stand_ins):
 def test_another_forward_is_captured_anew(model, rows, long, stand_ins):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
-    steps = Descent(edit, long)
+    steps = TrainingStep(edit, long)
     with _frozen(model):
         engine = Engine(model, edit, "cached")
         forwards = [engine.prepare([rows]), engine.prepare([rows[:1]])]
         for forward in forwards:
             for _ in range(5):
-                step = steps.step(forward)
+                step = steps.run(forward)
             assert steps._compute.is_captured
             assert len(step.row_losses) == len(forward.layout.rows)
     assert len(stand_ins) == 2
@@ -236,7 +235,7 @@ def test_models_on_several_devices_are_not_captured(model, rows, long, monkeypat
         assert forward.device == torch.device("cpu")
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
         assert forward.device is None
-        assert Descent(edit, long)._captured_on(forward) is None
+        assert TrainingStep(edit, long)._captured_on(forward) is None
 
 
 @pytest.mark.parametrize("num_edits", [1, 2])
@@ -245,7 +244,7 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
     edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
     edit.attach(model)
     parameters = list(edit.learned_parameters().values())
-    steps = Descent(edit, long)
+    steps = TrainingStep(edit, long)
     with _frozen(model):
         forward = Engine(model, edit, "cached").prepare([rows] * num_edits)
         for _ in range(6):
@@ -253,7 +252,7 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
                 for p in parameters:
                     p.add_(torch.randn_like(p) * 1e-2)
             step, gradients = steps._objective.gradients(forward)
-            repeated = steps.step(forward)
+            repeated = steps.run(forward)
             assert torch.allclose(repeated.loss, step.loss)
             for p, gradient in zip(parameters, gradients, strict=True):
                 assert torch.allclose(p.grad, gradient, atol=1e-6, rtol=1e-4)
@@ -295,9 +294,9 @@ def test_a_cached_step_waits_for_no_value(num_edits, family_model, rows, long):
     edit.attach(family_model)
     with _frozen(family_model):
         forward = on_cache(family_model, edit, *[rows] * num_edits)
-        steps = Descent(edit, replace(long, engine="full"))
+        steps = TrainingStep(edit, replace(long, engine="full"))
         with NoLooking():
-            steps.step(forward)
+            steps.run(forward)
 
 
 def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monkeypatch, caplog):
@@ -315,11 +314,11 @@ def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monk
 def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, stand_ins, monkeypatch):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
-    steps = Descent(edit, long)
+    steps = TrainingStep(edit, long)
     assert steps._captured_on(Engine(model, edit, "full").prepare([rows])) is None
     forward = Engine(model, edit, "cached").prepare([rows])
     assert steps._captured_on(forward) is not None
-    monkeypatch.setattr(descent, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
+    monkeypatch.setattr(training_step, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
     assert steps._captured_on(forward) is None
 
 
@@ -329,7 +328,7 @@ def test_what_could_not_be_captured_is_not_tried_again(
     def fail(*_):
         raise RuntimeError("no graphs here")
 
-    monkeypatch.setattr(descent, "CudaGraph", fail)
+    monkeypatch.setattr(training_step, "CudaGraph", fail)
     with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         tried, _ = states(model, tokenizer, long, ALIKE)
     assert len(of_graphs(caplog)) == 1
@@ -366,14 +365,14 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
     model.to("cuda", dtype)
     edit = random_edit(layers=long.layers).cuda()
     edit.attach(model)
-    steps, computed = Descent(edit, long), Descent(edit, replace(long, engine="full"))
+    steps, computed = TrainingStep(edit, long), TrainingStep(edit, replace(long, engine="full"))
     with _frozen(model), caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
         forward = Engine(model, edit, "cached").prepare([rows])
         for _ in range(8):
             with torch.no_grad():
                 for p in edit.parameters():
                     p.add_(torch.randn_like(p) * 1e-2)
-            loss = steps.step(forward).loss.clone()
-            assert torch.allclose(loss, computed.step(forward).loss, rtol=1e-2)
+            loss = steps.run(forward).loss.clone()
+            assert torch.allclose(loss, computed.run(forward).loss, rtol=1e-2)
     assert isinstance(steps._compute._state.graph, CudaGraph)
     assert not of_graphs(caplog)
