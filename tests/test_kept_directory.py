@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, attach, attached_edit
+from baft_easyedit import editor as editor_module
 from baft_easyedit.cli import main
 from baft_easyedit.storage import directory as directory_module
 from baft_easyedit.storage import lock as lock_module
@@ -437,16 +438,6 @@ def test_second_process_is_refused_and_told_who_is_there(opened, kept):
         other.kill()
     opened(hparams=None).edit(fact(0))
     with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} has it"):
-        opened(hparams=None)
-
-
-def test_new_directory_needs_hparams(opened, kept):
-    with pytest.raises(ValueError, match=r"begin an edit in .*, for nothing was begun there; go"):
-        opened(hparams=None)
-    assert not kept.exists()
-    kept.mkdir()
-    (kept / "journal.jsonl").touch()
-    with pytest.raises(ValueError, match="hparams must be given to begin an edit in"):
         opened(hparams=None)
 
 
