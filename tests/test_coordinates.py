@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baft_easyedit import BaFTEditor, ModelEdit, attach
+from baft_easyedit import BaFTEditor, ModelEdit
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import orthonormal_rows
-from baft_easyedit.method.whitening import Whitening, principal_rows
+from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import CACHE_NAMES
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
@@ -45,18 +45,6 @@ def known_edit(parametrisation, gate="rms-sigmoid", seed=1):
     return edit
 
 
-def test_principal_rows_keep_what_is_longest():
-    rows = torch.randn(7, 3) @ torch.randn(3, D)
-    kept = principal_rows(rows, 5)
-    assert kept.shape == (5, D)
-    assert torch.allclose(kept.mT @ kept, rows.mT @ rows, atol=1e-3)
-    products = kept @ kept.mT
-    assert torch.allclose(products, products.diag().diag(), atol=1e-3)
-    assert products.diag().diff().max() < 1e-3  # the longest first
-    many = torch.randn(3 * D, D)
-    assert torch.allclose(principal_rows(many, D).square().sum(), many.square().sum(), rtol=1e-4)
-
-
 def test_whitened_states_are_alike_in_all_directions():
     states = skewed_states()
     whitening = measured(states)
@@ -81,22 +69,6 @@ def test_pulling_a_gradient_back_is_the_adjoint_of_folding():
     whitening, rows, gradient = measured(skewed_states()), torch.randn(4, D), torch.randn(4, D)
     one = (whitening.folded(rows) * gradient).sum()
     assert torch.allclose(one, (rows * whitening.pulled(gradient)).sum(), rtol=1e-4)
-
-
-def test_statistics_are_of_constant_size():
-    whitening = Whitening(600)
-    whitening.measure(torch.randn(700, 600))
-    assert whitening.root.shape == (256, 600)
-    whitening.forget()
-    assert not whitening.is_known
-
-
-def test_dimensions_that_never_change_are_not_blown_up():
-    states = skewed_states()
-    states[:, 4] = 1.0
-    whitening = measured(states)
-    assert all(torch.isfinite(value).all() for value in whitening.buffers())
-    assert torch.isfinite(whitening.whitened(states + 1)).all()
 
 
 def test_states_that_are_not_finite_are_refused_and_nothing_stays(model, tokenizer, hparams):
@@ -152,29 +124,6 @@ def test_gradients_and_edit_are_those_of_the_function_of_what_is_moved(parametri
         ), name
 
 
-@pytest.mark.parametrize("parametrisation", ["direct", "whitened"])
-def test_an_edit_follows_what_is_moved(parametrisation):
-    edit, hidden = known_edit(parametrisation), skewed_states(5)
-    coordinates, start = Coordinates(edit), edit.snapshot()
-    with torch.no_grad():
-        for value in coordinates.moved.values():
-            value.add_(0.01 * torch.randn(value.shape))
-    coordinates.follow()
-    for layer in edit.layers:
-        prefix, intervention = f"_interventions.{layer}.", edit.intervention(layer)
-        assert torch.allclose(intervention.basis @ intervention.basis.mT, torch.eye(4), atol=1e-5)
-        moved, bias = (coordinates.moved[f"{prefix}{n}"] for n in ("difference", "source_bias"))
-        if parametrisation == "direct":
-            expected = hidden @ (moved - intervention.basis).mT + bias
-        else:
-            before = hidden @ start[f"{prefix}difference"].mT
-            expected = before + edit.whitening(layer).whitened(hidden) @ moved.mT + bias
-        found = intervention.step(hidden)
-        assert torch.allclose(
-            found, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max())
-        )
-
-
 def test_whitened_coordinates_of_nothing_moved_are_the_edit_bit_for_bit():
     edit = known_edit("whitened")
     before = edit.snapshot()
@@ -218,41 +167,6 @@ def test_the_logits_of_bases_are_moved_in_whitened_coordinates(gate):
     assert torch.allclose(found, whitening.whitened(states) @ rows.mT + 0.5, rtol=1e-2, atol=1e-2)
     assert torch.allclose(moved[4:], torch.full_like(moved[4:], 0.01), atol=1e-6)
     assert torch.allclose(constant[4:], torch.full_like(constant[4:], 0.5), atol=1e-6)
-
-
-@pytest.mark.parametrize("gate", ["rms-sigmoid", "basis-subspace"])
-def test_a_gate_without_constants_is_moved_as_it_stands(gate):
-    edit = known_edit("whitened", gate)
-    coordinates, before = Coordinates(edit), edit.snapshot()
-    name = "_interventions.1.gate.weight"
-    with torch.no_grad():
-        coordinates.moved[name].add_(0.01)
-    coordinates.follow()
-    change = edit.snapshot()[name] - before[name]
-    assert torch.allclose(change, torch.full_like(change, 0.01), atol=1e-6)
-
-
-@pytest.mark.parametrize("gate", ["sigmoid", "basis-subspace-bias"])
-def test_gradients_of_a_gate_are_those_of_what_is_moved(gate):
-    """Against differences of the loss."""
-    edit, (hidden, target) = known_edit("whitened", gate), torch.randn(2, 6, D)
-    edit.whitening(2).measure(torch.randn(4000, D) + 1)
-    coordinates = Coordinates(edit)
-    loss_of(edit, hidden, target).backward()
-    coordinates.pull_back()
-    for name in ("weight", "bias"):
-        moved = coordinates.moved[f"_interventions.2.gate.{name}"]
-        uphill, losses = moved.grad.sign(), []
-        for step in (1e-3, -2e-3):
-            with torch.no_grad():
-                moved += step * uphill
-            coordinates.follow()
-            losses.append(loss_of(edit, hidden, target).item())
-        expected = (losses[0] - losses[1]) / 2e-3
-        assert float(moved.grad.abs().sum()) == pytest.approx(expected, rel=0.05)
-        with torch.no_grad():
-            moved += 1e-3 * uphill
-        coordinates.follow()
 
 
 def test_bases_have_a_learning_rate_of_their_own(model, tokenizer, hparams, request_dict):
@@ -358,60 +272,6 @@ def logits(model):
     return model(torch.tensor([[256, 84, 104, 101, 32, 99]])).logits
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "rms-sigmoid", "one"])
-@pytest.mark.parametrize("rehearsal", [0, 1])
-def test_whitened_edits_are_undone_bit_for_bit(gate, rehearsal, model, tokenizer, hparams):
-    hparams = replace(hparams, **WHITENED | {"gate": gate}, num_steps=3, rehearsal=rehearsal)
-    editor = BaFTEditor(model, tokenizer, hparams)
-    seen = []
-    for k in range(4):
-        seen.append((logits(model), editor.model_edit.snapshot()))
-        editor.edit({"prompt": f"Fact {k} is", "target_new": "no", "loc_prompt": "Ice is cold"})
-        assert not torch.equal(logits(model), seen[-1][0])
-    for before, state in reversed(seen):
-        editor.undo()
-        assert torch.equal(logits(model), before)
-        now = editor.model_edit.snapshot()
-        assert all(torch.equal(now[name], state[name]) for name in state)
-
-
-def test_a_whitened_edit_that_is_kept_is_learned_again_bit_for_bit(tokenizer, hparams, tmp_path):
-    hparams = replace(hparams, **WHITENED, num_steps=3)
-    with BaFTEditor.open(
-        make_model(), tokenizer, tmp_path / "edit", hparams, checkpoint_every=100
-    ) as editor:
-        for k in range(4):
-            editor.edit({"prompt": f"Fact {k} is", "target_new": "no"})
-            if k == 1:
-                expected = logits(editor.model)
-    model = make_model()
-    with BaFTEditor.open(model, tokenizer, tmp_path / "edit", undo_depth=1) as editor:
-        editor.rollback(to=2)
-        assert torch.equal(logits(model), expected)
-        editor.edit({"prompt": "Fact 9 is", "target_new": "no"})
-    other = make_model()
-    attach(other, tmp_path / "edit")
-    assert torch.equal(logits(other), logits(model))
-
-
-def test_learning_apart_leaves_a_kept_edit_as_it_is(model, tokenizer, hparams, tmp_path):
-    hparams, request = (
-        replace(hparams, **WHITENED, num_steps=3),
-        {"prompt": "A is", "target_new": "b"},
-    )
-    with BaFTEditor.open(model, tokenizer, tmp_path / "edit", hparams) as editor:
-        before = editor.model_edit.snapshot()
-        (learned,) = editor.learn_apart([request])
-        now = editor.model_edit.snapshot()
-        assert all(torch.equal(now[name], before[name]) for name in before)
-        editor.install(learned, request)
-        editor.edit({"prompt": "C is", "target_new": "d"})
-    alone = BaFTEditor(make_model(), tokenizer, hparams)
-    alone.edit(request)
-    for name, value in alone.model_edit.snapshot().items():
-        assert torch.allclose(learned.state[name], value, rtol=1e-3, atol=1e-3), name
-
-
 def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
     weights = []
     for sees in (False, True):
@@ -423,25 +283,6 @@ def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
         states = own_states(model).of(model, [3])[3]
         weights.append(editor.model_edit.gate_weights(3, states).mean().item())
     assert weights[1] < weights[0] - 0.01
-
-
-@pytest.mark.parametrize("engine", ["cached", "full"])
-def test_whitened_edits_are_the_same_by_every_engine(engine, model, tokenizer, hparams):
-    hparams = replace(hparams, **WHITENED, num_steps=5, engine=engine)
-    report = BaFTEditor(model, tokenizer, hparams).edit(
-        {"prompt": "The capital of France is", "target_new": "Rome"}
-    )
-    assert report.engine == engine
-    full = BaFTEditor(make_model(), tokenizer, replace(hparams, engine="full")).edit(
-        {"prompt": "The capital of France is", "target_new": "Rome"}
-    )
-    assert report.final_loss == pytest.approx(full.final_loss, rel=1e-3)
-
-
-def test_an_edit_that_starts_afresh_has_no_statistics():
-    edit = known_edit("whitened")
-    edit.start_afresh()
-    assert not edit.whitening(1).is_known
 
 
 FORMS = [("direct", "rms-sigmoid"), ("direct", "basis-subspace-bias")]

@@ -1,11 +1,8 @@
 """When a computation is done as it is, when by its graph, and which graphs are kept."""
 
-import gc
 import logging
-import pickle
 import warnings
 from contextlib import nullcontext
-from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +15,6 @@ from baft_easyedit.training.cuda_graph import (
     GraphPool,
     KnownStep,
     KnownSteps,
-    NotTheSameError,
     Repeated,
     check_equal,
 )
@@ -53,23 +49,6 @@ def test_the_first_calls_are_computed_then_one_graph_serves():
         assert torch.equal(repeated()["x"], X * 2)
     assert repeated.is_captured
     assert (compute.count, graph.count) == (3, 8)  # in the third call both, to compare
-
-
-def test_what_was_computed_for_the_graph_is_not_computed_again():
-    compute, graph = Counted(lambda: X), Counted(lambda: X)
-    graph.result = X * 1
-    repeated = Repeated(compute, lambda: graph, unchecked)
-    assert [repeated() is graph.result for _ in range(4)] == [False, True, False, False]
-    assert (compute.count, graph.count) == (2, 2)
-
-
-def test_what_is_not_to_be_captured_is_computed():
-    compute = Counted(lambda: X)
-    repeated = Repeated(compute, None, unchecked)
-    for _ in range(10):
-        repeated()
-    assert compute.count == 10
-    assert not repeated.is_captured
 
 
 def raising(error):
@@ -117,15 +96,6 @@ def test_other_errors_are_no_reason_to_give_up(error):
             called_twice(repeated)
 
 
-def test_integers_and_empty_tensors_are_compared_too(caplog):
-    results = (torch.tensor([1]), torch.empty(0), None)
-    repeated = Repeated(lambda: results, lambda: Counted(lambda: results), unchecked)
-    for _ in range(5):
-        repeated()
-    assert repeated.is_captured
-    assert not caplog.messages
-
-
 def captured(graph, check):
     """A repeated computation that runs its graph by now."""
     compute, state = Counted(lambda: (X * 2, X)), Capture()
@@ -133,19 +103,6 @@ def captured(graph, check):
     for _ in range(4):
         repeated()
     return repeated, compute, state
-
-
-def test_a_graph_on_new_contents_is_checked_for_less():
-    checked, graph = [], Counted(lambda: (X * 2, X))
-    repeated, compute, state = captured(graph, checked.append)
-    for n in (1, 2):
-        state.renew()
-        for _ in range(3):
-            repeated()
-        assert len(checked) == n
-    assert torch.equal(checked[1][0], X * 2)
-    assert compute.count == 3
-    assert graph.count == 2 + 6
 
 
 @pytest.mark.parametrize(
@@ -163,11 +120,6 @@ def test_a_graph_that_is_off_on_new_contents_is_not_used(check, reason, caplog):
     assert reason in caplog.text
     assert compute.count == 4
     assert state.has_failed
-
-
-def test_results_of_other_sizes_are_not_the_same():
-    with pytest.raises(NotTheSameError, match="it has 1 values instead of 2"):
-        check_equal([X, X], [X])
 
 
 def test_masks_are_compared_too(caplog):
@@ -246,41 +198,8 @@ def test_after_a_capture_that_failed_no_other_is_tried(pool, modes, monkeypatch)
         CudaGraph(lambda: X, pool)
 
 
-def test_memory_goes_with_the_last_graph(pool, monkeypatch):
-    handles = iter("ab")
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-    graphs = [Counted(None), Counted(None)]
-    assert [pool.handle_for(graph) for graph in graphs] == ["a", "a"]
-    del graphs[0]
-    assert pool.handle_for(graphs[0]) == "a"
-    graphs.clear()
-    gc.collect()
-    assert pool.handle_for(Counted(None)) == "b"
-
-
-def test_what_is_not_captured_yet_goes_on():
-    compute, graph, state = Counted(lambda: X), Counted(lambda: X), Capture()
-    repeated = Repeated(compute, lambda: graph, unchecked, state)
-    repeated()
-    state.renew()
-    for _ in range(3):
-        repeated()
-    assert (compute.count, graph.count) == (3, 2)
-
-
 def step(mib=0):
     return KnownStep(SimpleNamespace(num_bytes=mib * MIB), Capture())
-
-
-def test_steps_are_known_by_their_sizes():
-    known, kept = KnownSteps(), step()
-    assert known.get(3) is None
-    known.put(3, kept)
-    assert known.get(3) is kept
-    other = step()
-    known.put(3, other)
-    assert known.get(3) is other
-    assert len(known) == 1
 
 
 def test_another_model_or_edit_makes_forget():
@@ -311,27 +230,6 @@ def test_memory_is_bounded():
     assert [known.get(sizes) is None for sizes in range(3)] == [True, False, False]
     known.put(4, step(2000))
     assert len(known) == 0
-
-
-def test_copies_and_files_know_nothing():
-    known = KnownSteps()
-    known.make_valid_for("model")
-    known.put(3, step())
-    for other in (deepcopy(known), pickle.loads(pickle.dumps(known))):
-        assert isinstance(other, KnownSteps)
-        assert len(other) == 0
-
-
-def test_graphs_of_a_device_share_one_pool(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "_capture_stream", str)
-    known = KnownSteps()
-    pool = known.pool_on(0)
-    assert known.pool_on(0) is pool
-    assert known.pool_on(1) is not pool
-    assert known.pool_on(1).stream == "1"
-    pool = known.pool_on(1)
-    known.make_valid_for("other weights")
-    assert known.pool_on(1) is not pool
 
 
 @pytest.mark.gpu

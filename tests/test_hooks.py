@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from baft_easyedit import ModelEdit, attached_edit
+from baft_easyedit import attached_edit
 from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
-from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
+from tests.conftest import LAYERS, make_model, random_edit
 
 IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -126,29 +126,6 @@ def test_cached_generation_equals_uncached(family_model, options):
         assert not torch.equal(family_model.generate(**inputs, **kwargs), cached)
 
 
-def test_generation_with_a_static_cache_equals_the_dynamic_one(model):
-    edit = random_edit()
-    edit.attach(model)
-    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    inputs = pad(IDS, 2, "left")
-    inputs.pop("position_ids")
-    dynamic = model.generate(**inputs, **kwargs)
-    static = model.generate(**inputs, cache_implementation="static", disable_compile=True, **kwargs)
-    assert torch.equal(static, dynamic)
-
-
-def test_batched_generation_equals_one_by_one(model):
-    edit = random_edit()
-    edit.attach(model)
-    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    short = IDS[:1, 4:]
-    mask = torch.ones_like(IDS)
-    mask[0, :4] = 0
-    batch = model.generate(input_ids=IDS, attention_mask=mask, **kwargs)
-    assert torch.equal(batch[0, 9:], model.generate(input_ids=short, **kwargs)[0, 5:])
-    assert torch.equal(batch[1:], model.generate(input_ids=IDS[1:], **kwargs))
-
-
 def test_teacher_forced_argmax_is_the_greedy_generation(family_model):
     edit = random_edit()
     edit.attach(family_model)
@@ -215,39 +192,6 @@ def test_attached_edit_is_found_inside_a_wrapper(model):
     assert attached_edit(nn.ModuleDict({"base": model})) is edit
 
 
-def test_recording_keeps_weights_by_layer_and_ends_with_its_context(model):
-    edit = random_edit()
-    edit.attach(model)
-    with edit.recording() as record:
-        logits(model)
-    assert sorted(record.weights) == [1, 2]
-    assert record.weights_of(slice(0, 1))[2].shape == (3, 4)
-    weights = record.weights[1]
-    logits(model)
-    assert record.weights[1] is weights
-
-
-def test_contexts_end_when_an_exception_passes(model):
-    edit = random_edit()
-    edit.attach(model)
-    expected = logits(model)
-    with pytest.raises(KeyError), edit.disabled(), edit.prompt_lengths([1]), edit.recording():
-        raise KeyError
-    assert torch.equal(logits(model), expected)
-
-
-def test_snapshot_restores_every_value_bit_for_bit():
-    edit = random_edit()
-    snapshot = edit.snapshot()
-    values = {name: value.clone() for name, value in edit.state_dict().items()}
-    edit.usage(1).total += 2
-    with torch.no_grad():
-        for p in edit.parameters():
-            p.mul_(2)
-    edit.restore(snapshot)
-    assert all(torch.equal(edit.state_dict()[name], value) for name, value in values.items())
-
-
 def test_attaching_twice_is_refused(model):
     edit = random_edit()
     edit.attach(model)
@@ -285,7 +229,3 @@ def test_output_that_does_not_fit_the_call_is_an_error(model):
     )
     with pytest.raises(RuntimeError, match=r"layer 1 returned hidden states of shape \(2, 8, 32\)"):
         logits(model)
-
-
-def test_layers_of_an_edit_are_listed_in_order():
-    assert ModelEdit(HIDDEN, [3, 1], 2, "one", 3).layers == (3, 1)

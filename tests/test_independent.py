@@ -9,7 +9,7 @@ from baft_easyedit import BaFTEditor
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.training import learner
-from tests.conftest import HIDDEN, make_model, random_edit
+from tests.conftest import make_model, random_edit
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -75,19 +75,6 @@ def test_edits_stop_each_at_its_own_step(engine, model, tokenizer, hparams):
     alone = one_by_one(model, tokenizer, hparams)
     assert len({report.num_steps for report, _ in alone}) > 1
     assert_same(BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS), alone)
-
-
-def test_edits_go_on_from_what_is_learned(tokenizer, hparams):
-    hparams = replace(hparams, num_steps=5)
-    earlier = {"prompt": "Snow is", "target_new": "red"}
-    alone = one_by_one(make_model(), tokenizer, hparams, earlier=earlier)
-    model = make_model()
-    editor = BaFTEditor(model, tokenizer, hparams)
-    editor.edit(earlier)
-    before = logits(model, tokenizer)
-    assert_same(editor.learn_apart(REQUESTS, batch_size=2), alone)
-    assert torch.equal(logits(model, tokenizer), before)
-    assert editor.is_attached
 
 
 def test_what_is_learned_can_be_installed_and_undone(model, tokenizer, hparams):
@@ -156,18 +143,3 @@ def test_bad_numbers_are_refused(model, tokenizer, hparams):
         BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS, batch_size=0)
     with pytest.raises(ValueError, match="num_edits must be at least 1; got 0"):
         IndependentEdits(random_edit(), 0)
-
-
-def test_rows_are_edited_with_the_parameters_of_their_edit():
-    start = random_edit(layers=(1,))
-    edits = IndependentEdits(start, 3)
-    with torch.no_grad():
-        for value in edits.learned_parameters().values():
-            value[1] += 0.1
-    hidden = torch.randn(6, 5, HIDDEN)
-    edited, weights = edits._intervene(1, hidden)
-    expected, expected_weights = start.intervention(1)(hidden)
-    unchanged = [0, 1, 4, 5]
-    assert torch.allclose(edited[unchanged], expected[unchanged], atol=1e-5)
-    assert torch.allclose(weights[unchanged], expected_weights[unchanged], atol=1e-5)
-    assert not torch.allclose(edited[2:4], expected[2:4], atol=1e-2)

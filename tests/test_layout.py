@@ -58,11 +58,6 @@ def test_a_token_sees_its_own_past_only(window):
         assert sorted(columns[b][seen[b, column]].tolist()) == list(range(first, at + 1))
 
 
-def test_padding_sees_padding_so_that_no_softmax_is_empty():
-    layout = lay_out([pieces(LONG, SHORT)], 3, None, "cpu")
-    assert layout.attention().any(-1).all()
-
-
 def test_edits_get_as_many_bins_each():
     edits = [pieces(LONG, IRRELEVANT), pieces(SHORT, IRRELEVANT), pieces(SHORT, SHORT)]
     layout = lay_out(edits, 3, HIDDEN, "cpu")
@@ -129,9 +124,3 @@ def test_rounding_adds_nothing_but_padding(to):
     assert (wide.label_rows[num_answers:] == 3).all()
     assert (wide.label_owners[num_answers:] == 2).all()
     assert wide.attention().any(-1).all()
-
-
-def test_texts_without_answers_stay_without():
-    layout = rounded(lay_out([pieces(IRRELEVANT)], 3, HIDDEN, "cpu"), MULTIPLES)
-    assert len(layout.labels) == 0
-    assert layout.past_row_of.shape[1] == 0

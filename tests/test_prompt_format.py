@@ -63,11 +63,6 @@ def test_what_a_tokenizer_puts_behind_a_text_is_left_out(own_tokenizer, single, 
     assert tokenizer.decode(PromptFormat().whole_ids("a", "b", tokenizer)) == expected
 
 
-def test_an_end_that_is_in_the_text_stays(own_tokenizer):
-    tokenizer = ending(own_tokenizer, "<s> $A </s>")
-    assert token_ids("a</s>", tokenizer) == (256, *tokenizer("a").input_ids[1:-1], 257)
-
-
 def test_chat_template_brings_its_own_special_tokens_and_is_given_what_is_set(own_tokenizer):
     own_tokenizer.chat_template = CHAT
     form = PromptFormat(True, {"mood": "glad"})

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams
-from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
 from baft_easyedit.training.requests import EditRequest, TextRow
 from tests.conftest import make_model
@@ -50,11 +49,6 @@ def rehearsing(hparams):
 
 
 # ---- the memory
-
-
-def test_nothing_is_remembered_without_rehearsal(hparams):
-    memory = memory_of(hparams, 3)
-    assert (len(memory), memory.num_seen) == (0, 3)
 
 
 def test_a_later_edit_of_a_prompt_replaces_the_earlier_one(rehearsing):
@@ -189,28 +183,6 @@ def test_an_early_stop_waits_for_rehearsed_edits(tokenizer, hparams):
     assert steps[0] < steps[1]
 
 
-@pytest.mark.parametrize("changes", [{"engine": "full"}, {"rehearsal_cache_mib": 0}])
-def test_neither_engine_nor_cache_changes_what_is_learned(tokenizer, rehearsing, changes):
-    losses = []
-    for hparams in (rehearsing, replace(rehearsing, **changes)):
-        editor = BaFTEditor(make_model(), tokenizer, replace(hparams, num_steps=4))
-        for fact in FACTS:
-            report = editor.edit(fact)
-        losses.append([step.rehearsal for step in report.losses])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-
-
-def test_recordings_outlive_an_edit_call(model, tokenizer, rehearsing):
-    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
-    for fact in FACTS:
-        editor.edit(fact)
-    recordings = editor.model_edit.caches[Recordings]
-    assert len(recordings) == 6  # three edits, three irrelevant prompts
-    assert recordings.num_bytes > 0
-    BaFTEditor(model, tokenizer, editor.hparams).edit(FACTS[0])
-    assert editor.model_edit.caches[Recordings] is recordings
-
-
 def test_rehearsed_edits_are_not_used_again_for_balance(tokenizer, rehearsing):
     editor = BaFTEditor(make_model(), tokenizer, replace(rehearsing, num_steps=2))
     counts = []
@@ -229,37 +201,6 @@ def test_undo_takes_back_what_is_remembered(tokenizer, rehearsing):
     for state in reversed(states):
         editor.undo()
         assert editor.model_edit.memory.state() == state
-
-
-def test_a_failed_edit_leaves_the_memory_as_it_was(model, tokenizer, rehearsing, monkeypatch):
-    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
-    editor.edit(FACTS[0])
-    before = editor.model_edit.memory.state()
-    monkeypatch.setattr(RehearsalMemory, "remember", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        editor.edit(FACTS[1])
-    assert editor.model_edit.memory.state() == before
-
-
-def test_a_batch_is_remembered_one_by_one(model, tokenizer, rehearsing):
-    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=2))
-    editor.edit(FACTS)
-    assert [past.prompt for past in editor.model_edit.memory] == [fact["prompt"] for fact in FACTS]
-
-
-def test_edits_apart_rehearse_too_and_leave_no_trace(model, tokenizer, rehearsing):
-    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=3))
-    editor.edit(FACTS[0])
-    before = editor.model_edit.memory.state()
-    apart = editor.learn_apart(FACTS[1:])
-    assert editor.model_edit.memory.state() == before
-    for learned, fact in zip(apart, FACTS[1:], strict=True):
-        assert learned.report.losses[0].rehearsal is not None
-        alone = editor.edit(fact)
-        editor.undo()
-        assert learned.report.final_loss == pytest.approx(alone.final_loss, abs=1e-3)
-    editor.install(apart[0], FACTS[1])
-    assert len(editor.model_edit.memory) == 2
 
 
 # ---- consolidation
@@ -294,21 +235,6 @@ def test_what_cannot_be_consolidated_is_refused(model, tokenizer, hparams):
     editor.edit(FACTS[0])
     with pytest.raises(ValueError, match="no edit to consolidate: set rehearsal"):
         editor.consolidate()
-
-
-def test_rows_of_forgotten_edits_are_forgotten(model, tokenizer, rehearsing):
-    limited = replace(rehearsing, num_steps=1, rehearsal_memory=2)
-    editor = BaFTEditor(model, tokenizer, limited)
-    memory = editor.model_edit.memory
-    for i in range(6):
-        editor.edit({"prompt": f"prompt {i}", "target_new": "x"})
-        assert memory.tokenised.keys() <= {past.prompt for past in memory}
-    assert memory.tokenised
-    editor.undo()
-    assert memory.tokenised.keys() <= {past.prompt for past in memory}
-    for _ in range(5):
-        editor.undo()
-    assert not memory.tokenised
 
 
 def test_rows_follow_the_settings_of_now(model, tokenizer, rehearsing):

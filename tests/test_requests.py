@@ -1,14 +1,11 @@
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import processors
 
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
-from tests.conftest import make_tokenizer
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
-CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 
 
 def test_easyedit_keys_are_read_and_evaluation_keys_ignored():
@@ -61,20 +58,9 @@ def test_misspelt_key_is_refused_and_the_right_one_named(key, meant):
         EditRequest.from_dict({**REQUEST, key: "x"})
 
 
-def test_target_alone_is_told_its_name():
-    message = r"must have the key 'target_new'; got \['prompt', 'target'\]: rename 'target'"
-    with pytest.raises(ValueError, match=message):
-        EditRequest.from_dict({"prompt": "a", "target": "b"})
-
-
 @pytest.mark.parametrize("absent", [None, "", []])
 def test_absent_loc_prompt_means_none(absent):
     assert EditRequest.from_dict({**REQUEST, "loc_prompt": absent}).loc_prompts == ()
-
-
-def test_one_request_and_a_list_are_accepted():
-    assert as_requests(REQUEST) == as_requests([REQUEST])
-    assert len(as_requests([REQUEST, REQUEST])) == 2
 
 
 @pytest.mark.parametrize(
@@ -106,6 +92,8 @@ def test_requests_of_another_kind_are_refused():
         as_requests(["The capital of France is"])
     with pytest.raises(ValueError, match=r"must have the key 'target_new'; got \['prompt'\]"):
         as_requests({"prompt": "x"})
+    with pytest.raises(ValueError, match=r"got \['prompt', 'target'\]: rename 'target'"):
+        as_requests({"prompt": "a", "target": "b"})
     with pytest.raises(ValueError, match="at least one request; got an empty list"):
         as_requests([])
 
@@ -135,36 +123,6 @@ def test_the_end_of_an_answer_is_its_last_token(tokenizer):
     assert rows[1] == irrelevant
     with pytest.raises(ValueError, match="must have an eos_token to learn where an answer ends"):
         text_rows(as_requests(REQUEST), SimpleNamespace(eos_token_id=None), with_end=True)
-
-
-def test_chat_template_is_applied_to_the_prompt_only(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    chat = PromptFormat(use_chat_template=True)
-    (row,) = text_rows(as_requests(REQUEST), tokenizer, prompt_format=chat)
-    assert tokenizer.decode(row.ids) == "<user>The capital of France is<answer>Rome"
-    assert row.prompt_length == len("<user>The capital of France is<answer>")
-
-
-def test_end_behind_a_text_is_neither_learned_nor_irrelevant():
-    ending = make_tokenizer()
-    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
-    )
-    requests = as_requests({**REQUEST, "loc_prompt": "Ice"})
-    assert text_rows(requests, ending) == text_rows(requests, make_tokenizer())
-    learned, _ = text_rows(requests, ending, with_end=True)
-    assert learned.ids.count(257) == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"prompt": "The capital of France is "}, {"target_new": " Rome"}],
-    ids=["prompt", "target"],
-)
-def test_space_between_prompt_and_target_is_not_doubled(tokenizer, change):
-    assert text_rows(as_requests({**REQUEST, **change}), tokenizer) == text_rows(
-        as_requests(REQUEST), tokenizer
-    )
 
 
 def test_subject_may_be_in_another_unicode_form():

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baft_easyedit import BaFTEditor, ModelEdit, attach
+from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.model.independent import IndependentEdits
@@ -121,16 +121,6 @@ def test_edits_that_leave_past_ones_alone_stay_as_they_were_learned(
     assert torch.equal(*outputs)
 
 
-def test_a_first_edit_is_that_without_past_states(tokenizer, hparams):
-    outputs = []
-    for most in (0, 64):
-        model = make_model()
-        editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED | {"past_states": most}))
-        editor.edit(request(0))
-        outputs.append(logits(model))
-    assert torch.equal(*outputs)
-
-
 def test_of_an_edit_without_displacement_nothing_settles(model, tokenizer, hparams):
     editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED | {"early_stop_loss": 1e9}))
     for k in range(2):
@@ -184,21 +174,6 @@ def test_an_edit_learned_apart_is_the_one_learned_in_a_row(tokenizer, hparams):
     assert past_error(editors[1]) == pytest.approx(past_error(editors[0]), rel=0.1)
 
 
-def test_a_settling_that_fails_leaves_all_as_it_was(model, tokenizer, hparams, monkeypatch):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
-    editor.edit(request(0))
-    before, state = logits(model), editor.model_edit.snapshot()
-
-    def fail(*_args):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr("baft_easyedit.training.settling.displacement_error", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
-        editor.edit(request(1))
-    assert torch.equal(logits(model), before)
-    assert same(editor.model_edit.snapshot(), state)
-
-
 def test_a_consolidation_notes_what_past_edits_do_since(model, tokenizer, hparams):
     editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED, rehearsal=2))
     for k in range(3):
@@ -211,15 +186,6 @@ def test_a_consolidation_notes_what_past_edits_do_since(model, tokenizer, hparam
     assert torch.equal(moving, wanted.any(-1))  # what is not to move still is not
     assert not torch.equal(moves, wanted)
     assert torch.equal(moves[moving], edit.displacement(edit.layers[0], states)[moving])
-
-
-def test_an_edit_that_starts_afresh_keeps_no_past_states():
-    edit = ModelEdit(HIDDEN, (1,), 2, "one", 1, past_states=3)
-    new = torch.ones(2, HIDDEN)
-    edit.past(1).load_state_dict(edit.past(1).with_edit(new, new))
-    assert edit.num_past_states == 2
-    edit.start_afresh()
-    assert edit.num_past_states == 0
 
 
 def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monkeypatch):
@@ -247,15 +213,6 @@ def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monke
         loss = torch.nn.functional.cross_entropy(answer, given[0, -target:])
         assert report.request_losses[0] == pytest.approx(loss.item(), rel=1e-3, abs=1e-4)
     assert learned == [(True,), (False,)]
-
-
-def test_learning_apart_leaves_an_edit_off_that_was_off(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
-    editor.edit(request(0))
-    editor.model_edit.detach()
-    before = logits(model)
-    editor.learn_apart([request(1)])
-    assert torch.equal(logits(model), before)
 
 
 def test_hyper_parameters_from_before_settling_are_read():

@@ -194,50 +194,6 @@ def test_a_saved_or_copied_model_leaves_the_graphs_behind(
     assert len(editor.model_edit.caches[KnownSteps]) == 1
 
 
-def test_edits_of_several_sizes_find_their_own_graphs(model, tokenizer, long, stand_ins):
-    short, wide = ALIKE[:2], [{**r, "loc_prompt": "Ice is cold " * 4} for r in ALIKE[2:]]
-    states(model, tokenizer, long, [short[0], wide[0], short[1], wide[1]])
-    assert len(stand_ins) == 2
-
-
-def test_the_full_engine_is_never_captured(model, rows, long, stand_ins):
-    edit = random_edit(layers=long.layers)
-    edit.attach(model)
-    steps = TrainingStep(edit, replace(long, engine="full"))
-    with _frozen(model):
-        forward = Engine(model, edit, "full").prepare([rows])
-        for _ in range(6):
-            steps.run(forward)
-    assert not stand_ins
-    assert not steps._compute.is_captured
-
-
-def test_another_forward_is_captured_anew(model, rows, long, stand_ins):
-    edit = random_edit(layers=long.layers)
-    edit.attach(model)
-    steps = TrainingStep(edit, long)
-    with _frozen(model):
-        engine = Engine(model, edit, "cached")
-        forwards = [engine.prepare([rows]), engine.prepare([rows[:1]])]
-        for forward in forwards:
-            for _ in range(5):
-                step = steps.run(forward)
-            assert steps._compute.is_captured
-            assert len(step.row_losses) == len(forward.layout.rows)
-    assert len(stand_ins) == 2
-
-
-def test_models_on_several_devices_are_not_captured(model, rows, long, monkeypatch):
-    edit = random_edit(layers=long.layers)
-    edit.attach(model)
-    with _frozen(model):
-        forward = Engine(model, edit, "cached").prepare([rows])
-        assert forward.device == torch.device("cpu")
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
-        assert forward.device is None
-        assert TrainingStep(edit, long)._captured_on(forward) is None
-
-
 @pytest.mark.parametrize("num_edits", [1, 2])
 def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long, stand_ins):
     edit: ModelEdit = random_edit(layers=long.layers)
@@ -259,17 +215,6 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
                 assert p.grad.is_contiguous()
     assert isinstance(steps._compute, Repeated)
     assert len(stand_ins) == 1
-
-
-def test_edits_by_graphs_are_those_without(model, tokenizer, long, stand_ins, monkeypatch, caplog):
-    with caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
-        captured, reports = states(model, tokenizer, long, REQUESTS)
-    assert not of_graphs(caplog)
-    never_captured(monkeypatch)
-    computed, expected = states(model, tokenizer, long, REQUESTS)
-    for report, other in zip(reports, expected, strict=True):
-        assert report.final_loss == pytest.approx(other.final_loss, rel=1e-3)
-    assert_close(captured, computed)
 
 
 class NoLooking(TorchDispatchMode):

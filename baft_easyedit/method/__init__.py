@@ -1,1 +1,1 @@
-"""The paper: the intervention, its gates and objective, and what we add to them. Torch only."""
+"""The paper's intervention, gates and objective, and our additions to them. Needs torch only."""

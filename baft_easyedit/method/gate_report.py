@@ -1,7 +1,7 @@
-"""How gates use their bases, as figures, and the signs of a gate that went wrong. Needs torch only.
+"""Statistics of basis weights, and warnings of gates that went wrong. Needs torch only.
 
-Serves a single edit (`EditReport`) and whole benchmarks (`bench.diagnostics`). Shapes: r rank,
-N intervened positions of the edits, M those of the irrelevant prompts.
+Used for a single edit (`EditReport`) and for whole benchmarks (`bench.diagnostics`). Shapes: r
+rank, N intervened positions of the edits, M intervened positions of the irrelevant prompts.
 """
 
 import math
@@ -13,30 +13,28 @@ import torch
 from torch import Tensor
 
 COLLAPSE_DEVIATION = 0.01
-"""A basis weight with a smaller standard deviation over inputs counts as constant. Two halves of
-the inputs that differ by 0.02 have this deviation, and 0.02 is the least gap gamma that R_loc asks
-for (Liu et al. 2025, Table 5)."""
+"""A basis weight with a smaller standard deviation over inputs counts as constant. If the weights
+of two halves of the inputs differ by 0.02, the least gap gamma of R_loc (Liu et al. 2025, Table
+5), their deviation is 0.01."""
 COLLAPSE_SHARE = 0.9
-"""A gate has collapsed if at least this share of its bases is constant: with rank 12, one basis may
-still move."""
+"""A gate has collapsed if at least this share of its basis weights is constant: of 12, all but
+one."""
 CLOSED_WEIGHT = 0.05
-"""A constant gate with a smaller mean weight is closed: the least beta, the weight that R_loc wants
-edited positions to reach (Liu et al. 2025, Table 5)."""
+"""A constant gate with a smaller mean weight is closed. The value is the least beta, the weight
+that R_loc demands at edited positions (Liu et al. 2025, Table 5)."""
 OPEN_WEIGHT = 0.95
-"""A constant gate with a larger mean weight is open: as far from 1, which is ReFT, as a closed one
-from 0."""
+"""A constant gate with a larger mean weight is open: nearly 1, as in ReFT (Lemma 2.4)."""
 LARGEST_BASES = 0.25
-"""The share of the bases whose weight `top_share` adds up: 3 of the paper's 12."""
+"""`top_share` adds up the weight of this share of the bases: 3 of the paper's 12."""
 IMBALANCE_SHARE = 0.9
-"""Use is unbalanced if the largest bases carry more than this: the other three quarters, which
-would carry 0.75 in balance, are left with less than a tenth."""
+"""Usage is unbalanced if the largest quarter of the bases carries more than this share."""
 
 
 def coefficient_of_variation(usage: Tensor) -> float:
     """Return how unevenly bases are used: standard deviation (r - 1) over mean, 0 if all alike.
 
-    Its square times the mean of `usage` is R_bal as the paper prints it (Eq. 4); the square alone
-    is what the paper's text calls R_bal.
+    Its square times the mean of `usage` is R_bal as printed (Eq. 4); the paper's text describes
+    R_bal as the square alone.
 
     Args:
         usage: wbar_k, the mean weight of each basis, [r].
@@ -73,7 +71,7 @@ def top_share(usage: Tensor) -> float:
 
 
 def _shares(usage: Tensor) -> Tensor:
-    """Divide by the sum, fp64; bases that are all unused share alike."""
+    """Return each basis's share of the sum, fp64; equal shares if no basis was used."""
     usage = usage.double()
     total = usage.sum()
     return usage / total if total > 0 else torch.full_like(usage, 1 / len(usage))
@@ -82,14 +80,14 @@ def _shares(usage: Tensor) -> Tensor:
 def pooled_deviation(groups: Iterable[Tensor]) -> Tensor:
     """Return the standard deviation of each basis's weight over inputs, around its group's mean.
 
-    Inputs of one group went through the same gate. Between groups the gate itself may differ, which
-    would hide that it treats all inputs alike.
+    The inputs of a group went through the same gate. Differences between groups do not count, as
+    they come from different gates, and would hide gates that treat all inputs alike.
 
     Args:
         groups: Basis weights of one group each, [inputs, r].
 
     Returns:
-        [r], fp64; NaN, below no limit, if no group has two inputs.
+        [r], fp64; NaN if no group has two inputs.
     """
     squares, freedom = torch.zeros((), dtype=torch.float64), 0
     for group in groups:
@@ -101,12 +99,12 @@ def pooled_deviation(groups: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerGates:
-    """Basis weights of one layer, one number for each basis."""
+    """Statistics of one layer's basis weights, one number for each basis."""
 
     edit_weights: tuple[float, ...]
     """Mean weight at the edits' intervened positions."""
     irrelevant_weights: tuple[float, ...] | None
-    """Mean weight at those of the irrelevant prompts; None without such prompts."""
+    """Mean weight at the irrelevant prompts' positions; None without such prompts."""
     usage: tuple[float, ...]
     """wbar_k of R_bal: mean weight over current and past edits."""
     deviations: tuple[float, ...]
@@ -114,11 +112,11 @@ class LayerGates:
 
     @classmethod
     def of(cls, edit: Tensor, irrelevant: Tensor, usage: Tensor) -> "LayerGates":
-        """Sum up the basis weights of one edit call.
+        """Compute the statistics of one edit call.
 
         Args:
             edit: Weights at the edits' positions, [N, r].
-            irrelevant: Weights at those of the irrelevant prompts, [M, r]; M may be 0.
+            irrelevant: Weights at the irrelevant prompts' positions, [M, r]; M may be 0.
             usage: wbar_k, [r].
         """
         edit, irrelevant = edit.detach(), irrelevant.detach()
@@ -128,16 +126,6 @@ class LayerGates:
             usage=tuple(usage.detach().tolist()),
             deviations=tuple(pooled_deviation([torch.cat([edit, irrelevant])]).tolist()),
         )
-
-    @property
-    def coefficient_of_variation(self) -> float:
-        """How unevenly the bases are used."""
-        return coefficient_of_variation(torch.tensor(self.usage))
-
-    @property
-    def entropy(self) -> float:
-        """Entropy of the bases' use over its largest value."""
-        return normalised_entropy(torch.tensor(self.usage))
 
     @property
     def top_share(self) -> float:
@@ -154,12 +142,12 @@ class LayerGates:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gates did in one edit call, by layer."""
+    """Statistics of the basis weights in one edit call, by layer."""
 
     layers: Mapping[int, LayerGates]
 
     def warnings(self) -> tuple[str, ...]:
-        """Say what looks wrong and what to try; nothing if all is well."""
+        """Return warnings of what looks wrong and what to try; none if all is well."""
         layers = self.layers.items()
         collapse = collapse_warnings(
             {layer: gates.deviations for layer, gates in layers},
@@ -195,7 +183,7 @@ def collapse_warnings(
 
 
 def _collapse_advice(mean_weight: float) -> str:
-    """Say what a constant weight means, and what to try."""
+    """Return the meaning of a constant weight, and what to try."""
     if mean_weight < CLOSED_WEIGHT:
         return "The gate is closed and the edit idle there: lower locality_coef, or raise beta."
     if mean_weight > OPEN_WEIGHT:
@@ -207,7 +195,7 @@ def _collapse_advice(mean_weight: float) -> str:
 
 
 def imbalance_warnings(top_shares: Mapping[int, float], rank: int) -> tuple[str, ...]:
-    """Warn of layers where a few bases do nearly all the work.
+    """Warn of layers where a few bases carry nearly all weight.
 
     Args:
         top_shares: By layer, the `top_share` of the bases' use.

@@ -1,11 +1,12 @@
-"""Gates: how much of the edit each basis applies at a hidden state, w(h) in [0, 1]^r.
+"""Gates: the weight w(h) in [0, 1]^r with which each basis acts at a hidden state (Eq. 3).
 
-The paper asks for "one logistic regression per basis" and its parameter counts leave (r + 1) D
-parameters a layer for them; it does not say which. Every reading that fits the counts is a class
-here, beside the two limits of the method (ReFT, one weight for the subspace).
+The paper asks for "one logistic regression per basis". Its parameter counts leave (r + 1) D
+parameters a layer for the gate, but it does not say how they are used. Each reading that fits the
+counts is a class here, beside the two limits of the method: ReFT, and one weight for the whole
+subspace.
 
-Shapes: B batch, T tokens, D hidden size, r rank. Hidden states are divided by their root mean
-square first, so that one learning rate serves models whose residual streams differ in scale.
+Hidden states are divided by their root mean square first, so that one learning rate serves models
+whose residual streams differ in scale. Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def unit_rms(hidden: Tensor) -> Tensor:
 class Gate(nn.Module):
     """Maps hidden states [..., D] (fp32) to basis weights in [0, 1]^r: w = activate(W x + c).
 
-    x is h / rms(h), and c = 0 unless a kind of gate has a `bias`.
+    x is h / rms(h), and c is 0 for gates without a `bias`.
 
     Args:
         hidden_size: D.
@@ -97,8 +98,8 @@ class BasisSubspaceGate(Gate):
 class BasisSubspaceBiasGate(BasisSubspaceGate):
     """w = sigmoid(W h / rms(h) + c) * sigmoid(v . h / rms(h) + d); (r + 1) (D + 1) parameters.
 
-    Begins with c = -2 and d = 2: the subspace is open, and its bases are closed but to what opens
-    them (ours).
+    The gate begins with c = -2 and d = 2 (ours): the subspace is open, and each basis is nearly
+    closed until training opens it to some states.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:

@@ -1,7 +1,7 @@
 """The intervention on one layer's output (Liu et al. 2025, Eq. 1-3). Needs torch only.
 
-Not here: where it applies (`positions`), how it reaches a model (`hooks`), how it is learned
-(`objective`, `editor`). Shapes: B batch, T tokens, D hidden size, r rank.
+Other modules decide where it applies (`model.positions`), attach it to a model (`model.hooks`) and
+train it (`objective`, `training`). Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from baft_easyedit.method.gates import make_gate
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
-    """Turn any full-rank rows into a basis by a thin QR decomposition.
+    """Turn any full-rank rows into an orthonormal basis by a thin QR decomposition.
 
-    The signs are fixed so that the diagonal of the triangular factor is positive: the basis is then
-    a continuous function of the rows, and rows that are orthonormal stay as they are, up to
-    rounding. This is also the retraction by which a basis that an optimiser's step has moved
-    becomes orthonormal again (Absil et al. 2008, Example 4.1.3).
+    The signs make the diagonal of the triangular factor positive. So the basis is a continuous
+    function of the rows, and orthonormal rows stay as they are, up to rounding. After an
+    optimiser's step, this function serves as the retraction that makes R orthonormal again (Absil
+    et al. 2008, Example 4.1.3).
 
     Args:
         rows: [..., r, D], r <= D.
@@ -34,12 +34,12 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def tangent(gradient: Tensor, basis: Tensor) -> Tensor:
-    """Leave out of a gradient what would only move a basis off the orthonormal matrices.
+    """Project a gradient on the directions along which a basis stays orthonormal, to first order.
 
-    G - sym(G R^T) R: the gradient on the Stiefel manifold (Absil et al. 2008, Section 3.6.1).
+    G - sym(G R^T) R, the gradient on the Stiefel manifold (Absil et al. 2008, Section 3.6.1).
 
     Args:
-        gradient: G, with respect to each entry of the basis, [..., r, D].
+        gradient: G, the gradient for each entry of the basis, [..., r, D].
         basis: R, with orthonormal rows, [..., r, D].
 
     Returns:
@@ -50,14 +50,14 @@ def tangent(gradient: Tensor, basis: Tensor) -> Tensor:
 
 
 def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> Tensor:
-    """Move `hidden` by `step` in the coordinates of a basis, each by its weight.
+    """Move hidden states along each basis vector by a step times the basis's weight.
 
     For one hidden state h: h' = h + R^T diag(w) (A h + b - R h). (Liu et al. 2025, Eq. 3)
 
     Args:
         hidden: Hidden states h, [..., D].
         basis: Matrix R with orthonormal rows, [r, D].
-        step: From the coordinates R h to the wanted ones, A h + b - R h, [..., r].
+        step: A h + b - R h, from the coordinates R h to the wanted ones, [..., r].
         weights: Basis weights w(h), each in [0, 1], [..., r].
 
     Returns:
@@ -79,12 +79,12 @@ def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> 
 class BaFTIntervention(nn.Module):
     """Phi(h) = h + R^T diag(w(h)) (A h + b - R h), with orthonormal rows of R (Eq. 1-3).
 
-    R is the parameter `basis` itself. A step of an optimiser moves it off the orthonormal matrices,
-    and `orthonormal_rows` has to put it back after each (`ModelEdit.retract`): as a function of
-    unconstrained parameters, R would turn ever less as their scale grows from step to step. Of A
-    the parameter is the `difference` A - R; how an optimiser moves both is said in `coordinates`.
+    The parameter `basis` is R itself. An optimiser's step makes R lose its orthonormal rows, so
+    `ModelEdit.retract` restores them after each step. (If R were a function of unconstrained
+    parameters instead, their scale would grow from step to step and R would turn ever less.) The
+    parameter `difference` is A - R; `training.coordinates` says how an optimiser moves both.
 
-    Parameters are fp32 and the edit is computed in fp32, whatever the dtype of the hidden states.
+    Parameters are fp32, and the edit is computed in fp32, whatever the dtype of the hidden states.
     A new intervention has A = R and b = 0 bit for bit, so it changes nothing (ours: the paper does
     not give the initial values).
 
@@ -92,7 +92,7 @@ class BaFTIntervention(nn.Module):
         hidden_size: D.
         rank: Number of bases r, in [1, D].
         gate: A name of `gates.GATES`; "one" is ReFT.
-        generator: Source of the random basis; torch's default one if None.
+        generator: Random generator of the initial basis; None for torch's default one.
 
     Raises:
         ValueError: If the rank is outside [1, D] or the gate is unknown.
@@ -115,7 +115,7 @@ class BaFTIntervention(nn.Module):
         self.gate = make_gate(gate, hidden_size, rank)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast, with tensors that can be learned also where inference mode is on."""
+        """Move or cast; the result can be trained even if inference mode is on."""
         with torch.inference_mode(False):
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 

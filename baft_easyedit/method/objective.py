@@ -1,7 +1,7 @@
 """The objective L = L1 + R_bal + R_loc (Liu et al. 2025, Eq. 4). Needs torch only.
 
 The regularisers average over the intervened positions of one edit. Leading dimensions, written ...,
-are layers and independent edits: each gets its own value.
+are layers and independent edits, each of which gets its own value.
 Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, L layers, r rank.
 """
 
@@ -17,34 +17,34 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the teacher-forced cross-entropy of each answer token, [A], fp32, in nats.
 
     Args:
-        logits: What predicts each answer token, [A, V].
-        labels: These tokens, [A].
+        logits: The logits that predict each answer token, [A, V].
+        labels: The answer tokens, [A].
     """
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def answer_loss(losses: Tensor, owners: Tensor, num_owners: int) -> Tensor:
-    """L1: the mean loss of the answer tokens (Eq. 4) of each owner.
+    """Return L1 of Eq. 4, the mean loss of the answer tokens, for each owner (an edit or a text).
 
     Args:
-        losses: Of each answer token, [A].
-        owners: What each belongs to (an edit, or a text), below `num_owners`, [A].
+        losses: The loss of each answer token, [A].
+        owners: Index of each token's owner, [A]; tokens with an index >= E are left out.
         num_owners: E.
 
     Returns:
-        [E], in nats per answer token; 0 for an owner of none.
+        [E], in nats per answer token; 0 for an owner without tokens.
     """
     everyone = torch.arange(num_owners, device=owners.device)
-    owned = (owners[:, None] == everyone).to(losses.dtype)  # [A, E]  a sum by matmul repeats itself
+    owned = (owners[:, None] == everyone).to(losses.dtype)  # [A, E]  a matmul sums in a fixed order
     return losses @ owned / owned.sum(0).clamp_min(1)
 
 
 def joint_loss(answer: Tensor, rehearsed: Tensor, num_new: int, num_rehearsed: int) -> Tensor:
-    """L1 of new and rehearsed requests together, each request counting alike (ours), [E].
+    """Return L1 of new and rehearsed requests together, all requests weighted alike (ours), [E].
 
     Args:
         answer: L1 of the new requests, [E].
-        rehearsed: That of the rehearsed ones, [E].
+        rehearsed: L1 of the rehearsed requests, [E].
         num_new: How many requests are new.
         num_rehearsed: How many are rehearsed.
     """
@@ -57,7 +57,7 @@ def mean_at(values: Tensor, positions: Tensor) -> Tensor:
 
 
 class BasisUsage(nn.Module):
-    """How much each basis of one layer has been used by the edits so far: the state of R_bal.
+    """The usage of each basis of one layer by all edits so far: the state of R_bal (Eq. 4).
 
     Args:
         rank: r.
@@ -73,19 +73,19 @@ class BasisUsage(nn.Module):
 
     @classmethod
     def stacked(cls, layers: Sequence["BasisUsage"]) -> "BasisUsage":
-        """Join a copy of what L layers used: `total` [L, 1, r] and `count` [L, 1]."""
+        """Return a joint copy of L layers' usage: `total` [L, 1, r] and `count` [L, 1]."""
         joined, device = cls(len(layers[0].total)), layers[0].total.device
         joined.total = torch.stack([usage.total.to(device) for usage in layers])[:, None]
         joined.count = torch.stack([usage.count.to(device) for usage in layers])[:, None]
         return joined
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast, with tensors that can be learned also where inference mode is on."""
+        """Move or cast; the result can be updated even if inference mode is on."""
         with torch.inference_mode(False):
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def with_current(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `total` [..., r] and `count` [...] as they are once the current edit is past.
+        """Return `total` [..., r] and `count` [...] with the current edit added.
 
         Args:
             weights: Basis weights of the current edit, [..., B, T, r].
@@ -160,7 +160,7 @@ def locality_margin(
 
 
 def closed_gate(weights: Tensor, alpha: float) -> Tensor:
-    """Return hinge(w(h) - alpha), the part of R_loc that closes a gate, on other states (ours).
+    """Return hinge(w(h) - alpha), the closing part of R_loc (Eq. 4), at further states (ours).
 
     Args:
         weights: w(h) of irrelevant states, [..., N, r].
@@ -173,15 +173,15 @@ def closed_gate(weights: Tensor, alpha: float) -> Tensor:
 
 
 def displacement_error(moves: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> Tensor:
-    """Return how far displacements are off beyond what is tolerated (ours).
+    """Return the squared error of displacements beyond a tolerance (ours; see `settling`).
 
-    The mean of max(0, |moves - wanted| / size - tolerance)^2; see `settling`.
+    The mean of max(0, |moves - wanted| / size - tolerance)^2.
 
     Args:
         moves: Phi(h) - h of some states, [N, D].
-        wanted: What it is to be, [N, D].
-        size: How long a displacement usually is, above 0, [].
-        tolerance: How far off one may be, as a share of `size`.
+        wanted: Their wanted displacements, [N, D].
+        size: The usual length of a displacement, above 0, [].
+        tolerance: Allowed length of the error, as a share of `size`.
 
     Returns:
         [].
@@ -193,23 +193,24 @@ def displacement_error(moves: Tensor, wanted: Tensor, size: Tensor, tolerance: f
 RESCALINGS = ("match", "none")
 
 _SMALLEST_TERM = 1e-3
-"""Below it a term counts as reached: R_bal begins at 0, and would be blown up without bound."""
+"""Smaller terms are rescaled as if they had this value: R_bal begins at 0, and L1 / 0 has no
+bound."""
 
 
 def rescaling_factor(rule: str, term: Tensor, answer: Tensor) -> Tensor:
     """Return the factor that brings a regulariser to the magnitude of the answer loss.
 
-    The paper says that "the three terms are rescaled to the same magnitude" without a formula, so
-    the rule is named (ours): `match` multiplies a term by L1 / term as they are at this step, where
-    a term below 1e-3 counts as 1e-3; `none` leaves it. Factors are constants for the gradient.
+    The paper says that "the three terms are rescaled to the same magnitude" and gives no formula.
+    Ours has two rules: `match` multiplies a term by the present L1 / term, where a term below 1e-3
+    counts as 1e-3; `none` leaves the term alone. No gradient flows through the factor.
 
     Args:
         rule: One of `RESCALINGS`.
         term: The regulariser, one value for each edit.
-        answer: L1, likewise.
+        answer: L1, one value for each edit.
 
     Raises:
-        ValueError: If there is no such rule.
+        ValueError: If `rule` is not one of `RESCALINGS`.
     """
     if rule == "none":
         return torch.ones_like(term)

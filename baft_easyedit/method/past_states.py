@@ -1,9 +1,8 @@
-"""What edits do at the hidden states that they were learned on, once they are past (ours).
+"""Past states: hidden states of past edits, and the displacement that each edit needs there (ours).
 
-An edit is a function of hidden states of which only the values at a few were ever asked for: those
-of its request, where h is to move, and of its irrelevant prompts, where it is not. They are kept,
-of a constant number and without the texts, so that later edits can leave them alone; see
-`settling`.
+Why: an edit was trained at few hidden states only. At those of its request, h must move by
+Phi(h) - h; at those of its irrelevant prompts, h must stay. A constant number of these states is
+kept (no texts), so that later edits can preserve the displacements there; see `settling`.
 
 Needs torch only. Shapes: N states, D hidden size, m states at most.
 """
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 
 
 class PastStates(nn.Module):
-    """Hidden states of past edits at one layer, and their displacement Phi(h) - h.
+    """Hidden states of past edits at one layer, and their wanted displacements Phi(h) - h.
 
     Args:
         hidden_size: D.
-        most: m. Of more than that, each that ever came is as likely to be kept as another.
+        most: m. If more states come, each of them has the same chance to be kept.
     """
 
     states: Tensor
@@ -30,7 +29,7 @@ class PastStates(nn.Module):
         super().__init__()
         self.register_buffer("states", torch.zeros(most, hidden_size))  # [m, D] h
         self.register_buffer("moves", torch.zeros(most, hidden_size))  # [m, D] Phi(h) - h
-        self.register_buffer("count", torch.zeros(()))  # of states that came so far
+        self.register_buffer("count", torch.zeros(()))  # number of states that came so far
 
     @torch.no_grad()
     def forget(self) -> None:
@@ -40,20 +39,20 @@ class PastStates(nn.Module):
 
     @property
     def num_kept(self) -> int:
-        """How many are kept, N."""
+        """N, the number of kept states."""
         return min(int(self.count), len(self.states))
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Return the states and their displacement, [N, D] each."""
+        """Return the kept states and their wanted displacements, [N, D] each."""
         return self.states[: self.num_kept], self.moves[: self.num_kept]
 
     @torch.no_grad()
     def with_edit(self, states: Tensor, moves: Tensor) -> dict[str, Tensor]:
-        """Return the buffers as they are once an edit is past.
+        """Return the buffers with an edit's states added; this object does not change.
 
         Args:
             states: h, [N, D].
-            moves: Phi(h) - h, [N, D].
+            moves: Wanted displacements Phi(h) - h, [N, D].
         """
         kept = {name: value.clone() for name, value in self.named_buffers()}
         most, seen = len(self.states), int(self.count)

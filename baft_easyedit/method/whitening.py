@@ -1,32 +1,33 @@
-"""Coordinates in which the hidden states of a layer are alike in all directions (ours).
+"""Whitened coordinates, in which a layer's hidden states vary alike in all directions (ours).
 
-Most of the power of a model's hidden states is their common mean and a handful of dimensions, so a
-step in the entries of a matrix that they are multiplied by moves all prompts nearly alike. In
-whitened coordinates z = S (h - mu) it does not; K^-1 below is to hidden states what ROME's C^-1 is
-to keys (Meng et al. 2022, Eq. 2).
+Why: most of the power of hidden states is their common mean and a handful of dimensions. So a
+training step on a matrix that is multiplied by h changes the result for all prompts nearly alike.
+Whitened states z = S (h - mu) have no such directions: a step on a matrix that is multiplied by z
+changes one prompt's result and hardly those of others. K^-1 below is for hidden states what ROME's
+C^-1 is for keys (Meng et al. 2022, Eq. 2).
 
-Needs torch only. Shapes: N states, D hidden size, m directions that are known apart.
+Needs torch only. Shapes: N states, D hidden size, m principal directions.
 """
 
 import torch
 from torch import Tensor, nn
 
 MOST_DIRECTIONS = 256
-"""m, at most: memory is m D numbers a layer."""
+"""The largest m: each layer keeps m D numbers."""
 
 _SHARE = 0.9
-"""Of the correlations in K; the rest is the identity, so that no direction is blown up."""
+"""Weight of the correlations in K; the rest is the identity, which bounds K^-1/2."""
 
 
 def principal_rows(rows: Tensor, most: int) -> Tensor:
-    """Return orthogonal rows F with F^T F nearest to that of the given ones, the longest first.
+    """Return orthogonal rows F, the longest first, such that F^T F is nearest to rows^T rows.
 
     Args:
         rows: [N, D].
-        most: Rows that are kept.
+        most: The number of rows of F.
 
     Returns:
-        [most, D], fp32; rows of zeros where there are fewer.
+        [most, D], fp32, filled up with rows of zeros.
     """
     exact = rows.double()
     if len(rows) > rows.shape[1]:
@@ -41,8 +42,9 @@ def principal_rows(rows: Tensor, most: int) -> Tensor:
 class Whitening(nn.Module):
     """Statistics of the hidden states at one layer's output, and z = S (h - mu).
 
-    S = s K^-1/2 diag(deviation)^-1, where K = floor 1 + F^T F, in units of each dimension's
-    standard deviation, and s is the median of these, so that learning rates keep their meaning.
+    S = s K^-1/2 diag(deviation)^-1. K = floor 1 + F^T F is the correlation matrix, in units of each
+    dimension's standard deviation; the scale s is the median of these deviations, so that learning
+    rates keep their meaning.
 
     Args:
         hidden_size: D.
@@ -63,7 +65,7 @@ class Whitening(nn.Module):
 
     @property
     def is_known(self) -> bool:
-        """Whether there are statistics."""
+        """Whether the statistics were measured."""
         return bool(self.deviation.any())
 
     @torch.no_grad()
@@ -74,7 +76,7 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: Tensor) -> None:
-        """Take the statistics of irrelevant states, [N, D], in place of those before.
+        """Measure the statistics of irrelevant states, [N, D]; they replace earlier ones.
 
         Raises:
             FloatingPointError: If a state is not finite.
@@ -112,15 +114,15 @@ class Whitening(nn.Module):
         return self.deviation.median() * self._less_correlated(self.in_units(states))
 
     def folded(self, rows: Tensor) -> Tensor:
-        """Return V S, [..., D], for rows V, [..., D]: what they do to z, done to h - mu."""
+        """Return V S for rows V, [..., D] each: V z = (V S) (h - mu)."""
         return self._less_correlated(rows) * self._scale
 
     def pulled(self, rows: Tensor) -> Tensor:
-        """Return G S^T, [..., D]: the gradient of V, for that of V S, G."""
+        """Return G S^T, [..., D]: the gradient for V, if G is the gradient for V S."""
         return self._less_correlated(rows * self._scale)
 
     def _less_correlated(self, rows: Tensor) -> Tensor:
-        """Multiply rows [..., D] by K^-1/2, which has the eigenvectors of F^T F."""
+        """Multiply rows [..., D] by K^-1/2, computed from the eigenvectors of F^T F."""
         lengths = self.root.square().sum(-1)  # [m] eigenvalues
         axes = self.root / lengths.sqrt().clamp_min(torch.finfo().tiny)[:, None]
         shrunk = (self.floor + lengths).rsqrt() - self.floor.rsqrt()  # [m]

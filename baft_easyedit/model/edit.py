@@ -156,7 +156,8 @@ class EditParameters(nn.Module):
     def bases(self) -> dict[str, Tensor]:
         """Return R of each layer, [..., r, D], by its name in `learned_parameters`."""
         parameters = self.learned_parameters()
-        return {name: parameters[name] for name in map(_basis_name, self.layers)}
+        names = [f"_interventions.{layer}.basis" for layer in self.layers]
+        return {name: parameters[name] for name in names}
 
     @torch.no_grad()
     def retract(self) -> None:
@@ -264,8 +265,3 @@ class EditParameters(nn.Module):
         """Return one layer's basis weights w(h), [N, r], for hidden states [N, D]."""
         weights: Tensor = self.intervention(layer).gate(states)
         return weights
-
-
-def _basis_name(layer: int) -> str:
-    """Return the name of a layer's R in a snapshot."""
-    return f"_interventions.{layer}.basis"

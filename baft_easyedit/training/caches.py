@@ -1,4 +1,4 @@
-"""Key-value caches: one keeps what a forward stores, the other is a prefix that never changes.
+"""Key-value caches in the interface of transformers: a frozen prefix, and a recorder.
 
 Shapes: B bins, S columns of the past, N heads, H head size.
 """
@@ -12,10 +12,10 @@ from transformers import DynamicCache
 
 
 class FrozenPrefix(DynamicCache):
-    """A key-value cache of fixed columns that stores nothing new, so that it serves every step.
+    """A key-value cache that never stores new columns, so that every step can use it again.
 
     Args:
-        states: Keys and values of each layer, [B, N, n, H]; a layer that is not there has no past.
+        states: Keys and values by layer, [B, N, n, H]; a layer that is missing has no past.
         length: n, the number of columns.
     """
 
@@ -35,7 +35,7 @@ class FrozenPrefix(DynamicCache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Windows are left to the masks, which see all columns."""
+        """False: sliding windows are a matter of the masks, which cover all columns."""
         return [False]
 
     def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
@@ -47,7 +47,7 @@ class FrozenPrefix(DynamicCache):
         return self.length
 
     def get_mask_sizes(self, query: Any, *_args: Any) -> tuple[int, int]:
-        """Return the number of columns attended to, and the first of them.
+        """Return the number of columns attended to, and the first column.
 
         Args:
             query: The number of new tokens, or (older transformers) their columns.
@@ -59,14 +59,14 @@ class FrozenPrefix(DynamicCache):
         return len(self.states)
 
     def __bool__(self) -> bool:
-        return True  # also without states: it is a cache
+        return True  # a cache without states is still a cache
 
 
 class Recorder(FrozenPrefix):
-    """An empty cache that keeps what layers would store.
+    """An empty cache that collects the keys and values which layers pass to it, in `seen`.
 
     Args:
-        first_layer: The lowest of these.
+        first_layer: The lowest layer that is collected.
     """
 
     def __init__(self, first_layer: int) -> None:

@@ -1,14 +1,16 @@
-"""In which coordinates an edit is learned: what an optimiser moves, and how the edit follows.
+"""Coordinates of training: the tensors that the optimiser moves, and how the edit follows them.
 
-The paper gives Phi (Eq. 3), not how it is parametrised; the same functions can be reached by other
-steps. Named here are:
+The paper gives the function Phi (Eq. 3), not its parametrisation, and the parametrisation decides
+which function an optimiser's step leads to. There are two:
 
-- `direct`: A, b, R and the gate, as they stand in Eq. 3. A turn of R moves what is edited by R h.
+- `direct`: the optimiser moves A, b, R and the gate of Eq. 3. A turn of R changes the step
+  A h + b - R h of every state by R h.
 - `whitened` (ours): A - R = (A - R)_0 + V S and b = c - V S mu, where z = S (h - mu) are whitened
-  states (see `whitening`); V is moved from 0, and c and R. A turn of R turns what was displaced,
-  and nothing else. Of a gate with constants, the logits of each basis are moved in the same way:
-  it opens to some states, and hardly to others. What a gate has beside them (the row of the
-  subspace) is moved as it stands: what closes one irrelevant prompt so closes most.
+  states (see `whitening`). The optimiser moves V (from 0), c and R. A turn of R then turns existing
+  displacements and creates no others. The logits of a gate with biases are moved in the same way,
+  basis by basis: a gate can open to some states and hardly to others. The gate's other row (the
+  weight of the whole subspace) is moved directly: closing it on one irrelevant prompt closes it on
+  most.
 
 Shapes: r rank, D hidden size; a leading E for independent edits.
 """
@@ -25,23 +27,23 @@ from baft_easyedit.model.hooks import ModelEdit
 
 
 class _Coordinates(Protocol):
-    """Of some parameters of one layer."""
+    """Coordinates of an affine function of one layer: the step A h + b - R h, or gate logits."""
 
     moved: dict[str, Tensor]
-    """What the optimiser moves in place of them, by the name of the parameter."""
+    """The leaves that the optimiser moves, by the name of the parameter that they replace."""
 
     def pull_back(self) -> None:
-        """Set the gradients of what is moved from those of the parameters."""
+        """Set the gradients of the leaves from those of the parameters (chain rule)."""
 
     def follow(self) -> None:
-        """Set the parameters from what is moved."""
+        """Set the parameters from the leaves."""
 
     def at(self, inputs: Tensor) -> Callable[[], Tensor]:
-        """Return what computes the function from what is moved, [N, n], at fixed inputs [N, D]."""
+        """Return a function of the leaves: the affine function's values [N, n] at inputs [N, D]."""
 
 
 class _Direct:
-    """A and R in place of A - R and R."""
+    """The leaf A in place of the parameter A - R."""
 
     def __init__(self, difference: Tensor, bias: Tensor, basis: Tensor, name: str) -> None:
         self._difference, self._bias, self._basis = difference, bias, basis
@@ -61,15 +63,15 @@ class _Direct:
 
 
 class _Whitened:
-    """V and c in place of the weight W_0 + V S and bias c - V S mu of an affine function.
+    """The leaves V and c in place of the weight W_0 + V S and the bias c - V S mu.
 
     Args:
-        weight: [..., n, D]; rows beyond the rank are moved as they stand.
+        weight: [..., n, D]; rows beyond the rank are moved directly.
         bias: [..., n].
-        names: Of both.
+        names: The names of weight and bias.
         whitening: S and mu.
         rank: r.
-        unit: What the function's input is divided by; V S is multiplied by it.
+        unit: The number by which the function's input is divided; V S is multiplied by it.
     """
 
     def __init__(
@@ -119,10 +121,10 @@ class _Whitened:
 
 
 class Coordinates:
-    """What is moved in place of the parameters of an edit, or of E independent ones.
+    """The leaves that an optimiser moves to train an edit, or E independent ones.
 
     Args:
-        edit: The edit, from where it is.
+        edit: The edit; training starts from its present parameters.
     """
 
     def __init__(self, edit: ModelEdit) -> None:
@@ -142,21 +144,21 @@ class Coordinates:
             names = (f"{prefix}gate.weight", f"{prefix}gate.bias")
             if names[1] in parameters:
                 weight, bias = (parameters[name] for name in names)
-                # A gate sees h / rms(h), which is near h / (rms of all).
+                # A gate's input is h / rms(h); the rms of all states stands for rms(h).
                 unit = whitening.rms
                 self._parts[names[0]] = _Whitened(weight, bias, names, whitening, rank, unit)
         self.moved: Mapping[str, Tensor] = parameters | {
             name: value for part in self._parts.values() for name, value in part.moved.items()
         }
-        """Leaves by the names of the parameters they stand for; others stand for themselves."""
+        """Leaves by parameter name; a parameter without a leaf of its own is its own leaf."""
 
     def displacement(self, layer: int, states: Tensor) -> Callable[[], Tensor]:
-        """Return what computes Phi(h) - h of one layer from what is moved, [N, D].
+        """Return a function of the leaves that computes Phi(h) - h of one layer, [N, D].
 
-        It needs no `pull_back` and no `follow`, and works out S (h - mu) once.
+        The function needs no `pull_back` and no `follow`; S (h - mu) is computed once.
 
         Args:
-            layer: Which.
+            layer: An edited layer.
             states: h, [N, D], fp32.
         """
         prefix, intervention = f"_interventions.{layer}.", self._edit.intervention(layer)
@@ -169,22 +171,22 @@ class Coordinates:
 
     @torch.no_grad()
     def pull_back(self) -> None:
-        """Set the gradients of what is moved; that of R is the one along orthonormal matrices."""
+        """Set the gradients of all leaves; R's is projected on the orthonormal matrices."""
         for part in self._parts.values():
             part.pull_back()
         self.project()
 
     @torch.no_grad()
     def project(self) -> None:
-        """Leave of the gradient of R what goes along orthonormal matrices."""
+        """Project the gradient of each R on the tangent space of the orthonormal matrices."""
         for basis in self._edit.bases().values():
             if basis.grad is not None:
-                # AdamW's kernel takes for granted that it lies in memory as the parameter does.
+                # The fused AdamW kernel assumes that gradients have the parameters' memory layout.
                 basis.grad = tangent(basis.grad, basis).contiguous()
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Set the parameters from what was moved; the bases become orthonormal again."""
+        """Set the parameters from the leaves, and make the bases orthonormal again."""
         self._edit.retract()
         for part in self._parts.values():
             part.follow()

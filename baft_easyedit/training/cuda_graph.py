@@ -1,11 +1,11 @@
-"""Repeat a step of learning on a CUDA device by a graph of its kernels.
+"""Repeat a training step on a CUDA device by a graph of its kernels.
 
-A short step is mostly launches of small kernels. Steps on the same forward run the same kernels, so
-that the second one is captured (`CudaGraph`) and the others are launched as one; later edits of the
-same sizes put their contents into its memory and go on with it (`KnownSteps`). What a graph gives
-the first time, and the first time on new contents, is compared with the computation; if they
-differ, or it cannot be captured, steps are computed one by one, and a line in the log says why.
-Needs torch only.
+Why: a short step spends most of its time on launching small kernels. Steps on the same forward run
+the same kernels. So the second step is captured (`CudaGraph`), and later steps launch the graph as
+one. A later edit of the same sizes copies its contents into the graph's memory and uses the graph
+too (`KnownSteps`). The first result of a graph, and its first result on new contents, is compared
+with the computation. If they differ, or the step cannot be captured, steps are computed one by one,
+and the log says why. Needs torch only.
 """
 
 import gc
@@ -30,50 +30,50 @@ Given = TypeVar("Given", covariant=True)
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-3
-"""How far a graph may be off, relative to the largest value."""
+"""Allowed difference of a graph's result, relative to the largest value."""
 
 _TOLERANCE_BEYOND = 5e-2
-"""The same for what comes behind the first of a tuple of results: gradients, which kernels add up
+"""Allowed difference for all but the first of a tuple of results: for gradients, which kernels sum
 in any order."""
 
 _MOST_STEPS = 32
-"""Steps that are kept for later edits."""
+"""Most captured steps that are kept for later edits."""
 
 _MOST_BYTES = 2**30
-"""Most memory of their contents; that of graphs is in the pool."""
+"""Most memory of the kept steps' contents; graphs take theirs from the pool."""
 
 
 class Graph(Protocol[Given]):
-    """A computation that was captured."""
+    """A captured computation."""
 
     @property
     def result(self) -> Given | None:
-        """What was computed last."""
+        """The latest result."""
         ...
 
     def run(self) -> Given:
-        """Compute again on what the inputs hold now; in the memory of the last time."""
+        """Compute again on the present inputs; the result overwrites the latest one."""
         ...
 
 
 class GraphPool:
-    """What CUDA graphs of a device share, none of which runs at the same time as another.
+    """Stream and memory shared by the CUDA graphs of a device, which run one after another.
 
     Args:
-        device: Where they run.
+        device: The CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = _capture_stream(device)
-        """Where they are captured."""
+        """The stream on which graphs are captured."""
         self.has_failed = False
-        """Whether a capture failed, after which torch may not be fit for another."""
+        """Whether a capture failed; torch may not manage another one then."""
         self._handle: Any = None
         self._graphs: WeakSet[CudaGraph[Any]] = WeakSet()
 
     def handle_for(self, graph: "CudaGraph[Any]") -> Any:
-        """Return the memory that a graph is captured into; it goes with the last graph in it."""
+        """Return the memory pool for a graph; it is freed with the last graph in it."""
         if not self._graphs:
             self._handle = torch.cuda.graph_pool_handle()
         self._graphs.add(graph)
@@ -82,7 +82,7 @@ class GraphPool:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which graphs are captured; for each one used, cuBLAS keeps memory."""
+    """Return the one capture stream of a device: cuBLAS keeps memory for each stream in use."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -90,12 +90,12 @@ class CudaGraph(Generic[Result]):
     """The kernels of a computation on a CUDA device, launched as one.
 
     Args:
-        compute: Runs the same kernels on the same memory each time, without waiting for the device;
-            it has run on this device before.
-        pool: What it shares with other graphs. What one gave may be overwritten when another runs.
+        compute: The computation, which has run on this device before. It must run the same kernels
+            on the same memory each time, without waiting for the device.
+        pool: Shared with other graphs; a run of one may overwrite the results of another.
 
     Raises:
-        RuntimeError: If CUDA cannot capture it.
+        RuntimeError: If CUDA cannot capture the computation.
     """
 
     def __init__(self, compute: Callable[[], Result], pool: GraphPool) -> None:
@@ -103,12 +103,12 @@ class CudaGraph(Generic[Result]):
             raise RuntimeError("another could not be captured")
         with _never_waiting():
             self.result: Result | None = compute()
-            """What was computed last."""
+            """The latest result."""
         self._graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(pool.device)
         pool.stream.wait_stream(current)
-        # Not by torch.cuda.graph, which collects garbage and empties the cache: that takes longer
-        # than a step. No graph may be freed meanwhile.
+        # torch.cuda.graph would collect garbage and empty the cache, which takes longer than a
+        # step. Python's collector must not free another graph during the capture.
         with _uncollected(), torch.cuda.stream(pool.stream):
             try:
                 self._memory = self._captured(compute, pool)
@@ -118,13 +118,13 @@ class CudaGraph(Generic[Result]):
         current.wait_stream(pool.stream)
 
     def _captured(self, compute: Callable[[], Result], pool: GraphPool) -> Result:
-        """Capture a computation, and return where its results will lie."""
+        """Capture a computation; return the tensors that will hold its results."""
         handle = pool.handle_for(self)
         self._graph.capture_begin(pool=handle, capture_error_mode="thread_local")
         try:
             memory = compute()
         except BaseException:
-            with suppress(RuntimeError):  # it would hide what went wrong
+            with suppress(RuntimeError):  # a second error would hide the first
                 self._graph.capture_end()
             raise
         self._graph.capture_end()
@@ -139,9 +139,9 @@ class CudaGraph(Generic[Result]):
 
 @contextmanager
 def _never_waiting() -> Iterator[None]:
-    """Raise RuntimeError if the device was waited for in this context, as far as torch sees it.
+    """Raise RuntimeError if the code in this context waited for the device, as far as torch knows.
 
-    In a capture it is too late: torch does not get over it.
+    This is found out before the capture, because torch does not recover from a wait inside one.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as seen:
@@ -157,17 +157,17 @@ def _never_waiting() -> Iterator[None]:
 
 
 class NotTheSameError(ValueError):
-    """A graph gives something else than the computation."""
+    """A graph's result differs from the computation's."""
 
 
 class Capture:
-    """What has become of a computation so far; it knows nothing of the computation itself."""
+    """The state of a computation's capture; it holds no reference to the computation."""
 
     def __init__(self) -> None:
         self.graph: Graph[Any] | None = None
         self.has_run = False
         self.has_failed = False
-        """Whether it could not be captured, or its graph was off."""
+        """Whether the capture failed, or the graph gave other results."""
         self.is_checked = False
         """Whether the graph was compared with the computation on the present contents."""
         self.has_new_contents = False
@@ -178,15 +178,15 @@ class Capture:
 
 
 class Repeated(Generic[Result]):
-    """Calls a computation, or its graph once there is one.
+    """Runs a computation, or its graph once there is one.
 
     Args:
         compute: The computation.
-        capture: Makes a graph of it once it has run, or raises RuntimeError; None to compute each
-            time.
-        check: Raises NotTheSameError if a result is not what is computed now, which it finds out
-            for less than that takes; a graph on new contents is tried so.
-        state: What was captured of the same computation in the same memory.
+        capture: Captures the computation after its first run, or raises RuntimeError; None to
+            compute each time.
+        check: Raises NotTheSameError if a result is wrong, at less cost than the computation; it
+            checks a graph on new contents.
+        state: The capture of the same computation in the same memory, if there was one.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Repeated(Generic[Result]):
         return self._state.graph is not None
 
     def __call__(self) -> Result:
-        """Compute, one way or the other."""
+        """Return the result of the graph or of the computation."""
         state = self._state
         if state.graph is not None and state.is_checked:
             return state.graph.run()
@@ -218,21 +218,21 @@ class Repeated(Generic[Result]):
             return self._checked(state.graph) if state.graph else self._captured(self._capture)
         except _CannotRepeatError as error:
             reason = str(error)
-        # Not above, where the error holds on to what had been computed until then.
+        # Outside of the except block, as the error would keep the failed computation's memory.
         logger.warning("steps are computed one by one: they cannot be repeated (%s)", reason)
         state.graph, state.has_failed = None, True
         return self._compute()
 
     def _captured(self, capture: Callable[[], Graph[Result]]) -> Result:
-        """Make the graph, which is not relied on yet."""
+        """Capture the graph, and return the result of the computation for now."""
         try:
             graph = self._state.graph = capture()
-        except RuntimeError as error:  # so torch tells what CUDA does not capture
+        except RuntimeError as error:  # torch's error for what CUDA cannot capture
             raise _CannotRepeatError(f"{type(error).__name__}: {error}") from error
         return self._compute() if graph.result is None else graph.result
 
     def _checked(self, graph: Graph[Result]) -> Result:
-        """Compare the graph with the computation, on what the inputs hold by now."""
+        """Compare the graph with the computation on the present inputs."""
         try:
             if self._state.has_new_contents:
                 result = graph.run()
@@ -247,23 +247,21 @@ class Repeated(Generic[Result]):
 
 
 class _CannotRepeatError(Exception):
-    """A computation has to be done each time."""
+    """A computation cannot be repeated by a graph."""
 
 
 class KnownStep(NamedTuple):
-    """A step that later edits may repeat: it knows of no model and no edit, which know of it."""
+    """A captured step that later edits may repeat; it holds no reference to a model or an edit."""
 
     contents: Any
-    """The `forward.Contents` whose memory it reads."""
+    """The `forward.Contents` whose memory the graph reads."""
     state: Capture
-    """Its graph."""
 
 
 class KnownSteps:
     """The steps used last, by their sizes.
 
-    A graph knows where in memory a model and an edit lie: a copy of it, or one that was written to
-    a file, knows nothing.
+    A graph holds addresses in memory, so copies and files of this object are empty.
     """
 
     def __init__(self) -> None:
@@ -278,26 +276,26 @@ class KnownSteps:
         return KnownSteps, ()
 
     def pool_on(self, device: torch.device) -> GraphPool:
-        """Return what all graphs share, which run one after another on this device."""
+        """Return the pool of all graphs on a device."""
         if self._pool is None or self._pool.device != device:
             self._pool = GraphPool(device)
         return self._pool
 
     def make_valid_for(self, version: Hashable) -> None:
-        """Forget everything unless it was made with this version of model, edit and settings."""
+        """Forget all steps that another version of model, edit and settings made."""
         if version != self._made_with:
             self._steps.clear()
             self._pool = None  # a capture may have failed in it
             self._made_with = version
 
     def get(self, sizes: Hashable) -> KnownStep | None:
-        """Return the step of some sizes; None if there is none (any more)."""
+        """Return the step of these sizes; None if there is none, or no longer."""
         if sizes in self._steps:
             self._steps.move_to_end(sizes)
         return self._steps.get(sizes)
 
     def put(self, sizes: Hashable, step: KnownStep) -> None:
-        """Keep a step; those that were not used for the longest time make room."""
+        """Keep a step; those that were not used for longest make room."""
         self._steps[sizes] = step
         self._steps.move_to_end(sizes)
         while len(self._steps) > _MOST_STEPS or self._num_bytes > _MOST_BYTES:

@@ -1,4 +1,4 @@
-"""One forward of a model on given tokens, again and again: what a step of learning runs.
+"""A forward of a model that every training step repeats on the same tokens.
 
 Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 """
@@ -21,17 +21,17 @@ from baft_easyedit.training.recordings import model_version
 
 
 class Expected(NamedTuple):
-    """Losses that a forward has to give, known from one of all columns."""
+    """Losses that the full forward gave, and a forward on a cache has to give."""
 
     rows: list[int]
-    """The rows that they are known of."""
+    """Indices of the rows whose losses are known."""
     losses: Tensor
-    """Of the answer tokens of each of these, in nats."""
+    """Mean loss of the answer tokens of each of these rows, in nats."""
     tolerance: float
-    """How far they may be off, relative to the largest, or in nats if that is less than one."""
+    """Allowed difference: a share of the largest loss, or nats if that loss is below one nat."""
 
     def agree(self, row_losses: Tensor) -> bool:
-        """Tell whether the losses of all rows, [R], are as expected; it waits for the device."""
+        """Tell whether row losses [R] are as expected; this waits for the device."""
         largest = max(1.0, float(self.losses.max()))
         rows = torch.tensor(self.rows).to(row_losses.device)
         difference = (row_losses[rows] - self.losses).abs().max()
@@ -39,26 +39,25 @@ class Expected(NamedTuple):
 
 
 class CannotCacheError(ValueError):
-    """A model gives something else, or nothing, on what the prefix cache puts in."""
+    """A model cannot use the prefix cache, or gives other results with it."""
 
 
 class Contents(NamedTuple):
-    """What a forward is computed on: tensors, and nothing that knows of the model."""
+    """The inputs of a forward: tensors, without a reference to the model."""
 
     layout: Layout
-    """What is computed."""
     positions: Positions
-    """Where the edit intervenes."""
+    """The intervened positions."""
     inputs: Mapping[str, Any]
     """Arguments of the model's forward."""
     output: Any = None
-    """What stubbed layers return: hidden states [B, W, D], or a tuple that begins so."""
+    """The output of stubbed layers: hidden states [B, W, D], or a tuple that begins so."""
     is_rounded: bool = False
-    """Whether the layout has one of few sizes."""
+    """Whether the layout was padded to one of few sizes."""
 
     @property
     def sizes(self) -> Hashable:
-        """What those have in common on which the same kernels run."""
+        """A key that is equal for contents on which the same kernels run."""
         layout = self.layout
         return (
             tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in self.tensors.items()),
@@ -68,7 +67,7 @@ class Contents(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a forward reads, beside the weights and what is learned."""
+        """All tensors that a forward reads, except the parameters of the model and the edit."""
         output = self.output[0] if isinstance(self.output, tuple) else self.output
         named = {"positions": self.positions.at, "output": output}
         named |= {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
@@ -83,25 +82,25 @@ class Contents(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Memory that they take."""
+        """Memory of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def take(self, other: "Contents") -> None:
-        """Copy others of the same sizes into this memory."""
+        """Copy other contents of the same sizes into this memory."""
         others = other.tensors
         for name, tensor in self.tensors.items():
             tensor.copy_(others[name])
 
 
 class Forward:
-    """A model's forward on some contents.
+    """A model's forward on given contents.
 
     Args:
         model: A causal language model that `edit` is attached to.
         edit: The edit.
-        contents: What is computed on.
+        contents: The inputs.
         stubs: Decoder layers that return `contents.output` instead of computing.
-        expected: What it has to give with the edit as it is now; None if that is not known.
+        expected: Losses that the present edit has to give; None if they are not known.
     """
 
     def __init__(
@@ -119,37 +118,37 @@ class Forward:
         self.expected = expected
 
     def on(self, contents: Contents) -> "Forward":
-        """Return the same forward on the same contents, in other memory."""
+        """Return the same forward on equal contents in other memory."""
         return Forward(self._model, self._edit, contents, self._stubs, self.expected)
 
     @property
     def layout(self) -> Layout:
-        """What is computed."""
+        """The layout of the computed tokens."""
         return self.contents.layout
 
     @property
     def is_cached(self) -> bool:
-        """Whether some layers are not computed."""
+        """Whether the forward runs on the prefix cache."""
         return bool(self._stubs)
 
     @property
     def weights_version(self) -> Hashable:
-        """What changes with the model's weights."""
+        """A key that changes with the model's weights; see `model_version`."""
         return model_version(self._model)
 
     @property
     def device(self) -> torch.device | None:
-        """Where the model is; None if on several devices."""
+        """The model's device; None if it lies on several."""
         devices = {p.device for p in self._model.parameters()}
         return devices.pop() if len(devices) == 1 else None
 
     def __call__(self) -> Tensor:
-        """Run the model as the edit has it now; return the logits of answer tokens, [A, V].
+        """Run the model with the present edit; return the logits of the answer tokens, [A, V].
 
-        Behind them may come some that belong to nobody (see `packing.rounded`).
+        Logits of padding may follow them (see `layout.rounded`).
 
         Raises:
-            CannotCacheError: If the model takes a cache of the prefix cache, and cannot use it.
+            CannotCacheError: If the model cannot use the prefix cache that it is given.
         """
         model, contents = self._model, self.contents
         columns = contents.layout.predicting
@@ -163,7 +162,7 @@ class Forward:
         return logits if is_selected else logits[columns.to(logits.device)]
 
     def _logits(self) -> Tensor:
-        """Run the model."""
+        """Run the model; turn errors that the prefix cache explains into CannotCacheError."""
         inputs = self.contents.inputs
         try:
             return self._model(**inputs).logits
@@ -182,17 +181,17 @@ _OF_UNKNOWN_CACHES = (
     TypeError,
     ValueError,
 )
-"""What a model's code raises with a cache that it does not know."""
+"""Errors of a model's code with a cache of a class that it does not know."""
 
 
 def _is_of_the_device(error: Exception) -> bool:
-    """Tell whether an accelerator failed, or has no memory left, which no other input repairs."""
+    """Tell whether an accelerator failed or ran out of memory: the cache is not the reason."""
     kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
     return isinstance(error, kinds) or "CUDA error" in str(error)
 
 
 def _is_ours(traceback: TracebackType | None) -> bool:
-    """Tell whether an error comes from this package's own code, the caches apart."""
+    """Tell whether an error comes from this package's own code, other than `caches`."""
     name = ""
     while traceback is not None:
         name, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
@@ -201,14 +200,14 @@ def _is_ours(traceback: TracebackType | None) -> bool:
 
 @contextmanager
 def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
-    """Let a model's output embedding compute some columns only in this context.
+    """Let a model's output embedding compute only some columns in this context.
 
     Args:
         head: Maps hidden states [B, W, D] to logits; None if the model does not name it.
         columns: Flat indices into [B, W], [A].
 
     Yields:
-        A list that is no longer empty once it did; the model's logits are [1, A, V] then.
+        A list that is filled once the embedding ran; the model's logits are [1, A, V] then.
     """
     selected: list[bool] = []
 
@@ -231,24 +230,24 @@ def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
 
 @contextmanager
 def _without_cudnn_attention() -> Iterator[None]:
-    """Leave attention to torch's other kernels in this context.
+    """Switch off cuDNN's attention kernel in this context.
 
-    That of cuDNN, which torch prefers on recent GPUs, makes a plan for each new shape, for longer
-    than a step takes; and with masks it has given gradients that are not finite.
+    Torch prefers that kernel on recent GPUs. But it makes a plan for each new shape, which takes
+    longer than a step, and with masks it has given gradients that are not finite.
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
         torch.backends.cuda.enable_cudnn_sdp(False)
         yield
     finally:
-        if was_enabled:  # else another thread may be here, and enables it when it leaves
+        if was_enabled:  # else another thread may be in this context; it switches the kernel on
             torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @contextmanager
 def _stubbed(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
     """Let layers return `output` in this context and thread; their hooks still run."""
-    # accelerate replaces the forward of an instance too
+    # An instance may have a forward of its own already: accelerate replaces it too.
     previous: list[Callable[..., Any] | None] = [vars(m).get("forward") for m in layers]
     try:
         for layer in layers:
@@ -263,7 +262,7 @@ def _stubbed(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
 
 
 def _stub(forward: Callable[..., Any], output: Any) -> Callable[..., Any]:
-    """Return what takes the place of a layer's forward in this thread."""
+    """Return a forward that gives `output` in this thread, and computes in others."""
     thread = threading.get_ident()
 
     def stub(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Learner: learn requests into a model's edit, and rehearse, consolidate. In memory only.
+"""Learn requests into the edit of a model, rehearse, settle and consolidate. In memory only.
 
-Each call minimises the objective over the parameters of the model's `ModelEdit`; the model's own
-weights never change. What a call changes is an `EditState`, which can be taken and restored.
+Each call trains the parameters of the model's `ModelEdit`; the model's weights never change. All
+that a call changes is an `EditState`, which can be taken and restored.
 """
 
 import logging
@@ -34,27 +34,27 @@ from baft_easyedit.training.settling import settle
 logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 3
-"""Requests that a warning names."""
+"""Most requests that a warning names."""
 
 
 class EditState(NamedTuple):
     """All that an edit call changes."""
 
     learned: Snapshot
-    """What `ModelEdit.snapshot` returns."""
+    """The result of `ModelEdit.snapshot`."""
     attached: bool
-    """Whether the model computes with it."""
+    """Whether the edit is attached to the model."""
     memory: Mapping[str, Any] = {}
-    """What `RehearsalMemory.state` returns."""
+    """The result of `RehearsalMemory.state`."""
 
 
 class Learner:
-    """Learns into one edit of one model, and attaches it.
+    """Trains one edit of one model, and attaches it.
 
     Args:
         model: A decoder-only Hugging Face model.
-        tokenizer: Its tokenizer.
-        edit: What is learned into.
+        tokenizer: The model's tokenizer.
+        edit: The edit to train.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, edit: ModelEdit) -> None:
@@ -69,23 +69,20 @@ class Learner:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the model computes with the edit now."""
+        """Whether the edit is attached to the model now."""
         return attached_edit(self.model) is self.edit
 
     @property
     def memory(self) -> RehearsalMemory:
-        """The past requests of the edit, remembered or not."""
+        """The past requests of the edit."""
         return cast(RehearsalMemory, self.edit.memory)
 
     def state(self) -> EditState:
-        """Return all that the methods below change, as it is now."""
+        """Return the present state."""
         return EditState(self.edit.snapshot(), self.is_attached, self.memory.state())
 
     def restore(self, state: EditState) -> None:
-        """Go back to a `state`; the model's own outputs come back with the hooks off.
-
-        What was recorded stays, for the edits to come.
-        """
+        """Go back to a `state`, bit for bit; recordings of texts stay for later edits."""
         self.edit.restore(state.learned)
         self.memory.restore(state.memory)
         if state.attached:
@@ -95,10 +92,10 @@ class Learner:
 
     @contextmanager
     def alone(self, is_complete: Callable[[], bool] = lambda: False) -> Iterator[EditState]:
-        """Change something, with no other thread in the model; if it fails, all is as before.
+        """Keep other threads out of the model in this context; if it fails, restore the state.
 
         Args:
-            is_complete: Tells whether what failed came after the change.
+            is_complete: Tells whether the change was complete when an error came; then it stays.
 
         Yields:
             The state before.
@@ -122,14 +119,14 @@ class Learner:
     def _put_back(
         self, before: EditState, surroundings: Surroundings, is_complete: Callable[[], bool]
     ) -> None:
-        """Make all as it was, unless the change is complete."""
+        """Restore the state and the model's surroundings, unless the change is complete."""
         if not is_complete():
             surroundings.restore()
             self.restore(before)
             self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
-        """Learn requests together, beside past ones; then consolidate, if it is time."""
+        """Learn requests together, rehearsing past ones; then consolidate, if that is due."""
         rows, memory = self._rows(requests, hparams), self.memory
         self._attach()
         self._condition()
@@ -148,7 +145,7 @@ class Learner:
         return replace(learned.report, consolidation=again)
 
     def consolidate(self, steps: int, hparams: BaFTHyperParams) -> EditReport:
-        """Learn what is remembered, in turn."""
+        """Learn all remembered requests again, in turn."""
         self._attach()
         self._condition()
         fixed = replace(hparams, num_steps=steps, early_stop_loss=0.0)
@@ -161,9 +158,9 @@ class Learner:
     def learn_apart(
         self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
     ) -> list[Learned]:
-        """Learn each request on its own from the present state, which is left as it is.
+        """Learn each request on its own from the present state, which does not change.
 
-        `batch_size` of them are learned at once (see `BatchSize`), fewer where memory is short.
+        `batch_size` requests are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
         before, was_attached = self.edit.snapshot(), self.is_attached
@@ -190,7 +187,7 @@ class Learner:
         batch_size: int | None,
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
-        """Learn each request on its own; see `learn_apart`."""
+        """Learn requests apart in batches of similar size; see `learn_apart`."""
         size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
         sizes = [sum(len(row.ids) for row in rows) for rows in edits]
@@ -216,7 +213,7 @@ class Learner:
     def install(
         self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
     ) -> None:
-        """Put in what was learned apart, from these requests where they are known."""
+        """Take over an edit of `learn_apart`; its requests, if known, are remembered."""
         self.edit.restore(learned.state)
         self._attach()
         self.memory.remember(requests, hparams)
@@ -224,13 +221,13 @@ class Learner:
     def _settled(
         self, learned: Learned, rows: Sequence[TextRow], num_past: int, hparams: BaFTHyperParams
     ) -> Learned:
-        """Return what was learned, settled among past edits if there are any.
+        """Settle a new edit among past ones, if past states are kept; see `settling`.
 
         Args:
             learned: The new edit.
-            rows: What it was learned from; its report says how they are answered after settling.
-            num_past: Hidden states that were kept of past ones.
-            hparams: How to settle.
+            rows: Its rows; the report says how they are answered after settling.
+            num_past: How many hidden states of past edits were kept before this edit.
+            hparams: Hyper-parameters of the edit call.
         """
         if not num_past:
             return learned
@@ -247,12 +244,12 @@ class Learner:
         return Learned(self.edit.snapshot(), report)
 
     def _attach(self) -> None:
-        """Make the model compute with the edit, unless it does."""
+        """Attach the edit to the model, unless it is attached."""
         if not self.is_attached:
             self.edit.attach(self.model)
 
     def _condition(self) -> None:
-        """Measure the model's hidden states, if the edit is learned by that and nobody has yet."""
+        """Measure the statistics of an edit that whitens, once."""
         edit = self.edit
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
@@ -260,9 +257,10 @@ class Learner:
                 edit.whitening(layer).measure(states)
 
     def _own_states(self, attached: ModelEdit) -> dict[int, Tensor]:
-        """Return the hidden states of the model's own texts, as they are without what is attached.
+        """Return the hidden states of the model's own texts at the edited layers.
 
-        They are where the edit of each layer is.
+        Args:
+            attached: The attached edit, without which the states are computed.
         """
         with attached.disabled(), evaluating(self.model):
             return own_states(self.model).of(self.model, self.edit.layers)
@@ -273,8 +271,8 @@ class Learner:
         requests: Sequence[EditRequest],
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
-        """Learn independent edits of as many rows each, beside the same past ones."""
-        memory = self.memory.copy()  # what is not installed leaves no trace
+        """Learn independent edits with as many rows each, rehearsing the same past edits."""
+        memory = self.memory.copy()  # edits that are never installed must leave no trace
         rehearsal = self._rehearsal(hparams, memory, requests)
         copies = IndependentEdits(self.edit, len(edits))
         with self.edit.disabled():
@@ -291,7 +289,7 @@ class Learner:
         hparams: BaFTHyperParams,
         rehearsal: Rehearsal | None,
     ) -> list[Learned]:
-        """Learn rows into an edit."""
+        """Train an edit on tokenised rows."""
         recordings = self._recordings(hparams) if hparams.rehearsal else None
         own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
         return train(self.model, into, edits, hparams, rehearsal, recordings, own)
@@ -299,12 +297,12 @@ class Learner:
     def _rehearsal(
         self, hparams: BaFTHyperParams, memory: RehearsalMemory, new: Sequence[EditRequest]
     ) -> Rehearsal | None:
-        """Return what the steps of an edit call learn again; None if there is nothing."""
+        """Return the rehearsal of an edit call; None if no past edit is to be rehearsed."""
         rehearsal = Rehearsal(memory, hparams, partial(self._known_rows, hparams=hparams), new)
         return rehearsal if len(rehearsal) else None
 
     def _recordings(self, hparams: BaFTHyperParams) -> Recordings:
-        """Return the recordings that outlive an edit call, within the bounds of now."""
+        """Return the edit's recordings of earlier calls; new ones if the memory limit changed."""
         limit = hparams.rehearsal_cache_mib * 2**20
         known = self.edit.caches.get(Recordings)
         if known is None or known.limit_bytes != limit:
@@ -312,7 +310,7 @@ class Learner:
         return cast(Recordings, known)
 
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
-        """Tokenise a remembered request, once."""
+        """Return a remembered request's rows; tokenise it again only if the settings changed."""
         h = hparams
         settings = (request, PromptFormat.of(h), h.locality, h.loc_positions, h.learn_end)
         known, rows = self.memory.tokenised.get(request.prompt, (None, ()))
@@ -337,7 +335,7 @@ class Learner:
 
 
 def _warn_of_unlearned(requests: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
-    """Log a warning that names the requests that were not learned, if there are any."""
+    """Log a warning that names requests that were not learned."""
     losses = [loss for report in reports for loss in report.request_losses]
     learned = [is_learned for report in reports for is_learned in report.learned]
     unlearned = [
@@ -359,7 +357,7 @@ def _warn_of_unlearned(requests: Sequence[EditRequest], reports: Sequence[EditRe
 
 
 def _check_differentiable(model: nn.Module) -> None:
-    """Raise ValueError if the model has layers through which no gradient passes."""
+    """Raise ValueError if the model has layers that pass no gradient."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise ValueError(

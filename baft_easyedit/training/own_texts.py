@@ -1,4 +1,4 @@
-"""Hidden states of texts that a model writes itself: irrelevant ones, without any data (ours).
+"""Hidden states of texts that a model writes itself: irrelevant states that need no data (ours).
 
 Shapes: N texts, T tokens, D hidden size.
 """
@@ -24,15 +24,15 @@ NUM_TEXTS = 40
 LENGTH = 64
 """In tokens, the first one included."""
 _LOOKED_AT = 8
-"""Tokens that are read again to see whether the model is still as it was."""
+"""Tokens that are read again to check that the model has not changed."""
 _AT_ONCE = 8
-"""Texts of one forward."""
+"""Texts in one forward."""
 _NAME = "_baft_own_states"
-"""Attribute of a decoder stack, which a model and what wraps it have in common."""
+"""Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
 
 
 class OwnStates:
-    """Hidden states of a model's own texts by layer, as long as its weights stay what they are."""
+    """Hidden states of a model's own texts by layer; computed again when the model changes."""
 
     def __init__(self) -> None:
         self._version: Hashable = None
@@ -45,11 +45,11 @@ class OwnStates:
     def of(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return the states at the outputs of some layers, [N (T - 1), D], fp32.
 
-        The first token of each text is left out: its states are like no others.
+        The first token of each text is left out, because its states are like no others.
 
         Args:
             model: The model, without an edit.
-            layers: Which.
+            layers: Indices of the layers.
         """
         version = model_version(model)
         if version != self._version or not self._are_as_they_were(model):
@@ -59,9 +59,9 @@ class OwnStates:
         return {layer: self._states[layer] for layer in layers}
 
     def _are_as_they_were(self, model: nn.Module) -> bool:
-        """Tell whether a text's beginning gives the states that are known of it, up to rounding.
+        """Tell whether the beginning of a text still gives the known states, up to rounding.
 
-        No version tells of all that changes what a model computes (see `model_version`).
+        `model_version` does not see all changes of what a model computes.
         """
         again = _states(model, list(self._states), self._texts[:1, :_LOOKED_AT])
         tolerance = tolerance_of(next(model.parameters()))
@@ -69,15 +69,15 @@ class OwnStates:
 
 
 def own_states(model: nn.Module) -> OwnStates:
-    """Return what is known of a model's own texts."""
+    """Return the model's `OwnStates`, which live as long as the model."""
     return cast(OwnStates, vars(decoder_layers(model)).setdefault(_NAME, OwnStates()))
 
 
 @torch.no_grad()
 def own_texts(model: nn.Module) -> Tensor:
-    """Let a model write texts from its first token on, [N, T]; the same ones each time.
+    """Sample texts from a model, [N, T]; the same ones each time.
 
-    A model that takes no cache reads each text again for each token.
+    A model without a cache reads each text again for each token.
     """
     generator = torch.Generator().manual_seed(0)
     written, cache = torch.full((NUM_TEXTS, 1), _first_token(text_config(model))), None
@@ -90,14 +90,14 @@ def own_texts(model: nn.Module) -> Tensor:
 
 
 def _first_token(config: Any) -> int:
-    """Return the token that a model's texts begin with."""
+    """Return the first token of a model's texts."""
     known = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
     tokens = [token[0] if isinstance(token, list) else token for token in known if token]
     return int(tokens[0]) if tokens else 0
 
 
 def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Return the logits after the last of some tokens, [N, V], and the cache if there is one."""
+    """Return the logits after the last token of `ids`, [N, V], and the cache if there is one."""
     name = cache_name(model)
     given = {} if cache is None else {name: cache}
     output = model(input_ids=ids, use_cache=True, **given)
@@ -118,7 +118,7 @@ def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int,
 
 @contextmanager
 def _watching(stack: nn.ModuleList, seen: dict[int, list[Tensor]]) -> Iterator[None]:
-    """Collect the outputs of layers, but for each text's first token."""
+    """Collect the outputs of layers in this context, without each text's first token."""
     with ExitStack() as hooks:
         for layer, parts in seen.items():
 

@@ -1,4 +1,4 @@
-"""What the prefix cache keeps of texts, within bounds of memory. Needs torch only.
+"""Recordings of texts for the prefix cache, within a memory limit. Needs torch only.
 
 Shapes: n computed columns, s columns before them, D hidden size, N heads, H head size.
 """
@@ -23,44 +23,44 @@ _TOLERANCE_TF32 = 5e-3
 
 
 def tolerance_of(values: Tensor) -> float:
-    """Return how far what is computed again may be off, as a share of its size."""
+    """Return by what share of their size values may differ when they are computed again."""
     tolerance = _TOLERANCE.get(values.dtype, 0.0)
-    if values.is_cuda:  # which may multiply matrices in TF32
+    if values.is_cuda:  # CUDA may multiply matrices in TF32
         tolerance = max(tolerance, _TOLERANCE_TF32)
     return tolerance
 
 
 def is_close(values: Tensor, others: Tensor, tolerance: float) -> bool:
-    """Tell whether values are others of the same shape, but for this share of their mean size.
+    """Tell whether two tensors differ by at most a share of their mean absolute value.
 
-    Not of their largest value: some hidden states have a few that exceed all others.
+    The largest value would be no measure: hidden states have a few values that exceed all others.
     """
     a, b = values.float(), others.float()
     return a.shape == b.shape and float((a - b).abs().sum()) <= tolerance * float(b.abs().sum())
 
 
 class Recording(NamedTuple):
-    """What of a text no edit can change."""
+    """The states of one text that no edit can change."""
 
     hidden: Tensor
-    """Output of layer l1 in the columns that are computed, [n, D]."""
+    """Output of layer l1 in the computed columns, before the edit, [n, D]."""
     past: dict[int, tuple[Tensor, Tensor]]
-    """Keys and values of the columns before them in each later layer, [N, s, H]."""
+    """Keys and values of the columns before them, by layer above l1, [N, s, H] each."""
 
     @property
     def tensors(self) -> Iterable[Tensor]:
-        """All of them."""
+        """All tensors of the recording."""
         yield self.hidden
         for states in self.past.values():
             yield from states
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def is_close(self, other: "Recording", tolerance: float) -> bool:
-        """Tell whether each tensor is the other's; see the function `is_close`."""
+        """Tell whether two recordings are equal up to rounding; see the function `is_close`."""
         if self.past.keys() != other.past.keys():
             return False
         pairs = zip(self.tensors, other.tensors, strict=True)
@@ -68,19 +68,19 @@ class Recording(NamedTuple):
 
 
 class Recordings:
-    """Recordings of texts, those used last, up to a number of bytes.
+    """Recordings by text; those that were not used for longest go when memory is short.
 
     Args:
-        limit_bytes: Of all recordings.
+        limit_bytes: Memory limit of all recordings.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.layer_extras: tuple[Any, ...] | None = None
-        """What the last recorded layer returned after its hidden states, without tensors; None if
-        it returned a bare tensor."""
+        """The values that layer l1 returned after its hidden states, without tensors; None if the
+        layer returned a bare tensor."""
         self.limit_bytes = limit_bytes
         self.num_bytes = 0
-        """Memory that all of them take."""
+        """Memory of all recordings."""
         self._by_row: OrderedDict[TextRow, Recording] = OrderedDict()
         self._made_with: Hashable = None
 
@@ -94,29 +94,29 @@ class Recordings:
         return row in self._by_row
 
     def __reduce__(self) -> Any:
-        """Copy, and write to a file, an empty one: another model makes its own."""
+        """Leave the recordings out of copies and files: another model makes its own."""
         return Recordings, (self.limit_bytes,)
 
     def make_valid_for(self, version: Hashable) -> None:
-        """Forget everything unless it was made with this version of the model."""
+        """Forget all recordings that another version of the model made."""
         if version != self._made_with:
             self.clear()
             self._made_with = version
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all recordings."""
         self._by_row.clear()
         self.num_bytes = 0
 
     def get(self, row: TextRow) -> Recording | None:
-        """Return the recording of a text; None if there is none (any more)."""
+        """Return the recording of a text; None if there is none, or no longer."""
         if row not in self._by_row:
             return None
         self._by_row.move_to_end(row)
         return self._by_row[row]
 
     def put(self, row: TextRow, recording: Recording) -> None:
-        """Keep a recording; what was not used for the longest time makes room."""
+        """Keep a recording; those that were not used for longest make room."""
         self._by_row[row] = recording
         self.num_bytes += recording.num_bytes
         while self.num_bytes > self.limit_bytes:
@@ -124,11 +124,11 @@ class Recordings:
 
 
 def model_version(model: nn.Module) -> Hashable:
-    """Return what changes when a weight of the model is moved, replaced or written to.
+    """Return a key that changes when a weight of the model is moved, replaced or written to.
 
-    And when it computes by other kernels, which round otherwise. Writes through `Tensor.data` are
-    not seen, nor adapters that are switched on or off: who keeps what a model computed looks
-    whether it still computes that.
+    The key also changes with the choice of kernels, which round differently. It does not see writes
+    through `Tensor.data`, hooks, or adapters that are switched. So whoever keeps results of a model
+    must also compute one of them again (`PrefixCache._check_recordings`, `OwnStates`).
     """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())

@@ -1,7 +1,7 @@
-"""Rehearsal: past edits that are learned again beside each new one. Not in the paper.
+"""Rehearsal: past edits are learned again beside each new one (ours; not in the paper).
 
-An edit overwrites earlier ones because learning it never looks at them. The memory keeps their
-requests (text, no weights), and each optimisation step takes some of them along.
+A new edit damages earlier ones, because its objective does not contain them. So the memory keeps
+the past requests (texts, no weights), and each training step takes some of them along.
 """
 
 import random
@@ -15,14 +15,14 @@ from baft_easyedit.training.requests import EditRequest, TextRow
 
 
 class RehearsalMemory:
-    """The past edits of one model, the oldest first; a prompt is in it once."""
+    """The past requests of one edit, the oldest first, one for each prompt."""
 
     def __init__(self) -> None:
         self._past: dict[str, EditRequest] = {}
         self._num_seen = 0
         self.tokenised: dict[str, tuple[Any, Sequence[TextRow]]] = {}
-        """By prompt the rows of its request, and the settings they were made with, to save time; no
-        part of the `state`."""
+        """By prompt: the settings of the tokenisation and the request's rows. This saves time, and
+        is no part of the `state`."""
 
     def __len__(self) -> int:
         return len(self._past)
@@ -34,7 +34,7 @@ class RehearsalMemory:
         return self._past[prompt]
 
     def copy(self) -> "RehearsalMemory":
-        """Return a memory of the same edits."""
+        """Return a copy with the same requests."""
         other = RehearsalMemory()
         other._past, other._num_seen = dict(self._past), self._num_seen
         other.tokenised = self.tokenised
@@ -46,15 +46,15 @@ class RehearsalMemory:
         return self._num_seen
 
     def generator(self, hparams: BaFTHyperParams) -> random.Random:
-        """Return a source of random draws that depends on the seed and on what was learned only."""
+        """Return a random generator seeded by the hyper-parameters and the number of requests."""
         return random.Random(f"{hparams.seed} {self._num_seen}")
 
     def remember(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
-        """Add learned requests; one with a prompt that is remembered replaces that one.
+        """Add learned requests; a request replaces an earlier one with the same prompt.
 
         Args:
-            requests: What was learned.
-            hparams: Whether anything is remembered, and how many edits at most.
+            requests: The learned requests.
+            hparams: Say whether requests are remembered, and how many at most.
         """
         generator = self.generator(hparams)
         for request in requests:
@@ -65,14 +65,14 @@ class RehearsalMemory:
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        """Keep no rows of what is not remembered."""
+        """Drop the rows of requests that are not remembered."""
         for prompt in self.tokenised.keys() - self._past.keys():
             del self.tokenised[prompt]
 
     def _make_room(self, limit: int | None, generator: random.Random) -> bool:
-        """Forget an edit if the memory is full; return whether the new one is to be kept.
+        """Forget a request if the memory is full; return whether the new one is kept.
 
-        Any past edit is as likely to stay as another (Vitter's algorithm R).
+        Each past request has the same chance to stay (Vitter's algorithm R).
         """
         if limit is None or len(self._past) < limit:
             return True
@@ -82,7 +82,7 @@ class RehearsalMemory:
         return forgotten < limit
 
     def state(self) -> dict[str, Any]:
-        """Return all of it as JSON values, for `restore`; empty if nothing was learned."""
+        """Return the memory as JSON values, for `restore`; empty if nothing was learned."""
         if not self._num_seen:
             return {}
         return {"num_seen": self._num_seen, "past": [request.to_dict() for request in self]}
@@ -91,8 +91,8 @@ class RehearsalMemory:
         """Go back to a `state`.
 
         Raises:
-            ValueError: If it is not one; nothing has changed then.
-            TypeError: If a value of a request has the wrong type; likewise.
+            ValueError: If `state` is not one; nothing has changed then.
+            TypeError: If a value of a request has the wrong type; nothing has changed then.
         """
         where = "the rehearsal memory"
         num_seen, requests = 0, []
@@ -110,13 +110,13 @@ class RehearsalMemory:
 
 
 class Rehearsal:
-    """The past edits that the steps of one edit call learn again.
+    """Draws the past requests that each step of one edit call learns again.
 
     Args:
-        memory: Where they come from.
-        hparams: How many.
-        rows_of: Tokenises one request: its edit, then its irrelevant prompts.
-        new: What the edit call learns; past edits of the same prompts are left out.
+        memory: The past requests.
+        hparams: Say how many are drawn for a step.
+        rows_of: Tokenises one request: its edit first, then its irrelevant prompts.
+        new: The requests of the edit call; past requests with the same prompts are left out.
     """
 
     def __init__(
@@ -133,27 +133,27 @@ class Rehearsal:
         self._past = [request for request in memory if request.prompt not in prompts]
 
     def __len__(self) -> int:
-        """How many past edits a step takes."""
+        """How many past requests a step takes."""
         return min(self._hparams.rehearsal, len(self._past))
 
     def draw(self) -> list[TextRow]:
-        """Return the rows of the next step: past edits, then irrelevant prompts of some of them."""
+        """Return the next step's rows: past edits, then irrelevant prompts of some of them."""
         rows = [self._rows_of(request) for request in self._choose(len(self))]
         with_irrelevant = rows[: self._hparams.rehearsal_irrelevant]
         return [*(r[0] for r in rows), *(row for r in with_irrelevant for row in r[1:])]
 
     def _choose(self, count: int) -> list[EditRequest]:
-        """Return the past edits of the next step."""
+        """Return the past requests of the next step."""
         return self._generator.sample(self._past, count)
 
 
 class Review(Rehearsal):
-    """A rehearsal that goes over all past edits in turn, in a random order."""
+    """A rehearsal that takes all past requests in turn, in a random order (consolidation)."""
 
     _rest: list[EditRequest]
 
     def _choose(self, count: int) -> list[EditRequest]:
-        """Return the next past edits; the order is drawn anew once all had their turn."""
+        """Return the next past requests; draw a new order when all have had their turn."""
         rest = getattr(self, "_rest", [])
         if len(rest) < count:
             rest = rest + self._generator.sample(self._past, len(self._past))

@@ -1,7 +1,7 @@
 """Edit requests with EasyEdit's keys: validation, and tokenisation.
 
-A target's tokens are those of the text of prompt and target (see `prompt_format`) after the
-prompt's own, which is how EasyEdit's evaluators count them.
+The tokens of a target are those of the whole text (see `prompt_format`) after the prompt's tokens,
+as EasyEdit's evaluators count them.
 """
 
 import unicodedata
@@ -14,17 +14,17 @@ from baft_easyedit.files.reading import closest
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
 _PLACEHOLDER = "{}"
-"""What ROME's prompts have in place of their subject."""
+"""The placeholder for the subject in ROME's prompts."""
 _KEYS = (
     *("prompt", "target_new", "subject", "loc_prompt"),
     *("ground_truth", "rephrase_prompt", "target_neg", "locality", "portability", "case_id"),
 )
-"""Keys of EasyEdit's requests: those that are read here, and those that only others read."""
+"""Keys of EasyEdit's requests: those read here, and those that only its evaluators read."""
 _ARGUMENTS = {"locality_inputs": "locality", "portability_inputs": "portability"}
-"""Arguments of EasyEdit's `edit`, and the keys that it makes of them."""
+"""Arguments of EasyEdit's `edit`, and the request keys that it turns them into."""
 _LIKENESS = 0.85
-"""From here on a key is a known one misspelt (`loc_prompts`, `promt`). Below it are keys of records
-(`locality_prompt`, `target_true`) and notes (`subject_id`)."""
+"""Likeness from which a key counts as a known key misspelt (`loc_prompts`, `promt`). Keys of
+records (`locality_prompt`, `target_true`) and notes (`subject_id`) are less alike."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ class EditRequest:
 
     @classmethod
     def from_dict(cls, request: Mapping[str, Any]) -> "EditRequest":
-        """Read one of EasyEdit's request dicts; keys that only the evaluators read are ignored.
+        """Read one of EasyEdit's request dicts.
 
-        So are keys of your own, unless they look like a known one that is misspelt.
+        Keys that only the evaluators read are ignored, and unknown keys too, unless they look like
+        a misspelt known key.
 
         Raises:
             TypeError: If `request` is not a mapping, or a value has the wrong type.
@@ -100,7 +101,7 @@ class EditRequest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as EasyEdit's request dict, for `from_dict`; JSON values only."""
+        """Return the request as EasyEdit's dict, for `from_dict`; JSON values only."""
         content: dict[str, Any] = {"prompt": self.prompt, "target_new": self.target_new}
         if self.subject is not None:
             content["subject"] = self.subject
@@ -110,12 +111,12 @@ class EditRequest:
 
 
 def _same_form(text: str) -> str:
-    """Return a text in the one form in which letters with accents can be compared."""
+    """Return a text in Unicode's composed form, so that letters with accents can be compared."""
     return unicodedata.normalize("NFC", text)
 
 
 def _check_keys(keys: Sequence[str]) -> None:
-    """Raise ValueError if a key looks like a known one, or one that is needed is missing."""
+    """Raise ValueError if a key is a misspelt known one, or a required key is missing."""
     for key in keys:
         meant = _ARGUMENTS.get(key) or closest(key, _KEYS, _LIKENESS)
         if key not in _KEYS and meant is not None:
@@ -128,7 +129,7 @@ def _check_keys(keys: Sequence[str]) -> None:
 
 
 def _check_text(key: str, text: object) -> None:
-    """Raise unless `text` is a string with something in it."""
+    """Raise unless `text` is a string that is not blank."""
     if not isinstance(text, str):
         raise TypeError(f"{key} must be a string; got {short(text)}")
     if not text.strip():
@@ -160,12 +161,12 @@ class TextRow:
     """One tokenised text: an edit, or an irrelevant prompt."""
 
     ids: tuple[int, ...]
-    """Its tokens, special tokens included."""
+    """The tokens of the text, special tokens included."""
     prompt_length: int
-    """Tokens before the answer. Of an irrelevant prompt, the tokens before those that count as its
-    answer, to which the intervention applies all the same."""
+    """Number of tokens before the answer. An irrelevant prompt has no answer; the intervention
+    applies to its tokens from here on as if they were one."""
     is_edit: bool
-    """Whether the answer is learned."""
+    """True if the answer is learned, False for an irrelevant prompt."""
 
 
 def text_rows(
@@ -184,8 +185,8 @@ def text_rows(
         requests: The edits.
         tokenizer: Their model's tokenizer.
         max_context: Longest input of the model, in tokens; None for no limit.
-        prompt_format: How prompts are put to the model; None for plain texts. Irrelevant prompts
-            are left as they are.
+        prompt_format: Format of the prompts; None for plain texts. It does not apply to irrelevant
+            prompts.
         with_irrelevant: Add the irrelevant prompts.
         loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
             for all.
@@ -238,7 +239,7 @@ def _end(tokenizer: Any) -> tuple[int]:
 def _edit_row(
     request: EditRequest, tokenizer: Any, form: PromptFormat, end: tuple[int, ...]
 ) -> TextRow:
-    """Tokenise a prompt and its target, and what ends it."""
+    """Tokenise a prompt and its target, and append the token that ends the answer, if any."""
     prompt, target = request.prompt, request.target_new
     ids = form.whole_ids(prompt, target, tokenizer)
     before = form.prompt_ids(prompt, tokenizer)

@@ -1,8 +1,9 @@
-"""Settle an edit among past ones: steps without the model, at kept hidden states only (ours).
+"""Settle a new edit among past ones: restore their displacements at kept hidden states (ours).
 
-A new edit changes what earlier ones do. Once it is learned, what all of them did at the hidden
-states of `past_states` is learned again, the new one's included, while the displacement of the
-model's own texts stays as it is, but for a tolerance. A step costs a few matrix products, and no
+Training a new edit changes Phi, and with it the displacements Phi(h) - h that earlier edits need.
+Settling then trains Phi again: at the hidden states kept in `past_states` (the new edit's included)
+each displacement should be the one noted when its edit was learned, and on the model's own texts it
+should stay as it is. Both may be off by a tolerance. A step costs a few matrix products, and no
 forward of the model.
 
 Shapes: N states, D hidden size.
@@ -20,25 +21,25 @@ from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.loop import make_optimizer
 
 _OWN_STATES = 256
-"""States of the model's own texts that a settling sees."""
+"""How many states of the model's own texts are used."""
 
 _TURNS = 4
-"""A step sees one of so many shares of all states, in turn."""
+"""Each step uses one of so many shares of all states, in turn."""
 
 _TOLERANCE = 0.1
-"""How far off a displacement may be, as a share of a usual one: without it nothing is left that a
-new edit could be general by."""
+"""Allowed error of a displacement, as a share of the usual displacement. Without a tolerance, a new
+edit could no longer generalise."""
 
 
 def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams) -> None:
-    """Bring the displacement at past states back to what it was, in at most `settle_steps` steps.
+    """Bring the displacements at past states back, in at most `settle_steps` steps.
 
-    The learning rates are those of learning, and fall to 0.
+    The learning rates begin at those of training and fall linearly to 0.
 
     Args:
-        edit: A single edit, where its layers compute; its parameters are changed.
-        own: States of the model's own texts by layer, [N, D].
-        hparams: The learning rates, and how many steps.
+        edit: A single edit, on the devices of its layers; its parameters are changed.
+        own: Hidden states of the model's own texts by layer, [N, D].
+        hparams: Give the learning rates and the number of steps.
     """
     steps, coordinates = hparams.settle_steps, Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
@@ -68,7 +69,7 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
 
 
 class _Wanted:
-    """How states of one layer are to move: past ones as they were to, own ones as they do now."""
+    """The wanted displacements of one layer: past states' as noted, own texts' as they are now."""
 
     @torch.no_grad()
     def __init__(self, edit: ModelEdit, coordinates: Coordinates, layer: int, own: Tensor) -> None:
@@ -85,6 +86,6 @@ class _Wanted:
         ]
 
     def error(self, step: int) -> Tensor:
-        """Return how far off the states of this step's turn are, []."""
+        """Return the displacement error of the states whose turn this step is, []."""
         displacement, wanted = self._turns[step % len(self._turns)]
         return displacement_error(displacement(), wanted, self._size, _TOLERANCE)
