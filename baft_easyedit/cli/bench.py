@@ -1,22 +1,12 @@
 """`bench`, `report` and `diagnose`: benchmark runs, and what to read off them."""
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from baft_easyedit.cli.console import Bar, silence_loading, status_of
 from baft_easyedit.cli.model import usable_device
-from baft_easyedit.cli.options import (
-    counts,
-    device,
-    existing,
-    existing_directory,
-    existing_file,
-    names,
-    new_directory,
-    whole,
-)
+from baft_easyedit.cli.options import counts, device, existing, names, new, whole
 
 _SETTINGS = (
     *("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device", "fp16"),
@@ -26,68 +16,49 @@ _SETTINGS = (
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the commands."""
-    _add_bench(commands)
-
-    report = commands.add_parser("report", help="tables and figures of benchmark runs")
-    report.add_argument("runs", nargs="+", type=existing_directory, metavar="RUN_DIR")
-    report.add_argument(
-        "--out", type=new_directory, help="directory; the first run's `report` if absent"
-    )
-    report.add_argument("--paper-model", help="show the paper's numbers of this model beside ours")
-    report.set_defaults(run=_report)
-
-    diagnose = commands.add_parser("diagnose", help="check a run's gates, balance and locality")
-    diagnose.add_argument("run_dir", type=existing_directory, metavar="RUN_DIR")
-    diagnose.add_argument(
-        "--out", type=new_directory, help="directory; the run's `diagnosis` if absent"
-    )
-    diagnose.set_defaults(run=_diagnose)
-
-
-def _add_bench(commands: Any) -> None:
-    """Describe `bench`; its options replace values of the YAML."""
+    """Describe the commands; options of `bench` replace values of the YAML."""
     bench = commands.add_parser(
         "bench", help="run a benchmark described by a YAML file, or go on with a stopped one"
     )
-    bench.add_argument("config", help="a file, or a name such as bench/facts")
-    bench.add_argument(
-        "--model",
-        help="Hugging Face name or directory; another one does not get the file's presets",
-    )
-    bench.add_argument("--preset", help="our settings for the model, such as llama-3-8b-instruct")
-    bench.add_argument("--peer-preset", help="EasyEdit's settings for it, such as llama3-8b")
-    bench.add_argument("--data", type=existing, help="file or directory of the records")
-    bench.add_argument("--methods", type=names, help="comma-separated list")
-    bench.add_argument("--T", type=counts, help="edits in a row, such as 1,10,100")
-    bench.add_argument("--batch-size", type=counts, help="requests per edit, such as 1,10")
-    bench.add_argument("--limit", type=whole(1), help="number of records")
-    bench.add_argument(
-        "--downstream",
-        type=existing_directory,
-        help="directory of PIQA, to ask after each run of edits",
-    )
-    bench.add_argument(
-        "--texts",
-        type=existing_file,
-        help="file, a passage a line, for the key statistics of MEMIT and its kin",
-    )
-    bench.add_argument("--device", type=device, help="CUDA device number, or a name")
-    bench.add_argument(
-        "--fp16", action=argparse.BooleanOptionalAction, help="load the model in half precision"
-    )
-    bench.add_argument("--jobs", type=whole(1), help="methods run at once by each process")
-    bench.add_argument(
-        "--report-to", choices=("none", "tensorboard", "wandb"), help="where numbers go as well"
-    )
-    bench.add_argument("--out", type=new_directory, help="the run's directory; runs/NAME if absent")
+    add = bench.add_argument
+    add("config", help="a file, or a name such as bench/facts")
+    add("--model", help="Hugging Face name or directory; others do not get the file's presets")
+    add("--preset", help="our settings for the model, such as llama-3-8b-instruct")
+    add("--peer-preset", help="EasyEdit's settings for it, such as llama3-8b")
+    add("--data", type=existing(), help="file or directory of the records")
+    add("--methods", type=names, help="comma-separated list")
+    add("--T", type=counts, help="edits in a row, such as 1,10,100")
+    add("--batch-size", type=counts, help="requests per edit, such as 1,10")
+    add("--limit", type=whole(1), help="number of records")
+    add("--downstream", type=existing("directory"), help="PIQA's, asked after each run of edits")
+    add("--texts", type=existing("file"), help="a passage a line, for MEMIT's key statistics")
+    add("--device", type=device, help="CUDA device number, or a name")
+    half = "load the model in half precision"
+    add("--fp16", action=argparse.BooleanOptionalAction, help=half)
+    add("--jobs", type=whole(1), help="methods run at once by each process")
+    add("--report-to", choices=("none", "tensorboard", "wandb"), help="where numbers go as well")
+    add("--out", type=new("directory"), help="the run's directory; runs/NAME if absent")
     bench.set_defaults(run=_bench)
+
+    report = commands.add_parser("report", help="tables and figures of benchmark runs")
+    add = report.add_argument
+    add("runs", nargs="+", type=existing("directory"), metavar="RUN_DIR")
+    add("--out", type=new("directory"), help="directory; the first run's `report` if absent")
+    add("--paper-model", help="show the paper's numbers of this model beside ours")
+    report.set_defaults(run=_report)
+
+    diagnose = commands.add_parser("diagnose", help="check a run's gates, balance and locality")
+    add = diagnose.add_argument
+    add("run_dir", type=existing("directory"), metavar="RUN_DIR")
+    add("--out", type=new("directory"), help="directory; the run's `diagnosis` if absent")
+    diagnose.set_defaults(run=_diagnose)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    """Run a benchmark and print its tables."""
+    """Run a benchmark and print a table for each protocol that was asked for."""
     from baft_easyedit.bench.config import read_config
     from baft_easyedit.bench.run import run_bench
+    from baft_easyedit.demo.bundled import table
 
     config = read_config(arguments.config, _overrides(arguments))
     if arguments.device is None:
@@ -105,32 +76,25 @@ def _bench(arguments: argparse.Namespace) -> int:
             ) from None
     if not rows:  # another process tells
         return 0
-    _print_tables(config, rows)
+    for T, size in [(T, size) for T in config.T for size in config.batch_size]:
+        chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]
+        print(f"\n{chosen[0]['protocol']}, T = {T}, batch size {size}, n = {chosen[0]['n']}")
+        print(*table(chosen), sep="\n")
     print(f"\n{out}/summary.json; for more: baft-easyedit report {out}")
     return status_of(rows)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the options replace."""
-    given = {name: getattr(arguments, name) for name in _SETTINGS}
-    if arguments.downstream is not None:
-        given["downstream"] = {"path": str(arguments.downstream)}
-    data = {"path": arguments.data, "limit": arguments.limit}
-    overrides: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    overrides["data"] = {k: v for k, v in data.items() if v is not None}
-    return overrides
-
-
-def _print_tables(config: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Show a table for each protocol that was asked for."""
-    from baft_easyedit.demo.bundled import table
-
-    for T in config.T:
-        for size in config.batch_size:
-            chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]
-            print(f"\n{chosen[0]['protocol']}, T = {T}, batch size {size}, n = {chosen[0]['n']}")
-            for line in table(chosen):
-                print(line)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    settings = {name: plain[name] for name in _SETTINGS if name in plain}
+    if "downstream" in plain:
+        settings["downstream"] = {"path": plain["downstream"]}
+    data = {
+        key: plain[name] for name, key in (("data", "path"), ("limit", "limit")) if name in plain
+    }
+    return {**settings, "data": data}
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -2,19 +2,17 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
+
+NOTHING_RUN = 1
+"""Exit status if no row of a benchmark has scores."""
 
 
 def note(text: str) -> None:
     """Print a line that is no result."""
     print(f"baft-easyedit: {text}", file=sys.stderr)
-
-
-NOTHING_RUN = 1
-"""Exit status if no row of a benchmark has scores."""
 
 
 def status_of(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -31,18 +29,6 @@ def silence_loading() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-@contextmanager
-def without_warnings_of(module: str) -> Iterator[None]:
-    """Keep a module's logged warnings out of what the command prints, which says so itself."""
-    logger = logging.getLogger(module)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 class Bar:
     """A progress bar over edits, or other units."""
 
@@ -54,7 +40,8 @@ class Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def start(self, total: int, done: int) -> Callable[[int], None]:
         """Show the bar; return what moves it."""
@@ -69,8 +56,3 @@ class Bar:
         if self._bar is None:
             return f"before the first {self._unit}"
         return f"at {self._bar.n} of {self._bar.total} {self._unit}s"
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()

@@ -15,25 +15,19 @@ def add_commands(commands: Any) -> None:
         "demo", help="edits shown as text, then BaFT beside other methods through EasyEdit"
     )
     add_model_options(demo)
-    demo.add_argument(
-        "--methods",
-        type=names,
-        default=[],
-        help="comma-separated list; all that the demo knows if absent",
-    )
-    demo.add_argument(
-        "--cases", type=whole(1), default=30, help="single edits per method (%(default)s)"
-    )
-    demo.add_argument("--jobs", type=whole(1), default=2, help="methods run at once (%(default)s)")
+    add = demo.add_argument
+    add("--methods", type=names, default=[], help="comma-separated list; all it knows if absent")
+    add("--cases", type=whole(1), default=30, help="single edits per method (%(default)s)")
+    add("--jobs", type=whole(1), default=2, help="methods run at once (%(default)s)")
     demo.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     """Show a few edits, then the tables."""
-    from baft_easyedit.demo.bundled import check_methods, compare, show_edits, tables
+    from baft_easyedit.demo import bundled
     from baft_easyedit.easyedit import find_host
 
-    methods = check_methods(arguments.methods)
+    methods = bundled.check_methods(arguments.methods)
     silence_loading()
     hparams, host = hparams_of(arguments), find_host()
     if (arguments.model, arguments.hparams) == (None, None):
@@ -41,12 +35,12 @@ def _demo(arguments: argparse.Namespace) -> int:
         print("\nThe bundled model, of 3 million parameters:")
     # The tables have the paper's settings, but here answers are generated.
     shown = hparams if arguments.hparams else replace(hparams, learn_end=True)
-    for line in show_edits(shown):
+    for line in bundled.show_edits(shown):
         print(line)
     print(f"\nThrough EasyEdit ({host.generation}, {host.version}) and its own evaluators:")
     with Bar() as bar:
-        rows = compare(hparams, methods, arguments.cases, arguments.jobs, bar.start)
-    for line in tables(rows, arguments.cases):
+        rows = bundled.compare(hparams, methods, arguments.cases, arguments.jobs, bar.start)
+    for line in bundled.tables(rows, arguments.cases):
         print(line)
     return status_of(rows)
 

@@ -1,20 +1,15 @@
 """`edit` and `history`: one edit from the command line, and what a kept edit went through."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from baft_easyedit.cli.console import note, silence_loading, without_warnings_of
+from baft_easyedit.cli.console import note, silence_loading
 from baft_easyedit.cli.model import add_model_options, hparams_of
-from baft_easyedit.cli.options import (
-    DTYPES,
-    existing_directory,
-    new_directory,
-    positive,
-    whole,
-)
+from baft_easyedit.cli.options import DTYPES, existing, new, positive, whole
 from baft_easyedit.editor import BaFTEditor, EditReport
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
@@ -30,45 +25,28 @@ def add_commands(commands: Any) -> None:
     """Describe the commands."""
     edit = commands.add_parser("edit", help="edit one fact and show the answers before and after")
     add_model_options(edit)
-    edit.add_argument("--prompt", required=True, help="text that the answer completes")
-    edit.add_argument("--target", required=True, help="the new answer")
-    edit.add_argument("--subject", help="what the fact is about, a part of the prompt")
-    edit.add_argument(
-        "--loc-prompt", action="append", default=[], help="irrelevant text to keep; may be repeated"
-    )
-    edit.add_argument(
-        "--ask", action="append", default=[], help="another prompt to answer; may be repeated"
-    )
-    edit.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
-    edit.add_argument("--num-steps", type=whole(1), help="most steps, in place of the settings'")
-    edit.add_argument("--lr", type=positive, help="learning rate, in place of the settings'")
-    edit.add_argument(
-        "--allow-unlearned",
-        action="store_true",
-        help=f"end with status 0, not {UNLEARNED}, if the target was not learned",
-    )
-    edit.add_argument(
-        "--save",
-        type=new_directory,
-        metavar="DIR",
-        help="keep the edit in a directory, and go on with the one that is there",
-    )
-    edit.add_argument(
-        "--from",
-        dest="source",
-        type=existing_directory,
-        metavar="DIR",
-        help="begin with a kept edit, unchanged",
-    )
-    edit.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="with --from and --save: replace a snapshot of another edit in that directory",
-    )
+    add = edit.add_argument
+    again = {"action": "append", "default": []}
+    add("--prompt", required=True, help="text that the answer completes")
+    add("--target", required=True, help="the new answer")
+    add("--subject", help="what the fact is about, a part of the prompt")
+    add("--loc-prompt", **again, help="irrelevant text to keep; may be repeated")
+    add("--ask", **again, help="another prompt to answer; may be repeated")
+    add("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+    add("--num-steps", type=whole(1), help="most steps, in place of the settings'")
+    add("--lr", type=positive, help="learning rate, in place of the settings'")
+    unlearned = f"end with status 0, not {UNLEARNED}, if the target was not learned"
+    add("--allow-unlearned", action="store_true", help=unlearned)
+    kept = "keep the edit in a directory, and go on with the one that is there"
+    add("--save", type=new("directory"), metavar="DIR", help=kept)
+    begin = {"type": existing("directory"), "metavar": "DIR", "dest": "source"}
+    add("--from", **begin, help="begin with a kept edit, unchanged")
+    over = "with --from and --save: replace a snapshot of another edit in that directory"
+    add("--overwrite", action="store_true", help=over)
     edit.set_defaults(run=_edit)
 
     history = commands.add_parser("history", help="list what a kept edit went through")
-    history.add_argument("directory", type=existing_directory, metavar="DIR")
+    history.add_argument("directory", type=existing("directory"), metavar="DIR")
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
     history.set_defaults(run=_history)
 
@@ -93,26 +71,23 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     from baft_easyedit.generation import generate_answers, load_model, with_usable_end
 
-    model, tokenizer = load_model(
-        hparams.model_name, hparams.device, getattr(torch, arguments.dtype)
-    )
+    dtype = getattr(torch, arguments.dtype)
+    model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
     if arguments.hparams is None:
         hparams = with_usable_end(replace(hparams, learn_end=True), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
     with _told_what_is_kept(arguments), _editor(arguments, model, tokenizer, hparams) as editor:
         form = PromptFormat.of(editor.hparams)
         before = generate_answers(model, tokenizer, prompts, prompt_format=form)
-        with without_warnings_of(
-            "baft_easyedit.training.learner"
-        ):  # `_status` tells what was not learned
-            report = editor.edit(request)
+        report = editor.edit(request)
         after = generate_answers(model, tokenizer, prompts, prompt_format=form)
         if arguments.save is not None:
             editor.save(arguments.save, arguments.overwrite)
         settings, num_parameters = editor.hparams, editor.model_edit.num_parameters
-    _print_answers(prompts, before, after)
+    for prompt, old, new_answer in zip(prompts, before, after, strict=True):
+        print(f"{prompt}\n  before: {old}\n  after:  {new_answer}")
     _print_report(report, settings.alg_name, num_parameters)
-    return _status(arguments, report, settings, [request])
+    return _status(arguments, report, settings)
 
 
 def _is_copied(arguments: argparse.Namespace) -> bool:
@@ -122,15 +97,18 @@ def _is_copied(arguments: argparse.Namespace) -> bool:
 
 @contextmanager
 def _told_what_is_kept(arguments: argparse.Namespace) -> Iterator[None]:
-    """Let an interrupt say where to see what is kept."""
+    """Let an interrupt say where to see what is kept, and `_status` what was not learned."""
+    learner = logging.getLogger("baft_easyedit.training.learner")
+    level = learner.level
+    learner.setLevel(logging.ERROR)
     try:
         yield
     except KeyboardInterrupt:
-        if arguments.save is None or not holds_edit(arguments.save):
-            raise KeyboardInterrupt("nothing is kept") from None
-        raise KeyboardInterrupt(
-            f"`baft-easyedit history {arguments.save}` lists what is kept"
-        ) from None
+        is_kept = arguments.save is not None and holds_edit(arguments.save)
+        where = f"`baft-easyedit history {arguments.save}` lists what is kept"
+        raise KeyboardInterrupt(where if is_kept else "nothing is kept") from None
+    finally:
+        learner.setLevel(level)
 
 
 def _editor(
@@ -155,12 +133,6 @@ def _editor(
     return editor
 
 
-def _print_answers(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
-    """Show what the model says to each prompt."""
-    for prompt, old, new in zip(prompts, before, after, strict=True):
-        print(f"{prompt}\n  before: {old}\n  after:  {new}")
-
-
 def _print_report(report: EditReport, method: str, num_parameters: int) -> None:
     """Show what the edit cost."""
     stop = "stopped early" if report.stopped_early else "all steps"
@@ -173,23 +145,17 @@ def _print_report(report: EditReport, method: str, num_parameters: int) -> None:
         print(f"warning: {warning}")
 
 
-def _status(
-    arguments: argparse.Namespace,
-    report: EditReport,
-    settings: BaFTHyperParams,
-    requests: Sequence[dict[str, Any]],
-) -> int:
-    """Say which requests were not learned, and what to try; return the exit status."""
+def _status(arguments: argparse.Namespace, report: EditReport, settings: BaFTHyperParams) -> int:
+    """Say if the request was not learned, and what to try; return the exit status."""
+    if False not in report.learned:
+        return 0
     kept = "" if arguments.save is None else f"; it is kept in {arguments.save} all the same"
-    # No telling without an entry for each.
-    for request, is_learned in zip(requests, report.learned, strict=False):
-        if not is_learned:
-            told = f"{short(request['prompt'])} -> {short(request['target_new'])}"
-            note(
-                f"not learned: {told}{kept}. Try more steps (--num-steps {2 * settings.num_steps}) "
-                f"or a higher learning rate (--lr {2 * settings.lr:g})"
-            )
-    return UNLEARNED if False in report.learned and not arguments.allow_unlearned else 0
+    note(
+        f"not learned: {short(arguments.prompt)} -> {short(arguments.target)}{kept}. Try more "
+        f"steps (--num-steps {2 * settings.num_steps}) or a higher learning rate (--lr "
+        f"{2 * settings.lr:g})"
+    )
+    return 0 if arguments.allow_unlearned else UNLEARNED
 
 
 def _history(arguments: argparse.Namespace) -> None:

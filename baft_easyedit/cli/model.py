@@ -14,18 +14,11 @@ from baft_easyedit.model.devices import check_device, needs_missing_cuda
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose a model and its hyper-parameters."""
-    parser.add_argument(
-        "--model",
-        help=f"Hugging Face name or directory; that of --hparams, or else {BUNDLED_MODEL}, if "
-        "absent",
-    )
+    model = "Hugging Face name or directory; that of --hparams, or else"
+    place = "CUDA device number, or a name; that of --hparams, or else the first CUDA device, or"
+    parser.add_argument("--model", help=f"{model} {BUNDLED_MODEL}, if absent")
     parser.add_argument("--hparams", help="YAML file; scaled to the model's depth if absent")
-    parser.add_argument(
-        "--device",
-        type=device,
-        help="CUDA device number, or a name; that of --hparams, or else the first CUDA device, or "
-        "the CPU, if absent",
-    )
+    parser.add_argument("--device", type=device, help=f"{place} the CPU, if absent")
 
 
 def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
@@ -55,9 +48,7 @@ def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
 
 def default_device() -> int | str:
     """Return the first CUDA device, or the CPU."""
-    import torch
-
-    return 0 if torch.cuda.is_available() else "cpu"
+    return "cpu" if needs_missing_cuda(0) else 0
 
 
 def usable_device(wanted: Any, file: str) -> Any:

@@ -70,59 +70,44 @@ def device(text: str) -> int | str:
     return read
 
 
-def existing(text: str) -> str:
-    """Read the path of a file or directory that can be read."""
-    path = expanded(text)
-    if not path.exists():
-        raise ArgumentTypeError(f"must be a file or directory; there is none at {text!r}")
-    if not os.access(path, os.R_OK):
-        raise ArgumentTypeError(f"must be readable; {text!r} is not: check its permissions")
-    return str(path)
+def existing(kind: str = "file or directory") -> Callable[[str], Path]:
+    """Return what reads the path of a `file` or `directory` that can be read."""
+
+    def read(text: str) -> Path:
+        path = expanded(text)
+        if not path.exists():
+            raise ArgumentTypeError(f"must be a file or directory; there is none at {text!r}")
+        _check_kind(path, text, kind)
+        if not os.access(path, os.R_OK):
+            raise ArgumentTypeError(f"must be readable; {text!r} is not: check its permissions")
+        return path
+
+    return read
 
 
-def existing_file(text: str) -> str:
-    """Read the path of a file that can be read."""
-    path = existing(text)
-    if os.path.isdir(path):
-        raise ArgumentTypeError(f"must be a file; {text!r} is a directory")
-    return path
+def new(kind: str) -> Callable[[str], Path]:
+    """Return what reads the path of a `file` or `directory` to write, which may be there."""
+
+    def read(text: str) -> Path:
+        path = expanded(text)
+        _check_kind(path, text, kind)
+        found = path
+        while not os.path.lexists(found):
+            found = found.parent
+        if found != path and not found.is_dir():
+            raise ArgumentTypeError(f"must lie in a directory; {str(found)!r} is a file")
+        if not os.access(found, os.W_OK):
+            raise ArgumentTypeError(
+                f"must be a place to write to; got {text!r}, and {str(found)!r} cannot be "
+                "written: give another"
+            )
+        return path
+
+    return read
 
 
-def existing_directory(text: str) -> Path:
-    """Read the path of a directory that can be read."""
-    path = Path(existing(text))
-    if not path.is_dir():
-        raise ArgumentTypeError(f"must be a directory; {text!r} is a file")
-    return path
-
-
-def new_directory(text: str) -> Path:
-    """Read the path of a directory to write into, which may be there."""
-    path = expanded(text)
-    if path.exists() and not path.is_dir():
-        raise ArgumentTypeError(f"must be a directory; {text!r} is a file")
-    _check_writable(path, text)
-    return path
-
-
-def new_file(text: str) -> Path:
-    """Read the path of a file to write, which may be there."""
-    path = expanded(text)
-    if path.is_dir():
-        raise ArgumentTypeError(f"must be a file; {text!r} is a directory")
-    _check_writable(path, text)
-    return path
-
-
-def _check_writable(path: Path, text: str) -> None:
-    """Raise ArgumentTypeError unless a path, or what it would be made in, can be written."""
-    found = path
-    while not os.path.lexists(found):
-        found = found.parent
-    if found != path and not found.is_dir():
-        raise ArgumentTypeError(f"must lie in a directory; {str(found)!r} is a file")
-    if not os.access(found, os.W_OK):
-        raise ArgumentTypeError(
-            f"must be a place to write to; got {text!r}, and {str(found)!r} cannot be written: "
-            "give another"
-        )
+def _check_kind(path: Path, text: str, kind: str) -> None:
+    """Raise ArgumentTypeError if there is something of another kind at a path."""
+    is_there = "directory" if path.is_dir() else "file"
+    if path.exists() and is_there not in kind:
+        raise ArgumentTypeError(f"must be a {kind}; {text!r} is a {is_there}")

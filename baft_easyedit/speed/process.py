@@ -1,93 +1,140 @@
-"""Processes that measure: one for each model in memory, asked one at a time."""
+"""Processes that measure, one for each model in memory, and what they run."""
 
-import json
+import logging
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import baft_easyedit
+import torch
 
+from baft_easyedit.generation import load_model
+from baft_easyedit.model.devices import as_device
+from baft_easyedit.speed.methods import Method, OurMethod, Sample, measure, profiled
+from baft_easyedit.speed.options import Row, SpeedOptions
+from baft_easyedit.speed.prompts import random_requests
+from baft_easyedit.speed.shapes import random_model
+
+_LOG = "log.txt"
 _TAIL = 300
+_NOTES: dict[str, None] = {}
+"""What this package has logged in this process, such as that a model cannot be replayed."""
 
 
 class WorkerError(ChildProcessError):
     """What a measuring process answered instead of a result."""
 
 
-class Worker:
-    """A process of `worker`, with a temporary working directory; a context that ends it.
+@dataclass(frozen=True)
+class Job:
+    """One loaded model, and the rows that are measured on it."""
+
+    options: SpeedOptions
+    rows: tuple[Row, ...]
+    """Several of BaFT and ReFT, or one of EasyEdit's."""
+    model: str | None
+    """Where the model is; None for random weights."""
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether EasyEdit loads the model."""
+        return self.rows[0].engine is None
+
+
+@contextmanager
+def worker(job: Job) -> Iterator[Callable[..., Any]]:
+    """Start a process with a temporary working directory; end both with the context.
+
+    Yields:
+        What runs a function of the job and more arguments in the process. Raises WorkerError if the
+        function fails, or the process ends.
+    """
+    with (
+        TemporaryDirectory(prefix="easyedit-") as directory,
+        ProcessPoolExecutor(
+            1, get_context("spawn"), _start, (directory, job.options.threads)
+        ) as pool,
+    ):
+
+        def ask(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return pool.submit(_try, function, job, *arguments).result()
+            except BrokenProcessPool:
+                log = Path(directory, _LOG).read_text(encoding="utf-8", errors="replace")
+                raise WorkerError(f"its process ended: {log[-_TAIL:].strip()}") from None
+
+        yield ask
+
+
+def _start(directory: str, threads: int | None) -> None:
+    """Let what EasyEdit writes and prints go to a directory, and keep what this package logs."""
+    os.chdir(directory)
+    log = os.open(_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    notes = logging.Handler(logging.WARNING)
+    notes.emit = lambda record: _NOTES.update({record.getMessage(): None})  # type: ignore[method-assign]
+    logging.getLogger("baft_easyedit").addHandler(notes)
+    # Random words in a few steps are not meant to be learned.
+    logging.getLogger("baft_easyedit.training.learner").setLevel(logging.ERROR)
+
+
+def _try(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; raise whatever it raises as a text, as not every error can be sent."""
+    try:
+        return function(*arguments)
+    # A method of EasyEdit may raise anything: its asserts, and libraries' errors.
+    except Exception as error:  # noqa: BLE001
+        raise WorkerError(f"{type(error).__name__}: {error}") from None
+
+
+def measure_row(
+    job: Job, row: Row, repeat: int, requests: Sequence[Mapping[str, Any]]
+) -> tuple[Sample, list[str], str | None]:
+    """Measure a row once.
 
     Args:
-        job: What `worker.Bench` reads.
+        job: Its model is loaded by the first call.
+        row: One of the job's.
+        repeat: Number of the measurement, which seeds random words.
+        requests: What is edited; random words if there are none.
+
+    Returns:
+        The sample, what is to be noted of the process so far, and, at the last repeat, where the
+        time of an edit goes, if the options ask for that.
     """
-
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self.rows: Sequence[str] = [row["name"] for row in job["rows"]]
-        self._scratch = tempfile.TemporaryDirectory(prefix="easyedit-")
-        directory = Path(self._scratch.name)
-        (directory / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        self._log = directory / "log.txt"
-        with self._log.open("w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "baft_easyedit.speed.worker", str(directory / "job.json")],
-                cwd=directory,  # EasyEdit writes ./logs
-                env=_environment(job["threads"]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-            )
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._scratch.cleanup()
-
-    def ask(self, *command: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer.
-
-        Raises:
-            WorkerError: If the command failed, or the process has ended.
-        """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        try:
-            stdin.write(json.dumps(command) + "\n")
-            stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError(self._last_words()) from None
-        line = stdout.readline()
-        if not line:
-            raise WorkerError(self._last_words())
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer
-
-    def _last_words(self) -> str:
-        """Say how the process ended."""
-        tail = self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
-        return f"its process ended with exit code {self._process.wait()}: {tail}"
+    o, method = job.options, _load(job)[row.name]
+    if not requests:
+        requests = random_requests(method.tokenizer, o.prompt_length, o.batch_size, repeat)
+    sample = measure(method, requests, o.new_tokens)
+    where = profiled(method, requests) if o.profile and repeat == o.repeats else None
+    return sample, list(_NOTES), where
 
 
-def _environment(threads: int | None) -> dict[str, str]:
-    """Return the environment of a worker: this package importable, and its number of threads."""
-    root = str(Path(baft_easyedit.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    return environment if threads is None else {**environment, "OMP_NUM_THREADS": str(threads)}
+@cache
+def _load(job: Job) -> dict[str, Method]:
+    """Load a job's model; return the method of each row by the row's name."""
+    if job.is_peer:
+        from baft_easyedit.speed.peers import PeerMethod
+
+        (row,) = job.rows
+        peer = PeerMethod(row.method, job.model or "", job.options)
+        _NOTES.update(dict.fromkeys(peer.notes))
+        return {row.name: peer}
+    device, dtype = as_device(job.options.device), getattr(torch, job.options.dtype)
+    if job.model is None:
+        model, tokenizer = random_model(job.options.shape, device, dtype)
+    else:
+        model, tokenizer = load_model(job.model, str(device), dtype)
+    with torch.no_grad():  # what a first forward loads is no part of an edit
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    return {row.name: OurMethod(model, tokenizer, row, job.options) for row in job.rows}

@@ -1,28 +1,25 @@
 """Run a speed measurement: processes side by side, their rows in turn, over and over.
 
 On CUDA, BaFT and ReFT share one process and one model, and each of EasyEdit's methods has its own.
-On a CPU each row has its own, as memory is counted by process, except in a sweep, which counts
-none. Rows take turns in each repeat, so that a machine that slows down slows all of them.
+On a CPU each row has its own, as memory is counted by process. Rows take turns in each repeat, so
+that a machine that slows down slows all of them.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.generation import model_depth
 from baft_easyedit.model.devices import as_device, check_device
-from baft_easyedit.speed.measure import Sample
-from baft_easyedit.speed.options import Row, SpeedOptions, make_rows
-from baft_easyedit.speed.ours import load
-from baft_easyedit.speed.process import Worker, WorkerError
-from baft_easyedit.speed.prompts import records
-from baft_easyedit.speed.report import RowResult, SpeedReport, environment
+from baft_easyedit.speed.options import SpeedOptions
+from baft_easyedit.speed.process import Job, WorkerError, measure_row, worker
+from baft_easyedit.speed.report import RowResult, SpeedReport
+from baft_easyedit.speed.shapes import random_model
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
 """Makes a progress bar of a total and a number that is done; returns what moves it."""
@@ -39,7 +36,6 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
         All samples; a row that failed has the error.
 
     Raises:
-        ImportError: If charts are wanted and matplotlib is not installed.
         ValueError: If the device is not on this machine, there are fewer records than are to be
             edited, or one breaks a rule.
         OSError: If the model, or the file of the records, is missing.
@@ -48,23 +44,26 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
     check_device(options.device)
     if options.model is not None:
         model_depth(options.model)  # raises if there is no such model
-    if options.out is not None:
-        import matplotlib  # noqa: F401  # before an hour of measuring, not after it
-
-    rows = make_rows(options)
-    requests = records(options, (options.repeats + 1) * max(row.batch_size for row in rows))
-    total = len(rows) * (options.repeats + 1)
+    records, size = _records(options), options.batch_size
+    report = SpeedReport(options, [RowResult(row) for row in options.rows])
+    total = len(report.rows) * (options.repeats + 1)
     advance = start_progress(total, 0) if start_progress else lambda _: None
-    report = SpeedReport(options, environment(options), [RowResult(row) for row in rows])
-    with _weights(options, rows) as weights:
-        groups = _groups(options, rows)
-        for together in [[group] for group in groups] if options.one_by_one else [groups]:
-            with ExitStack() as stack:
-                jobs = [
-                    _job(options, group, weights) | {"requests": requests} for group in together
-                ]
-                workers = [stack.enter_context(Worker(job)) for job in jobs]
-                _Measurement(report, workers, advance).run()
+    with ExitStack() as stack:
+        asks: dict[str, Callable[..., Any]] = {}
+        for job in _jobs(options, stack):
+            ask = stack.enter_context(worker(job))
+            asks.update({row.name: ask for row in job.rows})
+        for repeat in range(options.repeats + 1):
+            for result in report.rows:
+                if result.error is None:
+                    requests = records[repeat * size :][:size]
+                    try:
+                        result.add(
+                            *asks[result.row.name](measure_row, result.row, repeat, requests)
+                        )
+                    except WorkerError as error:
+                        result.error = str(error)
+                advance(1)
     if all(result.error for result in report.rows):
         raise WorkerError(f"no method could be measured: {report.rows[0].error}")
     if options.out is not None:
@@ -72,116 +71,33 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
     return report
 
 
-def _groups(options: SpeedOptions, rows: Sequence[Row]) -> list[list[Row]]:
-    """Return which rows share a process."""
-    ours = [row for row in rows if row.is_ours]
-    shared = as_device(options.device).type == "cuda" or bool(options.sweeps)
-    own = [row for row in rows if not row.is_ours or not shared]
-    return ([ours] if shared and ours else []) + [[row] for row in own]
+def _records(options: SpeedOptions) -> Sequence[Mapping[str, Any]]:
+    """Return the records to edit; none if the options name no data."""
+    if options.data is None:
+        return []
+    kind, _, path = options.data.partition("=")
+    count = (options.repeats + 1) * options.batch_size
+    return load_dataset(kind, path or None, start=options.start, limit=count).requests
 
 
-def _job(options: SpeedOptions, rows: Sequence[Row], weights: str | None) -> dict[str, Any]:
-    """Describe what a process does.
+def _jobs(options: SpeedOptions, stack: ExitStack) -> list[Job]:
+    """Return what each process does.
 
-    Args:
-        options: What is measured.
-        rows: Those of the process.
-        weights: Where EasyEdit finds the model; None if it is not needed.
+    EasyEdit loads models from files: random weights are written to a temporary directory (TMPDIR
+    says where), which ends with the stack.
     """
-    keys = ("device", "dtype", "threads", "steps", "early_stop")
-    return {
-        **{key: getattr(options, key) for key in keys},
-        "rows": [asdict(row) for row in rows],
-        "model": _model_path(options) if rows[0].is_ours else weights,
-        "shape": options.shape_name,
-        "new_tokens": 0 if options.sweeps else options.new_tokens,
-        "meters": len(rows) == 1 or as_device(options.device).type == "cuda",
-    }
-
-
-def _model_path(options: SpeedOptions) -> str | None:
-    """Return the model so that processes in other directories find it."""
-    name = options.model
-    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
-
-
-@contextmanager
-def _weights(options: SpeedOptions, rows: Sequence[Row]) -> Iterator[str | None]:
-    """Say where EasyEdit's methods find the model; write random weights there if need be."""
-    if options.model is not None or all(row.is_ours for row in rows):
-        yield _model_path(options)
-        return
-    with tempfile.TemporaryDirectory(prefix="easyedit-", dir=options.weights_dir) as directory:
-        path = Path(directory) / options.shape_name
+    rows, model = options.rows, options.model
+    if model is not None and Path(model).exists():
+        model = str(Path(model).absolute())  # processes work in other directories
+    ours = [row for row in rows if row.engine is not None]
+    peers = [row for row in rows if row.engine is None]
+    shared = as_device(options.device).type == "cuda"
+    groups = [tuple(ours)] if ours and shared else [(row,) for row in ours]
+    jobs = [Job(options, group, model) for group in groups]
+    if model is None and peers:
+        directory = stack.enter_context(TemporaryDirectory(prefix="easyedit-"))
+        model = str(Path(directory) / options.shape)
         dtype = getattr(torch, options.dtype)
-        for part in load(None, options.shape_name, torch.device("cpu"), dtype):
-            part.save_pretrained(path)
-        yield str(path)
-
-
-class _Measurement:
-    """Fills a report by asking processes in turn."""
-
-    def __init__(
-        self, report: SpeedReport, workers: Sequence[Worker], advance: Callable[[int], None]
-    ) -> None:
-        self._report = report
-        self._workers = workers
-        self._advance = advance
-        self._results = {result.row.name: result for result in report.rows}
-
-    def run(self) -> None:
-        """Measure every row `repeats` times, after one time that does not count."""
-        for worker in self._workers:
-            self._try(worker.rows, partial(self._describe, worker))
-        for repeat in range(self._report.options.repeats + 1):
-            self._measure_bandwidth()
-            for worker in self._workers:
-                for name in worker.rows:
-                    self._try([name], partial(self._measure, worker, name, repeat))
-                    self._advance(1)
-        for worker in self._workers:  # again, for what has been logged since
-            self._try(worker.rows, partial(self._describe, worker))
-            for name in worker.rows if self._report.options.profile else ():
-                self._try([name], partial(self._profile, worker, name))
-
-    def _try(self, names: Sequence[str], action: Callable[[], None]) -> None:
-        """Do something for rows that have not failed; they have if it fails."""
-        results = [self._results[name] for name in names]
-        if any(result.error for result in results):
-            return
-        try:
-            action()
-        except WorkerError as error:
-            for result in results:
-                result.error = str(error)
-
-    def _describe(self, worker: Worker) -> None:
-        """Note what a process says of its rows."""
-        answer = worker.ask("describe")
-        for name in worker.rows:
-            self._results[name].notes = answer["notes"]
-            self._results[name].step_bytes = answer["step_bytes"].get(name)
-
-    def _measure(self, worker: Worker, name: str, repeat: int) -> None:
-        """Take a sample; the first one warms up, and only its memory counts."""
-        sample = Sample(**worker.ask("measure", name, repeat))
-        result = self._results[name]
-        if repeat == 0:
-            result.warm_up = sample
-        else:
-            result.samples.append(sample)
-
-    def _profile(self, worker: Worker, name: str) -> None:
-        """Ask where the time of a row's edit goes."""
-        self._results[name].profile = worker.ask("profile", name, 0)["profile"]
-
-    def _measure_bandwidth(self) -> None:
-        """Measure the device in the first process that works."""
-        working = [w for w in self._workers if not self._results[w.rows[0]].error]
-        for worker in working[:1]:
-            self._try(worker.rows, partial(self._ask_bandwidth, worker))
-
-    def _ask_bandwidth(self, worker: Worker) -> None:
-        """Note how fast the device copies."""
-        self._report.bandwidths.append(worker.ask("bandwidth")["bytes_per_s"])
+        for part in random_model(options.shape, torch.device("cpu"), dtype):
+            part.save_pretrained(model)
+    return [*jobs, *(Job(options, (row,), model) for row in peers)]

@@ -1,0 +1,276 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from baft_easyedit.generation import load_model
+from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.speed import SpeedOptions, SpeedReport, run_speed
+from baft_easyedit.speed.hardware import bytes_per_step, copy_bandwidth, with_peak
+from baft_easyedit.speed.methods import OurMethod, Sample, measure
+from baft_easyedit.speed.peers import PeerMethod, step_times
+from baft_easyedit.speed.process import Job, WorkerError, worker
+from baft_easyedit.speed.prompts import random_requests
+from baft_easyedit.speed.report import RowResult
+from baft_easyedit.speed.run import _jobs, _records
+from baft_easyedit.speed.shapes import random_model, shape_sizes
+from tests.conftest import make_model
+from tests.tiny import save_tiny_llama
+
+CPU = torch.device("cpu")
+SHAPE = "llama-4x64"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"shape": "bert"}, "shape must be one of llama-2-7b, .*; got 'bert'"),
+        ({"shape": "llama-2x65"}, "a multiple of 64 as width, .*; got 'llama-2x65'"),
+        ({"methods": ()}, "methods must name at least one method"),
+        ({"methods": ("BaFT", "BaFT-full")}, "methods must not name a row twice"),
+        ({"methods": ("BaFT-fast",)}, "methods must have an engine of cached, full; got"),
+        ({"methods": ("FT-X",)}, "method must be one of .*; got 'FT-X'"),
+        ({"out": Path("speed.txt")}, "out must name a .json file"),
+        ({"profile": True}, "out must be given with profile; got None"),
+        ({"data": "zsre.json"}, "data must have the form KIND=PATH, with a kind of facts, zsre"),
+    ],
+)
+def test_bad_option_is_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        SpeedOptions(**options)
+
+
+def test_baft_means_a_row_for_each_engine():
+    rows = SpeedOptions(methods=("BaFT", "ReFT-full", "FT-M")).rows
+    assert [row.name for row in rows] == ["BaFT-cached", "BaFT-full", "ReFT-full", "FT-M"]
+    assert [row.engine for row in rows] == ["cached", "full", "full", None]
+
+
+def test_rows_share_a_process_on_cuda_only():
+    def sizes(device):
+        options = SpeedOptions(model="bundled", methods=("BaFT", "FT-M"), device=device)
+        return [len(job.rows) for job in _jobs(options, None)]
+
+    assert sizes("cpu") == [1, 1, 1]
+    assert sizes(0) == [2, 1]
+
+
+def test_records_are_those_from_the_start_on():
+    few = SpeedOptions(data="facts=", start=3, repeats=1, batch_size=2)
+    more = SpeedOptions(data="facts=", start=0, repeats=6)
+    assert _records(few) == _records(more)[3:]
+    assert _records(SpeedOptions()) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [("llama-2-7b", 6_738_415_616), ("llama-3-8b", 8_030_261_248), ("gemma-7b", 8_537_680_896)],
+)
+def test_named_shape_has_the_size_of_its_model(shape, count):
+    model, _ = random_model(shape, torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_random_model_is_made_in_its_dtype_and_leaves_the_random_state():
+    state = torch.get_rng_state()
+    model, tokenizer = random_model("llama-2x64", CPU, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config.num_hidden_layers == shape_sizes("llama-2x64")["num_hidden_layers"] == 2
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(tokenizer) <= model.config.vocab_size
+
+
+@pytest.mark.parametrize("prompt_length", [4, 200])
+def test_requests_have_exactly_the_wanted_tokens(prompt_length):
+    tokenizer = load_model("bundled")[1]
+    requests = random_requests(tokenizer, prompt_length, count=3, seed=1)
+    for request in requests:
+        prompt = len(tokenizer(request["prompt"])["input_ids"])
+        text = f"{request['prompt']} {request['target_new']}"
+        assert (prompt, len(tokenizer(text)["input_ids"])) == (prompt_length, prompt_length + 4)
+        assert request["subject"] in request["prompt"]
+    assert len({request["prompt"] for request in requests}) == 3
+    assert random_requests(tokenizer, prompt_length, count=3, seed=1) == requests
+
+
+def test_prompt_that_is_never_reached_is_refused():
+    def two_a_word(text):
+        return {"input_ids": [0] * 2 * len(text.split())}
+
+    with pytest.raises(ValueError, match=r"prompt_length must be one that .*; got 9 tokens in all"):
+        random_requests(two_a_word, 9, count=1, seed=0)
+
+
+def test_bytes_per_step_are_those_of_later_layers_norm_and_head_twice():
+    model = make_model()
+    layers = sum(p.numel() for layer in model.model.layers[2:] for p in layer.parameters())
+    outside = model.model.norm.weight.numel() + model.lm_head.weight.numel()
+    assert bytes_per_step(model, 1) == 2 * 4 * (layers + outside)
+    model.lm_head.weight = model.model.embed_tokens.weight  # counted once
+    assert bytes_per_step(model, 3) == 2 * 4 * outside
+
+
+def test_copy_bandwidth_is_that_of_a_computer():
+    assert 1e8 < copy_bandwidth(CPU, num_bytes=8 << 20) < 1e13
+
+
+def test_peak_of_memory_counts_what_is_freed_again(monkeypatch):
+    peak, _ = with_peak(lambda: torch.ones(64 << 20, dtype=torch.uint8).numel(), CPU)
+    assert peak is None or 60 << 20 < peak < 90 << 20
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert with_peak(lambda: 1, CPU) == (None, 1)
+
+
+def make_method(**options):
+    chosen = SpeedOptions(methods=("BaFT-cached",), **options)
+    return OurMethod(*random_model(SHAPE, CPU, torch.float32), chosen.rows[0], chosen)
+
+
+def test_our_method_takes_all_steps_and_leaves_no_edit():
+    method = make_method(steps=3)
+    before = [p.clone() for p in method.model.parameters()]
+    requests = random_requests(method.tokenizer, 12, count=2, seed=0)
+    sample = measure(method, requests, new_tokens=4)
+    assert sample.num_steps == 3
+    assert abs(sample.step_s) < sample.edit_s
+    assert sample.edited_tokens_per_s > 0
+    assert sample.unedited_tokens_per_s > 0
+    assert sample.bound_s > 0
+    assert attached_edit(method.model) is None
+    assert all(map(torch.equal, before, method.model.parameters()))
+
+
+def test_single_step_has_no_time_of_its_own_and_no_tokens_no_speed():
+    method = make_method(steps=1)
+    sample = measure(method, random_requests(method.tokenizer, 12, count=1, seed=0), new_tokens=0)
+    assert (sample.num_steps, sample.step_s) == (1, None)
+    assert sample.edited_tokens_per_s is sample.unedited_tokens_per_s is None
+
+
+def test_steps_of_any_optimiser_are_timed_inside_the_context_only():
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    optimizers = [torch.optim.SGD([p]), torch.optim.AdamW([p])]
+    with step_times() as times:
+        for optimizer in optimizers:
+            optimizer.step()
+    optimizers[0].step()
+    assert len(times) == 2
+
+
+@pytest.fixture
+def peer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
+    path = save_tiny_llama(tmp_path)
+    return PeerMethod("FT-L", str(path), SpeedOptions())
+
+
+@pytest.mark.easyedit
+def test_peer_is_measured_and_restored(peer, monkeypatch):
+    before = [p.clone() for p in peer.model.parameters()]
+    one, other = ({"prompt": f"{name} is", "target_new": "so"} for name in ("One", "Two"))
+    sample = measure(peer, [one], new_tokens=3)
+    assert sample.num_steps >= 2
+    assert 0 < sample.step_s < sample.edit_s
+    assert all(map(torch.equal, before, peer.model.parameters()))
+    monkeypatch.setattr("baft_easyedit.speed.peers.batchable", lambda *_: False)
+    with pytest.raises(ValueError, match=r"batch_size must be 1 for FT-L, .*; got 2"):
+        peer.edit([one, other])
+
+
+def fails(job):
+    raise ValueError("no")
+
+
+def ends(job):
+    os.write(2, b"gone")
+    os._exit(3)
+
+
+def test_errors_of_a_process_and_its_last_words_are_told():
+    with worker(Job(SpeedOptions(), (), None)) as ask:
+        with pytest.raises(WorkerError, match="ValueError: no"):
+            ask(fails)
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="its process ended: gone"):
+                ask(ends)
+
+
+def test_model_or_device_that_is_none_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        run_speed(SpeedOptions(model=str(tmp_path)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device must be on this machine.*no CUDA device; got 0"):
+        run_speed(SpeedOptions(device=0))
+
+
+def test_run_fails_if_no_row_can_be_measured():
+    with pytest.raises(WorkerError, match="no method could be measured: ValueError: SERAC needs"):
+        run_speed(SpeedOptions(model="bundled", methods=("SERAC",), repeats=1))
+
+
+def test_run_measures_in_a_process_and_writes_files(tmp_path):
+    moved, out = [], tmp_path / "new" / "speed.json"
+    options = SpeedOptions(
+        shape=SHAPE,
+        methods=("BaFT-cached",),
+        prompt_length=8,
+        steps=3,
+        repeats=2,
+        threads=1,
+        new_tokens=2,
+        profile=True,
+        out=out,
+    )
+    report = run_speed(options, lambda total, done: lambda n: moved.append((total, n)))
+    assert moved == [(3, 1)] * 3
+    assert [file.name for file in report.files] == ["speed.json", "speed-BaFT-cached-profile.txt"]
+    assert "aten::mm" in report.files[1].read_text(encoding="utf-8")
+    content = json.loads(out.read_text(encoding="utf-8"))
+    (row,) = content["rows"]
+    assert len(row["samples"]) == 2
+    assert row["first"]["edit_s"] == row["summary"]["first_s"] > 0
+    assert row["summary"]["num_steps"] == 3
+    assert row["summary"]["step_to_bound"] is not None
+    assert "profile" not in row
+    assert content["options"]["methods"] == ["BaFT-cached"]
+
+
+@pytest.fixture
+def report():
+    options = SpeedOptions(methods=("BaFT", "ROME", "MEND"), repeats=3, threads=2)
+    rows = [RowResult(row) for row in options.rows]
+    replay, full, rome, mend = rows
+    replay.first = Sample(50.0, peak_bytes=5 << 20)
+    replay.samples = [Sample(s, 10, 0.1, 2 << 20, 95.0, 100.0, 0.05) for s in (1.0, 9.0, 2.0)]
+    full.samples = [Sample(s, 10, 0.4) for s in (6.0, 8.0, 7.0)]
+    rome.samples, rome.notes = [Sample(5.0), Sample(4.0), Sample(6.0)], ["ROME: a note"]
+    mend.error = "ValueError: MEND cannot"
+    return SpeedReport(options, rows)
+
+
+def test_summary_has_medians_of_warm_edits_and_ratios_to_the_default_engine(report):
+    replay, full, rome, mend = map(report.summary, report.rows)
+    assert (replay["first_s"], replay["edit_s"], replay["edit_ratio"]) == (50.0, 2.0, 1.0)
+    assert replay["peak_bytes"] == 5 << 20  # of the first edit too
+    assert replay["step_to_bound"] == pytest.approx(2.0)
+    assert replay["generation_ratio"] == pytest.approx(0.95)
+    assert (full["edit_ratio"], full["step_ratio"]) == (3.5, pytest.approx(4.0))
+    assert (rome["edit_ratio"], rome["step_ratio"], rome["num_steps"]) == (2.5, None, None)
+    assert set(mend.values()) == {None}
+    report.rows.pop(0)
+    assert report.summary(report.rows[0])["edit_ratio"] is None
+
+
+def test_lines_show_rows_errors_and_notes_and_no_columns_of_nothing(report):
+    lines = report.lines()
+    table = [" ".join(line.split()) for line in lines]
+    assert "BaFT-cached 50.000 2.000 1.00 10 100.00 1.00 2.00 5 95.0 0.950" in table
+    assert "BaFT-full - 7.000 3.50 10 400.00 4.00 - - - -" in table
+    assert lines[-2:] == ["MEND: ValueError: MEND cannot", "ROME: a note"]
+    report.rows[0].samples, report.rows[0].first = [Sample(1.0)], None
+    header = next(line for line in report.lines() if "s/edit" in line)
+    assert not {"first", "bound", "peak", "tokens/s"} & set(header.split())
