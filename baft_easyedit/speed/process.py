@@ -25,7 +25,7 @@ from baft_easyedit.speed.shapes import random_model
 _LOG = "log.txt"
 _TAIL = 300
 _NOTES: dict[str, None] = {}
-"""What this package has logged in this process, such as that a model cannot be replayed."""
+"""What this package has logged in this process, such as that a model cannot use a cached prefix."""
 
 
 class WorkerError(ChildProcessError):
