@@ -80,7 +80,7 @@ def test_edit_that_is_kept_and_goes_on(model, settings, tmp_path, capsys):
 def test_speed(model, capsys):
     few = ["--methods", "BaFT", "--repeats", "1", "--steps", "2", "--new-tokens", "2"]
     on_cpu("speed", "--model", model, *few)
-    assert "BaFT-replay" in capsys.readouterr().out
+    assert "BaFT-cached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("heading", ["An edit in ten lines", "Keep, ship and undo an edit"])

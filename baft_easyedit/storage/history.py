@@ -269,13 +269,16 @@ class History:
         """Go back to before the latest change."""
         if self._directory is None:
             self._undo_in_memory()
-            return
+        else:
+            self._undo_on_disk(self._directory)
+
+    def _undo_on_disk(self, directory: KeptDirectory) -> None:
+        """Go back to what the latest change of a journal grew from."""
         with self._learner.lock.changing():
-            journal = self._directory.journal
-            parent = journal.entries[journal.position].parent
+            parent = directory.journal.entries[directory.journal.position].parent
             if parent is None:  # that of entry 0
                 self._refuse_undo()
-            self._check_untouched(self._directory)
+            self._check_untouched(directory)
             self._return("undo", parent)
 
     def _undo_in_memory(self) -> None:
