@@ -296,8 +296,8 @@ def started(model, rows, hparams, is_cached=True):
     """A first step by the engine, and by the full forward."""
     edit = attached_edit(model) or with_edit(model)
     engine, objective = Engine(model, edit, "auto"), Objective(edit, hparams)
-    forward, step = engine.start([rows], objective.value)
-    full, expected = Engine(model, edit, "full").start([rows], objective.value)
+    forward, full = engine.prepare([rows]), FullForward(model, edit).prepare([rows])
+    step, expected = objective.value(forward), objective.value(full)
     assert (engine.name == "cached") is is_cached
     assert forward.is_cached is is_cached
     assert torch.allclose(step.row_losses, expected.row_losses, atol=1e-5)
@@ -305,29 +305,24 @@ def started(model, rows, hparams, is_cached=True):
     return engine
 
 
-@pytest.mark.parametrize(("known", "num_forwards"), [((), 3), ((1,), 3), ((0,), 4), ((0, 1), 2)])
-def test_the_first_step_is_the_check_of_what_it_recorded(known, num_forwards, model, rows, hparams):
-    """Unless nothing new has an answer; then there is another forward to check.
-
-    If something was known, a forward of one text finds out whether it is still right.
-    """
+@pytest.mark.parametrize("known", [(), (1,), (0,), (0, 1)])
+def test_only_new_texts_are_recorded_and_checked(known, model, rows):
+    """If something was known, a forward of one text finds out whether it is still right."""
     edit, recordings = with_edit(model), Recordings(2**30)
     rows = [rows[0], rows[-1]]
-    assert [row.is_edit for row in rows] == [True, False]
     if known:
         PrefixCache(model, edit, recordings).prepare([[rows[i] for i in known]])
     full, all_calls = [], []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: full.append(1))
     model.model.layers[3].register_forward_hook(lambda *_: all_calls.append(1))
-    engine = Engine(model, edit, "auto", recordings)
-    engine.start([rows], Objective(edit, hparams).value)
-    assert engine.name == "cached"
-    assert len(full) == (2 - len(known)) + (len(known) > 0)
-    assert len(all_calls) == num_forwards
+    PrefixCache(model, edit, recordings).prepare([rows])
+    num_new, num_asked_again = 2 - len(known), len(known) > 0
+    assert len(full) == num_new + num_asked_again
+    assert len(all_calls) == len(full) + (num_new > 0)
     assert all(row in recordings for row in rows)
 
 
-def test_a_model_that_cannot_be_cached_is_found_by_the_first_step(model, rows, hparams, caplog):
+def test_a_model_that_cannot_be_cached_gets_the_full_forward(model, rows, hparams, caplog):
     forward = model.forward
 
     def no_past(*args, **kwargs):
@@ -340,19 +335,6 @@ def test_a_model_that_cannot_be_cached_is_found_by_the_first_step(model, rows, h
         started(model, rows, hparams, is_cached=False)
     assert "full forward: LlamaForCausalLM cannot use a cached prefix" in caplog.text
     assert "no past here" in caplog.text
-
-
-def test_a_first_step_with_other_losses_is_refused(model, rows, hparams, caplog):
-    add_the_mean(model)
-    recordings = Recordings(2**30)
-    edit = with_edit(model)
-    engine = Engine(model, edit, "auto", recordings)
-    with caplog.at_level(logging.WARNING):
-        forward, _ = engine.start([rows], Objective(edit, hparams).value)
-    assert "logits on a cached prefix differ by" in caplog.text
-    assert engine.name == "full"
-    assert not forward.is_cached
-    assert not any(row in recordings for row in rows)
 
 
 @pytest.mark.parametrize("engine", [PrefixCache, FullForward])

@@ -110,8 +110,8 @@ ALIKE = [
 """Requests whose texts have as many tokens each."""
 
 
-def test_an_edit_of_a_known_size_runs_the_model_once_a_text(model, tokenizer, long, stand_ins):
-    """To record it, which is what its first step is compared with; the rest are graphs."""
+def test_an_edit_of_a_known_size_runs_the_model_to_record_only(model, tokenizer, long, stand_ins):
+    """Once a text, and once on all recordings to check them; the steps are graphs."""
     long = replace(long, num_steps=1)
     editor = BaFTEditor(model, tokenizer, replace(long, num_steps=4))
     editor.edit(ALIKE[0] | {"loc_prompt": "Fire is hot"})
@@ -122,7 +122,7 @@ def test_an_edit_of_a_known_size_runs_the_model_once_a_text(model, tokenizer, lo
     seen = []
     graph.run = lambda: (seen.append(len(calls)), run())[1]
     editor.edit(ALIKE[1])
-    assert seen[0] == 2  # the request and its irrelevant prompt
+    assert seen[0] == 3  # the request, its irrelevant prompt, and the check
 
 
 def edited_twice(model, tokenizer, hparams, between):

@@ -20,24 +20,6 @@ from baft_easyedit.training.layout import Layout
 from baft_easyedit.training.recordings import model_version
 
 
-class Expected(NamedTuple):
-    """Losses that the full forward gave, and a forward on a cache has to give."""
-
-    rows: list[int]
-    """Indices of the rows whose losses are known."""
-    losses: Tensor
-    """Mean loss of the answer tokens of each of these rows, in nats."""
-    tolerance: float
-    """Allowed difference: a share of the largest loss, or nats if that loss is below one nat."""
-
-    def agree(self, row_losses: Tensor) -> bool:
-        """Tell whether row losses [R] are as expected; this waits for the device."""
-        largest = max(1.0, float(self.losses.max()))
-        rows = torch.tensor(self.rows).to(row_losses.device)
-        difference = (row_losses[rows] - self.losses).abs().max()
-        return bool(difference <= self.tolerance * largest)
-
-
 class CannotCacheError(ValueError):
     """A model cannot use the prefix cache, or gives other results with it."""
 
@@ -100,7 +82,6 @@ class Forward:
         edit: The edit.
         contents: The inputs.
         stubs: Decoder layers that return `contents.output` instead of computing.
-        expected: Losses that the present edit has to give; None if they are not known.
     """
 
     def __init__(
@@ -109,17 +90,15 @@ class Forward:
         edit: ModelEdit,
         contents: Contents,
         stubs: Sequence[nn.Module] = (),
-        expected: Expected | None = None,
     ) -> None:
         self._model = model
         self._edit = edit
         self._stubs = stubs
         self.contents = contents
-        self.expected = expected
 
     def on(self, contents: Contents) -> "Forward":
         """Return the same forward on equal contents in other memory."""
-        return Forward(self._model, self._edit, contents, self._stubs, self.expected)
+        return Forward(self._model, self._edit, contents, self._stubs)
 
     @property
     def layout(self) -> Layout:

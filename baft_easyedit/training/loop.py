@@ -129,14 +129,11 @@ def train(
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         training_step = TrainingStep(edit, hparams, known, own)
-        forward = None
+        forward = engine.prepare(edits) if rehearsal is None else None
         while True:
             if rehearsal is not None:  # each step learns other texts again
-                step = training_step.run(engine.prepare(edits, rehearsal.draw()))
-            elif forward is None:
-                forward, step = engine.start(edits, training_step.run)
-            else:
-                step = training_step.run(forward)
+                forward = engine.prepare(edits, rehearsal.draw())
+            step = training_step.run(forward)
             if progress.is_over_after(step):
                 break
             coordinates.pull_back()

@@ -29,7 +29,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from baft_easyedit.hparams import ENGINES
-from baft_easyedit.method.objective import answer_loss, token_losses
 from baft_easyedit.model.hooks import ModelEdit, Positions
 from baft_easyedit.model.inspect import (
     cache_name,
@@ -49,16 +48,12 @@ from baft_easyedit.model.inspect import (
 from baft_easyedit.model.locks import of_this_thread
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.caches import FrozenPrefix, Recorder
-from baft_easyedit.training.forward import CannotCacheError, Contents, Expected, Forward
+from baft_easyedit.training.forward import CannotCacheError, Contents, Forward
 from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
 from baft_easyedit.training.recordings import Recording, Recordings, model_version, tolerance_of
 from baft_easyedit.training.requests import TextRow
-from baft_easyedit.training.step import StepResult
 
 logger = logging.getLogger(__name__)
-
-_LOSS_TOLERANCE = 0.2
-"""Share of the logits' tolerance by which losses may differ; beyond it the logits are compared."""
 
 _CACHE_BYTES = 2**30
 """Room for the recordings of one edit call; a text that does not fit is recorded at each use."""
@@ -118,50 +113,22 @@ class Engine:
         Raises:
             ValueError: If the engine is `cached`, and the model cannot use the cache.
         """
-        with self._falling_back():
-            if self._cache is not None:
+        if self._cache is not None:
+            try:
                 return self._cache.prepare(edits, rehearsed)
+            except CannotCacheError as error:
+                self._give_up_cache(error)
         return self._full.prepare(edits, rehearsed)
 
-    def start(
-        self, edits: Edits, step: Callable[[Forward], StepResult]
-    ) -> tuple[Forward, StepResult]:
-        """Prepare a forward and take the first step on it; the step's losses check the cache.
-
-        This saves the two forwards that `prepare` spends on the check.
-
-        Args:
-            edits: The rows of each edit.
-            step: Computes a step; it is called again in full if the model cannot use the cache.
-
-        Returns:
-            The forward, and the result of its first step.
-
-        Raises:
-            ValueError: See `prepare`.
-        """
-        with self._falling_back():
-            if self._cache is not None:
-                forward = self._cache.prepare_unchecked(edits)
-                first = step(forward)
-                self._cache.check(forward, edits, first.row_losses)
-                return forward, first
-        forward = self._full.prepare(edits)
-        return forward, step(forward)
-
-    @contextmanager
-    def _falling_back(self) -> Iterator[None]:
-        """Give up the cache if the model cannot use it: what follows this context runs in full."""
-        try:
-            yield
-        except CannotCacheError as error:
-            self.note = f"{type(self._model).__name__} cannot use a cached prefix ({error})"
-            if not self._may_fall_back:
-                raise ValueError(
-                    f"engine must be auto or full for this model: {self.note}; got 'cached'"
-                ) from error
-            logger.warning("full forward: %s", self.note)
-            self._cache = None
+    def _give_up_cache(self, error: CannotCacheError) -> None:
+        """Let all later forwards run in full; raise ValueError if that was not asked for."""
+        self.note = f"{type(self._model).__name__} cannot use a cached prefix ({error})"
+        if not self._may_fall_back:
+            raise ValueError(
+                f"engine must be auto or full for this model: {self.note}; got 'cached'"
+            ) from error
+        logger.warning("full forward: %s", self.note)
+        self._cache = None
 
 
 class FullForward:
@@ -223,16 +190,6 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return hands_on and argument in inspect.signature(decoder.forward).parameters
 
 
-class _Recorded(NamedTuple):
-    """The recording of a text, and the outputs of the forward that recorded it."""
-
-    recording: Recording
-    logits: Tensor
-    """Logits of the answer tokens, [A, V]."""
-    loss: Tensor
-    """Mean loss of the answer tokens, [1]."""
-
-
 class PrefixCache:
     """Prepares forwards on the columns that an edit can change.
 
@@ -257,7 +214,6 @@ class PrefixCache:
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
         self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
-        self._unchecked: dict[TextRow, Recording] = {}
         self._are_recordings_checked = False
         shape = (edit.layers, edit.num_prompt_positions)
         self._recordings.make_valid_for((model_version(model), shape))
@@ -279,56 +235,15 @@ class PrefixCache:
         if missing:
             with self._edit.disabled():
                 made = [self._record(row) for row in missing]
-                new = {row: m.recording for row, m in zip(missing, made, strict=True)}
+                new = {row: recording for row, (recording, _) in zip(missing, made, strict=True)}
                 with torch.no_grad():
                     cached = self._cached(_pieces([missing], (), self._start), new)()
-            logits = torch.cat([m.logits for m in made])
+            logits = torch.cat([logits for _, logits in made])
             _check_equal(cached[: len(logits)], logits)
-            self._keep(new)
+            for row, recording in new.items():
+                self._recordings.put(row, recording)
             known |= new
         return self._cached(_pieces(edits, rehearsed, self._start), known)
-
-    def prepare_unchecked(self, edits: Edits) -> Forward:
-        """Prepare a forward as `prepare` does, but leave the check to its first step.
-
-        The texts of a single edit are recorded with the edit switched on. Their recordings do not
-        depend on the edit, but their losses do: the first step has to give the same losses.
-
-        Raises:
-            CannotCacheError: See `prepare`.
-        """
-        _check_takes_masks(text_config(self._model))
-        rows = edits[0]
-        known = self._known(rows)
-        missing = [i for i, row in enumerate(rows) if row not in known]
-        is_told = len(set(rows)) == len(rows) and any(rows[i].is_edit for i in missing)
-        if len(edits) > 1 or not is_told:
-            return self.prepare(edits)
-        made = {i: self._record(rows[i]) for i in missing}
-        self._unchecked = {rows[i]: m.recording for i, m in made.items()}
-        tolerance = _LOSS_TOLERANCE * tolerance_of(made[missing[0]].logits)
-        expected = Expected(missing, torch.cat([m.loss for m in made.values()]), tolerance)
-        return self._cached(_pieces(edits, (), self._start), known | self._unchecked, expected)
-
-    @torch.no_grad()
-    def check(self, forward: Forward, edits: Edits, row_losses: Tensor) -> None:
-        """Compare the first step with the full forward, if `prepare_unchecked` left that to it.
-
-        Args:
-            forward: The forward that was prepared last.
-            edits: The rows of each edit.
-            row_losses: The losses of the step, [R].
-
-        Raises:
-            CannotCacheError: If neither the losses nor the logits are those of the full forward.
-        """
-        if not self._unchecked:
-            return
-        if forward.expected is None or not forward.expected.agree(row_losses):
-            logits = self._full.prepare(edits)()
-            _check_equal(forward()[: len(logits)], logits)
-        self._keep(self._unchecked)
-        self._unchecked = {}
 
     def _known(self, rows: Iterable[TextRow]) -> dict[TextRow, Recording]:
         """Return the recordings of the rows that have one; check once that they still hold."""
@@ -347,25 +262,20 @@ class PrefixCache:
         known = None if row is None else self._recordings.get(row)
         if row is not None and known is not None:
             with self._edit.disabled():
-                again = self._record(row).recording
+                again, _ = self._record(row)
             if not again.is_close(known, tolerance_of(known.hidden)):
                 name = type(self._model).__name__
                 logger.info("all texts are recorded anew: %s computes something else", name)
                 self._recordings.clear()
         self._are_recordings_checked = True
 
-    def _keep(self, new: Mapping[TextRow, Recording]) -> None:
-        """Keep new recordings for later calls."""
-        for row, recording in new.items():
-            self._recordings.put(row, recording)
-
     def _start(self, row: TextRow) -> int:
         """Return the first column of a row that is computed."""
         return first_edited(row.prompt_length, self._edit.num_prompt_positions)
 
     @torch.no_grad()
-    def _record(self, row: TextRow) -> _Recorded:
-        """Run the model once on a text, and keep what no edit can change.
+    def _record(self, row: TextRow) -> tuple[Recording, Tensor]:
+        """Run the model once on a text; return what no edit can change, and the logits, [A, V].
 
         The text runs alone, because other texts in the batch change the rounding: an edit that is
         learned again from a journal meets other texts, and must still come out bit for bit.
@@ -383,15 +293,12 @@ class PrefixCache:
             i: (keys[0, :, :start].clone(), values[0, :, :start].clone())
             for i, (keys, values) in recorder.seen.items()
         }
-        losses = token_losses(logits, layout.labels)
-        loss = answer_loss(losses, layout.label_rows, 1)
-        return _Recorded(Recording(hidden[0, start : len(row.ids)].clone(), past), logits, loss)
+        return Recording(hidden[0, start : len(row.ids)].clone(), past), logits
 
     def _cached(
         self,
         pieces: Sequence[Sequence[Piece]],
         recordings: Mapping[TextRow, Recording],
-        expected: Expected | None = None,
     ) -> Forward:
         """Build the forward of a layout from the recordings of its rows."""
         config = text_config(self._model)
@@ -414,7 +321,7 @@ class PrefixCache:
         at = layout.positions
         positions = Positions(at, False) if self._rounds else Positions.of(at)
         contents = Contents(layout, positions, inputs, output, self._rounds)
-        return Forward(self._model, self._edit, contents, self._stubs, expected)
+        return Forward(self._model, self._edit, contents, self._stubs)
 
 
 def _check_takes_masks(config: Any) -> None:

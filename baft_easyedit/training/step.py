@@ -104,9 +104,7 @@ class Objective:
 
     def check(self, forward: "Forward", computed: _Computed) -> None:
         """Raise NotTheSameError unless a step's values (not its gradients) are right."""
-        step = computed[0]
-        if forward.expected is None or not forward.expected.agree(step.row_losses):
-            check_equal(self.value(forward), step)
+        check_equal(self.value(forward), computed[0])
 
     def gradients(self, forward: "Forward") -> _Computed:
         """Compute a step and the gradient of the objective for each trained parameter."""
