@@ -137,28 +137,6 @@ class BaFTEditor:
             return report
 
     @_LEARNING
-    def consolidate(self, steps: int | None = None) -> EditReport:
-        """Go over all remembered edits once more, those of a step drawn in turn.
-
-        Args:
-            steps: Optimiser steps, at least 1; `consolidate_steps` of the hyper-parameters if None.
-
-        Raises:
-            ValueError: If nothing is remembered, or `steps` is below 1; others as `edit` does.
-        """
-        steps = self.hparams.consolidate_steps if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1; got {steps}")
-        if not len(self.model_edit.memory):
-            raise ValueError(
-                "there is no edit to consolidate: set rehearsal in the hyper-parameters, and edit"
-            )
-        with self._history.change("consolidation"):
-            report = self._learner.consolidate(steps, self.hparams)
-            self._history.keep("consolidate", report=report)
-            return report
-
-    @_LEARNING
     def learn_apart(
         self, requests: Sequence[Mapping[str, Any]], batch_size: int | None = None
     ) -> list[Learned]:

@@ -110,13 +110,6 @@ class BaFTHyperParams:
     likely to be remembered as another."""
     rehearsal_stop_loss: float = 0.1
     """An early stop also needs the rehearsed edits' loss to be at most this, in nats per token."""
-    rehearsal_cache_mib: int = 256
-    """Memory of the prefix cache for past edits, in MiB, at least 0; the rest is computed again
-    when it is drawn."""
-    consolidate_every: int = 0
-    """Go over all remembered edits again after each so many edit calls; 0 for never."""
-    consolidate_steps: int = 40
-    """Optimiser steps of a consolidation, at least 1."""
     seed: int = 0
     """Seed of the random initial bases, and of what is rehearsed."""
     batch_size: int = 1
@@ -201,17 +194,13 @@ class BaFTHyperParams:
 
     def _check_continual(self) -> None:
         """Check how a run of edits keeps the earlier ones."""
-        at_least_0 = ("past_states", "rehearsal", "rehearsal_cache_mib")
-        for name in (*at_least_0, "rehearsal_stop_loss", "consolidate_every"):
+        for name in ("past_states", "rehearsal", "rehearsal_stop_loss"):
             _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
-        for name in ("settle_steps", "consolidate_steps"):
-            _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        _check(self.settle_steps >= 1, "settle_steps", "be at least 1", self.settle_steps)
         limit, irrelevant = self.rehearsal_memory, self.rehearsal_irrelevant
         _check(limit is None or limit >= 1, "rehearsal_memory", "be at least 1, or null", limit)
         rule = "be at least 0, or null"
         _check(irrelevant is None or irrelevant >= 0, "rehearsal_irrelevant", rule, irrelevant)
-        if self.consolidate_every:
-            _check(self.rehearsal > 0, "rehearsal", "be above 0 to consolidate", self.rehearsal)
 
     @classmethod
     def from_hparams(cls: type[HParams], path: str | Path, **overrides: Any) -> HParams:

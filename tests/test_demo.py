@@ -87,7 +87,7 @@ def other_model(tmp_path_factory):
     [
         {},
         {"rank": 3, "lr": 0.1, "seed": 4, "learn_end": True},
-        {"rehearsal": 2, "rehearsal_irrelevant": 1, "consolidate_every": 3},
+        {"rehearsal": 2, "rehearsal_irrelevant": 1, "rehearsal_memory": 3},
         {"past_states": 8, "use_chat_template": True},
         {"fp16": True, "batch_size": 5, "device": "cpu", "model_parallel": True},
     ],

@@ -147,10 +147,10 @@ def test_the_basis_learns_as_fast_in_the_40th_edit_as_in_the_first(model, tokeni
     assert sum(final_losses[-5:]) < 2 * sum(final_losses[:5])
 
 
-@pytest.mark.parametrize("learn", ["apart", "rehearsed", "consolidated"])
+@pytest.mark.parametrize("learn", ["apart", "rehearsed"])
 def test_every_way_of_learning_leaves_an_orthonormal_basis(learn, model, tokenizer, hparams):
     hparams = replace(hparams, num_steps=5, early_stop_loss=0.0)
-    if learn in ("rehearsed", "consolidated"):
+    if learn == "rehearsed":
         hparams = replace(hparams, rehearsal=1)
     editor = BaFTEditor(model, tokenizer, hparams)
     requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(3)]
@@ -159,8 +159,6 @@ def test_every_way_of_learning_leaves_an_orthonormal_basis(learn, model, tokeniz
     else:
         for request in requests:
             editor.edit(request)
-    if learn == "consolidated":
-        editor.consolidate(5)
     for basis in bases(editor):
         assert len(basis) == hparams.rank
         assert torch.allclose(basis @ basis.mT, torch.eye(len(basis)), atol=1e-5)
@@ -217,7 +215,6 @@ def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, qu
     changes = {
         "the edit of 'Water freezes into'": lambda: second.edit(OTHER),
         "the edit of 'Water freezes into' and 1 more": lambda: second.edit([OTHER, request_dict]),
-        "the consolidation": lambda: second.consolidate(1),
         "the install of 'Water freezes into'": lambda: second.install(
             second.learn_apart([OTHER])[0], OTHER
         ),

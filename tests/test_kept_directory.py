@@ -248,18 +248,15 @@ def test_change_by_another_editor_is_named_and_not_dropped(opened, quick, kept, 
 
 
 def test_memory_goes_back_and_is_replayed_with_the_state(opened, quick):
-    continual = {"rehearsal": 2, "consolidate_every": 2}
-    with opened(hparams=replace(quick, **continual)) as editor:
+    with opened(hparams=replace(quick, rehearsal=2)) as editor:
         states = [editor._learner.state()]
         for i in range(3):
             editor.edit(fact(i))
             states.append(editor._learner.state())
-        editor.consolidate(2)
-        states.append(editor._learner.state())
-        assert [len(state.memory.get("past", ())) for state in states] == [0, 1, 2, 3, 3]
+        assert [len(state.memory.get("past", ())) for state in states] == [0, 1, 2, 3]
         editor.undo()
-        assert state_hash(editor._learner.state()) == state_hash(states[3])
-        for to in (0, 4, 3, 1):
+        assert state_hash(editor._learner.state()) == state_hash(states[2])
+        for to in (0, 3, 2, 1):
             editor._history.recent.clear()
             editor.rollback(to=to)
             assert state_hash(editor._learner.state()) == state_hash(states[to])

@@ -98,12 +98,6 @@ class KeptEdit(RuleBasedStateMachine):
         self.editor.install(learned, request)
         self.has_changed()
 
-    @precondition(lambda self: len(self.editor.model_edit.memory))
-    @rule()
-    def consolidate(self):
-        self.editor.consolidate(steps=2)
-        self.has_changed()
-
     @rule(requests=UNUSABLE)
     def refused_edit(self, requests):
         with pytest.raises(ValueError, match="prompt"):

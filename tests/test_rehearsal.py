@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams
-from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
+from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow
 from tests.conftest import make_model
 
@@ -127,13 +127,6 @@ def test_what_is_learned_anew_is_not_rehearsed(rehearsing):
     assert rehearsal.draw()[0].ids == (0,)
 
 
-def test_a_review_takes_all_in_turn(rehearsing):
-    hparams = replace(rehearsing, rehearsal=3)
-    review = Review(memory_of(hparams, 9), hparams, rows_of)
-    seen = Counter(row.ids[0] for _ in range(6) for row in review.draw() if row.is_edit)
-    assert seen == dict.fromkeys(range(9), 2)
-
-
 # ---- learning
 
 
@@ -201,40 +194,6 @@ def test_undo_takes_back_what_is_remembered(tokenizer, rehearsing):
     for state in reversed(states):
         editor.undo()
         assert editor.model_edit.memory.state() == state
-
-
-# ---- consolidation
-
-
-def test_consolidation_goes_over_what_is_remembered(tokenizer, rehearsing):
-    hparams = replace(rehearsing, num_steps=4)
-    editor = BaFTEditor(make_model(), tokenizer, hparams)
-    for fact in FACTS:
-        editor.edit(fact)
-    before = sum(loss_of(editor, fact) for fact in FACTS)
-    usage = editor.model_edit.usage(1).count.item()
-    report = editor.consolidate(steps=40)
-    assert (report.num_steps, report.num_requests) == (40, 0)
-    assert sum(loss_of(editor, fact) for fact in FACTS) < before / 2
-    assert editor.model_edit.usage(1).count.item() == usage
-    editor.undo()
-    assert sum(loss_of(editor, fact) for fact in FACTS) == pytest.approx(before)
-
-
-def test_consolidation_comes_every_so_many_edits(tokenizer, rehearsing):
-    hparams = replace(rehearsing, num_steps=2, consolidate_every=2, consolidate_steps=3)
-    editor = BaFTEditor(make_model(), tokenizer, hparams)
-    reports = [editor.edit(fact) for fact in FACTS] + [editor.edit(FACTS[0])]
-    assert [r.consolidation and r.consolidation.num_steps for r in reports] == [None, 3, None, 3]
-
-
-def test_what_cannot_be_consolidated_is_refused(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, hparams)
-    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
-        editor.consolidate(0)
-    editor.edit(FACTS[0])
-    with pytest.raises(ValueError, match="no edit to consolidate: set rehearsal"):
-        editor.consolidate()
 
 
 def test_rows_follow_the_settings_of_now(model, tokenizer, rehearsing):

@@ -174,20 +174,6 @@ def test_an_edit_learned_apart_is_the_one_learned_in_a_row(tokenizer, hparams):
     assert past_error(editors[1]) == pytest.approx(past_error(editors[0]), rel=0.1)
 
 
-def test_a_consolidation_notes_what_past_edits_do_since(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED, rehearsal=2))
-    for k in range(3):
-        editor.edit(request(k))
-    edit = editor.model_edit
-    wanted = edit.past(edit.layers[0]).kept()[1].clone()
-    editor.consolidate(5)
-    states, moves = edit.past(edit.layers[0]).kept()
-    moving = moves.any(-1)
-    assert torch.equal(moving, wanted.any(-1))  # what is not to move still is not
-    assert not torch.equal(moves, wanted)
-    assert torch.equal(moves[moving], edit.displacement(edit.layers[0], states)[moving])
-
-
 def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monkeypatch):
     learned = []
     for wrecks in (False, True):

@@ -190,10 +190,9 @@ class EditParameters(nn.Module):
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
         for layer in self.layers if self._past else ():
-            if len(used[layer]):  # a consolidation has no request of its own
-                new = self._past_of(layer, values, used[layer].float(), irrelevant[layer].float())
-                kept = self.past(layer).with_edit(*new)
-                state |= {f"_past.{layer}.{name}": value for name, value in kept.items()}
+            new = self._past_of(layer, values, used[layer].float(), irrelevant[layer].float())
+            kept = self.past(layer).with_edit(*new)
+            state |= {f"_past.{layer}.{name}": value for name, value in kept.items()}
         return state
 
     @torch.no_grad()
@@ -209,13 +208,6 @@ class EditParameters(nn.Module):
         worst = irrelevant[moved.topk(min(_IRRELEVANT_KEPT, len(moved))).indices]
         moves = self.displacement(layer, used, values)
         return torch.cat([used, worst]), torch.cat([moves, torch.zeros_like(worst)])
-
-    @torch.no_grad()
-    def note_moves(self) -> None:
-        """Set the past states' wanted displacements to the present ones; zeros stay zero."""
-        for layer in self.layers if self._past else ():
-            states, moves = self.past(layer).kept()
-            moves.copy_(self.displacement(layer, states) * moves.any(-1, keepdim=True))
 
     def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
         """Return Phi(h) - h of one layer, [N, D].

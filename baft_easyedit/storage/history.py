@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
-from baft_easyedit.files.reading import taken
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
@@ -352,13 +351,9 @@ class History:
         model, where = self._learner.model, str(directory.path)
         then, now = settings["environment"], environment(model)
         is_of_this_format = then.get("format_version") == now["format_version"]
-        if is_of_this_format and entry.kind in ("edit", "consolidate"):
+        if is_of_this_format and entry.kind == "edit":
             hparams = hparams_of(settings["hparams"], model, where)
-            if entry.kind == "edit":
-                self._learner.learn(as_requests(entry.requests), hparams)
-            else:
-                steps = taken(entry.report, "num_steps", int, f"entry {entry.id} of {where}")
-                self._learner.consolidate(steps, hparams)
+            self._learner.learn(as_requests(entry.requests), hparams)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
         different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]

@@ -23,6 +23,7 @@ MAX_LINE = 16 * 2**20
 """Longest line, in bytes."""
 
 KINDS = ("start", "settings", "edit", "consolidate", "install", "undo", "rollback")
+"""A consolidation is read, but not written any more."""
 """`start` is entry 0; `settings` notes that hyper-parameters or the environment changed."""
 _CHANGES = ("edit", "consolidate", "install")
 _SETTINGS = ("start", "settings")
@@ -291,7 +292,7 @@ def report_dict(report: EditReport) -> dict[str, Any]:
         "losses": _ends(report.losses),
         "learned": list(report.learned),
         "engine": report.engine,
-    } | ({"consolidation": report_dict(again)} if (again := report.consolidation) else {})
+    }
 
 
 def _ends(losses: Sequence[StepLosses]) -> dict[str, list[float]]:

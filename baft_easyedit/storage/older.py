@@ -22,7 +22,10 @@ _RENAMED = {
 _ADDED = {"parametrisation": "direct", "basis_lr": None, "past_states": 0, "settle_steps": 100}
 
 _GONE = (
+    "consolidate_every",
+    "consolidate_steps",
     "past_weight",
+    "rehearsal_cache_mib",
     "rehearsal_policy",
     "rehearsal_spill_mib",
     "rank_growth",

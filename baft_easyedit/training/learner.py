@@ -1,4 +1,4 @@
-"""Learn requests into the edit of a model, rehearse, settle and consolidate. In memory only.
+"""Learn requests into the edit of a model, rehearse past ones and settle. In memory only.
 
 Each call trains the parameters of the model's `ModelEdit`; the model's weights never change. All
 that a call changes is an `EditState`, which can be taken and restored.
@@ -27,7 +27,7 @@ from baft_easyedit.model.surroundings import Surroundings
 from baft_easyedit.training.loop import EditReport, Learned, answered_now, evaluating, train
 from baft_easyedit.training.own_texts import own_states
 from baft_easyedit.training.recordings import Recordings
-from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory, Review
+from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.settling import settle
 
@@ -126,7 +126,7 @@ class Learner:
             self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
-        """Learn requests together, rehearsing past ones; then consolidate, if that is due."""
+        """Learn requests together, rehearsing past ones, and settle."""
         rows, memory = self._rows(requests, hparams), self.memory
         self._attach()
         self._condition()
@@ -136,23 +136,7 @@ class Learner:
         learned = self._settled(learned, rows, num_past, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
-        num_seen = memory.num_seen
         memory.remember(requests, hparams)
-        every = hparams.consolidate_every
-        if not every or memory.num_seen // every == num_seen // every:
-            return learned.report
-        again = self.consolidate(hparams.consolidate_steps, hparams)
-        return replace(learned.report, consolidation=again)
-
-    def consolidate(self, steps: int, hparams: BaFTHyperParams) -> EditReport:
-        """Learn all remembered requests again, in turn."""
-        self._attach()
-        self._condition()
-        fixed = replace(hparams, num_steps=steps, early_stop_loss=0.0)
-        review = Review(self.memory, fixed, partial(self._known_rows, hparams=fixed))
-        (learned,) = self._learned(self.edit, [[]], fixed, review)
-        self.edit.restore(learned.state)
-        self.edit.note_moves()
         return learned.report
 
     def learn_apart(
@@ -290,7 +274,8 @@ class Learner:
         rehearsal: Rehearsal | None,
     ) -> list[Learned]:
         """Train an edit on tokenised rows."""
-        recordings = self._recordings(hparams) if hparams.rehearsal else None
+        caches = self.edit.caches
+        recordings = caches.setdefault(Recordings, Recordings()) if hparams.rehearsal else None
         own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
         return train(self.model, into, edits, hparams, rehearsal, recordings, own)
 
@@ -300,14 +285,6 @@ class Learner:
         """Return the rehearsal of an edit call; None if no past edit is to be rehearsed."""
         rehearsal = Rehearsal(memory, hparams, partial(self._known_rows, hparams=hparams), new)
         return rehearsal if len(rehearsal) else None
-
-    def _recordings(self, hparams: BaFTHyperParams) -> Recordings:
-        """Return the edit's recordings of earlier calls; new ones if the memory limit changed."""
-        limit = hparams.rehearsal_cache_mib * 2**20
-        known = self.edit.caches.get(Recordings)
-        if known is None or known.limit_bytes != limit:
-            known = self.edit.caches[Recordings] = Recordings(limit)
-        return cast(Recordings, known)
 
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
         """Return a remembered request's rows; tokenise it again only if the settings changed."""

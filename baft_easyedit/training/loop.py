@@ -58,8 +58,6 @@ class EditReport:
     """The last answer loss of each request, in nats per token."""
     learned: tuple[bool, ...] = ()
     """Whether each request was learned: greedy decoding gives its target at the end."""
-    consolidation: "EditReport | None" = None
-    """The report of the consolidation that followed this edit, if one was due."""
     engine: str = "full"
     """The forward of the last step: on a `cached` prefix, or in `full`."""
     engine_note: str | None = None
@@ -102,8 +100,7 @@ def train(
     Args:
         model: The model that `edit` is attached to; its weights do not change.
         edit: The edit to train, from its present parameters, which are changed.
-        edits: The rows of each of the E edits, as many for each, the requests first. A single edit
-            without rows learns the rehearsed ones only.
+        edits: The rows of each of the E edits, as many for each, the requests first.
         hparams: Hyper-parameters of the edit call.
         rehearsal: Past edits, some of which each step learns again.
         recordings: Texts that the prefix cache recorded in earlier calls; new ones are added.
@@ -129,10 +126,11 @@ def train(
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         training_step = TrainingStep(edit, hparams, known, own)
-        forward = engine.prepare(edits) if rehearsal is None else None
+        forward = None
         while True:
-            if rehearsal is not None:  # each step learns other texts again
-                forward = engine.prepare(edits, rehearsal.draw())
+            if forward is None or rehearsal is not None:  # each step rehearses other texts
+                past = () if rehearsal is None else rehearsal.draw()
+                forward = engine.prepare(edits, past)
             step = training_step.run(forward)
             if progress.is_over_after(step):
                 break
@@ -278,7 +276,7 @@ class _Progress:
         num_steps = len(self._terms) - 1
         total, count = self._edit.joint_usage().with_current(step.weights, step.new)
         usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}
-        has_gates = self._hparams.gate != "one" and num_steps > 0 and self._num_requests > 0
+        has_gates = self._hparams.gate != "one" and num_steps > 0
         gates = _gate_reports(stopped, step, usage) if has_gates else {}
         for i in stopped:
             terms = [{name: values[i] for name, values in t.items()} for t in self._terms]

@@ -55,9 +55,6 @@ from baft_easyedit.training.requests import TextRow
 
 logger = logging.getLogger(__name__)
 
-_CACHE_BYTES = 2**30
-"""Room for the recordings of one edit call; a text that does not fit is recorded at each use."""
-
 _ROUNDED_TO = Multiples(32, 64, 16)
 """Sizes on a GPU: a few tokens more cost nothing there, as reading the weights takes the time, but
 each size takes memory for a CUDA graph of its own."""
@@ -213,7 +210,7 @@ class PrefixCache:
         self._full = FullForward(model, edit)
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
-        self._recordings = Recordings(_CACHE_BYTES) if recordings is None else recordings
+        self._recordings = Recordings() if recordings is None else recordings
         self._are_recordings_checked = False
         shape = (edit.layers, edit.num_prompt_positions)
         self._recordings.make_valid_for((model_version(model), shape))

@@ -74,7 +74,7 @@ class Recordings:
         limit_bytes: Memory limit of all recordings.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int = 2**28) -> None:
         self.layer_extras: tuple[Any, ...] | None = None
         """The values that layer l1 returned after its hidden states, without tensors; None if the
         layer returned a bare tensor."""

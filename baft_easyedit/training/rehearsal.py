@@ -138,24 +138,6 @@ class Rehearsal:
 
     def draw(self) -> list[TextRow]:
         """Return the next step's rows: past edits, then irrelevant prompts of some of them."""
-        rows = [self._rows_of(request) for request in self._choose(len(self))]
+        rows = [self._rows_of(r) for r in self._generator.sample(self._past, len(self))]
         with_irrelevant = rows[: self._hparams.rehearsal_irrelevant]
         return [*(r[0] for r in rows), *(row for r in with_irrelevant for row in r[1:])]
-
-    def _choose(self, count: int) -> list[EditRequest]:
-        """Return the past requests of the next step."""
-        return self._generator.sample(self._past, count)
-
-
-class Review(Rehearsal):
-    """A rehearsal that takes all past requests in turn, in a random order (consolidation)."""
-
-    _rest: list[EditRequest]
-
-    def _choose(self, count: int) -> list[EditRequest]:
-        """Return the next past requests; draw a new order when all have had their turn."""
-        rest = getattr(self, "_rest", [])
-        if len(rest) < count:
-            rest = rest + self._generator.sample(self._past, len(self._past))
-        self._rest = rest[count:]
-        return list({request.prompt: request for request in rest[:count]}.values())

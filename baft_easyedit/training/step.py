@@ -134,7 +134,7 @@ class Objective:
         )
         new = edited & is_new
         terms, loss = _answer_terms(losses, layout)  # L1 of Eq. 4
-        if h.balance and layout.num_new:
+        if h.balance:
             # R_bal of Eq. 4, [L, E]
             balance = load_balance(edit.joint_usage().mean_with(weights, new))
             terms["balance"] = balance.mean(0)
@@ -252,8 +252,6 @@ def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Te
     n, num_rehearsed = layout.num_edits, layout.num_rehearsed
     by_owner = answer_loss(losses, layout.label_owners, 2 * n)
     new, rehearsed = by_owner[:n], by_owner[n:]
-    if not layout.num_new:
-        return {"answer": rehearsed}, rehearsed
     if not num_rehearsed:
         return {"answer": new}, new
     terms = {"answer": new, "rehearsal": rehearsed}
