@@ -2,12 +2,18 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+from baft_easyedit.storage.directory import holds_edit
 
 NOTHING_RUN = 1
 """Exit status if no row of a benchmark has scores."""
+UNLEARNED = 3
+"""Exit status if an edit was made, but not learned."""
 
 
 def note(text: str) -> None:
@@ -27,6 +33,26 @@ def silence_loading() -> None:
     """Keep the progress bars and retries of model loading out of what the command prints."""
     import_module("transformers.utils.logging").disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextmanager
+def told_what_is_kept(directory: Path | None) -> Iterator[None]:
+    """Let an interrupt say where to see what is kept; hide warnings that the command gives itself.
+
+    Args:
+        directory: Where edits are kept; None for nowhere.
+    """
+    learner = logging.getLogger("baft_easyedit.training.learner")
+    level = learner.level
+    learner.setLevel(logging.ERROR)
+    try:
+        yield
+    except KeyboardInterrupt:
+        is_kept = directory is not None and holds_edit(directory)
+        where = f"`baft-easyedit history {directory}` lists what is kept"
+        raise KeyboardInterrupt(where if is_kept else "nothing is kept") from None
+    finally:
+        learner.setLevel(level)
 
 
 class Bar:

@@ -1,24 +1,18 @@
-"""`edit` and `history`: one edit from the command line, and what a kept edit went through."""
+"""`edit`: one edit from the command line."""
 
 import argparse
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from baft_easyedit.cli.console import note, silence_loading
+from baft_easyedit.cli.console import UNLEARNED, note, silence_loading, told_what_is_kept
 from baft_easyedit.cli.model import add_model_options, hparams_of
 from baft_easyedit.cli.options import DTYPES, existing, new, positive, whole
 from baft_easyedit.editor import BaFTEditor, EditReport
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
-from baft_easyedit.storage.directory import check_target, holds_edit, read_history
+from baft_easyedit.storage.directory import check_target, holds_edit
 from baft_easyedit.training.requests import as_requests
-
-UNLEARNED = 3
-"""Exit status if an edit was made, but not learned."""
 
 
 def add_commands(commands: Any) -> None:
@@ -44,11 +38,6 @@ def add_commands(commands: Any) -> None:
     over = "with --from and --save: replace a snapshot of another edit in that directory"
     add("--overwrite", action="store_true", help=over)
     edit.set_defaults(run=_edit)
-
-    history = commands.add_parser("history", help="list what a kept edit went through")
-    history.add_argument("directory", type=existing("directory"), metavar="DIR")
-    history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
-    history.set_defaults(run=_history)
 
 
 def _edit(arguments: argparse.Namespace) -> int:
@@ -76,7 +65,7 @@ def _edit(arguments: argparse.Namespace) -> int:
     if arguments.hparams is None:
         hparams = with_usable_end(replace(hparams, learn_end=True), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
-    with _told_what_is_kept(arguments), _editor(arguments, model, tokenizer, hparams) as editor:
+    with told_what_is_kept(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
         form = PromptFormat.of(editor.hparams)
         before = generate_answers(model, tokenizer, prompts, prompt_format=form)
         report = editor.edit(request)
@@ -93,22 +82,6 @@ def _edit(arguments: argparse.Namespace) -> int:
 def _is_copied(arguments: argparse.Namespace) -> bool:
     """Tell whether one kept edit is begun with, and another directory written."""
     return None not in (arguments.source, arguments.save) and arguments.source != arguments.save
-
-
-@contextmanager
-def _told_what_is_kept(arguments: argparse.Namespace) -> Iterator[None]:
-    """Let an interrupt say where to see what is kept, and `_status` what was not learned."""
-    learner = logging.getLogger("baft_easyedit.training.learner")
-    level = learner.level
-    learner.setLevel(logging.ERROR)
-    try:
-        yield
-    except KeyboardInterrupt:
-        is_kept = arguments.save is not None and holds_edit(arguments.save)
-        where = f"`baft-easyedit history {arguments.save}` lists what is kept"
-        raise KeyboardInterrupt(where if is_kept else "nothing is kept") from None
-    finally:
-        learner.setLevel(level)
 
 
 def _editor(
@@ -156,9 +129,3 @@ def _status(arguments: argparse.Namespace, report: EditReport, settings: BaFTHyp
         f"{2 * settings.lr:g})"
     )
     return 0 if arguments.allow_unlearned else UNLEARNED
-
-
-def _history(arguments: argparse.Namespace) -> None:
-    """Print the journal of a kept edit."""
-    for entry in read_history(arguments.directory):
-        print(entry.line if arguments.json else entry.summary())

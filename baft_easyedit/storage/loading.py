@@ -68,6 +68,17 @@ def attach(
     return edit
 
 
+def kept_hparams(directory: str | os.PathLike[str], model: nn.Module) -> BaFTHyperParams:
+    """Return the hyper-parameters of a kept edit, for its model.
+
+    Raises:
+        FileNotFoundError: If no edit is kept there.
+        ValueError: If the file is damaged.
+    """
+    kept = read_latest(expanded(directory)).config.hparams
+    return hparams_of(kept, model, str(directory))
+
+
 def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where: str) -> ModelEdit:
     """Make the edit that a kept state is of.
 

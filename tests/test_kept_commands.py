@@ -1,0 +1,138 @@
+"""`apply`, `ask`, `undo`, `rollback` and `history`: what the command line does with a kept edit."""
+
+import io
+import json
+
+import pytest
+
+from baft_easyedit.cli import main
+from baft_easyedit.cli.kept import read_requests
+from baft_easyedit.storage.directory import read_history
+from tests.conftest import make_model
+
+EDITS = [
+    {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
+    {"prompt": "Water freezes into", "target_new": "sand", "loc_prompt": ["Ice is cold"]},
+]
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """A model, and settings with which it learns in few steps."""
+    model = tmp_path / "model"
+    make_model().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    text = f"model_name: {model}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    return str(model)
+
+
+@pytest.fixture
+def edits(tmp_path):
+    file = tmp_path / "edits.json"
+    file.write_text(json.dumps(EDITS))
+    return file
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_a_file_of_edits_is_applied_asked_and_taken_back(tmp_path, saved, edits, capsys):
+    kept, model = tmp_path / "kept", ["--model", saved]
+    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
+    assert "2 edits made, 0 were there" in capsys.readouterr().out
+    assert run("ask", kept, *model, "--prompt", "Water freezes into") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "Water freezes into"
+    assert told[1].startswith("  base:   ")
+    assert "sand" not in told[1]
+    assert told[2].startswith("  edited: sand")
+    assert run("undo", kept, *model) == 0
+    assert "undo     to 1" in capsys.readouterr().out
+    assert run("rollback", kept, *model, "--to", "0") == 0
+    assert run("history", kept) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5
+    kinds = [entry.kind for entry in read_history(kept)]
+    assert kinds == ["start", "edit", "edit", "undo", "rollback"]
+
+
+def test_apply_goes_on_where_it_stopped(tmp_path, saved, edits, capsys):
+    kept, more = tmp_path / "kept", ["--hparams", tmp_path / "mine.yaml"]
+    (tmp_path / "first.json").write_text(json.dumps(EDITS[:1]))
+    assert run("apply", kept, tmp_path / "first.json", *more) == 0
+    assert run("apply", kept, edits, "--model", saved) == 0
+    assert "1 edits made, 1 were there" in capsys.readouterr().out
+    assert run("undo", kept, "--model", saved) == 0
+    assert run("apply", kept, edits, "--model", saved) == 0  # what was taken back is made again
+    assert "1 edits made, 1 were there" in capsys.readouterr().out
+    assert run("apply", kept, edits) == 0  # nothing to do needs no model
+    assert "0 edits made, 2 were there" in capsys.readouterr().out
+
+
+def test_apply_tells_what_was_not_learned(tmp_path, saved, edits, capsys, caplog):
+    (tmp_path / "mine.yaml").open("a").write("num_steps: 1\n")
+    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
+    assert "not learned: 'The capital of France is' -> 'Rome'" in capsys.readouterr().out
+    assert not caplog.text
+
+
+def test_ask_reads_prompts_line_by_line(tmp_path, saved, edits, capsys, monkeypatch):
+    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("Snow falls in\n\nIce is\n"))
+    capsys.readouterr()
+    assert run("ask", tmp_path / "kept", "--model", saved) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[::3] == ["Snow falls in", "Ice is"]
+
+
+def test_a_model_is_asked_for_unless_the_package_has_it(tmp_path, saved, edits, capsys):
+    kept = tmp_path / "kept"
+    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
+    for command in (["ask"], ["undo"], ["rollback", "--to", "0"]):
+        assert run(command[0], kept, *command[1:]) == 2
+        assert "--model must be given; the edit in" in capsys.readouterr().err
+
+
+def test_the_bundled_model_needs_no_option(tmp_path, edits, capsys):
+    assert run("apply", tmp_path / "kept", edits, "--device", "cpu") in (0, 3)
+    assert run("undo", tmp_path / "kept", "--device", "cpu") == 0
+    settings = read_history(tmp_path / "kept")[0].content["hparams"]
+    assert settings["learn_end"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps(EDITS)),
+        ("a.jsonl", "\n".join(map(json.dumps, EDITS)) + "\n"),
+        (
+            "a.csv",
+            "\ufeffprompt,target_new,subject,loc_prompt\n"
+            "The capital of France is,Rome,France,\nWater freezes into,sand,,Ice is cold\n",
+        ),
+    ],
+)
+def test_requests_are_read_from_each_format(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert [request.to_dict() for request in read_requests(tmp_path / name)] == EDITS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{", r"a.json must be a JSON list, JSON lines \(.jsonl\) or CSV \(.csv\)"),
+        ("a.json", '{"prompt": "a"}', "must hold a list of requests; got"),
+        ("a.jsonl", "", "must hold a list of requests; got"),
+        ("a.jsonl", "nothing", "must be a JSON list"),
+        ("a.csv", "prompt,target_new\na,b,c\n", "has more cells than there are columns"),
+        ("a.csv", 'prompt,target_new\n"a" b,c\n', "must be a JSON list, .* expected after"),
+        ("a.json", '[{"prompt": "a", "target": "b"}]', "request 1 of .*: rename 'target'"),
+        ("a.json", '[{"prompt": 1, "target_new": "b"}]', "request 1 of .*prompt must be a string"),
+        ("a.json", b"\xff\xfe\x00", "must be text in UTF-8"),
+    ],
+)
+def test_bad_files_of_requests_are_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((TypeError, ValueError), match=message):
+        read_requests(tmp_path / name)
