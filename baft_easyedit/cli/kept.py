@@ -194,7 +194,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
     is_begun = holds_edit(arguments.directory)
     hparams = None if is_begun and file is None else _settings(arguments)
     if hparams is not None:
-        arguments.model = hparams.model_name
+        arguments.model, arguments.device = hparams.model_name, hparams.device
     model, tokenizer = _load(arguments)
     if hparams is not None and file is None:
         from baft_easyedit.generation import with_usable_end
@@ -208,7 +208,9 @@ def _settings(arguments: argparse.Namespace) -> BaFTHyperParams:
     """Return the settings that the options ask for; without, those for edits in a row."""
     name = own_preset(arguments.model or BUNDLED_MODEL)
     if arguments.hparams is None and name is not None:
-        arguments = argparse.Namespace(**vars(arguments) | {"hparams": f"BaFT/{name}-continual"})
+        place = default_device() if arguments.device is None else arguments.device
+        chosen = {"hparams": f"BaFT/{name}-continual", "device": place}
+        arguments = argparse.Namespace(**vars(arguments) | chosen)
     return hparams_of(arguments)
 
 
