@@ -1,384 +1,409 @@
-"""What a run says about the paper's claims: the findings of `bench.diagnostics`, and their form.
+"""The paper's claims as checks of a run: does the gate do what it is there for?
 
-Plain data, as JSON, Markdown and a figure.
+`diagnose` reads a run's files and nothing else. It looks at the balance of basis use, Reliability
+against Locality over the strength of R_loc, the separation of edit and irrelevant prompts, and for
+signs of failure. Shape: r bases of a layer.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import dist
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import hypot, isnan
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+
+from baft_easyedit.bench.config import BenchConfig, MethodConfig, read_config
+from baft_easyedit.bench.layouts import in_order
+from baft_easyedit.bench.results import Result, gate_records, read_run
 from baft_easyedit.bench.store import write_json, write_text
-from baft_easyedit.bench.tables import Cell, Column, Group, Row, Table, markdown_text
-from baft_easyedit.bench.tables import to_markdown as table_markdown
+from baft_easyedit.bench.tables import Cell, Column, Table, markdown_text, to_markdown
+from baft_easyedit.method.gate_report import (
+    coefficient_of_variation,
+    collapse_warnings,
+    imbalance_warnings,
+    pooled_deviation,
+    top_share,
+)
 
 SIGNIFICANCE = 0.05
 """Share of false discoveries that is accepted among the bases said to tell prompts apart."""
 LEAST_GAP = 0.01
 """Mean weights that are closer than this count as equal, however sure their order is: alpha, the
 weight that R_loc lets irrelevant positions keep (Liu et al. 2025, Table 5)."""
+MIN_PROMPTS = 4
+"""Fewest prompts of each kind that are tested: with three, no two-sided p-value is below 0.1."""
+SMALL_AUC = 0.556
+"""A gate does not separate if its mean AUC is below this, and no basis is open wider beyond chance:
+it is the AUC of two normal distributions with Cohen's d of 0.2, his small effect."""
+LOCALITY_DROP = 0.05
+"""A smaller loss of Locality from the smallest to the largest T is not warned of: the paper's BaFT
+loses up to 0.03 on ZsRE from T 1 to 1000, its ReFT 0.2 and more."""
+NUM_STANDARD_ERRORS = 2.0
+"""The loss must also exceed this many of its standard errors: about 95 % confidence."""
 
-_SAME_PLACE = 0.005
-"""Points of the figure that are closer than this share a label."""
-_BLUE, _GREY = "#0072B2", "#BBBBBB"
-_SECTIONS = {
-    "balance": (
-        "Load balance",
-        "How unevenly the bases of a layer are used after the last edit of a sequence: coefficient "
-        "of variation of wbar_k over the bases (0: alike), mean over sequences, ± its standard "
-        "error.",
-    ),
-    "sweeps": (
-        "Reliability against Locality",
-        "Rows that differ in the strength of R_loc alone. Front: no other row is better in one "
-        "score and at least as good in the other.",
-    ),
-    "separation": (
-        "Gate separation",
-        "Basis weights on edit prompts against irrelevant ones. By layer: AUC, the chance that an "
-        "edit prompt has the larger weight (0.5: no difference), mean over bases; in brackets the "
-        f"bases that are open wider on edit prompts, by {LEAST_GAP} and beyond chance "
-        f"(Mann-Whitney U, at most {SIGNIFICANCE:.0%} false discoveries by Benjamini and "
-        "Hochberg). Reversed: bases open wider on irrelevant prompts.",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class LayerBalance:
-    """How one layer's bases are used."""
-
-    layer: int
-    usage: tuple[float, ...]
-    """wbar_k after the last edit, mean over chunks."""
-    coefficient_of_variation: float
-    """Of wbar_k over the bases, mean over chunks; so are the next two."""
-    entropy: float
-    """Of the bases' shares, over its largest value."""
-    top_share: float
-    """Share of the weight on the largest quarter of the bases."""
-
-
-@dataclass(frozen=True)
-class RowFinding:
-    """Something about one row: a method under a protocol."""
-
-    method: str
-    protocol: str
-
-    @property
-    def name(self) -> str:
-        """The row in a sentence."""
-        return f"{self.method}, {self.protocol}"
-
-
-@dataclass(frozen=True)
-class Balance(RowFinding):
-    """How a row's bases are used by its sequences of edits."""
-
-    num_chunks: int
-    coefficient_of_variation: float
-    """Mean over layers and chunks."""
-    coefficient_of_variation_se: float | None
-    """Its standard error over chunks; None for one chunk."""
-    layers: tuple[LayerBalance, ...]
-
-
-@dataclass(frozen=True)
-class LocalityPoint:
-    """A row that differs from the others of its sweep in R_loc alone."""
-
-    method: str
-    strength: float | None
-    """`locality_coef`, 0 if `locality` is off; None if the preset decides."""
-    rewrite_acc: float
-    rewrite_acc_se: float | None
-    locality_acc: float
-    locality_acc_se: float | None
-    is_on_front: bool
-    """Whether no other row is better in one score and at least as good in the other."""
-
-    @property
-    def label(self) -> str:
-        """The strength as text."""
-        return "preset" if self.strength is None else f"{self.strength:g}"
-
-
-@dataclass(frozen=True)
-class LocalitySweep:
-    """Reliability against Locality over the strength of R_loc, under one protocol."""
-
-    protocol: str
-    settings: str
-    """What else the configuration sets for these rows; empty for nothing."""
-    points: tuple[LocalityPoint, ...]
-
-    @property
-    def title(self) -> str:
-        """The protocol and the settings."""
-        return ", ".join(filter(None, (self.protocol, self.settings)))
-
-
-@dataclass(frozen=True)
-class BasisTest:
-    """Is a basis open wider on edit prompts than on irrelevant ones?"""
-
-    edit_weight: float
-    """Mean weight on edit prompts."""
-    irrelevant_weight: float
-    auc: float
-    """Chance that the weight on an edit prompt exceeds that on an irrelevant one, ties half: the
-    effect size. The rank-biserial correlation is 2 AUC - 1."""
-    p_value: float
-    """Mann-Whitney U, two-sided."""
-    adjusted_p_value: float
-    """After Benjamini and Hochberg, over all layers and bases of the row."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the basis is open wider on edit prompts, visibly and beyond chance."""
-        gap = self.edit_weight - self.irrelevant_weight
-        return self.adjusted_p_value < SIGNIFICANCE and self.auc > 0.5 and gap >= LEAST_GAP
-
-    @property
-    def is_reversed(self) -> bool:
-        """Whether the basis is open wider on irrelevant prompts, visibly and beyond chance."""
-        gap = self.irrelevant_weight - self.edit_weight
-        return self.adjusted_p_value < SIGNIFICANCE and self.auc < 0.5 and gap >= LEAST_GAP
-
-
-@dataclass(frozen=True)
-class LayerSeparation:
-    """The tests of one layer."""
-
-    layer: int
-    bases: tuple[BasisTest, ...]
-
-
-@dataclass(frozen=True)
-class Separation(RowFinding):
-    """The tests of one row.
-
-    They take prompts as independent, which flatters a row of few chunks: the prompts of a chunk
-    share one gate.
-    """
-
-    num_edit: int
-    num_irrelevant: int
-    layers: tuple[LayerSeparation, ...]
-
-    @property
-    def bases(self) -> tuple[BasisTest, ...]:
-        """The bases of all layers."""
-        return tuple(basis for layer in self.layers for basis in layer.bases)
-
-    @property
-    def mean_auc(self) -> float:
-        """Mean AUC of all bases."""
-        return fmean(basis.auc for basis in self.bases)
+_PROMPTS = ("rewrite", "rephrase", "locality")
+_SCORES = ("rewrite_acc", "rewrite_acc_se", "locality_acc", "locality_acc_se")
+_BALANCE = (
+    "How unevenly the bases of a layer are used after the last edit of a sequence: coefficient of "
+    "variation of wbar_k over the bases (0: alike), mean over sequences, ± its standard error."
+)
+_SWEEPS = (
+    "Rows that differ in the strength of R_loc alone. Front: no other row is better in one score "
+    "and at least as good in the other."
+)
+_SEPARATION = (
+    "Basis weights on edit prompts against irrelevant ones. By layer: AUC, the chance that an edit "
+    "prompt has the larger weight (0.5: no difference), mean over bases; in brackets the bases "
+    f"that are open wider on edit prompts, by {LEAST_GAP} and beyond chance (Mann-Whitney U, at "
+    f"most {SIGNIFICANCE:.0%} false discoveries by Benjamini and Hochberg). Reversed: bases open "
+    "wider on irrelevant prompts. Prompts are taken as independent, which flatters a row of few "
+    "sequences: the prompts of one share a gate."
+)
+_NO_GATE = "No row of BaFT has recorded basis weights: run one, with `basis: true`."
+_NO_SWEEP = (
+    "No two scored rows of BaFT differ in R_loc alone: add rows to `methods`, such as {name: BaFT "
+    "without R_loc, method: BaFT, set: {locality: false}} or {name: BaFT with 3 R_loc, method: "
+    "BaFT, set: {locality_coef: 3}}."
+)
+_TOO_FEW = f"Not tested: {MIN_PROMPTS} edit prompts and as many irrelevant ones are needed."
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a run says about the paper's claims."""
+    """What a run says about the paper's claims; a row is a method under a protocol."""
 
     run: str
     """Name of the run's directory."""
-    warnings: tuple[str, ...]
+    warnings: Sequence[str]
     """Signs of failure, each with what to try."""
-    balance: tuple[Balance, ...]
-    sweeps: tuple[LocalitySweep, ...]
-    separation: tuple[Separation, ...]
-    remarks: Mapping[str, tuple[str, ...]]
-    """What is missing or was skipped, under the name of the field that it concerns."""
+    balance: pd.DataFrame
+    """For each row, sequence and layer: `variation` and `top_share` of basis use, and `rank`."""
+    sweeps: pd.DataFrame
+    """For each row that differs from others in R_loc alone: its scores, and if it `is_on_front`."""
+    separation: pd.DataFrame
+    """For each row, layer and basis: mean weights, `auc`, `p_value`, and if it `is_open` wider on
+    edit prompts or `is_reversed`, visibly and beyond chance."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        frames = {name: getattr(self, name) for name in ("balance", "sweeps", "separation")}
+        plain = {name: json.loads(f.to_json(orient="records")) for name, f in frames.items()}
+        return {"run": self.run, "warnings": list(self.warnings), **plain}
 
     def to_markdown(self) -> str:
         """Return the diagnosis as text: warnings first, then a section for each claim."""
+        warnings = "\n".join(f"- {markdown_text(text)}" for text in self.warnings)
+        sections = (
+            ("Load balance", _BALANCE, _balance_tables(self.balance), _NO_GATE),
+            ("Reliability against Locality", _SWEEPS, _sweep_tables(self.sweeps), _NO_SWEEP),
+            ("Gate separation", _SEPARATION, _separation_tables(self.separation), _TOO_FEW),
+        )
         parts = [f"# Diagnosis of {markdown_text(self.run)}", "## Warnings"]
-        parts += _items(self.warnings) or ["No sign of failure was found."]
-        parts += _items(self.remarks["warnings"])
-        tables = {
-            "balance": _balance_tables(self.balance),
-            "sweeps": [_sweep_table(sweep) for sweep in self.sweeps],
-            "separation": _separation_tables(self.separation),
-        }
-        for name, (title, explanation) in _SECTIONS.items():
+        parts.append(warnings or "No sign of failure was found.")
+        for title, explanation, tables, why_not in sections:
             parts.append(f"## {title}")
-            if tables[name]:
-                parts += [explanation, *map(table_markdown, tables[name])]
-            parts += _items(self.remarks[name])
+            parts += [explanation, *map(to_markdown, tables)] if tables else [why_not]
         return "\n\n".join(parts) + "\n"
 
 
-def _items(texts: Iterable[str]) -> list[str]:
-    """Return texts as one Markdown list; nothing for none."""
-    items = "\n".join(f"- {markdown_text(text)}" for text in texts)
-    return [items] if items else []
+def diagnose(run_dir: Path) -> Diagnosis:
+    """Check a run.
 
+    Args:
+        run_dir: A directory that `baft-easyedit bench` has written.
 
-def _balance_tables(balance: Sequence[Balance]) -> list[Table]:
-    """Return one table of all rows side by side."""
-    if not balance:
-        return []
-    layers = sorted({layer.layer for row in balance for layer in row.layers})
-    columns = (
-        Column("sequences", 0),
-        *(Column(f"layer {layer}") for layer in layers),
-        Column("all layers"),
-        Column("entropy"),
-        Column("share of the largest quarter"),
+    Raises:
+        ValueError: If it is not one, or one of its files cannot be read.
+    """
+    run = read_run(run_dir)
+    config = read_config(run.directory.config)
+    methods = {method.name: method.method for method in config.methods}
+    ours = in_order([r for r in run.results if methods[r.method] in ("BaFT", "ReFT")])
+    gated = [result for result in ours if methods[result.method] == "BaFT"]
+    balance = pd.DataFrame([line for result in gated for line in _balance(result)])
+    separation = pd.DataFrame([line for result in gated for line in _separation(result)])
+    return Diagnosis(
+        run=run_dir.resolve().name,
+        warnings=[
+            *(warning for result in gated for warning in _collapses(result)),
+            *_imbalances(balance),
+            *_no_separation(separation),
+            *_locality_falls(ours),
+        ],
+        balance=balance,
+        sweeps=_sweeps(config, gated),
+        separation=separation,
     )
-    rows = tuple(Row(row.name, _balance_cells(row, layers)) for row in balance)
-    return [Table("Coefficient of variation of basis use", (Group("", columns),), rows)]
-
-
-def _balance_cells(row: Balance, layers: Sequence[int]) -> tuple[Cell, ...]:
-    """Return a row's figures of basis use; of entropy and share the mean over layers."""
-    by_layer = {layer.layer: layer.coefficient_of_variation for layer in row.layers}
-    return (
-        Cell(row.num_chunks),
-        *(Cell(by_layer.get(layer)) for layer in layers),
-        Cell(row.coefficient_of_variation, row.coefficient_of_variation_se),
-        Cell(fmean(layer.entropy for layer in row.layers)),
-        Cell(fmean(layer.top_share for layer in row.layers)),
-    )
-
-
-def _sweep_table(sweep: LocalitySweep) -> Table:
-    """Return the points of a sweep by strength."""
-    columns = (Column("R_loc strength"), Column("Rel"), Column("Loc"), Column("front"))
-    rows = tuple(
-        Row(
-            point.method,
-            (
-                Cell(text=point.label),
-                Cell(point.rewrite_acc, point.rewrite_acc_se),
-                Cell(point.locality_acc, point.locality_acc_se),
-                Cell(text="yes" if point.is_on_front else "no"),
-            ),
-        )
-        for point in sweep.points
-    )
-    return Table(sweep.title, (Group("", columns),), rows)
-
-
-def _separation_tables(separation: Sequence[Separation]) -> list[Table]:
-    """Return one table of all rows side by side."""
-    if not separation:
-        return []
-    layers = sorted({layer.layer for row in separation for layer in row.layers})
-    columns = (
-        Column("edit prompts", 0),
-        Column("irrelevant", 0),
-        Column("edit weight", 3),
-        Column("irrelevant weight", 3),
-        *(Column(f"layer {layer}") for layer in layers),
-        Column("all layers"),
-        Column("reversed"),
-    )
-    rows = tuple(Row(row.name, _separation_cells(row, layers)) for row in separation)
-    return [Table("AUC of edit against irrelevant prompts", (Group("", columns),), rows)]
-
-
-def _separation_cells(row: Separation, layers: Sequence[int]) -> tuple[Cell, ...]:
-    """Return a row's tests, by layer and over all of them."""
-    by_layer = {layer.layer: layer.bases for layer in row.layers}
-    return (
-        Cell(row.num_edit),
-        Cell(row.num_irrelevant),
-        Cell(fmean(basis.edit_weight for basis in row.bases)),
-        Cell(fmean(basis.irrelevant_weight for basis in row.bases)),
-        *(_separation_cell(by_layer.get(layer, ())) for layer in layers),
-        _separation_cell(row.bases),
-        Cell(text=f"{sum(basis.is_reversed for basis in row.bases)} of {len(row.bases)}"),
-    )
-
-
-def _separation_cell(bases: Sequence[BasisTest]) -> Cell:
-    """Return the mean AUC of bases and how many of them are open wider on edit prompts."""
-    if not bases:
-        return Cell()
-    auc, num_open = fmean(basis.auc for basis in bases), sum(basis.is_open for basis in bases)
-    return Cell(text=f"{auc:.2f} ({num_open} of {len(bases)})")
 
 
 def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> list[Path]:
-    """Write `diagnosis.json`, `diagnosis.md` and, of a sweep, `locality.png` and `.pdf`.
-
-    Args:
-        diagnosis: What `diagnose` found.
-        directory: Made if missing.
-
-    Returns:
-        The files.
-    """
+    """Write `diagnosis.json` and `diagnosis.md`; return the files."""
     files = [directory / "diagnosis.json", directory / "diagnosis.md"]
     write_json(files[0], diagnosis.to_dict())
     write_text(files[1], diagnosis.to_markdown())
-    if diagnosis.sweeps:
-        files += draw_locality(diagnosis.sweeps, directory)
     return files
 
 
-def draw_locality(sweeps: Sequence[LocalitySweep], directory: Path) -> list[Path]:
-    """Draw Reliability against Locality, a panel for each sweep, as PNG and PDF.
+def _name(result: Result) -> str:
+    """Name a row."""
+    return f"{result.method}, {result.setting.slug}"
 
-    Args:
-        sweeps: At least one.
-        directory: Where `locality.png` and `locality.pdf` go; it must exist.
 
-    Returns:
-        The files.
+def _balance(result: Result) -> list[dict[str, Any]]:
+    """Sum up how each sequence of edits uses the bases of each layer."""
+    lines = []
+    for chunk in result.directory.chunks_of(result.method, result.setting):
+        used = (chunk["basis_usage"] or {}) if chunk["error"] is None else {}
+        for layer, weights in used.items():
+            usage = torch.tensor(weights, dtype=torch.float64)
+            lines.append(
+                {
+                    "row": _name(result),
+                    "sequence": chunk["chunk"],
+                    "layer": int(layer),
+                    "rank": len(usage),
+                    "variation": coefficient_of_variation(usage),
+                    "top_share": top_share(usage),
+                }
+            )
+    return lines
+
+
+def _separation(result: Result) -> list[dict[str, Any]]:
+    """Test whether each basis is open wider on edit prompts than on irrelevant ones.
+
+    AUC is the chance that the weight on an edit prompt exceeds that on an irrelevant one, ties
+    half. The p-value is two-sided, and adjusted over all layers and bases of the row.
     """
-    from matplotlib.figure import Figure
+    from scipy.stats import false_discovery_control, mannwhitneyu
 
-    num_columns = min(3, len(sweeps))
-    num_lines = -(-len(sweeps) // num_columns)
-    figure = Figure(figsize=(3.2 * num_columns, 2.8 * num_lines + 0.3), layout="constrained")
-    figure.suptitle("Numbers: strength of R_loc. Filled: on the Pareto front.", fontsize=8)
-    panels = figure.subplots(num_lines, num_columns, squeeze=False, sharex=True, sharey=True)
-    for panel, sweep in zip(panels.flat, sweeps, strict=False):
-        _draw_sweep(panel, sweep)
-    for panel in panels.flat[len(sweeps) :]:
-        panel.set_axis_off()
-    files = [directory / f"locality.{kind}" for kind in ("png", "pdf")]
-    for file in files:
-        figure.savefig(file, dpi=200)
-    return files
+    cases = result.cases()
+    edits, others = (gate_records(cases, "basis", kind) for kind in ("rewrite", "locality"))
+    lines = []
+    for layer in sorted(edits.keys() & others.keys()):
+        if min(len(edits[layer]), len(others[layer])) < MIN_PROMPTS:
+            continue
+        for basis, (a, b) in enumerate(zip(edits[layer].T, others[layer].T, strict=True)):
+            test = mannwhitneyu(a, b)
+            lines.append(
+                {
+                    "row": _name(result),
+                    "layer": layer,
+                    "basis": basis,
+                    "num_edit": len(a),
+                    "num_irrelevant": len(b),
+                    "edit_weight": a.mean(),
+                    "irrelevant_weight": b.mean(),
+                    "auc": test.statistic / (len(a) * len(b)),
+                    # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
+                    "p_value": 1.0 if isnan(test.pvalue) else test.pvalue,
+                }
+            )
+    p_values = [line["p_value"] for line in lines]
+    adjusted = false_discovery_control(p_values, method="bh") if lines else ()
+    for line, p_value in zip(lines, adjusted, strict=True):
+        gap = line["edit_weight"] - line["irrelevant_weight"]
+        is_seen = p_value < SIGNIFICANCE and abs(gap) >= LEAST_GAP
+        line["p_value"] = p_value
+        line["is_open"] = bool(is_seen and gap > 0 and line["auc"] > 0.5)
+        line["is_reversed"] = bool(is_seen and gap < 0 and line["auc"] < 0.5)
+    return lines
 
 
-def _draw_sweep(panel: Any, sweep: LocalitySweep) -> None:
-    """Draw one sweep: steps along its front, every place labelled with its strengths of R_loc."""
-    labels: dict[tuple[float, float], list[str]] = {}
-    for point in sweep.points:
-        place = (point.locality_acc, point.rewrite_acc)
-        nearby = next((p for p in labels if dist(p, place) < _SAME_PLACE), place)
-        labels.setdefault(nearby, []).append(point.label)
-        panel.errorbar(
-            *place,
-            xerr=point.locality_acc_se,
-            yerr=point.rewrite_acc_se,
-            fmt="o",
-            markersize=5,
-            color=_BLUE,
-            ecolor=_GREY,
-            elinewidth=0.8,
-            markerfacecolor=_BLUE if point.is_on_front else "white",
+def _sweeps(config: BenchConfig, results: Sequence[Result]) -> pd.DataFrame:
+    """Find the rows of BaFT that differ in the strength of R_loc alone, and their Pareto fronts.
+
+    Strength is `locality_coef`, 0 if `locality` is off, and NaN if the preset decides.
+    """
+    methods = {method.name: method for method in config.methods}
+    points = pd.DataFrame(
+        [
+            {
+                "sweep": ", ".join([result.setting.slug, *_other_settings(methods[result.method])]),
+                "method": result.method,
+                "strength": _strength(methods[result.method]),
+                **{name: result.number(name) for name in _SCORES},
+            }
+            for result in results
+        ],
+        columns=["sweep", "method", "strength", *_SCORES],
+    ).dropna(subset=["rewrite_acc", "locality_acc"])
+    strengths = points.groupby("sweep")["strength"].transform("nunique", dropna=False)
+    points = points[strengths > 1].sort_values("strength", kind="stable")
+    fronts = [_on_front(sweep) for _, sweep in points.groupby("sweep", sort=False)]
+    return points.assign(is_on_front=pd.concat(fronts) if fronts else False)
+
+
+def _other_settings(method: MethodConfig) -> list[str]:
+    """Name a method's settings other than whether and how strongly it uses R_loc."""
+    settings = {"hparams": method.hparams} if method.hparams else {}
+    settings |= {k: v for k, v in method.set.items() if k not in ("locality", "locality_coef")}
+    return [f"{name} {json.dumps(settings[name])}" for name in sorted(settings)]
+
+
+def _strength(method: MethodConfig) -> float:
+    """Return the factor of R_loc; NaN if the preset decides."""
+    if method.set.get("locality") is False:
+        return 0.0
+    return float(method.set.get("locality_coef", "nan"))
+
+
+def _on_front(points: pd.DataFrame) -> pd.Series:
+    """Tell which points no other beats in one score without losing in the other."""
+    scores = points[["rewrite_acc", "locality_acc"]].to_numpy(dtype=float)
+    gains = scores[None] - scores[:, None]  # [point, other, score]
+    is_beaten = ((gains >= 0).all(2) & (gains > 0).any(2)).any(1)
+    return pd.Series(~is_beaten, points.index)
+
+
+def _collapses(result: Result) -> list[str]:
+    """Warn of gates whose weights hardly depend on the prompt; each sequence has its own gate."""
+    cases = result.cases()
+    layers = gate_records(cases, "basis", "rewrite")
+    groups: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    for chunk in {case["chunk"] for case in cases}:
+        own = [case for case in cases if case["chunk"] == chunk]
+        kinds = [gate_records(own, "basis", prompt) for prompt in _PROMPTS]
+        for layer in layers:
+            seen = [kind[layer] for kind in kinds if layer in kind]
+            groups[layer] += [torch.from_numpy(np.concatenate(seen))] if seen else []
+    warnings = collapse_warnings(
+        {layer: pooled_deviation(groups[layer]).tolist() for layer in layers},
+        {layer: weights.mean() for layer, weights in layers.items()},
+    )
+    return [f"{_name(result)}: {warning}" for warning in warnings]
+
+
+def _imbalances(balance: pd.DataFrame) -> list[str]:
+    """Warn of rows where a few bases of a layer carry nearly all weight."""
+    return [
+        f"{row}: {warning}"
+        for row, found in _by_row(balance)
+        for warning in imbalance_warnings(
+            found.groupby("layer")["top_share"].mean().to_dict(), found["rank"].max()
         )
-    for place, texts in labels.items():
-        text = "\n".join(texts)
-        panel.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    front = sorted((p.locality_acc, p.rewrite_acc) for p in sweep.points if p.is_on_front)
-    panel.plot(*zip(*front, strict=True), color=_BLUE, linewidth=0.8, drawstyle="steps-pre")
-    panel.set_title(sweep.title, fontsize=9, wrap=True)
-    panel.set(xlabel="Locality", ylabel="Reliability")
-    panel.margins(0.2)
-    panel.grid(color="#EEEEEE")
-    panel.tick_params(labelbottom=True, labelleft=True)
+    ]
+
+
+def _no_separation(separation: pd.DataFrame) -> list[str]:
+    """Warn of rows whose gates do not tell edit prompts from irrelevant ones."""
+    return [
+        f"{row}: no separation (mean AUC {found['auc'].mean():.2f}): no basis is open wider on "
+        "edit prompts than on irrelevant ones, beyond chance: give the requests a loc_prompt of "
+        "the kind that is to be kept, raise locality_coef, or gate_lr."
+        for row, found in _by_row(separation)
+        if found["auc"].mean() < SMALL_AUC and not found["is_open"].any()
+    ]
+
+
+def _locality_falls(results: Sequence[Result]) -> list[str]:
+    """Warn of rows whose Locality is worse after many edits than after few, beyond doubt."""
+    scored: dict[str, list[Result]] = {}
+    for result in results:
+        if result.setting.batch_size == 1 and result.number("locality_acc_se") is not None:
+            scored.setdefault(result.method, []).append(result)
+    falls = []
+    for method, (few, *_, many) in ((m, r) for m, r in scored.items() if len(r) > 1):
+        before, after = (r.values["locality_acc"] for r in (few, many))
+        error = hypot(*(r.values["locality_acc_se"] for r in (few, many)))
+        if before - after > max(LOCALITY_DROP, NUM_STANDARD_ERRORS * error):
+            falls.append(
+                f"{method}: Locality falls with T, from {before:.2f} at T {few.setting.T} to "
+                f"{after:.2f} at T {many.setting.T}. Raise locality_coef, give each request more "
+                "irrelevant prompts, or restore more often (ReFT has no such term: use BaFT). If "
+                "the preset has other settings for single edits, they may be part of it."
+            )
+    return falls
+
+
+def _by_row(frame: pd.DataFrame) -> Any:
+    """Return the rows and what was found of each, in their order."""
+    return frame.groupby("row", sort=False) if len(frame) else ()
+
+
+def _balance_tables(balance: pd.DataFrame) -> list[Table]:
+    """Return one table of all rows."""
+    if balance.empty:
+        return []
+    layers = sorted(balance["layer"].unique())
+    rows = {}
+    for row, found in _by_row(balance):
+        by_layer = found.groupby("layer")["variation"].mean()
+        sequences = found.groupby("sequence")["variation"].mean()
+        rows[row] = [
+            Cell(len(sequences)),
+            *(Cell(by_layer.get(layer)) for layer in layers),
+            Cell(sequences.mean(), _known(sequences.sem())),
+            Cell(found["top_share"].mean()),
+        ]
+    titles = [*(f"layer {layer}" for layer in layers), "all layers", "share of the largest quarter"]
+    columns = [_column("sequences", 0), *map(_column, titles)]
+    return [Table("Coefficient of variation of basis use", [("", columns)], rows)]
+
+
+def _sweep_tables(sweeps: pd.DataFrame) -> list[Table]:
+    """Return a table of each sweep, by strength."""
+    columns = list(map(_column, ("R_loc strength", "Rel", "Loc", "front")))
+    return [
+        Table(
+            str(title),
+            [("", columns)],
+            {
+                p.method: [
+                    Cell("preset" if isnan(p.strength) else f"{p.strength:g}"),
+                    Cell(p.rewrite_acc, _known(p.rewrite_acc_se)),
+                    Cell(p.locality_acc, _known(p.locality_acc_se)),
+                    Cell("yes" if p.is_on_front else "no"),
+                ]
+                for p in points.itertuples()
+            },
+        )
+        for title, points in sweeps.groupby("sweep", sort=False)
+    ]
+
+
+def _separation_tables(separation: pd.DataFrame) -> list[Table]:
+    """Return one table of all rows."""
+    if separation.empty:
+        return []
+    layers = sorted(separation["layer"].unique())
+    rows = {
+        row: [
+            Cell(found["num_edit"].max()),
+            Cell(found["num_irrelevant"].max()),
+            Cell(found["edit_weight"].mean()),
+            Cell(found["irrelevant_weight"].mean()),
+            *(_auc_cell(found[found["layer"] == layer]) for layer in layers),
+            _auc_cell(found),
+            Cell(f"{found['is_reversed'].sum()} of {len(found)}"),
+        ]
+        for row, found in _by_row(separation)
+    }
+    columns = [
+        *(_column(title, 0) for title in ("edit prompts", "irrelevant")),
+        *(_column(title, 3) for title in ("edit weight", "irrelevant weight")),
+        *(_column(f"layer {layer}") for layer in layers),
+        *map(_column, ("all layers", "reversed")),
+    ]
+    return [Table("AUC of edit against irrelevant prompts", [("", columns)], rows)]
+
+
+def _auc_cell(bases: pd.DataFrame) -> Cell:
+    """Return the mean AUC of bases and how many of them are open wider on edit prompts."""
+    if bases.empty:
+        return Cell()
+    return Cell(f"{bases['auc'].mean():.2f} ({bases['is_open'].sum()} of {len(bases)})")
+
+
+def _column(title: str, decimals: int = 2) -> Column:
+    """Return a column in which no value is best."""
+    return Column(title, decimals, is_higher_better=None)
+
+
+def _known(number: float | None) -> float | None:
+    """Return a number of a frame; None for NaN."""
+    return None if number is None or isnan(number) else number

@@ -4,7 +4,7 @@ import pytest
 from synthetic import write_json, write_run
 
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.results import merge_results, read_cases, read_run
+from baft_easyedit.bench.results import gate_records, merge_results, read_run
 
 FEW = {"methods": ("BaFT", "+ss-w&lr"), "protocols": ("single", "batched-B2-T2"), "num_cases": 4}
 
@@ -31,8 +31,7 @@ def test_run_is_read_with_its_results_and_their_protocols(run_dir):
     ]
     first = run.results[0]
     assert first.number("rewrite_acc") == first.values["rewrite_acc"]
-    assert first.standard_error("rewrite_acc") == first.values["rewrite_acc_se"]
-    assert first.notes == ("scored in eval mode",)
+    assert first.notes == ["scored in eval mode"]
 
 
 def test_result_with_an_error_has_no_numbers(tmp_path):
@@ -40,19 +39,17 @@ def test_result_with_an_error_has_no_numbers(tmp_path):
     failed, *_ = read_run(run_dir).results
     assert failed.error == "out of memory"
     assert failed.number("rewrite_acc") is None
-    assert failed.standard_error("rewrite_acc") is None
 
 
 def test_cases_are_those_of_the_result_in_order(run_dir):
-    result = read_run(run_dir).results[3]
-    cases = read_cases(result)
+    cases = read_run(run_dir).results[3].cases()
     assert [case["index"] for case in cases] == [0, 1, 2, 3]
     assert {(case["method"], case["T"], case["batch_size"]) for case in cases} == {
         ("+ss-w&lr", 2, 2)
     }
 
 
-@pytest.mark.parametrize("name", ["run.json", "summary.json"])
+@pytest.mark.parametrize("name", ["run.json", "summary.json", "config.yaml"])
 def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
     (run_dir / name).unlink()
     with pytest.raises(ValueError, match=rf"is not the directory of a finished run: .* {name}"):
@@ -62,7 +59,7 @@ def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
 def test_truncated_case_is_refused(run_dir):
     (run_dir / "cases" / "BaFT" / "single" / "00002.json").write_text("{")
     with pytest.raises(ValueError, match=r"00002\.json must be JSON, and is not"):
-        read_cases(read_run(run_dir).results[0])
+        read_run(run_dir).results[0].cases()
 
 
 @pytest.mark.parametrize("content", [[], {}])
@@ -118,3 +115,16 @@ def test_runs_that_contradict_each_other_are_refused(tmp_path, run_dir):
     other = write_run(tmp_path / "other", **FEW | {"seed": 1})
     with pytest.raises(ValueError, match=r"run/summary\.json and .*other/summary\.json must not"):
         merge_results([read_run(run_dir), read_run(other)])
+
+
+def test_gate_records_are_arrays_by_layer_of_the_cases_that_have_them():
+    cases = [
+        {"basis": {"rewrite": {"10": [0.2, 1.0], "9": [0.5, 0.5]}, "rephrase": None}},
+        {"basis": {"rewrite": {"10": [0.4, 0.0]}, "locality": {"10": [0.1, 0.1]}}},
+        {"basis": None},
+        {},
+    ]
+    records = gate_records(cases, "basis", "rewrite")
+    assert list(records) == [9, 10]  # by number, not by text
+    assert records[10].tolist() == [[0.2, 1.0], [0.4, 0.0]]
+    assert gate_records(cases, "basis", "rephrase") == {}
