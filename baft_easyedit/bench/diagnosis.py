@@ -6,7 +6,7 @@ signs of failure. Shape: r bases of a layer.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import hypot, isnan
 from pathlib import Path
@@ -124,19 +124,19 @@ def diagnose(run_dir: Path) -> Diagnosis:
     methods = {method.name: method.method for method in config.methods}
     ours = in_order([r for r in run.results if methods[r.method] in ("BaFT", "ReFT")])
     gated = [result for result in ours if methods[result.method] == "BaFT"]
-    balance = pd.DataFrame([line for result in gated for line in _balance(result)])
-    separation = pd.DataFrame([line for result in gated for line in _separation(result)])
+    warnings, balance, separation = [], [], []
+    for result in gated:
+        used, tested = _balance(result), _separation(result)
+        found = (*_collapses(result), *_imbalances(used), *_no_separation(tested))
+        warnings += [f"{_name(result)}: {warning}" for warning in found]
+        balance.append(used)
+        separation.append(tested)
     return Diagnosis(
         run=run_dir.resolve().name,
-        warnings=[
-            *(warning for result in gated for warning in _collapses(result)),
-            *_imbalances(balance),
-            *_no_separation(separation),
-            *_locality_falls(ours),
-        ],
-        balance=balance,
+        warnings=[*warnings, *_locality_falls(ours)],
+        balance=_joined(balance),
         sweeps=_sweeps(config, gated),
-        separation=separation,
+        separation=_joined(separation),
     )
 
 
@@ -153,27 +153,34 @@ def _name(result: Result) -> str:
     return f"{result.method}, {result.setting.slug}"
 
 
-def _balance(result: Result) -> list[dict[str, Any]]:
+def _joined(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Put what was found of several rows below each other."""
+    found = [frame for frame in frames if len(frame)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def _balance(result: Result) -> pd.DataFrame:
     """Sum up how each sequence of edits uses the bases of each layer."""
-    lines = []
-    for chunk in result.directory.chunks_of(result.method, result.setting):
-        used = (chunk["basis_usage"] or {}) if chunk["error"] is None else {}
-        for layer, weights in used.items():
-            usage = torch.tensor(weights, dtype=torch.float64)
-            lines.append(
-                {
-                    "row": _name(result),
-                    "sequence": chunk["chunk"],
-                    "layer": int(layer),
-                    "rank": len(usage),
-                    "variation": coefficient_of_variation(usage),
-                    "top_share": top_share(usage),
-                }
-            )
-    return lines
+    usages = [
+        (chunk["chunk"], int(layer), torch.tensor(weights, dtype=torch.float64))
+        for chunk in result.directory.chunks_of(result.method, result.setting)
+        if chunk["error"] is None
+        for layer, weights in (chunk["basis_usage"] or {}).items()
+    ]
+    return pd.DataFrame(
+        {
+            "row": _name(result),
+            "sequence": sequence,
+            "layer": layer,
+            "rank": len(usage),
+            "variation": coefficient_of_variation(usage),
+            "top_share": top_share(usage),
+        }
+        for sequence, layer, usage in usages
+    )
 
 
-def _separation(result: Result) -> list[dict[str, Any]]:
+def _separation(result: Result) -> pd.DataFrame:
     """Test whether each basis is open wider on edit prompts than on irrelevant ones.
 
     AUC is the chance that the weight on an edit prompt exceeds that on an irrelevant one, ties
@@ -183,35 +190,30 @@ def _separation(result: Result) -> list[dict[str, Any]]:
 
     cases = result.cases()
     edits, others = (gate_records(cases, "basis", kind) for kind in ("rewrite", "locality"))
-    lines = []
+    layers = []
     for layer in sorted(edits.keys() & others.keys()):
-        if min(len(edits[layer]), len(others[layer])) < MIN_PROMPTS:
+        edit, other = edits[layer], others[layer]  # [prompts, r]
+        if min(len(edit), len(other)) < MIN_PROMPTS:
             continue
-        for basis, (a, b) in enumerate(zip(edits[layer].T, others[layer].T, strict=True)):
-            test = mannwhitneyu(a, b)
-            lines.append(
-                {
-                    "row": _name(result),
-                    "layer": layer,
-                    "basis": basis,
-                    "num_edit": len(a),
-                    "num_irrelevant": len(b),
-                    "edit_weight": a.mean(),
-                    "irrelevant_weight": b.mean(),
-                    "auc": test.statistic / (len(a) * len(b)),
-                    # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
-                    "p_value": 1.0 if isnan(test.pvalue) else test.pvalue,
-                }
-            )
-    p_values = [line["p_value"] for line in lines]
-    adjusted = false_discovery_control(p_values, method="bh") if lines else ()
-    for line, p_value in zip(lines, adjusted, strict=True):
-        gap = line["edit_weight"] - line["irrelevant_weight"]
-        is_seen = p_value < SIGNIFICANCE and abs(gap) >= LEAST_GAP
-        line["p_value"] = p_value
-        line["is_open"] = bool(is_seen and gap > 0 and line["auc"] > 0.5)
-        line["is_reversed"] = bool(is_seen and gap < 0 and line["auc"] < 0.5)
-    return lines
+        tests = [mannwhitneyu(a, b) for a, b in zip(edit.T, other.T, strict=True)]
+        columns = {
+            "basis": range(len(tests)),
+            "edit_weight": edit.mean(0),
+            "irrelevant_weight": other.mean(0),
+            "auc": [test.statistic / (len(edit) * len(other)) for test in tests],
+            "p_value": [test.pvalue for test in tests],
+        }
+        counts = {"num_edit": len(edit), "num_irrelevant": len(other)}
+        layers.append(pd.DataFrame({"row": _name(result), "layer": layer, **counts, **columns}))
+    found = _joined(layers)
+    if len(found):
+        # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
+        found["p_value"] = false_discovery_control(found["p_value"].fillna(1.0), method="bh")
+        gap = found["edit_weight"] - found["irrelevant_weight"]
+        is_seen = (found["p_value"] < SIGNIFICANCE) & (gap.abs() >= LEAST_GAP)
+        found["is_open"] = is_seen & (gap > 0) & (found["auc"] > 0.5)
+        found["is_reversed"] = is_seen & (gap < 0) & (found["auc"] < 0.5)
+    return found
 
 
 def _sweeps(config: BenchConfig, results: Sequence[Result]) -> pd.DataFrame:
@@ -260,7 +262,7 @@ def _on_front(points: pd.DataFrame) -> pd.Series:
     return pd.Series(~is_beaten, points.index)
 
 
-def _collapses(result: Result) -> list[str]:
+def _collapses(result: Result) -> Sequence[str]:
     """Warn of gates whose weights hardly depend on the prompt; each sequence has its own gate."""
     cases = result.cases()
     layers = gate_records(cases, "basis", "rewrite")
@@ -271,32 +273,30 @@ def _collapses(result: Result) -> list[str]:
         for layer in layers:
             seen = [kind[layer] for kind in kinds if layer in kind]
             groups[layer] += [torch.from_numpy(np.concatenate(seen))] if seen else []
-    warnings = collapse_warnings(
+    return collapse_warnings(
         {layer: pooled_deviation(groups[layer]).tolist() for layer in layers},
         {layer: weights.mean() for layer, weights in layers.items()},
     )
-    return [f"{_name(result)}: {warning}" for warning in warnings]
 
 
-def _imbalances(balance: pd.DataFrame) -> list[str]:
-    """Warn of rows where a few bases of a layer carry nearly all weight."""
-    return [
-        f"{row}: {warning}"
-        for row, found in _by_row(balance)
-        for warning in imbalance_warnings(
-            found.groupby("layer")["top_share"].mean().to_dict(), found["rank"].max()
-        )
-    ]
+def _imbalances(balance: pd.DataFrame) -> Sequence[str]:
+    """Warn of layers where a few bases carry nearly all weight."""
+    if balance.empty:
+        return ()
+    shares = balance.groupby("layer")["top_share"].mean()
+    return imbalance_warnings(shares.to_dict(), balance["rank"].max())
 
 
 def _no_separation(separation: pd.DataFrame) -> list[str]:
-    """Warn of rows whose gates do not tell edit prompts from irrelevant ones."""
+    """Warn of gates that do not tell edit prompts from irrelevant ones."""
+    if separation.empty or separation["is_open"].any():
+        return []
+    if (auc := separation["auc"].mean()) >= SMALL_AUC:
+        return []
     return [
-        f"{row}: no separation (mean AUC {found['auc'].mean():.2f}): no basis is open wider on "
-        "edit prompts than on irrelevant ones, beyond chance: give the requests a loc_prompt of "
-        "the kind that is to be kept, raise locality_coef, or gate_lr."
-        for row, found in _by_row(separation)
-        if found["auc"].mean() < SMALL_AUC and not found["is_open"].any()
+        f"no separation (mean AUC {auc:.2f}): no basis is open wider on edit prompts than on "
+        "irrelevant ones, beyond chance: give the requests a loc_prompt of the kind that is to be "
+        "kept, raise locality_coef, or gate_lr."
     ]
 
 
@@ -320,18 +320,13 @@ def _locality_falls(results: Sequence[Result]) -> list[str]:
     return falls
 
 
-def _by_row(frame: pd.DataFrame) -> Any:
-    """Return the rows and what was found of each, in their order."""
-    return frame.groupby("row", sort=False) if len(frame) else ()
-
-
 def _balance_tables(balance: pd.DataFrame) -> list[Table]:
     """Return one table of all rows."""
     if balance.empty:
         return []
     layers = sorted(balance["layer"].unique())
     rows = {}
-    for row, found in _by_row(balance):
+    for row, found in balance.groupby("row", sort=False):
         by_layer = found.groupby("layer")["variation"].mean()
         sequences = found.groupby("sequence")["variation"].mean()
         rows[row] = [
@@ -381,7 +376,7 @@ def _separation_tables(separation: pd.DataFrame) -> list[Table]:
             _auc_cell(found),
             Cell(f"{found['is_reversed'].sum()} of {len(found)}"),
         ]
-        for row, found in _by_row(separation)
+        for row, found in separation.groupby("row", sort=False)
     }
     columns = [
         *(_column(title, 0) for title in ("edit prompts", "irrelevant")),

@@ -8,30 +8,41 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.results import GENERATED, TEACHER_FORCED, Result
+from baft_easyedit.bench.results import TEACHER_FORCED, Result
 from baft_easyedit.bench.tables import Cell, Column, Table
 
-_TITLES = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}
+_SCORES = ("Rel", "Gen", "Loc", "Por")
+_FORCED = {name: Column(title) for name, title in zip(TEACHER_FORCED, _SCORES, strict=True)}
+_GENERATED = {f"gen_{name}": column for name, column in _FORCED.items()}
 _MOMENTS = {
     "single": "single edits, each of the unedited model",
     "continual": "T edits in a row, all scored after the T-th",
     "batched": "T edit calls in a row of B records each, all scored after the T-th",
 }
 _STYLES = {"single": "; as the paper's Table 1", "continual": "; as the paper's Table 2"}
-_IMMEDIATE = (
-    "T edits in a row, each scored right after itself, as EasyEdit's sequential_edit does; "
-    "teacher forced; not the paper's protocol"
-)
-_ANY_ALIAS = (
+_MORE = {
+    "T edits in a row, each scored right after itself, as EasyEdit's sequential_edit does; teacher "
+    "forced; not the paper's protocol": {
+        "immediate_rewrite_acc": Column("Rel"),
+        "immediate_rephrase_acc": Column("Gen"),
+    },
     "portability with the best of all listed answers, where EasyEdit takes the first; teacher "
-    "forced; not the paper's score"
-)
+    "forced; not the paper's score": {"any_alias_portability_acc": Column("Por")},
+    "PIQA accuracy before and after the edits; as the paper's Table 8": {
+        "downstream_pre_acc": Column("before", is_higher_better=None),
+        "downstream_acc": Column("after"),
+    },
+}
+"""By caption the numbers that only some protocols have."""
 _COST = (
     "cost: numbers learned or weights changed, median seconds of one record's edit without "
-    "scoring, peak memory; as the paper's Table 3, whose seconds are a V100's"
+    "scoring, peak memory; as the paper's Table 3, whose seconds are a V100's, of an unnamed T"
 )
-_DOWNSTREAM = "PIQA accuracy before and after the edits; as the paper's Table 8"
-_MEBIBYTE = 2**20
+_COSTS = {
+    "trainable_parameters": Column("parameters", decimals=0, is_higher_better=False),
+    "edit_time_s": Column("s/edit", is_higher_better=False),
+    "peak_memory_bytes": Column("MiB", decimals=0, is_higher_better=False, unit=2**20),
+}
 
 Columns = Mapping[str, Column]
 """By name of a number of a result."""
@@ -60,9 +71,12 @@ def make_tables(results: Sequence[Result], paper: PaperNumbers) -> list[Table]:
             "ablation; ",
             dict.fromkeys(_MOMENTS, "; as the paper's Table 4"),
         ),
-        *_more_scores(results),
-        _cost_table(results, paper),
-        *_downstream_table(results),
+        _table(_COST, results, _COSTS, paper.cost),
+        *(
+            _table(caption, shown, columns)
+            for caption, columns in _MORE.items()
+            if (shown := _asked(results, columns))
+        ),
     ]
 
 
@@ -70,7 +84,7 @@ def make_notes(results: Sequence[Result]) -> list[str]:
     """Return why rows were not run and what else is to be told of some, each thing once."""
     rows: dict[str, list[Result]] = {}
     for result in results:
-        told = [f"not run: {result.error}"] if result.error is not None else result.notes
+        told = [f"not run: {result.error}"] if result.error is not None else result.values["notes"]
         for note in told:
             rows.setdefault(note, []).append(result)
     return [f"{_named(found, results)}: {note}" for note, found in rows.items()]
@@ -117,65 +131,17 @@ def _score_tables(
         wanted = ("single", "continual") if protocol == "continual" else (protocol,)
         shown = [result for result in results if result.setting.name in wanted]
         caption = f"{prefix}{moment}; teacher forced{styles.get(protocol, '')}"
-        made.append(_table(caption, shown, _score_columns(shown, TEACHER_FORCED), printed))
-        if _has(shown, GENERATED):
+        made.append(_table(caption, shown, _FORCED, printed))
+        if _asked(shown, _GENERATED):
             caption = f"{prefix}{moment}; generated text: greedy, natural stop, exact match"
-            made.append(_table(caption, shown, _score_columns(shown, GENERATED)))
+            made.append(_table(caption, shown, _GENERATED))
     return made
 
 
-def _more_scores(results: Sequence[Result]) -> list[Table]:
-    """Make the tables of scores that the paper does not have."""
-    continual = [result for result in results if result.setting.name == "continual"]
-    asked = (
-        (_IMMEDIATE, continual, ("immediate_rewrite_acc", "immediate_rephrase_acc")),
-        (_ANY_ALIAS, results, ("any_alias_portability_acc",)),
-    )
-    return [
-        _table(caption, shown, _score_columns(shown, names))
-        for caption, shown, names in asked
-        if _has(shown, names)
-    ]
-
-
-def _cost_table(results: Sequence[Result], paper: PaperNumbers) -> Table:
-    """Make the table of parameters, time and memory."""
-    columns = {
-        "edit_time_s": Column("s/edit", is_higher_better=False),
-        "peak_memory_bytes": Column("MiB", decimals=0, is_higher_better=False),
-    }
-    first = in_order(results)[0].setting  # the paper does not say under which it took the time
-    table = _table(
-        _COST, results, columns, lambda r, name: paper.cost(r, name) if r.setting == first else ""
-    )
-    rows = {
-        label: cells if isinstance(cells, str) else [_parameters(label, results, paper), *cells]
-        for label, cells in table.rows.items()
-    }
-    count = Column("parameters", decimals=0, is_higher_better=False)
-    return Table(table.caption, [("", [count]), *table.groups], rows)
-
-
-def _parameters(method: str, results: Sequence[Result], paper: PaperNumbers) -> Cell:
-    """Return the cell of a method's parameters, a range if they differ between protocols."""
-    rows = [r for r in results if r.method == method]
-    counts = {r.number("trainable_parameters") for r in rows} - {None}
-    known = sorted(count for count in counts if count is not None)
-    printed = paper.cost(rows[0], "trainable_parameters")
-    if len(known) > 1:
-        return Cell(f"{known[0]:,.0f} to {known[-1]:,.0f}", paper=printed)
-    return Cell(known[0] if known else None, paper=printed)
-
-
-def _downstream_table(results: Sequence[Result]) -> list[Table]:
-    """Make the table of a downstream task, with the protocols after which it was asked."""
-    columns = {
-        "downstream_pre_acc": Column("before", is_higher_better=None),
-        "downstream_acc": Column("after"),
-    }
-    asked = {result.setting for result in results if _has([result], columns)}
-    shown = [result for result in results if result.setting in asked]
-    return [_table(_DOWNSTREAM, shown, columns)] if shown else []
+def _asked(results: Sequence[Result], names: Iterable[str]) -> list[Result]:
+    """Return the results under the protocols of which some result has one of the numbers."""
+    asked = {r.setting for r in results if any(r.number(name) is not None for name in names)}
+    return [result for result in results if result.setting in asked]
 
 
 def _table(
@@ -184,7 +150,11 @@ def _table(
     columns: Columns,
     printed: Printed | None = None,
 ) -> Table:
-    """Make a table with a row for each method and the same columns for each protocol."""
+    """Make a table with a row for each method and the same columns for each protocol.
+
+    A column is left out if no result has its number.
+    """
+    columns = {name: c for name, c in columns.items() if _asked(results, [name])} or columns
     protocols = list(dict.fromkeys(result.setting for result in in_order(results)))
     found = {(result.method, result.setting): result for result in results}
     rows = {
@@ -209,33 +179,11 @@ def _row(
         if result is None or result.error is not None:
             cells.append(Cell("not run" if result else None))
             cells += [Cell()] * (len(columns) - 1)
-        else:
-            cells += [
-                Cell(
-                    _shown(result, name),
-                    result.number(f"{name}_se"),
-                    printed(result, name) if printed else "",
-                )
-                for name in columns
-            ]
+            continue
+        for name in columns:
+            paper = printed(result, name) if printed else ""
+            cells.append(Cell(result.number(name), result.number(f"{name}_se"), paper))
     return cells
-
-
-def _shown(result: Result, name: str) -> float | None:
-    """Return a number of a result in the unit of its column."""
-    number = result.number(name)
-    return number / _MEBIBYTE if number is not None and name == "peak_memory_bytes" else number
-
-
-def _has(results: Sequence[Result], names: Iterable[str]) -> bool:
-    """Tell whether any result has one of some numbers."""
-    return any(result.number(name) is not None for result in results for name in names)
-
-
-def _score_columns(results: Sequence[Result], names: Sequence[str]) -> Columns:
-    """Return a column for each score, without a fourth, portability, if no result has it."""
-    used = names if _has(results, names[3:]) else names[:3]
-    return {name: Column(_TITLES[name.split("_")[-2]]) for name in used}
 
 
 def _counted(results: Sequence[Result]) -> str:

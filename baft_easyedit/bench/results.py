@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, create_model
+from pydantic import BaseModel, Field, RootModel
 
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.scores import SCORES, row_costs, row_scores
+from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.validation import validated
-from baft_easyedit.files.messages import short
 
 TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 """Reliability, generality, locality and portability by EasyEdit's evaluators."""
-GENERATED = tuple(f"gen_{name}" for name in TEACHER_FORCED)
-"""The same of generated text: greedy, natural stop, exact match."""
 
 
 def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
@@ -96,16 +93,39 @@ def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]
 
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 _Share = Annotated[float, Field(ge=0, le=1)] | None
-_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("method", "model", "dataset"), (str, ...)),
-    **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
-    "n": (int, Field(ge=0)),
-    **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
-    **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
-    "error": (str | None, ...),
-}
-_Row = create_model("_Row", __config__=ConfigDict(strict=True), **_FIELDS)
-"""What every row of a summary has; null is what was not measured."""
+
+
+class _Row(BaseModel, strict=True):
+    """What every row of a summary has; null is what was not measured."""
+
+    method: str
+    model: str
+    dataset: str
+    T: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    n: int = Field(ge=0)
+    rewrite_acc: _Share
+    rephrase_acc: _Share
+    locality_acc: _Share
+    portability_acc: _Share
+    any_alias_portability_acc: _Share
+    gen_rewrite_acc: _Share
+    gen_rephrase_acc: _Share
+    gen_locality_acc: _Share
+    gen_portability_acc: _Share
+    immediate_rewrite_acc: _Share
+    immediate_rephrase_acc: _Share
+    downstream_acc: _Share
+    downstream_pre_acc: _Share
+    edit_time_s: _Amount
+    peak_memory_bytes: _Amount
+    trainable_parameters: _Amount
+    notes: list[str]
+    error: str | None
+
+
+class _Summary(RootModel[list[_Row]]):
+    root: list[_Row] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -122,11 +142,6 @@ class Result:
     """The whole row."""
     directory: RunDirectory
     """The run's directory."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What differs from plain EasyEdit."""
-        return self.values.get("notes") or ()
 
     def number(self, name: str) -> float | None:
         """Return a number of the row; None if there is none."""
@@ -166,24 +181,18 @@ def read_run(directory: Path) -> Run:
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
     info, rows = read_json(paths.run), read_json(paths.summary)
-    if not isinstance(info, dict):
-        raise ValueError(f"{paths.run} must hold an object; got {short(info)}; run it again")
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(
-            f"{paths.summary} must hold a list of rows; got {short(rows)}; run it again"
-        )
-    return Run(paths, info, [_result(paths, i, row) for i, row in enumerate(rows)])
-
-
-def _result(paths: RunDirectory, index: int, values: Any) -> Result:
-    """Check a row of a summary."""
     try:
-        validated(_Row, values, f"{paths.summary}, row {index}")
+        validated(RootModel[dict[str, Any]], info, str(paths.run))
+        validated(_Summary, rows, str(paths.summary))
     except ValueError as error:
         raise ValueError(f"{error}; run the same again") from None
-    method, model, dataset = (values[name] for name in ("method", "model", "dataset"))
-    setting = Protocol(values["T"], values["batch_size"])
-    return Result(method, model, dataset, setting, values["error"], values, paths)
+    return Run(paths, info, [_result(paths, row) for row in rows])
+
+
+def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
+    """Return a row of a summary."""
+    setting = Protocol(row["T"], row["batch_size"])
+    return Result(row["method"], row["model"], row["dataset"], setting, row["error"], row, paths)
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:

@@ -23,6 +23,8 @@ class Column(NamedTuple):
     decimals: int = 2
     is_higher_better: bool | None = True
     """None: nothing is marked in this column."""
+    unit: float = 1.0
+    """What values are divided by to be shown."""
 
 
 class Cell(NamedTuple):
@@ -107,7 +109,7 @@ def _number(column: Column, value: float | str | None) -> str:
     """Return a value as text."""
     if value is None:
         return _MISSING
-    return value if isinstance(value, str) else f"{value:,.{column.decimals}f}"
+    return value if isinstance(value, str) else f"{value / column.unit:,.{column.decimals}f}"
 
 
 def _cut(reason: str) -> str:

@@ -4,6 +4,7 @@ from synthetic import write_run
 from baft_easyedit.bench.layouts import make_notes, make_tables
 from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.results import read_run
+from baft_easyedit.bench.tables import to_markdown
 
 SCORES = ["Rel", "Gen", "Loc", "Por"]
 
@@ -51,15 +52,8 @@ def test_teacher_forced_and_generated_scores_never_share_a_table(results):
     assert values(generated) == [row[f"gen_{name}"] for name in names]
 
 
-def test_portability_has_no_column_where_no_record_asks_for_it(titled):
+def test_score_that_no_record_asks_for_has_no_column(titled):
     assert headings(titled("teacher forced", portability=False)) == [("", SCORES[:3])]
-
-
-def test_score_without_probes_stays_as_a_missing_cell(titled):
-    rows = {name: {"rephrase_acc": None} for name in ("BaFT", "ReFT")}
-    table = titled("Table 1", rows=rows)
-    assert headings(table) == [("", SCORES)]
-    assert values(table)[1] is None
 
 
 def test_continual_table_begins_with_single_edits(titled):
@@ -107,17 +101,13 @@ def test_number_of_the_paper_stands_beside_ours(titled):
 
 
 def test_cost_table_has_parameters_seconds_and_memory(titled):
-    rows = {("ReFT", "continual-T2"): {"trainable_parameters": 1234567}}
-    table = titled("cost:", "Table 3", protocols=("single", "continual-T2"), rows=rows)
-    assert headings(table) == [
-        ("", ["parameters"]),
-        ("T = 1", ["s/edit", "MiB"]),
-        ("T = 2", ["s/edit", "MiB"]),
-    ]
-    parameters, seconds, memory, *_ = values(table)
-    assert (parameters, memory) == (28464, 400_000_000 / 2**20)
+    table = titled("cost:", "Table 3", protocols=("single", "continual-T2"))
+    columns = ["parameters", "s/edit", "MiB"]
+    assert headings(table) == [("T = 1", columns), ("T = 2", columns)]
+    parameters, seconds, _, *_ = values(table)
+    assert parameters == 28464
     assert 0.3 < seconds < 1
-    assert values(table, "ReFT")[0] == "18,480 to 1,234,567"
+    assert " 381 |" in to_markdown(table)  # of 400,000,000 bytes
 
 
 def test_downstream_table_has_the_protocols_after_which_the_task_was_asked(titled):
