@@ -337,7 +337,7 @@ def _balance_tables(balance: pd.DataFrame) -> list[Table]:
         ]
     titles = [*(f"layer {layer}" for layer in layers), "all layers", "share of the largest quarter"]
     columns = [_column("sequences", 0), *map(_column, titles)]
-    return [Table("Coefficient of variation of basis use", [("", columns)], rows)]
+    return [Table("Coefficient of variation of basis use", columns, rows)]
 
 
 def _sweep_tables(sweeps: pd.DataFrame) -> list[Table]:
@@ -346,7 +346,7 @@ def _sweep_tables(sweeps: pd.DataFrame) -> list[Table]:
     return [
         Table(
             str(title),
-            [("", columns)],
+            columns,
             {
                 p.method: [
                     Cell("preset" if isnan(p.strength) else f"{p.strength:g}"),
@@ -384,7 +384,7 @@ def _separation_tables(separation: pd.DataFrame) -> list[Table]:
         *(_column(f"layer {layer}") for layer in layers),
         *map(_column, ("all layers", "reversed")),
     ]
-    return [Table("AUC of edit against irrelevant prompts", [("", columns)], rows)]
+    return [Table("AUC of edit against irrelevant prompts", columns, rows)]
 
 
 def _auc_cell(bases: pd.DataFrame) -> Cell:

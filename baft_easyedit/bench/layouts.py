@@ -161,10 +161,10 @@ def _table(
         method: _row([found.get((method, p)) for p in protocols], columns, printed)
         for method in dict.fromkeys(result.method for result in results)
     }
-    is_plain = protocols == [Protocol()]
-    groups = [("" if is_plain else protocol_title(p), list(columns.values())) for p in protocols]
+    headings = ["" if protocols == [Protocol()] else protocol_title(p) for p in protocols]
+    titled = [c._replace(heading=heading) for heading in headings for c in columns.values()]
     where = f"{results[0].model} on {results[0].dataset}"
-    return Table(f"{where}: {caption}; {_counted(results)}", groups, rows)
+    return Table(f"{where}: {caption}; {_counted(results)}", titled, rows)
 
 
 def _row(

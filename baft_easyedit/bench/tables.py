@@ -4,8 +4,10 @@ A `Table` knows nothing of runs. Here is what is best in a column, how a number 
 a missing score or a method that did not run is shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from textwrap import shorten
 from typing import NamedTuple
 
 LATEX_PREAMBLE = r"""% The tables need these lines before \begin{document}:
@@ -25,6 +27,8 @@ class Column(NamedTuple):
     """None: nothing is marked in this column."""
     unit: float = 1.0
     """What values are divided by to be shown."""
+    heading: str = ""
+    """What stands above this column and its neighbours with the same heading."""
 
 
 class Cell(NamedTuple):
@@ -47,15 +51,9 @@ class Table:
     """
 
     caption: str
-    groups: Sequence[tuple[str, Sequence[Column]]]
-    """Neighbouring columns under one heading, which may be empty."""
+    columns: Sequence[Column]
     rows: Mapping[str, Sequence[Cell] | str]
     """By label one cell for each column, or why there are none."""
-
-    @property
-    def columns(self) -> list[Column]:
-        """The columns of all groups."""
-        return [column for _, columns in self.groups for column in columns]
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,26 @@ class _Markup:
         """Return text on one line, with what would be markup escaped."""
         return " ".join(text.split()).translate(self.escapes)
 
-    def rows(self, table: Table) -> list[tuple[str, Sequence[str] | str]]:
-        """Return each row's label, and its cells or why it has none."""
-        scored = {k: cells for k, cells in table.rows.items() if not isinstance(cells, str)}
-        by_column = zip(table.columns, zip(*scored.values(), strict=True), strict=False)
-        texts = [self._column(column, cells) for column, cells in by_column]
-        written = dict(zip(scored, zip(*texts, strict=True), strict=False))
-        return [
-            (self.text(label), written.get(label) or self.text(f"not run: {_cut(str(cells))}"))
-            for label, cells in table.rows.items()
-        ]
+    def rows(self, table: Table) -> Iterator[tuple[str, Sequence[str] | str]]:
+        """Yield each row's label, and its cells or why it has none."""
+        scored = [cells for cells in table.rows.values() if not isinstance(cells, str)]
+        best = list(map(_best, table.columns, zip(*scored, strict=True)))
+        for label, cells in table.rows.items():
+            if isinstance(cells, str):
+                reason = shorten(cells, _LONGEST_REASON, placeholder="…")
+                yield self.text(label), self.text(f"not run: {reason}")
+            else:
+                columns = zip(table.columns, best, cells, strict=True)
+                yield self.text(label), [self._cell(*column) for column in columns]
 
-    def _column(self, column: Column, cells: Sequence[Cell]) -> list[str]:
-        """Return the texts of a column's cells."""
-        best = _best(column, cells)
-        written = []
-        for cell in cells:
-            value = self.text(text := _number(column, cell.value))
-            extras = [f"± {cell.se:.{column.decimals}f}"] if cell.se is not None else []
-            extras += [f"[{cell.paper}]"] if cell.paper else []
-            behind = "".join(self.behind.format(self.text(extra)) for extra in extras)
-            written.append((self.best.format(value) if text == best else value) + behind)
-        return written
+    def _cell(self, column: Column, best: str | None, cell: Cell) -> str:
+        """Return a cell's text."""
+        value = _number(column, cell.value)
+        form = self.best if value == best else "{}"
+        extras = [f"± {cell.se:.{column.decimals}f}"] if cell.se is not None else []
+        extras += [f"[{cell.paper}]"] if cell.paper else []
+        behind = "".join(self.behind.format(self.text(extra)) for extra in extras)
+        return form.format(self.text(value)) + behind
 
 
 def _best(column: Column, cells: Sequence[Cell]) -> str | None:
@@ -110,14 +106,6 @@ def _number(column: Column, value: float | str | None) -> str:
     if value is None:
         return _MISSING
     return value if isinstance(value, str) else f"{value / column.unit:,.{column.decimals}f}"
-
-
-def _cut(reason: str) -> str:
-    """Shorten a reason to the width of a table."""
-    reason = " ".join(reason.split())
-    return (
-        reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 1].rstrip() + "…"
-    )
 
 
 _MARKDOWN = _Markup(
@@ -149,11 +137,10 @@ latex_text = _LATEX.text
 def to_markdown(table: Table) -> str:
     """Write a table in GitHub's Markdown, padded so that it reads as plain text too."""
     titles = [
-        markdown_text(f"{heading}: {column.title}" if heading else column.title)
-        for heading, columns in table.groups
-        for column in columns
+        markdown_text(f"{column.heading}: {column.title}" if column.heading else column.title)
+        for column in table.columns
     ]
-    rows = _MARKDOWN.rows(table)
+    rows = list(_MARKDOWN.rows(table))
     scored = [(label, *cells) for label, cells in rows if not isinstance(cells, str)]
     widths = [max(map(len, column)) for column in zip(("method", *titles), *scored, strict=True)]
     widths[0] = max(widths[0], *(len(label) for label, _ in rows))
@@ -202,13 +189,13 @@ def to_latex(table: Table) -> str:
 
 
 def _latex_headings(table: Table) -> list[str]:
-    """Return the line of the groups' headings and the rules under them."""
-    if not any(heading for heading, _ in table.groups):
+    """Return the line of the columns' headings and the rules under them."""
+    if not any(column.heading for column in table.columns):
         return []
-    headings, rules, first = [""], [], 2
-    for heading, columns in table.groups:
-        headings.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(heading)}}}")
-        if heading:
-            rules.append(rf"\cmidrule(lr){{{first}-{first + len(columns) - 1}}}")
-        first += len(columns)
-    return [" & ".join(headings) + r" \\", "".join(rules)]
+    line, rules, first = "", "", 2
+    for heading, columns in groupby(table.columns, lambda column: column.heading):
+        count = len(list(columns))
+        line += rf" & \multicolumn{{{count}}}{{c}}{{{latex_text(heading)}}}"
+        rules += rf"\cmidrule(lr){{{first}-{first + count - 1}}}"
+        first += count
+    return [line + r" \\", rules]
