@@ -6,17 +6,17 @@ signs of failure. Shape: r bases of a layer.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import hypot, isnan
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import hypot, isnan, sqrt
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from baft_easyedit.bench.config import BenchConfig, MethodConfig, read_config
+from baft_easyedit.bench.config import MethodConfig, read_config
 from baft_easyedit.bench.layouts import in_order
 from baft_easyedit.bench.results import Result, gate_records, read_run
 from baft_easyedit.bench.store import write_json, write_text
@@ -46,7 +46,6 @@ NUM_STANDARD_ERRORS = 2.0
 """The loss must also exceed this many of its standard errors: about 95 % confidence."""
 
 _PROMPTS = ("rewrite", "rephrase", "locality")
-_SCORES = ("rewrite_acc", "rewrite_acc_se", "locality_acc", "locality_acc_se")
 _BALANCE = (
     "How unevenly the bases of a layer are used after the last edit of a sequence: coefficient of "
     "variation of wbar_k over the bases (0: alike), mean over sequences, ± its standard error."
@@ -57,11 +56,11 @@ _SWEEPS = (
 )
 _SEPARATION = (
     "Basis weights on edit prompts against irrelevant ones. By layer: AUC, the chance that an edit "
-    "prompt has the larger weight (0.5: no difference), mean over bases; in brackets the bases "
-    f"that are open wider on edit prompts, by {LEAST_GAP} and beyond chance (Mann-Whitney U, at "
-    f"most {SIGNIFICANCE:.0%} false discoveries by Benjamini and Hochberg). Reversed: bases open "
-    "wider on irrelevant prompts. Prompts are taken as independent, which flatters a row of few "
-    "sequences: the prompts of one share a gate."
+    "prompt has the larger weight (0.5: no difference), mean over bases. Open: bases that are open "
+    f"wider on edit prompts, by {LEAST_GAP} and beyond chance (Mann-Whitney U, at most "
+    f"{SIGNIFICANCE:.0%} false discoveries by Benjamini and Hochberg); reversed: on irrelevant "
+    "ones. Prompts are taken as independent, which flatters a row of few sequences: the prompts of "
+    "one share a gate."
 )
 _NO_GATE = "No row of BaFT has recorded basis weights: run one, with `basis: true`."
 _NO_SWEEP = (
@@ -71,43 +70,40 @@ _NO_SWEEP = (
 )
 _TOO_FEW = f"Not tested: {MIN_PROMPTS} edit prompts and as many irrelevant ones are needed."
 
+_COUNTS = ("sequences", "edit prompts", "irrelevant")
+_DECIMALS = {**dict.fromkeys(_COUNTS, 0), "edit weight": 3, "irrelevant weight": 3}
+
+Lines = dict[str, dict[str, Any]]
+"""For each row, which is a method under a protocol, its numbers and texts by title."""
+
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a run says about the paper's claims; a row is a method under a protocol."""
+    """What a run says about the paper's claims."""
 
     run: str
     """Name of the run's directory."""
     warnings: Sequence[str]
     """Signs of failure, each with what to try."""
-    balance: pd.DataFrame
-    """For each row, sequence and layer: `variation` and `top_share` of basis use, and `rank`."""
-    sweeps: pd.DataFrame
-    """For each row that differs from others in R_loc alone: its scores, and if it `is_on_front`."""
-    separation: pd.DataFrame
-    """For each row, layer and basis: mean weights, `auc`, `p_value`, and if it `is_open` wider on
-    edit prompts or `is_reversed`, visibly and beyond chance."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all figures as JSON values."""
-        frames = {name: getattr(self, name) for name in ("balance", "sweeps", "separation")}
-        plain = {name: json.loads(f.to_json(orient="records")) for name, f in frames.items()}
-        return {"run": self.run, "warnings": list(self.warnings), **plain}
+    balance: Lines
+    separation: Lines
+    sweeps: Mapping[str, Lines]
+    """By what their rows have in common."""
 
     def to_markdown(self) -> str:
         """Return the diagnosis as text: warnings first, then a section for each claim."""
-        warnings = "\n".join(f"- {markdown_text(text)}" for text in self.warnings)
-        sections = (
-            ("Load balance", _BALANCE, _balance_tables(self.balance), _NO_GATE),
-            ("Reliability against Locality", _SWEEPS, _sweep_tables(self.sweeps), _NO_SWEEP),
-            ("Gate separation", _SEPARATION, _separation_tables(self.separation), _TOO_FEW),
-        )
+        balance = {"Coefficient of variation of basis use": self.balance}
+        separation = {"AUC of edit against irrelevant prompts": self.separation}
         parts = [f"# Diagnosis of {markdown_text(self.run)}", "## Warnings"]
-        parts.append(warnings or "No sign of failure was found.")
-        for title, explanation, tables, why_not in sections:
-            parts.append(f"## {title}")
-            parts += [explanation, *map(to_markdown, tables)] if tables else [why_not]
-        return "\n\n".join(parts) + "\n"
+        parts.append("\n".join(f"- {markdown_text(text)}" for text in self.warnings))
+        for title, explanation, tables, why_not in (
+            ("Load balance", _BALANCE, balance, _NO_GATE),
+            ("Reliability against Locality", _SWEEPS, self.sweeps, _NO_SWEEP),
+            ("Gate separation", _SEPARATION, separation, _TOO_FEW),
+        ):
+            made = [_markdown(caption, lines) for caption, lines in tables.items() if lines]
+            parts += [f"## {title}", *([explanation, *made] if made else [why_not])]
+        return "\n\n".join(part or "No sign of failure was found." for part in parts) + "\n"
 
 
 def diagnose(run_dir: Path) -> Diagnosis:
@@ -120,146 +116,107 @@ def diagnose(run_dir: Path) -> Diagnosis:
         ValueError: If it is not one, or one of its files cannot be read.
     """
     run = read_run(run_dir)
-    config = read_config(run.directory.config)
-    methods = {method.name: method.method for method in config.methods}
-    ours = in_order([r for r in run.results if methods[r.method] in ("BaFT", "ReFT")])
-    gated = [result for result in ours if methods[result.method] == "BaFT"]
-    warnings, balance, separation = [], [], []
+    methods = {method.name: method for method in read_config(run.directory.config).methods}
+    ours = in_order([r for r in run.results if methods[r.method].method in ("BaFT", "ReFT")])
+    gated = [result for result in ours if methods[result.method].method == "BaFT"]
+    warnings: list[str] = []
+    balance: Lines = {}
+    separation: Lines = {}
     for result in gated:
-        used, tested = _balance(result), _separation(result)
-        found = (*_collapses(result), *_imbalances(used), *_no_separation(tested))
-        warnings += [f"{_name(result)}: {warning}" for warning in found]
-        balance.append(used)
-        separation.append(tested)
-    return Diagnosis(
-        run=run_dir.resolve().name,
-        warnings=[*warnings, *_locality_falls(ours)],
-        balance=_joined(balance),
-        sweeps=_sweeps(config, gated),
-        separation=_joined(separation),
-    )
+        name = f"{result.method}, {result.setting.slug}"
+        used, unbalanced = _balance(result)
+        tested, mixed = _separation(result)
+        balance |= {name: used} if used else {}
+        separation |= {name: tested} if tested else {}
+        found = (*_collapses(result), *unbalanced, *mixed)
+        warnings += [f"{name}: {warning}" for warning in found]
+    warnings += _locality_falls(ours)
+    return Diagnosis(run_dir.resolve().name, warnings, balance, separation, _sweeps(methods, gated))
 
 
 def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> list[Path]:
     """Write `diagnosis.json` and `diagnosis.md`; return the files."""
     files = [directory / "diagnosis.json", directory / "diagnosis.md"]
-    write_json(files[0], diagnosis.to_dict())
+    write_json(files[0], asdict(diagnosis))
     write_text(files[1], diagnosis.to_markdown())
     return files
 
 
-def _name(result: Result) -> str:
-    """Name a row."""
-    return f"{result.method}, {result.setting.slug}"
+def _markdown(caption: str, lines: Lines) -> str:
+    """Return the table of some lines."""
+    titles = dict.fromkeys(title for line in lines.values() for title in line)
+    columns = [Column(title, _DECIMALS.get(title, 2), None) for title in titles]
+    rows = {row: [Cell(line.get(title)) for title in titles] for row, line in lines.items()}
+    return to_markdown(Table(caption, columns, rows))
 
 
-def _joined(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Put what was found of several rows below each other."""
-    found = [frame for frame in frames if len(frame)]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
+    """Sum up how a row uses its bases; warn of layers where a few carry nearly all weight."""
+    usages: dict[int, list[torch.Tensor]] = {}
+    for chunk in result.directory.chunks_of(result.method, result.setting):
+        if chunk["error"] is None:
+            for layer, weights in (chunk["basis_usage"] or {}).items():
+                usage = torch.tensor(weights, dtype=torch.float64)
+                usages.setdefault(int(layer), []).append(usage)
+    if not usages:
+        return {}, ()
+    variations = {k: list(map(coefficient_of_variation, used)) for k, used in usages.items()}
+    shares = {layer: fmean(map(top_share, used)) for layer, used in usages.items()}
+    means = [fmean(sequence) for sequence in zip(*variations.values(), strict=True)]
+    line = {
+        "sequences": len(means),
+        **{f"layer {layer}": fmean(variations[layer]) for layer in sorted(variations)},
+        "all layers": fmean(means),
+        "±": stdev(means) / sqrt(len(means)) if len(means) > 1 else None,
+        "share of the largest quarter": fmean(shares.values()),
+    }
+    return line, imbalance_warnings(shares, len(usage))
 
 
-def _balance(result: Result) -> pd.DataFrame:
-    """Sum up how each sequence of edits uses the bases of each layer."""
-    usages = [
-        (chunk["chunk"], int(layer), torch.tensor(weights, dtype=torch.float64))
-        for chunk in result.directory.chunks_of(result.method, result.setting)
-        if chunk["error"] is None
-        for layer, weights in (chunk["basis_usage"] or {}).items()
-    ]
-    return pd.DataFrame(
-        {
-            "row": _name(result),
-            "sequence": sequence,
-            "layer": layer,
-            "rank": len(usage),
-            "variation": coefficient_of_variation(usage),
-            "top_share": top_share(usage),
-        }
-        for sequence, layer, usage in usages
-    )
+def _separation(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
+    """Test whether each basis is open wider on edit prompts; warn if none is.
 
-
-def _separation(result: Result) -> pd.DataFrame:
-    """Test whether each basis is open wider on edit prompts than on irrelevant ones.
-
-    AUC is the chance that the weight on an edit prompt exceeds that on an irrelevant one, ties
-    half. The p-value is two-sided, and adjusted over all layers and bases of the row.
+    The p-values are two-sided, and adjusted over all layers and bases of the row.
     """
     from scipy.stats import false_discovery_control, mannwhitneyu
 
     cases = result.cases()
     edits, others = (gate_records(cases, "basis", kind) for kind in ("rewrite", "locality"))
-    layers = []
-    for layer in sorted(edits.keys() & others.keys()):
-        edit, other = edits[layer], others[layer]  # [prompts, r]
-        if min(len(edit), len(other)) < MIN_PROMPTS:
-            continue
-        tests = [mannwhitneyu(a, b) for a, b in zip(edit.T, other.T, strict=True)]
-        columns = {
-            "basis": range(len(tests)),
-            "edit_weight": edit.mean(0),
-            "irrelevant_weight": other.mean(0),
-            "auc": [test.statistic / (len(edit) * len(other)) for test in tests],
-            "p_value": [test.pvalue for test in tests],
-        }
-        counts = {"num_edit": len(edit), "num_irrelevant": len(other)}
-        layers.append(pd.DataFrame({"row": _name(result), "layer": layer, **counts, **columns}))
-    found = _joined(layers)
-    if len(found):
-        # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
-        found["p_value"] = false_discovery_control(found["p_value"].fillna(1.0), method="bh")
-        gap = found["edit_weight"] - found["irrelevant_weight"]
-        is_seen = (found["p_value"] < SIGNIFICANCE) & (gap.abs() >= LEAST_GAP)
-        found["is_open"] = is_seen & (gap > 0) & (found["auc"] > 0.5)
-        found["is_reversed"] = is_seen & (gap < 0) & (found["auc"] < 0.5)
-    return found
-
-
-def _sweeps(config: BenchConfig, results: Sequence[Result]) -> pd.DataFrame:
-    """Find the rows of BaFT that differ in the strength of R_loc alone, and their Pareto fronts.
-
-    Strength is `locality_coef`, 0 if `locality` is off, and NaN if the preset decides.
-    """
-    methods = {method.name: method for method in config.methods}
-    points = pd.DataFrame(
-        [
-            {
-                "sweep": ", ".join([result.setting.slug, *_other_settings(methods[result.method])]),
-                "method": result.method,
-                "strength": _strength(methods[result.method]),
-                **{name: result.number(name) for name in _SCORES},
-            }
-            for result in results
-        ],
-        columns=["sweep", "method", "strength", *_SCORES],
-    ).dropna(subset=["rewrite_acc", "locality_acc"])
-    strengths = points.groupby("sweep")["strength"].transform("nunique", dropna=False)
-    points = points[strengths > 1].sort_values("strength", kind="stable")
-    fronts = [_on_front(sweep) for _, sweep in points.groupby("sweep", sort=False)]
-    return points.assign(is_on_front=pd.concat(fronts) if fronts else False)
-
-
-def _other_settings(method: MethodConfig) -> list[str]:
-    """Name a method's settings other than whether and how strongly it uses R_loc."""
-    settings = {"hparams": method.hparams} if method.hparams else {}
-    settings |= {k: v for k, v in method.set.items() if k not in ("locality", "locality_coef")}
-    return [f"{name} {json.dumps(settings[name])}" for name in sorted(settings)]
-
-
-def _strength(method: MethodConfig) -> float:
-    """Return the factor of R_loc; NaN if the preset decides."""
-    if method.set.get("locality") is False:
-        return 0.0
-    return float(method.set.get("locality_coef", "nan"))
-
-
-def _on_front(points: pd.DataFrame) -> pd.Series:
-    """Tell which points no other beats in one score without losing in the other."""
-    scores = points[["rewrite_acc", "locality_acc"]].to_numpy(dtype=float)
-    gains = scores[None] - scores[:, None]  # [point, other, score]
-    is_beaten = ((gains >= 0).all(2) & (gains > 0).any(2)).any(1)
-    return pd.Series(~is_beaten, points.index)
+    layers = sorted(edits.keys() & others.keys())
+    counts = [len(records[layer]) for layer in layers for records in (edits, others)]
+    if min(counts, default=0) < MIN_PROMPTS:
+        return {}, ()
+    pairs = [
+        (a, b) for layer in layers for a, b in zip(edits[layer].T, others[layer].T, strict=True)
+    ]
+    tests = [mannwhitneyu(a, b) for a, b in pairs]
+    auc = np.array(
+        [t.statistic / (len(a) * len(b)) for t, (a, b) in zip(tests, pairs, strict=True)]
+    )
+    # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
+    p_values = [1.0 if isnan(test.pvalue) else test.pvalue for test in tests]
+    is_sure = false_discovery_control(p_values, method="bh") < SIGNIFICANCE
+    gap = np.array([a.mean() - b.mean() for a, b in pairs])
+    num_open = int((is_sure & (gap >= LEAST_GAP) & (auc > 0.5)).sum())
+    num_reversed = int((is_sure & (gap <= -LEAST_GAP) & (auc < 0.5)).sum())
+    by_layer = zip(layers, auc.reshape(len(layers), -1).mean(1).tolist(), strict=True)
+    line = {
+        "edit prompts": counts[0],
+        "irrelevant": counts[1],
+        "edit weight": fmean(a.mean() for a, _ in pairs),
+        "irrelevant weight": fmean(b.mean() for _, b in pairs),
+        **{f"layer {layer}": mean for layer, mean in by_layer},
+        "all layers": auc.mean().item(),
+        "open": f"{num_open} of {len(auc)}",
+        "reversed": f"{num_reversed} of {len(auc)}",
+    }
+    if num_open or auc.mean() >= SMALL_AUC:
+        return line, ()
+    return line, (
+        f"no separation (mean AUC {auc.mean():.2f}): no basis is open wider on edit prompts than "
+        "on irrelevant ones, beyond chance: give the requests a loc_prompt of the kind that is to "
+        "be kept, raise locality_coef, or gate_lr.",
+    )
 
 
 def _collapses(result: Result) -> Sequence[str]:
@@ -279,25 +236,55 @@ def _collapses(result: Result) -> Sequence[str]:
     )
 
 
-def _imbalances(balance: pd.DataFrame) -> Sequence[str]:
-    """Warn of layers where a few bases carry nearly all weight."""
-    if balance.empty:
-        return ()
-    shares = balance.groupby("layer")["top_share"].mean()
-    return imbalance_warnings(shares.to_dict(), balance["rank"].max())
+def _sweeps(methods: Mapping[str, MethodConfig], results: Sequence[Result]) -> dict[str, Lines]:
+    """Find the rows of BaFT that differ in the strength of R_loc alone, and their Pareto fronts."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if None not in _scores(result):
+            title = ", ".join([result.setting.slug, *_other_settings(methods[result.method])])
+            found.setdefault(title, []).append(result)
+    sweeps = {}
+    for title, rows in found.items():
+        strengths = {row.method: _strength(methods[row.method]) for row in rows}
+        if len(set(strengths.values())) > 1:
+            rows.sort(key=lambda row: strengths[row.method])
+            sweeps[title] = {
+                row.method: {
+                    "R_loc strength": f"{strengths[row.method]:g}".replace("inf", "preset"),
+                    "Rel": row.number("rewrite_acc"),
+                    "± Rel": row.number("rewrite_acc_se"),
+                    "Loc": row.number("locality_acc"),
+                    "± Loc": row.number("locality_acc_se"),
+                    "front": "no" if any(_beats(other, row) for other in rows) else "yes",
+                }
+                for row in rows
+            }
+    return sweeps
 
 
-def _no_separation(separation: pd.DataFrame) -> list[str]:
-    """Warn of gates that do not tell edit prompts from irrelevant ones."""
-    if separation.empty or separation["is_open"].any():
-        return []
-    if (auc := separation["auc"].mean()) >= SMALL_AUC:
-        return []
-    return [
-        f"no separation (mean AUC {auc:.2f}): no basis is open wider on edit prompts than on "
-        "irrelevant ones, beyond chance: give the requests a loc_prompt of the kind that is to be "
-        "kept, raise locality_coef, or gate_lr."
-    ]
+def _other_settings(method: MethodConfig) -> list[str]:
+    """Name a method's settings other than whether and how strongly it uses R_loc."""
+    settings = {"hparams": method.hparams} if method.hparams else {}
+    settings |= {k: v for k, v in method.set.items() if k not in ("locality", "locality_coef")}
+    return [f"{name} {json.dumps(settings[name])}" for name in sorted(settings)]
+
+
+def _strength(method: MethodConfig) -> float:
+    """Return the factor of R_loc; infinite, which comes last, if the preset decides."""
+    if method.set.get("locality") is False:
+        return 0.0
+    return float(method.set.get("locality_coef", "inf"))
+
+
+def _scores(result: Result) -> list[Any]:
+    """Return Reliability and Locality."""
+    return [result.number("rewrite_acc"), result.number("locality_acc")]
+
+
+def _beats(other: Result, result: Result) -> bool:
+    """Tell whether another result is at least as good in both scores, and better in one."""
+    gains = [a - b for a, b in zip(_scores(other), _scores(result), strict=True)]
+    return min(gains) >= 0 and max(gains) > 0
 
 
 def _locality_falls(results: Sequence[Result]) -> list[str]:
@@ -318,87 +305,3 @@ def _locality_falls(results: Sequence[Result]) -> list[str]:
                 "the preset has other settings for single edits, they may be part of it."
             )
     return falls
-
-
-def _balance_tables(balance: pd.DataFrame) -> list[Table]:
-    """Return one table of all rows."""
-    if balance.empty:
-        return []
-    layers = sorted(balance["layer"].unique())
-    rows = {}
-    for row, found in balance.groupby("row", sort=False):
-        by_layer = found.groupby("layer")["variation"].mean()
-        sequences = found.groupby("sequence")["variation"].mean()
-        rows[row] = [
-            Cell(len(sequences)),
-            *(Cell(by_layer.get(layer)) for layer in layers),
-            Cell(sequences.mean(), _known(sequences.sem())),
-            Cell(found["top_share"].mean()),
-        ]
-    titles = [*(f"layer {layer}" for layer in layers), "all layers", "share of the largest quarter"]
-    columns = [_column("sequences", 0), *map(_column, titles)]
-    return [Table("Coefficient of variation of basis use", columns, rows)]
-
-
-def _sweep_tables(sweeps: pd.DataFrame) -> list[Table]:
-    """Return a table of each sweep, by strength."""
-    columns = list(map(_column, ("R_loc strength", "Rel", "Loc", "front")))
-    return [
-        Table(
-            str(title),
-            columns,
-            {
-                p.method: [
-                    Cell("preset" if isnan(p.strength) else f"{p.strength:g}"),
-                    Cell(p.rewrite_acc, _known(p.rewrite_acc_se)),
-                    Cell(p.locality_acc, _known(p.locality_acc_se)),
-                    Cell("yes" if p.is_on_front else "no"),
-                ]
-                for p in points.itertuples()
-            },
-        )
-        for title, points in sweeps.groupby("sweep", sort=False)
-    ]
-
-
-def _separation_tables(separation: pd.DataFrame) -> list[Table]:
-    """Return one table of all rows."""
-    if separation.empty:
-        return []
-    layers = sorted(separation["layer"].unique())
-    rows = {
-        row: [
-            Cell(found["num_edit"].max()),
-            Cell(found["num_irrelevant"].max()),
-            Cell(found["edit_weight"].mean()),
-            Cell(found["irrelevant_weight"].mean()),
-            *(_auc_cell(found[found["layer"] == layer]) for layer in layers),
-            _auc_cell(found),
-            Cell(f"{found['is_reversed'].sum()} of {len(found)}"),
-        ]
-        for row, found in separation.groupby("row", sort=False)
-    }
-    columns = [
-        *(_column(title, 0) for title in ("edit prompts", "irrelevant")),
-        *(_column(title, 3) for title in ("edit weight", "irrelevant weight")),
-        *(_column(f"layer {layer}") for layer in layers),
-        *map(_column, ("all layers", "reversed")),
-    ]
-    return [Table("AUC of edit against irrelevant prompts", columns, rows)]
-
-
-def _auc_cell(bases: pd.DataFrame) -> Cell:
-    """Return the mean AUC of bases and how many of them are open wider on edit prompts."""
-    if bases.empty:
-        return Cell()
-    return Cell(f"{bases['auc'].mean():.2f} ({bases['is_open'].sum()} of {len(bases)})")
-
-
-def _column(title: str, decimals: int = 2) -> Column:
-    """Return a column in which no value is best."""
-    return Column(title, decimals, is_higher_better=None)
-
-
-def _known(number: float | None) -> float | None:
-    """Return a number of a frame; None for NaN."""
-    return None if number is None or isnan(number) else number

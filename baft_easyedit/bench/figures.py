@@ -8,7 +8,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from baft_easyedit.bench.layouts import in_order, protocol_title
 from baft_easyedit.bench.results import TEACHER_FORCED, Result, gate_records
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIN_RETENTION_T = 10
-"""Fewest edits in a row whose retention is drawn."""
-_NUM_BINS = 10
+"""Fewest edits in a row whose retention is drawn, in as many groups."""
 _TITLES = dict(
     zip(TEACHER_FORCED, ("Reliability", "Generality", "Locality", "Portability"), strict=True)
 )
@@ -42,7 +40,7 @@ _BATCHES = (
 )
 _RETENTION = (
     "Retention, T = {T}: teacher-forced scores after the last edit, by the number of edits made "
-    "after a case's own; means over up to {bins} groups of equally old edits."
+    "after a case's own; means over up to {bins} groups of edits of about the same age."
 )
 
 Case = Mapping[str, Any]
@@ -70,25 +68,11 @@ def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
     for T in dict.fromkeys(result.setting.T for result in scored):
         shown = [r for r in scored if r.setting.T == T and r.setting.batch_size == 1]
         if T >= MIN_RETENTION_T and shown:
-            caption = _RETENTION.format(T=T, bins=_NUM_BINS)
+            caption = _RETENTION.format(T=T, bins=MIN_RETENTION_T)
             yield f"retention-T{T}", caption, retention_figure(shown, looks)
 
 
-def update_shares(cases: Iterable[Case]) -> dict[int, np.ndarray]:
-    """Return how the size of an update is shared among bases, the largest share first.
-
-    Returns:
-        By layer, [r]. Shares are sorted within each case, for each edit may use other bases.
-    """
-    shares = {}
-    for layer, sizes in gate_records(cases, "update", "rewrite").items():
-        sizes = sizes[sizes.sum(1) > 0]
-        if len(sizes):
-            shares[layer] = np.sort(sizes / sizes.sum(1, keepdims=True))[:, ::-1].mean(0)
-    return shares
-
-
-def retention(cases: Iterable[Case], score: str, T: int) -> pd.DataFrame:
+def retention(cases: Iterable[Case], score: str, T: int) -> np.ndarray:
     """Return a score by the age of the edit: the number of edits made after it.
 
     Args:
@@ -97,15 +81,14 @@ def retention(cases: Iterable[Case], score: str, T: int) -> pd.DataFrame:
         T: Edits in a row.
 
     Returns:
-        The mean `age`, the mean `score` and the `count` of cases in equally wide bins of ages.
+        The mean age and the mean score in equally wide bins of ages, [bins, 2].
     """
-    width = ceil(T / _NUM_BINS)
-    ages = pd.DataFrame(
-        [(c["chunk_length"] - 1 - c["position"], c["scores"].get(score)) for c in cases],
-        columns=["age", "score"],
-    ).dropna()
-    bins = ages.groupby(ages["age"] // width)
-    return bins.agg(age=("age", "mean"), score=("score", "mean"), count=("score", "size"))
+    bins: dict[int, list[tuple[int, float]]] = {}
+    for case in cases:
+        if (value := case["scores"].get(score)) is not None:
+            age = case["chunk_length"] - 1 - case["position"]
+            bins.setdefault(age // ceil(T / MIN_RETENTION_T), []).append((age, value))
+    return np.array([np.mean(bins[i], axis=0) for i in sorted(bins)]).reshape(-1, 2)
 
 
 def _bases(
@@ -122,8 +105,15 @@ def _bases(
 
 
 def update_figure(cases: Iterable[Case]) -> "Figure | None":
-    """Draw how few bases carry an update (Liu et al. 2025, Fig. 1); None without records."""
-    shares = update_shares(cases)
+    """Draw how few bases carry an update (Liu et al. 2025, Fig. 1); None without records.
+
+    Shares are sorted within each case, for each edit may use other bases.
+    """
+    shares = {}
+    for layer, sizes in gate_records(cases, "update", "rewrite").items():
+        moved = sizes[sizes.sum(1) > 0]
+        if len(moved):
+            shares[layer] = np.sort(moved / moved.sum(1, keepdims=True))[:, ::-1].mean(0)
     if not shares:
         return None
     figure, panels = _panels([f"layer {layer}" for layer in shares])
@@ -178,7 +168,7 @@ def retention_figure(results: Sequence[Result], looks: Mapping[str, Any]) -> "Fi
         cases = result.cases()
         for panel, name in zip(panels, names, strict=True):
             bins = retention(cases, name, result.setting.T)
-            panel.plot(bins["age"], bins["score"], label=result.method, **looks[result.method])
+            panel.plot(*bins.T, label=result.method, **looks[result.method])
     for panel in panels:
         panel.set(xlabel="edits made since", ylim=(-0.03, 1.03))
     return _finished(figure, panels, "score")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, Field, RootModel
+from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.scores import row_costs, row_scores
+from baft_easyedit.bench.scores import SCORES, row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.validation import validated
 
@@ -95,37 +95,17 @@ _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 _Share = Annotated[float, Field(ge=0, le=1)] | None
 
 
-class _Row(BaseModel, strict=True):
-    """What every row of a summary has; null is what was not measured."""
-
-    method: str
-    model: str
-    dataset: str
-    T: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    n: int = Field(ge=0)
-    rewrite_acc: _Share
-    rephrase_acc: _Share
-    locality_acc: _Share
-    portability_acc: _Share
-    any_alias_portability_acc: _Share
-    gen_rewrite_acc: _Share
-    gen_rephrase_acc: _Share
-    gen_locality_acc: _Share
-    gen_portability_acc: _Share
-    immediate_rewrite_acc: _Share
-    immediate_rephrase_acc: _Share
-    downstream_acc: _Share
-    downstream_pre_acc: _Share
-    edit_time_s: _Amount
-    peak_memory_bytes: _Amount
-    trainable_parameters: _Amount
-    notes: list[str]
-    error: str | None
-
-
-class _Summary(RootModel[list[_Row]]):
-    root: list[_Row] = Field(min_length=1)
+_ROW: dict[str, Any] = {
+    **dict.fromkeys(("method", "model", "dataset"), (str, ...)),
+    **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
+    "n": (int, Field(ge=0)),
+    **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
+    **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
+    "notes": (list[str], ...),
+    "error": (str | None, ...),
+}
+_Row = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
+"""What every row of a summary has; null is what was not measured."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +163,9 @@ def read_run(directory: Path) -> Run:
     info, rows = read_json(paths.run), read_json(paths.summary)
     try:
         validated(RootModel[dict[str, Any]], info, str(paths.run))
-        validated(_Summary, rows, str(paths.summary))
+        validated(RootModel[Annotated[list[Any], Field(min_length=1)]], rows, str(paths.summary))
+        for i, row in enumerate(rows):
+            validated(_Row, row, f"{paths.summary}, row {i}")
     except ValueError as error:
         raise ValueError(f"{error}; run the same again") from None
     return Run(paths, info, [_result(paths, row) for row in rows])

@@ -95,7 +95,6 @@ def test_retention_bins_by_the_edits_made_after_a_case():
     cases = [case(i, 20, i / 20) for i in range(20)]
     cases += [case(0, 1, 0.0), case(3, 20, None)]  # a short last chunk, and an unscored case
     bins = retention(cases, "rewrite_acc", T=20)
-    assert list(bins["count"]) == [3, *[2] * 9]
-    assert bins["age"][1] == 2.5
-    assert bins["score"][0] == pytest.approx((19 + 18 + 0) / 20 / 3)  # the last edits
-    assert retention([case(0, 1, None)], "rewrite_acc", T=10).empty
+    assert bins[:, 0].tolist() == pytest.approx([1 / 3, *(2.5 + 2 * i for i in range(9))])
+    assert bins[0, 1] == pytest.approx((19 + 18 + 0) / 20 / 3)  # the last edits
+    assert len(retention([case(0, 1, None)], "rewrite_acc", T=10)) == 0

@@ -62,7 +62,7 @@ def test_truncated_case_is_refused(run_dir):
         ("run.json", [1], r"run\.json: Input should be a valid dictionary; got \[1\]"),
         ("summary.json", {}, r"summary\.json: Input should be a valid list; got {}"),
         ("summary.json", [], r"summary\.json: List should have at least 1 item"),
-        ("summary.json", ["BaFT"], r"summary\.json: 0: Input should be .*; got 'BaFT'"),
+        ("summary.json", ["BaFT"], r"summary\.json, row 0: Input should be .*; got 'BaFT'"),
     ],
 )
 def test_files_of_another_form_are_refused(run_dir, name, content, message):
@@ -84,12 +84,12 @@ def test_files_of_another_form_are_refused(run_dir, name, content, message):
 def test_bad_row_is_refused(run_dir, fields, message):
     rows = json.loads((run_dir / "summary.json").read_text())
     write_json(run_dir / "summary.json", [rows[0], rows[1] | fields])
-    with pytest.raises(ValueError, match=rf"summary\.json: 1\.{message}"):
+    with pytest.raises(ValueError, match=rf"summary\.json, row 1: {message}"):
         read_run(run_dir)
     del rows[1][next(iter(fields))]
     write_json(run_dir / "summary.json", rows)
     with pytest.raises(
-        ValueError, match=rf"summary\.json: 1\.{next(iter(fields))}: Field required"
+        ValueError, match=rf"summary\.json, row 1: {next(iter(fields))}: Field required"
     ):
         read_run(run_dir)
 
