@@ -212,5 +212,7 @@ def _finished(figure: "Figure", panels: "Sequence[Axes]", ylabel: str) -> "Figur
         entries |= dict(zip(labels, handles, strict=True))
     columns = ceil(len(entries) / 14)  # as many as fit below each other
     figure.set_figwidth(figure.get_figwidth() + 1.5 * (columns - 1))
-    figure.legend(entries.values(), entries, loc="outside right center", ncols=columns, fontsize=8)
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside right center", ncols=columns, fontsize=8
+    )
     return figure

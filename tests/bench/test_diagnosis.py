@@ -44,9 +44,6 @@ def scores(rel, loc, loc_se=0.001):
     return {"rewrite_acc": rel, "locality_acc": loc, "locality_acc_se": loc_se}
 
 
-# Load balance
-
-
 def test_balance_is_the_mean_over_sequences_of_the_variation_over_bases(tmp_path):
     run = make_run(tmp_path, protocols=["continual-T2"], num_cases=6)
     folder = run / "chunks" / "BaFT" / "continual-T2"
@@ -75,14 +72,12 @@ def test_imbalance_is_told(tmp_path):
     assert warning.startswith("BaFT, single: imbalance in layer 3: 1 of 4 bases carry 93%")
 
 
-# Reliability against Locality
-
-
 def test_sweep_finds_the_rows_that_differ_in_the_locality_term_alone(tmp_path):
     methods = [
         "BaFT",
         {"name": "strong", "method": "BaFT", "set": {"locality_coef": 10.0}},
         {"name": "off", "method": "BaFT", "set": {"locality": False, "locality_coef": 3.0}},
+        {"name": "twin", "method": "BaFT", "set": {"locality": False}},
         {"name": "failed", "method": "BaFT", "set": {"locality_coef": 5.0}},
         {"name": "other", "method": "BaFT", "set": {"locality_coef": 3.0, "rank": 4}},
         "ReFT",
@@ -90,12 +85,13 @@ def test_sweep_finds_the_rows_that_differ_in_the_locality_term_alone(tmp_path):
     rows = {
         "BaFT": scores(0.8, 0.9),
         "strong": scores(0.7, 0.85),
-        "off": scores(0.9, 0.6, 0.02),
+        **dict.fromkeys(("off", "twin"), scores(0.9, 0.6, 0.02)),
         "failed": {"error": "out of memory"},
     }
     (sweep,) = diagnose(make_run(tmp_path, methods, rows=rows)).sweeps.values()
     assert {row: list(line.values()) for row, line in sweep.items()} == {
         "off": ["0", 0.9, ANY, 0.6, 0.02, "yes"],
+        "twin": ["0", 0.9, ANY, 0.6, 0.02, "yes"],
         "strong": ["10", 0.7, ANY, 0.85, 0.001, "no"],
         "BaFT": ["preset", 0.8, ANY, 0.9, 0.001, "yes"],
     }
@@ -107,28 +103,13 @@ def test_sweeps_are_apart_by_protocol_and_by_other_settings(tmp_path):
         *("BaFT", NO_LOCALITY),
         {"name": "one", "method": "BaFT", "set": gate},
         {"name": "two", "method": "BaFT", "set": {**gate, "locality_coef": 2.0}},
+        {"name": "three", "method": "BaFT", "set": {"rank": 4, "locality_coef": 3}},
+        {"name": "as strong", "method": "BaFT", "set": {"rank": 4, "locality_coef": 3.0}},
     ]
     sweeps = diagnose(make_run(tmp_path, methods, protocols=["single", "continual-T2"])).sweeps
     names = {"single", "continual-T2", 'single, gate "subspace"', 'continual-T2, gate "subspace"'}
     assert set(sweeps) == names
 
-
-def test_rows_of_equal_strength_are_no_sweep(tmp_path):
-    methods = [
-        {"name": str(coef), "method": "BaFT", "set": {"locality_coef": coef}} for coef in (3, 3.0)
-    ]
-    diagnosis = diagnose(make_run(tmp_path, methods))
-    assert not diagnosis.sweeps
-    assert "No two scored rows of BaFT differ in R_loc alone" in diagnosis.to_markdown()
-
-
-def test_equal_rows_are_both_on_the_front(tmp_path):
-    rows = {"BaFT": scores(0.8, 0.9), "no-loc": scores(0.8, 0.9)}
-    sweep = diagnose(make_run(tmp_path, ["BaFT", NO_LOCALITY], rows=rows)).sweeps["single"]
-    assert [line["front"] for line in sweep.values()] == ["yes", "yes"]
-
-
-# Gate separation
 
 APART = [0.60, 0.61, 0.62, 0.63, 0.64], [0.10, 0.11, 0.12, 0.13, 0.14]
 MIXED = [0.10, 0.20, 0.30, 0.40, 0.50], [0.15, 0.25, 0.35, 0.45, 0.55]
@@ -190,11 +171,9 @@ def test_rows_without_enough_weights_are_not_tested(tmp_path):
     diagnosis = diagnose(run)
     assert not diagnosis.warnings  # one prompt a gate does not tell whether that is constant
     text = diagnosis.to_markdown()
+    assert "No two scored rows of BaFT differ in R_loc alone" in text
     assert "No row of BaFT has recorded basis weights: run one, with `basis: true`." in text
     assert "Not tested: 4 edit prompts and as many irrelevant ones are needed." in text
-
-
-# Signs of failure
 
 
 def test_collapse_is_told_though_each_single_edit_has_another_gate(tmp_path):
@@ -224,9 +203,6 @@ def test_locality_that_falls_is_told_of_edits_one_by_one(tmp_path, few, many, is
     run = make_run(tmp_path, ["BaFT", "LoRA"], slugs, rows=rows)
     start = f"BaFT: Locality falls with T, from 0.95 at T 1 to {many['locality_acc']:.2f} at T 4."
     assert [w.startswith(start) for w in diagnose(run).warnings] == [True] * is_warned
-
-
-# Reading and writing
 
 
 def test_diagnosis_is_written_as_data_and_text(tmp_path):
