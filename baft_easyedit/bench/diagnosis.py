@@ -18,7 +18,7 @@ import torch
 
 from baft_easyedit.bench.config import MethodConfig, read_config
 from baft_easyedit.bench.layouts import in_order
-from baft_easyedit.bench.results import Result, gate_records, read_run
+from baft_easyedit.bench.results import Case, Result, gate_records, read_run
 from baft_easyedit.bench.store import write_json, write_text
 from baft_easyedit.bench.tables import Cell, Column, Table, markdown_text, to_markdown
 from baft_easyedit.method.gate_report import (
@@ -95,7 +95,8 @@ class Diagnosis:
         balance = {"Coefficient of variation of basis use": self.balance}
         separation = {"AUC of edit against irrelevant prompts": self.separation}
         parts = [f"# Diagnosis of {markdown_text(self.run)}", "## Warnings"]
-        parts.append("\n".join(f"- {markdown_text(text)}" for text in self.warnings))
+        warnings = "\n".join(f"- {markdown_text(text)}" for text in self.warnings)
+        parts.append(warnings or "No sign of failure was found.")
         for title, explanation, tables, why_not in (
             ("Load balance", _BALANCE, balance, _NO_GATE),
             ("Reliability against Locality", _SWEEPS, self.sweeps, _NO_SWEEP),
@@ -103,7 +104,7 @@ class Diagnosis:
         ):
             made = [_markdown(caption, lines) for caption, lines in tables.items() if lines]
             parts += [f"## {title}", *([explanation, *made] if made else [why_not])]
-        return "\n\n".join(part or "No sign of failure was found." for part in parts) + "\n"
+        return "\n\n".join(parts) + "\n"
 
 
 def diagnose(run_dir: Path) -> Diagnosis:
@@ -116,19 +117,21 @@ def diagnose(run_dir: Path) -> Diagnosis:
         ValueError: If it is not one, or one of its files cannot be read.
     """
     run = read_run(run_dir)
-    methods = {method.name: method for method in read_config(run.directory.config).methods}
-    ours = in_order([r for r in run.results if methods[r.method].method in ("BaFT", "ReFT")])
+    config = read_config(run.directory.config)
+    methods = {m.name: m for m in config.methods if m.method in ("BaFT", "ReFT")}
+    ours = in_order([result for result in run.results if result.method in methods])
     gated = [result for result in ours if methods[result.method].method == "BaFT"]
     warnings: list[str] = []
     balance: Lines = {}
     separation: Lines = {}
     for result in gated:
         name = f"{result.method}, {result.setting.slug}"
+        cases = result.cases()
         used, unbalanced = _balance(result)
-        tested, mixed = _separation(result)
+        tested, mixed = _separation(cases)
         balance |= {name: used} if used else {}
         separation |= {name: tested} if tested else {}
-        found = (*_collapses(result), *unbalanced, *mixed)
+        found = (*_collapses(cases), *unbalanced, *mixed)
         warnings += [f"{name}: {warning}" for warning in found]
     warnings += _locality_falls(ours)
     return Diagnosis(run_dir.resolve().name, warnings, balance, separation, _sweeps(methods, gated))
@@ -170,17 +173,17 @@ def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
         "±": stdev(means) / sqrt(len(means)) if len(means) > 1 else None,
         "share of the largest quarter": fmean(shares.values()),
     }
-    return line, imbalance_warnings(shares, len(usage))
+    rank = len(next(iter(usages.values()))[0])
+    return line, imbalance_warnings(shares, rank)
 
 
-def _separation(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
+def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
     """Test whether each basis is open wider on edit prompts; warn if none is.
 
     The p-values are two-sided, and adjusted over all layers and bases of the row.
     """
     from scipy.stats import false_discovery_control, mannwhitneyu
 
-    cases = result.cases()
     edits, others = (gate_records(cases, "basis", kind) for kind in ("rewrite", "locality"))
     layers = sorted(edits.keys() & others.keys())
     counts = [len(records[layer]) for layer in layers for records in (edits, others)]
@@ -219,9 +222,8 @@ def _separation(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
     )
 
 
-def _collapses(result: Result) -> Sequence[str]:
+def _collapses(cases: Sequence[Case]) -> Sequence[str]:
     """Warn of gates whose weights hardly depend on the prompt; each sequence has its own gate."""
-    cases = result.cases()
     layers = gate_records(cases, "basis", "rewrite")
     groups: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     for chunk in {case["chunk"] for case in cases}:

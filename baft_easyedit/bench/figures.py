@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from baft_easyedit.bench.layouts import in_order, protocol_title
-from baft_easyedit.bench.results import TEACHER_FORCED, Result, gate_records
+from baft_easyedit.bench.results import TEACHER_FORCED, Case, Result, gate_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,9 +42,6 @@ _RETENTION = (
     "Retention, T = {T}: teacher-forced scores after the last edit, by the number of edits made "
     "after a case's own; means over up to {bins} groups of edits of about the same age."
 )
-
-Case = Mapping[str, Any]
-"""The content of a case's file."""
 
 
 def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":

@@ -91,6 +91,8 @@ def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]
     return list(dict.fromkeys(notes))
 
 
+Case = Mapping[str, Any]
+"""The content of a case's file."""
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 _Share = Annotated[float, Field(ge=0, le=1)] | None
 
@@ -127,7 +129,7 @@ class Result:
         """Return a number of the row; None if there is none."""
         return None if self.error is not None else self.values.get(name)
 
-    def cases(self) -> list[dict[str, Any]]:
+    def cases(self) -> list[Case]:
         """Read the cases behind the result, in order; empty if there are none.
 
         Raises:
@@ -196,9 +198,7 @@ def merge_results(runs: Sequence[Run]) -> list[Result]:
     return list(seen.values())
 
 
-def gate_records(
-    cases: Iterable[Mapping[str, Any]], name: str, prompt: str
-) -> dict[int, np.ndarray]:
+def gate_records(cases: Iterable[Case], name: str, prompt: str) -> dict[int, np.ndarray]:
     """Return what was recorded of a gate.
 
     Args:
