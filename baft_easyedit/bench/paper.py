@@ -27,7 +27,7 @@ class PaperNumbers:
         }
         self._costs = content["costs"]
 
-    def family(self, model: str) -> str | None:
+    def _family(self, model: str) -> str | None:
         """Return what a model, such as `meta-llama/Llama-2-7b-hf`, is called here, if it is."""
         return self._names.get(model.rsplit("/", 1)[-1].lower())
 
@@ -42,7 +42,7 @@ class PaperNumbers:
         """
         if result.setting.batch_size > 1:
             return ""
-        place = self.family(result.model), result.dataset, result.setting.T
+        place = self._family(result.model), result.dataset, result.setting.T
         for table in tables:
             scores = self._scores.get((table, *place), {}).get(result.method, ())
             numbers = dict(zip(TEACHER_FORCED, scores, strict=False))  # ends before portability
@@ -52,5 +52,5 @@ class PaperNumbers:
 
     def cost(self, result: Result, name: str) -> str:
         """Return `trainable_parameters` or `edit_time_s` (on a V100) as printed, if it is."""
-        number = self._costs.get(self.family(result.model), {}).get(result.method, {}).get(name)
+        number = self._costs.get(self._family(result.model), {}).get(result.method, {}).get(name)
         return "" if number is None else f"{number:,}"

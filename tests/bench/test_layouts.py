@@ -61,25 +61,23 @@ def test_score_that_no_record_asks_for_has_no_column(titled):
     assert headings(titled("teacher forced", portability=False)) == [("", SCORES[:3])]
 
 
-def test_continual_table_begins_with_single_edits(titled):
-    protocols = ("continual-T4", "single", "continual-T2")
-    table = titled("T edits in a row, all scored after the T-th", "Table 2", protocols=protocols)
-    assert headings(table) == [("T = 1", SCORES), ("T = 2", SCORES), ("T = 4", SCORES)]
-
-
 @pytest.mark.parametrize(
-    ("caption", "titles"),
-    [("each scored right after itself", SCORES[:2]), ("the best of all listed answers", ["Por"])],
+    ("caption", "protocols", "above", "titles"),
+    [
+        ("Table 2", ("continual-T4", "single"), ["T = 1", "T = 4"], SCORES),
+        (
+            "records each, all scored after the T-th; teacher",
+            ("batched-B2-T2", "batched-B2-T1"),
+            ["B = 2, T = 1", "B = 2, T = 2"],
+            SCORES,
+        ),
+        ("each scored right after itself", ("single", "continual-T2"), ["T = 2"], SCORES[:2]),
+        ("the best of all listed answers", ("continual-T2",), ["T = 2"], ["Por"]),
+    ],
 )
-def test_scores_that_the_paper_lacks_have_tables_of_their_own(titled, caption, titles):
-    assert headings(titled(caption, protocols=("continual-T2",))) == [("T = 2", titles)]
-
-
-def test_batched_table_has_columns_for_each_protocol(titled):
-    table = titled(
-        "T edit calls in a row of B", "forced", protocols=("batched-B2-T2", "batched-B2-T1")
-    )
-    assert [heading for heading, _ in headings(table)] == ["B = 2, T = 1", "B = 2, T = 2"]
+def test_columns_stand_below_their_protocols(titled, caption, protocols, above, titles):
+    table = titled(caption, protocols=protocols)
+    assert headings(table) == [(heading, titles) for heading in above]
 
 
 def test_ablation_stands_between_reft_and_baft_and_only_there(titled):

@@ -94,15 +94,12 @@ def test_bad_row_is_refused(run_dir, fields, message):
         read_run(run_dir)
 
 
-def test_same_results_count_once(tmp_path, run_dir):
-    copy = write_run(tmp_path / "copy", **FEW)
-    assert len(merge_results([read_run(run_dir), read_run(copy)])) == 4
-
-
-def test_runs_that_contradict_each_other_are_refused(tmp_path, run_dir):
-    other = write_run(tmp_path / "other", **FEW | {"seed": 1})
+def test_same_results_count_once_and_contradictions_are_refused(tmp_path, run_dir):
+    run, copy = read_run(run_dir), read_run(write_run(tmp_path / "copy", **FEW))
+    assert len(merge_results([run, copy])) == 4
+    other = read_run(write_run(tmp_path / "other", **FEW | {"seed": 1}))
     with pytest.raises(ValueError, match=r"run/summary\.json and .*other/summary\.json must not"):
-        merge_results([read_run(run_dir), read_run(other)])
+        merge_results([run, other])
 
 
 def test_gate_records_are_arrays_by_layer_of_the_cases_that_have_them():
