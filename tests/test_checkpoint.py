@@ -1,5 +1,4 @@
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from baft_easyedit.storage.loading import edit_of
 from baft_easyedit.storage.state import (
     EditState,
     StateFile,
-    check_fits,
     encode,
-    read_entries,
     read_state,
     state_hash,
 )
@@ -149,7 +146,7 @@ def test_other_model_is_allowed_when_asked(tokenizer, kept, tmp_path):
 def test_edit_that_does_not_fit_the_other_model_is_refused(kept, tmp_path):
     small = make_model()
     small.config.hidden_size = 16
-    with pytest.raises(ValueError, match=r"basis must be torch.float32 \(4, 16\).* \(4, 32\)"):
+    with pytest.raises(ValueError, match=r"the edit in .* cannot be used: the snapshot must be"):
         attach(small, kept, allow_other_model=True)
 
 
@@ -214,7 +211,7 @@ def test_name_of_a_model_on_the_hub_is_kept(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 5}, "here must have format_version 1 to 4; got 5: use a version"),
+        ({"format_version": 5}, "here must have format_version 4; got 5: use a version"),
         ({"format_version": "1"}, "here must have a int as 'format_version'; got str"),
         ({"base_model": 3}, "here must have a str as 'base_model'; got int"),
         ({"revision": 3}, "here must have a str or null as 'revision'; got int"),
@@ -231,7 +228,10 @@ def test_config_that_is_not_one_is_refused(model, quick, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alg_name": "ROME"}, "alg_name in here must be one of BaFT, ReFT; got 'ROME'"),
+        (
+            {"alg_name": "ROME"},
+            "in here cannot be used: alg_name must be one of BaFT, ReFT;",
+        ),
         ({"model_name": "/etc"}, "the hyper-parameters in here must not have 'model_name'"),
         ({"unheard": 1}, "in here cannot be used: unknown hyper-parameter 'unheard'"),
         ({"rank": "4"}, "in here cannot be used: rank must be of type int"),
@@ -247,7 +247,8 @@ def test_hparams_of_a_directory_are_checked(model, quick, change, message):
 
 
 def content_of(model, quick, edit=None, memory=None):
-    state = EditState((edit or random_edit()).snapshot(), True, memory or {})
+    learned = edit if isinstance(edit, dict) else (edit or random_edit()).snapshot()
+    state = EditState(learned, True, memory or {})
     settings = {"hparams": method_of(quick), "environment": {}}
     entry = Journal().next("start", state_hash(state), settings)
     return StateFile(state, (entry,), KeptConfig.of(model, quick))
@@ -258,7 +259,7 @@ def test_state_file_comes_back(model, quick, tmp_path):
     file = tmp_path / "state"
     file.write_bytes(encode(content))
     found = read_state(file)
-    assert found.entries == content.entries == read_entries(file)
+    assert found.entries == content.entries
     assert found.config == content.config
     assert state_hash(found.state) == state_hash(content.state)
     assert found.state.memory == {"a": [1, "é"]}
@@ -288,11 +289,13 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
     data = encode(content_of(model, quick))
     tensors = load(data)
     name = min(tensors)
+    half = {key: value.half() for key, value in random_edit().snapshot().items()}
     for damaged, message in [
-        (b"\xff" * 64, "ends within its header"),
+        (encode(content_of(model, quick, half)), "must hold float32 tensors; .* is torch.float16"),
+        (b"\xff" * 64, "is damaged: "),
         (save(tensors), "its metadata are not of one"),
-        (save(tensors, {"format_version": "1"}), "metadata do not have the hash that they name"),
-        (rewritten(data, {"format_version": "9"}), "must have format_version 1 to 4; got '9'"),
+        (save(tensors, {"format_version": "4"}), "metadata do not have the hash that they name"),
+        (rewritten(data, {"format_version": "9"}), "must have format_version 4; got '9'"),
         (rewritten(data, {"memory": "[]"}), "memory in .* must be a JSON object; got list"),
         (rewritten(data, {"entries": "{}"}), "a journal entry in .* must have the key 'kind'"),
         (rewritten(data, {"state_hash": "0"}), "its tensors do not have the hash that it names"),
@@ -300,16 +303,8 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
             rewritten(data, tensors={**tensors, name: tensors[name] + 1}),
             "its tensors do not have the hash that it names",
         ),
-        (
-            rewritten(data, tensors={name: tensors[name].half()}),
-            "must hold float32 tensors; .* is torch.float16",
-        ),
         (data + b"0", "is damaged: "),
-        (data.replace(b'"data_offsets":[0,', b'"data_offsets":{0,'), "the header of .* must be JS"),
-        (
-            data.replace(b'"data_offsets":[0,', b'"data_offsets":["",')[:-2],
-            "is damaged: |JSON",
-        ),
+        (data.replace(b'"data_offsets":[0,', b'"data_offsets":{0,'), "is damaged: "),
         (data.replace(b'"shape":[4,32]', b'"shape":[9,32]'), "is damaged: "),
     ]:
         file = tmp_path / "state"
@@ -326,32 +321,10 @@ def test_values_that_are_not_finite_are_refused(model, quick, tmp_path):
         encode(content_of(model, quick, edit))
 
 
-def test_edit_that_is_too_large_is_refused(model, quick, monkeypatch):
-    monkeypatch.setattr(state_module, "MAX_STATE", 1_000)
-    with pytest.raises(ValueError, match=r"an edit must have at most 1,000 bytes; .*smaller rank"):
-        encode(content_of(model, quick))
-
-
 def test_too_much_memory_is_refused(model, quick, monkeypatch):
     monkeypatch.setattr(state_module, "_MAX_HEADER", 10_000)
     with pytest.raises(ValueError, match=r"must be below 5000 bytes; got .*smaller batches"):
         encode(content_of(model, quick, memory={"a": "x" * 5_000}))
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            random_edit(rank=2),
-            r"must be torch.float32 \(4, 32\).* here holds torch.float32 \(2, 32\)",
-        ),
-        (random_edit(layers=(1, 3)), r"_interventions.2.* here holds nothing"),
-        (random_edit().double(), r"must be torch.float32 .* here holds torch.float64"),
-    ],
-)
-def test_state_of_another_shape_is_refused(other, message):
-    with pytest.raises(ValueError, match=message):
-        check_fits(EditState(other.snapshot(), True), random_edit(), "here")
 
 
 def test_directory_without_an_edit_is_named(model, tmp_path):
@@ -420,53 +393,7 @@ def test_no_pickle_is_read(kept, model):
         attach(model, kept)
 
 
-def test_a_state_of_another_rank_is_refused(model, quick):
-    state = EditState(random_edit(layers=(1, 3), rank=6).snapshot(), True)
-    with pytest.raises(ValueError, match=r"must be .* rank and gate of the edit .* here holds"):
-        edit_of(state, quick, model, "here")
-
-
-OLDER = Path(__file__).parent / "data"
-"""Three edits of two steps, kept by versions 0.1.0 and 0.2.0.dev0 with a checkpoint after every
-second entry; and the logits of the edited model."""
-
-
-@pytest.fixture(params=[1, 2])
-def old(request, tmp_path):
-    return Path(shutil.copytree(OLDER / f"version{request.param}", tmp_path / "old"))
-
-
-def test_an_edit_of_an_older_version_is_read(model, tokenizer, old):
-    expected = load_file(old / "logits.safetensors")["logits"]
-    assert not torch.allclose(logits(model)[0, -1], expected, atol=1e-3)
-    edit = attach(model, old)
-    assert torch.allclose(logits(model)[0, -1], expected, atol=1e-4)
-    basis = edit.intervention(3).basis
-    assert torch.allclose(basis @ basis.mT, torch.eye(4), atol=1e-5)
-    again = BaFTEditor.load(model, tokenizer, old)
-    assert again.model_edit is edit or torch.equal(again.model_edit.intervention(3).basis, basis)
-
-
-def test_an_edit_of_an_older_version_goes_on(model, tokenizer, request_dict, old):
-    expected = load_file(old / "logits.safetensors")["logits"]
-    with BaFTEditor.open(model, tokenizer, old) as editor:
-        assert torch.allclose(logits(model)[0, -1], expected, atol=1e-4)
-        assert editor.hparams.rescaling == "match"  # in version 1, match-each-step
-        assert editor.hparams.engine == "auto"
-        assert editor.hparams.parametrisation == "direct"
-        at_open = editor.model_edit.snapshot()
-        editor.edit(request_dict)
-        editor.undo()
-        assert all(torch.equal(v, at_open[k]) for k, v in editor.model_edit.snapshot().items())
-        editor.edit(request_dict)
-        editor.rollback(to=2)  # there is a checkpoint
-        with pytest.raises(
-            ValueError, match=r"could not be learned again .*format_version (None|2)"
-        ):
-            editor.rollback(to=1)  # that of entry 0 comes before it
-        after = editor.model_edit.snapshot()
-    other = make_model()
-    with BaFTEditor.open(other, tokenizer, old) as editor:  # all of it is of this version by now
-        assert all(torch.equal(v, after[k]) for k, v in editor.model_edit.snapshot().items())
-        editor.edit(request_dict)
-    assert json.loads((old / "baft_config.json").read_text())["format_version"] == 4
+def test_a_state_of_another_shape_is_refused(model, quick):
+    for other in (random_edit(layers=(1, 3), rank=6), random_edit(layers=(1, 2))):
+        with pytest.raises(ValueError, match=r"the edit in here cannot be used: .* rank and gate;"):
+            edit_of(content_of(model, quick, other), model, "here")

@@ -6,7 +6,6 @@ import pytest
 
 from baft_easyedit import EditReport
 from baft_easyedit.editor import StepLosses
-from baft_easyedit.storage.files import to_json
 from baft_easyedit.storage.journal import (
     MAX_LINE,
     Entry,
@@ -14,6 +13,7 @@ from baft_easyedit.storage.journal import (
     parse_lines,
     read_lines,
     report_dict,
+    to_json,
 )
 from baft_easyedit.training.requests import EditRequest
 
@@ -135,10 +135,3 @@ def test_entries_that_do_not_follow_are_refused(order):
     entries = grown(None, None).entries
     with pytest.raises(ValueError, match="must follow the one before it"):
         Journal(entries[i] for i in order)
-
-
-def test_endless_line_is_not_read(tmp_path):
-    file = tmp_path / "journal.jsonl"
-    file.write_bytes(b"x" * (MAX_LINE + 5))
-    with pytest.raises(ValueError, match=f"line 1 of .* must be below {MAX_LINE} bytes, and is no"):
-        read_lines(file)

@@ -33,6 +33,7 @@ def test_nan_is_read_where_it_is_allowed():
 @pytest.mark.parametrize(
     "text",
     ["a: [", "a: !!timestamp x", "a: !!int ''", "a: !!bool x", "a: 2001-99-99", "a: *b", "{[]: 1}",
+     "a: &a [*a]",
      "[" * 5000, "a: !!python/object/apply:os.system ['touch canary']", "a: !!python/module:os",
      "--- a\n--- b", "a: \x00", "a: 1\na: 2", "a: {b: [{c: 1, 'c': 2}]}", "a: 0x" + "f" * 6000,
      'a: "\\ud800"', '"\\ud800": 1', "a: *" + "long" * 9000, "a: !" + "long" * 9000 + " 1"],
@@ -51,15 +52,7 @@ def test_what_is_not_plain_yaml_is_refused_and_not_executed(text, tmp_path, monk
         (b"\xff\xfe\x00", ValueError, "must be plain YAML"),
         (b"- 1", TypeError, r"must hold a mapping of settings; got \[1\]"),
         (b"1: 2", TypeError, r"must hold a mapping of settings; got \{1: 2\}"),
-        (b"a: &a [*a]", ValueError, "must be nested at most 100 deep"),
         (b"a: " + b"x" * 70_000, ValueError, "must have at most 65,536 bytes"),
-        (
-            b"a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
-            + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9))
-                       for i in range(1, 30)),
-            ValueError,
-            "must hold at most 100,000 values",
-        ),
     ],
 )  # fmt: skip
 def test_yaml_of_another_shape_is_refused(text, error, message, tmp_path):

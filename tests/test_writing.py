@@ -4,7 +4,6 @@ import pytest
 
 from baft_easyedit.bench.store import write_json
 from baft_easyedit.files.writing import written_whole
-from baft_easyedit.storage.files import write_durably
 from baft_easyedit.storage.lock import LOCK, DirectoryLock
 
 
@@ -13,12 +12,11 @@ def test_new_files_have_the_mode_of_any_new_file(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         write_json(tmp_path / "run/record.json", {})
-        write_durably(tmp_path / "state", b"x")
         DirectoryLock(tmp_path).release()
     finally:
         os.umask(before)
-    files = [tmp_path / "run/record.json", tmp_path / "state", tmp_path / LOCK]
-    assert [file.stat().st_mode & 0o777 for file in files] == [mode] * 3
+    files = [tmp_path / "run/record.json", tmp_path / LOCK]
+    assert [file.stat().st_mode & 0o777 for file in files] == [mode] * 2
 
 
 def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path):
