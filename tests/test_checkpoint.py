@@ -88,32 +88,19 @@ def test_loaded_editor_goes_on_as_the_saved_one(model, tokenizer, quick, request
         second.rollback(to=0)
 
 
-def test_edit_is_attached_without_a_tokenizer(model, kept):
-    plain = logits(model)
-    edit = attach(model, kept)
-    assert attached_edit(model) is edit
-    assert not torch.equal(logits(model), plain)
-    edit.detach()
-    assert torch.equal(logits(model), plain)
-
-
-def test_reft_is_kept_as_reft(model, tokenizer, request_dict, tmp_path):
-    reft = ReFTHyperParams(model_name="t", layers=[1], device="cpu", rank=2, num_steps=1)
-    editor = BaFTEditor(model, tokenizer, reft)
-    editor.edit(request_dict)
-    editor.save(tmp_path)
-    assert isinstance(BaFTEditor.load(make_model(), tokenizer, tmp_path).hparams, ReFTHyperParams)
-
-
-def test_memory_travels_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
+def test_method_and_memory_travel_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
     editor = BaFTEditor(model, tokenizer, replace(quick, rehearsal=2))
     editor.edit([request_dict, {"prompt": "Ice is", "target_new": "hot"}])
-    editor.save(tmp_path)
+    editor.save(tmp_path / "baft")
     memory = editor.model_edit.memory
     assert len(memory) == memory.num_seen == 2
-    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path / "baft")
     assert loaded.model_edit.memory.state() == memory.state()
-    assert attach(make_model(), tmp_path).memory.state() == memory.state()
+    assert attach(make_model(), tmp_path / "baft").memory.state() == memory.state()
+    reft = ReFTHyperParams(model_name="t", layers=[1], device="cpu", rank=2, num_steps=1)
+    BaFTEditor(make_model(), tokenizer, reft).save(tmp_path / "reft")
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path / "reft")
+    assert isinstance(loaded.hparams, ReFTHyperParams)
 
 
 # ---- which model
@@ -141,13 +128,6 @@ def test_other_model_is_allowed_when_asked(tokenizer, kept, tmp_path):
     editor.save(tmp_path / "of the other")
     BaFTEditor.load(make_model(dtype=torch.bfloat16), tokenizer, tmp_path / "of the other")
     attach(make_model(seed=1), kept, allow_other_model=True)
-
-
-def test_edit_that_does_not_fit_the_other_model_is_refused(kept, tmp_path):
-    small = make_model()
-    small.config.hidden_size = 16
-    with pytest.raises(ValueError, match=r"the edit in .* cannot be used: the snapshot must be"):
-        attach(small, kept, allow_other_model=True)
 
 
 def test_fingerprint_sees_one_changed_matrix_and_an_adapter():
@@ -327,11 +307,6 @@ def test_too_much_memory_is_refused(model, quick, monkeypatch):
         encode(content_of(model, quick, memory={"a": "x" * 5_000}))
 
 
-def test_directory_without_an_edit_is_named(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a directory with an edit that save"):
-        attach(model, tmp_path)
-
-
 # ---- the Hub
 
 
@@ -380,15 +355,11 @@ def test_edit_is_pushed_and_comes_back_from_the_hub(
 
 
 def test_no_pickle_is_read(kept, model):
-    import pickle
-
-    torch.save({"a": torch.ones(1)}, kept / "baft.safetensors")
+    file = kept / "baft.safetensors"
+    torch.save({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="damaged"):
         attach(model, kept)
-    (kept / "baft.safetensors").write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match="damaged"):
-        attach(model, kept)
-    save_file({"a": torch.ones(1)}, kept / "baft.safetensors")
+    save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="must be a state of baft_easyedit"):
         attach(model, kept)
 
