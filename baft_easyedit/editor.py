@@ -16,15 +16,16 @@ from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.inspect import check_layers, decoder_layers
-from baft_easyedit.storage.config import hparams_of, new_edit
-from baft_easyedit.storage.directory import KeptDirectory, holds_edit
+from baft_easyedit.storage.config import new_edit
+from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.history import History
 from baft_easyedit.storage.loading import (
     check_carries_no_other,
     check_same_shape,
-    checked_latest,
     edit_of,
+    latest_for,
 )
+from baft_easyedit.storage.reading import holds_edit
 from baft_easyedit.storage.state import StateFile
 from baft_easyedit.training.learner import Learner
 from baft_easyedit.training.loop import EditReport, Learned, StepLosses
@@ -288,10 +289,9 @@ class BaFTEditor:
             ValueError: If the model is another one or carries another edit, or the file is damaged.
         """
         directory = expanded(directory)
-        latest = checked_latest(model, directory, allow_other_model)
+        latest = latest_for(model, str(directory), allow_other_model)
         editor = cls._holding(latest, str(directory), model, tokenizer)
-        is_of_model = not allow_other_model or latest.config.is_of(model)  # else checked above
-        editor._history.go_on(latest, directory, is_of_model)
+        editor._history.go_on(latest, directory)
         return editor
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -381,12 +381,11 @@ class BaFTEditor:
         undo_depth: int = 10,
     ) -> "BaFTEditor":
         """Make an editor whose edit is a kept one."""
-        own = hparams_of(kept.config.hparams, model, where)
-        edit = edit_of(kept.state, own, model, where)
+        edit, own = edit_of(kept, model, where)
         if hparams is not None:
             check_same_shape(edit, hparams, f"the edit in {where}")
         check_carries_no_other(model, kept, where)
-        editor = cls(model, tokenizer, hparams or own, undo_depth=undo_depth)
+        editor = cls(model, tokenizer, hparams or own, undo_depth=undo_depth, edit=edit)
         editor._history.origin = kept.config
         editor._learner.restore(kept.state)
         return editor

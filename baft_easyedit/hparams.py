@@ -7,7 +7,7 @@ object for `model_name`, `device`, `fp16`, `batch_size` and a few more. Needs py
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -27,6 +27,29 @@ is the prefix cache where the model allows it."""
 
 PARAMETRISATIONS = ("direct", "whitened")
 """In which coordinates an edit is learned; see `coordinates`."""
+
+_CHOICES: Mapping[str, Iterable[str]] = {
+    "gate": GATES,
+    "parametrisation": PARAMETRISATIONS,
+    "rescaling": RESCALINGS,
+    "loc_positions": ("all", "last"),
+    "engine": ENGINES,
+    "evaluation_type": ("LLM-judge", "generate-text"),
+}
+_RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
+    ("be at least 1", lambda value: value >= 1): (
+        "rank", "num_prompt_positions", "num_steps", "settle_steps", "batch_size", "max_length",
+    ),
+    ("be at least 1, or null", lambda value: value >= 1): ("rehearsal_memory",),
+    ("be at least 0", lambda value: value >= 0): (
+        "past_states", "rehearsal", "rehearsal_stop_loss", "weight_decay", "early_stop_loss",
+        "balance_coef", "locality_coef",
+    ),
+    ("be at least 0, or null", lambda value: value >= 0): ("basis_lr", "rehearsal_irrelevant"),
+    ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
+    ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
+}  # fmt: skip
+"""Fields by what their numbers must be."""
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -138,69 +161,34 @@ class BaFTHyperParams:
         self.alg_name = self.alg_name or self.algorithm
         _check_types(self)
         self.model_name = model_location(self.model_name)
-        self._check_method()
+        self._check(self.alg_name == self.algorithm, "alg_name", f"be {self.algorithm!r}")
+        self._check(bool(self.model_name), "model_name", "not be empty")
+        self._check(bool(self.layers), "layers", "name at least one layer")
+        self._check(min(self.layers) >= 0, "layers", "not be negative (they are 0-based)")
+        self._check(len({*self.layers}) == len(self.layers), "layers", "not repeat a layer")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            self._check(value is None or value in allowed, name, f"be one of {', '.join(allowed)}")
+        for (rule, holds), names in _RULES.items():
+            for name in names:
+                value = getattr(self, name)
+                self._check(value is None or holds(value), name, rule)
         self._check_chat_template()
-        self._check_training()
-        self._check_continual()
-
-    def _check_method(self) -> None:
-        """Check what the intervention is."""
-        _check(self.alg_name == self.algorithm, "alg_name", f"be {self.algorithm!r}", self.alg_name)
-        _check(bool(self.model_name), "model_name", "not be empty", self.model_name)
-        _check(bool(self.layers), "layers", "name at least one layer", self.layers)
-        _check(min(self.layers) >= 0, "layers", "not be negative (they are 0-based)", self.layers)
-        _check(
-            len(set(self.layers)) == len(self.layers), "layers", "not repeat a layer", self.layers
-        )
-        _check(self.rank >= 1, "rank", "be at least 1", self.rank)
-        _check(
-            self.num_prompt_positions >= 1,
-            "num_prompt_positions",
-            "be at least 1",
-            self.num_prompt_positions,
-        )
-        _check_choice("gate", self.gate, GATES)
-        _check_choice("parametrisation", self.parametrisation, PARAMETRISATIONS)
-        _check_choice("rescaling", self.rescaling, RESCALINGS)
-        _check_choice("loc_positions", self.loc_positions, ("all", "last"))
-        _check_choice("engine", self.engine, ENGINES)
-        if self.evaluation_type is not None:
-            _check_choice("evaluation_type", self.evaluation_type, ("LLM-judge", "generate-text"))
 
     def _check_chat_template(self) -> None:
         """Check what the chat template is given."""
         name, given = "chat_template_kwargs", self.chat_template_kwargs
         if given is None:
             return
-        _check(self.use_chat_template, name, "be null without use_chat_template", given)
+        self._check(self.use_chat_template, name, "be null without use_chat_template")
         taken = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
-        rule = f"not set {', '.join(taken)}"
-        _check(not set(taken) & set(given), name, rule, given)
-        _check(_is_json(given), name, "hold JSON values by name, to be kept with an edit", given)
+        self._check(not {*taken} & {*given}, name, f"not set {', '.join(taken)}")
+        self._check(_is_json(given), name, "hold JSON values by name, to be kept with an edit")
 
-    def _check_training(self) -> None:
-        """Check how the intervention is learned."""
-        for name in ("num_steps", "batch_size", "max_length"):
-            _check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        _check(self.lr > 0, "lr", "be above 0", self.lr)
-        _check(self.gate_lr is None or self.gate_lr > 0, "gate_lr", "be above 0", self.gate_lr)
-        rate = self.basis_lr
-        _check(rate is None or rate >= 0, "basis_lr", "be at least 0, or null", rate)
-        at_least_0 = ("weight_decay", "early_stop_loss")
-        for name in (*at_least_0, "balance_coef", "locality_coef"):
-            _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
-        for name in ("alpha", "beta", "gamma"):
-            _check(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
-
-    def _check_continual(self) -> None:
-        """Check how a run of edits keeps the earlier ones."""
-        for name in ("past_states", "rehearsal", "rehearsal_stop_loss"):
-            _check(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
-        _check(self.settle_steps >= 1, "settle_steps", "be at least 1", self.settle_steps)
-        limit, irrelevant = self.rehearsal_memory, self.rehearsal_irrelevant
-        _check(limit is None or limit >= 1, "rehearsal_memory", "be at least 1, or null", limit)
-        rule = "be at least 0, or null"
-        _check(irrelevant is None or irrelevant >= 0, "rehearsal_irrelevant", rule, irrelevant)
+    def _check(self, holds: bool, name: str, rule: str) -> None:
+        """Raise ValueError about a hyper-parameter unless its rule holds."""
+        if not holds:
+            raise ValueError(f"{name} must {rule}; got {short(getattr(self, name))}")
 
     @classmethod
     def from_hparams(cls: type[HParams], path: str | Path, **overrides: Any) -> HParams:
@@ -220,7 +208,7 @@ class BaFTHyperParams:
             ValueError: If a key is unknown or missing, or a value is out of range.
         """
         file = hparams_file(path)
-        return _of_file(file, cls, {**read_yaml(file, "hyper-parameters"), **overrides})
+        return _of_file(file, cls.from_dict, {**read_yaml(file, "hyper-parameters"), **overrides})
 
     @classmethod
     def from_dict(cls: type[HParams], config: Mapping[str, Any]) -> HParams:
@@ -253,11 +241,11 @@ class ReFTHyperParams(BaFTHyperParams):
     balance: bool = False
     locality: bool = False
 
-    def _check_method(self) -> None:
-        super()._check_method()
-        _check(self.gate == "one", "gate", "be 'one' for ReFT", self.gate)
-        _check(not self.balance, "balance", "be false for ReFT", self.balance)
-        _check(not self.locality, "locality", "be false for ReFT", self.locality)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(self.gate == "one", "gate", "be 'one' for ReFT")
+        self._check(not self.balance, "balance", "be false for ReFT")
+        self._check(not self.locality, "locality", "be false for ReFT")
 
 
 def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
@@ -273,13 +261,16 @@ def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
         ValueError: If `alg_name` is neither BaFT nor ReFT, or a value breaks a rule.
     """
     file = hparams_file(path)
-    config = read_yaml(file, "hyper-parameters")
+    return _of_file(file, hparams_from, {**read_yaml(file, "hyper-parameters"), **overrides})
+
+
+def hparams_from(config: Mapping[str, Any]) -> BaFTHyperParams:
+    """Build the hyper-parameters of the method that `alg_name` names; see `from_dict`."""
     classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
     name = config.get("alg_name", "BaFT")
     if not isinstance(name, str) or name not in classes:
-        names = ", ".join(classes)
-        raise ValueError(f"alg_name must be one of {names}; got {short(name)} (in {file})")
-    return _of_file(file, classes[name], {**config, **overrides})
+        raise ValueError(f"alg_name must be one of {', '.join(classes)}; got {short(name)}")
+    return classes[name].from_dict(config)
 
 
 def scaled_layers(depth: int) -> list[int]:
@@ -293,23 +284,14 @@ def scaled_layers(depth: int) -> list[int]:
     return sorted({layer * depth // _PAPER_DEPTH for layer in _PAPER_LAYERS})
 
 
-def _of_file(file: Path, hparams: type[HParams], content: Mapping[str, Any]) -> HParams:
+def _of_file(
+    file: Path, build: Callable[[Mapping[str, Any]], HParams], content: Mapping[str, Any]
+) -> HParams:
     """Build hyper-parameters; errors name the file."""
     try:
-        return hparams.from_dict(content)
+        return build(content)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (in {file})") from None
-
-
-def _check(holds: bool, name: str, rule: str, value: object) -> None:
-    """Raise ValueError about one hyper-parameter unless its rule holds."""
-    if not holds:
-        raise ValueError(f"{name} must {rule}; got {short(value)}")
-
-
-def _check_choice(name: str, value: str, allowed: Any) -> None:
-    """Raise ValueError unless `value` is one of the allowed names."""
-    _check(value in allowed, name, f"be one of {', '.join(allowed)}", value)
 
 
 def _check_types(hparams: BaFTHyperParams) -> None:

@@ -25,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
-from baft_easyedit.storage.directory import STATE, holds_edit, read_history
+from baft_easyedit.storage.reading import STATE, holds_edit, read_history
 from baft_easyedit.storage.state import read_state
 
 

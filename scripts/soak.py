@@ -35,7 +35,7 @@ import torch
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.generation import load_model
-from baft_easyedit.storage.directory import JOURNAL, STATE, read_history
+from baft_easyedit.storage.reading import JOURNAL, STATE, read_history
 from baft_easyedit.storage.state import read_state
 
 EVERY = 100

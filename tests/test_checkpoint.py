@@ -1,5 +1,4 @@
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from baft_easyedit.storage.loading import edit_of
 from baft_easyedit.storage.state import (
     EditState,
     StateFile,
-    check_fits,
     encode,
-    read_entries,
     read_state,
     state_hash,
 )
@@ -91,32 +88,19 @@ def test_loaded_editor_goes_on_as_the_saved_one(model, tokenizer, quick, request
         second.rollback(to=0)
 
 
-def test_edit_is_attached_without_a_tokenizer(model, kept):
-    plain = logits(model)
-    edit = attach(model, kept)
-    assert attached_edit(model) is edit
-    assert not torch.equal(logits(model), plain)
-    edit.detach()
-    assert torch.equal(logits(model), plain)
-
-
-def test_reft_is_kept_as_reft(model, tokenizer, request_dict, tmp_path):
-    reft = ReFTHyperParams(model_name="t", layers=[1], device="cpu", rank=2, num_steps=1)
-    editor = BaFTEditor(model, tokenizer, reft)
-    editor.edit(request_dict)
-    editor.save(tmp_path)
-    assert isinstance(BaFTEditor.load(make_model(), tokenizer, tmp_path).hparams, ReFTHyperParams)
-
-
-def test_memory_travels_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
+def test_method_and_memory_travel_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
     editor = BaFTEditor(model, tokenizer, replace(quick, rehearsal=2))
     editor.edit([request_dict, {"prompt": "Ice is", "target_new": "hot"}])
-    editor.save(tmp_path)
+    editor.save(tmp_path / "baft")
     memory = editor.model_edit.memory
     assert len(memory) == memory.num_seen == 2
-    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path)
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path / "baft")
     assert loaded.model_edit.memory.state() == memory.state()
-    assert attach(make_model(), tmp_path).memory.state() == memory.state()
+    assert attach(make_model(), tmp_path / "baft").memory.state() == memory.state()
+    reft = ReFTHyperParams(model_name="t", layers=[1], device="cpu", rank=2, num_steps=1)
+    BaFTEditor(make_model(), tokenizer, reft).save(tmp_path / "reft")
+    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path / "reft")
+    assert isinstance(loaded.hparams, ReFTHyperParams)
 
 
 # ---- which model
@@ -144,13 +128,6 @@ def test_other_model_is_allowed_when_asked(tokenizer, kept, tmp_path):
     editor.save(tmp_path / "of the other")
     BaFTEditor.load(make_model(dtype=torch.bfloat16), tokenizer, tmp_path / "of the other")
     attach(make_model(seed=1), kept, allow_other_model=True)
-
-
-def test_edit_that_does_not_fit_the_other_model_is_refused(kept, tmp_path):
-    small = make_model()
-    small.config.hidden_size = 16
-    with pytest.raises(ValueError, match=r"basis must be torch.float32 \(4, 16\).* \(4, 32\)"):
-        attach(small, kept, allow_other_model=True)
 
 
 def test_fingerprint_sees_one_changed_matrix_and_an_adapter():
@@ -214,7 +191,7 @@ def test_name_of_a_model_on_the_hub_is_kept(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 5}, "here must have format_version 1 to 4; got 5: use a version"),
+        ({"format_version": 5}, "here must have format_version 4; got 5: use a version"),
         ({"format_version": "1"}, "here must have a int as 'format_version'; got str"),
         ({"base_model": 3}, "here must have a str as 'base_model'; got int"),
         ({"revision": 3}, "here must have a str or null as 'revision'; got int"),
@@ -231,7 +208,10 @@ def test_config_that_is_not_one_is_refused(model, quick, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alg_name": "ROME"}, "alg_name in here must be one of BaFT, ReFT; got 'ROME'"),
+        (
+            {"alg_name": "ROME"},
+            "in here cannot be used: alg_name must be one of BaFT, ReFT;",
+        ),
         ({"model_name": "/etc"}, "the hyper-parameters in here must not have 'model_name'"),
         ({"unheard": 1}, "in here cannot be used: unknown hyper-parameter 'unheard'"),
         ({"rank": "4"}, "in here cannot be used: rank must be of type int"),
@@ -247,7 +227,8 @@ def test_hparams_of_a_directory_are_checked(model, quick, change, message):
 
 
 def content_of(model, quick, edit=None, memory=None):
-    state = EditState((edit or random_edit()).snapshot(), True, memory or {})
+    learned = edit if isinstance(edit, dict) else (edit or random_edit()).snapshot()
+    state = EditState(learned, True, memory or {})
     settings = {"hparams": method_of(quick), "environment": {}}
     entry = Journal().next("start", state_hash(state), settings)
     return StateFile(state, (entry,), KeptConfig.of(model, quick))
@@ -258,7 +239,7 @@ def test_state_file_comes_back(model, quick, tmp_path):
     file = tmp_path / "state"
     file.write_bytes(encode(content))
     found = read_state(file)
-    assert found.entries == content.entries == read_entries(file)
+    assert found.entries == content.entries
     assert found.config == content.config
     assert state_hash(found.state) == state_hash(content.state)
     assert found.state.memory == {"a": [1, "é"]}
@@ -288,11 +269,13 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
     data = encode(content_of(model, quick))
     tensors = load(data)
     name = min(tensors)
+    half = {key: value.half() for key, value in random_edit().snapshot().items()}
     for damaged, message in [
-        (b"\xff" * 64, "ends within its header"),
+        (encode(content_of(model, quick, half)), "must hold float32 tensors; .* is torch.float16"),
+        (b"\xff" * 64, "is damaged: "),
         (save(tensors), "its metadata are not of one"),
-        (save(tensors, {"format_version": "1"}), "metadata do not have the hash that they name"),
-        (rewritten(data, {"format_version": "9"}), "must have format_version 1 to 4; got '9'"),
+        (save(tensors, {"format_version": "4"}), "metadata do not have the hash that they name"),
+        (rewritten(data, {"format_version": "9"}), "must have format_version 4; got '9'"),
         (rewritten(data, {"memory": "[]"}), "memory in .* must be a JSON object; got list"),
         (rewritten(data, {"entries": "{}"}), "a journal entry in .* must have the key 'kind'"),
         (rewritten(data, {"state_hash": "0"}), "its tensors do not have the hash that it names"),
@@ -300,16 +283,8 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
             rewritten(data, tensors={**tensors, name: tensors[name] + 1}),
             "its tensors do not have the hash that it names",
         ),
-        (
-            rewritten(data, tensors={name: tensors[name].half()}),
-            "must hold float32 tensors; .* is torch.float16",
-        ),
         (data + b"0", "is damaged: "),
-        (data.replace(b'"data_offsets":[0,', b'"data_offsets":{0,'), "the header of .* must be JS"),
-        (
-            data.replace(b'"data_offsets":[0,', b'"data_offsets":["",')[:-2],
-            "is damaged: |JSON",
-        ),
+        (data.replace(b'"data_offsets":[0,', b'"data_offsets":{0,'), "is damaged: "),
         (data.replace(b'"shape":[4,32]', b'"shape":[9,32]'), "is damaged: "),
     ]:
         file = tmp_path / "state"
@@ -326,37 +301,10 @@ def test_values_that_are_not_finite_are_refused(model, quick, tmp_path):
         encode(content_of(model, quick, edit))
 
 
-def test_edit_that_is_too_large_is_refused(model, quick, monkeypatch):
-    monkeypatch.setattr(state_module, "MAX_STATE", 1_000)
-    with pytest.raises(ValueError, match=r"an edit must have at most 1,000 bytes; .*smaller rank"):
-        encode(content_of(model, quick))
-
-
 def test_too_much_memory_is_refused(model, quick, monkeypatch):
     monkeypatch.setattr(state_module, "_MAX_HEADER", 10_000)
     with pytest.raises(ValueError, match=r"must be below 5000 bytes; got .*smaller batches"):
         encode(content_of(model, quick, memory={"a": "x" * 5_000}))
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            random_edit(rank=2),
-            r"must be torch.float32 \(4, 32\).* here holds torch.float32 \(2, 32\)",
-        ),
-        (random_edit(layers=(1, 3)), r"_interventions.2.* here holds nothing"),
-        (random_edit().double(), r"must be torch.float32 .* here holds torch.float64"),
-    ],
-)
-def test_state_of_another_shape_is_refused(other, message):
-    with pytest.raises(ValueError, match=message):
-        check_fits(EditState(other.snapshot(), True), random_edit(), "here")
-
-
-def test_directory_without_an_edit_is_named(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a directory with an edit that save"):
-        attach(model, tmp_path)
 
 
 # ---- the Hub
@@ -407,66 +355,16 @@ def test_edit_is_pushed_and_comes_back_from_the_hub(
 
 
 def test_no_pickle_is_read(kept, model):
-    import pickle
-
-    torch.save({"a": torch.ones(1)}, kept / "baft.safetensors")
+    file = kept / "baft.safetensors"
+    torch.save({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="damaged"):
         attach(model, kept)
-    (kept / "baft.safetensors").write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match="damaged"):
-        attach(model, kept)
-    save_file({"a": torch.ones(1)}, kept / "baft.safetensors")
+    save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="must be a state of baft_easyedit"):
         attach(model, kept)
 
 
-def test_a_state_of_another_rank_is_refused(model, quick):
-    state = EditState(random_edit(layers=(1, 3), rank=6).snapshot(), True)
-    with pytest.raises(ValueError, match=r"must be .* rank and gate of the edit .* here holds"):
-        edit_of(state, quick, model, "here")
-
-
-OLDER = Path(__file__).parent / "data"
-"""Three edits of two steps, kept by versions 0.1.0 and 0.2.0.dev0 with a checkpoint after every
-second entry; and the logits of the edited model."""
-
-
-@pytest.fixture(params=[1, 2])
-def old(request, tmp_path):
-    return Path(shutil.copytree(OLDER / f"version{request.param}", tmp_path / "old"))
-
-
-def test_an_edit_of_an_older_version_is_read(model, tokenizer, old):
-    expected = load_file(old / "logits.safetensors")["logits"]
-    assert not torch.allclose(logits(model)[0, -1], expected, atol=1e-3)
-    edit = attach(model, old)
-    assert torch.allclose(logits(model)[0, -1], expected, atol=1e-4)
-    basis = edit.intervention(3).basis
-    assert torch.allclose(basis @ basis.mT, torch.eye(4), atol=1e-5)
-    again = BaFTEditor.load(model, tokenizer, old)
-    assert again.model_edit is edit or torch.equal(again.model_edit.intervention(3).basis, basis)
-
-
-def test_an_edit_of_an_older_version_goes_on(model, tokenizer, request_dict, old):
-    expected = load_file(old / "logits.safetensors")["logits"]
-    with BaFTEditor.open(model, tokenizer, old) as editor:
-        assert torch.allclose(logits(model)[0, -1], expected, atol=1e-4)
-        assert editor.hparams.rescaling == "match"  # in version 1, match-each-step
-        assert editor.hparams.engine == "auto"
-        assert editor.hparams.parametrisation == "direct"
-        at_open = editor.model_edit.snapshot()
-        editor.edit(request_dict)
-        editor.undo()
-        assert all(torch.equal(v, at_open[k]) for k, v in editor.model_edit.snapshot().items())
-        editor.edit(request_dict)
-        editor.rollback(to=2)  # there is a checkpoint
-        with pytest.raises(
-            ValueError, match=r"could not be learned again .*format_version (None|2)"
-        ):
-            editor.rollback(to=1)  # that of entry 0 comes before it
-        after = editor.model_edit.snapshot()
-    other = make_model()
-    with BaFTEditor.open(other, tokenizer, old) as editor:  # all of it is of this version by now
-        assert all(torch.equal(v, after[k]) for k, v in editor.model_edit.snapshot().items())
-        editor.edit(request_dict)
-    assert json.loads((old / "baft_config.json").read_text())["format_version"] == 4
+def test_a_state_of_another_shape_is_refused(model, quick):
+    for other in (random_edit(layers=(1, 3), rank=6), random_edit(layers=(1, 2))):
+        with pytest.raises(ValueError, match=r"the edit in here cannot be used: .* rank and gate;"):
+            edit_of(content_of(model, quick, other), model, "here")

@@ -6,7 +6,6 @@ import pytest
 
 from baft_easyedit import EditReport
 from baft_easyedit.editor import StepLosses
-from baft_easyedit.storage.files import to_json
 from baft_easyedit.storage.journal import (
     MAX_LINE,
     Entry,
@@ -14,6 +13,7 @@ from baft_easyedit.storage.journal import (
     parse_lines,
     read_lines,
     report_dict,
+    to_json,
 )
 from baft_easyedit.training.requests import EditRequest
 
@@ -42,25 +42,18 @@ def test_entries_form_a_tree():
     assert list(journal.ancestors(5)) == [2, 1, 0]
 
 
-def test_lines_come_back_from_a_file(tmp_path):
+def test_lines_and_requests_come_back_from_a_file(tmp_path):
     journal, file = grown(None, 0), tmp_path / "journal.jsonl"
     file.write_text("".join(f"{e.line}\n" for e in journal.entries) + '{"id":')
     lines, rest = read_lines(file)
     assert parse_lines(lines, "here").entries == journal.entries
     assert rest == '{"id":'
     assert read_lines(tmp_path / "none") == ([], "")
-
-
-def test_request_comes_back_from_the_journal():
     full = EditRequest("The capital of France", "Rome\U0001f600", "France", ("Ice", "Tea"))
     for request in (full, EditRequest("a", "b")):
         assert EditRequest.from_dict(json.loads(to_json(request.to_dict()))) == request
     kept = {"prompt", "target_new", "subject", "loc_prompts"}
     assert {f.name for f in fields(EditRequest)} == kept, "keep the new field in to_dict"
-
-
-def test_report_keeps_the_ends_of_the_terms_in_use():
-    assert REPORT["losses"] == {"answer": [3.0, 0.5], "balance": [0.5, 0.125]}
 
 
 def edit_line(**report):
@@ -135,10 +128,3 @@ def test_entries_that_do_not_follow_are_refused(order):
     entries = grown(None, None).entries
     with pytest.raises(ValueError, match="must follow the one before it"):
         Journal(entries[i] for i in order)
-
-
-def test_endless_line_is_not_read(tmp_path):
-    file = tmp_path / "journal.jsonl"
-    file.write_bytes(b"x" * (MAX_LINE + 5))
-    with pytest.raises(ValueError, match=f"line 1 of .* must be below {MAX_LINE} bytes, and is no"):
-        read_lines(file)

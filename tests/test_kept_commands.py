@@ -7,7 +7,7 @@ import pytest
 
 from baft_easyedit.cli import main
 from baft_easyedit.cli.kept import read_requests
-from baft_easyedit.storage.directory import read_history
+from baft_easyedit.storage.reading import read_history
 from tests.conftest import make_model
 
 EDITS = [

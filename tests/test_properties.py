@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
-from baft_easyedit.storage.directory import read_history
+from baft_easyedit.storage.reading import read_history
 from tests.conftest import make_model, make_tokenizer
 
 IDS = torch.tensor([[256, 84, 104, 101, 32, 99]])

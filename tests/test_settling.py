@@ -7,7 +7,6 @@ from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.model.independent import IndependentEdits
-from baft_easyedit.storage.older import converted_hparams
 from tests.conftest import HIDDEN, make_model
 
 SETTLED = {
@@ -199,13 +198,6 @@ def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monke
         loss = torch.nn.functional.cross_entropy(answer, given[0, -target:])
         assert report.request_losses[0] == pytest.approx(loss.item(), rel=1e-3, abs=1e-4)
     assert learned == [(True,), (False,)]
-
-
-def test_hyper_parameters_from_before_settling_are_read():
-    known = converted_hparams({"rank": 4, "parametrisation": "whitened", "past_weight": 10.0})
-    assert known["parametrisation"] == "whitened"
-    assert known["past_states"] == 0
-    assert "past_weight" not in known
 
 
 def test_an_edit_of_other_past_states_is_refused(model, tokenizer, hparams):

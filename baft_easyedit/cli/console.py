@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.storage.directory import holds_edit
+from baft_easyedit.storage.reading import holds_edit
 
 NOTHING_RUN = 1
 """Exit status if no row of a benchmark has scores."""

@@ -11,7 +11,7 @@ from baft_easyedit.editor import BaFTEditor, EditReport
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
-from baft_easyedit.storage.directory import check_target, holds_edit
+from baft_easyedit.storage.reading import check_target, holds_edit
 from baft_easyedit.training.requests import as_requests
 
 

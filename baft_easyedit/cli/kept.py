@@ -19,9 +19,9 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location, own_preset
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
-from baft_easyedit.storage.directory import holds_edit, read_history, read_latest
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
+from baft_easyedit.storage.reading import holds_edit, read_history, read_latest
 from baft_easyedit.training.requests import EditRequest, as_requests
 
 

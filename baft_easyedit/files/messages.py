@@ -8,23 +8,6 @@ _MAX_VALUE = 200
 """Most characters of a value in it."""
 
 
-def short(value: object) -> str:
-    """Return what a message shows of a value: its `repr`, in the middle of which much is left out.
-
-    It takes little time and memory for any value, and fails for none.
-    """
-    return cut(_Shortened().repr(value), _MAX_VALUE)
-
-
-def cut(text: object, most: int = MAX_MESSAGE) -> str:
-    """Return a text of at most `most` characters: a longer one without its middle."""
-    whole = str(text)
-    if len(whole) <= most:
-        return whole
-    half = (most - 5) // 2
-    return f"{whole[:half]} ... {whole[-half:]}"
-
-
 class _Shortened(reprlib.Repr):
     """Writes the first values of containers, and the ends of long texts and numbers."""
 
@@ -35,3 +18,15 @@ class _Shortened(reprlib.Repr):
     def repr_int(self, x: int, _level: int) -> str:
         """Write a number; Python itself writes none of more than 4,300 digits."""
         return repr(x) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
+
+
+def short(value: object) -> str:
+    """Return the `repr` of any value; of a long one, its ends. It never fails."""
+    return cut(_Shortened().repr(value), _MAX_VALUE)
+
+
+def cut(text: object, most: int = MAX_MESSAGE) -> str:
+    """Return a text of at most `most` characters: a longer one without its middle."""
+    whole = str(text)
+    half = (most - 5) // 2
+    return whole if len(whole) <= most else f"{whole[:half]} ... {whole[-half:]}"

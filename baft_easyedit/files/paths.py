@@ -11,10 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from baft_easyedit.files.writing import NEW_FILE
-
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 MAX_FILE = 2**29
 """Most bytes of a file that is read as a whole."""
 _KINDS = {
@@ -32,6 +28,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
+def check_regular(file: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a name is that of a regular file or of a link to one.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name.
+    """
+    _check(os.stat(file), file)
+
+
+def check_own(file: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a name, which is written to, is that of a regular file, or free."""
+    if os.path.lexists(file):
+        _check(os.lstat(file), file)
+
+
 @contextmanager
 def open_regular(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a regular file, or a link to one, for reading.
@@ -40,37 +51,13 @@ def open_regular(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         ValueError: If it is something else.
         OSError: If it cannot be read; it names the file, also if reading fails later.
     """
-    _check_regular(os.stat(file), file)  # to open a device can do something
-    with os.fdopen(_opened(file, _READ), "rb") as stream:
+    check_regular(file)
+    with open(file, "rb") as stream:
         try:
             yield stream
         except OSError as error:
             error.filename = error.filename or str(file)
             raise
-
-
-def open_own(file: str | os.PathLike[str], flags: int) -> int:
-    """Open a regular file to write into it; a link is not followed to where others have theirs.
-
-    Args:
-        file: The file.
-        flags: Those of `os.open`.
-
-    Returns:
-        The descriptor.
-
-    Raises:
-        ValueError: If it is something else.
-        OSError: If it cannot be written.
-    """
-    check_own(file)
-    return _opened(file, flags | _OWN)
-
-
-def check_own(file: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a name is that of a regular file, or free."""
-    if os.path.lexists(file):
-        _check_regular(os.lstat(file), file)
 
 
 def read_regular(file: str | os.PathLike[str], most: int = MAX_FILE) -> bytes:
@@ -92,11 +79,10 @@ def read_regular(file: str | os.PathLike[str], most: int = MAX_FILE) -> bytes:
 
 
 def read_text(file: str | os.PathLike[str]) -> str:
-    """Return the text of a regular file.
+    """Return the text of a regular file; errors are those of `read_regular`.
 
     Raises:
-        ValueError: If it is something else, too long, or not UTF-8.
-        OSError: If it cannot be read.
+        ValueError: If it is not UTF-8.
     """
     try:
         return read_regular(file).decode()
@@ -104,19 +90,8 @@ def read_text(file: str | os.PathLike[str]) -> str:
         raise ValueError(f"{file} must be UTF-8 text, and is not: {error}") from None
 
 
-def _opened(file: str | os.PathLike[str], flags: int) -> int:
-    """Open a file that is a regular one still."""
-    descriptor = os.open(file, flags, NEW_FILE)
-    try:
-        _check_regular(os.fstat(descriptor), file)  # something else may have come in its place
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _check_regular(found: os.stat_result, file: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless something is a regular file."""
+def _check(found: os.stat_result, file: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless what was found is a regular file."""
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise ValueError(f"{file} must be a regular file; it is {kind}")

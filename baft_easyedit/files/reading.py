@@ -4,7 +4,6 @@ Nothing that is read is executed. Needs the standard library and pyyaml.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,10 +17,6 @@ from baft_easyedit.files.paths import read_regular
 _MAX_DEPTH = 100
 _MAX_YAML = 64 * 2**10
 """Most bytes of a YAML file; pyyaml is slow."""
-_MAX_BITS = 14_000
-"""Most bits of an integer in YAML; Python writes none of more than 4,300 digits."""
-_MAX_VALUES = 100_000
-"""Most values on a level of a YAML file; its aliases can stand for more than fit into memory."""
 
 
 def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
@@ -39,12 +34,24 @@ def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
         value = json.loads(text, **(_STRICT if is_strict else {}))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must be JSON, and is not: {cut(error, 500)}") from None
-    _check_size(value, where)
+    _check_depth(value, where)
+    return value
+
+
+def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """Read a JSON object, strictly; see `parse_json`.
+
+    Raises:
+        ValueError: If it is not JSON, too deep, or not an object.
+    """
+    value = parse_json(text, where, is_strict=True)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}")
     return value
 
 
 def read_yaml(file: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping, without tags that would make objects.
+    """Read a YAML file that holds a mapping, without tags that would make objects, or aliases.
 
     Args:
         file: The file.
@@ -58,59 +65,43 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
     text = read_regular(file, _MAX_YAML)
     try:
         content = yaml.load(text, _StrictLoader)
-    except FAILURES_OF_YAML as error:
+        json.dumps(content, default=str, ensure_ascii=False).encode()  # too long, no text, too deep
+    except _FAILURES as error:
         raise ValueError(f"{file} must be plain YAML, and is not: {cut(error, 500)}") from None
-    _check_size(content, str(file), _MAX_VALUES)
+    _check_depth(content, str(file))
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise TypeError(f"{file} must hold a mapping of {what}; got {short(content)}")
     return content
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, an integer too long to be shown, and half a pair."""
+    """Refuses a key that a mapping has twice, and aliases, which can stand for too much."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Read a value."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias: write what that stands for in its place")
+        return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Read a mapping."""
         node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
-            if name in seen:
-                problem = f"the key {short(key.value)} comes twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(name)
+        names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        double = _double(names)
+        if double is not None:
+            raise yaml.YAMLError(f"the key {short(double[1])} comes twice")
         return node
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Make a value."""
-        value = super().construct_object(node, deep)
-        if isinstance(value, str):
-            value.encode()  # a lone surrogate has no bytes
-        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
-            problem = f"an integer of {value.bit_length()} bits is too long"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return value
 
-
-FAILURES_OF_YAML = (
-    yaml.YAMLError,
-    ValueError,
-    TypeError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
+_FAILURES = (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
+             RecursionError)  # fmt: skip
 """What pyyaml raises for bad input, such as AttributeError for `!!timestamp x`."""
 
 
 def closest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     """Return which known name a misspelt one was meant to be; None if it is like none of them.
 
-    Args:
-        name: What somebody wrote.
-        known: Names that there are.
-        likeness: difflib's least ratio, from 0 (anything) to 1 (the same but for capitals).
+    `likeness` is difflib's least ratio, from 0 (anything) to 1 (the same but for capitals).
     """
     folded = {each.casefold(): each for each in known}
     found = get_close_matches(name.casefold(), folded, n=1, cutoff=likeness)
@@ -153,11 +144,10 @@ def _refuse_constant(name: str) -> Any:
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its keys and values."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
+    double = _double(name for name, _ in pairs)
+    if double is not None:
         raise ValueError(f"the key {short(double)} comes twice")
-    return content
+    return dict(pairs)
 
 
 _STRICT: Mapping[str, Any] = {
@@ -166,18 +156,19 @@ _STRICT: Mapping[str, Any] = {
 }
 
 
-def _check_size(value: Any, where: str, most: float = float("inf")) -> None:
-    """Raise ValueError if a value is too deep for the code after this, or too wide."""
+def _double(names: Iterable[Any]) -> Any:
+    """Return the first name that comes twice; None if none does."""
+    seen: set[Any] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Raise ValueError if a value is too deep for the code after this."""
     level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            item
-            for part in level
-            if isinstance(part, dict | list)
-            for item in (part.values() if isinstance(part, dict) else part)
-        ]
-        if len(level) > most:
-            raise ValueError(f"{where} must hold at most {most:,} values; it holds more")
+    for _ in range(_MAX_DEPTH + 1):
+        level = [part for part in level if isinstance(part, dict | list)]
         if not level:
             return
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for values in parts for item in values]
     raise ValueError(f"{where} must be nested at most {_MAX_DEPTH} deep; it is deeper")

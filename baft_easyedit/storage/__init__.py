@@ -12,6 +12,7 @@ A kept directory holds
 A change is complete once `baft.safetensors` has been replaced, which happens as a whole or not at
 all; everything else can be made again from it. There is no pickle: safetensors and JSON only.
 
-`state` is the format, `journal` the history, `directory` the commits and recovery, `fingerprint`
-says which model an edit belongs to, `loading` attaches it. They know nothing of editors.
+`state` is the format, `journal` the entries, `reading` what needs no lock, `directory` the commits
+and recovery, `fingerprint` says which model an edit belongs to, `loading` attaches it, `history`
+changes it and goes back.
 """

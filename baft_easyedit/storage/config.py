@@ -12,23 +12,21 @@ from torch import nn
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import taken
-from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.hparams import BaFTHyperParams, hparams_from
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import input_device, text_config
 from baft_easyedit.storage.fingerprint import Fingerprint
-from baft_easyedit.storage.older import converted_hparams
 
 FORMAT_VERSION = 4
-"""Of what is written."""
-
-READABLE_VERSIONS = (1, 2, 3, 4)
-"""For those before see `older`."""
 
 _OF_EASYEDIT = {
     *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16"),
     *("evaluation_type", "api_key"),
 }
 """Hyper-parameters that say nothing of the method or its training."""
+
+_GONE = ("consolidate_every", "consolidate_steps", "rehearsal_cache_mib")
+"""Hyper-parameters that kept edits may name, and that change nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,18 @@ class KeptConfig:
             ValueError: If it is of another format version, or a value is missing or wrong.
         """
         found = taken(content, "format_version", int, where)
-        if found not in READABLE_VERSIONS:
+        if found != FORMAT_VERSION:
             raise ValueError(
-                f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
-                f"{short(found)}: use a version of baft_easyedit that knows it"
+                f"{where} must have format_version {FORMAT_VERSION}; got {short(found)}: use a "
+                "version of baft_easyedit that knows it"
             )
-        hparams = taken(content, "hparams", dict, where)
         return cls(
             base_model=taken(content, "base_model", str, where),
             revision=taken(content, "revision", (str, type(None)), where),
             fingerprint=Fingerprint.from_json(
                 taken(content, "fingerprint", dict, where), f"the fingerprint in {where}"
             ),
-            hparams=hparams if found == FORMAT_VERSION else converted_hparams(hparams),
+            hparams=taken(content, "hparams", dict, where),
             versions=taken(content, "versions", dict, where),
         )
 
@@ -87,10 +84,6 @@ class KeptConfig:
     def with_settings(self, hparams: BaFTHyperParams) -> "KeptConfig":
         """Return the same with other hyper-parameters, and the versions of now."""
         return replace(self, hparams=method_of(hparams), versions=versions())
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Tell whether this is the model that the edit was learned on."""
-        return self.fingerprint.difference(Fingerprint.of(model)) is None
 
     def check_model(self, model: nn.Module, where: str) -> None:
         """Raise ValueError unless this is the model that the edit was learned on."""
@@ -124,27 +117,19 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
     Raises:
         ValueError: If one is unknown, missing, or wrong.
     """
-    classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
-    name = taken(method, "alg_name", str, f"the hyper-parameters in {where}")
     forbidden = sorted(_OF_EASYEDIT & set(method))
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
-    if name not in classes:
-        names = ", ".join(classes)
-        raise ValueError(f"alg_name in {where} must be one of {names}; got {short(name)}")
+    method = {name: value for name, value in method.items() if name not in _GONE}
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
-        return classes[name].from_dict({**method, **own})
+        return hparams_from({**method, **own})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the hyper-parameters in {where} cannot be used: {error}") from None
 
 
 def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
-    """Make the edit that these hyper-parameters describe, with nothing learned.
-
-    Args:
-        hparams: The hyper-parameters.
-        model: What it is for.
+    """Make the edit that these hyper-parameters describe for a model, with nothing learned.
 
     Raises:
         ValueError: If the rank exceeds the model's hidden size.

@@ -45,24 +45,24 @@ class Fingerprint:
             ValueError: If a parameter's values are nowhere to be found.
         """
         names, values, rounded = (hashlib.sha256() for _ in range(3))
-        dtypes, count = set(), 0
-        for name, parameter, where in _parameters(model):
+        parameters = list(_parameters(model))
+        for name, parameter, where in parameters:
             names.update(f"{name}{tuple(parameter.shape)};".encode())
-            dtypes.add(str(parameter.dtype).removeprefix("torch."))
             sample = _sample(name, parameter, where)
             values.update(_bytes(sample))
             rounded.update(_bytes(sample.bfloat16() if sample.is_floating_point() else sample))
-            count += 1
-        hashes = (names.hexdigest(), ", ".join(sorted(dtypes)))
-        return cls(count, *hashes, values.hexdigest(), rounded.hexdigest())
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for _, parameter, _ in parameters}
+        return cls(
+            num_parameters=len(parameters),
+            names=names.hexdigest(),
+            dtypes=", ".join(sorted(dtypes)),
+            values=values.hexdigest(),
+            rounded_values=rounded.hexdigest(),
+        )
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: str) -> "Fingerprint":
-        """Read a JSON object of the fields.
-
-        Raises:
-            ValueError: If a value is missing or of another type.
-        """
+        """Read a JSON object of the fields; ValueError if one is missing or of another type."""
         return cls(**{f.name: taken(content, f.name, f.type, where) for f in fields(cls)})
 
     def difference(self, other: "Fingerprint") -> str | None:

@@ -15,21 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from baft_easyedit.files.messages import short
+from baft_easyedit.files.messages import cut, short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of
 from baft_easyedit.storage.directory import KeptDirectory
+from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, report_dict
-from baft_easyedit.storage.loading import journal_of
+from baft_easyedit.storage.reading import read_history
 from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
 from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import EditRequest, as_requests
 
-_NOTHING_TO_UNDO = "there is no edit to undo: edit() was not called, or undo_depth is used up"
 _CHANGED = "changed by other means than its editor since"
 
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
     previous: Change | None
     """What was the latest change before it."""
     after: str | None
-    """Hash of the learned state that it led to; None with a journal, which has it."""
+    """Hash of the learned state that it led to; None with a directory, whose journal has it."""
 
 
 class History:
@@ -83,19 +83,24 @@ class History:
 
     # ---- the directory
 
-    def go_on(self, kept: StateFile, directory: Path, is_of_model: bool) -> None:
+    def go_on(self, kept: StateFile, directory: Path) -> None:
         """Go on, in memory, with a kept state, and the journal that led to it, if it is whole."""
-        journal, last = journal_of(kept, directory), kept.entries[-1]
-        if not is_of_model:
+        last, model = kept.entries[-1], self._learner.model
+        if kept.config.fingerprint.difference(Fingerprint.of(model)) is not None:
             self.origin = None  # from now on it is an edit of this model
-            self.end_journal(last, f"learned on another model, {kept.config.base_model}")
-        elif journal is None:
-            self.end_journal(last, "the journal before it could not be read")
+            self._end_journal(last, f"learned on another model, {kept.config.base_model}")
+            return
+        try:
+            entries = read_history(directory)[: last.id + 1]
+        except (ValueError, OSError):
+            entries = []
+        if [last.line] == [entry.line for entry in entries[last.id :]]:
+            self._journal = Journal(entries)
+            self._starts.add(entries[0].line)
         else:
-            self._journal = journal
-            self._starts.add(journal.entries[0].line)
+            self._end_journal(last, "the journal before it could not be read")
 
-    def end_journal(self, last: Entry, why: str) -> None:
+    def _end_journal(self, last: Entry, why: str) -> None:
         """Go on without a journal: the present state does not follow from its last entry."""
         self._journal = None
         self._snapshot_of = f"{last.reference}; {why}"
@@ -115,10 +120,8 @@ class History:
     def save(self, path: str | os.PathLike[str], overwrite: bool) -> None:
         """Write the present state, and the journal that led to it, into a directory."""
         own, path = self._directory, expanded(path)
-        if own is not None and own.is_at(path):
-            own.check_usable()
-            if present(self._learner.state(), own.journal) is None:
-                self._check_untouched(own)
+        if own is not None and path.exists() and own.path.exists() and path.samefile(own.path):
+            self._check_as_kept(own)
             return  # all is there already
         entries, state = self._told()
         target = KeptDirectory(path)
@@ -147,9 +150,7 @@ class History:
     def _keep_settings(self) -> None:
         """Note in the journal how edits are learned from now on, unless it says so already."""
         journal, settings = self.journal, self._settings()
-        if journal is None or (
-            len(journal) and journal.settings_of(len(journal) - 1).content == settings
-        ):
+        if journal is None or (len(journal) and journal.settings_of(len(journal) - 1) == settings):
             return
         self.origin = self.config()
         self._commit("settings" if len(journal) else "start", settings)
@@ -162,7 +163,9 @@ class History:
         elif self._journal is not None:
             self._journal.append(self._journal.next(kind, state_hash(state), content))
 
-    def _check_untouched(self, directory: KeptDirectory) -> None:
+    # ---- whether the present state is this history's
+
+    def _check_as_kept(self, directory: KeptDirectory) -> None:
         """Raise ValueError if the directory is closed, or the edit is not as it keeps it."""
         directory.check_usable()
         self._check_present(
@@ -191,11 +194,15 @@ class History:
         """Name the latest change of the model, if it was not made here."""
         own = self._learner.edit
         edit = attached_edit(self._learner.model) or own
-        if edit is not own and edit.latest_change is None:
-            return "the model carries another edit, attached by other means"
         latest = edit.latest_change
+        if edit is not own and latest is None:
+            return "the model carries another edit, attached by other means"
         is_others = latest is not None and latest.by is not self._author
         return f"the latest change of the model is {latest}" if is_others else ""
+
+    def _values(self) -> str:
+        """Return a hash of what is learned, attached or not."""
+        return state_hash(self._learner.state()._replace(attached=True))
 
     # ---- changes
 
@@ -203,14 +210,15 @@ class History:
     def change(self, kind: str, requests: Sequence[EditRequest] = ()) -> Iterator[None]:
         """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
         with self._learner.lock.changing():
+            journal = self._journal
             if self._directory is not None:
-                self._check_untouched(self._directory)
-            elif (
-                self._journal is not None and present(self._learner.state(), self._journal) is None
-            ):
-                self.end_journal(self._journal.entries[-1], _CHANGED)
+                self._check_as_kept(self._directory)
+            elif journal is not None and present(self._learner.state(), journal) is None:
+                self._end_journal(journal.entries[-1], _CHANGED)
             self._keep_settings()
-        with self._noted(f"the {kind}{_about(requests)}"):
+        about = f" of {cut(repr(requests[0].prompt), 82)}" if requests else ""
+        more = f" and {len(requests) - 1} more" if len(requests) > 1 else ""
+        with self._noted(f"the {kind}{about}{more}"):
             yield
 
     def keep(
@@ -223,10 +231,8 @@ class History:
         """Commit a change to the open directory, or note it in the journal of a loaded edit."""
         content: dict[str, Any] = {"to": to}
         if report is not None:
-            content = {
-                "requests": [request.to_dict() for request in requests],
-                "report": report_dict(report),
-            }
+            told = [request.to_dict() for request in requests]
+            content = {"requests": told, "report": report_dict(report)}
         self._commit(kind, content)
 
     @contextmanager
@@ -258,27 +264,20 @@ class History:
                 edit.latest_change = latest
             raise
 
-    def _values(self) -> str:
-        """Return a hash of what is learned, attached or not."""
-        return state_hash(self._learner.state()._replace(attached=True))
-
     # ---- going back
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        if self._directory is None:
+        directory = self._directory
+        if directory is None:
             self._undo_in_memory()
-        else:
-            self._undo_on_disk(self._directory)
-
-    def _undo_on_disk(self, directory: KeptDirectory) -> None:
-        """Go back to what the latest change of a journal grew from."""
+            return
         with self._learner.lock.changing():
             parent = directory.journal.entries[directory.journal.position].parent
             if parent is None:  # that of entry 0
                 self._refuse_undo()
-            self._check_untouched(directory)
-            self._return("undo", parent)
+            self._check_as_kept(directory)
+            self._return(directory, "undo", parent)
 
     def _undo_in_memory(self) -> None:
         """Take back the latest change that was made here, if it is the latest of all."""
@@ -298,36 +297,35 @@ class History:
                 if is_after(step.before, self._journal, step.position):
                     self._commit("undo", {"to": step.position})
                 else:
-                    self.end_journal(self._journal.entries[-1], _CHANGED)
+                    self._end_journal(self._journal.entries[-1], _CHANGED)
             self.recent.pop()
 
     def _refuse_undo(self) -> NoReturn:
         """Raise ValueError: no change is left to take back; name the latest one, if another's."""
-        raise ValueError("; ".join(filter(None, (_NOTHING_TO_UNDO, self._others_change()))))
+        nothing = "there is no edit to undo: edit() was not called, or undo_depth is used up"
+        raise ValueError("; ".join(filter(None, (nothing, self._others_change()))))
 
     def rollback(self, to: int) -> None:
         """Go to the state after an entry of the journal."""
-        journal = None if self._directory is None else self._directory.journal
-        if journal is None:
+        directory = self._directory
+        if directory is None:
             raise ValueError(
                 "rollback needs the journal of a directory, and none is open: use "
                 "BaFTEditor.open(), or undo()"
             )
-        if not 0 <= to < len(journal):
+        if not 0 <= to < len(directory.journal):
             raise ValueError(
-                f"to must be in [0, {len(journal) - 1}], the journal's ids; got {short(to)}"
+                f"to must be in [0, {len(directory.journal) - 1}], the journal's ids; got "
+                f"{short(to)}"
             )
-        self._return("rollback", to)
+        self._return(directory, "rollback", to)
 
-    def _return(self, kind: str, to: int) -> None:
+    def _return(self, directory: KeptDirectory, kind: str, to: int) -> None:
         """Go to the state after an entry, whatever the present one is, and keep that."""
-        assert self._directory is not None
-        self._directory.check_usable()
-        self._check_present(
-            True, f"the model must carry no edit but that of {self._directory.path}"
-        )
+        directory.check_usable()
+        self._check_present(True, f"the model must carry no edit but that of {directory.path}")
         with self._noted(f"the {kind} to entry {to}"):
-            self._restore_entry(self._directory, to)
+            self._restore_entry(directory, to)
             self.keep(kind, to=to)
 
     def _restore_entry(self, directory: KeptDirectory, to: int) -> None:
@@ -344,30 +342,20 @@ class History:
         self._learner.restore(found[1])
         path = [i for i in journal.ancestors(to) if i > found[0]]
         for i in reversed(path):
-            self._repeat(directory, journal.entries[i], journal.settings_of(i).content)
+            self._repeat(directory, journal.entries[i], journal.settings_of(i))
 
     def _repeat(self, directory: KeptDirectory, entry: Entry, settings: dict[str, Any]) -> None:
         """Learn an entry of the journal again, and compare."""
         model, where = self._learner.model, str(directory.path)
-        then, now = settings["environment"], environment(model)
-        is_of_this_format = then.get("format_version") == now["format_version"]
-        if is_of_this_format and entry.kind == "edit":
+        if entry.kind == "edit":
             hparams = hparams_of(settings["hparams"], model, where)
             self._learner.learn(as_requests(entry.requests), hparams)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
+        then, now = settings["environment"], environment(model)
         different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
         raise ValueError(
             f"entry {entry.id} of {where} ({entry.kind}) could not be learned again bit for bit "
             f"({'; '.join(different) or 'the environment looks the same'}); the states after "
             f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
         )
-
-
-def _about(requests: Sequence[EditRequest]) -> str:
-    """Say which requests a change is of."""
-    if not requests:
-        return ""
-    prompt, more = requests[0].prompt, len(requests) - 1
-    short = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
-    return f" of {short!r}" + (f" and {more} more" if more else "")

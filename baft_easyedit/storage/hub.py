@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 from baft_easyedit.storage.config import KeptConfig
-from baft_easyedit.storage.directory import CONFIG, JOURNAL, STATE
 from baft_easyedit.storage.lock import LOCK
+from baft_easyedit.storage.reading import CONFIG, JOURNAL, STATE
 
 _URL = "https://github.com/zjunlp/EasyEdit"
 _CARD = """---

@@ -6,6 +6,7 @@ began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
 """
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,25 +15,38 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.files.messages import cut, short
-from baft_easyedit.files.paths import open_regular
-from baft_easyedit.files.reading import taken
-from baft_easyedit.storage.files import parse_object, to_json
-from baft_easyedit.training.loop import EditReport, StepLosses
+from baft_easyedit.files.paths import read_regular
+from baft_easyedit.files.reading import parse_object, taken
+from baft_easyedit.training.loop import EditReport
 
 MAX_LINE = 16 * 2**20
 """Longest line, in bytes."""
-
-KINDS = ("start", "settings", "edit", "consolidate", "install", "undo", "rollback")
-"""A consolidation is read, but not written any more."""
-"""`start` is entry 0; `settings` notes that hyper-parameters or the environment changed."""
-_CHANGES = ("edit", "consolidate", "install")
-_SETTINGS = ("start", "settings")
-_CONTENT: dict[str, dict[str, type]] = {
-    **{kind: {"parent": int, "requests": list, "report": dict} for kind in _CHANGES},
-    **{kind: {"to": int} for kind in ("undo", "rollback")},
-    **{kind: {"hparams": dict, "environment": dict} for kind in _SETTINGS},
+_MAX_JOURNAL = 2**32
+_COMMON = {"id": int, "kind": str, "time": str, "state_hash": str, "previous": str}
+_CHANGE = {"parent": int, "requests": list, "report": dict}
+_SETTINGS = {"hparams": dict, "environment": dict}
+_CONTENT: Mapping[str, Mapping[str, type]] = {
+    "start": _SETTINGS,
+    "settings": _SETTINGS,
+    "edit": _CHANGE,
+    "install": _CHANGE,
+    "undo": {"to": int},
+    "rollback": {"to": int},
 }
-"""What a line holds beside what all have, by its kind."""
+"""What a line holds beside what all have, by its kind. `start` is entry 0, and may say what it is a
+`snapshot_of`; `settings` notes that hyper-parameters or the environment changed."""
+
+
+def to_json(value: Any) -> str:
+    """Return a value as one line of ASCII, the same for equal values.
+
+    Raises:
+        ValueError: If it is not JSON: NaN, an infinity, a key or value of another type, a cycle.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"what is kept must be JSON; {cut(error, 500)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,6 @@ class Entry:
 
     id: int
     kind: str
-    """One of `KINDS`."""
     time: str
     """When it was completed, UTC."""
     state_hash: str
@@ -66,26 +79,24 @@ class Entry:
             raise ValueError(f"{where} must be ASCII below {MAX_LINE} bytes; got {len(line)}")
         content = parse_object(line, where)
         kind = taken(content, "kind", str, where)
-        if kind not in KINDS:
+        if kind not in _CONTENT:
             raise ValueError(
-                f"kind in {where} must be one of {', '.join(KINDS)}; got {short(kind)}"
+                f"kind in {where} must be one of {', '.join(_CONTENT)}; got {short(kind)}"
             )
-        entry_id = taken(content, "id", int, where)
-        others = {key: taken(content, key, t, where) for key, t in _CONTENT[kind].items()}
+        for key, type_ in {**_COMMON, **_CONTENT[kind]}.items():
+            taken(content, key, type_, where)
         taken({"snapshot_of": "", **content}, "snapshot_of", str, where)
-        if not all(isinstance(request, dict) for request in others.get("requests", ())):
+        if not all(isinstance(request, dict) for request in content.get("requests", ())):
             raise ValueError(f"requests in {where} must be JSON objects")
-        for key in ("parent", "to"):
-            if not 0 <= others.get(key, 0) < max(entry_id, 1):
+        parent, to = (content[key] if key in _CONTENT[kind] else None for key in ("parent", "to"))
+        for key, place in (("parent", parent), ("to", to)):
+            if place is not None and not 0 <= place < max(content["id"], 1):
                 raise ValueError(
-                    f"{key} in {where} must be an entry before {short(entry_id)}; got "
-                    f"{short(others[key])}"
+                    f"{key} in {where} must be an entry before {short(content['id'])}; got "
+                    f"{short(place)}"
                 )
-        time, state_hash, previous = (
-            taken(content, key, str, where) for key in ("time", "state_hash", "previous")
-        )
-        places = others.get("parent"), others.get("to")
-        return cls(entry_id, kind, time, state_hash, previous, *places, line)
+        common = {key: content[key] for key in _COMMON}
+        return cls(**common, parent=parent, to=to, line=line)
 
     @property
     def sha256(self) -> str:
@@ -99,37 +110,32 @@ class Entry:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the line holds beside, by its kind: see `_CONTENT`."""
-        content = parse_object(self.line, f"journal entry {self.id}")
-        return {key: content[key] for key in _CONTENT[self.kind]}
+        """All that the line holds."""
+        return dict(json.loads(self.line))
 
     @property
     def requests(self) -> list[dict[str, Any]]:
-        """EasyEdit's request dicts, as `request_dict` gives them; empty where there are none."""
+        """EasyEdit's request dicts; empty where there are none."""
         return self.content.get("requests", [])
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """What `report_dict` gives; empty where nothing was learned."""
-        return self.content.get("report", {})
 
     @property
     def snapshot_of(self) -> str | None:
         """What an entry 0 says of the edit that came before; None if nothing did."""
-        return parse_object(self.line, f"journal entry {self.id}").get("snapshot_of")
+        return self.content.get("snapshot_of")
 
     def summary(self) -> str:
         """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
+        content = self.content
         parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
         if self.to is not None:
             parts.append(f"to {self.to}")
-        if self.id == 0 and (before := self.snapshot_of):
+        if self.id == 0 and (before := content.get("snapshot_of")):
             parts.append(f"snapshot of {cut(before, 300)}")
-        if requests := self.requests:
+        if requests := content.get("requests"):
             request = requests[0]
             more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
             parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
-        if report := self.report:
+        if report := content.get("report"):
             parts.append(_told(report))
         text = " ".join(parts)
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -160,7 +166,8 @@ class Journal:
         self.entries: list[Entry] = []
         self._positions: list[int] = []
         self._settings: list[int] = []
-        self._hashes: dict[int, set[str]] = {}  # by position
+        self._hashes: dict[int, set[str]] = {}
+        """By position: the state there may be attached, or not."""
         for entry in entries:
             self.append(entry)
 
@@ -174,11 +181,8 @@ class Journal:
             ValueError: If it does not follow the last one.
         """
         previous = self.entries[-1].sha256 if self.entries else ""
-        if (
-            entry.id != len(self)
-            or entry.previous != previous
-            or (entry.kind == "start") != (entry.id == 0)
-        ):
+        follows = entry.id == len(self) and entry.previous == previous
+        if not follows or (entry.kind == "start") != (entry.id == 0):
             raise ValueError(f"journal entry {len(self)} must follow the one before it")
         position = entry.id
         if entry.to is not None:
@@ -186,14 +190,10 @@ class Journal:
         elif entry.kind == "settings":
             position = self._positions[-1]
         self._positions.append(position)
-        if entry.kind in _SETTINGS:
+        if entry.kind in ("start", "settings"):
             self._settings.append(entry.id)
         self.entries.append(entry)
-        self.note_hash(entry.id, entry.state_hash)
-
-    def note_hash(self, entry_id: int, state_hash: str) -> None:
-        """Take note of a hash that the state after an entry has: another one once converted."""
-        self._hashes.setdefault(self._positions[entry_id], set()).add(state_hash)
+        self._hashes.setdefault(position, set()).add(entry.state_hash)
 
     def has_hash(self, entry_id: int, state_hash: str) -> bool:
         """Tell whether the state after an entry has a hash."""
@@ -205,17 +205,15 @@ class Journal:
         Raises:
             ValueError: If its line would be too long.
         """
-        line = to_json(
-            {
-                "id": len(self),
-                "kind": kind,
-                "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-                "state_hash": state_hash,
-                "previous": self.entries[-1].sha256 if self.entries else "",
-                **({"parent": self.position} if kind in _CHANGES else {}),
-                **content,
-            }
-        )
+        common = {
+            "id": len(self),
+            "kind": kind,
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "state_hash": state_hash,
+            "previous": self.entries[-1].sha256 if self.entries else "",
+        }
+        parent = {"parent": self.position} if "parent" in _CONTENT[kind] else {}
+        line = to_json({**common, **parent, **content})
         return Entry.from_line(line, f"journal entry {len(self)}")
 
     @property
@@ -235,31 +233,22 @@ class Journal:
             position = self._positions[parent]
             yield position
 
-    def settings_of(self, entry_id: int) -> Entry:
-        """Return the entry with the hyper-parameters and environment that an entry was made in."""
-        return self.entries[self._settings[bisect_right(self._settings, entry_id) - 1]]
+    def settings_of(self, entry_id: int) -> dict[str, Any]:
+        """Return the hyper-parameters and the environment that an entry was made in."""
+        entry = self.entries[self._settings[bisect_right(self._settings, entry_id) - 1]]
+        return {key: value for key, value in entry.content.items() if key in _SETTINGS}
 
 
 def read_lines(file: Path) -> tuple[list[str], str]:
     """Read the complete lines of a journal, and what follows the last of them.
 
     Raises:
-        ValueError: If a line is too long, or it is no regular file.
+        ValueError: If it is no regular file.
     """
-    lines: list[str] = []
     if not file.exists():
-        return lines, ""
-    with open_regular(file) as stream:
-        while raw := stream.readline(MAX_LINE + 2):
-            text = raw.decode("ascii", errors="replace")
-            if len(raw) > MAX_LINE + 1:
-                raise ValueError(
-                    f"line {len(lines) + 1} of {file} must be below {MAX_LINE} bytes, and is not"
-                )
-            if not text.endswith("\n"):
-                return lines, text
-            lines.append(text[:-1])
-    return lines, ""
+        return [], ""
+    *lines, rest = read_regular(file, _MAX_JOURNAL).decode("ascii", errors="replace").split("\n")
+    return lines, rest
 
 
 def parse_lines(lines: Sequence[str], where: str) -> Journal:
@@ -283,23 +272,16 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
 
 
 def report_dict(report: EditReport) -> dict[str, Any]:
-    """Return what the journal keeps of a report: of each term, its first and last value."""
+    """Return what the journal keeps of a report: of each term in use, its first and last value."""
+    first, last = report.losses[0], report.losses[-1]
+    terms = ("answer", "rehearsal", "balance", "locality")
+    used = [name for name in terms if getattr(first, name) is not None]
     return {
         "num_requests": report.num_requests,
         "num_steps": report.num_steps,
         "stopped_early": report.stopped_early,
         "time_s": report.time_s,
-        "losses": _ends(report.losses),
+        "losses": {name: [getattr(first, name), getattr(last, name)] for name in used},
         "learned": list(report.learned),
         "engine": report.engine,
-    }
-
-
-def _ends(losses: Sequence[StepLosses]) -> dict[str, list[float]]:
-    """Return the first and last value of each term in use."""
-    first, last = losses[0], losses[-1]
-    return {
-        name: [getattr(first, name), getattr(last, name)]
-        for name in ("answer", "rehearsal", "balance", "locality")
-        if getattr(first, name) is not None
     }

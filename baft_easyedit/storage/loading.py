@@ -1,7 +1,6 @@
 """Read a kept edit and attach it to a model."""
 
 import os
-from pathlib import Path
 
 from torch import nn
 
@@ -10,36 +9,10 @@ from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.storage.config import hparams_of, new_edit
-from baft_easyedit.storage.directory import read_history, read_latest
-from baft_easyedit.storage.journal import Journal
-from baft_easyedit.storage.state import StateFile, check_fits, state_hash
+from baft_easyedit.storage.reading import read_latest
+from baft_easyedit.storage.state import StateFile, state_hash
 from baft_easyedit.training.learner import EditState
 from baft_easyedit.training.rehearsal import RehearsalMemory
-
-
-def checked_latest(
-    model: nn.Module, directory: str | os.PathLike[str], allow_other_model: bool
-) -> StateFile:
-    """Read the state of a kept directory for a model.
-
-    Raises:
-        FileNotFoundError: If no edit is kept there.
-        ValueError: If it is damaged, or belongs to another model and that is not allowed.
-    """
-    latest = read_latest(expanded(directory))
-    if not allow_other_model:
-        latest.config.check_model(model, str(directory))
-    return latest
-
-
-def journal_of(kept: StateFile, directory: Path) -> Journal | None:
-    """Read the journal that led to a kept state; None if it is damaged, or led to another one."""
-    last = kept.entries[-1]
-    try:
-        entries = read_history(directory)[: last.id + 1]
-    except (ValueError, OSError):
-        return None
-    return Journal(entries) if [last.line] == [e.line for e in entries[last.id :]] else None
 
 
 def attach(
@@ -60,10 +33,8 @@ def attach(
         ValueError: If the model is another one, does not fit, or carries an edit; or the file is
             damaged.
     """
-    directory = expanded(directory)
-    latest = checked_latest(model, directory, allow_other_model)
-    hparams = hparams_of(latest.config.hparams, model, str(directory))
-    edit = edit_of(latest.state, hparams, model, str(directory))
+    where = str(expanded(directory))
+    edit, _ = edit_of(latest_for(model, where, allow_other_model), model, where)
     edit.attach(model)
     return edit
 
@@ -79,24 +50,30 @@ def kept_hparams(directory: str | os.PathLike[str], model: nn.Module) -> BaFTHyp
     return hparams_of(kept, model, str(directory))
 
 
-def edit_of(state: EditState, hparams: BaFTHyperParams, model: nn.Module, where: str) -> ModelEdit:
-    """Make the edit that a kept state is of.
+def latest_for(model: nn.Module, directory: str, allow_other_model: bool) -> StateFile:
+    """Read the state of a kept directory for a model; errors are those of `attach`."""
+    latest = read_latest(expanded(directory))
+    if not allow_other_model:
+        latest.config.check_model(model, directory)
+    return latest
+
+
+def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, BaFTHyperParams]:
+    """Make the edit that a kept state is of, not yet attached, and how it was learned.
 
     Raises:
         ValueError: If the state does not fit the model or the hyper-parameters.
     """
+    hparams = hparams_of(kept.config.hparams, model, where)
+    part = "edit"
     try:
         edit = new_edit(hparams, model)
-    except ValueError as error:
-        raise ValueError(f"the edit in {where} cannot be used: {error}") from None
-    check_fits(state, edit, where)
-    edit.restore(state.learned)
-    edit.memory = RehearsalMemory()
-    try:
-        edit.memory.restore(state.memory)
+        edit.restore(kept.state.learned)
+        edit.memory, part = RehearsalMemory(), "memory"
+        edit.memory.restore(kept.state.memory)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"the memory in {where} cannot be used: {error}") from None
-    return edit
+        raise ValueError(f"the {part} in {where} cannot be used: {error}") from None
+    return edit, hparams
 
 
 def check_carries_no_other(model: nn.Module, kept: StateFile, where: str) -> None:
@@ -114,17 +91,12 @@ def check_carries_no_other(model: nn.Module, kept: StateFile, where: str) -> Non
 
 def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
     """Raise ValueError unless an edit is one that these hyper-parameters would make."""
-    wanted = {
-        "layers": tuple(hparams.layers),
-        "rank": hparams.rank,
-        "gate": hparams.gate,
-        "num_prompt_positions": hparams.num_prompt_positions,
-        "parametrisation": hparams.parametrisation,
-        "past_states": hparams.past_states,
-    }
-    for name, value in wanted.items():
-        if getattr(carried, name) != value:
+    for name in (
+        "layers", "rank", "gate", "num_prompt_positions", "parametrisation", "past_states"
+    ):  # fmt: skip
+        is_so, wanted = getattr(carried, name), getattr(hparams, name)
+        if is_so != (tuple(wanted) if name == "layers" else wanted):
             raise ValueError(
-                f"{name} must be {getattr(carried, name)!r}, as in {where}; got {short(value)}: "
-                "undo that edit, or use its hyper-parameters"
+                f"{name} must be {is_so!r}, as in {where}; got {short(wanted)}: undo that edit, or "
+                "use its hyper-parameters"
             )

@@ -1,9 +1,11 @@
 """One writer at a time: a lock on a kept directory, for POSIX systems."""
 
 import os
+import weakref
 from pathlib import Path
 
-from baft_easyedit.files.paths import open_own, read_regular
+from baft_easyedit.files.paths import check_own
+from baft_easyedit.files.writing import NEW_FILE
 
 LOCK = "lock"
 """Name of the file that is locked; it holds the id of the process that locked it last."""
@@ -11,9 +13,6 @@ LOCK = "lock"
 
 class DirectoryLock:
     """A lock that its process holds until `release`, or until it ends, however it ends.
-
-    A file in the directory is locked. Where the directory or the file is moved, replaced or
-    deleted, others may lock another file of that name; `is_in_place` tells the first owner.
 
     Args:
         directory: An existing directory, absolute.
@@ -25,67 +24,60 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = directory / LOCK
-        self._owner = os.getpid()
-        self._descriptor: int | None = None
-        self._descriptor = open_own(self._file, os.O_RDWR | os.O_CREAT)
-        try:
-            self._acquire(self._descriptor)
-        except BaseException:
-            self._close()
-            raise
-
-    def __del__(self) -> None:
-        self._close()  # a lost editor's lock goes with it
-
-    def _acquire(self, descriptor: int) -> None:
-        """Lock the file, and write into it who has it."""
         import fcntl
 
+        self._file = directory / LOCK
+        self._owner = os.getpid()
+        check_own(self._file)
+        descriptor = self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, NEW_FILE)
+        self._close = weakref.finalize(self, os.close, descriptor)  # a lost editor's lock goes, too
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = read_regular(self._file).decode("ascii", errors="replace").strip()
+            owner = os.read(descriptor, 20).decode("ascii", errors="replace").strip()
+            self._close()
             raise BlockingIOError(
-                f"{self._file.parent} must not be open in another editor; process "
-                f"{owner[:20] or 'unknown'} has it: close that editor, or wait; reading needs no "
-                "lock"
+                f"{directory} must not be open in another editor; process {owner or 'unknown'} has "
+                "it: close that editor, or wait; reading needs no lock"
             ) from None
         except OSError as error:
+            self._close()
             raise OSError(
                 error.errno,
-                f"{self._file.parent} must be on a file system with locks, so that one editor at a "
+                f"{directory} must be on a file system with locks, so that one editor at a "
                 f"time writes to it; flock says: {error.strerror or error}: keep the edit on a "
                 "local disk, and save() it there",
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{self._owner}\n".encode())
 
-    @property
-    def is_held(self) -> bool:
-        """Whether this process holds the lock; a fork of it does not."""
-        return self._descriptor is not None and self._owner == os.getpid()
+    def check(self) -> None:
+        """Raise ValueError unless this process holds the lock, and the directory is in its place.
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the file's name still means the locked file."""
-        try:
-            return self._descriptor is not None and os.path.samestat(
-                os.fstat(self._descriptor), os.stat(self._file)
+        A fork of the process does not hold it. Where the directory or the file is moved, replaced
+        or deleted, others may lock another file of that name.
+        """
+        directory = self._file.parent
+        if not self._close.alive or self._owner != os.getpid():
+            raise ValueError(
+                f"{directory} must be open in this process to take a change, and is closed: open it"
+                " again"
             )
+        try:
+            is_in_place = os.path.samestat(os.fstat(self._descriptor), os.stat(self._file))
         except OSError:
-            return False
+            is_in_place = False
+        if not is_in_place:
+            raise ValueError(
+                f"{directory} must be what it was when this editor opened it; it or its lock has "
+                "been moved, replaced or deleted since: close this editor, and open the directory "
+                "again where it is"
+            )
 
     def release(self) -> None:
         """Let others have the directory."""
-        if self.is_held and self._descriptor is not None:
+        if self._close.alive and self._owner == os.getpid():
             import fcntl
 
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a fork may have it open, too
             self._close()
-
-    def _close(self) -> None:
-        """Close the file."""
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)

@@ -8,26 +8,19 @@ its line, after all lines that the journal file did not have yet; `state_hash`; 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from baft_easyedit.files.messages import cut, short
-from baft_easyedit.files.paths import open_regular, read_regular
-from baft_easyedit.model.hooks import ModelEdit
-from baft_easyedit.storage.config import FORMAT_VERSION, READABLE_VERSIONS, KeptConfig
-from baft_easyedit.storage.files import parse_object, to_json
-from baft_easyedit.storage.journal import Entry, Journal
-from baft_easyedit.storage.older import converted
+from baft_easyedit.files.paths import check_regular
+from baft_easyedit.files.reading import parse_object
+from baft_easyedit.storage.config import FORMAT_VERSION, KeptConfig
+from baft_easyedit.storage.journal import Entry, Journal, to_json
 from baft_easyedit.training.learner import EditState
 
 _MAX_HEADER = 100_000_000
 """Longest header that safetensors reads, in bytes."""
-MAX_STATE = 2**31 + _MAX_HEADER
-"""Most bytes of a state file."""
 _KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "memory", "config")
 
 
@@ -39,8 +32,6 @@ class StateFile:
     entries: tuple[Entry, ...]
     """The journal entry that led to the state, after those that were written with it."""
     config: KeptConfig
-    is_converted: bool = False
-    """Whether the format was an older one: the state does not have the entry's hash then."""
 
 
 def state_hash(state: EditState) -> str:
@@ -66,22 +57,15 @@ def present(state: EditState, journal: Journal) -> EditState | None:
     return next((s for s in either if is_after(s, journal, len(journal) - 1)), None)
 
 
-def check_finite(state: EditState) -> None:
-    """Raise ValueError if a learned value is NaN or infinite."""
-    for name, value in state.learned.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"every learned value must be finite; {name} holds NaN or an infinity")
-
-
 def encode(content: StateFile) -> bytes:
     """Return the bytes of a state file.
 
     Raises:
-        ValueError: If a value is not finite, `memory` is not JSON, or the file would be too large.
+        ValueError: If a value is not finite, `memory` is not JSON, or the header would be too long.
     """
     from safetensors.torch import save
 
-    check_finite(content.state)
+    _check_finite(content.state)
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "entry_id": str(content.entries[-1].id),
@@ -98,13 +82,7 @@ def encode(content: StateFile) -> bytes:
             f"what is kept beside the tensors must be below {_MAX_HEADER // 2} bytes; got {length}:"
             " edit in smaller batches; to move a long journal, copy its directory"
         )
-    data = save({name: v.detach().cpu() for name, v in content.state.learned.items()}, metadata)
-    if len(data) > MAX_STATE:
-        raise ValueError(
-            f"an edit must have at most {MAX_STATE:,} bytes; it has {len(data):,}: use a smaller "
-            "rank, or fewer layers"
-        )
-    return data
+    return save({name: v.detach().cpu() for name, v in content.state.learned.items()}, metadata)
 
 
 def read_state(file: Path) -> StateFile:
@@ -114,99 +92,52 @@ def read_state(file: Path) -> StateFile:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, of another format, or holds what no edit has.
     """
+    from safetensors import SafetensorError, safe_open
+
     where = str(file)
-    data = read_regular(file, MAX_STATE)
-    entries, content = _read_metadata(BytesIO(data), where)
-    state = EditState(
-        _tensors(data, where),
-        attached=content["attached"] == "true",
-        memory=parse_object(content["memory"], f"memory in {where}"),
-    )
-    if not state_hash(state) == content["state_hash"] == entries[-1].state_hash:
-        raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
-    check_finite(state)
-    config = parse_object(content["config"], f"config in {where}")
-    is_old = content["format_version"] != str(FORMAT_VERSION)
-    if is_old:
-        state = state._replace(learned=converted(state.learned))
-    return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"), is_old)
-
-
-def read_entries(file: Path) -> tuple[Entry, ...]:
-    """Read the journal entries of a state file, without its tensors.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If its header is damaged, or of another format.
-    """
-    with open_regular(file) as stream:
-        return _read_metadata(stream, str(file))[0]
-
-
-def _read_metadata(stream: IO[bytes], where: str) -> tuple[tuple[Entry, ...], dict[str, str]]:
-    """Read what is beside the tensors: the journal entries, and all metadata."""
-    content = _checked_metadata(_read_header(stream, where).get("__metadata__"), where)
-    lines = content["entries"].split("\n")
-    entries = tuple(Entry.from_line(line, f"a journal entry in {where}") for line in lines)
-    return entries, content
-
-
-def _read_header(stream: IO[bytes], where: str) -> dict[str, Any]:
-    """Read the header of a safetensors file: 8 bytes of its length, and JSON."""
-    start = stream.read(8)
-    length = int.from_bytes(start, "little")
-    text = stream.read(length) if length <= _MAX_HEADER else b""
-    if len(start) < 8 or len(text) < length:
-        raise ValueError(f"{where} is damaged: it ends within its header")
-    return parse_object(text, f"the header of {where}")
-
-
-def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
-    """Return the metadata, once they are known to be whole and of a readable format."""
-    if not isinstance(metadata, dict) or "format_version" not in metadata:
-        raise ValueError(f"{where} must be a state of baft_easyedit; its metadata are not of one")
-    if metadata["format_version"] not in map(str, READABLE_VERSIONS):
-        raise ValueError(
-            f"{where} must have format_version {READABLE_VERSIONS[0]} to {FORMAT_VERSION}; got "
-            f"{short(metadata['format_version'])}: use a version of baft_easyedit that knows it"
-        )
-    content: dict[str, Any] = {key: metadata.get(key) for key in _KEYS}
-    missing = [key for key, value in content.items() if not isinstance(value, str)]
-    if missing or _metadata_hash(content) != metadata.get("metadata_hash"):
-        raise ValueError(f"{where} is damaged: its metadata do not have the hash that they name")
-    return content
-
-
-def _metadata_hash(metadata: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all metadata but the hash itself."""
-    return hashlib.sha256(to_json([metadata[key] for key in _KEYS]).encode()).hexdigest()
-
-
-def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, all of float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+    check_regular(file)
     try:
-        tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        with safe_open(file, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            # Clones: what the stream gives is in the file, which others may cut.
+            learned = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} is damaged: {cut(error, 500)}") from None
-    for name, value in tensors.items():
+    _check_metadata(metadata, where)
+    lines = metadata["entries"].split("\n")
+    entries = tuple(Entry.from_line(line, f"a journal entry in {where}") for line in lines)
+    memory = parse_object(metadata["memory"], f"memory in {where}")
+    state = EditState(learned, metadata["attached"] == "true", memory)
+    if not state_hash(state) == metadata["state_hash"] == entries[-1].state_hash:
+        raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
+    for name, value in learned.items():
         if value.dtype != torch.float32:
             raise ValueError(f"{where} must hold float32 tensors; {short(name)} is {value.dtype}")
-    return tensors
+    _check_finite(state)
+    config = parse_object(metadata["config"], f"config in {where}")
+    return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"))
 
 
-def check_fits(state: EditState, edit: ModelEdit, where: str) -> None:
-    """Raise ValueError unless a state is one of an edit of this shape."""
-    own = edit.state_dict()
-    for name in sorted({*own, *state.learned}):
-        expected, found = (
-            f"{tensors[name].dtype} {tuple(tensors[name].shape)}" if name in tensors else "nothing"
-            for tensors in (own, state.learned)
+def _check_finite(state: EditState) -> None:
+    """Raise ValueError if a learned value is NaN or infinite."""
+    for name, value in state.learned.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"every learned value must be finite; {name} holds NaN or an infinity")
+
+
+def _check_metadata(metadata: Mapping[str, str], where: str) -> None:
+    """Raise ValueError unless the metadata are whole, and of the format of today."""
+    if "format_version" not in metadata:
+        raise ValueError(f"{where} must be a state of baft_easyedit; its metadata are not of one")
+    if metadata["format_version"] != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{where} must have format_version {FORMAT_VERSION}; got "
+            f"{short(metadata['format_version'])}: use a version of baft_easyedit that knows it"
         )
-        if expected != found:
-            raise ValueError(
-                f"{name} must be {expected} for the layers, rank and gate of the edit on this "
-                f"model; {where} holds {found}"
-            )
+    if not {*_KEYS} <= {*metadata} or _metadata_hash(metadata) != metadata.get("metadata_hash"):
+        raise ValueError(f"{where} is damaged: its metadata do not have the hash that they name")
+
+
+def _metadata_hash(metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of all metadata but the hash itself."""
+    return hashlib.sha256(to_json([metadata[key] for key in _KEYS]).encode()).hexdigest()

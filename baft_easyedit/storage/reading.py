@@ -1,0 +1,153 @@
+"""Read a kept directory, which needs no lock."""
+
+import contextlib
+import os
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+from baft_easyedit.files.paths import expanded
+from baft_easyedit.storage.journal import Entry, parse_lines, read_lines
+from baft_easyedit.storage.state import StateFile, read_state
+
+STATE = "baft.safetensors"
+CONFIG = "baft_config.json"
+JOURNAL = "journal.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def holds_edit(path: str | os.PathLike[str]) -> bool:
+    """Tell whether an edit was begun in a directory, be it whole or damaged now."""
+    directory = expanded(path)
+    is_begun = any(os.path.lexists(directory / name) for name in (STATE, JOURNAL))
+    return is_begun or any(map(id_of, checkpoint_files(directory)))
+
+
+def read_latest(path: Path) -> StateFile:
+    """Read the state of a kept directory.
+
+    Raises:
+        FileNotFoundError: If there is no such directory, or it keeps no edit.
+        ValueError: If the state is damaged or lost; the message tells how to go on.
+    """
+    try:
+        return read_state(path / STATE)
+    except FileNotFoundError:
+        if not holds_edit(path):
+            raise FileNotFoundError(
+                f"{path} must be a directory with an edit that save() or open() kept; nothing was "
+                f"begun there, for it has no {STATE}: open() with hparams begins"
+            ) from None
+        problem = f"{path / STATE} is lost"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    file = next(filter(read_whole, checkpoint_files(path)), None)
+    if file is None:
+        raise ValueError(
+            f"{problem}; there is no intact checkpoint: restore the directory from a backup"
+        )
+    raise ValueError(
+        f"{problem}; open() with repair=True goes on from {file}, the state after entry "
+        f"{id_of(file)}, and rollback(to=...) can then learn the edits after it again"
+    )
+
+
+def read_whole(file: Path) -> StateFile | None:
+    """Read a state file; None if it is damaged."""
+    try:
+        return read_state(file)
+    except (ValueError, OSError):
+        return None
+
+
+def read_history(path: str | os.PathLike[str]) -> list[Entry]:
+    """Read the journal of a kept directory; this needs no intact state.
+
+    Raises:
+        FileNotFoundError: If the directory keeps no edit.
+        ValueError: If the journal is damaged.
+    """
+    directory = expanded(path)
+    if not holds_edit(directory):
+        read_latest(directory)
+    state = read_whole(directory / STATE)  # first: a commit may come between
+    lines, _ = read_lines(directory / JOURNAL)
+    if state is not None:
+        lines = whole_history(directory, lines, state.entries)
+    return parse_lines(lines, str(directory / JOURNAL)).entries
+
+
+def whole_history(path: Path, lines: list[str], entries: Sequence[Entry]) -> list[str]:
+    """Return the lines of a journal file, and those of a state file that it lacks.
+
+    Args:
+        path: The directory.
+        lines: The complete lines of the journal file.
+        entries: Those that the state was written with.
+
+    Raises:
+        ValueError: If the two are not of one history.
+    """
+    first, own = entries[0].id, [entry.line for entry in entries]
+    if first == 0 and len(lines) <= 1:  # the state begins a history, or replaces a snapshot
+        return own
+    if len(lines) < first or lines[first:][: len(own)] != own[: len(lines) - first]:
+        raise ValueError(
+            f"{path / JOURNAL} and {STATE} must tell one history, and do not: restore one of them "
+            "from a backup, or open() with repair=True"
+        )
+    return [*lines[:first], *own, *lines[first + len(own) :]]
+
+
+def lacking(
+    path: Path,
+    kept: Sequence[Entry],
+    entries: Sequence[Entry],
+    replaceable: Container[str] | None,
+) -> Sequence[Entry]:
+    """Return what a directory lacks of a journal: the rest of it, or all if it is replaced.
+
+    Args:
+        path: The directory.
+        kept: Its own journal.
+        entries: The journal that is to be there.
+        replaceable: Lines of snapshots that may be replaced; None for any.
+
+    Raises:
+        ValueError: If it holds another journal that may not be replaced.
+    """
+    own, lines = ([entry.line for entry in journal] for journal in (kept, entries))
+    if own == lines[: len(own)]:
+        return entries[len(own) :]
+    rule = f"{path} must be new, or an earlier save of this edit; it holds"
+    if len(own) > 1:
+        raise ValueError(
+            f"{rule} another edit with a history of {len(own)} entries: choose another directory"
+        )
+    if replaceable is not None and own[0] not in replaceable:
+        raise ValueError(
+            f"{rule} a snapshot of another edit: choose another directory, or replace it by "
+            "overwrite=True, on the command line --overwrite"
+        )
+    return entries
+
+
+def check_target(
+    target: str | os.PathLike[str], source: str | os.PathLike[str], overwrite: bool
+) -> None:
+    """Raise ValueError if an edit that begins with a kept one could not be saved in a directory."""
+    if holds_edit(target):
+        entries: list[Entry] = []
+        with contextlib.suppress(ValueError):  # it is saved as a snapshot then
+            entries = read_history(source)
+        lacking(expanded(target), read_history(target), entries, None if overwrite else ())
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """Return the checkpoint files of a directory, the newest first."""
+    files = (path / CHECKPOINTS).glob("*.safetensors")
+    return sorted((file for file in files if file.stem.isdecimal()), reverse=True)
+
+
+def id_of(checkpoint: Path) -> int:
+    """Return the entry whose state is in a checkpoint file."""
+    return int(checkpoint.stem)
