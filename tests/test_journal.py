@@ -90,13 +90,10 @@ def changed(**content):
     [
         ("{", "here must be JSON, and is not"),
         ("[1]", "here must be a JSON object; got list"),
-        ("[" * 100_000, "here must be JSON, and is not: maximum recursion"),
-        ('{"a": NaN}', "NaN is no JSON number"),
         ('{"id": 1}', "here must have the key 'kind', and has not"),
         (changed(id=True), "here must have a int as 'id'; got bool"),
         (changed(snapshot_of=3), "here must have a str as 'snapshot_of'; got int"),
         ('{"kind": "\ud800"}', "here must be ASCII below"),
-        ('{"id": 1, "id": 1}', "here must be JSON, and is not: the key 'id' comes twice"),
         (changed(kind="delete"), "kind in here must be one of start, settings, .*'delete'"),
         (changed(parent=1), "parent in here must be an entry before 1; got 1"),
         (changed(requests=["a"]), "requests in here must be JSON objects"),

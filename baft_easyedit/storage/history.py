@@ -268,10 +268,13 @@ class History:
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        directory = self._directory
-        if directory is None:
-            self._undo_in_memory()
-            return
+        if self._directory is None:
+            self._undo_in_memory()  # and nothing after it: an interrupt there would come too late
+        else:
+            self._undo_on_disk(self._directory)
+
+    def _undo_on_disk(self, directory: KeptDirectory) -> None:
+        """Go back to what the latest change of a journal grew from."""
         with self._learner.lock.changing():
             parent = directory.journal.entries[directory.journal.position].parent
             if parent is None:  # that of entry 0
