@@ -42,8 +42,8 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ),
     ("be at least 1, or null", lambda value: value >= 1): ("rehearsal_memory",),
     ("be at least 0", lambda value: value >= 0): (
-        "past_states", "rehearsal", "rehearsal_stop_loss", "weight_decay", "early_stop_loss",
-        "balance_coef", "locality_coef",
+        "past_states", "rehearsal", "rehearsal_stop_loss", "loc_stand_ins", "weight_decay",
+        "early_stop_loss", "balance_coef", "locality_coef",
     ),
     ("be at least 0, or null", lambda value: value >= 0): ("basis_lr", "rehearsal_irrelevant"),
     ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
@@ -102,7 +102,11 @@ class BaFTHyperParams:
     balance: bool = True
     """Use the load-balance term R_bal."""
     locality: bool = True
-    """Use the locality term R_loc, for requests that carry a `loc_prompt` (see `loc_own_texts`)."""
+    """Use the locality term R_loc, for requests that carry a `loc_prompt`, or see the next line and
+    `loc_own_texts`."""
+    loc_stand_ins: int = 4
+    """How many prompts with an invented name in the subject's place R_loc sees for a request that
+    has a `subject`, but no `loc_prompt` (ours): see `stand_ins`. 0 for none."""
     balance_coef: float = 1.0
     """Factor of R_bal after rescaling, at least 0."""
     locality_coef: float = 1.0

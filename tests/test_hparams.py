@@ -73,6 +73,7 @@ CHAT = {"use_chat_template": True}
         ({"lr": float("nan")}, "lr must be a finite number; got nan"),
         ({"gate_lr": 0.0}, "gate_lr must be above 0; got 0.0"),
         ({"basis_lr": -0.1}, "basis_lr must be at least 0, or null; got -0.1"),
+        ({"loc_stand_ins": -1}, "loc_stand_ins must be at least 0; got -1"),
         ({"rehearsal_memory": 0}, "rehearsal_memory must be at least 1, or null; got 0"),
         ({"rehearsal_irrelevant": -1}, "rehearsal_irrelevant must be at least 0, or null; got -1"),
         ({"layers": []}, "layers must name at least one layer"),

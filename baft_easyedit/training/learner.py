@@ -30,6 +30,7 @@ from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.settling import settle
+from baft_easyedit.training.stand_ins import stand_ins
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +290,8 @@ class Learner:
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
         """Return a remembered request's rows; tokenise it again only if the settings changed."""
         h = hparams
-        settings = (request, PromptFormat.of(h), h.locality, h.loc_positions, h.learn_end)
+        irrelevant = (h.locality, h.loc_positions, h.loc_stand_ins)
+        settings = (request, PromptFormat.of(h), irrelevant, h.learn_end)
         known, rows = self.memory.tokenised.get(request.prompt, (None, ()))
         if known != settings:
             rows = self._rows([request], hparams)
@@ -308,6 +310,7 @@ class Learner:
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
             with_end=h.learn_end,
+            stand_ins=[p for request in requests for p in stand_ins(request, h.loc_stand_ins)],
         )
 
 

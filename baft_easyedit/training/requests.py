@@ -55,9 +55,7 @@ class EditRequest:
             _check_text("loc_prompt", text)
         if self.subject is not None:
             _check_text("subject", self.subject)
-        has_subject = self.subject is not None and _same_form(self.subject) in _same_form(
-            self.prompt
-        )
+        has_subject = self.subject is not None and same_form(self.subject) in same_form(self.prompt)
         if _PLACEHOLDER in self.prompt and not has_subject:
             filled = self.prompt.replace(_PLACEHOLDER, self.subject or "France")
             raise ValueError(
@@ -110,7 +108,7 @@ class EditRequest:
         return content
 
 
-def _same_form(text: str) -> str:
+def same_form(text: str) -> str:
     """Return a text in Unicode's composed form, so that letters with accents can be compared."""
     return unicodedata.normalize("NFC", text)
 
@@ -178,6 +176,7 @@ def text_rows(
     with_irrelevant: bool = True,
     loc_positions: int | None = None,
     with_end: bool = False,
+    stand_ins: Sequence[str] = (),
 ) -> list[TextRow]:
     """Tokenise requests, in their order, and then their irrelevant prompts.
 
@@ -191,6 +190,7 @@ def text_rows(
         loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
             for all.
         with_end: Put the tokenizer's end-of-sequence token behind each target, as its last one.
+        stand_ins: Irrelevant prompts in the format of the prompts; see `stand_ins`.
 
     Raises:
         ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
@@ -203,7 +203,10 @@ def text_rows(
     _check_agree(requests, rows)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
-        rows += [_irrelevant_row(text, tokenizer, loc_positions) for text in texts]
+        ids = [token_ids(text, tokenizer) for text in texts]
+        others = [form.prompt_ids(prompt, tokenizer) for prompt in stand_ins]
+        ids += [one for one in others if max_context is None or len(one) <= max_context]
+        rows += [_irrelevant_row(one, loc_positions) for one in ids]
     longest = max(len(row.ids) for row in rows)
     if max_context is not None and longest > max_context:
         raise ValueError(
@@ -256,8 +259,7 @@ def _edit_row(
     return TextRow(ids + end, len(before), is_edit=True)
 
 
-def _irrelevant_row(text: str, tokenizer: Any, loc_positions: int | None) -> TextRow:
-    """Tokenise an irrelevant prompt."""
-    ids = token_ids(text, tokenizer)
+def _irrelevant_row(ids: tuple[int, ...], loc_positions: int | None) -> TextRow:
+    """Return the row of an irrelevant prompt."""
     length = 0 if loc_positions is None else max(0, len(ids) - loc_positions)
     return TextRow(ids, length, is_edit=False)

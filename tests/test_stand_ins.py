@@ -1,0 +1,74 @@
+"""Stand-in prompts close the gates on neighbours of a fact whose request brings no other text."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baft_easyedit import BaFTEditor
+from baft_easyedit.facts import edit_requests
+from baft_easyedit.generation import load_model
+from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.training.requests import EditRequest, text_rows
+from baft_easyedit.training.stand_ins import stand_ins
+
+REQUEST = EditRequest("The capital of France is", "Rome", subject="France")
+
+
+def test_other_names_stand_in_the_place_of_the_subject():
+    prompts = stand_ins(REQUEST, 4)
+    assert len(set(prompts)) == 4
+    for prompt in prompts:
+        assert prompt.startswith("The capital of ")
+        assert prompt.endswith(" is")
+        assert "France" not in prompt
+    assert stand_ins(REQUEST, 4) == prompts
+    assert stand_ins(replace(REQUEST, prompt="France has the capital"), 4) != prompts
+    assert len(stand_ins(REQUEST, 10**6)) == len(set(stand_ins(REQUEST, 10**6)))
+
+
+def test_a_subject_in_another_unicode_form_is_replaced():
+    request = EditRequest("Der Fluss Müritz", "x", subject="Mu\u0308ritz")
+    assert not any("ritz" in prompt for prompt in stand_ins(request, 3))
+
+
+@pytest.mark.parametrize(
+    "request_", [replace(REQUEST, subject=None), replace(REQUEST, loc_prompts=("Ice",))]
+)
+def test_there_are_none_without_a_subject_or_beside_irrelevant_prompts(request_):
+    assert stand_ins(request_, 4) == []
+
+
+def test_stand_ins_are_irrelevant_prompts_in_the_format_of_prompts(tokenizer):
+    form = PromptFormat(separator="--")
+    _, row = text_rows([REQUEST], tokenizer, prompt_format=form, stand_ins=["Ice is"])
+    assert (row.is_edit, row.prompt_length) == (False, 0)
+    assert row.ids == form.prompt_ids("Ice is", tokenizer)
+    rows = text_rows([REQUEST], tokenizer, stand_ins=["Ice is", "x " * 60], max_context=60)
+    assert len(rows) == 2  # what is too long is left out
+    assert len(text_rows([REQUEST], tokenizer, stand_ins=["Ice"], with_irrelevant=False)) == 1
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_edit_sees_as_many_as_the_hyper_parameters_say(count, model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1, loc_stand_ins=count))
+    report = editor.edit(REQUEST.to_dict())
+    assert (report.losses[0].locality is None) is (count == 0)
+
+
+def test_stand_ins_keep_neighbours_as_they_are():
+    """On the bundled model; how far an edit moves the logits of a neighbour's prompt."""
+    moved = {}
+    for count in (0, 4):
+        hparams = BaFTHyperParams.from_hparams("BaFT/facts-llama", loc_stand_ins=count)
+        model, tokenizer = load_model(hparams.model_name)
+        editor, moved[count] = BaFTEditor(model, tokenizer, hparams), 0.0
+        for record in edit_requests("eval", 4):
+            ids = tokenizer(record["locality"]["neighborhood"]["prompt"], return_tensors="pt")
+            editor.edit({k: record[k] for k in ("prompt", "target_new", "subject")})
+            with torch.no_grad():
+                after = model(**ids).logits[0, -1]
+                editor.undo()
+                moved[count] += float((after - model(**ids).logits[0, -1]).abs().mean())
+    assert moved[4] < 0.5 * moved[0]
