@@ -19,7 +19,12 @@ from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, merged_settings
+from baft_easyedit.files.resources import (
+    BUNDLED_MODEL,
+    hparams_file,
+    hparams_root,
+    merged_settings,
+)
 
 
 class _Strict(BaseModel):
@@ -223,7 +228,10 @@ def with_absolute_paths(config: BenchConfig) -> BenchConfig:
             owner[key] = str(Path(owner[key]).absolute())
     for method in content["methods"]:
         if method["hparams"] is not None:
-            method["hparams"] = str(hparams_file(method["hparams"]).absolute())
+            file = hparams_file(method["hparams"]).absolute()
+            is_own = file.is_relative_to(hparams_root())  # its name means it in each checkout
+            name = file.relative_to(hparams_root()).with_suffix("") if is_own else file
+            method["hparams"] = name.as_posix()
     return make_config(content)
 
 

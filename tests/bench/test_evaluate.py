@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from baft_easyedit.bench.evaluate import (
-    PreEditScores,
     answer_questions,
     any_alias_portability,
     generation_scores,
     immediate_scores,
+    pre_edit_scores,
     questions_of,
     score_cases,
 )
@@ -129,17 +129,17 @@ def test_immediate_scores_leave_the_probes_out():
 
 @pytest.fixture
 def pre_edit(tmp_path):
-    def make(**depends_on):
-        return PreEditScores(RunDirectory(tmp_path), depends_on, False)
+    def get(session, cases, model="m"):
+        return pre_edit_scores(RunDirectory(tmp_path), {"model": model}, session, cases, False)
 
-    return make
+    return get
 
 
 def test_scores_before_the_edit_are_computed_once(pre_edit):
     session = Session()
-    first = pre_edit(model="m").get(session, [CASE])
+    first = pre_edit(session, [CASE])
     session.editor.hparams.use_chat_template = False  # as if it were absent
-    assert pre_edit(model="m").get(session, [CASE]) == first
+    assert pre_edit(session, [CASE]) == first
     assert len(session.scored) == 1
 
 
@@ -155,15 +155,15 @@ def test_scores_before_the_edit_are_computed_once(pre_edit):
 )
 def test_scores_before_the_edit_depend_on_how_they_are_computed(pre_edit, change):
     session = Session()
-    pre_edit(model="m").get(session, [CASE])
+    pre_edit(session, [CASE])
     change(session)
-    pre_edit(model="m").get(session, [CASE])
+    pre_edit(session, [CASE])
     assert len(session.scored) == 2
 
 
 def test_scores_before_the_edit_depend_on_the_model_and_all_cases_of_a_chunk(pre_edit):
     session = Session()
     for cases in ([CASE], [{**CASE, "target_new": "newer"}], [CASE, CASE]):
-        pre_edit(model="m").get(session, cases)
-    pre_edit(model="other").get(session, [CASE])
+        pre_edit(session, cases)
+    pre_edit(session, [CASE], "other")
     assert len(session.scored) == 5
