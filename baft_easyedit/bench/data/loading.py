@@ -1,5 +1,6 @@
 """`load_dataset`: any kind of benchmark file as EasyEdit requests, with notes on what is odd."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,13 +133,13 @@ def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
 
 def _missing_parts(requests: Sequence[Request]) -> list[str]:
     """Count the records without each part that a record can have."""
-    found = [_parts(request) for request in requests]
-    expected = {"subject", "rephrase_prompt", "loc_prompt", "locality", "portability"}.union(*found)
-    counts = {part: sum(part not in parts for parts in found) for part in expected}
+    found = Counter(part for request in requests for part in _parts(request))
+    expected = {"subject", "rephrase_prompt", "loc_prompt", "locality", "portability", *found}
+    counts = {part: len(requests) - found[part] for part in expected}
     return [
         f"no {part} in {count} of {len(requests)} records"
         for part, count in sorted(counts.items())
-        if count and ("." not in part or count > counts[part.split(".")[0]])
+        if count > counts.get(part.partition(".")[0] if "." in part else "", 0)
     ]
 
 
