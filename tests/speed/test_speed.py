@@ -1,21 +1,28 @@
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from baft_easyedit.bench.process import Worker, WorkerError
 from baft_easyedit.generation import load_model
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.speed import SpeedOptions, SpeedReport, run_speed
-from baft_easyedit.speed.hardware import bytes_per_step, copy_bandwidth, with_peak
-from baft_easyedit.speed.methods import OurMethod, Sample, measure
-from baft_easyedit.speed.peers import PeerMethod, step_times
-from baft_easyedit.speed.process import Job, WorkerError, worker
-from baft_easyedit.speed.prompts import random_requests
+from baft_easyedit.speed.inputs import random_model, random_requests, shape_sizes
+from baft_easyedit.speed.measure import (
+    OurMethod,
+    PeerMethod,
+    Sample,
+    bytes_per_step,
+    copy_bandwidth,
+    measure,
+    step_times,
+    with_peak,
+)
 from baft_easyedit.speed.report import RowResult
-from baft_easyedit.speed.run import _jobs, _records
-from baft_easyedit.speed.shapes import random_model, shape_sizes
+from baft_easyedit.speed.run import _jobs, _records, measurements
 from tests.conftest import make_model
 from tests.tiny import save_tiny_llama
 
@@ -51,7 +58,7 @@ def test_baft_means_a_row_for_each_engine():
 def test_rows_share_a_process_on_cuda_only():
     def sizes(device):
         options = SpeedOptions(model="bundled", methods=("BaFT", "FT-M"), device=device)
-        return [len(job.rows) for job in _jobs(options, None)]
+        return [len(rows) for rows, _ in _jobs(options, None)]
 
     assert sizes("cpu") == [1, 1, 1]
     assert sizes(0) == [2, 1]
@@ -176,27 +183,48 @@ def test_peer_is_measured_and_restored(peer, monkeypatch):
     assert sample.num_steps >= 2
     assert 0 < sample.step_s < sample.edit_s
     assert all(map(torch.equal, before, peer.model.parameters()))
-    monkeypatch.setattr("baft_easyedit.speed.peers.batchable", lambda *_: False)
+    monkeypatch.setattr("baft_easyedit.speed.measure.batchable", lambda *_: False)
     with pytest.raises(ValueError, match=r"batch_size must be 1 for FT-L, .*; got 2"):
         peer.edit([one, other])
 
 
-def fails(job):
+def fails():
+    yield 1
     raise ValueError("no")
 
 
-def ends(job):
+def ends():
     os.write(2, b"gone")
     os._exit(3)
+    yield
 
 
 def test_errors_of_a_process_and_its_last_words_are_told():
-    with worker(Job(SpeedOptions(), (), None)) as ask:
-        with pytest.raises(WorkerError, match="ValueError: no"):
-            ask(fails)
+    with Worker(fails) as worker:
+        assert next(worker) == 1
         for _ in range(2):
-            with pytest.raises(WorkerError, match="its process ended: gone"):
-                ask(ends)
+            with pytest.raises(WorkerError, match="ValueError: no"):
+                next(worker)
+    with Worker(ends) as worker, pytest.raises(WorkerError, match="exit code 3: gone"):
+        next(worker)
+
+
+def test_a_row_that_fails_leaves_the_others_of_its_process(monkeypatch):
+    original = OurMethod.edit
+
+    def edit(self, requests):
+        if self._editor.hparams.engine == "full":
+            raise ValueError("no memory")
+        return original(self, requests)
+
+    monkeypatch.setattr(OurMethod, "edit", edit)
+    logger = logging.getLogger("baft_easyedit")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers])
+    monkeypatch.setattr(logging.Logger, "setLevel", lambda *_: None)
+    small = {"steps": 2, "repeats": 1, "new_tokens": 0, "prompt_length": 8}
+    options = SpeedOptions(shape=SHAPE, methods=("BaFT",), **small)
+    found = [(bool(s), error) for s, error, *_ in measurements(options, options.rows, None, [])]
+    assert found == [(True, None), (False, "ValueError: no memory"), (True, None)]
 
 
 def test_model_or_device_that_is_none_is_refused(tmp_path, monkeypatch):
@@ -253,16 +281,19 @@ def report():
 
 
 def test_summary_has_medians_of_warm_edits_and_ratios_to_the_default_engine(report):
-    cached, full, rome, mend = map(report.summary, report.rows)
+    found = report.summary()
+    cached, full, rome, mend = found.to_dict("index").values()
     assert (cached["first_s"], cached["edit_s"], cached["edit_ratio"]) == (50.0, 2.0, 1.0)
     assert cached["peak_bytes"] == 5 << 20  # of the first edit too
     assert cached["step_to_bound"] == pytest.approx(2.0)
     assert cached["generation_ratio"] == pytest.approx(0.95)
     assert (full["edit_ratio"], full["step_ratio"]) == (3.5, pytest.approx(4.0))
-    assert (rome["edit_ratio"], rome["step_ratio"], rome["num_steps"]) == (2.5, None, None)
-    assert set(mend.values()) == {None}
+    assert rome["edit_ratio"] == 2.5
+    assert found.loc["ROME", ["step_ratio", "num_steps"]].isna().all()
+    assert found.loc["MEND"].isna().all()
+    assert report.as_json()["rows"][-1]["summary"] == dict.fromkeys(mend)
     report.rows.pop(0)
-    assert report.summary(report.rows[0])["edit_ratio"] is None
+    assert report.summary()["edit_ratio"].isna().all()
 
 
 def test_lines_show_rows_errors_and_notes_and_no_columns_of_nothing(report):
