@@ -129,14 +129,7 @@ def git_state() -> dict[str, Any] | None:
 def run_record(
     directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Make the content of `run.json`.
-
-    Args:
-        directory: The run; what its `run.json` says of earlier sessions is kept.
-        config: What is run now.
-        dataset: The records.
-        command: What was typed.
-    """
+    """Make the content of `run.json`; what it says of earlier sessions is kept."""
     then = read_json(directory.run) if directory.run.is_file() else {}
     session = {name: then[name] for name in _OF_A_SESSION if name in then}
     return {

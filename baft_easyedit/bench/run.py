@@ -58,6 +58,8 @@ def run_bench(
             holds another run.
         OSError: If a file is missing.
     """
+    from accelerate import PartialState
+
     check_methods(config)
     check_device(config.device)
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
@@ -73,7 +75,9 @@ def run_bench(
                 f"T times batch_size must be at most the number of records, {num_records}; got "
                 f"{protocol.T} times {protocol.batch_size}"
             )
-    directory, state = RunDirectory(out), _process_state()
+    directory = RunDirectory(out)
+    # A process may wait for another as long as a method needs for a thousand edits.
+    state = PartialState(timeout=timedelta(days=30))
     check_same_run(directory, config, dataset)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -90,7 +94,10 @@ def run_bench(
         for chunk in chunks_of(method.name, protocol, num_records)
     ]
     mine = chunks[state.process_index :: state.num_processes]
-    _run_share(directory, config, mine, _device(config, state), start_progress)
+    device = config.device
+    if state.num_processes > 1 and state.device.type == "cuda" and not config.model_parallel:
+        device = int(state.local_process_index)
+    _run_share(directory, config, mine, device, start_progress)
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
@@ -99,23 +106,6 @@ def run_bench(
     write_json(directory.run, {**read_json(directory.run), "status": "success"})
     _report(config, directory, rows)
     return rows
-
-
-def _process_state() -> Any:
-    """Return accelerate's view of the processes that share this run; one if there is no other.
-
-    One may wait for another as long as a method needs for a thousand edits.
-    """
-    from accelerate import PartialState
-
-    return PartialState(timeout=timedelta(days=30))
-
-
-def _device(config: BenchConfig, state: Any) -> int | str:
-    """Return the device of this process: the one asked for, or that of its rank."""
-    if state.num_processes > 1 and state.device.type == "cuda" and not config.model_parallel:
-        return int(state.local_process_index)
-    return config.device
 
 
 def _run_share(
