@@ -329,14 +329,11 @@ def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_misspelt_keys_of_records_are_refused(settings, tmp_path):
+def test_bad_files_are_refused(settings, tmp_path):
     changed = changed_records(settings, tmp_path, lambda r: r[1].update(loc_prompts=["x"]))
     with pytest.raises(ValueError, match="must have the key 'loc_prompt', not 'loc_prompts'"):
         run_bench(make_config(changed), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_texts_must_hold_a_passage(settings, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     with pytest.raises(ValueError, match=r"texts must name a file with a passage a line; .*empty"):
@@ -363,9 +360,16 @@ def dies_at_its_second_chunk(directory, chunks, _device):
             os._exit(9)
 
 
-def fails_before_its_first_chunk(*_):
+def fails(*_):
     raise ValueError("no such model")
     yield
+
+
+def test_what_a_process_raised_is_told_again():
+    with process.Worker(fails) as worker:
+        for _ in range(2):
+            with pytest.raises(process.WorkerError, match="ValueError: no such model"):
+                next(worker)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +377,7 @@ def fails_before_its_first_chunk(*_):
     [
         (dies, "its process ended with exit code 3: out of luck"),
         (hangs, "took more than 3 s"),
-        (fails_before_its_first_chunk, "ValueError: no such model"),
+        (fails, "ValueError: no such model"),
     ],
 )
 def test_a_process_that_dies_is_a_row(settings, tmp_path, monkeypatch, worker, error):

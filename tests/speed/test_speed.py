@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baft_easyedit.bench.process import Worker, WorkerError
+from baft_easyedit.bench.process import WorkerError
 from baft_easyedit.generation import load_model
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.speed import SpeedOptions, SpeedReport, run_speed
@@ -131,30 +131,23 @@ def test_peak_of_memory_counts_what_is_freed_again(monkeypatch):
     assert with_peak(lambda: 1, CPU) == (None, 1)
 
 
-def make_method(**options):
-    chosen = SpeedOptions(methods=("BaFT-cached",), **options)
-    return OurMethod(*random_model(SHAPE, CPU, torch.float32), chosen.rows[0], chosen)
-
-
-def test_our_method_takes_all_steps_and_leaves_no_edit():
-    method = make_method(steps=3)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_our_method_takes_all_steps_and_leaves_no_edit(steps):
+    options = SpeedOptions(methods=("BaFT-cached",), steps=steps)
+    method = OurMethod(*random_model(SHAPE, CPU, torch.float32), options.rows[0], options)
     before = [p.clone() for p in method.model.parameters()]
     requests = random_requests(method.tokenizer, 12, count=2, seed=0)
-    sample = measure(method, requests, new_tokens=4)
-    assert sample.num_steps == 3
-    assert abs(sample.step_s) < sample.edit_s
-    assert sample.edited_tokens_per_s > 0
-    assert sample.unedited_tokens_per_s > 0
+    sample = measure(method, requests, new_tokens=4 if steps > 1 else 0)
+    assert sample.num_steps == steps
     assert sample.bound_s > 0
+    speeds = (sample.edited_tokens_per_s, sample.unedited_tokens_per_s)
+    if steps > 1:
+        assert abs(sample.step_s) < sample.edit_s
+        assert min(speeds) > 0
+    else:
+        assert {sample.step_s, *speeds} == {None}
     assert attached_edit(method.model) is None
     assert all(map(torch.equal, before, method.model.parameters()))
-
-
-def test_single_step_has_no_time_of_its_own_and_no_tokens_no_speed():
-    method = make_method(steps=1)
-    sample = measure(method, random_requests(method.tokenizer, 12, count=1, seed=0), new_tokens=0)
-    assert (sample.num_steps, sample.step_s) == (1, None)
-    assert sample.edited_tokens_per_s is sample.unedited_tokens_per_s is None
 
 
 def test_steps_of_any_optimiser_are_timed_inside_the_context_only():
@@ -168,15 +161,10 @@ def test_steps_of_any_optimiser_are_timed_inside_the_context_only():
     assert len(times) == 2
 
 
-@pytest.fixture
-def peer(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
-    path = save_tiny_llama(tmp_path)
-    return PeerMethod("FT-L", str(path), SpeedOptions())
-
-
 @pytest.mark.easyedit
-def test_peer_is_measured_and_restored(peer, monkeypatch):
+def test_peer_is_measured_and_restored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
+    peer = PeerMethod("FT-L", str(save_tiny_llama(tmp_path)), SpeedOptions())
     before = [p.clone() for p in peer.model.parameters()]
     one, other = ({"prompt": f"{name} is", "target_new": "so"} for name in ("One", "Two"))
     sample = measure(peer, [one], new_tokens=3)
@@ -186,27 +174,6 @@ def test_peer_is_measured_and_restored(peer, monkeypatch):
     monkeypatch.setattr("baft_easyedit.speed.measure.batchable", lambda *_: False)
     with pytest.raises(ValueError, match=r"batch_size must be 1 for FT-L, .*; got 2"):
         peer.edit([one, other])
-
-
-def fails():
-    yield 1
-    raise ValueError("no")
-
-
-def ends():
-    os.write(2, b"gone")
-    os._exit(3)
-    yield
-
-
-def test_errors_of_a_process_and_its_last_words_are_told():
-    with Worker(fails) as worker:
-        assert next(worker) == 1
-        for _ in range(2):
-            with pytest.raises(WorkerError, match="ValueError: no"):
-                next(worker)
-    with Worker(ends) as worker, pytest.raises(WorkerError, match="exit code 3: gone"):
-        next(worker)
 
 
 def test_a_row_that_fails_leaves_the_others_of_its_process(monkeypatch):
