@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,7 +30,6 @@ class Worker(Iterator[Any]):
     Args:
         function: A generator function of a module.
         *arguments: What it is called with; each can be pickled.
-        timeout_s: Longest time of the process; no limit if None.
         **environment: Variables that it has beside those of this process.
     """
 
@@ -39,7 +37,6 @@ class Worker(Iterator[Any]):
         self,
         function: Callable[..., Iterator[Any]],
         *arguments: Any,
-        timeout_s: float | None = None,
         **environment: str,
     ) -> None:
         self._directory = TemporaryDirectory(prefix="easyedit-")
@@ -57,9 +54,6 @@ class Worker(Iterator[Any]):
                 stderr=log,
                 start_new_session=True,  # an interrupt from the keyboard is for this process
             )
-        self._timer = threading.Timer(timeout_s or 0, self._end_late, [timeout_s])
-        if timeout_s is not None:
-            self._timer.start()
         with suppress(BrokenPipeError):  # then the first step says why
             pickle.dump((function, arguments), cast(Any, self.process.stdin))
 
@@ -76,7 +70,7 @@ class Worker(Iterator[Any]):
             self.close()
             if kind == "end":
                 raise StopIteration
-            self._error = self._error or value
+            self._error = value
         raise WorkerError(self._error)
 
     def _step(self) -> tuple[str, Any]:
@@ -91,14 +85,8 @@ class Worker(Iterator[Any]):
             tail = self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
             return "error", f"its process ended with exit code {code}: {tail}"
 
-    def _end_late(self, timeout_s: float) -> None:
-        """End a process that takes too long."""
-        self._error = f"took more than {timeout_s:g} s"
-        self.process.kill()
-
     def close(self) -> None:
         """End the process, and what it wrote to its working directory."""
-        self._timer.cancel()
         self.process.kill()
         with suppress(BrokenPipeError), self.process:
             pass

@@ -39,7 +39,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor
 _SAMPLE = 1 << 20
 """Bytes hashed at each end of a weight file too large to read whole."""
 _LARGE = 1 << 30
-_MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs", "timeout_s", "report_to")
+_MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs")
 """Settings that change no score that is there; rows are compared one by one."""
 _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")
 """What `earlier` keeps of each time that the run was started before."""

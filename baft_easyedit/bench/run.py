@@ -5,7 +5,6 @@ one method after another (or `jobs` at once), each in a process of its own. All 
 lies in the run's directory; a chunk whose file is there is never run again.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
@@ -62,8 +61,6 @@ def run_bench(
 
     check_methods(config)
     check_device(config.device)
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise ValueError(f"report_to needs the package {config.report_to}, which is not installed")
     model_depth(config.model)  # raises if there is no such model
     config = with_absolute_paths(config)
     data = config.data
@@ -104,7 +101,6 @@ def run_bench(
     rows = summarise(directory, dataset.kind)
     write_json(directory.summary, rows)
     write_json(directory.run, {**read_json(directory.run), "status": "success"})
-    _report(config, directory, rows)
     return rows
 
 
@@ -193,28 +189,8 @@ class _Share:
             # A peer that reaches for the Hugging Face hub anyway should fail at once.
             environment["HF_HUB_OFFLINE"] = "1"
         directory = RunDirectory(self._directory.root.absolute())
-        worker = Worker(
-            run_chunks,
-            *(directory, chunks, self._device),
-            timeout_s=self._config.timeout_s,
-            **environment,
-        )
+        worker = Worker(run_chunks, directory, chunks, self._device, **environment)
         self._workers.append(worker)
         if self._is_stopped:  # before `stop` could see it
             worker.process.kill()
         return worker
-
-
-def _report(config: BenchConfig, directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:
-    """Send the rows' numbers to a tracker, through accelerate, if one is asked for."""
-    if config.report_to == "none":
-        return
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(log_with=config.report_to, project_dir=str(directory.root))
-    accelerator.init_trackers("baft_easyedit")
-    for row in rows:
-        place = f"{row['method']}/{row['protocol']}-B{row['batch_size']}"
-        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
-        accelerator.log({f"{place}/{k}": v for k, v in numbers.items()}, step=row["T"])
-    accelerator.end_training()

@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from baft_easyedit.easyedit.peers import (
 )
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
-from baft_easyedit.editor import Learned
 from baft_easyedit.model.prompt_format import PromptFormat
 
 
@@ -58,15 +56,9 @@ def run_chunks(
         0 when it begins.
     """
     run = _MethodRun(directory, chunks[0], device)
-    size = run.config.side_by_side if run.is_ours else 1
-    position = 0
-    while position < len(chunks):
-        single = takewhile(lambda chunk: chunk.protocol.name == "single", chunks[position:])
-        group = [*islice(single, size)] or [chunks[position]]
-        for chunk, learned in zip(group, run.learn_apart(group), strict=True):
-            for count in run.run_or_tell(chunk, learned):
-                yield position, count
-            position += 1
+    for position, chunk in enumerate(chunks):
+        for count in run.run_or_tell(chunk):
+            yield position, count
 
 
 class _MethodRun:
@@ -145,25 +137,13 @@ class _MethodRun:
                 raise ValueError(f"{method.method} edits one request at a time in EasyEdit")
             editor.hparams.batch_size = size
 
-    def learn_apart(self, group: Sequence[Chunk]) -> list[Learned | None]:
-        """Learn single edits side by side; None for those to be learned on their own."""
-        if len(group) == 1:
-            return [None]
-        try:
-            self._set_protocol(group[0].protocol)
-            requests = [self.requests[chunk.indices[0]] for chunk in group]
-            return [*self.session.learn_apart(requests, len(group))]
-        except Exception:  # noqa: BLE001  one of them cannot be learned: on its own it will say so
-            traceback.print_exc()
-            return [None] * len(group)
-
-    def run_or_tell(self, chunk: Chunk, learned: Learned | None) -> Iterator[int]:
+    def run_or_tell(self, chunk: Chunk) -> Iterator[int]:
         """Run a chunk; write in its place why it failed, and put the model back."""
         yield 0
         num_edited = 0
         try:
             self._set_protocol(chunk.protocol)
-            for count in self._run(chunk, learned):
+            for count in self._run(chunk):
                 num_edited += count
                 yield count
         except Exception as error:
@@ -174,12 +154,8 @@ class _MethodRun:
             self.directory.write_chunk(chunk, error=f"{type(error).__name__}: {error}")
             yield len(chunk.indices) - num_edited
 
-    def _run(self, chunk: Chunk, learned: Learned | None) -> Iterator[int]:
+    def _run(self, chunk: Chunk) -> Iterator[int]:
         """Edit a chunk's records in order, score them all, restore the model.
-
-        Args:
-            chunk: What to run.
-            learned: What was learned of a single edit before.
 
         Yields:
             The number of records after each edit call.
@@ -196,7 +172,7 @@ class _MethodRun:
         immediate: dict[int, dict[str, Any]] = {}
         for start in range(0, len(chunk.indices), size):
             indices = chunk.indices[start : start + size]
-            times.append(self._edit(indices, chunk.indices[:start], learned))
+            times.append(self._edit(indices, chunk.indices[:start]))
             if config.immediate and chunk.protocol.name == "continual":
                 immediate |= {i: immediate_scores(session, self.requests[i]) for i in indices}
             yield len(indices)
@@ -205,7 +181,7 @@ class _MethodRun:
             "trainable_parameters": session.num_parameters,
             "peak_memory_bytes": _peak_memory(),
             "basis_usage": basis_usage(session.model) if config.basis else None,
-            "notes": [*self.notes, *(["learned side by side"] if learned is not None else [])],
+            "notes": self.notes,
         }
         cases = score_cases(session, requests, pre, answers)
         for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
@@ -232,12 +208,8 @@ class _MethodRun:
             measured["downstream"] = {**accuracies, "n": len(self.downstream)}
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
 
-    def _edit(
-        self, indices: Sequence[int], earlier: Sequence[int], learned: Learned | None
-    ) -> float:
+    def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
         """Edit records in one call, with some earlier ones; return the seconds per record."""
-        if learned is not None:
-            return self.session.install(learned)
         # Ours remember by themselves. The draw depends on the seed and on how many there are.
         rehearsed = 0 if self.is_ours else min(self.method.rehearsal, len(earlier))
         again = random.Random(f"{self.config.seed} {len(earlier)}").sample(earlier, rehearsed)

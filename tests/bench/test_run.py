@@ -178,16 +178,6 @@ def test_two_processes_give_the_summary_of_one(settings, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_single_edits_can_be_learned_side_by_side(settings, whole, tmp_path):
-    change = {"methods": settings["methods"][:1], "side_by_side": 3}
-    single, continual = run_bench(make_config({**settings, **change}), tmp_path / "run")
-    expected = read_json(whole[0] / "summary.json")
-    assert single.pop("notes") == ["learned side by side"]
-    expected[0].pop("notes")
-    assert scores([single, continual]) == scores(expected[:2])
-
-
-@pytest.mark.slow
 def test_cases_scored_one_by_one_score_the_same(settings, whole, tmp_path):
     change = {"methods": settings["methods"][:1], "T": [2], "scoring_batch_size": 1}
     rows = run_bench(make_config({**settings, **change}), tmp_path / "run")
@@ -319,7 +309,6 @@ def test_a_run_of_the_packages_own_files_goes_on_in_another_checkout(tmp_path, m
         ({"methods": [{"name": "ROME", "hparams": "x"}]}, "hparams is for BaFT and ReFT only"),
         ({"data": {"kind": "news"}}, "kind must be one of .*; got 'news'"),
         ({"T": [5]}, "T times batch_size must be at most the number of records, 4; got 5 times 1"),
-        ({"report_to": "wandb"}, "report_to needs the package wandb, which is not installed"),
         ({"device": "cuda:99"}, "device must be on this machine, where torch finds .*'cuda:99'"),
     ],
 )
@@ -343,11 +332,6 @@ def test_bad_files_are_refused(settings, tmp_path):
 def dies(*_):
     os.write(1, b"out of luck")
     os._exit(3)
-    yield
-
-
-def hangs(*_):
-    time.sleep(60)
     yield
 
 
@@ -376,14 +360,12 @@ def test_what_a_process_raised_is_told_again():
     ("worker", "error"),
     [
         (dies, "its process ended with exit code 3: out of luck"),
-        (hangs, "took more than 3 s"),
         (fails, "ValueError: no such model"),
     ],
 )
 def test_a_process_that_dies_is_a_row(settings, tmp_path, monkeypatch, worker, error):
     monkeypatch.setattr(run, "run_chunks", worker)
-    timeout = {"timeout_s": 3} if worker is hangs else {}
-    row = run_bench(make_config({**settings, **timeout}), tmp_path / "run")[0]
+    row = run_bench(make_config(settings), tmp_path / "run")[0]
     assert row["error"] == error
     assert (row["n"], row["num_failed"]) == (0, 4)
 
