@@ -4,6 +4,7 @@ The unedited model's scores are needed for every method: they are computed once,
 key of everything that they depend on.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from statistics import fmean
@@ -80,11 +81,10 @@ def generation_scores(
     Returns:
         The `gen_*` scores; means over prompts, then over keys.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for question, old, new in zip(questions_of(request), before, after, strict=True):
         wanted = old if question.section == "locality" else question.answer.strip()
-        keys = found.setdefault(question.section, {})
-        keys.setdefault(question.key, []).append(float(new == wanted))
+        found[question.section][question.key].append(float(new == wanted))
     return {
         f"gen_{section}_acc": fmean(map(fmean, found[section].values()))
         if section in found
