@@ -7,7 +7,6 @@ from baft_easyedit.method.gate_report import (
     coefficient_of_variation,
     collapse_warnings,
     imbalance_warnings,
-    normalised_entropy,
     pooled_deviation,
     top_share,
 )
@@ -35,20 +34,6 @@ def test_load_balance_is_the_squared_coefficient_of_variation_times_the_mean():
     usage = torch.rand(12)
     expected = coefficient_of_variation(usage) ** 2 * usage.mean()
     assert load_balance(usage).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("usage", "expected"),
-    [
-        ([0.2, 0.2, 0.0, 0.0], 0.5),  # log 2 over log 4
-        (ONE_OF_FOUR, 0.0),
-        (ALIKE, 1.0),
-        (UNUSED, 1.0),
-        ([0.3], 1.0),
-    ],
-)
-def test_entropy(usage, expected):
-    assert normalised_entropy(torch.tensor(usage)) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from baft_easyedit.easyedit.joint_scoring import as_list
-from baft_easyedit.model.hooks import GateRecord, ModelEdit, attached_edit
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.prefix_cache import FullForward
 from baft_easyedit.training.requests import TextRow
@@ -49,11 +48,7 @@ def basis_record(
         texts["locality"] += [(prompt, truth) for prompt, truth in pairs if truth]
     form = prompt_format or PromptFormat()
     forms = {"rewrite": form, "rephrase": form, "locality": form.without_template()}
-    seen = {
-        kind: _observe(model, tok, edit, pairs, forms[kind])
-        for kind, pairs in texts.items()
-        if pairs
-    }
+    seen = {k: _observe(model, tok, edit, pairs, forms[k]) for k, pairs in texts.items() if pairs}
     return {
         name: {kind: seen[kind][i] if kind in seen else None for kind in texts}
         for i, name in enumerate(("weights", "update"))
@@ -72,20 +67,15 @@ def _observe(
     forward = FullForward(model, edit).prepare([rows])
     with edit.recording() as record:
         forward()
+    assert record.positions is not None  # a forward of tokens has set them
     weights, update = {}, {}
     for layer, values in record.weights_of(slice(None)).items():
+        hidden = record.hidden[layer]
+        edited = hidden[record.positions.to(hidden.device)].float()  # [N, D]
+        sizes = (values * edit.intervention(layer).step(edited)).abs()  # [N, r]
         weights[str(layer)] = values.mean(0).tolist()
-        update[str(layer)] = _edit_sizes(edit, record, layer, values).mean(0).tolist()
+        update[str(layer)] = sizes.mean(0).tolist()
     return weights, update
-
-
-def _edit_sizes(edit: ModelEdit, record: GateRecord, layer: int, weights: Tensor) -> Tensor:
-    """Return |w (A h + b - R h)|, [N, r], at the intervened positions."""
-    assert record.positions is not None  # a forward of tokens has set them
-    intervention = edit.intervention(layer)
-    hidden = record.hidden[layer]
-    hidden = hidden[record.positions.to(hidden.device)].float()  # [N, D]
-    return (weights * intervention.step(hidden)).abs()
 
 
 def basis_usage(model: Any) -> LayerValues | None:

@@ -1,184 +1,80 @@
-"""What a run says about the paper's claims: the findings of `bench.diagnostics`, and their form.
+"""The paper's claims as checks of a run: does the gate do what it is there for?
 
-Plain data, as JSON, Markdown and a figure.
+`diagnose` reads a run's files and nothing else. It looks at the balance of basis use, Reliability
+against Locality over the strength of R_loc, the separation of edit and irrelevant prompts, and for
+signs of failure. Shape: r bases of a layer.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import dist
+from math import hypot, isnan, sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+import torch
+
+from baft_easyedit.bench.config import MethodConfig, read_config
+from baft_easyedit.bench.layouts import in_order
+from baft_easyedit.bench.results import Case, Result, gate_records, read_run
 from baft_easyedit.bench.store import write_json, write_text
-from baft_easyedit.bench.tables import Cell, Column, Group, Row, Table, markdown_text
-from baft_easyedit.bench.tables import to_markdown as table_markdown
+from baft_easyedit.bench.tables import Cell, Column, Table, markdown_text, to_markdown
+from baft_easyedit.method.gate_report import (
+    coefficient_of_variation,
+    collapse_warnings,
+    imbalance_warnings,
+    pooled_deviation,
+    top_share,
+)
 
 SIGNIFICANCE = 0.05
 """Share of false discoveries that is accepted among the bases said to tell prompts apart."""
 LEAST_GAP = 0.01
 """Mean weights that are closer than this count as equal, however sure their order is: alpha, the
 weight that R_loc lets irrelevant positions keep (Liu et al. 2025, Table 5)."""
+MIN_PROMPTS = 4
+"""Fewest prompts of each kind that are tested: with three, no two-sided p-value is below 0.1."""
+SMALL_AUC = 0.556
+"""A gate does not separate if its mean AUC is below this, and no basis is open wider beyond chance:
+it is the AUC of two normal distributions with Cohen's d of 0.2, his small effect."""
+LOCALITY_DROP = 0.05
+"""A smaller loss of Locality from the smallest to the largest T is not warned of: the paper's BaFT
+loses up to 0.03 on ZsRE from T 1 to 1000, its ReFT 0.2 and more."""
+NUM_STANDARD_ERRORS = 2.0
+"""The loss must also exceed this many of its standard errors: about 95 % confidence."""
 
-_SAME_PLACE = 0.005
-"""Points of the figure that are closer than this share a label."""
-_BLUE, _GREY = "#0072B2", "#BBBBBB"
-_SECTIONS = {
-    "balance": (
-        "Load balance",
-        "How unevenly the bases of a layer are used after the last edit of a sequence: coefficient "
-        "of variation of wbar_k over the bases (0: alike), mean over sequences, ± its standard "
-        "error.",
-    ),
-    "sweeps": (
-        "Reliability against Locality",
-        "Rows that differ in the strength of R_loc alone. Front: no other row is better in one "
-        "score and at least as good in the other.",
-    ),
-    "separation": (
-        "Gate separation",
-        "Basis weights on edit prompts against irrelevant ones. By layer: AUC, the chance that an "
-        "edit prompt has the larger weight (0.5: no difference), mean over bases; in brackets the "
-        f"bases that are open wider on edit prompts, by {LEAST_GAP} and beyond chance "
-        f"(Mann-Whitney U, at most {SIGNIFICANCE:.0%} false discoveries by Benjamini and "
-        "Hochberg). Reversed: bases open wider on irrelevant prompts.",
-    ),
-}
+_PROMPTS = ("rewrite", "rephrase", "locality")
+_BALANCE = (
+    "How unevenly the bases of a layer are used after the last edit of a sequence: coefficient of "
+    "variation of wbar_k over the bases (0: alike), mean over sequences, ± its standard error."
+)
+_SWEEPS = (
+    "Rows that differ in the strength of R_loc alone. Front: no other row is better in one score "
+    "and at least as good in the other."
+)
+_SEPARATION = (
+    "Basis weights on edit prompts against irrelevant ones. By layer: AUC, the chance that an edit "
+    "prompt has the larger weight (0.5: no difference), mean over bases. Open: bases that are open "
+    f"wider on edit prompts, by {LEAST_GAP} and beyond chance (Mann-Whitney U, at most "
+    f"{SIGNIFICANCE:.0%} false discoveries by Benjamini and Hochberg); reversed: on irrelevant "
+    "ones. Prompts are taken as independent, which flatters a row of few sequences: the prompts of "
+    "one share a gate."
+)
+_NO_GATE = "No row of BaFT has recorded basis weights: run one, with `basis: true`."
+_NO_SWEEP = (
+    "No two scored rows of BaFT differ in R_loc alone: add rows to `methods`, such as {name: BaFT "
+    "without R_loc, method: BaFT, set: {locality: false}} or {name: BaFT with 3 R_loc, method: "
+    "BaFT, set: {locality_coef: 3}}."
+)
+_TOO_FEW = f"Not tested: {MIN_PROMPTS} edit prompts and as many irrelevant ones are needed."
 
+_COUNTS = ("sequences", "edit prompts", "irrelevant")
+_DECIMALS = {**dict.fromkeys(_COUNTS, 0), "edit weight": 3, "irrelevant weight": 3}
 
-@dataclass(frozen=True)
-class LayerBalance:
-    """How one layer's bases are used."""
-
-    layer: int
-    usage: tuple[float, ...]
-    """wbar_k after the last edit, mean over chunks."""
-    coefficient_of_variation: float
-    """Of wbar_k over the bases, mean over chunks; so are the next two."""
-    entropy: float
-    """Of the bases' shares, over its largest value."""
-    top_share: float
-    """Share of the weight on the largest quarter of the bases."""
-
-
-@dataclass(frozen=True)
-class RowFinding:
-    """Something about one row: a method under a protocol."""
-
-    method: str
-    protocol: str
-
-    @property
-    def name(self) -> str:
-        """The row in a sentence."""
-        return f"{self.method}, {self.protocol}"
-
-
-@dataclass(frozen=True)
-class Balance(RowFinding):
-    """How a row's bases are used by its sequences of edits."""
-
-    num_chunks: int
-    coefficient_of_variation: float
-    """Mean over layers and chunks."""
-    coefficient_of_variation_se: float | None
-    """Its standard error over chunks; None for one chunk."""
-    layers: tuple[LayerBalance, ...]
-
-
-@dataclass(frozen=True)
-class LocalityPoint:
-    """A row that differs from the others of its sweep in R_loc alone."""
-
-    method: str
-    strength: float | None
-    """`locality_coef`, 0 if `locality` is off; None if the preset decides."""
-    rewrite_acc: float
-    rewrite_acc_se: float | None
-    locality_acc: float
-    locality_acc_se: float | None
-    is_on_front: bool
-    """Whether no other row is better in one score and at least as good in the other."""
-
-    @property
-    def label(self) -> str:
-        """The strength as text."""
-        return "preset" if self.strength is None else f"{self.strength:g}"
-
-
-@dataclass(frozen=True)
-class LocalitySweep:
-    """Reliability against Locality over the strength of R_loc, under one protocol."""
-
-    protocol: str
-    settings: str
-    """What else the configuration sets for these rows; empty for nothing."""
-    points: tuple[LocalityPoint, ...]
-
-    @property
-    def title(self) -> str:
-        """The protocol and the settings."""
-        return ", ".join(filter(None, (self.protocol, self.settings)))
-
-
-@dataclass(frozen=True)
-class BasisTest:
-    """Is a basis open wider on edit prompts than on irrelevant ones?"""
-
-    edit_weight: float
-    """Mean weight on edit prompts."""
-    irrelevant_weight: float
-    auc: float
-    """Chance that the weight on an edit prompt exceeds that on an irrelevant one, ties half: the
-    effect size. The rank-biserial correlation is 2 AUC - 1."""
-    p_value: float
-    """Mann-Whitney U, two-sided."""
-    adjusted_p_value: float
-    """After Benjamini and Hochberg, over all layers and bases of the row."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the basis is open wider on edit prompts, visibly and beyond chance."""
-        gap = self.edit_weight - self.irrelevant_weight
-        return self.adjusted_p_value < SIGNIFICANCE and self.auc > 0.5 and gap >= LEAST_GAP
-
-    @property
-    def is_reversed(self) -> bool:
-        """Whether the basis is open wider on irrelevant prompts, visibly and beyond chance."""
-        gap = self.irrelevant_weight - self.edit_weight
-        return self.adjusted_p_value < SIGNIFICANCE and self.auc < 0.5 and gap >= LEAST_GAP
-
-
-@dataclass(frozen=True)
-class LayerSeparation:
-    """The tests of one layer."""
-
-    layer: int
-    bases: tuple[BasisTest, ...]
-
-
-@dataclass(frozen=True)
-class Separation(RowFinding):
-    """The tests of one row.
-
-    They take prompts as independent, which flatters a row of few chunks: the prompts of a chunk
-    share one gate.
-    """
-
-    num_edit: int
-    num_irrelevant: int
-    layers: tuple[LayerSeparation, ...]
-
-    @property
-    def bases(self) -> tuple[BasisTest, ...]:
-        """The bases of all layers."""
-        return tuple(basis for layer in self.layers for basis in layer.bases)
-
-    @property
-    def mean_auc(self) -> float:
-        """Mean AUC of all bases."""
-        return fmean(basis.auc for basis in self.bases)
+Lines = dict[str, dict[str, Any]]
+"""For each row, which is a method under a protocol, its numbers and texts by title."""
 
 
 @dataclass(frozen=True)
@@ -187,198 +83,227 @@ class Diagnosis:
 
     run: str
     """Name of the run's directory."""
-    warnings: tuple[str, ...]
+    warnings: Sequence[str]
     """Signs of failure, each with what to try."""
-    balance: tuple[Balance, ...]
-    sweeps: tuple[LocalitySweep, ...]
-    separation: tuple[Separation, ...]
-    remarks: Mapping[str, tuple[str, ...]]
-    """What is missing or was skipped, under the name of the field that it concerns."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all figures as JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+    balance: Lines
+    separation: Lines
+    sweeps: Mapping[str, Lines]
+    """By what their rows have in common."""
 
     def to_markdown(self) -> str:
         """Return the diagnosis as text: warnings first, then a section for each claim."""
+        balance = {"Coefficient of variation of basis use": self.balance}
+        separation = {"AUC of edit against irrelevant prompts": self.separation}
         parts = [f"# Diagnosis of {markdown_text(self.run)}", "## Warnings"]
-        parts += _items(self.warnings) or ["No sign of failure was found."]
-        parts += _items(self.remarks["warnings"])
-        tables = {
-            "balance": _balance_tables(self.balance),
-            "sweeps": [_sweep_table(sweep) for sweep in self.sweeps],
-            "separation": _separation_tables(self.separation),
-        }
-        for name, (title, explanation) in _SECTIONS.items():
-            parts.append(f"## {title}")
-            if tables[name]:
-                parts += [explanation, *map(table_markdown, tables[name])]
-            parts += _items(self.remarks[name])
+        warnings = "\n".join(f"- {markdown_text(text)}" for text in self.warnings)
+        parts.append(warnings or "No sign of failure was found.")
+        for title, explanation, tables, why_not in (
+            ("Load balance", _BALANCE, balance, _NO_GATE),
+            ("Reliability against Locality", _SWEEPS, self.sweeps, _NO_SWEEP),
+            ("Gate separation", _SEPARATION, separation, _TOO_FEW),
+        ):
+            made = [_markdown(caption, lines) for caption, lines in tables.items() if lines]
+            parts += [f"## {title}", *([explanation, *made] if made else [why_not])]
         return "\n\n".join(parts) + "\n"
 
 
-def _items(texts: Iterable[str]) -> list[str]:
-    """Return texts as one Markdown list; nothing for none."""
-    items = "\n".join(f"- {markdown_text(text)}" for text in texts)
-    return [items] if items else []
+def diagnose(run_dir: Path) -> Diagnosis:
+    """Check a run.
 
+    Args:
+        run_dir: A directory that `baft-easyedit bench` has written.
 
-def _balance_tables(balance: Sequence[Balance]) -> list[Table]:
-    """Return one table of all rows side by side."""
-    if not balance:
-        return []
-    layers = sorted({layer.layer for row in balance for layer in row.layers})
-    columns = (
-        Column("sequences", 0),
-        *(Column(f"layer {layer}") for layer in layers),
-        Column("all layers"),
-        Column("entropy"),
-        Column("share of the largest quarter"),
-    )
-    rows = tuple(Row(row.name, _balance_cells(row, layers)) for row in balance)
-    return [Table("Coefficient of variation of basis use", (Group("", columns),), rows)]
-
-
-def _balance_cells(row: Balance, layers: Sequence[int]) -> tuple[Cell, ...]:
-    """Return a row's figures of basis use; of entropy and share the mean over layers."""
-    by_layer = {layer.layer: layer.coefficient_of_variation for layer in row.layers}
-    return (
-        Cell(row.num_chunks),
-        *(Cell(by_layer.get(layer)) for layer in layers),
-        Cell(row.coefficient_of_variation, row.coefficient_of_variation_se),
-        Cell(fmean(layer.entropy for layer in row.layers)),
-        Cell(fmean(layer.top_share for layer in row.layers)),
-    )
-
-
-def _sweep_table(sweep: LocalitySweep) -> Table:
-    """Return the points of a sweep by strength."""
-    columns = (Column("R_loc strength"), Column("Rel"), Column("Loc"), Column("front"))
-    rows = tuple(
-        Row(
-            point.method,
-            (
-                Cell(text=point.label),
-                Cell(point.rewrite_acc, point.rewrite_acc_se),
-                Cell(point.locality_acc, point.locality_acc_se),
-                Cell(text="yes" if point.is_on_front else "no"),
-            ),
-        )
-        for point in sweep.points
-    )
-    return Table(sweep.title, (Group("", columns),), rows)
-
-
-def _separation_tables(separation: Sequence[Separation]) -> list[Table]:
-    """Return one table of all rows side by side."""
-    if not separation:
-        return []
-    layers = sorted({layer.layer for row in separation for layer in row.layers})
-    columns = (
-        Column("edit prompts", 0),
-        Column("irrelevant", 0),
-        Column("edit weight", 3),
-        Column("irrelevant weight", 3),
-        *(Column(f"layer {layer}") for layer in layers),
-        Column("all layers"),
-        Column("reversed"),
-    )
-    rows = tuple(Row(row.name, _separation_cells(row, layers)) for row in separation)
-    return [Table("AUC of edit against irrelevant prompts", (Group("", columns),), rows)]
-
-
-def _separation_cells(row: Separation, layers: Sequence[int]) -> tuple[Cell, ...]:
-    """Return a row's tests, by layer and over all of them."""
-    by_layer = {layer.layer: layer.bases for layer in row.layers}
-    return (
-        Cell(row.num_edit),
-        Cell(row.num_irrelevant),
-        Cell(fmean(basis.edit_weight for basis in row.bases)),
-        Cell(fmean(basis.irrelevant_weight for basis in row.bases)),
-        *(_separation_cell(by_layer.get(layer, ())) for layer in layers),
-        _separation_cell(row.bases),
-        Cell(text=f"{sum(basis.is_reversed for basis in row.bases)} of {len(row.bases)}"),
-    )
-
-
-def _separation_cell(bases: Sequence[BasisTest]) -> Cell:
-    """Return the mean AUC of bases and how many of them are open wider on edit prompts."""
-    if not bases:
-        return Cell()
-    auc, num_open = fmean(basis.auc for basis in bases), sum(basis.is_open for basis in bases)
-    return Cell(text=f"{auc:.2f} ({num_open} of {len(bases)})")
+    Raises:
+        ValueError: If it is not one, or one of its files cannot be read.
+    """
+    run = read_run(run_dir)
+    config = read_config(run.directory.config)
+    methods = {m.name: m for m in config.methods if m.method in ("BaFT", "ReFT")}
+    ours = in_order([result for result in run.results if result.method in methods])
+    gated = [result for result in ours if methods[result.method].method == "BaFT"]
+    warnings: list[str] = []
+    balance: Lines = {}
+    separation: Lines = {}
+    for result in gated:
+        name = f"{result.method}, {result.setting.slug}"
+        cases = result.cases()
+        used, unbalanced = _balance(result)
+        tested, mixed = _separation(cases)
+        balance |= {name: used} if used else {}
+        separation |= {name: tested} if tested else {}
+        found = (*_collapses(cases), *unbalanced, *mixed)
+        warnings += [f"{name}: {warning}" for warning in found]
+    warnings += _locality_falls(ours)
+    return Diagnosis(run_dir.resolve().name, warnings, balance, separation, _sweeps(methods, gated))
 
 
 def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> list[Path]:
-    """Write `diagnosis.json`, `diagnosis.md` and, of a sweep, `locality.png` and `.pdf`.
-
-    Args:
-        diagnosis: What `diagnose` found.
-        directory: Made if missing.
-
-    Returns:
-        The files.
-    """
+    """Write `diagnosis.json` and `diagnosis.md`; return the files."""
     files = [directory / "diagnosis.json", directory / "diagnosis.md"]
-    write_json(files[0], diagnosis.to_dict())
+    write_json(files[0], asdict(diagnosis))
     write_text(files[1], diagnosis.to_markdown())
-    if diagnosis.sweeps:
-        files += draw_locality(diagnosis.sweeps, directory)
     return files
 
 
-def draw_locality(sweeps: Sequence[LocalitySweep], directory: Path) -> list[Path]:
-    """Draw Reliability against Locality, a panel for each sweep, as PNG and PDF.
+def _markdown(caption: str, lines: Lines) -> str:
+    """Return the table of some lines."""
+    titles = dict.fromkeys(title for line in lines.values() for title in line)
+    columns = [Column(title, _DECIMALS.get(title, 2), None) for title in titles]
+    rows = {row: [Cell(line.get(title)) for title in titles] for row, line in lines.items()}
+    return to_markdown(Table(caption, columns, rows))
 
-    Args:
-        sweeps: At least one.
-        directory: Where `locality.png` and `locality.pdf` go; it must exist.
 
-    Returns:
-        The files.
+def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
+    """Sum up how a row uses its bases; warn of layers where a few carry nearly all weight."""
+    usages: dict[int, list[torch.Tensor]] = {}
+    for chunk in result.directory.chunks_of(result.method, result.setting):
+        if chunk["error"] is None:
+            for layer, weights in (chunk["basis_usage"] or {}).items():
+                usage = torch.tensor(weights, dtype=torch.float64)
+                usages.setdefault(int(layer), []).append(usage)
+    if not usages:
+        return {}, ()
+    variations = {k: list(map(coefficient_of_variation, used)) for k, used in usages.items()}
+    shares = {layer: fmean(map(top_share, used)) for layer, used in usages.items()}
+    means = [fmean(sequence) for sequence in zip(*variations.values(), strict=True)]
+    line = {
+        "sequences": len(means),
+        **{f"layer {layer}": fmean(variations[layer]) for layer in sorted(variations)},
+        "all layers": fmean(means),
+        "±": stdev(means) / sqrt(len(means)) if len(means) > 1 else None,
+        "share of the largest quarter": fmean(shares.values()),
+    }
+    rank = len(next(iter(usages.values()))[0])
+    return line, imbalance_warnings(shares, rank)
+
+
+def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
+    """Test whether each basis is open wider on edit prompts; warn if none is.
+
+    The p-values are two-sided, and adjusted over all layers and bases of the row.
     """
-    from matplotlib.figure import Figure
+    from scipy.stats import false_discovery_control, mannwhitneyu
 
-    num_columns = min(3, len(sweeps))
-    num_lines = -(-len(sweeps) // num_columns)
-    figure = Figure(figsize=(3.2 * num_columns, 2.8 * num_lines + 0.3), layout="constrained")
-    figure.suptitle("Numbers: strength of R_loc. Filled: on the Pareto front.", fontsize=8)
-    panels = figure.subplots(num_lines, num_columns, squeeze=False, sharex=True, sharey=True)
-    for panel, sweep in zip(panels.flat, sweeps, strict=False):
-        _draw_sweep(panel, sweep)
-    for panel in panels.flat[len(sweeps) :]:
-        panel.set_axis_off()
-    files = [directory / f"locality.{kind}" for kind in ("png", "pdf")]
-    for file in files:
-        figure.savefig(file, dpi=200)
-    return files
+    edits, others = (gate_records(cases, "basis", kind) for kind in ("rewrite", "locality"))
+    layers = sorted(edits.keys() & others.keys())
+    counts = [len(records[layer]) for layer in layers for records in (edits, others)]
+    if min(counts, default=0) < MIN_PROMPTS:
+        return {}, ()
+    pairs = [
+        (a, b) for layer in layers for a, b in zip(edits[layer].T, others[layer].T, strict=True)
+    ]
+    tests = [mannwhitneyu(a, b) for a, b in pairs]
+    auc = np.array(
+        [t.statistic / (len(a) * len(b)) for t, (a, b) in zip(tests, pairs, strict=True)]
+    )
+    # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
+    p_values = [1.0 if isnan(test.pvalue) else test.pvalue for test in tests]
+    is_sure = false_discovery_control(p_values, method="bh") < SIGNIFICANCE
+    gap = np.array([a.mean() - b.mean() for a, b in pairs])
+    num_open = int((is_sure & (gap >= LEAST_GAP) & (auc > 0.5)).sum())
+    num_reversed = int((is_sure & (gap <= -LEAST_GAP) & (auc < 0.5)).sum())
+    by_layer = zip(layers, auc.reshape(len(layers), -1).mean(1).tolist(), strict=True)
+    line = {
+        "edit prompts": counts[0],
+        "irrelevant": counts[1],
+        "edit weight": fmean(a.mean() for a, _ in pairs),
+        "irrelevant weight": fmean(b.mean() for _, b in pairs),
+        **{f"layer {layer}": mean for layer, mean in by_layer},
+        "all layers": auc.mean().item(),
+        "open": f"{num_open} of {len(auc)}",
+        "reversed": f"{num_reversed} of {len(auc)}",
+    }
+    if num_open or auc.mean() >= SMALL_AUC:
+        return line, ()
+    return line, (
+        f"no separation (mean AUC {auc.mean():.2f}): no basis is open wider on edit prompts than "
+        "on irrelevant ones, beyond chance: give the requests a loc_prompt of the kind that is to "
+        "be kept, raise locality_coef, or gate_lr.",
+    )
 
 
-def _draw_sweep(panel: Any, sweep: LocalitySweep) -> None:
-    """Draw one sweep: steps along its front, every place labelled with its strengths of R_loc."""
-    labels: dict[tuple[float, float], list[str]] = {}
-    for point in sweep.points:
-        place = (point.locality_acc, point.rewrite_acc)
-        nearby = next((p for p in labels if dist(p, place) < _SAME_PLACE), place)
-        labels.setdefault(nearby, []).append(point.label)
-        panel.errorbar(
-            *place,
-            xerr=point.locality_acc_se,
-            yerr=point.rewrite_acc_se,
-            fmt="o",
-            markersize=5,
-            color=_BLUE,
-            ecolor=_GREY,
-            elinewidth=0.8,
-            markerfacecolor=_BLUE if point.is_on_front else "white",
-        )
-    for place, texts in labels.items():
-        text = "\n".join(texts)
-        panel.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    front = sorted((p.locality_acc, p.rewrite_acc) for p in sweep.points if p.is_on_front)
-    panel.plot(*zip(*front, strict=True), color=_BLUE, linewidth=0.8, drawstyle="steps-pre")
-    panel.set_title(sweep.title, fontsize=9, wrap=True)
-    panel.set(xlabel="Locality", ylabel="Reliability")
-    panel.margins(0.2)
-    panel.grid(color="#EEEEEE")
-    panel.tick_params(labelbottom=True, labelleft=True)
+def _collapses(cases: Sequence[Case]) -> Sequence[str]:
+    """Warn of gates whose weights hardly depend on the prompt; each sequence has its own gate."""
+    layers = gate_records(cases, "basis", "rewrite")
+    groups: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    for chunk in {case["chunk"] for case in cases}:
+        own = [case for case in cases if case["chunk"] == chunk]
+        kinds = [gate_records(own, "basis", prompt) for prompt in _PROMPTS]
+        for layer in layers:
+            seen = [kind[layer] for kind in kinds if layer in kind]
+            groups[layer] += [torch.from_numpy(np.concatenate(seen))] if seen else []
+    return collapse_warnings(
+        {layer: pooled_deviation(groups[layer]).tolist() for layer in layers},
+        {layer: weights.mean() for layer, weights in layers.items()},
+    )
+
+
+def _sweeps(methods: Mapping[str, MethodConfig], results: Sequence[Result]) -> dict[str, Lines]:
+    """Find the rows of BaFT that differ in the strength of R_loc alone, and their Pareto fronts."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if None not in _scores(result):
+            title = ", ".join([result.setting.slug, *_other_settings(methods[result.method])])
+            found.setdefault(title, []).append(result)
+    sweeps = {}
+    for title, rows in found.items():
+        strengths = {row.method: _strength(methods[row.method]) for row in rows}
+        if len(set(strengths.values())) > 1:
+            rows.sort(key=lambda row: strengths[row.method])
+            sweeps[title] = {
+                row.method: {
+                    "R_loc strength": f"{strengths[row.method]:g}".replace("inf", "preset"),
+                    "Rel": row.number("rewrite_acc"),
+                    "± Rel": row.number("rewrite_acc_se"),
+                    "Loc": row.number("locality_acc"),
+                    "± Loc": row.number("locality_acc_se"),
+                    "front": "no" if any(_beats(other, row) for other in rows) else "yes",
+                }
+                for row in rows
+            }
+    return sweeps
+
+
+def _other_settings(method: MethodConfig) -> list[str]:
+    """Name a method's settings other than whether and how strongly it uses R_loc."""
+    settings = {"hparams": method.hparams} if method.hparams else {}
+    settings |= {k: v for k, v in method.set.items() if k not in ("locality", "locality_coef")}
+    return [f"{name} {json.dumps(settings[name])}" for name in sorted(settings)]
+
+
+def _strength(method: MethodConfig) -> float:
+    """Return the factor of R_loc; infinite, which comes last, if the preset decides."""
+    if method.set.get("locality") is False:
+        return 0.0
+    return float(method.set.get("locality_coef", "inf"))
+
+
+def _scores(result: Result) -> list[Any]:
+    """Return Reliability and Locality."""
+    return [result.number("rewrite_acc"), result.number("locality_acc")]
+
+
+def _beats(other: Result, result: Result) -> bool:
+    """Tell whether another result is at least as good in both scores, and better in one."""
+    gains = [a - b for a, b in zip(_scores(other), _scores(result), strict=True)]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+def _locality_falls(results: Sequence[Result]) -> list[str]:
+    """Warn of rows whose Locality is worse after many edits than after few, beyond doubt."""
+    scored: dict[str, list[Result]] = {}
+    for result in results:
+        if result.setting.batch_size == 1 and result.number("locality_acc_se") is not None:
+            scored.setdefault(result.method, []).append(result)
+    falls = []
+    for method, (few, *_, many) in ((m, r) for m, r in scored.items() if len(r) > 1):
+        before, after = (r.values["locality_acc"] for r in (few, many))
+        error = hypot(*(r.values["locality_acc_se"] for r in (few, many)))
+        if before - after > max(LOCALITY_DROP, NUM_STANDARD_ERRORS * error):
+            falls.append(
+                f"{method}: Locality falls with T, from {before:.2f} at T {few.setting.T} to "
+                f"{after:.2f} at T {many.setting.T}. Raise locality_coef, give each request more "
+                "irrelevant prompts, or restore more often (ReFT has no such term: use BaFT). If "
+                "the preset has other settings for single edits, they may be part of it."
+            )
+    return falls

@@ -1,254 +1,215 @@
-"""Figures from plain numbers.
+"""Figures of the results of one model on one data set: 1 to 3 of the paper, and retention.
 
-Every method has its own colour, marker and line, the same in all figures of a report; colours are
-Paul Tol's `muted`, which colour-blind readers can tell apart. Legends stand beside the panels.
+Every method has the same colour and marker in all figures. Shape: r bases of a layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baft_easyedit.bench.curves import Bin, Spread
+import numpy as np
+
+from baft_easyedit.bench.layouts import in_order, protocol_title
+from baft_easyedit.bench.results import TEACHER_FORCED, Case, Result, gate_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Style = Mapping[str, Any]
-"""Keywords of matplotlib: how a method is drawn."""
-
-_BAFT, _REFT = "#CC6677", "#332288"
-_COLOURS = (
-    *("#117733", "#88CCEE", "#DDCC77", "#882255"),
-    *("#44AA99", "#999933", "#AA4499", "#777777"),
+MIN_RETENTION_T = 10
+"""Fewest edits in a row whose retention is drawn, in as many groups."""
+_TITLES = dict(
+    zip(TEACHER_FORCED, ("Reliability", "Generality", "Locality", "Portability"), strict=True)
 )
-_MARKERS = "D^v<>PXphd*"
-_LINES = ("-", "--", ":", "-.")
-_PROMPT_STYLES = {
-    "rewrite": ("edit", _REFT, "o"),
-    "rephrase": ("rephrasing", _COLOURS[4], "s"),
-    "locality": ("unrelated", _BAFT, "^"),
-}
-_OURS: Mapping[str, Style] = {
-    "BaFT": {"color": _BAFT, "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 5},
-    "ReFT": {"color": _REFT, "marker": "s", "linestyle": "-", "linewidth": 2.2, "zorder": 4},
-}
-_PANEL = 2.6
-"""Width and height of a panel, in inches."""
-_LEGEND = 1.5
-"""Width of a column of the legend, in inches."""
-_ENTRIES = 14
-"""Entries that fit in a column of the legend."""
+_PROMPTS = {"rewrite": "edit", "rephrase": "rephrasing", "locality": "unrelated"}
+_OURS = ("BaFT", "ReFT")
+_MARKERS = "os^Dv<>PXpd"  # 11 of them beside 10 colours: 110 methods look different
+_UPDATES = (
+    "Figure 1. Redundant bases of ReFT's updates, {title}. Bars: the share of a basis in the "
+    "update's size, |v_k - (R h)_k| added up over the bases, on the edit prompts, sorted within "
+    "each case, mean of {count} cases. Line: the shares added up. Dotted: the same if all bases "
+    "moved h alike; the further the line lies above it, the fewer bases carry the update."
+)
+_WEIGHTS = (
+    "Figure 2. Basis weights of BaFT, {title}, after the last edit, on the edit prompt, on its "
+    "rephrasing and on unrelated prompts: mean and standard deviation over {count} cases."
+)
+_BATCHES = (
+    "Figure 3. Teacher-forced scores against the number of records of an edit call, T = {T}, all "
+    "scored after the last call."
+)
+_RETENTION = (
+    "Retention, T = {T}: teacher-forced scores after the last edit, by the number of edits made "
+    "after a case's own; means over up to {bins} groups of edits of about the same age."
+)
 
 
-def method_styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Return a style for each method; BaFT and ReFT always have the same one.
+def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
+    """Yield name, caption and figure for all that there are numbers for.
 
     Args:
-        methods: Names, in the order of the tables.
+        results: Results of one model on one data set.
+
+    Raises:
+        ValueError: If a case's file is damaged.
     """
-    others = [name for name in dict.fromkeys(methods) if name not in _OURS]
-    return dict(_OURS) | {
-        name: {
-            "color": _COLOURS[i % len(_COLOURS)],
+    scored = in_order([result for result in results if result.error is None])
+    looks = _looks([result.method for result in scored])
+    yield from _bases(scored, "ReFT", "figure1-reft-update", _UPDATES)
+    yield from _bases(scored, "BaFT", "figure2-baft-weights", _WEIGHTS)
+    for T in dict.fromkeys(result.setting.T for result in scored):
+        shown = [result for result in scored if result.setting.T == T]
+        if len({result.setting.batch_size for result in shown}) > 1:
+            caption = _BATCHES.format(T=T)
+            yield f"figure3-batch-size-T{T}", caption, batch_figure(shown, looks)
+    for T in dict.fromkeys(result.setting.T for result in scored):
+        shown = [r for r in scored if r.setting.T == T and r.setting.batch_size == 1]
+        if T >= MIN_RETENTION_T and shown:
+            caption = _RETENTION.format(T=T, bins=MIN_RETENTION_T)
+            yield f"retention-T{T}", caption, retention_figure(shown, looks)
+
+
+def retention(cases: Iterable[Case], score: str, T: int) -> np.ndarray:
+    """Return a score by the age of the edit: the number of edits made after it.
+
+    Args:
+        cases: Cases of T edits in a row.
+        score: One of their scores; cases without it are passed over.
+        T: Edits in a row.
+
+    Returns:
+        The mean age and the mean score in equally wide bins of ages, [bins, 2].
+    """
+    bins: dict[int, list[tuple[int, float]]] = {}
+    for case in cases:
+        if (value := case["scores"].get(score)) is not None:
+            age = case["chunk_length"] - 1 - case["position"]
+            bins.setdefault(age // ceil(T / MIN_RETENTION_T), []).append((age, value))
+    return np.array([np.mean(bins[i], axis=0) for i in sorted(bins)]).reshape(-1, 2)
+
+
+def _bases(
+    results: Sequence[Result], method: str, name: str, caption: str
+) -> "Iterator[tuple[str, str, Figure]]":
+    """Draw the bases of a method's first result that has recorded some."""
+    for result in results:
+        cases = result.cases() if result.method == method else []
+        figure = update_figure(cases) if method == "ReFT" else weight_figure(cases)
+        if figure is not None:
+            title = protocol_title(result.setting)
+            yield name, caption.format(title=title, count=len(cases)), figure
+            return
+
+
+def update_figure(cases: Iterable[Case]) -> "Figure | None":
+    """Draw how few bases carry an update (Liu et al. 2025, Fig. 1); None without records.
+
+    Shares are sorted within each case, for each edit may use other bases.
+    """
+    shares = {}
+    for layer, sizes in gate_records(cases, "update", "rewrite").items():
+        moved = sizes[sizes.sum(1) > 0]
+        if len(moved):
+            shares[layer] = np.sort(moved / moved.sum(1, keepdims=True))[:, ::-1].mean(0)
+    if not shares:
+        return None
+    figure, panels = _panels([f"layer {layer}" for layer in shares])
+    for panel, share in zip(panels, shares.values(), strict=True):
+        ranks = np.arange(1, len(share) + 1)
+        panel.bar(ranks, share, color="tab:cyan", label="share of a basis")
+        panel.plot(ranks, share.cumsum(), "o-", markersize=3, label="added up")
+        panel.plot(ranks, ranks / len(share), "k:", linewidth=1, label="if all were alike")
+        panel.set(xlabel="basis, largest first", ylim=(0, 1.03))
+    return _finished(figure, panels, "share of the update")
+
+
+def weight_figure(cases: Sequence[Case]) -> "Figure | None":
+    """Draw how far the gate opens on each kind of prompt (Fig. 2); None without records."""
+    weights = {prompt: gate_records(cases, "basis", prompt) for prompt in _PROMPTS}
+    layers = sorted({layer for by_layer in weights.values() for layer in by_layer})
+    if not layers:
+        return None
+    figure, panels = _panels([f"layer {layer}" for layer in layers])
+    for panel, layer in zip(panels, layers, strict=True):
+        for i, (prompt, label) in enumerate(_PROMPTS.items()):
+            if (values := weights[prompt].get(layer)) is not None:
+                places = np.arange(1, values.shape[1] + 1) + 0.22 * (i - 1)
+                means, spread = values.mean(0), values.std(0)
+                panel.errorbar(places, means, spread, fmt=_MARKERS[i], markersize=4, label=label)
+        panel.set(xlabel="basis", ylim=(-0.03, 1.03))
+    return _finished(figure, panels, "weight w(h)")
+
+
+def batch_figure(results: Sequence[Result], looks: Mapping[str, Any]) -> "Figure":
+    """Draw scores against the size of a batch (Fig. 3), of results with the same T."""
+    names = [n for n in TEACHER_FORCED if any(r.number(n) is not None for r in results)]
+    figure, panels = _panels([_TITLES[name] for name in names])
+    for panel, name in zip(panels, names, strict=True):
+        for method in dict.fromkeys(result.method for result in results):
+            own = [r for r in results if r.method == method and r.number(name) is not None]
+            sizes = [result.setting.batch_size for result in own]
+            scores = [result.values[name] for result in own]
+            panel.plot(sizes, scores, label=method, **looks[method])
+        panel.set(xlabel="records per edit call, B", xscale="log", ylim=(-0.03, 1.03))
+        ticks = sorted({result.setting.batch_size for result in results})
+        panel.set_xticks(ticks, [str(size) for size in ticks])
+        panel.minorticks_off()
+    return _finished(figure, panels, "score")
+
+
+def retention_figure(results: Sequence[Result], looks: Mapping[str, Any]) -> "Figure":
+    """Draw scores against the age of the edit, of results with the same T."""
+    names = ("rewrite_acc", "rephrase_acc")
+    figure, panels = _panels([_TITLES[name] for name in names], width=4.5)
+    for result in results:
+        cases = result.cases()
+        for panel, name in zip(panels, names, strict=True):
+            bins = retention(cases, name, result.setting.T)
+            panel.plot(*bins.T, label=result.method, **looks[result.method])
+    for panel in panels:
+        panel.set(xlabel="edits made since", ylim=(-0.03, 1.03))
+    return _finished(figure, panels, "score")
+
+
+def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return how each method is drawn; BaFT and ReFT always the same, and more strongly."""
+    return {
+        method: {
+            "color": f"C{i % 10}",
             "marker": _MARKERS[i % len(_MARKERS)],
-            "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)],
-            "linewidth": 1.2,
-            "zorder": 3,
+            "markersize": 4,
+            "linewidth": 2.2 if method in _OURS else 1.2,
+            "zorder": 5 if method in _OURS else 3,
         }
-        for i, name in enumerate(others)
+        for i, method in enumerate(dict.fromkeys([*_OURS, *methods]))
     }
 
 
-def save_figure(figure: "Figure", out: Path, name: str) -> list[Path]:
-    """Write a figure as `name.png` and `name.pdf`; return the files."""
-    files = [out / f"{name}.{suffix}" for suffix in ("png", "pdf")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files
-
-
-def update_figure(shares: Mapping[int, Spread]) -> "Figure":
-    """Draw how few bases carry an update (Liu et al. 2025, Fig. 1).
-
-    Args:
-        shares: By layer, the shares of r bases in the update's size, the largest first.
-    """
-    figure, panels = _panels([f"layer {layer}" for layer in shares])
-    for panel, spread in zip(panels, shares.values(), strict=True):
-        ranks = range(1, len(spread.mean) + 1)
-        sums = [sum(spread.mean[:k]) for k in ranks]
-        even = [k / len(ranks) for k in ranks]
-        panel.bar(ranks, spread.mean, color=_COLOURS[1], label="share of a basis")
-        panel.plot(ranks, sums, color=_REFT, marker="o", markersize=3, label="added up")
-        panel.plot(
-            ranks, even, color="black", linewidth=1, linestyle=":", label="if all were alike"
-        )
-        panel.set(xlabel="basis, largest first", ylim=(0, 1.03))
-        _whole_numbers(panel)
-    _finish(figure, panels, "share of the update")
-    return figure
-
-
-def weight_figure(weights: Mapping[int, Mapping[str, Spread]]) -> "Figure":
-    """Draw how far the gate opens each basis on related and unrelated prompts (Fig. 2).
-
-    Args:
-        weights: By layer and kind of prompt, the weights of r bases.
-    """
-    figure, panels = _panels([f"layer {layer}" for layer in weights])
-    for panel, by_prompt in zip(panels, weights.values(), strict=True):
-        for shift, (prompt, (label, color, marker)) in enumerate(_PROMPT_STYLES.items(), -1):
-            if (spread := by_prompt.get(prompt)) is not None:
-                panel.errorbar(
-                    [k + 0.22 * shift for k in range(1, len(spread.mean) + 1)],
-                    spread.mean,
-                    spread.deviation,
-                    label=label,
-                    color=color,
-                    marker=marker,
-                    markersize=3.5,
-                    linestyle="none",
-                    elinewidth=0.9,
-                )
-        panel.set(xlabel="basis", ylim=(-0.03, 1.03))
-        _whole_numbers(panel)
-    _finish(figure, panels, "weight w(h)")
-    return figure
-
-
-def batch_figure(
-    scores: Mapping[str, Mapping[str, Mapping[int, float]]], styles: Mapping[str, Style]
-) -> "Figure":
-    """Draw scores against the size of a batch (Fig. 3).
-
-    Args:
-        scores: By name of the score and method, the score at each batch size.
-        styles: How methods are drawn.
-    """
-    figure, panels = _panels(list(scores))
-    for panel, by_method in zip(panels, scores.values(), strict=True):
-        sizes = sorted({size for values in by_method.values() for size in values})
-        for method, values in by_method.items():
-            places = [sizes.index(size) for size in sorted(values)]
-            heights = [values[size] for size in sorted(values)]
-            panel.plot(places, heights, label=method, markersize=5, **styles[method])
-        panel.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-        panel.set(xlabel="records per edit call, B", ylim=(-0.03, 1.03))
-        panel.set_xlim(-0.3, len(sizes) - 0.7)
-    _finish(figure, panels, "score")
-    return figure
-
-
-def retention_figure(
-    curves: Mapping[str, Mapping[str, Sequence[Bin]]], styles: Mapping[str, Style]
-) -> "Figure":
-    """Draw scores against the age of the edit.
-
-    Args:
-        curves: By name of the score and method, the bins.
-        styles: How methods are drawn.
-    """
-    figure, panels = _panels(list(curves), width=1.9)
-    for panel, by_method in zip(panels, curves.values(), strict=True):
-        for method, bins in by_method.items():
-            ages = [(b.youngest + b.oldest) / 2 for b in bins]
-            panel.plot(ages, [b.mean for b in bins], label=method, markersize=4, **styles[method])
-        longest = max(by_method.values(), key=len)
-        ticks = [f"{_span(b)}\n({_counts(by_method, b.youngest)})" for b in longest]
-        panel.set_xticks([(b.youngest + b.oldest) / 2 for b in longest], ticks, fontsize=7)
-        panel.set(xlabel="edits made since, and (cases in the mean)", ylim=(-0.03, 1.03))
-    _finish(figure, panels, "score")
-    return figure
-
-
-def _span(ages: Bin) -> str:
-    """Return the ages of a bin as text."""
-    return str(ages.oldest) if ages.youngest == ages.oldest else f"{ages.youngest}–{ages.oldest}"
-
-
-def _counts(by_method: Mapping[str, Sequence[Bin]], youngest: int) -> str:
-    """Return how many cases are in a bin, of the method with fewest and with most."""
-    counts = {b.count for bins in by_method.values() for b in bins if b.youngest == youngest}
-    return str(max(counts)) if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
-
-
-def cost_figure(
-    points: Mapping[str, Mapping[str, tuple[float, float]]], styles: Mapping[str, Style]
-) -> "Figure":
-    """Draw scores against the seconds of an edit.
-
-    Args:
-        points: By name of the score and method, seconds above 0 and score.
-        styles: How methods are drawn.
-    """
-    figure, panels = _panels(list(points))
-    for panel, by_method in zip(panels, points.values(), strict=True):
-        for method, (seconds, score) in by_method.items():
-            look = {**styles[method], "linestyle": "none", "markeredgecolor": "white"}
-            panel.plot(seconds, score, label=method, markersize=9, **look)
-        panel.set(xlabel="seconds per edit", xscale="log", ylim=(-0.03, 1.03))
-        _plain_logarithms(panel, [seconds for seconds, _ in by_method.values()])
-    _finish(figure, panels, "score")
-    return figure
-
-
-def _panels(titles: Sequence[str], width: float = 1.0) -> "tuple[Figure, list[Axes]]":
-    """Return a figure and a titled panel for each title, at most four in a row."""
+def _panels(titles: Sequence[str], width: float = 2.6) -> "tuple[Figure, list[Axes]]":
+    """Return a figure and panels in a row, `width` inches wide each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(4, len(titles))
-    rows = ceil(len(titles) / columns)
-    size = (_PANEL * width * columns + _LEGEND, _PANEL * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width * len(titles) + 1.5, 3.0), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for panel in panels[len(titles) :]:
-        panel.set_visible(False)
-    for panel, title in zip(panels, titles, strict=False):
+    panels = list(figure.subplots(1, len(titles), squeeze=False, sharey=True).flat)
+    for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3, linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    return figure, panels[: len(titles)]
+    return figure, panels
 
 
-def _finish(figure: "Figure", panels: "Sequence[Axes]", ylabel: str) -> None:
+def _finished(figure: "Figure", panels: "Sequence[Axes]", ylabel: str) -> "Figure":
     """Label the vertical axis, and put one legend for all panels to their right."""
     figure.supylabel(ylabel, fontsize=10)
     entries: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    columns = ceil(len(entries) / _ENTRIES)
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width + _LEGEND * (columns - 1), height)
+    columns = ceil(len(entries) / 14)  # as many as fit below each other
+    figure.set_figwidth(figure.get_figwidth() + 1.5 * (columns - 1))
     figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside right center",
-        ncols=columns,
-        fontsize=8,
-        frameon=False,
+        list(entries.values()), list(entries), loc="outside right center", ncols=columns, fontsize=8
     )
-
-
-def _whole_numbers(panel: "Axes") -> None:
-    """Number the horizontal axis in whole numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _plain_logarithms(panel: "Axes", values: Sequence[float]) -> None:
-    """Number a logarithmic horizontal axis around some values with a few plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    lowest, highest = min(values) / 2, max(values) * 2  # room, so that there is a number at all
-    panel.set_xlim(lowest, highest)
-    steps = (1.0, 2.0, 5.0) if highest / lowest < 100 else (1.0,)
-    panel.xaxis.set_major_locator(LogLocator(subs=steps))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    return figure

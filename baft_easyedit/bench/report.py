@@ -10,159 +10,103 @@ Which files of `hparams/bench` give which table or figure of the paper (Liu et a
     Figures 1, 2    bases of ReFT and BaFT   any with `basis: true` and rows ReFT and BaFT
     Figure 3        batched editing          bench/zsre_batched: two batch sizes or more
 
-Beyond the paper: scores of generated text, scores right after each edit, retention of old edits,
-and quality against time. Several runs make one report, with a section for each model and data set.
+Beyond the paper: scores of generated text, scores right after each edit, and retention of old
+edits, of T = 10 or more. Several runs make one report, with a chapter for each model and data set.
 """
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.bench.figures import method_styles, save_figure
-from baft_easyedit.bench.illustrations import Illustration, illustrations
-from baft_easyedit.bench.layouts import Section
-from baft_easyedit.bench.paper import read_paper_numbers
+from baft_easyedit.bench.figures import draw
+from baft_easyedit.bench.layouts import make_notes, make_tables
+from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.results import Result, Run, merge_results, read_run
 from baft_easyedit.bench.store import file_name, write_text
 from baft_easyedit.bench.tables import (
     LATEX_PREAMBLE,
-    Table,
     latex_text,
     markdown_text,
     to_latex,
     to_markdown,
 )
 
+_LEGEND = (
+    "Rel: reliability, on the edited prompt; Gen: generality, on a rephrasing; Loc: locality, "
+    "agreement with the unedited model on other prompts; Por: portability, on what follows from "
+    "the edit.",
+    "Bold: best of a column; values that read the same count the same.",
+    "±: standard error over records.",
+    "–: no number, because the data have no such probe or the run did not measure it.",
+    "[x]: what the paper prints for the same cell ({citation}); its scores are means over 1000 "
+    "records.",
+)
 
-def write_report(run_dirs: Sequence[Path], out: Path, paper_model: str | None = None) -> list[Path]:
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     """Write the tables and figures of runs.
 
     Args:
         run_dirs: Directories that `baft-easyedit bench` wrote, at least one.
         out: Directory for `report.md`, `tables.tex` and the figures; made if absent.
-        paper_model: A model of the paper, such as `llama-2-7b`, whose printed numbers are added as
-            rows of their own, for orientation; None for none.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: If there is no directory, one is not that of a run, a file of it is damaged, two
-            runs contradict each other, or the paper has no such model.
+        ValueError: If one is not the directory of a run, a file of it is damaged, or two runs
+            contradict each other.
     """
-    if not run_dirs:
-        raise ValueError("run_dirs must name at least one run directory; got none")
-    paper = read_paper_numbers()
-    reference = None if paper_model is None else paper.check_model(paper_model)
-    runs = [read_run(Path(directory)) for directory in run_dirs]
-    results = merge_results(runs)
-    styles = method_styles([result.method for result in results])
+    paper, runs = PaperNumbers(), [read_run(Path(directory)) for directory in run_dirs]
+    legend = [line.format(citation=paper.citation) for line in _LEGEND]
+    markdown = ["# Benchmark report", _bullets(legend)]
+    latex = ["\n".join([LATEX_PREAMBLE, *(f"% {line}" for line in legend)])]
+    chapters: dict[tuple[str, str], list[Result]] = {}
+    for result in merge_results(runs):
+        chapters.setdefault((result.model, result.dataset), []).append(result)
     out.mkdir(parents=True, exist_ok=True)
-    chapters, files = [], []
-    for group in _groups(results):
-        section = Section(group, paper, reference)
-        drawn, needs = illustrations(group, styles)
-        sources = [r for r in runs if any(r.directory == result.directory for result in group)]
-        chapter = _Chapter(section, section.tables(), drawn, needs, sources)
-        for name, illustration in chapter.named_figures():
-            files += save_figure(illustration.figure, out, name)
-        chapters.append(chapter)
-    legend = _legend(paper.citation)
-    markdown = ["# Benchmark report", _bullets(legend), *(c.markdown() for c in chapters)]
-    head = [LATEX_PREAMBLE, *(f"% {line}" for line in legend)]
-    write_text(out / "report.md", "\n\n".join(markdown) + "\n")
-    write_text(
-        out / "tables.tex", "\n\n".join(["\n".join(head), *(c.latex() for c in chapters)]) + "\n"
-    )
-    return [out / "report.md", out / "tables.tex", *files]
+    files = [out / "report.md", out / "tables.tex"]
+    for (model, dataset), results in chapters.items():
+        tables, notes = make_tables(results, paper), make_notes(results)
+        directories = {result.directory for result in results}
+        sources = [_source(run) for run in runs if run.directory in directories]
+        markdown.append(f"## {markdown_text(f'{model} on {dataset}')}")
+        markdown += map(to_markdown, tables)
+        if notes:
+            markdown += ["### Notes", _bullets(map(markdown_text, notes))]
+        for title, caption, figure in draw(results):
+            name = f"{title}-{file_name(f'{model}-{dataset}')}"
+            markdown.append(f"![{title}]({name}.png)\n\n{caption}")
+            for file in (out / f"{name}.png", out / f"{name}.pdf"):
+                figure.savefig(file, dpi=150)
+                files.append(file)
+        markdown.append("### Where the numbers come from")
+        markdown += [_bullets(map(markdown_text, source)) for source in sources]
+        latex.append("\n".join(f"% {line}" for source in sources for line in source))
+        latex += map(to_latex, tables)
+        latex.append("\n".join(rf"{latex_text(note)}\par" for note in notes))
+    write_text(files[0], "\n\n".join(markdown) + "\n")
+    write_text(files[1], "\n\n".join(latex) + "\n")
+    return files
 
 
-def _groups(results: Iterable[Result]) -> list[list[Result]]:
-    """Group results by model and data set, in the order in which these appear."""
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.model, result.dataset), []).append(result)
-    return list(groups.values())
-
-
-def _legend(citation: str) -> list[str]:
-    """Return how to read the tables."""
-    return [
-        "Rel: reliability, on the edited prompt; Gen: generality, on a rephrasing; Loc: locality, "
-        "agreement with the unedited model on other prompts; Por: portability, on what follows "
-        "from the edit.",
-        "Bold: best of a column; underlined: second; values that read the same count the same.",
-        "±: standard error over records.",
-        "–: no number, because the data have no such probe or the run did not measure it.",
-        f"[x]: what the paper prints for the same cell ({citation}); its scores are means over "
-        "1000 records.",
-    ]
-
-
-@dataclass(frozen=True)
-class _Chapter:
-    """What a report has of one model on one data set."""
-
-    section: Section
-    tables: Sequence[Table]
-    figures: Sequence[Illustration]
-    needs: Sequence[str]
-    """For each figure that is not drawn what it would need."""
-    sources: Sequence[Run]
-
-    def named_figures(self) -> list[tuple[str, Illustration]]:
-        """Return the figures with the names of their files, without suffix."""
-        ending = file_name(f"{self.section.model}-{self.section.dataset}")
-        return [(f"{figure.name}-{ending}", figure) for figure in self.figures]
-
-    def markdown(self) -> str:
-        """Return the chapter for `report.md`."""
-        section = self.section
-        parts = [f"## {markdown_text(f'{section.model} on {section.dataset}')}"]
-        parts += [to_markdown(table) for table in self.tables]
-        notes = [f"{i}. {markdown_text(note)}" for i, note in enumerate(section.notes, 1)]
-        shared = [f"- All rows: {markdown_text(note)}" for note in section.common_notes]
-        if notes or shared:
-            parts += ["### Notes", "\n".join([*notes, *shared])]
-        if self.figures:
-            parts.append("### Figures")
-            parts += [f"![{f.name}]({name}.png)\n\n{f.caption}" for name, f in self.named_figures()]
-        if gaps := [*section.gaps(), *self.needs]:
-            parts += ["### Not here, and what it would need", _bullets(gaps)]
-        parts.append("### Where the numbers come from")
-        parts += [_bullets(map(markdown_text, _provenance(run))) for run in self.sources]
-        return "\n\n".join(parts)
-
-    def latex(self) -> str:
-        """Return the chapter for `tables.tex`."""
-        section = self.section
-        lines = [f"% {line}" for run in self.sources for line in _provenance(run)]
-        notes = [
-            rf"\textsuperscript{{{i}}} {latex_text(note)}\par"
-            for i, note in enumerate(section.notes, 1)
-        ]
-        notes += [rf"All rows: {latex_text(note)}\par" for note in section.common_notes]
-        return "\n\n".join(["\n".join(lines), *map(to_latex, self.tables), "\n".join(notes)])
-
-
-def _provenance(run: Run) -> list[str]:
+def _source(run: Run) -> list[str]:
     """Return how a run was made, as lines of text."""
     info = run.info
     data, git = info.get("data") or {}, info.get("git") or {}
     state = " with uncommitted changes" if git.get("dirty") else ""
-    files = [
-        f"{f['name']}, {f['bytes']:,} bytes, sha256 {f['sha256']}" for f in data.get("files", ())
-    ]
     lines = [
-        f"{run.directory.name}: {shlex.join(info.get('command') or ['command not recorded'])}",
+        f"{run.directory.root.name}: {shlex.join(info.get('command') or ['command not recorded'])}",
         f"{info.get('date')}, status {info.get('status')}, seed {info.get('seed')}, code "
         f"{git.get('commit', 'installed')}{state}",
         f"EasyEdit {_listed(info.get('easyedit'))}; {_listed(info.get('versions'))}",
         f"hardware: {_listed(info.get('hardware'))}; model: {_listed(info.get('model'))}",
         f"data: {data.get('kind')}, {data.get('num_records')} records, sha256 {data.get('sha256')}",
-        *files,
+        *(
+            f"{f['name']}, {f['bytes']:,} bytes, sha256 {f['sha256']}"
+            for f in data.get("files", ())
+        ),
         *data.get("notes", ()),
     ]
     return [" ".join(line.split()) for line in lines]

@@ -4,24 +4,22 @@ Reading is strict: a file that is missing, damaged or of another schema is an er
 never a gap in a table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, create_model
+import numpy as np
+from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.scores import SCORES, row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.validation import validated
-from baft_easyedit.files.messages import short
 
 TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 """Reliability, generality, locality and portability by EasyEdit's evaluators."""
-GENERATED = tuple(f"gen_{name}" for name in TEACHER_FORCED)
-"""The same of generated text: greedy, natural stop, exact match."""
 
 
 def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
@@ -93,26 +91,23 @@ def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]
     return list(dict.fromkeys(notes))
 
 
-class _Row(BaseModel, strict=True):
-    """What every row of a summary has."""
-
-    method: str
-    model: str
-    dataset: str
-    T: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    error: str | None
-
-
+Case = Mapping[str, Any]
+"""The content of a case's file."""
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 _Share = Annotated[float, Field(ge=0, le=1)] | None
-_FIELDS: dict[str, Any] = {
+
+
+_ROW: dict[str, Any] = {
+    **dict.fromkeys(("method", "model", "dataset"), (str, ...)),
+    **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
     "n": (int, Field(ge=0)),
     **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
     **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
+    "notes": (list[str], ...),
+    "error": (str | None, ...),
 }
-_ScoredRow = create_model("_ScoredRow", __base__=_Row, **_FIELDS)
-"""A row without an error; null is what was not measured."""
+_Row = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
+"""What every row of a summary has; null is what was not measured."""
 
 
 @dataclass(frozen=True)
@@ -127,36 +122,30 @@ class Result:
     """Why there are no scores; None if there are."""
     values: Mapping[str, Any]
     """The whole row."""
-    directory: Path
+    directory: RunDirectory
     """The run's directory."""
 
-    @property
-    def cell(self) -> tuple[str, str, str, Protocol]:
-        """What no two results of a report may share."""
-        return self.model, self.dataset, self.method, self.setting
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What differs from plain EasyEdit."""
-        return tuple(self.values.get("notes") or ())
-
     def number(self, name: str) -> float | None:
-        """Return a number of the row; None if it was not measured or the row has an error."""
-        return None if self.error is not None else self.values[name]
+        """Return a number of the row; None if there is none."""
+        return None if self.error is not None else self.values.get(name)
 
-    def standard_error(self, name: str) -> float | None:
-        """Return the standard error of a score over the cases; None if it has none."""
-        return None if self.error is not None else self.values.get(f"{name}_se")
+    def cases(self) -> list[Case]:
+        """Read the cases behind the result, in order; empty if there are none.
+
+        Raises:
+            ValueError: If a file is damaged or of another schema.
+        """
+        return list(self.directory.cases_of(self.method, self.setting))
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished run."""
 
-    directory: Path
+    directory: RunDirectory
     info: Mapping[str, Any]
     """The content of `run.json`."""
-    results: tuple[Result, ...]
+    results: Sequence[Result]
 
 
 def read_run(directory: Path) -> Run:
@@ -167,33 +156,27 @@ def read_run(directory: Path) -> Run:
             another schema.
     """
     paths = RunDirectory(directory)
-    for file in (paths.run, paths.summary):
+    for file in (paths.config, paths.run, paths.summary):
         if not file.is_file():
             raise ValueError(
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
     info, rows = read_json(paths.run), read_json(paths.summary)
-    if not isinstance(info, dict):
-        raise ValueError(f"{paths.run} must hold an object; got {short(info)}; run it again")
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(
-            f"{paths.summary} must hold a list of rows; got {short(rows)}; run it again"
-        )
-    return Run(directory, info, tuple(_result(paths, i, row) for i, row in enumerate(rows)))
-
-
-def _result(paths: RunDirectory, index: int, values: Any) -> Result:
-    """Check a row of a summary."""
-    place = f"{paths.summary}, row {index}"
     try:
-        row = validated(_Row, values, place)
-        if row.error is None:
-            validated(_ScoredRow, values, place)
+        validated(RootModel[dict[str, Any]], info, str(paths.run))
+        validated(RootModel[Annotated[list[Any], Field(min_length=1)]], rows, str(paths.summary))
+        for i, row in enumerate(rows):
+            validated(_Row, row, f"{paths.summary}, row {i}")
     except ValueError as error:
         raise ValueError(f"{error}; run the same again") from None
-    setting = Protocol(row.T, row.batch_size)
-    return Result(row.method, row.model, row.dataset, setting, row.error, values, paths.root)
+    return Run(paths, info, [_result(paths, row) for row in rows])
+
+
+def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
+    """Return a row of a summary."""
+    setting = Protocol(row["T"], row["batch_size"])
+    return Result(row["method"], row["model"], row["dataset"], setting, row["error"], row, paths)
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:
@@ -202,23 +185,32 @@ def merge_results(runs: Sequence[Run]) -> list[Result]:
     Raises:
         ValueError: If two differ for the same model, data set, method and protocol.
     """
-    seen: dict[tuple[str, str, str, Protocol], Result] = {}
+    seen: dict[Any, Result] = {}
     for result in (result for run in runs for result in run.results):
-        first = seen.setdefault(result.cell, result)
+        cell = result.model, result.dataset, result.method, result.setting
+        first = seen.setdefault(cell, result)
         if first.values != result.values:
-            files = [RunDirectory(r.directory).summary for r in (first, result)]
             raise ValueError(
-                f"{files[0]} and {files[1]} must not have different numbers for {result.method}, "
-                f"{result.setting.slug}, {result.model}, {result.dataset}; leave one out, or make "
-                "a report of each"
+                f"{first.directory.summary} and {result.directory.summary} must not have different "
+                f"numbers for {result.method}, {result.setting.slug}, {result.model}, "
+                f"{result.dataset}; leave one out, or make a report of each"
             )
     return list(seen.values())
 
 
-def read_cases(result: Result) -> list[dict[str, Any]]:
-    """Read the cases behind a result, in order; empty if there are none.
+def gate_records(cases: Iterable[Case], name: str, prompt: str) -> dict[int, np.ndarray]:
+    """Return what was recorded of a gate.
 
-    Raises:
-        ValueError: If a file is damaged or of another schema.
+    Args:
+        cases: Cases; those without the record are passed over.
+        name: `basis` for w_k, or `update` for |w_k (v_k - (R h)_k)|.
+        prompt: `rewrite`, `rephrase` or `locality`.
+
+    Returns:
+        By layer, [cases, r].
     """
-    return list(RunDirectory(result.directory).cases_of(result.method, result.setting))
+    rows: dict[int, list[list[float]]] = {}
+    for case in cases:
+        for layer, values in ((case.get(name) or {}).get(prompt) or {}).items():
+            rows.setdefault(int(layer), []).append(values)
+    return {layer: np.array(rows[layer]) for layer in sorted(rows)}

@@ -43,7 +43,6 @@ def add_commands(commands: Any) -> None:
     add = report.add_argument
     add("runs", nargs="+", type=existing("directory"), metavar="RUN_DIR")
     add("--out", type=new("directory"), help="directory; the first run's `report` if absent")
-    add("--paper-model", help="show the paper's numbers of this model beside ours")
     report.set_defaults(run=_report)
 
     diagnose = commands.add_parser("diagnose", help="check a run's gates, balance and locality")
@@ -101,14 +100,13 @@ def _report(arguments: argparse.Namespace) -> None:
     from baft_easyedit.bench.report import write_report
 
     out = arguments.out or arguments.runs[0] / "report"
-    for file in write_report(arguments.runs, out, paper_model=arguments.paper_model):
+    for file in write_report(arguments.runs, out):
         print(file)
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
     """Write and print a diagnosis."""
-    from baft_easyedit.bench.diagnosis import write_diagnosis
-    from baft_easyedit.bench.diagnostics import diagnose
+    from baft_easyedit.bench.diagnosis import diagnose, write_diagnosis
 
     diagnosis = diagnose(arguments.run_dir)
     print(diagnosis.to_markdown())

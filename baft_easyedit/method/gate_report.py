@@ -1,10 +1,9 @@
 """Statistics of basis weights, and warnings of gates that went wrong. Needs torch only.
 
-Used for a single edit (`EditReport`) and for whole benchmarks (`bench.diagnostics`). Shapes: r
+Used for a single edit (`EditReport`) and for whole benchmarks (`bench.diagnosis`). Shapes: r
 rank, N intervened positions of the edits, M intervened positions of the irrelevant prompts.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -43,17 +42,6 @@ def coefficient_of_variation(usage: Tensor) -> float:
         return 0.0
     shares = _shares(usage)
     return (shares.std() / shares.mean()).item()
-
-
-def normalised_entropy(usage: Tensor) -> float:
-    """Return the entropy of the bases' shares of the weight over log r: 1 if all are alike.
-
-    Args:
-        usage: wbar_k, the mean weight of each basis, [r].
-    """
-    if len(usage) == 1:
-        return 1.0
-    return (torch.special.entr(_shares(usage)).sum() / math.log(len(usage))).item()
 
 
 def num_largest(rank: int) -> int:

@@ -1,115 +1,100 @@
-import itertools
-
 import pytest
+from synthetic import METHODS, write_run
 
-from baft_easyedit.bench.curves import Bin, Spread
-from baft_easyedit.bench.figures import (
-    batch_figure,
-    cost_figure,
-    method_styles,
-    retention_figure,
-    save_figure,
-    update_figure,
-    weight_figure,
-)
+from baft_easyedit.bench.figures import draw, retention, update_figure, weight_figure
+from baft_easyedit.bench.results import read_run
 
-METHODS = ["BaFT", "ReFT", *(f"Method-{i}" for i in range(22))]
-STYLES = method_styles(METHODS)
-TITLES = ("Reliability", "Generality", "Locality")
-SPREAD = Spread([k / 12 for k in range(12, 0, -1)], [0.05] * 12)
-LAYERS = (9, 18, 24, 28)
+PROTOCOLS = ("single", "continual-T20", "batched-B2-T1", "batched-B10-T20")
 
 
-def of_every_method(value):
-    return {title: {m: value(i) for i, m in enumerate(METHODS)} for title in TITLES}
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    names = {f"{method}-{i}" for method in METHODS for i in (1, 2)}
+    methods = ["BaFT", "ReFT", *sorted(names)]
+    run = write_run(
+        tmp_path_factory.mktemp("run"), methods=methods, protocols=PROTOCOLS, num_cases=20
+    )
+    figures = {name: figure for name, _, figure in draw(read_run(run).results)}
+    for figure in figures.values():
+        figure.canvas.draw()
+    return figures
 
 
-FIGURES = {
-    "update": lambda: update_figure(dict.fromkeys(LAYERS, SPREAD)),
-    "weights": lambda: weight_figure(
-        {layer: dict.fromkeys(("rewrite", "rephrase", "locality"), SPREAD) for layer in LAYERS}
-    ),
-    "batch": lambda: batch_figure(of_every_method(lambda i: {1: 0.9, 10: i / 24}), STYLES),
-    "retention": lambda: retention_figure(
-        of_every_method(lambda i: [Bin(100 * b, 100 * b + 99, i / 24, 1000) for b in range(10)]),
-        STYLES,
-    ),
-    "cost": lambda: cost_figure(of_every_method(lambda i: (0.01 * 1.5**i, i / 24)), STYLES),
-    "cost, all alike": lambda: cost_figure(of_every_method(lambda i: (0.61, 0.5)), STYLES),
-}
+def test_all_figures_are_drawn_that_there_are_numbers_for(drawn):
+    assert list(drawn) == [
+        "figure1-reft-update",
+        "figure2-baft-weights",
+        "figure3-batch-size-T1",
+        "figure3-batch-size-T20",
+        "retention-T20",
+    ]
 
 
-@pytest.fixture(params=FIGURES)
-def figure(request):
-    drawn = FIGURES[request.param]()
-    drawn.canvas.draw()
-    return drawn
+def test_legend_stands_beside_the_panels_and_in_the_picture(drawn):
+    for figure in drawn.values():
+        box = figure.legends[0].get_window_extent()
+        assert not [panel for panel in figure.axes if panel.get_window_extent().overlaps(box)]
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert box.x1 <= figure.bbox.x1
 
 
-def boxes(texts):
-    return [t.get_window_extent() for t in texts if t.get_text() and t.get_visible()]
+def test_methods_look_different_and_alike_in_all_figures(drawn):
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
+        for name, figure in drawn.items()
+        if name.startswith(("figure3", "retention"))
+    ]
+    assert looks == [looks[0]] * 3
+    assert len(set(looks[0].values())) == len(looks[0]) == 24
 
 
-def test_texts_do_not_overlap(figure):
-    panels = [panel for panel in figure.axes if panel.get_visible()]
-    for panel in panels:
-        low, high = panel.get_xlim()
-        ticks = zip(panel.get_xticks(), panel.get_xticklabels(), strict=True)
-        labels = [label for place, label in ticks if low <= place <= high]
-        assert labels
-        texts = boxes([*labels, panel.xaxis.label, panel.title])
-        assert not [1 for a, b in itertools.combinations(texts, 2) if a.overlaps(b)]
-
-
-def test_legend_stands_beside_the_panels_and_in_the_picture(figure):
-    (legend,) = figure.legends
-    box = legend.get_window_extent()
-    assert not [panel for panel in figure.axes if panel.get_window_extent().overlaps(box)]
-    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
-    assert box.x1 <= figure.bbox.x1
-    labels = [text.get_text() for text in legend.get_texts()]
-    assert len(set(labels)) == len(labels) >= 3
-
-
-def test_methods_look_different_and_ours_always_the_same():
-    looks = {(s["color"], s["marker"], s["linestyle"]) for s in STYLES.values()}
-    assert len(looks) == len(METHODS)
-    ours = {name: STYLES[name] for name in ("BaFT", "ReFT")}
-    colours = {STYLES[name]["color"] for name in METHODS[2:]}
-    assert not colours & {style["color"] for style in ours.values()}
-    assert method_styles(["ROME", "ReFT"]).items() >= ours.items()
-
-
-def test_update_figure_draws_shares_and_their_sum():
-    panel = update_figure({9: Spread([0.5, 0.3, 0.2], [0.0] * 3)}).axes[0]
-    assert panel.get_title() == "layer 9"
-    assert [bar.get_height() for bar in panel.patches] == [0.5, 0.3, 0.2]
+def test_updates_are_sorted_in_each_case_and_then_averaged():
+    cases = [
+        {"update": {"rewrite": {"3": [1.0, 3.0, 0.0]}, "locality": {"3": [9.0, 0.0, 0.0]}}},
+        {"update": {"rewrite": {"3": [0.0, 1.0, 1.0]}}},
+        {"update": {"rewrite": {"3": [0.0, 0.0, 0.0]}}},
+        {"update": None},
+    ]
+    (panel,) = update_figure(cases).axes
+    assert panel.get_title() == "layer 3"
+    assert [bar.get_height() for bar in panel.patches] == [0.625, 0.375, 0]
     added, even = panel.lines
-    assert list(added.get_ydata()) == pytest.approx([0.5, 0.8, 1.0])
-    assert list(even.get_ydata()) == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert list(added.get_ydata()) == pytest.approx([0.625, 1, 1])
+    assert list(even.get_ydata()) == pytest.approx([1 / 3, 2 / 3, 1])
+    assert update_figure(cases[2:]) is None
 
 
-def test_weight_figure_passes_over_prompts_that_a_layer_lacks():
-    panel = weight_figure({9: {"rewrite": SPREAD, "locality": SPREAD}}).axes[0]
+def test_weights_are_drawn_by_kind_of_prompt():
+    cases = [
+        {"basis": {"rewrite": {"9": [0.2, 1.0]}, "locality": {"9": [0.1, 0.1]}}},
+        {"basis": {"rewrite": {"9": [0.4, 0.0]}, "rephrase": None}},
+    ]
+    (panel,) = weight_figure(cases).axes
     assert panel.get_legend_handles_labels()[1] == ["edit", "unrelated"]
+    assert list(panel.lines[0].get_ydata()) == pytest.approx([0.3, 0.5])
+    assert weight_figure([{"basis": None}]) is None
 
 
-def test_batch_figure_puts_a_method_at_its_own_batch_sizes():
-    scores = {"Reliability": {"BaFT": {1: 0.9, 50: 0.5}, "ReFT": {10: 0.7, 50: 0.4}}}
-    panel = batch_figure(scores, STYLES).axes[0]
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "10", "50"]
-    assert [list(line.get_xdata()) for line in panel.lines] == [[0, 2], [1, 2]]
+def test_batch_figure_puts_a_method_at_its_own_batch_sizes(tmp_path):
+    rows = {("ReFT", "batched-B5-T1"): {"error": "no memory"}}
+    options = {"methods": ["BaFT", "ReFT"], "num_cases": 10, "rows": rows}
+    slugs = ("batched-B5-T1", "single", "batched-B10-T1")
+    results = read_run(write_run(tmp_path, protocols=slugs, **options)).results
+    (figure,) = [figure for name, _, figure in draw(results) if "figure3" in name]
+    lines = figure.axes[0].lines
+    assert [list(line.get_xdata()) for line in lines] == [[1, 5, 10], [1, 10]]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "5", "10"]
+    assert lines[0].get_ydata()[0] == results[1].values["rewrite_acc"]
 
 
-def test_retention_figure_tells_the_number_of_cases():
-    bins = {"BaFT": [Bin(0, 1, 1.0, 20), Bin(2, 3, 0.9, 20)], "ReFT": [Bin(0, 1, 0.8, 18)]}
-    panel = retention_figure({"Reliability": bins}, STYLES).axes[0]
-    assert [t.get_text() for t in panel.get_xticklabels()] == ["0–1\n(18–20)", "2–3\n(20)"]
-    assert list(panel.lines[0].get_xdata()) == [0.5, 2.5]
+def case(position, length, score):
+    return {"position": position, "chunk_length": length, "scores": {"rewrite_acc": score}}
 
 
-def test_figure_is_written_as_png_and_pdf(tmp_path):
-    png, pdf = save_figure(FIGURES["update"](), tmp_path, "figure1")
-    assert (png.name, pdf.name) == ("figure1.png", "figure1.pdf")
-    assert png.read_bytes().startswith(b"\x89PNG")
-    assert pdf.read_bytes().startswith(b"%PDF")
+def test_retention_bins_by_the_edits_made_after_a_case():
+    cases = [case(i, 20, i / 20) for i in range(20)]
+    cases += [case(0, 1, 0.0), case(3, 20, None)]  # a short last chunk, and an unscored case
+    bins = retention(cases, "rewrite_acc", T=20)
+    assert bins[:, 0].tolist() == pytest.approx([1 / 3, *(2.5 + 2 * i for i in range(9))])
+    assert bins[0, 1] == pytest.approx((19 + 18 + 0) / 20 / 3)  # the last edits
+    assert len(retention([case(0, 1, None)], "rewrite_acc", T=10)) == 0
