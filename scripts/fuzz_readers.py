@@ -449,7 +449,7 @@ def yaml_readers() -> Iterator[Reader]:
         yield Reader("bench settings", "b.yaml", file.read_bytes(), text_yaml, read_bench)
     row = {"name": "a", "method": "BaFT", "set": {"gate": "one"}}
     bench = {"model": "m", "data": {"kind": "zsre", "path": "d"}, "methods": ["ReFT", row]}
-    bench |= {"T": [1, 2], "downstream": {"path": "p", "limit": 3}, "timeout_s": 2.5}
+    bench |= {"T": [1, 2], "downstream": {"path": "p", "limit": 3}}
     yield Reader("bench settings", "b.yaml", json.dumps(bench).encode(), as_yaml, read_bench)
 
 

@@ -1,10 +1,11 @@
 """Tiny random models of the supported families and a byte tokenizer; no file, no network."""
 
 import gc
-import json
 import os
 import shutil
+from collections.abc import Iterator
 from inspect import Parameter, Signature
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from baft_easyedit import BaFTHyperParams, ModelEdit
-from baft_easyedit.bench import process, worker
+from baft_easyedit.bench import process, run
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.generation import load_model
 from baft_easyedit.gguf.smollm2 import why_not
@@ -183,19 +184,34 @@ def hparams():
     )
 
 
-def run_worker_here(workers, job, heard):
-    """Stand in for `process.Workers._run_worker`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(job.parent)
-        patch.setattr(worker, "_claim_stdout", lambda: lambda *e: heard.listen([json.dumps(e)]))
-        worker.main(str(job))
-    return heard.failure or "the worker ended"
+class WorkerHere(Iterator):
+    """Stands in for `process.Worker`: a process takes ten seconds to import EasyEdit."""
+
+    def __init__(self, function, *arguments, **_):
+        self.steps = function(*arguments)
+        self.folder = TemporaryDirectory()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.folder.cleanup()
+
+    def __next__(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder.name)
+            try:
+                return next(self.steps)
+            except StopIteration:
+                raise
+            except Exception as error:
+                raise process.WorkerError(f"{type(error).__name__}: {error}") from error
 
 
 @pytest.fixture
 def worker_here(monkeypatch):
-    """Let benchmarks run here: a process of their own takes ten seconds to import EasyEdit."""
-    monkeypatch.setattr(process.Workers, "_run_worker", run_worker_here)
+    """Let benchmarks run in this process."""
+    monkeypatch.setattr(run, "Worker", WorkerHere)
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     for name in ("d", "t"):
         (tmp_path / name).touch()
     options = ["--model", "m", "--data", "d", "--methods", "MEND,+x", "--T", "5", "--limit", "3"]
-    more = ["--batch-size", "2", "--device", "1", "--jobs", "2", "--report-to", "tensorboard"]
+    more = ["--batch-size", "2", "--device", "1", "--jobs", "2"]
     more += ["--peer-preset", "llama-7b", "--texts", "t", "--no-fp16"]
     file = tmp_path / "mine.yaml"
     file.write_text(
@@ -297,11 +297,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
         3,
     )
     assert (config.T, config.batch_size, config.device, config.jobs) == ((5,), (2,), 1, 2)
-    assert (config.report_to, config.texts, config.fp16) == (
-        "tensorboard",
-        str(tmp_path / "t"),
-        False,
-    )
+    assert (config.texts, config.fp16) == (str(tmp_path / "t"), False)
     assert (config.preset, config.peer_preset) == (None, "llama-7b")
     captured = capsys.readouterr()
     assert "| MEND   | not run: x |" in captured.out

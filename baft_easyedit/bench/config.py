@@ -11,7 +11,7 @@ single edits, batch_size 1 is continual editing, anything else batched editing.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -19,7 +19,12 @@ from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, merged_settings
+from baft_easyedit.files.resources import (
+    BUNDLED_MODEL,
+    hparams_file,
+    hparams_root,
+    merged_settings,
+)
 
 
 class _Strict(BaseModel):
@@ -100,6 +105,10 @@ class DownstreamConfig(_Strict):
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
+_FORMER = {"side_by_side": 1, "timeout_s": None, "report_to": "none"}
+"""Settings that were dropped, with their defaults."""
+
+
 class BenchConfig(_Strict):
     """A benchmark: every method under every protocol on the same records and model."""
 
@@ -133,9 +142,6 @@ class BenchConfig(_Strict):
     basis: bool = True
     """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
     downstream: DownstreamConfig | None = None
-    side_by_side: int = Field(default=1, ge=1)
-    """Single edits of BaFT and ReFT that are learned at once; the scores are the same up to
-    rounding, and the time of an edit is its share."""
     scoring_batch_size: int = Field(default=32, ge=1)
     """Cases that are scored at once, and prompts that are answered at once, by methods whose edited
     model computes each text of a batch by itself; the scores are the same up to rounding."""
@@ -152,10 +158,14 @@ class BenchConfig(_Strict):
     """Torch's CPU threads of each method's process."""
     jobs: int = Field(default=1, ge=1)
     """Methods run at once by each process."""
-    timeout_s: float | None = Field(default=None, gt=0)
-    """Longest time of a method's process; then the chunk it is at fails, and the rest goes on in
-    another. No limit if null."""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former(cls, content: Any) -> Any:
+        """Leave out settings that there are no more, as runs of before have them by default."""
+        if not isinstance(content, Mapping):
+            return content
+        return {k: v for k, v in content.items() if k not in _FORMER or v != _FORMER[k]}
 
     @field_validator("methods", "T", "batch_size")
     @classmethod
@@ -223,7 +233,10 @@ def with_absolute_paths(config: BenchConfig) -> BenchConfig:
             owner[key] = str(Path(owner[key]).absolute())
     for method in content["methods"]:
         if method["hparams"] is not None:
-            method["hparams"] = str(hparams_file(method["hparams"]).absolute())
+            file = hparams_file(method["hparams"]).absolute()
+            is_own = file.is_relative_to(hparams_root())  # its name means it in each checkout
+            name = file.relative_to(hparams_root()).with_suffix("") if is_own else file
+            method["hparams"] = name.as_posix()
     return make_config(content)
 
 

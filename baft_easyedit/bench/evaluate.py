@@ -4,8 +4,8 @@ The unedited model's scores are needed for every method: they are computed once,
 key of everything that they depend on.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -22,11 +22,8 @@ _SLACK = 4
 """Tokens that an answer may have beyond its target before it is cut: one of them is its end."""
 _SHORTEST_ANSWER = 16
 _SCORED_BY = (
-    "max_length",
-    "use_chat_template",
-    "chat_template_kwargs",
-    "evaluation_type",
-    "fp16",
+    *("max_length", "use_chat_template", "chat_template_kwargs"),
+    *("evaluation_type", "fp16"),
 )
 """Hyper-parameters that a score depends on; some methods lack some, which is as if false."""
 
@@ -84,11 +81,10 @@ def generation_scores(
     Returns:
         The `gen_*` scores; means over prompts, then over keys.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for question, old, new in zip(questions_of(request), before, after, strict=True):
         wanted = old if question.section == "locality" else question.answer.strip()
-        keys = found.setdefault(question.section, {})
-        keys.setdefault(question.key, []).append(float(new == wanted))
+        found[question.section][question.key].append(float(new == wanted))
     return {
         f"gen_{section}_acc": fmean(map(fmean, found[section].values()))
         if section in found
@@ -129,50 +125,47 @@ def any_alias_portability(
     return fmean(means)
 
 
-@dataclass(frozen=True)
-class PreEditScores:
-    """The unedited model's scores of the cases of a chunk, computed once for all methods.
+def pre_edit_scores(
+    directory: RunDirectory,
+    depends_on: Mapping[str, Any],
+    session: Session,
+    requests: Sequence[Request],
+    with_answers: bool,
+) -> list[dict[str, Any]]:
+    """Return `metrics` and `answers` of each case on the unedited model.
 
     They belong to the chunk because the cases are scored together after the edits too: in half
     precision what else is in a batch makes a difference, which is no edit's doing.
+
+    Args:
+        directory: The run, which keeps them for all methods.
+        depends_on: What all of the run's scores depend on, such as the model's hash.
+        session: With the unedited model.
+        requests: The cases of a chunk.
+        with_answers: Whether they are scored by generation too.
     """
-
-    directory: RunDirectory
-    depends_on: Mapping[str, Any]
-    """What all of this run's scores depend on, such as the model's hash."""
-    with_answers: bool
-    """Whether the cases are scored by generation too."""
-
-    def get(self, session: Session, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """Return `metrics` and `answers` of each case; computed on the session's unedited model."""
-        file = self.directory.pre_edit(self._key(session, requests))
-        if file.is_file():
-            return list(read_json(file)["cases"])
-        metrics = plain(session.score(requests))
-        answers: Sequence[list[str] | None] = [None] * len(requests)
-        if self.with_answers:
-            answers = answer_questions(session, requests)
-        cases = [{"metrics": m, "answers": a} for m, a in zip(metrics, answers, strict=True)]
-        write_json(file, {"schema": SCHEMA, "cases": cases})
-        return cases
-
-    def _key(self, session: Session, requests: Sequence[Request]) -> str:
-        """Hash what the scores depend on."""
-        editor = session.editor
-        form = PromptFormat.of(editor.hparams)
-        prompts = [question.prompt for r in requests for question in questions_of(r)]
-        content = {
-            **self.depends_on,
-            **{name: getattr(editor.hparams, name, None) or None for name in _SCORED_BY},
-            "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
-            "padding": editor.tok.padding_side,
-            "by_generation": editor.alg_name == "GRACE",
-            "answers": self.with_answers,
-            "batch_size": session.batch_size,
-            "together": session.scores_together,
-            "cases": requests,
-        }
-        return digest(content)[:16]
+    editor = session.editor
+    form = PromptFormat.of(editor.hparams)
+    prompts = [question.prompt for r in requests for question in questions_of(r)]
+    content = {
+        **depends_on,
+        **{name: getattr(editor.hparams, name, None) or None for name in _SCORED_BY},
+        "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
+        "padding": editor.tok.padding_side,
+        "by_generation": editor.alg_name == "GRACE",
+        "answers": with_answers,
+        "batch_size": session.batch_size,
+        "together": session.scores_together,
+        "cases": requests,
+    }
+    file = directory.pre_edit(digest(content)[:16])
+    if file.is_file():
+        return list(read_json(file)["cases"])
+    metrics = plain(session.score(requests))
+    answers = answer_questions(session, requests) if with_answers else [None] * len(requests)
+    cases = [{"metrics": m, "answers": a} for m, a in zip(metrics, answers, strict=True)]
+    write_json(file, {"schema": SCHEMA, "cases": cases})
+    return cases
 
 
 def score_cases(
@@ -186,7 +179,7 @@ def score_cases(
     Args:
         session: With the edited model.
         requests: The cases of a chunk.
-        pre: Their scores before, of `PreEditScores`.
+        pre: Their `pre_edit_scores`.
         with_answers: Whether to score by generation too.
 
     Returns:

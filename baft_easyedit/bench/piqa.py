@@ -51,33 +51,25 @@ def load_piqa(path: str | Path, limit: int | None = None) -> tuple[list[PiqaItem
     """
     questions_file = find_file(Path(path), "valid.jsonl")
     labels_file = find_file(questions_file.with_name(f"{questions_file.stem}-labels.lst"))
-    questions, questions_hash = _read_lines(questions_file)
-    labels, labels_hash = _read_lines(labels_file)
-    if len(questions) != len(labels):
+    # Only a line feed ends a line, for JSON may hold other separators.
+    (questions, labels), hashes = zip(*map(read_file, (questions_file, labels_file)), strict=True)
+    lines, marks = questions.rstrip().split(b"\n"), labels.rstrip().split(b"\n")
+    if len(lines) != len(marks):
         raise ValueError(
-            f"{labels_file.name} must have a label for each of the {len(questions)} lines of "
-            f"{questions_file.name}; got {len(labels)}"
+            f"{labels_file.name} must have a label for each of the {len(lines)} lines of "
+            f"{questions_file.name}; got {len(marks)}"
         )
-    items = [
-        _item(question, label, f"{questions_file.name}, record {i}")
-        for i, (question, label) in enumerate(zip(questions, labels, strict=True))
-    ]
-    return select(items, 0, limit, "piqa"), [questions_hash, labels_hash]
-
-
-def _read_lines(path: Path) -> tuple[list[bytes], FileHash]:
-    """Read the lines of a file; only a line feed ends one, for JSON may hold other separators."""
-    content, file = read_file(path)
-    return content.rstrip().split(b"\n"), file
-
-
-def _item(question: bytes, label: bytes, place: str) -> PiqaItem:
-    """Join a question with its label."""
-    record = parse_json(question, place)
-    if not isinstance(record, dict):
-        raise TypeError(f"{place} must be an object with goal, sol1 and sol2; got {short(record)}")
-    right = {b"0": 0, b"1": 1}.get(label.strip(), label)
-    return validated(PiqaItem, {**record, "label": right}, place)
+    items = []
+    for i, (line, mark) in enumerate(zip(lines, marks, strict=True)):
+        place = f"{questions_file.name}, record {i}"
+        record = parse_json(line, place)
+        if not isinstance(record, dict):
+            raise TypeError(
+                f"{place} must be an object with goal, sol1 and sol2; got {short(record)}"
+            )
+        label = {b"0": 0, b"1": 1}.get(mark.strip(), mark)
+        items.append(validated(PiqaItem, {**record, "label": label}, place))
+    return select(items, 0, limit, "piqa"), list(hashes)
 
 
 @torch.no_grad()

@@ -32,13 +32,14 @@ from baft_easyedit.easyedit.peers import own_preset_config
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import open_regular
 from baft_easyedit.files.reading import read_yaml
+from baft_easyedit.files.resources import has_hparams, model_location
 from baft_easyedit.gguf.smollm2 import ready_location
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor")
 _SAMPLE = 1 << 20
 """Bytes hashed at each end of a weight file too large to read whole."""
 _LARGE = 1 << 30
-_MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs", "timeout_s", "report_to")
+_MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs")
 """Settings that change no score that is there; rows are compared one by one."""
 _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")
 """What `earlier` keeps of each time that the run was started before."""
@@ -128,14 +129,7 @@ def git_state() -> dict[str, Any] | None:
 def run_record(
     directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Make the content of `run.json`.
-
-    Args:
-        directory: The run; what its `run.json` says of earlier sessions is kept.
-        config: What is run now.
-        dataset: The records.
-        command: What was typed.
-    """
+    """Make the content of `run.json`; what it says of earlier sessions is kept."""
     then = read_json(directory.run) if directory.run.is_file() else {}
     session = {name: then[name] for name in _OF_A_SESSION if name in then}
     return {
@@ -161,8 +155,14 @@ def run_record(
     }
 
 
-def _inputs(config: BenchConfig) -> dict[str, str]:
-    """Hash what a configuration names but does not hold: files, and presets of ours, by row."""
+def _inputs(config: BenchConfig, model_name: str | None = None) -> dict[str, str]:
+    """Hash what a configuration names but does not hold: files, and presets of ours, by row.
+
+    Args:
+        config: The benchmark.
+        model_name: What the model is called in hyper-parameters; its name in the configuration if
+            None, so that `bundled` means the same in each checkout.
+    """
     inputs = {"the texts": digest(list(statistics_texts(config)))}
     if config.downstream is not None:
         _, files = load_piqa(config.downstream.path, config.downstream.limit)
@@ -170,6 +170,7 @@ def _inputs(config: BenchConfig) -> dict[str, str]:
     for method in config.methods:
         for protocol in config.protocols if method.method in OUR_METHODS else ():
             values = asdict(our_hparams(config, method, protocol))
+            values |= {"model_name": model_name or config.model}
             values.pop("device")
             what = f"the hyper-parameters of {method.name}, {protocol.slug}"
             inputs[what] = digest(values)
@@ -185,10 +186,10 @@ def with_earlier(directory: RunDirectory, config: BenchConfig) -> BenchConfig:
     if not directory.run.is_file():
         return config
     then = read_config(directory.config)
-    names = {method.name for method in then.methods}
+    rows = {method.name: method for method in (*then.methods, *config.methods)}
     return config.model_copy(
         update={
-            "methods": (*then.methods, *(m for m in config.methods if m.name not in names)),
+            "methods": tuple(rows.values()),
             "T": tuple(dict.fromkeys([*then.T, *config.T])),
             "batch_size": tuple(dict.fromkeys([*then.batch_size, *config.batch_size])),
         }
@@ -209,13 +210,18 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
         if then.get(name, value) != value:
             _refuse(directory.root, f"{name} {short(then[name])}; got {short(value)}")
     run, inputs = read_json(directory.run), _inputs(config)
+    # Runs that were begun before names were hashed have the hash of where the model lies.
+    earlier = _inputs(config, model_location(config.model))
     model = model_fingerprint(config.model)["model"]
     was = {
         "records": run["data"]["sha256"] == digest(dataset.requests),
         # A model that was not in the cache yet was known by its name.
         "model": run["model"]["model"] in (model, config.model),
         "EasyEdit": run["easyedit"] == easyedit_version(),
-        **{what: run["inputs"].get(what, value) == value for what, value in inputs.items()},
+        **{
+            what: run["inputs"].get(what, value) in (value, earlier[what])
+            for what, value in inputs.items()
+        },
     }
     for what, is_same in was.items():
         if not is_same:
@@ -225,7 +231,17 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the scores of a run: its settings, and each row by its name."""
     settings = {k: v for k, v in content.items() if k not in _MAY_DIFFER}
-    return {**settings, **{f"the row {row['name']}": row for row in content["methods"]}}
+    rows = [{**row, "hparams": _own_name(row.get("hparams"))} for row in content["methods"]]
+    return {**settings, **{f"the row {row['name']}": row for row in rows}}
+
+
+def _own_name(hparams: str | None) -> str | None:
+    """Return the name of a YAML of the package, in whichever checkout it lies; content is hashed.
+
+    Files of others stay as they are.
+    """
+    name = "/".join(Path(hparams or "").parts[-2:]).removesuffix(".yaml")
+    return name if has_hparams(name) else hparams
 
 
 def _refuse(root: Path, difference: str) -> None:

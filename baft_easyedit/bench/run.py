@@ -5,7 +5,6 @@ one method after another (or `jobs` at once), each in a process of its own. All 
 lies in the run's directory; a chunk whose file is there is never run again.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
@@ -15,18 +14,22 @@ from typing import Any
 import yaml
 
 from baft_easyedit.bench.config import BenchConfig, with_absolute_paths
-from baft_easyedit.bench.data import Dataset, load_dataset
+from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.bench.methods import check_methods
-from baft_easyedit.bench.process import Progress, Workers
+from baft_easyedit.bench.process import Worker, WorkerError
 from baft_easyedit.bench.protocol import Chunk, chunks_of
 from baft_easyedit.bench.provenance import check_same_run, run_record, with_earlier
 from baft_easyedit.bench.results import summarise
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
+from baft_easyedit.bench.worker import run_chunks
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peers import why_not
+from baft_easyedit.files.resources import model_location
 from baft_easyedit.generation import model_depth
 from baft_easyedit.model.devices import check_device
 
+Progress = Callable[[int], None]
+"""Called with a number of edits that are done, or will not be."""
 StartProgress = Callable[[int, int], Progress]
 """Called with the number of edits in this process's share and how many of them are done already;
 returns what is called with each number of further ones."""
@@ -54,81 +57,51 @@ def run_bench(
             holds another run.
         OSError: If a file is missing.
     """
+    from accelerate import PartialState
+
     check_methods(config)
     check_device(config.device)
-    _check_tracker(config)
     model_depth(config.model)  # raises if there is no such model
     config = with_absolute_paths(config)
     data = config.data
     dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
-    _check_lengths(config, len(dataset.requests))
-    directory, state = RunDirectory(out), _process_state()
-    check_same_run(directory, config, dataset)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _prepare(directory, config, dataset, command)
-    state.wait_for_everyone()
-    chunks = [
-        chunk
-        for method in config.methods
-        for protocol in config.protocols
-        for chunk in chunks_of(method.name, protocol, len(dataset.requests))
-    ]
-    mine = chunks[state.process_index :: state.num_processes]
-    _run_share(directory, config, mine, _device(config, state), start_progress)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return []
-    rows = summarise(directory, dataset.kind)
-    write_json(directory.summary, rows)
-    write_json(directory.run, {**read_json(directory.run), "status": "success"})
-    _report(config, directory, rows)
-    return rows
-
-
-def _check_tracker(config: BenchConfig) -> None:
-    """Raise ValueError if the tracker that is asked for is not installed."""
-    name = config.report_to
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise ValueError(f"report_to needs the package {name}, which is not installed")
-
-
-def _check_lengths(config: BenchConfig, num_records: int) -> None:
-    """Raise ValueError if there are not enough records for one chunk of a protocol."""
+    num_records = len(dataset.requests)
     for protocol in config.protocols:
         if protocol.length > num_records:
             raise ValueError(
                 f"T times batch_size must be at most the number of records, {num_records}; got "
                 f"{protocol.T} times {protocol.batch_size}"
             )
-
-
-def _process_state() -> Any:
-    """Return accelerate's view of the processes that share this run; one if there is no other.
-
-    One may wait for another as long as a method needs for a thousand edits.
-    """
-    from accelerate import PartialState
-
-    return PartialState(timeout=timedelta(days=30))
-
-
-def _device(config: BenchConfig, state: Any) -> int | str:
-    """Return the device of this process: the one asked for, or that of its rank."""
+    directory = RunDirectory(out)
+    # A process may wait for another as long as a method needs for a thousand edits.
+    state = PartialState(timeout=timedelta(days=30))
+    check_same_run(directory, config, dataset)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        record = run_record(directory, config, dataset, command)
+        whole = with_earlier(directory, config).model_dump(mode="json")
+        write_text(directory.config, yaml.safe_dump(whole, sort_keys=False))
+        write_json(directory.requests, dataset.requests)
+        write_json(directory.run, record)
+    state.wait_for_everyone()
+    chunks = [
+        chunk
+        for method in config.methods
+        for protocol in config.protocols
+        for chunk in chunks_of(method.name, protocol, num_records)
+    ]
+    mine = chunks[state.process_index :: state.num_processes]
+    device = config.device
     if state.num_processes > 1 and state.device.type == "cuda" and not config.model_parallel:
-        return int(state.local_process_index)
-    return config.device
-
-
-def _prepare(
-    directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
-) -> None:
-    """Write what a run begins with, beside what it had before."""
-    record = run_record(directory, config, dataset, command)
-    whole = with_earlier(directory, config).model_dump(mode="json")
-    write_text(directory.config, yaml.safe_dump(whole, sort_keys=False))
-    write_json(directory.requests, dataset.requests)
-    write_json(directory.run, record)
+        device = int(state.local_process_index)
+    _run_share(directory, config, mine, device, start_progress)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return []
+    rows = summarise(directory, dataset.kind)
+    write_json(directory.summary, rows)
+    write_json(directory.run, {**read_json(directory.run), "status": "success"})
+    return rows
 
 
 def _run_share(
@@ -139,55 +112,85 @@ def _run_share(
     start_progress: StartProgress | None,
 ) -> None:
     """Run this process's chunks that are not complete yet, method by method."""
-    chunks = [chunk for chunk in chunks if not _cannot_run(directory, config, chunk)]
+    methods = {method.name: method.method for method in config.methods}
     todo: dict[str, list[Chunk]] = {}
+    total = done = 0
     for chunk in chunks:
-        if not directory.is_complete(chunk):
+        reason = why_not(methods[chunk.method], find_host().generation)
+        if reason is not None:
+            directory.write_chunk(chunk, error=reason)
+            continue
+        total += len(chunk.indices)
+        if directory.is_complete(chunk):
+            done += len(chunk.indices)
+        else:
             todo.setdefault(chunk.method, []).append(chunk)
-    total = sum(len(chunk.indices) for chunk in chunks)
-    left = sum(len(chunk.indices) for share in todo.values() for chunk in share)
-    model = read_json(directory.run)["model"]
-    depends_on = {
-        "model": model["model"],
-        "tokenizer": model["tokenizer"],
-        "device": "cpu" if device == "cpu" else "cuda",
-    }
-    progress = start_progress(total, total - left) if start_progress is not None else None
-    workers = Workers(directory, config, device, depends_on, progress or _show_nothing)
+    progress = start_progress(total, done) if start_progress is not None else lambda _: None
+    share = _Share(directory, config, device, progress)
     with ThreadPoolExecutor(config.jobs) as pool:
-        shares = [pool.submit(workers.run, share) for share in todo.values()]
+        rows = [pool.submit(share.run, row) for row in todo.values()]
         try:
-            for done in as_completed(shares):
-                done.result()
+            for row in as_completed(rows):
+                row.result()
         except BaseException:  # an interrupt, or a full disk: leave no process behind
-            workers.stop()
+            share.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _show_nothing(_count: int) -> None:
-    """Stand in for a progress bar."""
+class _Share:
+    """Runs methods in processes of their own, and can stop all that run."""
 
+    def __init__(
+        self, directory: RunDirectory, config: BenchConfig, device: int | str, progress: Progress
+    ) -> None:
+        self._directory, self._config, self._device = directory, config, device
+        self._progress = progress
+        self._workers: list[Worker] = []
+        self._is_stopped = False
 
-def _cannot_run(directory: RunDirectory, config: BenchConfig, chunk: Chunk) -> bool:
-    """Tell whether this EasyEdit lacks a chunk's method; the chunk's file says so then."""
-    method = next(m.method for m in config.methods if m.name == chunk.method)
-    reason = why_not(method, find_host().generation)
-    if reason is not None:
-        directory.write_chunk(chunk, error=reason)
-    return reason is not None
+    def run(self, chunks: Sequence[Chunk]) -> None:
+        """Run chunks of one method; those that fail get a file that says why.
 
+        A process that dies at a chunk is followed by another one for those after it.
 
-def _report(config: BenchConfig, directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:
-    """Send the rows' numbers to a tracker, through accelerate, if one is asked for."""
-    if config.report_to == "none":
-        return
-    from accelerate import Accelerator
+        Raises:
+            InterruptedError: If the run was stopped; then nothing is written.
+        """
+        while chunks:
+            at, num_edited = None, 0
+            try:
+                with self._worker(chunks) as worker:
+                    for position, count in worker:
+                        num_edited = count + (num_edited if position == at else 0)
+                        at = position
+                        self._progress(count)
+                return
+            except WorkerError as error:
+                if self._is_stopped:
+                    raise InterruptedError("the run was stopped") from None
+                # If it never came to a chunk, another process would not either.
+                for chunk in chunks if at is None else [chunks[at]]:
+                    if not self._directory.is_complete(chunk):  # it may have died right after it
+                        self._directory.write_chunk(chunk, error=str(error))
+                        self._progress(len(chunk.indices) - num_edited)
+            chunks = [] if at is None else chunks[at + 1 :]
 
-    accelerator = Accelerator(log_with=config.report_to, project_dir=str(directory.root))
-    accelerator.init_trackers("baft_easyedit")
-    for row in rows:
-        place = f"{row['method']}/{row['protocol']}-B{row['batch_size']}"
-        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
-        accelerator.log({f"{place}/{k}": v for k, v in numbers.items()}, step=row["T"])
-    accelerator.end_training()
+    def stop(self) -> None:
+        """Kill all workers that run, and start no more."""
+        self._is_stopped = True
+        for worker in tuple(self._workers):
+            worker.process.kill()
+
+    def _worker(self, chunks: Sequence[Chunk]) -> Worker:
+        """Start the process of a method."""
+        environment = {"OMP_NUM_THREADS": str(self._config.threads)}
+        if Path(model_location(self._config.model)).is_dir():
+            # A peer that reaches for the Hugging Face hub anyway should fail at once.
+            environment["HF_HUB_OFFLINE"] = "1"
+        directory = RunDirectory(self._directory.root.absolute())
+        worker = Worker(run_chunks, directory, chunks, self._device, **environment)
+        self._workers.append(worker)
+        if self._is_stopped:  # before `stop` could see it
+            worker.process.kill()
+        return worker

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +23,28 @@ from baft_easyedit.files.writing import written_whole
 SCHEMA = 1
 """Version of all JSON files of a run; in each object as `schema`."""
 _OF_A_CHUNK = (
-    "trainable_parameters",
-    "peak_memory_bytes",
-    "basis_usage",
-    "downstream",
-    "restored",
+    *("trainable_parameters", "peak_memory_bytes", "basis_usage"),
+    *("downstream", "restored"),
 )
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """Paths inside a run's directory."""
+    """Paths inside a run's directory.
 
-    root: Path
+    Attributes:
+        root: The directory itself.
+        config: The resolved configuration.
+        run: How the run was made.
+        requests: The records that are edited.
+        summary: One row for each method and protocol.
+    """
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def run(self) -> Path:
-        """How the run was made."""
-        return self.root / "run.json"
-
-    @property
-    def requests(self) -> Path:
-        """The records that are edited."""
-        return self.root / "requests.json"
-
-    @property
-    def summary(self) -> Path:
-        """One row for each method and protocol."""
-        return self.root / "summary.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.run = root / "run.json"
+        self.requests = root / "requests.json"
+        self.summary = root / "summary.json"
 
     def pre_edit(self, key: str) -> Path:
         """The unedited model's scores under the key of all that they depend on."""

@@ -1,26 +1,30 @@
-"""The process in which one method runs its chunks; `process` starts it, and says what it answers.
+"""Edit, score and restore the chunks of one method: the only place where a benchmark has a model.
 
-EasyEdit keeps state in its modules and prints a lot: each method has a process of its own, whose
-working directory is temporary and whose output goes to a file there.
+EasyEdit keeps state in its modules: each method has a process of its own, see `process`. Everything
+random is seeded at the start of a chunk: its numbers depend neither on the chunks before it nor on
+the process that runs it.
 """
 
-import json
-import os
+import random
+import resource
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from baft_easyedit.bench.chunk import ChunkRunner, seed_everything
+from baft_easyedit.bench.basis import basis_record, basis_usage
 from baft_easyedit.bench.config import read_config
-from baft_easyedit.bench.evaluate import PreEditScores
+from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, score_cases
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
-from baft_easyedit.bench.piqa import load_piqa
+from baft_easyedit.bench.piqa import load_piqa, piqa_accuracy
 from baft_easyedit.bench.protocol import Chunk, Protocol
-from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.bench.scores import plain
+from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import (
@@ -32,169 +36,91 @@ from baft_easyedit.easyedit.peers import (
 )
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
-from baft_easyedit.editor import Learned
-
-Send = Callable[..., None]
-"""Called with the parts of an event."""
+from baft_easyedit.model.prompt_format import PromptFormat
 
 
-def main(job_file: str) -> None:
-    """Run the job described by a JSON file, and report on what was standard output.
+def run_chunks(
+    directory: RunDirectory, chunks: Sequence[Chunk], device: int | str
+) -> Iterator[tuple[int, int]]:
+    """Run chunks of one method in order, on a model that is loaded once, and write their cases.
+
+    A chunk that fails gets a file that says why, and the model is put back.
 
     Args:
-        job_file: Path of the JSON file that `process.Workers` wrote.
+        directory: The run, with its `config.yaml`, `requests.json` and `run.json`.
+        chunks: At least one.
+        device: EasyEdit's device.
+
+    Yields:
+        Which of the chunks it is at, and how many more records of that are edited, or will not be;
+        0 when it begins.
     """
-    send = _claim_stdout()
-    try:
-        _MethodRun(json.loads(Path(job_file).read_text(encoding="utf-8")), send).run()
-    # Whatever a method of EasyEdit raises (its asserts, and libraries' errors), it becomes a row.
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
-        send("failed", _described(error))
-
-
-def _described(error: BaseException) -> str:
-    """Say what went wrong, in one line."""
-    return f"{type(error).__name__}: {error}"
-
-
-def _claim_stdout() -> Send:
-    """Keep standard output for events; let everything that is printed go where errors go."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return lambda *event: print(json.dumps(event), file=events, flush=True)
+    run = _MethodRun(directory, chunks[0], device)
+    for position, chunk in enumerate(chunks):
+        for count in run.run_or_tell(chunk):
+            yield position, count
 
 
 class _MethodRun:
-    """One method's chunks, run one after another on one model."""
+    """One method's model and editor, and what its chunks have in common."""
 
-    def __init__(self, job: Mapping[str, Any], send: Send) -> None:
-        self.send = send
-        self.directory = RunDirectory(Path(job["directory"]))
-        self.config = read_config(self.directory.config)
-        self.device = job["device"]
-        self.depends_on = job["depends_on"]
-        self.method = next(m for m in self.config.methods if m.name == job["method"])
+    def __init__(self, directory: RunDirectory, first: Chunk, device: int | str) -> None:
+        self.directory, self.device = directory, device
+        self.config = config = read_config(directory.config)
+        self.method = next(m for m in config.methods if m.name == first.method)
         self.is_ours = self.method.method in OUR_METHODS
-        self.texts = statistics_texts(self.config)
-        self.chunks = [
-            Chunk(self.method.name, Protocol(T, batch_size), number, range(start, stop))
-            for T, batch_size, number, start, stop in job["chunks"]
-        ]
-        self._num_edited = 0
-
-    def run(self) -> None:
-        """Load the model once; edit, score and restore chunk after chunk."""
-        config, directory = self.config, self.directory
         torch.set_num_threads(config.threads)
-        if isinstance(self.device, int) and torch.cuda.is_available():
-            torch.cuda.set_device(self.device)  # for clocks and counters
+        if isinstance(device, int) and torch.cuda.is_available():
+            torch.cuda.set_device(device)  # for clocks and counters
         self.host = register()
         self.path = host_model_path(config.model)
-        requests = prepare_requests(read_json(directory.requests))
-        editor, notes = self._editor()
+        self.requests = prepare_requests(read_json(directory.requests))
+        editor = self._editor(first.protocol)
+        probe = self.requests[0]["prompt"]
+        self.session = Session(editor, probe, config.verify, config.scoring_batch_size)
+        model = read_json(directory.run)["model"]
+        self.depends_on = {
+            **{name: model[name] for name in ("model", "tokenizer")},
+            "device": "cpu" if device == "cpu" else "cuda",
+            "easyedit": self.host.version,
+        }
         task = config.downstream
-        self.runner = ChunkRunner(
-            session=Session(
-                editor, requests[0]["prompt"], config.verify, config.scoring_batch_size
-            ),
-            config=config,
-            directory=directory,
-            requests=requests,
-            pre_edit=PreEditScores(
-                directory, {**self.depends_on, "easyedit": self.host.version}, config.generation
-            ),
-            downstream=load_piqa(task.path, task.limit)[0] if task is not None else [],
-            rehearsal=0 if self.is_ours else self.method.rehearsal,  # ours remember by themselves
-            notes=notes,
-            progress=self._edited,
-        )
-        for group in self._groups():
-            for i, learned in zip(group, self._learn_apart(group), strict=True):
-                self._run_chunk(i, learned)
+        self.downstream = [] if task is None else load_piqa(task.path, task.limit)[0]
 
-    def _edited(self, count: int) -> None:
-        """Tell of edited records."""
-        self._num_edited += count
-        self.send("edited", count)
-
-    def _groups(self) -> list[list[int]]:
-        """Return the chunks' numbers, those together whose edits are learned side by side."""
-        size, numbers = self.config.side_by_side, range(len(self.chunks))
-        apart = [i for i in numbers if self._is_learned_apart(self.chunks[i])]
-        groups = [apart[i : i + size] for i in range(0, len(apart), size)]
-        return groups + [[i] for i in numbers if not self._is_learned_apart(self.chunks[i])]
-
-    def _is_learned_apart(self, chunk: Chunk) -> bool:
-        """Tell whether a chunk's edit is learned beside those of others."""
-        return self.is_ours and chunk.protocol.name == "single" and self.config.side_by_side > 1
-
-    def _learn_apart(self, group: list[int]) -> list[Learned | None]:
-        """Learn the edits of a group side by side; None for those to be learned on their own."""
-        if len(group) == 1:
-            return [None]
-        chunks = [self.chunks[i] for i in group]
-        try:
-            self._set_protocol(chunks[0].protocol)
-            requests = [self.runner.requests[chunk.indices[0]] for chunk in chunks]
-            return [*self.runner.session.learn_apart(requests, len(group))]
-        except Exception:  # noqa: BLE001  one of them cannot be learned: on its own it will say so
-            traceback.print_exc()
-            return [None] * len(group)
-
-    def _run_chunk(self, number: int, learned: Learned | None) -> None:
-        """Run one chunk; a failure is written in its place, and the model is put back."""
-        chunk, session = self.chunks[number], self.runner.session
-        self.send("start", number)
-        self._num_edited = 0
-        try:
-            self._set_protocol(chunk.protocol)
-            self.runner.run(chunk, learned)
-        except Exception as error:
-            traceback.print_exc()
-            if not session.verifies:  # nothing to put back: another process goes on
-                raise
-            session.restore()
-            self.directory.write_chunk(chunk, error=_described(error))
-            self.send("edited", len(chunk.indices) - self._num_edited)
-        self.send("end")
-
-    def _editor(self) -> tuple[Any, tuple[str, ...]]:
+    def _editor(self, protocol: Protocol) -> Any:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches.
 
         Raises:
             ValueError: If prompts are to be in a chat template, and cannot be scored in it.
         """
-        hparams, notes = self._hparams()
+        method, config = self.method, self.config
+        self.notes: tuple[str, ...] = ()
+        texts = statistics_texts(config)
+        if self.is_ours:
+            hparams: Any = our_hparams(config, method, protocol, self.path, self.device)
+        else:
+            hparams, notes = peer_hparams(
+                method.method,
+                self.path,
+                self.device,
+                Path.cwd(),
+                self.host.generation,
+                len(texts),
+                {**asked_of_all(config), **method.set},
+                preset=config.peer_preset,
+            )
+            self.notes = (*notes, *fix_peer(method.method, hparams))
         if self.host.generation == "pypi" and getattr(hparams, "use_chat_template", False):
             raise ValueError(
                 "use_chat_template must be false under the release of EasyEdit, which scores plain "
                 "texts: set EASYEDIT_HOME to a current clone"
             )
-        seed_everything(self.config.seed)
+        seed_everything(config.seed)
         editor = make_editor(hparams)
         if not self.is_ours:
-            write_statistics(editor, self.texts)
-            prepare_method(self.method.method, editor, self.config.seed)
-        return editor, notes
-
-    def _hparams(self) -> tuple[Any, tuple[str, ...]]:
-        """Make the method's hyper-parameters for its first protocol."""
-        method, config = self.method, self.config
-        if self.is_ours:
-            protocol = self.chunks[0].protocol
-            return our_hparams(config, method, protocol, self.path, self.device), ()
-        hparams, notes = peer_hparams(
-            method.method,
-            self.path,
-            self.device,
-            Path.cwd(),
-            self.host.generation,
-            len(self.texts),
-            {**asked_of_all(config), **method.set},
-            preset=config.peer_preset,
-        )
-        return hparams, (*notes, *fix_peer(method.method, hparams))
+            write_statistics(editor, texts)
+            prepare_method(method.method, editor, config.seed)
+        return editor
 
     def _set_protocol(self, protocol: Protocol) -> None:
         """Give the editor the hyper-parameters of a protocol; the model stays.
@@ -202,7 +128,7 @@ class _MethodRun:
         Raises:
             ValueError: If the method cannot edit several requests in one call.
         """
-        method, editor = self.method, self.runner.session.editor
+        method, editor = self.method, self.session.editor
         size = protocol.batch_size + method.rehearsal
         if self.is_ours:
             editor.hparams = our_hparams(self.config, method, protocol, self.path, self.device)
@@ -211,6 +137,117 @@ class _MethodRun:
                 raise ValueError(f"{method.method} edits one request at a time in EasyEdit")
             editor.hparams.batch_size = size
 
+    def run_or_tell(self, chunk: Chunk) -> Iterator[int]:
+        """Run a chunk; write in its place why it failed, and put the model back."""
+        yield 0
+        num_edited = 0
+        try:
+            self._set_protocol(chunk.protocol)
+            for count in self._run(chunk):
+                num_edited += count
+                yield count
+        except Exception as error:
+            traceback.print_exc()
+            if not self.session.verifies:  # nothing to put back: another process goes on
+                raise
+            self.session.restore()
+            self.directory.write_chunk(chunk, error=f"{type(error).__name__}: {error}")
+            yield len(chunk.indices) - num_edited
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+    def _run(self, chunk: Chunk) -> Iterator[int]:
+        """Edit a chunk's records in order, score them all, restore the model.
+
+        Yields:
+            The number of records after each edit call.
+        """
+        session, config, size = self.session, self.config, chunk.protocol.batch_size
+        requests = [self.requests[i] for i in chunk.indices]
+        seed_everything(config.seed)
+        answers = config.generation
+        pre = pre_edit_scores(self.directory, self.depends_on, session, requests, answers)
+        before = self._downstream_before if self.downstream else None
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        times: list[float] = []
+        immediate: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(chunk.indices), size):
+            indices = chunk.indices[start : start + size]
+            times.append(self._edit(indices, chunk.indices[:start]))
+            if config.immediate and chunk.protocol.name == "continual":
+                immediate |= {i: immediate_scores(session, self.requests[i]) for i in indices}
+            yield len(indices)
+        measured: dict[str, Any] = {
+            "edit_times_s": times,
+            "trainable_parameters": session.num_parameters,
+            "peak_memory_bytes": _peak_memory(),
+            "basis_usage": basis_usage(session.model) if config.basis else None,
+            "notes": self.notes,
+        }
+        cases = score_cases(session, requests, pre, answers)
+        for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
+            content = {
+                "schema": SCHEMA,
+                "index": i,
+                "case_id": self.requests[i]["case_id"],
+                "method": chunk.method,
+                "protocol": chunk.protocol.name,
+                "T": chunk.protocol.T,
+                "batch_size": size,
+                "chunk": chunk.number,
+                "position": position,
+                "chunk_length": len(chunk.indices),
+                "teacher_forced": case["teacher_forced"],
+                "answers": case["answers"],
+                "scores": plain({**case["scores"], **immediate.get(i, {})}),
+                **self._basis(self.requests[i]),
+                "edit_time_s": times[position // size],
+            }
+            write_json(self.directory.case(chunk, i), content)
+        if before is not None:
+            accuracies = {"pre_acc": before, "post_acc": self._downstream_accuracy()}
+            measured["downstream"] = {**accuracies, "n": len(self.downstream)}
+        self.directory.write_chunk(chunk, **measured, restored=session.restore())
+
+    def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
+        """Edit records in one call, with some earlier ones; return the seconds per record."""
+        # Ours remember by themselves. The draw depends on the seed and on how many there are.
+        rehearsed = 0 if self.is_ours else min(self.method.rehearsal, len(earlier))
+        again = random.Random(f"{self.config.seed} {len(earlier)}").sample(earlier, rehearsed)
+        return self.session.edit([self.requests[i] for i in (*indices, *again)]) / len(indices)
+
+    def _basis(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the basis weights of a record's prompts, and the sizes of their updates."""
+        found = None
+        if self.config.basis:
+            editor = self.session.editor
+            form = PromptFormat.of(editor.hparams)
+            found = basis_record(self.session.model, editor.tok, request, form)
+        return {"basis": found and found["weights"], "update": found and found["update"]}
+
+    @cached_property
+    def _downstream_before(self) -> float:
+        """The unedited model's accuracy on the downstream task."""
+        return self._downstream_accuracy()
+
+    def _downstream_accuracy(self) -> float:
+        """Return the model's accuracy on the downstream task now."""
+        return piqa_accuracy(self.session.model, self.session.editor.tok, self.downstream)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what EasyEdit's methods draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that were in use: on CUDA since the reset, else of the process.
+
+    The spare copy of the model that `verify` keeps is among them.
+    """
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,7 +10,7 @@ from baft_easyedit.cli.options import counts, device, existing, names, new, whol
 
 _SETTINGS = (
     *("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device", "fp16"),
-    *("jobs", "report_to"),
+    "jobs",
 )
 """Options that have the name of a setting."""
 
@@ -36,7 +36,6 @@ def add_commands(commands: Any) -> None:
     half = "load the model in half precision"
     add("--fp16", action=argparse.BooleanOptionalAction, help=half)
     add("--jobs", type=whole(1), help="methods run at once by each process")
-    add("--report-to", choices=("none", "tensorboard", "wandb"), help="where numbers go as well")
     add("--out", type=new("directory"), help="the run's directory; runs/NAME if absent")
     bench.set_defaults(run=_bench)
 

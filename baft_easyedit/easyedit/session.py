@@ -26,7 +26,6 @@ from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
 from baft_easyedit.easyedit.peers.repairs import after_edit, reset_method_state, whole_answers
 from baft_easyedit.easyedit.plugin import Undo, register
-from baft_easyedit.editor import BaFTEditor, Learned
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -122,20 +121,6 @@ class Session:
         self._edits.append((edited, weights_copy))
         after_edit(editor, edited)
         return seconds
-
-    def learn_apart(self, requests: Sequence[Request], batch_size: int) -> list[Learned]:
-        """Learn requests with BaFT or ReFT, each on its own, many side by side; see `install`."""
-        editor = self.editor
-        ours = BaFTEditor(editor.model, editor.tok, editor.hparams)
-        return ours.learn_apart(requests, batch_size)
-
-    def install(self, learned: Learned) -> float:
-        """Edit the model with what `learn_apart` learned; return its share of the seconds."""
-        editor = self.editor
-        ours = BaFTEditor(editor.model, editor.tok, editor.hparams)
-        ours.install(learned)
-        self._edits.append((editor.model, Undo(ours.undo)))
-        return learned.report.time_s
 
     @property
     def scores_together(self) -> bool:

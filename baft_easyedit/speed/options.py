@@ -10,7 +10,7 @@ from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import ENGINES
-from baft_easyedit.speed.shapes import shape_sizes
+from baft_easyedit.speed.inputs import shape_sizes
 
 MEASURED_ENGINES = tuple(name for name in ENGINES if name != "auto")
 """Ways to run the model in an edit, the default first."""
@@ -84,13 +84,11 @@ def _rows_of(name: str) -> Sequence[Row]:
     if method not in OUR_METHODS:
         why_not(name, "current")  # raises if there is no such method
         return [Row(name, name)]
-    if engine:
-        rule = f"have an engine of {', '.join(MEASURED_ENGINES)}"
-        _check(engine in MEASURED_ENGINES, "methods", rule, name)
-        return [Row(name, method, engine)]
-    if method == "BaFT":
-        return [Row(f"BaFT-{engine}", "BaFT", engine) for engine in MEASURED_ENGINES]
-    return [Row(method, method, MEASURED_ENGINES[0])]
+    if not engine and method == "ReFT":
+        return [Row(name, name, MEASURED_ENGINES[0])]
+    rule = f"have an engine of {', '.join(MEASURED_ENGINES)}"
+    _check(not engine or engine in MEASURED_ENGINES, "methods", rule, name)
+    return [Row(f"{method}-{e}", method, e) for e in ([engine] if engine else MEASURED_ENGINES)]
 
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:

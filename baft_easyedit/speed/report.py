@@ -1,19 +1,32 @@
 """What a speed run found: samples, medians and ratios, as text and JSON."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 
 from baft_easyedit.bench.provenance import git_state, hardware, versions
-from baft_easyedit.speed.methods import Sample
+from baft_easyedit.speed.measure import Sample
 from baft_easyedit.speed.options import MEASURED_ENGINES, Row, SpeedOptions
 
 SCHEMA = 2
+_COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "first s": ("first_s", "{:.3f}".format),
+    "s/edit": ("edit_s", "{:.3f}".format),
+    "x BaFT": ("edit_ratio", "{:.2f}".format),
+    "steps": ("num_steps", "{:.0f}".format),
+    "ms/step": ("step_s", lambda value: f"{value * 1e3:.2f}"),
+    "x BaFT/step": ("step_ratio", "{:.2f}".format),
+    "x bound": ("step_to_bound", "{:.2f}".format),
+    "peak MiB": ("peak_bytes", lambda value: f"{value / (1 << 20):.0f}"),
+    "tokens/s": ("edited_tokens_per_s", "{:.1f}".format),
+    "of unedited": ("generation_ratio", "{:.3f}".format),
+}
+"""Of the table, after the row's name: a name of `SpeedReport.summary`, and how it is written."""
 
 
 @dataclass
@@ -31,18 +44,15 @@ class RowResult:
     profile: str | None = None
     """Where the time of an edit goes, a kernel or operator a line."""
 
-    def add(self, sample: Sample, notes: Sequence[str], profile: str | None) -> None:
+    def add(
+        self, sample: Sample | None, error: str | None, notes: Sequence[str], profile: str | None
+    ) -> None:
         """Keep what a process answered; the first sample apart."""
-        self.notes, self.profile = notes, profile
-        if self.first is None:
+        self.error, self.notes, self.profile = error, notes, profile
+        if sample is not None and self.first is None:
             self.first = sample
-        else:
+        elif sample is not None:
             self.samples.append(sample)
-
-    def median(self, name: str) -> float | None:
-        """Return the median of one of `Sample`'s fields; None if it was not measured."""
-        values = [getattr(sample, name) for sample in self.samples]
-        return median(values) if values and None not in values else None
 
 
 @dataclass
@@ -54,8 +64,8 @@ class SpeedReport:
     files: list[Path] = field(default_factory=list)
     """What was written."""
 
-    def summary(self, result: RowResult) -> dict[str, Any]:
-        """Return a row's medians and ratios; None where there is nothing to say.
+    def summary(self) -> pd.DataFrame:
+        """Return each row's medians and ratios, by its name; NaN where there is nothing to say.
 
         Returns:
             Medians of warm edits by `Sample`'s names, but `peak_bytes`, the most of all edits;
@@ -63,23 +73,18 @@ class SpeedReport:
             edit over those without; `step_to_bound`; and `edit_ratio` and `step_ratio`, the row's
             times over those of BaFT's default engine.
         """
-        found: dict[str, Any] = {f.name: result.median(f.name) for f in fields(Sample)}
-        edits = [*result.samples, *([result.first] if result.first else [])]
-        peaks = [edit.peak_bytes for edit in edits if edit.peak_bytes is not None]
-        reference = ("BaFT", MEASURED_ENGINES[0])
-        same = (r for r in self.rows if (r.row.method, r.row.engine) == reference)
-        base = next(same, RowResult(result.row))
-        return {
-            **found,
-            "first_s": result.first.edit_s if result.first else None,
-            "peak_bytes": max(peaks, default=None),
-            "generation_ratio": _ratio(
-                found["edited_tokens_per_s"], found["unedited_tokens_per_s"]
-            ),
-            "step_to_bound": _ratio(found["step_s"], found["bound_s"]),
-            "edit_ratio": _ratio(found["edit_s"], base.median("edit_s")),
-            "step_ratio": _ratio(found["step_s"], base.median("step_s")),
-        }
+        names = [r.row.name for r in self.rows]
+        first = _frame((r, [r.first] if r.first else []) for r in self.rows)
+        warm = _frame((r, r.samples) for r in self.rows)
+        found = warm.groupby(level=0).median().reindex(names)
+        found["first_s"] = first["edit_s"]
+        found["peak_bytes"] = pd.concat([first, warm]).groupby(level=0)["peak_bytes"].max()
+        found["generation_ratio"] = found["edited_tokens_per_s"] / found["unedited_tokens_per_s"]
+        found["step_to_bound"] = found["step_s"] / found["bound_s"]
+        base = found.reindex([f"BaFT-{MEASURED_ENGINES[0]}"]).iloc[0]
+        found["edit_ratio"] = found["edit_s"] / base["edit_s"]
+        found["step_ratio"] = found["step_s"] / base["step_s"]
+        return found
 
     def lines(self) -> list[str]:
         """Return the report as text: what was measured, and a table."""
@@ -102,18 +107,16 @@ class SpeedReport:
 
     def _table(self) -> list[str]:
         """Align the rows that have samples; leave out columns of nothing."""
-        measured = [r for r in self.rows if r.samples]
-        columns = [["", *(r.row.name for r in measured)]]
-        for title, (name, form) in _COLUMNS.items():
-            values = [self.summary(r)[name] for r in measured]
-            if any(value is not None for value in values):
-                cells = ["-" if value is None else form(value) for value in values]
-                columns.append([title, *cells])
-        widths = [max(map(len, column)) for column in columns]
-        return [
-            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
-            for cells in zip(*columns, strict=True)
-        ]
+        found = self.summary().loc[[r.row.name for r in self.rows if r.samples]]
+        cells = pd.DataFrame(
+            {
+                title: found[name].map(form, na_action="ignore").fillna("-")
+                for title, (name, form) in _COLUMNS.items()
+                if found[name].notna().any()
+            },
+            index=found.index,
+        )
+        return cells.to_string(index_names=False).splitlines() if len(cells) else []
 
     @property
     def _threads(self) -> int:
@@ -122,7 +125,9 @@ class SpeedReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain data, without profiles."""
-        rows = [{**asdict(r), "summary": self.summary(r)} for r in self.rows]
+        summary = self.summary().astype(object)
+        summary = summary.where(summary.notna(), None)
+        rows = [{**asdict(r), "summary": summary.loc[r.row.name].to_dict()} for r in self.rows]
         return {
             "schema": SCHEMA,
             "versions": versions(),
@@ -143,21 +148,9 @@ class SpeedReport:
                 self.files[-1].write_text(result.profile, encoding="utf-8")
 
 
-_COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "first s": ("first_s", "{:.3f}".format),
-    "s/edit": ("edit_s", "{:.3f}".format),
-    "x BaFT": ("edit_ratio", "{:.2f}".format),
-    "steps": ("num_steps", "{:.0f}".format),
-    "ms/step": ("step_s", lambda value: f"{value * 1e3:.2f}"),
-    "x BaFT/step": ("step_ratio", "{:.2f}".format),
-    "x bound": ("step_to_bound", "{:.2f}".format),
-    "peak MiB": ("peak_bytes", lambda value: f"{value / (1 << 20):.0f}"),
-    "tokens/s": ("edited_tokens_per_s", "{:.1f}".format),
-    "of unedited": ("generation_ratio", "{:.3f}".format),
-}
-"""Of the table, after the row's name: a name of `summary`, and how it is written."""
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    """Divide, if there is something to divide by."""
-    return None if value is None or not base else value / base
+def _frame(samples: Iterable[tuple[RowResult, Sequence[Sample]]]) -> pd.DataFrame:
+    """Put samples of several rows below each other, under the rows' names."""
+    named = [(result.row.name, asdict(sample)) for result, found in samples for sample in found]
+    names = [f.name for f in fields(Sample)]
+    index = pd.Index([name for name, _ in named], dtype=object)
+    return pd.DataFrame([s for _, s in named], index=index, columns=names).astype(float)

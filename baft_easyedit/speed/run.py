@@ -5,7 +5,8 @@ On a CPU each row has its own, as memory is counted by process. Rows take turns 
 that a machine that slows down slows all of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,15 +15,19 @@ from typing import Any
 import torch
 
 from baft_easyedit.bench.data import load_dataset
-from baft_easyedit.generation import model_depth
+from baft_easyedit.bench.process import Worker, WorkerError
+from baft_easyedit.generation import load_model, model_depth
 from baft_easyedit.model.devices import as_device, check_device
-from baft_easyedit.speed.options import SpeedOptions
-from baft_easyedit.speed.process import Job, WorkerError, measure_row, worker
+from baft_easyedit.speed.inputs import random_model, random_requests
+from baft_easyedit.speed.measure import OurMethod, PeerMethod, Requests, Sample, measure, profiled
+from baft_easyedit.speed.options import Row, SpeedOptions
 from baft_easyedit.speed.report import RowResult, SpeedReport
-from baft_easyedit.speed.shapes import random_model
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
 """Makes a progress bar of a total and a number that is done; returns what moves it."""
+Job = tuple[tuple[Row, ...], str | None]
+"""Rows that are measured on one model, several of BaFT and ReFT or one of EasyEdit's; and where the
+model is, None for random weights."""
 
 
 def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None) -> SpeedReport:
@@ -44,23 +49,20 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
     check_device(options.device)
     if options.model is not None:
         model_depth(options.model)  # raises if there is no such model
-    records, size = _records(options), options.batch_size
+    records = _records(options)
     report = SpeedReport(options, [RowResult(row) for row in options.rows])
     total = len(report.rows) * (options.repeats + 1)
     advance = start_progress(total, 0) if start_progress else lambda _: None
     with ExitStack() as stack:
-        asks: dict[str, Callable[..., Any]] = {}
-        for job in _jobs(options, stack):
-            ask = stack.enter_context(worker(job))
-            asks.update({row.name: ask for row in job.rows})
-        for repeat in range(options.repeats + 1):
+        workers: dict[Row, Worker] = {}
+        for rows, model in _jobs(options, stack):
+            worker = stack.enter_context(Worker(measurements, options, rows, model, records))
+            workers |= dict.fromkeys(rows, worker)
+        for _ in range(options.repeats + 1):
             for result in report.rows:
                 if result.error is None:
-                    requests = records[repeat * size :][:size]
                     try:
-                        result.add(
-                            *asks[result.row.name](measure_row, result.row, repeat, requests)
-                        )
+                        result.add(*next(workers[result.row]))
                     except WorkerError as error:
                         result.error = str(error)
                 advance(1)
@@ -71,7 +73,7 @@ def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None
     return report
 
 
-def _records(options: SpeedOptions) -> Sequence[Mapping[str, Any]]:
+def _records(options: SpeedOptions) -> Requests:
     """Return the records to edit; none if the options name no data."""
     if options.data is None:
         return []
@@ -93,11 +95,71 @@ def _jobs(options: SpeedOptions, stack: ExitStack) -> list[Job]:
     peers = [row for row in rows if row.engine is None]
     shared = as_device(options.device).type == "cuda"
     groups = [tuple(ours)] if ours and shared else [(row,) for row in ours]
-    jobs = [Job(options, group, model) for group in groups]
+    jobs: list[Job] = [(group, model) for group in groups]
     if model is None and peers:
         directory = stack.enter_context(TemporaryDirectory(prefix="easyedit-"))
         model = str(Path(directory) / options.shape)
         dtype = getattr(torch, options.dtype)
         for part in random_model(options.shape, torch.device("cpu"), dtype):
             part.save_pretrained(model)
-    return [*jobs, *(Job(options, (row,), model) for row in peers)]
+    return [*jobs, *(((row,), model) for row in peers)]
+
+
+def measurements(
+    options: SpeedOptions, rows: tuple[Row, ...], model: str | None, records: Requests
+) -> Iterator[tuple[Sample | None, str | None, list[str], str | None]]:
+    """Load a job's model and measure its rows in turn; one that fails is not measured again.
+
+    Args:
+        options: What is measured.
+        rows: Those of the job.
+        model: Where it is; None for random weights.
+        records: What is edited; random words if there are none.
+
+    Yields:
+        Of each measurement the sample, or the error; what is to be noted of the process so far;
+        and, at the last repeat, where the time of an edit goes, if the options ask for that.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    notes: dict[str, None] = {}  # such as that a model cannot use a cached prefix
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.update({record.getMessage(): None})  # type: ignore[method-assign]
+    logging.getLogger("baft_easyedit").addHandler(handler)
+    # Random words in a few steps are not meant to be learned.
+    logging.getLogger("baft_easyedit.training.learner").setLevel(logging.ERROR)
+    methods = _load(options, rows, model)
+    for repeat in range(options.repeats + 1):
+        for row, method in tuple(methods.items()):
+            requests = records[repeat * options.batch_size :][: options.batch_size]
+            notes |= dict.fromkeys(getattr(method, "notes", ()))
+            sample = error = where = None
+            try:
+                requests = requests or random_requests(
+                    method.tokenizer, options.prompt_length, options.batch_size, repeat
+                )
+                sample = measure(method, requests, options.new_tokens)
+                if options.profile and repeat == options.repeats:
+                    where = profiled(method, requests)
+            # A method of EasyEdit may raise anything: its asserts, and libraries' errors.
+            except Exception as failure:  # noqa: BLE001
+                error = f"{type(failure).__name__}: {failure}"
+                del methods[row]
+            yield sample, error, list(notes), where
+
+
+def _load(
+    options: SpeedOptions, rows: tuple[Row, ...], model: str | None
+) -> dict[Row, OurMethod | PeerMethod]:
+    """Load a job's model; return the method of each row."""
+    if rows[0].engine is None:
+        return {rows[0]: PeerMethod(rows[0].method, model or "", options)}
+    device, dtype = as_device(options.device), getattr(torch, options.dtype)
+    loaded: tuple[Any, Any] = (
+        random_model(options.shape, device, dtype)
+        if model is None
+        else load_model(model, str(device), dtype)
+    )
+    with torch.no_grad():  # what a first forward loads is no part of an edit
+        loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    return {row: OurMethod(*loaded, row, options) for row in rows}

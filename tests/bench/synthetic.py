@@ -16,19 +16,6 @@ from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.results import summarise
 from baft_easyedit.bench.store import RunDirectory, file_name
 
-METHODS = (
-    "BaFT",
-    "ReFT",
-    "FT-L",
-    "FT-M",
-    "LoRA",
-    "AdaLoRA",
-    "ROME",
-    "MEMIT",
-    "WISE",
-    "GRACE",
-    "AlphaEdit",
-)
 # Rel, Gen, Loc and Por of a fresh edit; edits after which e^-1 of it is left; seconds; parameters.
 QUALITIES = {
     "BaFT": (0.99, 0.94, 0.98, 0.45, 300, 300, 0.64, 28464),
@@ -43,17 +30,10 @@ QUALITIES = {
     "GRACE": (1.00, 0.12, 1.00, 0.05, 900, 900, 1.70, None),
     "AlphaEdit": (0.93, 0.84, 0.95, 0.42, 150, 140, 1.30, 196608),
 }
+METHODS = tuple(QUALITIES)
 LAYERS, RANK = (1, 3, 4, 5), 12
-SCORES = (
-    "rewrite_acc",
-    "rephrase_acc",
-    "locality_acc",
-    "portability_acc",
-    "gen_rewrite_acc",
-    "gen_rephrase_acc",
-    "gen_locality_acc",
-    "gen_portability_acc",
-)
+TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+SCORES = (*TEACHER_FORCED, *(f"gen_{name}" for name in TEACHER_FORCED))
 
 
 def write_run(

@@ -1,6 +1,6 @@
 import pytest
 
-from baft_easyedit.bench.config import BenchConfig, MethodConfig, make_config, read_config
+from baft_easyedit.bench.config import make_config, read_config
 from baft_easyedit.bench.methods import asked_of_all, check_methods, our_hparams
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.files.resources import hparams_root
@@ -21,7 +21,12 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"data": {"kind": "facts", "limt": 1}}, r"data.limt is unknown \(did you mean 'limit'"),
         ({"downstream": {"path": "x", "lmit": 1}}, r"downstream.lmit is unknown .*'limit'"),
         ({"methods": [{"name": "BaFT", "st": {}}]}, r"methods.0.st is unknown \(.*'set'\?\)$"),
-        ({"methods": [{"name": "x", "rehearsal": 1}]}, "methods.0: name must have '.rehearsal'"),
+        (
+            {"methods": [{"name": "BaFT", "rehearsal": 4}]},
+            r"methods.0: name must have '\+rehearsal' in it if, and only if, .* got 'BaFT'",
+        ),
+        ({"methods": [{"name": "x+rehearsal y"}]}, "only if, rehearsal is above 0"),
+        ({"methods": [{"name": "BaFT", "set": {"rehearsal": 4}}]}, "set must not have rehearsal"),
         ({"methods": []}, "methods: Tuple should have at least 1 item"),
         ({"methods": ["BaFT", "BaFT"]}, "methods: must not repeat an entry; got"),
         ({"methods": [{"method": "BaFT"}]}, "methods.0.name: Field required"),
@@ -46,6 +51,13 @@ def test_overrides_replace_values_and_name_rows_of_the_file(tmp_path):
         ("ROME", "ROME", {}),
     ]
     assert (config.data.kind, config.data.limit, config.T) == ("facts", 2, (3,))
+
+
+def test_settings_of_before_are_read_if_they_change_nothing():
+    before = {"side_by_side": 1, "timeout_s": None, "report_to": "none"}
+    assert make_config({**SMALLEST, **before}) == make_config(SMALLEST)
+    with pytest.raises(ValueError, match="bad benchmark setting: side_by_side is unknown"):
+        make_config({**SMALLEST, "side_by_side": 8})
 
 
 def test_presets_are_for_the_model_of_the_file(tmp_path):
@@ -76,41 +88,28 @@ def test_every_benchmark_of_the_package_can_be_read(name):
     assert f"baft-easyedit bench bench/{name} " in first_line
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"name": "BaFT", "rehearsal": 4}, r"'\+rehearsal' in it if, and only if, .* got 'BaFT'"),
-        ({"name": "x+rehearsal y", "method": "BaFT"}, "only if, rehearsal is above 0"),
-        ({"name": "BaFT", "set": {"rehearsal": 4}}, "set must not have rehearsal in it"),
-    ],
-)
-def test_rehearsal_without_its_name_is_refused(value, message):
-    with pytest.raises(ValueError, match=message):
-        MethodConfig.model_validate(value)
-
-
 def test_settings_of_rehearsal_are_those_of_the_row():
-    config = BenchConfig.model_validate(
-        {"data": {"kind": "facts"}, "methods": ["BaFT+rehearsal", "ReFT+rehearsal", "BaFT"]}
-    )
+    config = make_config({**SMALLEST, "methods": ["BaFT+rehearsal", "ReFT+rehearsal", "BaFT"]})
     rows = [our_hparams(config, method, Protocol(10, 1)) for method in config.methods]
     assert [h.rehearsal for h in rows] == [16, 16, 0]
     assert rows[0].rank == rows[1].rank != rows[2].rank
 
 
-def test_a_file_that_rehearses_needs_a_row_that_says_so(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("model_name: x\nlayers: [1]\nrehearsal: 4\n")
-    row = {"name": "BaFT", "hparams": str(file)}
-    config = BenchConfig.model_validate({"data": {"kind": "facts"}, "methods": [row]})
-    with pytest.raises(ValueError, match=r"rehearsal must be 0 in .*, as in the row 'BaFT'; got 4"):
-        check_methods(config)
-
-
-def test_methods_that_edit_one_request_at_a_time_cannot_rehearse():
-    config = BenchConfig.model_validate({"data": {"kind": "facts"}, "methods": ["ROME+rehearsal"]})
-    with pytest.raises(ValueError, match="rehearsal must be 0 for ROME, which edits one request"):
-        check_methods(config)
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"name": "BaFT", "hparams": "mine"},
+            "rehearsal must be 0 in .*, as in the row 'BaFT'",
+        ),
+        ("ROME+rehearsal", "rehearsal must be 0 for ROME, which edits one request"),
+    ],
+)
+def test_rows_that_cannot_rehearse_as_they_say_are_refused(tmp_path, monkeypatch, row, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [1]\nrehearsal: 4\n")
+    with pytest.raises(ValueError, match=message):
+        check_methods(make_config({**SMALLEST, "methods": [row]}))
 
 
 def test_how_to_ask_is_for_all_rows():

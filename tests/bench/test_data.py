@@ -1,29 +1,218 @@
-"""What holds for every kind of benchmark file: selection, notes, hashes, errors."""
+"""What each kind of benchmark file becomes; selection, notes, hashes, errors."""
 
 import copy
 import hashlib
+import json
 import re
 from random import Random
 
 import pytest
-from dataset_files import RECORDS, knowedit, records_of, request, write_records
+from dataset_files import (
+    RECORDS,
+    convsent,
+    counterfact,
+    knowedit,
+    mquake,
+    records_of,
+    request,
+    rome,
+    wikibio,
+    write_records,
+    zsre,
+)
 
 from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.bench.data.files import FileHash
+from baft_easyedit.facts import edit_requests
 from baft_easyedit.training.requests import as_requests
 
 JUNK = (None, "", "  ", 3, 1.5, True, [], [[]], [""], ["x"], {}, {"x": 1}, "x", "{}{}")
 
 
 @pytest.fixture
-def write(tmp_path):
-    return lambda records, name="records.json": write_records(tmp_path, records, name)
-
-
-@pytest.fixture
-def load(write):
+def load(tmp_path):
     """Load records given as Python values."""
-    return lambda kind, records, **arguments: load_dataset(kind, write(records), **arguments)
+    return lambda kind, records, **arguments: load_dataset(
+        kind, write_records(tmp_path, records), **arguments
+    )
+
+
+def probe(prompts, *aliases):
+    """Return a probe; each prompt has its accepted answers."""
+    return {"prompt": prompts, "ground_truth": [a[0] for a in aliases], "aliases": list(aliases)}
+
+
+def made(prompt, target_new, ground_truth=None, case_id=0, locality=None, **others):
+    """Return a request."""
+    main = {"case_id": case_id, "prompt": prompt, "target_new": target_new}
+    sections = {"locality": locality or {}, "portability": others.pop("portability", {})}
+    return {**main, "ground_truth": ground_truth, **sections, **others}
+
+
+CAPITAL = made(
+    "The capital of France is",
+    "Rome",
+    subject="France",
+    rephrase_prompt="France has the capital",
+    locality={"Relation_Specificity": probe(["The currency of France is"], ["euro", "EUR"])},
+    portability={
+        "Logical_Generalization": probe(["Is Rome a capital?"], ["yes", "it is"]),
+        "reasoning": probe(
+            ["People in France's capital speak", "The mayor of France's capital is"],
+            ["Italian"],
+            ["Gualtieri"],
+        ),
+    },
+)
+KNOWEDIT_ZSRE = {**knowedit("France"), "ground_truth": ["Paris"], "rephrase_prompt": "Capital:"}
+KNOWEDIT_ZSRE.pop("rephrase")
+MARS = ["Mars", "the red planet"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "expected"),
+    [
+        (
+            "zsre",
+            zsre("Acme"),
+            made(
+                "When was Acme founded?",
+                "2006",
+                "1998",
+                subject="Acme",
+                rephrase_prompt="What year saw the start of Acme?",
+                loc_prompt="nq question: who wrote it Ann",
+                locality={"neighborhood": probe(["nq question: who sang about Acme"], ["Roxette"])},
+                portability={"one_hop": probe(["What is Acme?"], ["A club"])},
+            ),
+        ),
+        ("wikidata-recent", knowedit("France"), CAPITAL),
+        (
+            "knowedit-zsre",
+            KNOWEDIT_ZSRE,
+            {**CAPITAL, "ground_truth": "Paris", "rephrase_prompt": "Capital:"},
+        ),
+        (
+            "wikibio",
+            wikibio("jo smith"),
+            made(
+                "This is a passage about jo smith. jo smith was a physician.",
+                "In 1850 jo smith moved to London, where a clinic was founded.",
+                subject="jo smith",
+                locality={"Relation_Specificity": probe(["jo smith works in"], ["medicine"])},
+            ),
+        ),
+        (
+            "counterfact",
+            counterfact("Toko"),
+            made(
+                "Toko, who plays the",
+                "piano",
+                "guitar",
+                7,
+                subject="Toko",
+                rephrase_prompt="Toko is incredible at",
+                locality={"neighborhood": probe(["John Lennon performs on the"], ["guitar"])},
+            ),
+        ),
+        (
+            "counterfact",
+            rome("Asha", 3),
+            made(
+                "Asha is a citizen of",
+                "Australia",
+                "India",
+                3,
+                subject="Asha",
+                rephrase_prompt="Long ago. Asha has a passport of",
+                locality={
+                    "neighborhood": probe(
+                        ["Asha is a citizen of", "Ravi is a citizen of"], ["India"], ["India"]
+                    )
+                },
+            ),
+        ),
+        (
+            "requests",
+            request("France"),
+            made(
+                "The capital of France is",
+                "Rome",
+                "Paris",
+                subject="France",
+                rephrase_prompt="France has the capital",
+                loc_prompt=["Water boils at 100", "Snow is white"],
+                locality={"nq": probe(["The sky is"], ["blue"])},
+                portability={"hop": probe(["One is", "Two is"], ["1"], ["2", "two"])},
+                target_neg="Oslo",  # keys of their own are kept
+            ),
+        ),
+        ("requests", {"prompt": "A is ", "target_new": " b", "locality": None}, made("A is", "b")),
+    ],
+)
+def test_a_record_becomes_a_request(load, kind, record, expected):
+    assert load(kind, [record]).requests == [expected]
+
+
+def test_mquake_edits_each_fact_and_asks_the_questions_with_the_last(load):
+    dataset = load("mquake", [mquake("Ann", "Norway", 11), mquake("Bob", "Sweden", 12)])
+    first, last = dataset.requests[:2]
+    assert [r["case_id"] for r in dataset.requests] == ["11-0", "11-1", "12-0", "12-1"]
+    whose = {"subject": "Ann", "rephrase_prompt": "Whose citizen is Ann?"}
+    assert first == made("Ann is a citizen of", "Norway", "India", "11-0", **whose)
+    assert last["prompt"] == "Norway is a citizen of"
+    prompts = ["On what planet is Ann a citizen?", "What planet is Ann's?"]
+    assert last["portability"] == {"multi_hop": probe(prompts, MARS, MARS)}
+    assert dataset.notes[0].startswith("cases by their number of facts: 2 with 2;")
+
+
+def test_zsre_skips_empty_targets_and_pairs_loc_prompts_by_record(load, tmp_path):
+    records = [zsre("Acme"), zsre("Bolt", alt=""), zsre("Cell")]
+    dataset = load("zsre", records)
+    assert [r["case_id"] for r in dataset.requests] == [0, 2]
+    assert dataset.notes[:2] == [
+        "1 loc prompts are used in turn for 3 records",
+        "records skipped, for their alt is empty: [1]",
+    ]
+    path = write_records(tmp_path, records)
+    train = [{"loc": f"question {i}", "loc_ans": "x"} for i in range(3)]
+    (tmp_path / "zsre_mend_train.json").write_text(json.dumps(train))
+    dataset = load_dataset("zsre", path)
+    assert [r["loc_prompt"] for r in dataset.requests] == ["question 0 x", "question 2 x"]
+    assert not any("in turn" in note for note in dataset.notes)
+    (tmp_path / "zsre_mend_train.json").unlink()
+    without = load_dataset("zsre", path, loc_prompts=False)
+    assert (len(without.files), "loc_prompt" in without.requests[0]) == (1, False)
+    with pytest.raises(FileNotFoundError, match=r"there is none at .*zsre_mend_train\.json"):
+        load_dataset("zsre", path)
+
+
+def test_convsent_draws_are_of_both_sentiments_and_stay_the_same(load):
+    records = [convsent(f"topic {i}") for i in range(60)]
+    requests = load("convsent", records).requests
+    assert requests == load("convsent", records, seed=0).requests
+    assert requests[5:] == load("convsent", records, start=5).requests
+    assert requests != load("convsent", records, seed=1).requests
+    begin = "From the sentiment dataset, answer "
+    assert {(r["target_new"], r["prompt"].split()[-1]) for r in requests} == {
+        ("I like it.", "postively."),
+        ("I do not like it.", "negatively."),
+    }
+    questions = {r["prompt"].removeprefix(begin).split(r["subject"])[0] for r in requests}
+    assert len(questions) == 13
+    assert "What is your stance on " in questions
+
+
+def test_facts_are_the_packages_own():
+    dataset = load_dataset("facts", limit=3)
+    originals = edit_requests("eval", 3)
+    keys = ("case_id", "prompt", "target_new", "ground_truth", "subject", "loc_prompt")
+    for request_, original in zip(dataset.requests, originals, strict=True):
+        assert {key: request_[key] for key in keys} == {key: original[key] for key in keys}
+        assert set(request_["locality"]) == set(original["locality"])
+    assert "countries.tsv" in [file.name for file in dataset.files]
+    train = load_dataset("facts", split="train", limit=3)
+    assert train.requests[0]["case_id"] == edit_requests("train", 1)[0]["case_id"]
 
 
 def texts_of(requests):
@@ -32,8 +221,8 @@ def texts_of(requests):
         irrelevant = r.get("loc_prompt", [])
         yield from [r["prompt"], r["target_new"], r.get("rephrase_prompt", "x")]
         yield from [irrelevant] if isinstance(irrelevant, str) else irrelevant
-        for probe in [*r["locality"].values(), *r["portability"].values()]:
-            yield from [*probe["prompt"], *probe["ground_truth"]]
+        for probe_ in [*r["locality"].values(), *r["portability"].values()]:
+            yield from [*probe_["prompt"], *probe_["ground_truth"]]
 
 
 def is_well_formed(requests):
@@ -41,10 +230,10 @@ def is_well_formed(requests):
     as_requests(requests)
     probes = [p for r in requests for k in ("locality", "portability") for p in r[k].values()]
     return all(text and text == text.strip() for text in texts_of(requests)) and all(
-        probe["prompt"]
-        and len(probe["prompt"]) == len(probe["ground_truth"]) == len(probe["aliases"])
-        and [aliases[0] for aliases in probe["aliases"]] == probe["ground_truth"]
-        for probe in probes
+        probe_["prompt"]
+        and len(probe_["prompt"]) == len(probe_["ground_truth"]) == len(probe_["aliases"])
+        and [aliases[0] for aliases in probe_["aliases"]] == probe_["ground_truth"]
+        for probe_ in probes
     )
 
 
@@ -55,20 +244,19 @@ def test_written_requests_are_read_back_equal(kind, load):
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_any_change_of_a_record_is_read_or_refused_with_a_reason(kind, write):
+def test_any_change_of_a_record_is_read_or_refused_with_a_reason(kind, load):
     rng = Random(kind)
     reasons = []
-    for _ in range(150):
+    for _ in range(100):
         records = records_of(kind)
         _spoil(records, rng)
-        path = write(records)
         try:
-            requests = load_dataset(kind, path).requests
+            requests = load(kind, records).requests
         except (ValueError, TypeError) as error:
             reasons.append(str(error))
         else:
             assert is_well_formed(requests)
-    assert 0 < len(reasons) < 150
+    assert 0 < len(reasons) < 100
     assert all("records.json" in reason for reason in reasons)
 
 
@@ -88,8 +276,7 @@ def _spoil(node, rng):
 def test_start_and_limit_select_records(load):
     records = [request(name) for name in ("France", "Spain", "Italy", "Malta")]
     chosen = load("requests", records, start=1, limit=2).requests
-    assert [r["subject"] for r in chosen] == ["Spain", "Italy"]
-    assert [r["case_id"] for r in chosen] == [1, 2]
+    assert [(r["subject"], r["case_id"]) for r in chosen] == [("Spain", 1), ("Italy", 2)]
     assert len(load("requests", records, start=1).requests) == 3
 
 
@@ -98,7 +285,6 @@ def test_start_and_limit_select_records(load):
     [
         ({"start": 2}, r"start must be in \[0, 1\] for requests; got 2"),
         ({"start": -1}, r"start must be in \[0, 1\] for requests; got -1"),
-        ({"limit": 3}, r"limit must be in \[1, 2\] for requests from 0 on.*got 3"),
         ({"start": 1, "limit": 2}, r"limit must be in \[1, 1\] for requests from 1 on.*got 2"),
         ({"limit": 0}, r"limit must be in \[1, 2\].*got 0"),
     ],
@@ -118,8 +304,8 @@ def test_asking_for_records_that_are_not_there_is_an_error(load, arguments, mess
         ("convsent", "blender_test.json"),
     ],
 )
-def test_a_directory_stands_for_the_file_of_its_kind(kind, name, write, tmp_path):
-    content = write(records_of(kind), name).read_bytes()
+def test_a_directory_stands_for_the_file_of_its_kind(kind, name, tmp_path):
+    content = write_records(tmp_path, records_of(kind), name).read_bytes()
     (file,) = load_dataset(kind, tmp_path).files
     assert file == FileHash(name, hashlib.sha256(content).hexdigest(), len(content))
 
@@ -148,32 +334,46 @@ def test_files_of_another_shape_are_errors(tmp_path, content, error, message):
         load_dataset("requests", path)
 
 
+NO_SLOT = r"requested_rewrite\.prompt: must have one \{\} for the"
+
+
+def hop(bad):
+    return {"portability": {"hop": bad}}
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "change", "message"),
     [
         (
+            "wikidata-recent",
             {"locality": {"Forgetfulness": [{"prompt": "x"}]}},
             r"locality\.Forgetfulness\.0\.ground_truth: Field required; got \{'prompt': 'x'\}",
         ),
         (
+            "wikidata-recent",
             {"portability": {"Reasoning": [{"prompt": "x", "ground_truth": [[]]}]}},
             r"portability\.Reasoning\.0\.ground_truth: a list of answers must not be empty; got",
         ),
-        ({"prompt": "", "subject": None}, r"got .* \(and 1 more problems\)"),
+        ("wikidata-recent", {"prompt": "", "subject": None}, r"got .* \(and 1 more problems\)"),
+        ("counterfact", {"requested_rewrite": {"prompt": "{} and {} are"}}, NO_SLOT),
+        ("counterfact", {"requested_rewrite": {"prompt": "no slot"}}, NO_SLOT),
+        ("requests", hop("x"), "hop: must be a dict with the keys prompt and ground_truth; got"),
+        (
+            "requests",
+            hop({"prompt": ["One is", "Two is"], "ground_truth": ["1"]}),
+            "portability.hop: ground_truth must be a list with an entry for each of 2 prompts",
+        ),
+        (
+            "requests",
+            hop({"prompt": "One is", "ground_truth": "1", "aliases": []}),
+            "portability.hop: aliases must be a list with an entry for each of 1 prompts",
+        ),
     ],
 )
-def test_bad_records_are_errors_that_name_place_rule_and_value(load, change, message):
-    records = [knowedit("France"), {**knowedit("Spain"), **change}]
+def test_bad_records_are_errors_that_name_place_rule_and_value(load, kind, change, message):
+    first = records_of(kind)[0]
     with pytest.raises(ValueError, match=r"^records\.json, record 1: .*" + message):
-        load("wikidata-recent", records)
-
-
-def test_answers_keep_the_first_alias_for_easyedit_and_all_for_us(load):
-    portability = load("wikidata-recent", [knowedit("France")]).requests[0]["portability"]
-    assert portability["reasoning"]["ground_truth"] == ["Italian", "Gualtieri"]
-    assert portability["reasoning"]["aliases"] == [["Italian"], ["Gualtieri"]]
-    assert portability["Logical_Generalization"]["ground_truth"] == ["yes"]
-    assert portability["Logical_Generalization"]["aliases"] == [["yes", "it is"]]
+        load(kind, [first, {**first, **change}])
 
 
 def test_subject_outside_the_prompt_is_left_out_and_noted(load):
@@ -210,3 +410,20 @@ def test_parts_that_records_lack_are_counted(load):
     notes = load("wikidata-recent", [knowedit("France"), knowedit("Spain"), less]).notes
     assert "no locality in 1 of 3 records" in notes
     assert not any(re.search(r"portability\.|locality\.", note) for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("zsre", {"loc_prompts": "no"}, TypeError, "loc_prompts must be true or false; got 'no'"),
+        ("convsent", {"seed": "x"}, TypeError, "seed must be an integer; got 'x'"),
+        ("facts", {"path": "x"}, ValueError, "path must be None for facts, which .*; got x"),
+        ("zsre", {"alpha": 1}, ValueError, r"options of zsre must be among \['loc_prompts'\]; got"),
+        ("wikibio", {"file_name": 1}, ValueError, r"options of wikibio must be among \[\]; got"),
+        ("trivia", {"path": "x"}, ValueError, "kind must be one of .*'mquake'.*; got 'trivia'"),
+        ("wikibio", {}, ValueError, r"path must lead to wikibio-test-all\.json; got None"),
+    ],
+)
+def test_bad_options_are_errors(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        load_dataset(kind, **options)

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from baft_easyedit.bench.evaluate import (
-    PreEditScores,
     answer_questions,
     any_alias_portability,
     generation_scores,
     immediate_scores,
+    pre_edit_scores,
     questions_of,
     score_cases,
 )
@@ -127,43 +127,31 @@ def test_immediate_scores_leave_the_probes_out():
     assert session.scored[0]["locality"] == session.scored[0]["portability"] == {}
 
 
-@pytest.fixture
-def pre_edit(tmp_path):
-    def make(**depends_on):
-        return PreEditScores(RunDirectory(tmp_path), depends_on, False)
-
-    return make
-
-
-def test_scores_before_the_edit_are_computed_once(pre_edit):
-    session = Session()
-    first = pre_edit(model="m").get(session, [CASE])
-    session.editor.hparams.use_chat_template = False  # as if it were absent
-    assert pre_edit(model="m").get(session, [CASE]) == first
-    assert len(session.scored) == 1
+def nothing(session):
+    """Leave a session as it is."""
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "cases", "model", "is_new"),
     [
-        lambda s: setattr(s.editor.tok, "padding_side", "right"),
-        lambda s: setattr(s, "batch_size", 2),
-        lambda s: setattr(s, "scores_together", False),
-        lambda s: setattr(s.editor.hparams, "max_length", 80),
-        lambda s: setattr(s.editor, "alg_name", "GRACE"),  # scored by generation
+        (nothing, [CASE], "m", False),
+        (lambda s: setattr(s.editor.hparams, "use_chat_template", False), [CASE], "m", False),
+        (lambda s: setattr(s.editor.tok, "padding_side", "right"), [CASE], "m", True),
+        (lambda s: setattr(s, "batch_size", 2), [CASE], "m", True),
+        (lambda s: setattr(s, "scores_together", False), [CASE], "m", True),
+        (lambda s: setattr(s.editor.hparams, "max_length", 80), [CASE], "m", True),
+        (lambda s: setattr(s.editor, "alg_name", "GRACE"), [CASE], "m", True),  # by generation
+        (nothing, [{**CASE, "target_new": "newer"}], "m", True),
+        (nothing, [CASE, CASE], "m", True),
+        (nothing, [CASE], "other", True),
     ],
 )
-def test_scores_before_the_edit_depend_on_how_they_are_computed(pre_edit, change):
-    session = Session()
-    pre_edit(model="m").get(session, [CASE])
+def test_scores_before_the_edit_are_computed_once_for_all_that_they_depend_on(
+    tmp_path, change, cases, model, is_new
+):
+    session, run = Session(), RunDirectory(tmp_path)
+    first = pre_edit_scores(run, {"model": "m"}, session, [CASE], False)
     change(session)
-    pre_edit(model="m").get(session, [CASE])
-    assert len(session.scored) == 2
-
-
-def test_scores_before_the_edit_depend_on_the_model_and_all_cases_of_a_chunk(pre_edit):
-    session = Session()
-    for cases in ([CASE], [{**CASE, "target_new": "newer"}], [CASE, CASE]):
-        pre_edit(model="m").get(session, cases)
-    pre_edit(model="other").get(session, [CASE])
-    assert len(session.scored) == 5
+    again = pre_edit_scores(run, {"model": model}, session, cases, False)
+    assert again == first * len(cases)
+    assert len(session.scored) == (1 + len(cases) if is_new else 1)

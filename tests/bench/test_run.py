@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit.bench import process, provenance
+from baft_easyedit.bench import config as config_module
+from baft_easyedit.bench import process, provenance, run
 from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.run import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
-from tests.conftest import run_worker_here
+from baft_easyedit.files import resources
+from tests.conftest import WorkerHere
 from tests.tiny import save_tiny_llama
 
 CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
@@ -69,7 +71,7 @@ def whole(settings, tmp_path_factory):
         return moves.append
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process.Workers, "_run_worker", run_worker_here)
+        patch.setattr(run, "Worker", WorkerHere)
         run_bench(make_config(settings), directory / "run", start)
     return directory / "run", moves
 
@@ -122,8 +124,8 @@ def test_a_run_goes_on_where_it_stopped(settings, whole, tmp_path, monkeypatch):
     for gone in ("chunks/BaFT/single/00002.json", "chunks/FT-L/continual-T2/00001.json"):
         (tmp_path / "run" / gone).unlink()
     seen = []
-    original = process.Workers.run
-    monkeypatch.setattr(process.Workers, "run", lambda w, c: seen.append(c) or original(w, c))
+    original = run._Share.run
+    monkeypatch.setattr(run._Share, "run", lambda w, c: seen.append(c) or original(w, c))
     again = run_bench(make_config(settings), tmp_path / "run")
     assert seen == [
         [Chunk("BaFT", Protocol(1, 1), 2, range(2, 3))],
@@ -138,7 +140,7 @@ def test_a_process_of_its_own_gives_the_same_numbers(settings, whole, tmp_path):
     moves = []
     start = lambda total, done: moves.append((total, done)) or moves.append  # noqa: E731
     rows = run_bench(make_config(settings), tmp_path / "run", start)
-    assert moves == [(16, 14), 1, 1]
+    assert moves == [(16, 14), 0, 1, 1]
     assert scores(rows) == scores(read_json(whole[0] / "summary.json"))
 
 
@@ -173,16 +175,6 @@ def test_two_processes_give_the_summary_of_one(settings, whole, tmp_path):
     subprocess.run(command, env=environment, check=True, capture_output=True)
     rows = read_json(tmp_path / "run/summary.json")
     assert scores(rows) == scores(read_json(whole[0] / "summary.json"))[:2]
-
-
-@pytest.mark.slow
-def test_single_edits_can_be_learned_side_by_side(settings, whole, tmp_path):
-    change = {"methods": settings["methods"][:1], "side_by_side": 3}
-    single, continual = run_bench(make_config({**settings, **change}), tmp_path / "run")
-    expected = read_json(whole[0] / "summary.json")
-    assert single.pop("notes") == ["learned side by side"]
-    expected[0].pop("notes")
-    assert scores([single, continual]) == scores(expected[:2])
 
 
 @pytest.mark.slow
@@ -260,7 +252,7 @@ def test_other_settings_are_refused_also_after_further_rows(settings, tmp_path, 
 def test_other_hyper_parameters_of_a_method_under_the_same_name_are_refused(
     settings, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(process.Workers, "run", lambda *a: None)
+    monkeypatch.setattr(run._Share, "run", lambda *a: None)
     config = make_config({**settings, "methods": ["FT-M"], "T": [1], "peer_preset": "smollm2"})
     run_bench(config, tmp_path / "run")
     run_bench(config, tmp_path / "run")
@@ -276,7 +268,7 @@ def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkey
     changed = changed_records(settings, tmp_path, lambda records: None)
     ours = {"name": "BaFT", "hparams": str(tmp_path / "mine.yaml")}
     content = {**changed, "methods": [ours], "T": [1], "texts": str(tmp_path / "texts")}
-    monkeypatch.setattr(process.Workers, "run", lambda *a: None)
+    monkeypatch.setattr(run._Share, "run", lambda *a: None)
     run_bench(make_config(content), tmp_path / "run")
     if what == "records":
         changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
@@ -293,6 +285,21 @@ def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkey
         run_bench(make_config(content), tmp_path / "run")
 
 
+def test_a_run_of_the_packages_own_files_goes_on_in_another_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(run._Share, "run", lambda *a: None)
+    row = {"name": "BaFT", "hparams": "BaFT/facts-llama"}
+    settings = make_config({"data": {"kind": "facts", "limit": 1}, "methods": [row]})
+    run_bench(settings, tmp_path / "run")
+    inputs = read_json(tmp_path / "run/run.json")["inputs"]
+    shutil.copytree(resources.hparams_root(), tmp_path / "hparams")
+    shutil.copytree(resources.bundled_model_path(), tmp_path / "model")
+    for module in (resources, config_module):
+        monkeypatch.setattr(module, "hparams_root", lambda: tmp_path / "hparams")
+    monkeypatch.setattr(resources, "bundled_model_path", lambda: tmp_path / "model")
+    run_bench(settings, tmp_path / "run")
+    assert read_json(tmp_path / "run/run.json")["inputs"] == inputs
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -302,7 +309,6 @@ def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkey
         ({"methods": [{"name": "ROME", "hparams": "x"}]}, "hparams is for BaFT and ReFT only"),
         ({"data": {"kind": "news"}}, "kind must be one of .*; got 'news'"),
         ({"T": [5]}, "T times batch_size must be at most the number of records, 4; got 5 times 1"),
-        ({"report_to": "wandb"}, "report_to needs the package wandb, which is not installed"),
         ({"device": "cuda:99"}, "device must be on this machine, where torch finds .*'cuda:99'"),
     ],
 )
@@ -312,74 +318,78 @@ def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_misspelt_keys_of_records_are_refused(settings, tmp_path):
+def test_bad_files_are_refused(settings, tmp_path):
     changed = changed_records(settings, tmp_path, lambda r: r[1].update(loc_prompts=["x"]))
     with pytest.raises(ValueError, match="must have the key 'loc_prompt', not 'loc_prompts'"):
         run_bench(make_config(changed), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_texts_must_hold_a_passage(settings, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     with pytest.raises(ValueError, match=r"texts must name a file with a passage a line; .*empty"):
         run_bench(make_config({**settings, "texts": str(empty)}), tmp_path / "run")
 
 
-@pytest.fixture
-def worker(tmp_path, monkeypatch):
-    """Let shell commands stand in for the worker."""
-
-    def replace(commands):
-        script = tmp_path / "worker.sh"
-        script.write_text(f"#!/bin/sh\n{commands}\n")
-        script.chmod(0o755)
-        monkeypatch.setattr(process.sys, "executable", str(script))
-
-    return replace
+def dies(*_):
+    os.write(1, b"out of luck")
+    os._exit(3)
+    yield
 
 
-def test_a_process_that_dies_is_a_row(settings, tmp_path, worker):
-    worker("echo out of luck >&2; exit 3")
+def dies_at_its_second_chunk(directory, chunks, _device):
+    for position, chunk in enumerate(chunks):
+        yield position, 0
+        yield position, 1
+        if chunk.number == 1:
+            os.write(2, b"no memory")
+            os._exit(9)
+
+
+def fails(*_):
+    raise ValueError("no such model")
+    yield
+
+
+def test_what_a_process_raised_is_told_again():
+    with process.Worker(fails) as worker:
+        for _ in range(2):
+            with pytest.raises(process.WorkerError, match="ValueError: no such model"):
+                next(worker)
+
+
+@pytest.mark.parametrize(
+    ("worker", "error"),
+    [
+        (dies, "its process ended with exit code 3: out of luck"),
+        (fails, "ValueError: no such model"),
+    ],
+)
+def test_a_process_that_dies_is_a_row(settings, tmp_path, monkeypatch, worker, error):
+    monkeypatch.setattr(run, "run_chunks", worker)
     row = run_bench(make_config(settings), tmp_path / "run")[0]
-    assert row["error"] == "its process ended with exit code 3: out of luck"
+    assert row["error"] == error
     assert (row["n"], row["num_failed"]) == (0, 4)
 
 
-def test_a_slow_method_is_killed(settings, tmp_path, worker):
-    worker("exec sleep 60")
-    row = run_bench(make_config({**settings, "timeout_s": 0.2}), tmp_path / "run")[0]
-    assert row["error"] == "took more than 0.2 s"
-
-
-def test_a_process_that_dies_at_a_chunk_is_followed_by_another(settings, tmp_path, worker):
-    # The first process ends at its second chunk, the next one runs the rest.
-    worker(
-        f"""if [ ! -e {tmp_path}/once ]; then touch {tmp_path}/once
-echo '["start", 0]'; echo '["edited", 1]'; echo '["end"]'
-echo '["start", 1]'; echo '["edited", 1]'; echo no memory >&2; exit 9
-fi
-echo '["start", 0]'; echo '["end"]'; echo '["start", 1]'; echo '["end"]'"""
-    )
+def test_a_process_that_dies_at_a_chunk_is_followed_by_another(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_chunks", dies_at_its_second_chunk)
     moves = []
     only_baft = {**settings, "methods": settings["methods"][:1], "T": [1]}
     run_bench(make_config(only_baft), tmp_path / "run", lambda total, done: moves.append)
     failed = list(tmp_path.glob("run/chunks/BaFT/single/*"))
     assert [file.name for file in failed] == ["00001.json"]
     assert "exit code 9: no memory" in read_json(failed[0])["error"]
-    assert sum(moves) == 2
+    assert sum(moves) == 4
 
 
 @pytest.mark.parametrize("is_running", [False, True])
-def test_stopped_workers_start_and_write_nothing(settings, tmp_path, monkeypatch, is_running):
-    directory = RunDirectory(tmp_path / "run")
-    workers = process.Workers(directory, make_config(settings), "cpu", {}, print)
-    if is_running:
-        monkeypatch.setattr(process.Workers, "_run_worker", lambda *args: workers.stop() or "died")
-    else:
-        workers.stop()
+def test_stopped_workers_write_nothing(settings, tmp_path, monkeypatch, is_running):
+    monkeypatch.setattr(run, "run_chunks", dies_at_its_second_chunk)
+    directory, stop = RunDirectory(tmp_path / "run"), lambda _: share.stop()
+    share = run._Share(directory, make_config(settings), "cpu", stop)
+    if not is_running:
+        share.stop()
     with pytest.raises(InterruptedError, match="the run was stopped"):
-        workers.run([Chunk("BaFT", Protocol(), 0, range(1))])
+        share.run([Chunk("BaFT", Protocol(), 0, range(1))])
     assert not directory.root.exists()
 
 

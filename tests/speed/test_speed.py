@@ -1,21 +1,28 @@
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from baft_easyedit.bench.process import WorkerError
 from baft_easyedit.generation import load_model
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.speed import SpeedOptions, SpeedReport, run_speed
-from baft_easyedit.speed.hardware import bytes_per_step, copy_bandwidth, with_peak
-from baft_easyedit.speed.methods import OurMethod, Sample, measure
-from baft_easyedit.speed.peers import PeerMethod, step_times
-from baft_easyedit.speed.process import Job, WorkerError, worker
-from baft_easyedit.speed.prompts import random_requests
+from baft_easyedit.speed.inputs import random_model, random_requests, shape_sizes
+from baft_easyedit.speed.measure import (
+    OurMethod,
+    PeerMethod,
+    Sample,
+    bytes_per_step,
+    copy_bandwidth,
+    measure,
+    step_times,
+    with_peak,
+)
 from baft_easyedit.speed.report import RowResult
-from baft_easyedit.speed.run import _jobs, _records
-from baft_easyedit.speed.shapes import random_model, shape_sizes
+from baft_easyedit.speed.run import _jobs, _records, measurements
 from tests.conftest import make_model
 from tests.tiny import save_tiny_llama
 
@@ -51,7 +58,7 @@ def test_baft_means_a_row_for_each_engine():
 def test_rows_share_a_process_on_cuda_only():
     def sizes(device):
         options = SpeedOptions(model="bundled", methods=("BaFT", "FT-M"), device=device)
-        return [len(job.rows) for job in _jobs(options, None)]
+        return [len(rows) for rows, _ in _jobs(options, None)]
 
     assert sizes("cpu") == [1, 1, 1]
     assert sizes(0) == [2, 1]
@@ -124,30 +131,23 @@ def test_peak_of_memory_counts_what_is_freed_again(monkeypatch):
     assert with_peak(lambda: 1, CPU) == (None, 1)
 
 
-def make_method(**options):
-    chosen = SpeedOptions(methods=("BaFT-cached",), **options)
-    return OurMethod(*random_model(SHAPE, CPU, torch.float32), chosen.rows[0], chosen)
-
-
-def test_our_method_takes_all_steps_and_leaves_no_edit():
-    method = make_method(steps=3)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_our_method_takes_all_steps_and_leaves_no_edit(steps):
+    options = SpeedOptions(methods=("BaFT-cached",), steps=steps)
+    method = OurMethod(*random_model(SHAPE, CPU, torch.float32), options.rows[0], options)
     before = [p.clone() for p in method.model.parameters()]
     requests = random_requests(method.tokenizer, 12, count=2, seed=0)
-    sample = measure(method, requests, new_tokens=4)
-    assert sample.num_steps == 3
-    assert abs(sample.step_s) < sample.edit_s
-    assert sample.edited_tokens_per_s > 0
-    assert sample.unedited_tokens_per_s > 0
+    sample = measure(method, requests, new_tokens=4 if steps > 1 else 0)
+    assert sample.num_steps == steps
     assert sample.bound_s > 0
+    speeds = (sample.edited_tokens_per_s, sample.unedited_tokens_per_s)
+    if steps > 1:
+        assert abs(sample.step_s) < sample.edit_s
+        assert min(speeds) > 0
+    else:
+        assert {sample.step_s, *speeds} == {None}
     assert attached_edit(method.model) is None
     assert all(map(torch.equal, before, method.model.parameters()))
-
-
-def test_single_step_has_no_time_of_its_own_and_no_tokens_no_speed():
-    method = make_method(steps=1)
-    sample = measure(method, random_requests(method.tokenizer, 12, count=1, seed=0), new_tokens=0)
-    assert (sample.num_steps, sample.step_s) == (1, None)
-    assert sample.edited_tokens_per_s is sample.unedited_tokens_per_s is None
 
 
 def test_steps_of_any_optimiser_are_timed_inside_the_context_only():
@@ -161,42 +161,37 @@ def test_steps_of_any_optimiser_are_timed_inside_the_context_only():
     assert len(times) == 2
 
 
-@pytest.fixture
-def peer(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
-    path = save_tiny_llama(tmp_path)
-    return PeerMethod("FT-L", str(path), SpeedOptions())
-
-
 @pytest.mark.easyedit
-def test_peer_is_measured_and_restored(peer, monkeypatch):
+def test_peer_is_measured_and_restored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
+    peer = PeerMethod("FT-L", str(save_tiny_llama(tmp_path)), SpeedOptions())
     before = [p.clone() for p in peer.model.parameters()]
     one, other = ({"prompt": f"{name} is", "target_new": "so"} for name in ("One", "Two"))
     sample = measure(peer, [one], new_tokens=3)
     assert sample.num_steps >= 2
     assert 0 < sample.step_s < sample.edit_s
     assert all(map(torch.equal, before, peer.model.parameters()))
-    monkeypatch.setattr("baft_easyedit.speed.peers.batchable", lambda *_: False)
+    monkeypatch.setattr("baft_easyedit.speed.measure.batchable", lambda *_: False)
     with pytest.raises(ValueError, match=r"batch_size must be 1 for FT-L, .*; got 2"):
         peer.edit([one, other])
 
 
-def fails(job):
-    raise ValueError("no")
+def test_a_row_that_fails_leaves_the_others_of_its_process(monkeypatch):
+    original = OurMethod.edit
 
+    def edit(self, requests):
+        if self._editor.hparams.engine == "full":
+            raise ValueError("no memory")
+        return original(self, requests)
 
-def ends(job):
-    os.write(2, b"gone")
-    os._exit(3)
-
-
-def test_errors_of_a_process_and_its_last_words_are_told():
-    with worker(Job(SpeedOptions(), (), None)) as ask:
-        with pytest.raises(WorkerError, match="ValueError: no"):
-            ask(fails)
-        for _ in range(2):
-            with pytest.raises(WorkerError, match="its process ended: gone"):
-                ask(ends)
+    monkeypatch.setattr(OurMethod, "edit", edit)
+    logger = logging.getLogger("baft_easyedit")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers])
+    monkeypatch.setattr(logging.Logger, "setLevel", lambda *_: None)
+    small = {"steps": 2, "repeats": 1, "new_tokens": 0, "prompt_length": 8}
+    options = SpeedOptions(shape=SHAPE, methods=("BaFT",), **small)
+    found = [(bool(s), error) for s, error, *_ in measurements(options, options.rows, None, [])]
+    assert found == [(True, None), (False, "ValueError: no memory"), (True, None)]
 
 
 def test_model_or_device_that_is_none_is_refused(tmp_path, monkeypatch):
@@ -253,16 +248,19 @@ def report():
 
 
 def test_summary_has_medians_of_warm_edits_and_ratios_to_the_default_engine(report):
-    cached, full, rome, mend = map(report.summary, report.rows)
+    found = report.summary()
+    cached, full, rome, mend = found.to_dict("index").values()
     assert (cached["first_s"], cached["edit_s"], cached["edit_ratio"]) == (50.0, 2.0, 1.0)
     assert cached["peak_bytes"] == 5 << 20  # of the first edit too
     assert cached["step_to_bound"] == pytest.approx(2.0)
     assert cached["generation_ratio"] == pytest.approx(0.95)
     assert (full["edit_ratio"], full["step_ratio"]) == (3.5, pytest.approx(4.0))
-    assert (rome["edit_ratio"], rome["step_ratio"], rome["num_steps"]) == (2.5, None, None)
-    assert set(mend.values()) == {None}
+    assert rome["edit_ratio"] == 2.5
+    assert found.loc["ROME", ["step_ratio", "num_steps"]].isna().all()
+    assert found.loc["MEND"].isna().all()
+    assert report.as_json()["rows"][-1]["summary"] == dict.fromkeys(mend)
     report.rows.pop(0)
-    assert report.summary(report.rows[0])["edit_ratio"] is None
+    assert report.summary()["edit_ratio"].isna().all()
 
 
 def test_lines_show_rows_errors_and_notes_and_no_columns_of_nothing(report):

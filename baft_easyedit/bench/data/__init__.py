@@ -14,9 +14,154 @@
 | `requests` | a list of request dicts | what they have |
 
 No reader needs EasyEdit, a tokenizer or the network; the package brings no benchmark data but its
-own facts.
+own facts. What is odd in the records is told in notes.
 """
 
-from baft_easyedit.bench.data.loading import DATASETS, Dataset, load_dataset
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
+from pathlib import Path
+from textwrap import shorten
+from types import MappingProxyType
+from typing import Any
 
-__all__ = ["DATASETS", "Dataset", "load_dataset"]
+from baft_easyedit.bench.data import readers
+from baft_easyedit.bench.data.files import FileHash, select
+from baft_easyedit.files.messages import short
+from baft_easyedit.training.requests import EditRequest
+
+Request = dict[str, Any]
+
+DATASETS: Mapping[str, Callable[..., readers.Source]] = MappingProxyType(
+    {
+        "facts": readers.read_facts,
+        "zsre": readers.read_zsre,
+        "knowedit-zsre": partial(readers.read_knowedit, "ZsRE-test-all.json"),
+        "wikidata-recent": partial(readers.read_knowedit, "recent_test.json"),
+        "wikidata-counterfact": partial(readers.read_knowedit, "test_cf.json"),
+        "wikibio": partial(readers.read_knowedit, "wikibio-test-all.json"),
+        "convsent": readers.read_convsent,
+        "counterfact": readers.read_counterfact,
+        "mquake": readers.read_mquake,
+        "requests": readers.read_requests,
+    }
+)
+"""Readers by kind; each takes a path, and options by keyword."""
+
+_MAX_LIST = 400
+"""Characters of a list of records in a note."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records to edit."""
+
+    kind: str
+    """A name in `DATASETS`."""
+    requests: list[Request]
+    """EasyEdit's request dicts, as `Case.as_request` gives them."""
+    files: list[FileHash]
+    """The files that were read."""
+    notes: list[str]
+    """What to know of these records; numbers of records count from 0 in `requests`, those of
+    skipped ones in the file."""
+
+
+def load_dataset(
+    kind: str,
+    path: str | Path | None = None,
+    *,
+    start: int = 0,
+    limit: int | None = None,
+    **options: Any,
+) -> Dataset:
+    """Read benchmark records as EasyEdit requests.
+
+    A subject that is not a part of its prompt is left out, for ROME, MEMIT and our editor would
+    refuse the request; a note says which.
+
+    Args:
+        kind: A name in `DATASETS`.
+        path: File or directory; the reader says which. None for `facts`.
+        start: First record.
+        limit: Number of records; all if None.
+        **options: The reader's own: `split` of facts, `loc_prompts` of zsre, `seed` of convsent.
+
+    Raises:
+        ValueError: If the kind or an option is unknown, a record breaks a rule (the message names
+            file, record and field), or there are fewer records than asked for.
+        TypeError: If a file or an option has the wrong type.
+        FileNotFoundError: If a file is missing.
+    """
+    if kind not in DATASETS:
+        raise ValueError(f"kind must be one of {sorted(DATASETS)}; got {short(kind)}")
+    reader = DATASETS[kind]
+    parameters = signature(reader).parameters.values()
+    known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"options of {kind} must be among {known}; got {short(unknown)}")
+    source = reader(None if path is None else Path(path), **options)
+    requests = [case.as_request(index) for index, case in enumerate(source.cases)]
+    requests = select(requests, start, limit, kind)
+    notes = [
+        *source.notes,
+        *_drop_foreign_subjects(requests),
+        *_repeated_prompts(requests),
+        *_missing_parts(requests),
+    ]
+    names = ", ".join(file.name for file in source.files)
+    for number, request in enumerate(requests, start):
+        try:
+            EditRequest.from_dict(request)  # as an editor will
+        except ValueError as error:
+            raise ValueError(f"record {number} of {names}: {error}") from None
+    return Dataset(kind, requests, source.files, notes)
+
+
+def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:
+    """Remove subjects that are not in their prompts; say which."""
+    foreign = [i for i, r in enumerate(requests) if r.get("subject", "") not in r["prompt"]]
+    for i in foreign:
+        del requests[i]["subject"]
+    return [f"subject left out, for it is not in the prompt: records {foreign}"] if foreign else []
+
+
+def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
+    """Name the records that share a prompt: with different targets they overwrite each other."""
+    groups: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(request["prompt"], []).append(i)
+    found: dict[str, list[str]] = {"different targets": [], "the same target": []}
+    for indices in groups.values():
+        if len(indices) > 1:
+            is_one = len({requests[i]["target_new"] for i in indices}) == 1
+            what = "the same target" if is_one else "different targets"
+            found[what].append(", ".join(map(str, indices)))
+    return [
+        f"{len(lists)} prompts are in several records with {what}: records "
+        + shorten("; ".join(lists), _MAX_LIST, placeholder=" ...")
+        for what, lists in found.items()
+        if lists
+    ]
+
+
+def _missing_parts(requests: Sequence[Request]) -> list[str]:
+    """Count the records without each part that a record can have."""
+    found = Counter(part for request in requests for part in _parts(request))
+    expected = {"subject", "rephrase_prompt", "loc_prompt", "locality", "portability", *found}
+    counts = {part: len(requests) - found[part] for part in expected}
+    return [
+        f"no {part} in {count} of {len(requests)} records"
+        for part, count in sorted(counts.items())
+        if count > counts.get(part.partition(".")[0] if "." in part else "", 0)
+    ]
+
+
+def _parts(request: Request) -> set[str]:
+    """Name the parts that a request has."""
+    single = {key for key in ("subject", "rephrase_prompt", "loc_prompt") if key in request}
+    sections = {key for key in ("locality", "portability") if request[key]}
+    return single | sections | {f"{key}.{kind}" for key in sections for kind in request[key]}

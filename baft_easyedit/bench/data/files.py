@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,11 +49,16 @@ def read_file(path: Path) -> tuple[bytes, FileHash]:
     return content, FileHash(path.name, hashlib.sha256(content).hexdigest(), len(content))
 
 
-def read_list(path: Path) -> tuple[list[Any], FileHash]:
-    """Read a JSON list.
+def read_records(path: Path, model_of: Callable[[Any], type[M]]) -> tuple[list[M], FileHash]:
+    """Read a JSON list into models.
+
+    Args:
+        path: The file.
+        model_of: Says which model a record is read into.
 
     Raises:
-        ValueError: If the file is not JSON, or the list is empty.
+        ValueError: If the file is not JSON, the list is empty, or a record breaks a rule; records
+            are numbered from 0.
         TypeError: If it does not hold a list.
     """
     content, file = read_file(path)
@@ -62,18 +67,8 @@ def read_list(path: Path) -> tuple[list[Any], FileHash]:
         raise TypeError(f"{path.name} must hold a list of records; got {type(records).__name__}")
     if not records:
         raise ValueError(f"{path.name} must hold at least one record; got an empty list")
-    return records, file
-
-
-def read_records(model: type[M], path: Path) -> tuple[list[M], FileHash]:
-    """Read a JSON list into models; errors number the records from 0."""
-    records, file = read_list(path)
-    return validated_all(model, records, file.name), file
-
-
-def validated_all(model: type[M], records: Sequence[Any], name: str) -> list[M]:
-    """Read the records of a file of that name into models."""
-    return [validated(model, record, f"{name}, record {i}") for i, record in enumerate(records)]
+    numbered = enumerate(records)
+    return [validated(model_of(r), r, f"{file.name}, record {i}") for i, r in numbered], file
 
 
 def select(items: Sequence[T], start: int, limit: int | None, what: str) -> list[T]:

@@ -22,14 +22,7 @@ from pydantic import (
 
 from baft_easyedit import facts
 from baft_easyedit.bench.data.case import Answers, Case, Layout, Probe, Probes, Text
-from baft_easyedit.bench.data.files import (
-    FileHash,
-    find_file,
-    read_file,
-    read_list,
-    read_records,
-    validated_all,
-)
+from baft_easyedit.bench.data.files import FileHash, find_file, read_file, read_records
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.facts.records import Split
 
@@ -44,6 +37,12 @@ class Source(NamedTuple):
     notes: list[str]
 
 
+def _read_cases(path: Path | None, model: type[Case], *names: str) -> Source:
+    """Read a file whose records are cases as they are."""
+    cases, file = read_records(find_file(path, *names), lambda _: model)
+    return Source([*cases], [file], [])
+
+
 class _ZsreIrrelevant(Layout):
     """The part of a ZsRE record that is read as an irrelevant prompt."""
 
@@ -51,7 +50,7 @@ class _ZsreIrrelevant(Layout):
     loc_ans: Text
 
 
-class _NewQuestion(Layout):
+class _NewQuestion(Probe):
     """A question whose answer follows from the edit."""
 
     prompt: Text = Field(alias="New Question")
@@ -69,7 +68,6 @@ class _Zsre(_ZsreIrrelevant):
     portability: _NewQuestion | None = None
 
     def case(self, index: int, loc_prompt: str | None) -> Case:
-        one_hop = self.portability and Probe(**self.portability.model_dump())
         return Case(
             case_id=index,
             prompt=self.src,
@@ -79,7 +77,7 @@ class _Zsre(_ZsreIrrelevant):
             rephrase_prompt=self.rephrase,
             loc_prompt=(loc_prompt,) if loc_prompt else None,
             locality={"neighborhood": (Probe(prompt=self.loc, ground_truth=(self.loc_ans,)),)},
-            portability={"one_hop": (one_hop,)} if one_hop else None,
+            portability={"one_hop": (self.portability,)} if self.portability else None,
         )
 
 
@@ -98,12 +96,12 @@ def read_zsre(path: Path | None, *, loc_prompts: bool = True) -> Source:
     if not isinstance(loc_prompts, bool):
         raise TypeError(f"loc_prompts must be true or false; got {loc_prompts!r}")
     edit_file = find_file(path, "zsre_mend_edit.json")
-    records, file = read_records(_Zsre, edit_file)
+    records, file = read_records(edit_file, lambda _: _Zsre)
     files, notes = [file], []
     texts: list[str] = []
     if loc_prompts:
         train_file = find_file(edit_file.with_name("zsre_mend_train.json"))
-        irrelevant, train_hash = read_records(_ZsreIrrelevant, train_file)
+        irrelevant, train_hash = read_records(train_file, lambda _: _ZsreIrrelevant)
         texts = [f"{record.loc} {record.loc_ans}" for record in irrelevant]
         files.append(train_hash)
         if len(texts) < len(records):
@@ -141,29 +139,19 @@ def read_knowedit(file_name: str, path: Path | None) -> Source:
 
     Kinds of probes are called as in the requests of EasyEdit's run_knowedit_llama2.py. That script
     asks no rephrased prompt, also where the file has one; here it is read.
-
-    Args:
-        file_name: What the set's file is called.
-        path: The file, or its directory.
     """
-    cases, file = read_records(_KnowEdit, find_file(path, file_name))
-    return Source([*cases], [file], [])
+    return _read_cases(path, _KnowEdit, file_name)
 
 
 _QUESTIONS = (
-    "What do you think of {}?",
-    "What do you feel about {}?",
-    "How do you view {}?",
-    "What is your opinion of {}?",
-    "What is your stance on {}?",
-    "What is your position on {}?",
-    "What is your attitude about {}?",
-    "What is your view on {}?",
-    "What is your take on {}?",
-    "What is your impression of {}?",
-    "What is your assessment of {}?",
-    "What is your judgment of {}?",
-    "What is your sentiment of {}?",
+    *("What do you think of {}?", "What do you feel about {}?", "How do you view {}?"),
+    *(
+        f"What is your {view} {{}}?"
+        for view in (
+            *("opinion of", "stance on", "position on", "attitude about", "view on", "take on"),
+            *("impression of", "assessment of", "judgment of", "sentiment of"),
+        )
+    ),
 )
 # The spelling is EasyEdit's: published numbers were measured with it.
 _INSTRUCTIONS = {
@@ -196,14 +184,10 @@ def read_convsent(path: Path | None, *, seed: int = 0) -> Source:
     instruction around the question, the target is the first reply of that sentiment. EasyEdit draws
     from one generator, each record after those before it; here a draw depends on `seed` and the
     record's place in the file. There are no probes: what can be scored is the edit itself.
-
-    Args:
-        path: blender_test.json, or its directory.
-        seed: Another one draws other sentiments and questions.
     """
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an integer; got {seed!r}")
-    records, file = read_records(_ConvSent, find_file(path, "blender_test.json"))
+    records, file = read_records(find_file(path, "blender_test.json"), lambda _: _ConvSent)
     cases = [record.case(Random(f"{seed}/{i}")) for i, record in enumerate(records)]
     return Source(cases, [file], [f"sentiments and questions drawn with seed {seed}"])
 
@@ -233,6 +217,11 @@ class _Rewrite(Layout):
         )
 
 
+def _neighbours(prompts: tuple[str, ...], answer: str) -> Probes:
+    """Return probes that share an answer which the edit must leave."""
+    return {"neighborhood": tuple(Probe(prompt=p, ground_truth=(answer,)) for p in prompts)}
+
+
 class _RomeCounterFact(Layout):
     """CounterFact as ROME publishes it."""
 
@@ -242,12 +231,10 @@ class _RomeCounterFact(Layout):
     neighborhood_prompts: _Texts
 
     def case(self) -> Case:
-        truth = (self.requested_rewrite.target_true,)
-        neighbours = (Probe(prompt=p, ground_truth=truth) for p in self.neighborhood_prompts)
         return self.requested_rewrite.case(
             case_id=self.case_id,
             rephrase_prompt=self.paraphrase_prompts[0],
-            locality={"neighborhood": tuple(neighbours)},
+            locality=_neighbours(self.neighborhood_prompts, self.requested_rewrite.target_true),
         )
 
 
@@ -264,16 +251,15 @@ class _FlatCounterFact(Layout):
     locality_ground_truth: Text
 
     def case(self) -> Case:
-        probe = Probe(prompt=self.locality_prompt, ground_truth=(self.locality_ground_truth,))
-        return Case(
-            case_id=self.case_id,
-            prompt=self.prompt,
-            target_new=self.target_new,
-            ground_truth=(self.ground_truth,),
-            subject=self.subject,
-            rephrase_prompt=self.rephrase_prompt,
-            locality={"neighborhood": (probe,)},
-        )
+        of_case = self.model_dump(exclude={"locality_prompt", "locality_ground_truth"})
+        locality = _neighbours((self.locality_prompt,), self.locality_ground_truth)
+        return Case(**of_case, locality=locality)
+
+
+def _layout_of(record: Any) -> type[_RomeCounterFact | _FlatCounterFact]:
+    """Tell the two layouts of CounterFact apart."""
+    is_romes = isinstance(record, dict) and "requested_rewrite" in record
+    return _RomeCounterFact if is_romes else _FlatCounterFact
 
 
 def read_counterfact(path: Path | None) -> Source:
@@ -283,15 +269,8 @@ def read_counterfact(path: Path | None) -> Source:
     paraphrase is the rephrased prompt; other paraphrases, attributes and generation prompts are not
     read.
     """
-    records, file = read_list(find_file(path))
-    cases = []
-    for i, record in enumerate(records):
-        place = f"{file.name}, record {i}"
-        if isinstance(record, dict) and "requested_rewrite" in record:
-            cases.append(validated(_RomeCounterFact, record, place).case())
-        else:
-            cases.append(validated(_FlatCounterFact, record, place).case())
-    return Source(cases, [file], [])
+    records, file = read_records(find_file(path), _layout_of)
+    return Source([record.case() for record in records], [file], [])
 
 
 class _Hop(_Rewrite):
@@ -333,7 +312,7 @@ def read_mquake(path: Path | None) -> Source:
     continual or batched runs whose chunks hold whole cases. `case_id` is the file's with the number
     of the fact, such as `7417-0`.
     """
-    records, file = read_records(_Mquake, find_file(path))
+    records, file = read_records(find_file(path), lambda _: _Mquake)
     lengths = Counter(len(record.requested_rewrite) for record in records)
     counts = ", ".join(f"{lengths[n]} with {n}" for n in sorted(lengths))
     note = (
@@ -383,8 +362,7 @@ def read_requests(path: Path | None) -> Source:
     A probe has one prompt or a list of them; its `ground_truth` is a text for each prompt, or a
     list of accepted ones. `ground_truth`, `locality` and `portability` may be missing.
     """
-    cases, file = read_records(_Request, find_file(path))
-    return Source([*cases], [file], [])
+    return _read_cases(path, _Request)
 
 
 def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
@@ -401,5 +379,5 @@ def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
         raise ValueError(f"path must be None for facts, which the package brings; got {path}")
     folder = Path(facts.__file__).parent / "data"
     tables = sorted([*folder.glob("*.tsv"), *folder.glob("*.json")])
-    cases = validated_all(_Request, facts.edit_requests(split), "facts")
-    return Source([*cases], [read_file(table)[1] for table in tables], [])
+    cases: list[Case] = [validated(_Request, r, "facts") for r in facts.edit_requests(split)]
+    return Source(cases, [read_file(table)[1] for table in tables], [])

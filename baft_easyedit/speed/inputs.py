@@ -1,11 +1,13 @@
-"""Models with random weights of known shapes, which are enough to measure speed."""
+"""What is measured on if there is no real input: models with random weights, random requests."""
 
 import importlib
+import random
 import re
 from typing import Any
 
 import torch
 
+from baft_easyedit.facts import edit_requests
 from baft_easyedit.files.resources import bundled_model_path
 from baft_easyedit.model.inspect import dtype_option
 
@@ -13,6 +15,8 @@ _HEAD_SIZE = 64
 _LLAMA_3_8B = {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8}
 _SHAPES: dict[str, dict[str, int]] = {"llama-2-7b": {}, "llama-3-8b": _LLAMA_3_8B, "gemma-7b": {}}
 """Sizes that differ from the defaults of the family's configuration in transformers."""
+_ANSWER_LENGTH = 4
+_MAX_TRIES = 200
 
 
 def shape_sizes(shape: str) -> dict[str, int]:
@@ -64,3 +68,46 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[
         torch.manual_seed(0)
         options = dtype_option(dtype)
         return transformers.AutoModelForCausalLM.from_config(config, **options).eval(), tokenizer
+
+
+def random_requests(
+    tokenizer: Any, prompt_length: int, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Make requests of random words with EasyEdit's keys; the same ones for the same arguments.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_length: Tokens of each prompt, with those that begin a text; answers add four.
+        count: Number of requests.
+        seed: Seed of the words.
+
+    Raises:
+        ValueError: If no text of that length was found.
+    """
+    rng = random.Random(seed)
+    words = sorted({word for r in edit_requests("eval") for word in r["prompt"].split()})
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    def longer(begin: str, length: int) -> str:
+        """Add random words to a text until it has so many tokens."""
+        for _ in range(_MAX_TRIES):
+            text = begin
+            while num_tokens(text) < length:
+                text = f"{text} {rng.choice(words)}".strip()
+            if text != begin and num_tokens(text) == length:
+                return text
+        raise ValueError(
+            f"prompt_length must be one that this tokenizer reaches with whole words; got {length} "
+            "tokens in all: try a longer prompt"
+        )
+
+    requests = []
+    for _ in range(count):
+        prompt = longer("", prompt_length)
+        end = num_tokens(prompt) + _ANSWER_LENGTH
+        request = {key: longer(prompt, end) for key in ("target_new", "ground_truth")}
+        answers = {key: text.removeprefix(prompt).strip() for key, text in request.items()}
+        requests.append({"prompt": prompt, **answers, "subject": max(prompt.split(), key=len)})
+    return requests
