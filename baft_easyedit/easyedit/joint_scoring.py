@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SECTIONS = ("locality", "portability")
 """Parts of a request that hold probes: under each key prompts and their answers."""
 
-_ROUTE_BATCHES = ("WISE", "GRACE", "MELO", "DEFER")
+_ROUTE_BATCHES = ("WISE", "GRACE", "MELO")
 """Methods, by EasyEdit's names, that route a whole batch by one of its prompts, or count its
 padding."""
 

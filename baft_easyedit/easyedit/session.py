@@ -232,9 +232,9 @@ class Session:
         """
         # What the first edit returned is what undoes them all: it kept the unedited weights, and
         # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only. Ours
-        # and KN's take back their own edit each.
+        # take back their own edit each.
         edits, self._edits = self._edits, []
-        is_each_its_own = self.editor.alg_name == "KN" or any(isinstance(e[1], Undo) for e in edits)
+        is_each_its_own = any(isinstance(weights_copy, Undo) for _, weights_copy in edits)
         try:
             for edited, weights_copy in reversed(edits if is_each_its_own else edits[:1]):
                 with honoured_device(self.generation, self.editor.hparams.device):
@@ -293,7 +293,7 @@ def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) ->
     """Restore a model as `BaseEditor.edit` of the release does, inside that method."""
     nethook = importlib.import_module("easyeditor.util.nethook")
     with torch.no_grad():
-        if callable(weights_copy):  # KN's, and ours
+        if callable(weights_copy):  # ours
             weights_copy()
         elif editor.alg_name == "LoRA":
             edited.unload()

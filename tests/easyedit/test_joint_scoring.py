@@ -110,7 +110,7 @@ def test_only_what_scores_alike_is_scored_together(make_editor, monkeypatch):
     session = Session(make_editor(), "a")
     editor = session.editor
     assert session.scores_together
-    for name in ("WISE", "GRACE", "MELO", "DEFER"):
+    for name in ("WISE", "GRACE", "MELO"):
         with monkeypatch.context() as patch:
             patch.setattr(editor, "alg_name", name)
             assert not session.scores_together
