@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from baft_easyedit.easyedit.arguments import read_call
-from baft_easyedit.easyedit.compat import usable_unknown_token
-from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.compat import honoured_device, usable_unknown_token
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.model.devices import check_device

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.joint_scoring import (
     padding_is_harmless,
     rows_are_independent,

@@ -11,7 +11,7 @@ from conftest import CAPITALS, make_request
 from tokenizers import processors
 
 from baft_easyedit import BaFTHyperParams, ModelEdit, attached_edit
-from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.plugin import apply_baft_to_model
 from baft_easyedit.model.prompt_format import PromptFormat

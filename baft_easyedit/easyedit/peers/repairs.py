@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.host import loaded_generation
 from baft_easyedit.easyedit.peers.methods import batchable
 from baft_easyedit.easyedit.peers.prompts import (
