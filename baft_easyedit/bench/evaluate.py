@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from baft_easyedit.bench.scores import metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
-from baft_easyedit.easyedit.joint_scoring import as_list
+from baft_easyedit.easyedit.learned_tokens import as_list
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
@@ -133,8 +133,8 @@ def any_alias_portability(
 class PreEditScores:
     """The unedited model's scores of the cases of a chunk, computed once for all methods.
 
-    They belong to the chunk because the cases are scored together after the edits too: in half
-    precision what else is in a batch makes a difference, which is no edit's doing.
+    They belong to the chunk because its questions are answered together, after the edits too: in
+    half precision what else is in a batch makes a difference, which is no edit's doing.
     """
 
     directory: RunDirectory
@@ -169,7 +169,6 @@ class PreEditScores:
             "by_generation": editor.alg_name == "GRACE",
             "answers": self.with_answers,
             "batch_size": session.batch_size,
-            "together": session.scores_together,
             "cases": requests,
         }
         return digest(content)[:16]

@@ -17,11 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from baft_easyedit.easyedit.compat import honoured_device
-from baft_easyedit.easyedit.joint_scoring import (
-    padding_is_harmless,
-    rows_are_independent,
-    score_jointly,
-)
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
 from baft_easyedit.easyedit.peers.repairs import after_edit, reset_method_state, whole_answers
@@ -34,6 +29,9 @@ from baft_easyedit.model.prompt_format import PromptFormat
 Request = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
+
+_ROUTE_BATCHES = ("WISE", "GRACE", "MELO")
+"""Methods that route a whole batch by one of its prompts, or count its padding."""
 
 
 def make_editor(hparams: Any) -> Any:
@@ -50,7 +48,7 @@ class Session:
         probe: A text on which restored models are compared.
         verify: Compare weights and logits after each restore, and keep a copy of the model to put
             back if they differ. Takes the memory of a second model.
-        batch_size: Most requests that are scored, or prompts that are answered, at once.
+        batch_size: Most prompts that are answered at once.
     """
 
     def __init__(self, editor: Any, probe: str, verify: bool = True, batch_size: int = 32) -> None:
@@ -137,24 +135,9 @@ class Session:
         self._edits.append((editor.model, Undo(ours.undo)))
         return learned.report.time_s
 
-    @property
-    def scores_together(self) -> bool:
-        """Whether several requests are scored in one forward: if that is as scoring each alone."""
-        editor = self.editor
-        evaluation = getattr(editor.hparams, "evaluation_type", None)
-        return (
-            self.batch_size > 1
-            and (self.generation == "current" or editor.tok.padding_side == "left")
-            and evaluation not in ("LLM-judge", "generate-text")
-            and rows_are_independent(editor.alg_name)
-            and padding_is_harmless(editor.model)
-        )
-
     def score(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Score requests on the model as it is now with EasyEdit's `compute_edit_quality`."""
-        if not self.scores_together:
-            return [self._quality(request) for request in requests]
-        return score_jointly(self._quality, requests, self.editor.tok, self.batch_size)
+        return [self._quality(request) for request in requests]
 
     @property
     def _scoring_tokenizer(self) -> LearnedTokens:
@@ -215,7 +198,7 @@ class Session:
             prompts: One text per answer, or its tokens.
             max_new_tokens: Where each answer is cut.
         """
-        size = self.batch_size if rows_are_independent(self.editor.alg_name) else 1
+        size = 1 if self.editor.alg_name in _ROUTE_BATCHES else self.batch_size
         with self._scoring():
             return generate_answers(
                 self.model, self.editor.tok, prompts, max_new_tokens, self._input_device(), size

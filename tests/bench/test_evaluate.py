@@ -39,7 +39,6 @@ class Session:
         )
         self.editor.tok = SimpleNamespace(padding_side="left")
         self.batch_size = 32
-        self.scores_together = True
         self.scored = []
 
     def score(self, requests):
@@ -148,7 +147,6 @@ def test_scores_before_the_edit_are_computed_once(pre_edit):
     [
         lambda s: setattr(s.editor.tok, "padding_side", "right"),
         lambda s: setattr(s, "batch_size", 2),
-        lambda s: setattr(s, "scores_together", False),
         lambda s: setattr(s.editor.hparams, "max_length", 80),
         lambda s: setattr(s.editor, "alg_name", "GRACE"),  # scored by generation
     ],

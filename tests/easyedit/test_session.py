@@ -80,6 +80,8 @@ def test_answers_are_generated_by_the_edited_model(make_editor, complete):
     before = session.answers(prompts, [6, 4])
     session.edit(complete[:1])
     after = session.answers(prompts, [6, 4])
+    session.batch_size = 1
+    assert session.answers(prompts, [6, 4]) == after
     assert after[0].startswith("Oslo")
     assert not before[0].startswith("Oslo")
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.joint_scoring import as_list
-from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens, as_list
 from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
 from baft_easyedit.model.prompt_format import PromptFormat
 
