@@ -123,39 +123,33 @@ class Session:
 
     def learn_apart(self, requests: Sequence[Request], batch_size: int) -> list[Learned]:
         """Learn requests with BaFT or ReFT, each on its own, many side by side; see `install`."""
-        editor = self.editor
-        ours = BaFTEditor(editor.model, editor.tok, editor.hparams)
-        return ours.learn_apart(requests, batch_size)
+        return self._our_editor().learn_apart(requests, batch_size)
 
     def install(self, learned: Learned) -> float:
         """Edit the model with what `learn_apart` learned; return its share of the seconds."""
-        editor = self.editor
-        ours = BaFTEditor(editor.model, editor.tok, editor.hparams)
+        ours = self._our_editor()
         ours.install(learned)
-        self._edits.append((editor.model, Undo(ours.undo)))
+        self._edits.append((self.editor.model, Undo(ours.undo)))
         return learned.report.time_s
+
+    def _our_editor(self) -> BaFTEditor:
+        """Return an editor of the model that is not EasyEdit's."""
+        return BaFTEditor(self.editor.model, self.editor.tok, self.editor.hparams)
 
     def score(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Score requests on the model as it is now with EasyEdit's `compute_edit_quality`."""
-        return [self._quality(request) for request in requests]
-
-    @property
-    def _scoring_tokenizer(self) -> LearnedTokens:
-        """The tokenizer as all methods are scored with it."""
-        return LearnedTokens(self.editor.tok, PromptFormat.of(self.editor.hparams))
-
-    def _quality(self, request: Request) -> dict[str, Any]:
-        """Call EasyEdit's evaluator."""
-        editor = self.editor
+        editor, h, tok = self.editor, self.editor.hparams, self._scoring_tokenizer()
         with self._scoring(), whole_answers(self.model, editor.alg_name):
-            return self._host.compute_edit_quality(
-                self.model,
-                editor.model_name,
-                editor.hparams,
-                self._scoring_tokenizer,
-                scored_request(request, editor),
-                editor.hparams.device,
-            )
+            return [
+                self._host.compute_edit_quality(
+                    self.model, editor.model_name, h, tok, scored_request(request, editor), h.device
+                )
+                for request in requests
+            ]
+
+    def _scoring_tokenizer(self) -> LearnedTokens:
+        """Return the tokenizer as all methods are scored with it."""
+        return LearnedTokens(self.editor.tok, PromptFormat.of(self.editor.hparams))
 
     def score_against(
         self, pre: Sequence[Mapping[str, Any]], requests: Sequence[Request]
@@ -179,13 +173,11 @@ class Session:
 
     def token_accuracies(self, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
         """Return EasyEdit's teacher-forced token accuracy of each target after its prompt."""
-        module, h = (
-            importlib.import_module("easyeditor.evaluate.evaluate_utils"),
-            self.editor.hparams,
-        )
+        module = importlib.import_module("easyeditor.evaluate.evaluate_utils")
+        h, tok = self.editor.hparams, self._scoring_tokenizer()
         with self._scoring():
             scores = module.test_prediction_acc(
-                self.model, self._scoring_tokenizer, h, list(prompts), list(targets), h.device
+                self.model, tok, h, list(prompts), list(targets), h.device
             )
         return [float(score) for score in np.ravel(scores)]
 
