@@ -12,63 +12,29 @@ import torch
 from baft_easyedit.easyedit.peers import (
     PEERS,
     batchable,
-    fix_peer,
-    peer_hparams,
     prepare_method,
-    why_not,
-    write_statistics,
 )
 from baft_easyedit.easyedit.peers.prompts import suited_tokenizer
-from baft_easyedit.easyedit.session import Session, prepare_requests
+from baft_easyedit.easyedit.session import Session
 from baft_easyedit.files.resources import bundled_model_path
 
+PREFIXES = {"context_template_length_params": [[5, 5]]}
 QUICK = {
-    "num_steps": 2,
-    "v_num_grad_steps": 2,
-    "n_iter": 2,
-    "context_template_length_params": [[5, 5]],
-    "grace": {"num_iter": 2, "num_block": 2},
+    "ROME": {"v_num_grad_steps": 2, **PREFIXES},
+    "MEMIT": {"v_num_grad_steps": 2},
+    "AlphaEdit": {"v_num_grad_steps": 2},
+    "UltraEdit": {},
+    "WISE": {"n_iter": 2},
+    "GRACE": {"n_iter": 2},
+    "MELO": {"grace": {"num_iter": 2, "num_block": 2}},
 }
-TEXTS = [f"text number {i} of quite a few" for i in range(30)]
+"""Few steps; the rest take `num_steps`."""
 
 
 @pytest.fixture
-def current(host):
-    if host.generation == "pypi":
-        pytest.skip("about the current EasyEdit")
-    return host
-
-
-@pytest.fixture
-def make_peer(host, model_path, tmp_path):
-    """Make a method's editor, repaired and prepared, with few steps."""
-
-    def make(name, **overrides):
-        from easyeditor import BaseEditor
-
-        defaults = peer_hparams(name, model_path, "cpu", tmp_path, host.generation, len(TEXTS))[0]
-        quick = {key: value for key, value in QUICK.items() if hasattr(defaults, key)}
-        hparams, _ = peer_hparams(
-            name,
-            model_path,
-            "cpu",
-            tmp_path,
-            host.generation,
-            len(TEXTS),
-            {**quick, **overrides},
-        )
-        fix_peer(name, hparams)
-        editor = BaseEditor.from_hparams(hparams)
-        write_statistics(editor, TEXTS)
-        prepare_method(name, editor, seed=0)
-        return editor
-
-    return make
-
-
-@pytest.fixture
-def complete(requests):
-    return prepare_requests(requests)
+def make_quick(make_peer):
+    """Make a method's editor that takes few steps."""
+    return lambda name: make_peer(name, **QUICK.get(name, {"num_steps": 2}))
 
 
 # A life of each method.
@@ -76,10 +42,8 @@ def complete(requests):
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("name", PEERS)
-def test_a_method_edits_in_a_row_and_is_restored(host, make_peer, complete, name):
-    if why_not(name, host.generation):
-        pytest.skip("not in this EasyEdit")
-    editor = make_peer(name)
+def test_a_method_edits_in_a_row_and_is_restored(make_quick, complete, name):
+    editor = make_quick(name)
     session = Session(editor, "The sky is")
     for request in complete[:2]:
         session.edit([request])
@@ -96,9 +60,9 @@ def test_a_method_edits_in_a_row_and_is_restored(host, make_peer, complete, name
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("name", ["FT-M", "LoRA", "UltraEdit", "AlphaEdit"])
-def test_one_call_edits_several_requests(current, make_peer, complete, name):
+def test_one_call_edits_several_requests(current, make_quick, complete, name):
     assert batchable(name, "current")
-    editor = make_peer(name)
+    editor = make_quick(name)
     for count in (2, 3):
         session = Session(editor, "The sky is")
         session.edit(complete[:count])
@@ -111,10 +75,8 @@ def test_one_call_edits_several_requests(current, make_peer, complete, name):
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("name", ["ROME", "MEMIT", "WISE"])
-def test_prefixes_do_not_depend_on_what_came_before(host, make_peer, name):
-    if why_not(name, host.generation):
-        pytest.skip("not in this EasyEdit")
-    editor = make_peer(name)
+def test_prefixes_do_not_depend_on_what_came_before(make_quick, name):
+    editor = make_quick(name)
     path = {"WISE": "wise.utils"}.get(name, f"{name.lower()}.{name.lower()}_main")
     module = importlib.import_module(f"easyeditor.models.{path}")
     cached = module.CONTEXT_TEMPLATES_CACHE
@@ -132,8 +94,8 @@ def test_prefixes_do_not_depend_on_what_came_before(host, make_peer, name):
 
 
 @pytest.mark.easyedit
-def test_a_later_edit_of_melo_extends_the_same_model(current, make_peer, complete):
-    editor = make_peer("MELO")
+def test_a_later_edit_of_melo_extends_the_same_model(current, make_quick, complete):
+    editor = make_quick("MELO")
     unedited = editor.model
     session = Session(editor, "a")
     session.edit(complete[:1])
@@ -147,8 +109,8 @@ def test_a_later_edit_of_melo_extends_the_same_model(current, make_peer, complet
 
 
 @pytest.mark.easyedit
-def test_melo_without_a_free_block_is_refused(current, make_peer, complete):
-    session = Session(make_peer("MELO"), "a")  # with two blocks
+def test_melo_without_a_free_block_is_refused(current, make_quick, complete):
+    session = Session(make_quick("MELO"), "a")  # with two blocks
     for request in complete[:2]:
         session.edit([request])
     with pytest.raises(ValueError, match=r"grace\.num_block must be at least the number of edits"):

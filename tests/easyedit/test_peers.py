@@ -29,13 +29,6 @@ TIED = "model.embed_tokens"
 """Where EasyEdit finds an output layer that shares the input embedding's weights."""
 
 
-@pytest.fixture
-def current(host):
-    if host.generation == "pypi":
-        pytest.skip("about the current EasyEdit")
-    return host
-
-
 # Which methods there are.
 
 
