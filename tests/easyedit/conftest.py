@@ -120,12 +120,6 @@ def complete(requests):
 
 
 @pytest.fixture
-def undoing(host):
-    """The argument that makes the release undo each edit, as the current EasyEdit does anyway."""
-    return {} if host.generation == "current" else {"keep_original_weight": True}
-
-
-@pytest.fixture
 def without_easyeditor(monkeypatch):
     """Forget the imported EasyEdit for one test."""
     monkeypatch.delenv(HOME_VARIABLE, raising=False)
