@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.easyedit.joint_scoring import as_list
+from baft_easyedit.easyedit.learned_tokens import as_list
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.prefix_cache import FullForward

@@ -143,8 +143,8 @@ class BenchConfig(_Strict):
     """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
     downstream: DownstreamConfig | None = None
     scoring_batch_size: int = Field(default=32, ge=1)
-    """Cases that are scored at once, and prompts that are answered at once, by methods whose edited
-    model computes each text of a batch by itself; the scores are the same up to rounding."""
+    """Prompts answered at once, by methods whose edited model computes each text of a batch
+    by itself; the scores are the same up to rounding."""
     device: int | str = "cpu"
     """EasyEdit's device; with several processes each takes the CUDA device of its rank."""
     fp16: bool = False

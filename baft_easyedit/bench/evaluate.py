@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from baft_easyedit.bench.scores import metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
-from baft_easyedit.easyedit.joint_scoring import as_list
+from baft_easyedit.easyedit.learned_tokens import as_list
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
@@ -134,8 +134,8 @@ def pre_edit_scores(
 ) -> list[dict[str, Any]]:
     """Return `metrics` and `answers` of each case on the unedited model.
 
-    They belong to the chunk because the cases are scored together after the edits too: in half
-    precision what else is in a batch makes a difference, which is no edit's doing.
+    They belong to the chunk because its questions are answered together, after the edits too: in
+    half precision what else is in a batch makes a difference, which is no edit's doing.
 
     Args:
         directory: The run, which keeps them for all methods.
@@ -155,7 +155,6 @@ def pre_edit_scores(
         "by_generation": editor.alg_name == "GRACE",
         "answers": with_answers,
         "batch_size": session.batch_size,
-        "together": session.scores_together,
         "cases": requests,
     }
     file = directory.pre_edit(digest(content)[:16])

@@ -37,6 +37,6 @@ def _doctor(_arguments: argparse.Namespace) -> int:
     """Print what `doctor` finds; the status is 1 if EasyEdit cannot be used."""
     from baft_easyedit.easyedit.doctor import doctor
 
-    report = doctor()
+    report, is_usable = doctor()
     print(report)
-    return 0 if report.is_usable else 1
+    return 0 if is_usable else 1

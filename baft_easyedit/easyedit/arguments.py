@@ -175,7 +175,7 @@ def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
     for name in set(_ALIGNED) & full.keys():
-        full[name] = _aligned(full[name], name, count)
+        full[name] = _as_list(full[name], name, count)
     for name in set(_PROBES) & full.keys():
         full[name] = _probes(full[name], name, count)
     if "loc_prompts" in full:
@@ -202,19 +202,12 @@ def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def _as_list(values: Any, name: str) -> list[Any]:
-    """Return one text, or several, as a list."""
-    if isinstance(values, str):
-        return [values]
+def _as_list(values: Any, name: str, count: int | None = None) -> list[Any]:
+    """Return one text, or several, as a list; with `count` prompts it has an entry for each."""
     if not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a text or a list of texts; got {type(values).__name__}")
-    return list(values)
-
-
-def _aligned(values: Any, name: str, count: int) -> list[Any]:
-    """Return a list with an entry for each prompt."""
-    full = _as_list(values, name)
-    if len(full) != count:
+    full = [values] if isinstance(values, str) else list(values)
+    if count is not None and len(full) != count:
         raise ValueError(
             f"{name} must have one entry for each prompt; got {len(full)} for {count} prompts"
         )
@@ -234,5 +227,5 @@ def _probes(probes: Any, name: str, count: int) -> dict[str, Any]:
         for key in ("prompt", "ground_truth"):
             if key not in probe:
                 raise ValueError(f"{name}[{kind!r}] must have the key {key!r}")
-            full[kind][key] = _aligned(probe[key], f"{name}[{kind!r}][{key!r}]", count)
+            full[kind][key] = _as_list(probe[key], f"{name}[{kind!r}][{key!r}]", count)
     return full

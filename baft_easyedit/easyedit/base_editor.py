@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from baft_easyedit.easyedit.arguments import read_call
-from baft_easyedit.easyedit.compat import usable_unknown_token
-from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.compat import honoured_device, usable_unknown_token
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.model.devices import check_device
@@ -57,26 +56,16 @@ def _constructor(original: Callable[..., None], generation: Generation) -> Calla
         if getattr(hparams, "alg_name", None) in OUR_METHODS:
             if generation == "current" or torch.cuda.is_available():  # else all means the CPU
                 check_device(hparams.device)
-            hparams = _with_safe_path(hparams)
+            # EasyEdit also takes a subclass of str that holds a loaded model: leave that alone.
+            if type(hparams.model_name) is str:
+                hparams = copy.copy(hparams)  # the caller's keep their path
+                hparams.model_name = host_model_path(hparams.model_name)
         with honoured_device(generation, getattr(hparams, "device", None)):
             original(self, hparams)
         if generation == "pypi":
             usable_unknown_token(self.tok)
 
     return init
-
-
-def _with_safe_path(hparams: Any) -> Any:
-    """Return hyper-parameters from whose `model_name` EasyEdit loads the right classes."""
-    # EasyEdit also takes a subclass of str that holds a loaded model: leave that alone.
-    if type(hparams.model_name) is not str:
-        return hparams
-    path = host_model_path(hparams.model_name)
-    if path == hparams.model_name:
-        return hparams
-    changed = copy.copy(hparams)
-    changed.model_name = path
-    return changed
 
 
 def _entry_point(original: Callable[..., Any], generation: Generation) -> Callable[..., Any]:

@@ -7,10 +7,13 @@ import copy
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def repair(generation: str) -> None:
@@ -62,39 +65,26 @@ def _repair_layer_outputs() -> None:
 
     MEMIT reads and changes `output[0]` of a decoder layer, which was a tuple in transformers 4.
     """
-    nethook = importlib.import_module("easyeditor.util.nethook")
-    init, close = nethook.Trace.__init__, nethook.Trace.close
+    trace = importlib.import_module("easyeditor.util.nethook").Trace
+    original = trace.__init__
 
-    @functools.wraps(init)
-    def traced(
-        self: Any, module: nn.Module, layer: str | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        self._tuple_hooks, was_tensor = [], False
+    @functools.wraps(original)
+    def init(self: Any, module: nn.Module, layer: str | None = None, *args: Any, **kw: Any) -> None:
+        original(self, module, layer, *args, **kw)
         if layer is None or not layer.rpartition(".")[2].isdigit():  # not a decoder layer
-            init(self, module, layer, *args, **kwargs)
             return
+        handle = self.registered_hook
+        hooks = handle.hooks_dict_ref()
+        hook = hooks[handle.id]
 
-        def to_tuple(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-            nonlocal was_tensor
-            was_tensor = isinstance(output, Tensor)
-            return (output,) if was_tensor else output
+        def with_tuple(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return hook(module, inputs, (output,))[0]
+            return hook(module, inputs, output)
 
-        def to_tensor(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-            return output[0] if was_tensor else output
+        hooks[handle.id] = with_tuple
 
-        target = nethook.get_module(module, layer)
-        self._tuple_hooks.append(target.register_forward_hook(to_tuple))
-        init(self, module, layer, *args, **kwargs)
-        self._tuple_hooks.append(target.register_forward_hook(to_tensor))
-
-    @functools.wraps(close)
-    def closed(self: Any) -> None:
-        close(self)
-        for handle in self._tuple_hooks:
-            handle.remove()
-
-    nethook.Trace.__init__ = traced
-    nethook.Trace.close = closed
+    trace.__init__ = init
 
 
 def _repair_scoring_limit() -> None:
@@ -126,3 +116,52 @@ def usable_unknown_token(tok: Any) -> None:
     """
     if getattr(tok, "unk_token_id", 0) is None:
         tok.unk_token = tok.eos_token
+
+
+class DeviceRemap(TorchFunctionMode):
+    """Put right the CUDA devices named in calls to torch inside this context.
+
+    The release writes `f"cuda:{device}"` everywhere. Without CUDA all of those mean the CPU; with
+    CUDA only names that cannot exist, such as `cuda:cpu`, are put right.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_cuda = torch.cuda.is_available()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replace device arguments of one call."""
+        if func is torch.Tensor.cuda and not self.has_cuda:
+            return args[0]
+        # In `.to(0)` a bare number is a CUDA device; elsewhere it is only a number.
+        is_move = func is torch.Tensor.to or getattr(func, "__name__", "") == "_parse_to"
+        args = tuple(self._device(value, is_move) for value in args)
+        options = dict(kwargs or {})
+        if "device" in options:
+            options["device"] = self._device(options["device"], True)
+        return func(*args, **options)
+
+    def _device(self, value: Any, number_is_device: bool) -> Any:
+        """Return the device meant by one argument; anything else as it is."""
+        if isinstance(value, str) and value.startswith("cuda:"):
+            named = value.removeprefix("cuda:")
+            value = value if named.isdigit() else named
+        names_cuda = (
+            (isinstance(value, str) and value.startswith("cuda"))
+            or (isinstance(value, torch.device) and value.type == "cuda")
+            or (number_is_device and type(value) is int)
+        )
+        return torch.device("cpu") if names_cuda and not self.has_cuda else value
+
+
+def honoured_device(generation: str, device: Any) -> AbstractContextManager[Any]:
+    """Return the context in which EasyEdit's code runs on `device`, as its hyper-parameters say."""
+    if generation == "current" or (torch.cuda.is_available() and type(device) is int):
+        return nullcontext()
+    return DeviceRemap()

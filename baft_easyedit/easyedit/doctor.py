@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,78 +22,54 @@ from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.hparams import BaFTHyperParams
 
 
-@dataclass(frozen=True)
-class DoctorReport:
-    """What the doctor found; `str()` is for people."""
-
-    lines: tuple[str, ...]
-    is_usable: bool
-    """Whether EasyEdit is there, and an edit through it worked."""
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-
-def doctor(with_edit: bool = True) -> DoctorReport:
+def doctor() -> tuple[str, bool]:
     """Look at the installation, and make one edit of the bundled model through EasyEdit.
 
-    Args:
-        with_edit: Make that edit; without, EasyEdit is only imported.
+    Returns:
+        What was found, for people; and whether EasyEdit is there, and the edit worked.
     """
     devices = torch.cuda.device_count()
-    lines = [
-        f"baft_easyedit {baft_easyedit.__version__}",
-        f"python        {platform.python_version()}",
-        *map(_version_line, ("torch", "transformers", "peft")),
-        f"cuda          {f'{devices} device(s)' if devices else 'not available'}",
-    ]
+    found = {"baft_easyedit": baft_easyedit.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["cuda"] = f"{devices} device(s)" if devices else "not available"
+    works = False
     try:
-        host = register()
+        found |= _described(register())
+        found["test edit"], works = _edited(), True
     except ImportError as error:
-        return DoctorReport((*lines, f"EasyEdit      missing: {error}"), is_usable=False)
-    lines += _host_lines(host)
-    if not with_edit:
-        return DoctorReport(tuple(lines), is_usable=True)
-    try:
-        outcome, works = _edit_line(), True
+        found["EasyEdit"] = f"missing: {error}"
     # Whatever fails inside EasyEdit or its libraries is the finding that is asked for.
     except Exception as error:  # noqa: BLE001
-        outcome, works = f"failed: {type(error).__name__}: {error}", False
-    return DoctorReport((*lines, f"test edit     {outcome}"), is_usable=works)
+        found["test edit"] = f"failed: {type(error).__name__}: {error}"
+    return "\n".join(f"{name:<13} {value}" for name, value in found.items()), works
 
 
-def _version_line(name: str) -> str:
-    """Return a library's name and version."""
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        version = "not installed"
-    return f"{name:<13} {version}"
-
-
-def _host_lines(host: Host) -> list[str]:
+def _described(host: Host) -> dict[str, str]:
     """Describe an imported EasyEdit."""
-    editor = importlib.import_module("easyeditor.editors.editor")
-    methods = sorted(editor.ALG_DICT, key=lambda name: (name not in OUR_METHODS, name))
+    methods = importlib.import_module("easyeditor.editors.editor").ALG_DICT
     is_current = host.generation == "current"
     kind = "current, a clone" if is_current else "the release of 2023, from PyPI"
     last = "normal_edit" if is_current else "edit_dataset"
-    lines = [
-        f"EasyEdit      {kind}, version {host.version}",
-        f"  from        {host.path}",
-        f"  methods     {', '.join(methods)}",
-        f"  BaFT, ReFT  in edit, edit(sequential_edit=True), batch_edit, edit_requests, {last}",
-        f"  stood in    {', '.join(host.standins) or 'nothing'} (vision; not needed for text)",
-    ]
+    found = {
+        "EasyEdit": f"{kind}, version {host.version}",
+        "  from": str(host.path),
+        "  methods": ", ".join((*OUR_METHODS, *sorted(methods.keys() - set(OUR_METHODS)))),
+        "  BaFT, ReFT": f"in edit, edit(sequential_edit=True), batch_edit, edit_requests, {last}",
+        "  stood in": f"{', '.join(host.standins) or 'nothing'} (vision; not needed for text)",
+    }
     if not is_current:
-        lines.append(
-            "  lacks       FT-M, WISE, GRACE, AlphaEdit, UltraEdit: for those, git clone "
+        found["  lacks"] = (
+            "FT-M, WISE, GRACE, AlphaEdit, UltraEdit: for those, git clone "
             f"{URL} (tested: {COMMIT[:7]}) and set {HOME_VARIABLE}"
         )
-    return lines
+    return found
 
 
-def _edit_line() -> str:
+def _edited() -> str:
     """Edit the bundled model through EasyEdit's `BaseEditor`, and say how it went.
 
     Raises:
@@ -104,32 +79,28 @@ def _edit_line() -> str:
 
     start, prompt = time.perf_counter(), "The capital of Malta is"
     hparams = BaFTHyperParams.from_hparams("BaFT/facts-llama", device="cpu")
-    with _out_of_the_way():
+    with _out_of_the_way(), torch.no_grad():
         editor = BaseEditor.from_hparams(hparams)
         probe = editor.tok(prompt, return_tensors="pt")
-        with torch.no_grad():
-            before = editor.model(**probe).logits
-        metrics, _, _ = editor.edit_requests(
-            [{"prompt": prompt, "target_new": "Oslo"}], verbose=False, sequential_edit=False
-        )
-        with torch.no_grad():
-            undone = torch.equal(editor.model(**probe).logits, before)
-    scores = [float(metrics[0][phase]["rewrite_acc"][0]) for phase in ("pre", "post")]
-    learned = f"token accuracy {scores[0]:.2f} -> {scores[1]:.2f}"
-    if scores[1] <= scores[0] or not undone:
+        before = editor.model(**probe).logits
+        with torch.enable_grad():
+            metrics, _, _ = editor.edit_requests(
+                [{"prompt": prompt, "target_new": "Oslo"}], verbose=False, sequential_edit=False
+            )
+        undone = torch.equal(editor.model(**probe).logits, before)
+    pre, post = (float(metrics[0][phase]["rewrite_acc"][0]) for phase in ("pre", "post"))
+    learned = f"token accuracy {pre:.2f} -> {post:.2f}"
+    if post <= pre or not undone:
         raise RuntimeError(f"{learned}, undone: {undone}")
-    return (
-        f"works: {learned} on the bundled model, then undone bit for bit "
-        f"({time.perf_counter() - start:.1f} s)"
-    )
+    seconds = time.perf_counter() - start
+    return f"works: {learned} on the bundled model, then undone bit for bit ({seconds:.1f} s)"
 
 
 @contextmanager
 def _out_of_the_way() -> Iterator[None]:
     """Work in a temporary directory, without output: EasyEdit prints and writes ./logs."""
     log = logging.getLogger("easyeditor.editors.editor")
-    handlers, here = list(log.handlers), Path.cwd()
-    sink = io.StringIO()
+    handlers, here, sink = list(log.handlers), Path.cwd(), io.StringIO()
     with (
         tempfile.TemporaryDirectory(prefix="easyedit-") as directory,
         contextlib.redirect_stdout(sink),

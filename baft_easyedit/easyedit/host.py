@@ -189,19 +189,18 @@ def _import_easyeditor(host: Host) -> None:
 @contextmanager
 def _process_state_kept() -> Iterator[None]:
     """Put back what importing EasyEdit changes: random states, environment, logging."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    was_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda_states = torch.cuda.get_rng_state_all() if was_initialized else []
+    is_cuda_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count() if is_cuda_used else 0)
+    states = np.random.get_state(), random.getstate()
     environment = dict(os.environ)
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
-        torch.set_rng_state(states[0])
-        torch.cuda.set_rng_state_all(cuda_states)
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+        np.random.set_state(states[0])
+        random.setstate(states[1])
         os.environ.clear()
         os.environ.update(environment)
         root.setLevel(level)

@@ -15,6 +15,11 @@ _RELEASES_END = " <|endoftext|>"
 """What EasyEdit's release puts behind texts whose perplexity it measures."""
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return one text, or several, as a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
 class LearnedTokens:
     """A tokenizer as EasyEdit's evaluators use one.
 

@@ -138,23 +138,15 @@ def register() -> Host:
     algorithms = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
     algorithms["BaFT"] = apply_baft_to_model
     algorithms["ReFT"] = apply_reft_to_model
-    _make_batchable()
+    batch_editor = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
+    original = batch_editor.is_batchable_method
+    if not original(OUR_METHODS[0]):
+        batch_editor.is_batchable_method = staticmethod(
+            lambda alg_name: alg_name in OUR_METHODS or original(alg_name)
+        )
     if host.generation == "current":  # the release only knows of items to copy back
         utils = importlib.import_module("easyeditor.editors.utils")
         utils.CALLABLE_RESTORE_ALGS.update(OUR_METHODS)
     wrap_scoring()
     wrap_base_editor(host.generation)
     return host
-
-
-def _make_batchable() -> None:
-    """Let `batch_edit` accept our methods."""
-    batch_editor = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
-    original = batch_editor.is_batchable_method
-    if original(OUR_METHODS[0]):
-        return
-
-    def is_batchable_method(alg_name: str) -> bool:
-        return alg_name in OUR_METHODS or original(alg_name)
-
-    batch_editor.is_batchable_method = staticmethod(is_batchable_method)

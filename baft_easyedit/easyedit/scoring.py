@@ -16,8 +16,7 @@ from typing import Any
 from torch import nn
 
 from baft_easyedit.easyedit.compat import replace_everywhere
-from baft_easyedit.easyedit.joint_scoring import as_list
-from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens, as_list
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat

@@ -16,12 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.easyedit.devices import honoured_device
-from baft_easyedit.easyedit.joint_scoring import (
-    padding_is_harmless,
-    rows_are_independent,
-    score_jointly,
-)
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
 from baft_easyedit.easyedit.peers.repairs import after_edit, reset_method_state, whole_answers
@@ -33,6 +28,9 @@ from baft_easyedit.model.prompt_format import PromptFormat
 Request = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
+
+_ROUTE_BATCHES = ("WISE", "GRACE", "MELO")
+"""Methods that route a whole batch by one of its prompts, or count its padding."""
 
 
 def make_editor(hparams: Any) -> Any:
@@ -49,7 +47,7 @@ class Session:
         probe: A text on which restored models are compared.
         verify: Compare weights and logits after each restore, and keep a copy of the model to put
             back if they differ. Takes the memory of a second model.
-        batch_size: Most requests that are scored, or prompts that are answered, at once.
+        batch_size: Most prompts that are answered at once.
     """
 
     def __init__(self, editor: Any, probe: str, verify: bool = True, batch_size: int = 32) -> None:
@@ -122,42 +120,20 @@ class Session:
         after_edit(editor, edited)
         return seconds
 
-    @property
-    def scores_together(self) -> bool:
-        """Whether several requests are scored in one forward: if that is as scoring each alone."""
-        editor = self.editor
-        evaluation = getattr(editor.hparams, "evaluation_type", None)
-        return (
-            self.batch_size > 1
-            and (self.generation == "current" or editor.tok.padding_side == "left")
-            and evaluation not in ("LLM-judge", "generate-text")
-            and rows_are_independent(editor.alg_name)
-            and padding_is_harmless(editor.model)
-        )
-
     def score(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Score requests on the model as it is now with EasyEdit's `compute_edit_quality`."""
-        if not self.scores_together:
-            return [self._quality(request) for request in requests]
-        return score_jointly(self._quality, requests, self.editor.tok, self.batch_size)
-
-    @property
-    def _scoring_tokenizer(self) -> LearnedTokens:
-        """The tokenizer as all methods are scored with it."""
-        return LearnedTokens(self.editor.tok, PromptFormat.of(self.editor.hparams))
-
-    def _quality(self, request: Request) -> dict[str, Any]:
-        """Call EasyEdit's evaluator."""
-        editor = self.editor
+        editor, h, tok = self.editor, self.editor.hparams, self._scoring_tokenizer()
         with self._scoring(), whole_answers(self.model, editor.alg_name):
-            return self._host.compute_edit_quality(
-                self.model,
-                editor.model_name,
-                editor.hparams,
-                self._scoring_tokenizer,
-                scored_request(request, editor),
-                editor.hparams.device,
-            )
+            return [
+                self._host.compute_edit_quality(
+                    self.model, editor.model_name, h, tok, scored_request(request, editor), h.device
+                )
+                for request in requests
+            ]
+
+    def _scoring_tokenizer(self) -> LearnedTokens:
+        """Return the tokenizer as all methods are scored with it."""
+        return LearnedTokens(self.editor.tok, PromptFormat.of(self.editor.hparams))
 
     def score_against(
         self, pre: Sequence[Mapping[str, Any]], requests: Sequence[Request]
@@ -181,13 +157,11 @@ class Session:
 
     def token_accuracies(self, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
         """Return EasyEdit's teacher-forced token accuracy of each target after its prompt."""
-        module, h = (
-            importlib.import_module("easyeditor.evaluate.evaluate_utils"),
-            self.editor.hparams,
-        )
+        module = importlib.import_module("easyeditor.evaluate.evaluate_utils")
+        h, tok = self.editor.hparams, self._scoring_tokenizer()
         with self._scoring():
             scores = module.test_prediction_acc(
-                self.model, self._scoring_tokenizer, h, list(prompts), list(targets), h.device
+                self.model, tok, h, list(prompts), list(targets), h.device
             )
         return [float(score) for score in np.ravel(scores)]
 
@@ -200,7 +174,7 @@ class Session:
             prompts: One text per answer, or its tokens.
             max_new_tokens: Where each answer is cut.
         """
-        size = self.batch_size if rows_are_independent(self.editor.alg_name) else 1
+        size = 1 if self.editor.alg_name in _ROUTE_BATCHES else self.batch_size
         with self._scoring():
             return generate_answers(
                 self.model, self.editor.tok, prompts, max_new_tokens, self._input_device(), size
@@ -217,9 +191,9 @@ class Session:
         """
         # What the first edit returned is what undoes them all: it kept the unedited weights, and
         # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only. Ours
-        # and KN's take back their own edit each.
+        # take back their own edit each.
         edits, self._edits = self._edits, []
-        is_each_its_own = self.editor.alg_name == "KN" or any(isinstance(e[1], Undo) for e in edits)
+        is_each_its_own = any(isinstance(weights_copy, Undo) for _, weights_copy in edits)
         try:
             for edited, weights_copy in reversed(edits if is_each_its_own else edits[:1]):
                 with honoured_device(self.generation, self.editor.hparams.device):
@@ -278,7 +252,7 @@ def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) ->
     """Restore a model as `BaseEditor.edit` of the release does, inside that method."""
     nethook = importlib.import_module("easyeditor.util.nethook")
     with torch.no_grad():
-        if callable(weights_copy):  # KN's, and ours
+        if callable(weights_copy):  # ours
             weights_copy()
         elif editor.alg_name == "LoRA":
             edited.unload()

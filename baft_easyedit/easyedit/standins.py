@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -29,7 +30,7 @@ class _Unusable(type):
     """Metaclass of what a stand-in module holds: a class to inherit from and nothing more."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
-        origin = next(base for base in reversed(cls.__mro__[:-1]))
+        origin = cls.__mro__[-2]
         raise ImportError(
             f"{origin.__qualname__} needs the package {origin.__module__!r}, which is not "
             "installed. EasyEdit imports it for multimodal editors; text editing never needs it."
@@ -58,24 +59,21 @@ class _StandIn(ModuleType):
         return _unusable(f"{self.__name__}.{name}")
 
 
-class _Finder:
-    """Meta-path finder and loader of stand-ins, for the given top-level packages only."""
+class _Finder(MetaPathFinder, Loader):
+    """Finds and makes stand-ins, for everything in some packages."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = packages
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
-        """Claim the missing packages and everything in them."""
-        if name.split(".")[0] not in self.packages:
-            return None
-        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
+        is_missing = name.split(".")[0] in self.packages
+        return ModuleSpec(name, self, is_package=True) if is_missing else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Make the stand-in module."""
         return _StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: there is no code to run."""
+        pass
 
 
 def missing_vision_packages() -> tuple[str, ...]:

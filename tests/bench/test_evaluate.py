@@ -39,7 +39,6 @@ class Session:
         )
         self.editor.tok = SimpleNamespace(padding_side="left")
         self.batch_size = 32
-        self.scores_together = True
         self.scored = []
 
     def score(self, requests):
@@ -138,7 +137,6 @@ def nothing(session):
         (lambda s: setattr(s.editor.hparams, "use_chat_template", False), [CASE], "m", False),
         (lambda s: setattr(s.editor.tok, "padding_side", "right"), [CASE], "m", True),
         (lambda s: setattr(s, "batch_size", 2), [CASE], "m", True),
-        (lambda s: setattr(s, "scores_together", False), [CASE], "m", True),
         (lambda s: setattr(s.editor.hparams, "max_length", 80), [CASE], "m", True),
         (lambda s: setattr(s.editor, "alg_name", "GRACE"), [CASE], "m", True),  # by generation
         (nothing, [{**CASE, "target_new": "newer"}], "m", True),

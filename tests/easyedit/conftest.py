@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams, register
+from baft_easyedit.easyedit import session
 from baft_easyedit.easyedit.host import HOME_VARIABLE
 from baft_easyedit.easyedit.model_path import host_model_path
+from baft_easyedit.easyedit.peers import (
+    fix_peer,
+    peer_hparams,
+    prepare_method,
+    why_not,
+    write_statistics,
+)
 from tests.tiny import save_tiny_llama
 
 CAPITALS = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern"}
@@ -54,6 +62,14 @@ def host():
 
 
 @pytest.fixture(scope="session")
+def current(host):
+    """The current EasyEdit; tests that need it are skipped under the release."""
+    if host.generation == "pypi":
+        pytest.skip("the release has nothing of this")
+    return host
+
+
+@pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
     return host_model_path(str(save_tiny_llama(tmp_path_factory.mktemp("models"))))
 
@@ -79,9 +95,28 @@ def make_editor(host, make_hparams):
 
 
 @pytest.fixture
-def undoing(host):
-    """The argument that makes the release undo each edit, as the current EasyEdit does anyway."""
-    return {} if host.generation == "current" else {"keep_original_weight": True}
+def make_peer(host, model_path, tmp_path):
+    """Make a method's editor, repaired and prepared."""
+    texts = [f"text number {i} of quite a few" for i in range(30)]
+
+    def make(name, path=model_path, **overrides):
+        if why_not(name, host.generation):
+            pytest.skip("not in this EasyEdit")
+        hparams, _ = peer_hparams(
+            name, path, "cpu", tmp_path, host.generation, len(texts), overrides
+        )
+        fix_peer(name, hparams)
+        editor = session.make_editor(hparams)
+        write_statistics(editor, texts)
+        prepare_method(name, editor, seed=0)
+        return editor
+
+    return make
+
+
+@pytest.fixture
+def complete(requests):
+    return session.prepare_requests(requests)
 
 
 @pytest.fixture

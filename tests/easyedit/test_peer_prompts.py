@@ -8,23 +8,18 @@ from transformers import AutoTokenizer
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import (
     fix_peer,
-    peer_hparams,
-    prepare_method,
-    write_statistics,
 )
 from baft_easyedit.easyedit.peers.prompts import (
     edited_request,
-    learns_no_end,
     scored_request,
     suited_tokenizer,
     tell_end_from_padding,
 )
-from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
+from baft_easyedit.easyedit.session import Session
 from tests.tiny import save_tiny_llama
 
 CHAT = "<s>{% for m in messages %}[{{ m['content'] }}{{ mood }}]</s>{% endfor %}"
 BOTH = {"use_chat_template": True, "learn_end": True}
-TEXTS = [f"text number {i} of quite a few" for i in range(30)]
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +38,6 @@ def tok(chat_path):
     tok = AutoTokenizer.from_pretrained(chat_path)
     tok.pad_token = tok.eos_token
     return tok
-
-
-@pytest.fixture
-def make_peer(host, chat_path, tmp_path):
-    if host.generation == "pypi":
-        pytest.skip("the release has no chat templates")
-
-    def make(name, **overrides):
-        hparams, _ = peer_hparams(
-            name, chat_path, "cpu", tmp_path, "current", len(TEXTS), {**BOTH, **overrides}
-        )
-        notes = fix_peer(name, hparams)
-        editor = make_editor(hparams)
-        write_statistics(editor, TEXTS)
-        prepare_method(name, editor, seed=0)
-        return editor, notes
-
-    return make
 
 
 def editor_of(algorithm, tok, **settings):
@@ -83,11 +60,9 @@ def test_what_cannot_learn_an_end_says_so(requests, tok):
     ft_l = {"objective_optimization": "prompt_last", **BOTH}
     edited = edited_request(requests[0], editor_of("FT", tok, **ft_l))
     assert (edited["prompt"][0], edited["target_new"]) == ("[", "Oslo")
-    assert edited_request(requests[0], editor_of("CORE", tok, **BOTH))["target_new"] == "Oslo"
-    (note,) = fix_peer("FT-L", editor_of("FT", tok, **ft_l).hparams)
-    assert note.startswith("FT-L: does not learn where an answer ends: it learns all tokens")
+    notes = fix_peer("FT-L", editor_of("FT", tok, **ft_l).hparams)
+    assert notes == ("FT-L: does not learn where an answer ends",)
     assert fix_peer("FT-M", editor_of("FT", tok, **BOTH).hparams) == ()
-    assert "neurons" in learns_no_end(editor_of("KN", tok).hparams)
 
 
 def test_padding_is_told_from_the_end(tok):
@@ -144,9 +119,8 @@ LEARN = ("FT-M", "LoRA")  # one value of GRACE is too little for this model
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("name", LIVES)
-def test_a_method_lives_in_a_chat(make_peer, requests, name):
-    editor, _ = make_peer(name, **LIVES[name])
-    complete = prepare_requests(requests)
+def test_a_method_lives_in_a_chat(current, make_peer, chat_path, complete, name):
+    editor = make_peer(name, chat_path, **BOTH, **LIVES[name])
     session = Session(editor, "The sky is")
     session.edit(complete[:1])
     (scored,) = session.score(complete[:1])

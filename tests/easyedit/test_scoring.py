@@ -11,7 +11,7 @@ from conftest import CAPITALS, make_request
 from tokenizers import processors
 
 from baft_easyedit import BaFTHyperParams, ModelEdit, attached_edit
-from baft_easyedit.easyedit.devices import honoured_device
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
 from baft_easyedit.easyedit.plugin import apply_baft_to_model
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -97,9 +97,7 @@ def test_greedy_generation_agrees_with_the_scorer(evaluation, edited, requests):
         assert torch.equal(generated, answer)
 
 
-def test_generation_without_a_cache_is_told_the_prompt(host, evaluation, edited, requests):
-    if host.generation == "pypi":
-        pytest.skip("the release does not score by generation")
+def test_generation_without_a_cache_is_told_the_prompt(current, evaluation, edited, requests):
     r = requests[0]
     scored = score(
         evaluation, edited, [r["prompt"]], [" " + r["target_new"]], vanilla_generation=True
@@ -112,9 +110,7 @@ def test_perplexity_of_several_prompts_counts_their_padding(evaluation, edited, 
     assert given_lengths == [[2 + len(" longer one"), 1 + len("A longer one")]]
 
 
-def test_a_text_without_answer_is_all_prompt(host, evaluation, edited, given_lengths):
-    if host.generation == "pypi":
-        pytest.skip("the release has no OOD_PPL")
+def test_a_text_without_answer_is_all_prompt(current, evaluation, edited, given_lengths):
     evaluation.nn = torch.nn  # EasyEdit forgot this import
     evaluation.OOD_PPL(edited.model, edited.tok, "The sky is", "blue", "cpu")
     assert given_lengths == [[1 + len("The sky is")]]
@@ -123,9 +119,7 @@ def test_a_text_without_answer_is_all_prompt(host, evaluation, edited, given_len
 CHAT = "<s>{% for m in messages %}<{{ m['content'] }}{{ mood }}>{% endfor %}"
 
 
-def test_chat_prompts_are_scored_with_their_template(host, evaluation, edited, given_lengths):
-    if host.generation == "pypi":
-        pytest.skip("the release has no chat templates")
+def test_chat_prompts_are_scored_with_their_template(current, evaluation, edited, given_lengths):
     edited.tok.chat_template = CHAT
     edited.hparams.use_chat_template = True
     edited.hparams.chat_template_kwargs = {"mood": "!"}

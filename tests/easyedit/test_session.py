@@ -4,41 +4,9 @@ import pytest
 import torch
 from conftest import logits
 
-from baft_easyedit.easyedit.peers import peer_hparams
 from baft_easyedit.easyedit.session import Session, prepare_requests
 
 pytestmark = pytest.mark.easyedit
-
-
-@pytest.fixture
-def make_peer(host, model_path, tmp_path):
-    def make(name, **overrides):
-        from easyeditor import BaseEditor
-
-        hparams, _ = peer_hparams(
-            name, model_path, "cpu", tmp_path, host.generation, overrides=overrides
-        )
-        return BaseEditor.from_hparams(hparams)
-
-    return make
-
-
-@pytest.fixture
-def complete(requests):
-    return prepare_requests(requests)
-
-
-def test_an_edit_is_scored_and_restored(make_editor, complete):
-    editor = make_editor()
-    before = logits(editor, "The sky is")
-    session = Session(editor, "The sky is")
-    (pre,) = session.score(complete[:1])
-    assert session.edit(complete[:1]) > 0
-    (metrics,) = session.score_against([pre], complete[:1])
-    assert metrics["pre"]["rewrite_acc"] != metrics["post"]["rewrite_acc"] == [1.0]
-    assert 0 <= metrics["post"]["locality"]["nq_acc"][0] <= 1
-    assert session.restore() is True
-    assert torch.equal(logits(editor, "The sky is"), before)
 
 
 def test_parameters_are_counted(make_editor, make_peer, complete):
@@ -55,9 +23,12 @@ def test_edits_in_a_row_add_up_and_are_undone_together(make_editor, complete):
     editor = make_editor()
     before = logits(editor, "The sky is")
     session = Session(editor, "The sky is")
+    (pre,) = session.score(complete[:1])
     for request in complete:
-        session.edit([request])
-        assert session.score([request])[0]["rewrite_acc"] == [1.0]
+        assert session.edit([request]) > 0
+        (metrics,) = session.score_against([pre], [request])
+        assert metrics["pre"]["rewrite_acc"] != metrics["post"]["rewrite_acc"] == [1.0]
+        assert 0 <= metrics["post"]["locality"]["nq_acc"][0] <= 1
     assert session.restore() is True
     assert torch.equal(logits(editor, "The sky is"), before)
 
@@ -80,6 +51,8 @@ def test_answers_are_generated_by_the_edited_model(make_editor, complete):
     before = session.answers(prompts, [6, 4])
     session.edit(complete[:1])
     after = session.answers(prompts, [6, 4])
+    session.batch_size = 1
+    assert session.answers(prompts, [6, 4]) == after
     assert after[0].startswith("Oslo")
     assert not before[0].startswith("Oslo")
 
@@ -127,9 +100,7 @@ def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, request
     assert requests[0]["target_new"] == "Oslo"
 
 
-def test_an_answer_of_grace_that_ends_early_is_scored_whole(host, make_editor):
-    if host.generation == "pypi":
-        pytest.skip("the release scores nothing by generation")
+def test_an_answer_of_grace_that_ends_early_is_scored_whole(current, make_editor):
     editor = make_editor()
     editor.alg_name = editor.hparams.alg_name = "GRACE"
     request = {

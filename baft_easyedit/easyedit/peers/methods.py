@@ -1,5 +1,7 @@
 """Which of EasyEdit's other methods there are to compare with, and what each of them can do.
 
+They are those that the configurations of `hparams/bench` compare.
+
 Names are EasyEdit's, but for FT-L and FT-M, its FT with two objectives, for AdaLoRA, its LoRA with
 another `lora_type`, and for UltraEdit, which it spells ULTRAEDIT.
 """
@@ -21,7 +23,7 @@ class Peer:
     """Where its hyper-parameters' class lies, below `easyeditor.models`."""
     hparams_class: str
     folder: str
-    """Its folder in EasyEdit's `hparams`; CORE has none there."""
+    """Its folder in EasyEdit's `hparams`."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters that make it this method, whatever a file says."""
 
@@ -31,32 +33,21 @@ METHODS: Mapping[str, Peer] = {
     "FT-M": Peer("ft", "FTHyperParams", "FT", {"objective_optimization": "target_new"}),
     "LoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "lora"}),
     "AdaLoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "adalora"}),
-    "DPO": Peer("dpo", "DPOHyperParams", "DPO"),
     "ROME": Peer("rome", "ROMEHyperParams", "ROME"),
-    "R-ROME": Peer("r_rome", "R_ROMEHyperParams", "R-ROME"),
     "MEMIT": Peer("memit", "MEMITHyperParams", "MEMIT"),
-    "MEMIT-FE": Peer("memit_FE", "MEMITFEHyperParams", "MEMIT-FE"),
-    "EMMET": Peer("emmet.emmet_hparams", "EMMETHyperParams", "EMMET"),
-    "PMET": Peer("pmet.pmet_hparams", "PMETHyperParams", "PMET"),
-    "EAMET": Peer("eamet.hparams", "EAMETHyperParams", "EAMET"),
-    "CORE": Peer("core", "COREHyperParams", "CORE"),
     "AlphaEdit": Peer("alphaedit", "AlphaEditHyperParams", "AlphaEdit"),
-    "SPHERE": Peer("SPHERE.SPHERE_hparams", "SPHEREHyperParams", "SPHERE"),
     "UltraEdit": Peer("ultraedit", "UltraEditHyperParams", "UltraEdit"),
     "WISE": Peer("wise", "WISEHyperParams", "WISE"),
     "GRACE": Peer("grace", "GraceHyperParams", "GRACE"),
     "MELO": Peer("melo.melo_hparams", "MELOHyperParams", "MELO"),
-    "DEFER": Peer("defer", "DeferHyperParams", "DEFER"),
-    "SimIE": Peer("simie", "SimIEHyperParams", "SimIE"),
-    "KN": Peer("kn", "KNHyperParams", "KN"),
 }
 """The methods that can be run."""
 PEERS = tuple(METHODS)
-NEED_TEXTS = ("MEMIT", "MEMIT-FE", "EMMET", "PMET", "EAMET", "CORE", "AlphaEdit", "SPHERE")
+NEED_TEXTS = ("MEMIT", "AlphaEdit")
 """Methods that need statistics of the model's keys on ordinary text."""
 
-_ONE_BY_ONE = ("ROME", "R-ROME", "WISE", "GRACE", "MELO", "DEFER", "SimIE", "KN")
-_IN_RELEASE = ("FT-L", "AdaLoRA", "ROME", "MEMIT", "KN")
+_ONE_BY_ONE = ("ROME", "WISE", "GRACE", "MELO")
+_IN_RELEASE = ("FT-L", "AdaLoRA", "ROME", "MEMIT")
 _BATCHABLE_IN_RELEASE = ("FT-L", "MEMIT")
 _NOT_RUN = {
     "MEND": "needs a hypernetwork trained for the model, which EasyEdit does not ship",
@@ -67,7 +58,7 @@ _NOT_RUN = {
     "FT-Api": "edits through a paid service",
     "DeepEdit-Api": "edits through a paid service",
 }
-"""The rest of EasyEdit's methods for text, and why they are not run here."""
+"""Others of EasyEdit's, and why they cannot be compared."""
 
 
 def why_not(name: str, generation: Generation) -> str | None:
@@ -93,7 +84,7 @@ def why_not(name: str, generation: Generation) -> str | None:
 def batchable(name: str, generation: Generation) -> bool:
     """Tell whether one call of a method edits several requests together.
 
-    The answer is that of EasyEdit's `BatchEditor`, and yes for EAMET and SPHERE, which were tried.
+    The answer is that of EasyEdit's `BatchEditor`.
 
     Args:
         name: `BaFT`, `ReFT` or one of `PEERS`.

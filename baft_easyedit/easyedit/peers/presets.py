@@ -7,7 +7,9 @@ before a comparison is published.
 """
 
 import importlib
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ import yaml
 from baft_easyedit.easyedit.host import Generation, load_host
 from baft_easyedit.easyedit.peers.methods import METHODS, why_not
 from baft_easyedit.easyedit.peers.prompts import HOW_TO_ASK
-from baft_easyedit.easyedit.peers.scaling import scale_layers, scale_steps
 from baft_easyedit.files.paths import read_text
 from baft_easyedit.files.resources import has_hparams, hparams_file, merged_settings
 
+_DEPTH, _WIDTH = 6, 192
+"""Layers and hidden size of the model that the files `facts-llama.yaml` are made for."""
+_LAYER_IN_PATH = r"(?<=[.\[])\d+(?=[.\]])"
+"""The 4 of model.layers[4].mlp... or model.layers.4.mlp..."""
 _EDITORS_OWN = {"fp16", "model_parallel"}
 """Hyper-parameters that `BaseEditor` reads, whether or not a method's class has them."""
 
@@ -47,12 +52,50 @@ class ModelShape:
 def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
     """Return one of `PEERS`' own hyper-parameters for a model of some shape, without paths."""
     config: dict[str, Any] = yaml.safe_load(read_text(hparams_file(f"peers/{name}/facts-llama")))
-    scale_layers(config, shape.depth)
-    scale_steps(name, config, shape.width)
+    _scale_layers(config, shape.depth)
+    narrower = _WIDTH / shape.width
+    if name in ("FT-L", "FT-M"):
+        config["lr"] *= math.sqrt(narrower)
+    elif name == "UltraEdit":
+        config["lr"] *= narrower**2.2
+    elif config.get("mom2_adjustment"):
+        config["mom2_update_weight"] /= narrower**1.5
     if "lm_head_module" in config and shape.tied:
         # EasyEdit looks the weight up by name, and a tied output layer has none of its own.
         config["lm_head_module"] = "model.embed_tokens"
     return config
+
+
+def _scale_layers(config: dict[str, Any], depth: int) -> None:
+    """Move a peer's layers to the same relative depth, in place; distinct, and below the last."""
+
+    def scaled(layer: int) -> int:
+        return min(max(depth - 2, 0), round(layer / _DEPTH * depth))
+
+    if config.get("layers"):
+        config["layers"] = sorted({scaled(layer) for layer in config["layers"]})
+    if "v_loss_layer" in config:
+        config["v_loss_layer"] = depth - 1
+    if "inner_params" in config:
+        paths = [_moved(path, scaled) for path in config["inner_params"]]
+        config["inner_params"] = list(dict.fromkeys(paths))
+    if config["alg_name"] == "MELO":  # its LoRA blocks come right after the layer that routes
+        model = config["model"]
+        first = _layer(model["target_modules"][0])
+        shift = min(max(round(first / _DEPTH * depth), 1), depth - 1) - first
+        model["grace_layer"] = _moved(model["grace_layer"], lambda layer: layer + shift)
+        targets = [_moved(path, lambda layer: layer + shift) for path in model["target_modules"]]
+        model["target_modules"] = [path for path in targets if _layer(path) < depth]
+
+
+def _moved(path: str, move: Callable[[int], int]) -> str:
+    """Return a module's path in another layer."""
+    return re.sub(_LAYER_IN_PATH, lambda match: str(move(int(match[0]))), path)
+
+
+def _layer(path: str) -> int:
+    """Return the layer of a module's path."""
+    return int(re.findall(_LAYER_IN_PATH, path)[0])
 
 
 def own_preset_config(name: str, preset: str) -> dict[str, Any] | None:
@@ -145,9 +188,6 @@ def peer_hparams(
     # The release counts CUDA devices only; without CUDA its device 0 is the CPU (`devices`).
     without_cuda = generation == "pypi" and not torch.cuda.is_available()
     config["device"] = 0 if without_cuda else device
-    if name == "SimIE":  # its loader reads the file of the method below from the folder beside
-        common = (model_path, device, workdir, generation, num_texts)
-        notes += peer_hparams(config["base_method"], *common, preset=preset)[1]
     how_to_ask = {key: config.pop(key) for key in HOW_TO_ASK if key in config}
     hparams, lacking = _loaded(name, config, workdir / name / "hparams.yaml", generation)
     vars(hparams).update(how_to_ask)

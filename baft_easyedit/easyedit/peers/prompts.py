@@ -14,62 +14,42 @@ from typing import Any
 import torch
 
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.joint_scoring import as_list
-from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.easyedit.learned_tokens import LearnedTokens, as_list
 from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
 from baft_easyedit.model.prompt_format import PromptFormat
 
 HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
 """Hyper-parameters of ours that are for any method; they have the meaning of `BaFTHyperParams`."""
-APPEND_ANSWERS = ("ROME", "R-ROME", "SimIE", *NEED_TEXTS)
+APPEND_ANSWERS = ("ROME", *NEED_TEXTS)
 """Methods that read an answer behind its prompt as text."""
 _IRRELEVANT = "nq question: who sang the song of the summer"
 """For WISE, where a request has no `loc_prompt`."""
 
 
-def learns_no_end(hparams: Any) -> str | None:
-    """Say why a method cannot be given the token that ends an answer; None if it can."""
-    if getattr(hparams, "objective_optimization", None) == "prompt_last":  # FT-L
-        return "it learns all tokens of an answer for the place of the first"
-    return {
-        "KN": "it changes what neurons do for an answer, of which it learns no token",
-        "CORE": "it begins other texts with the answer",
-    }.get(hparams.alg_name)
+def learns_end(hparams: Any) -> bool:
+    """Tell whether a method is given the token that ends an answer.
+
+    FT-L is not, whatever is asked: it learns all tokens of an answer for the place of the first.
+    """
+    is_ft_l = getattr(hparams, "objective_optimization", None) == "prompt_last"
+    return bool(getattr(hparams, "learn_end", False)) and not is_ft_l
 
 
 def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     """Return a copy of a request for an editor's method, which may change it.
 
     WISE wants exactly one `loc_prompt`: it gets the first of several, and a fixed text where there
-    is none, not another request's locality probe, on which it will be scored. DPO wants the answer
-    to unlearn, `target_neg`, and KN and CORE the `ground_truth`: they get the first of several.
-    PMET and KN take answers' tokens without the space that a byte-level BPE puts before them in the
-    text, which no evaluator asks for: where the tokenizer does so, they get them with the space.
-    Ours are given the request as it is.
-
-    Raises:
-        ValueError: If there is no old answer, and the method needs it.
+    is none, not another request's locality probe, on which it will be scored. Ours are given the
+    request as it is.
     """
     edited, name = deepcopy(dict(request)), editor.alg_name
     if name in OUR_METHODS:
         return edited
     if name == "WISE":
         edited["loc_prompt"] = _first(edited.get("loc_prompt") or _IRRELEVANT)
-    if name in ("DPO", "KN", "CORE"):
-        answer = edited.get("ground_truth")
-        if not answer:
-            raise ValueError(
-                f"{name} needs the old answer: ground_truth must not be empty for "
-                f"{request['prompt']!r}; got {answer!r}"
-            )
-        edited["ground_truth"] = _first(answer)
-        edited.setdefault("target_neg", edited["ground_truth"])
-    if name in ("PMET", "KN") and _space_is_part_of_token(request, editor.tok):
-        for key in ("target_new", "ground_truth") if name == "KN" else ("target_new",):
-            edited[key] = " " + edited[key]
-    if name != "WISE":
+    else:
         edited["prompt"] = _shown(edited["prompt"], editor)
-    if getattr(editor.hparams, "learn_end", False) and learns_no_end(editor.hparams) is None:
+    if learns_end(editor.hparams):
         edited["target_new"] += editor.tok.eos_token
     return edited
 
@@ -161,15 +141,10 @@ def suited_tokenizer(
         requests: What the method is to learn, of `edited_request`.
         hparams: Its EasyEdit hyper-parameters.
     """
-    if name == "EAMET":  # it switches off the token that begins texts, and never on again
-        tok = deepcopy(tok)
-    suited, form = copy(tok), PromptFormat.of(hparams)
-    if name == "KN":  # it takes the tokens of answers with the one that begins a text
-        suited.encode = functools.partial(tok.encode, add_special_tokens=False)
-    elif name in APPEND_ANSWERS:
+    suited, form = tok, PromptFormat.of(hparams)
+    if name in APPEND_ANSWERS:
+        suited = copy(tok)
         suited.decode = functools.partial(_decode_with_space, tok)
-    else:
-        suited = tok
     if not form.use_chat_template:
         return suited
     # Methods put a space before answers, behind a template too. Some tokenizers join it with the

@@ -14,38 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.host import loaded_generation
-from baft_easyedit.easyedit.peers.caches import make_caches_anew, method_module
 from baft_easyedit.easyedit.peers.methods import batchable
 from baft_easyedit.easyedit.peers.prompts import (
     APPEND_ANSWERS,
-    learns_no_end,
+    learns_end,
     suited_tokenizer,
     tell_end_from_padding,
 )
 
-_PAD_RIGHT = ("PMET", "MEMIT-FE", "SimIE")
-"""They find tokens by their position in the bare text, like the ROME family, for which alone
-`BaseEditor` pads on the right."""
-_KEEPS_WRAPPED = ("MELO", "DPO")
+_TEMPLATES_IN = {
+    "ROME": "rome.rome_main",
+    "MEMIT": "memit.memit_main",
+    "AlphaEdit": "alphaedit.AlphaEdit_main",
+    "WISE": "wise.utils",
+}
+"""Modules, below `easyeditor.models`, that keep prefixes in `CONTEXT_TEMPLATES_CACHE`."""
+_WISE_LENGTHS = [[5, 5], [10, 5]]
+"""As `apply_wise_to_model` has them: number of tokens, and of prefixes."""
 _TOLD = {
     "GRACE": ("values of earlier edits stay trainable", "scored by generation, as EasyEdit does"),
     "WISE": ("sequential_edit set, which its hyper-parameters lack",),
-    "DEFER": ("each prompt of a batch is answered by itself",),
-    "DPO": (
-        "later edits train the same adapter",
-        "unlearns ground_truth if there is no target_neg",
-    ),
     "MELO": ("later edits extend the same model, which is unwrapped when it is restored",),
-    "EAMET": ("texts keep the token that begins them when they are scored",),
-    "KN": ("answers are taken without the token that begins texts",),
-    "EMMET": ("its copy of the weights, which EasyEdit drops, restores the model",),
     "UltraEdit": (
         "a copy of the weights restores the model",
         "its normalisation begins anew with each edit, as EasyEdit has it",
     ),
 }
 """What is done for a method, beside what several need."""
+
+
+def method_module(path: str) -> Any:
+    """Import a module of EasyEdit's methods."""
+    return importlib.import_module(f"easyeditor.models.{path}")
 
 
 def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
@@ -64,15 +66,9 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
         # WISE.py re-creates its adapter at each edit, which forgets the earlier ones, unless the
         # hyper-parameters have this attribute; it is no field of WISEHyperParams.
         hparams.sequential_edit = True
-    elif name == "DEFER":
-        method_module("defer.DEFER").DeferAdaptor.forward = _forward_of_defer
-    elif name == "DPO":
-        _let_dpo_go_on()
     notes = [*_TOLD.get(name, ())]
-    if name in _PAD_RIGHT:
-        notes.append("padded on the right, as its positions are counted")
-    if getattr(hparams, "learn_end", False) and (reason := learns_no_end(hparams)):
-        notes.append(f"does not learn where an answer ends: {reason}")
+    if getattr(hparams, "learn_end", False) and not learns_end(hparams):
+        notes.append("does not learn where an answer ends")
     if name in APPEND_ANSWERS:
         notes.append("answers keep their first space with a SentencePiece tokenizer")
     return tuple(f"{name}: {note}" for note in notes)
@@ -97,47 +93,16 @@ def _keep_grace_values_trainable() -> None:
     grace.edit = edit
 
 
-def _forward_of_defer(self: Any, hidden: Tensor) -> Tensor:
-    """Answer several prompts at once, as `DeferAdaptor.forward` answers one.
-
-    That broadcasts one gate and one value a prompt, [B, 1] and [B, D], against [B, T, D]: an error,
-    or rows mixed up where B happens to be T.
-    """
-    output = self.original_layer(hidden)  # [B, T, D]
-    if self.untrained:
-        return output
-    query = hidden[:, min(self.key_id, hidden.shape[1] - 1)]  # [B, I]
-    gate = torch.sigmoid(self.defer(query)).unsqueeze(1)  # [B, 1, 1]
-    value = self.predict_values(query).unsqueeze(1)  # [B, 1, D]
-    if self.training:
-        return gate * value + (1 - gate) * output
-    return torch.where(gate >= self.threshold, value, output)
-
-
-def _let_dpo_go_on() -> None:
-    """Let DPO train its adapter further at the next edit, as EasyEdit's LoRA does.
-
-    It asks PEFT for a new adapter of the same name each time, which throws the earlier edits away.
-    """
-    dpo, peft = method_module("dpo.dpo_main"), importlib.import_module("peft")
-    dpo.get_peft_model = lambda model, config: (
-        model if isinstance(model, peft.PeftModel) else peft.get_peft_model(model, config)
-    )
-
-
 def prepare_method(name: str, editor: Any, seed: int) -> None:
     """Prepare a method's editor, once after it is made, so that no edit depends on the one before.
 
-    What a method draws during an edit (adapters, dropout, WISE's mask, CORE's prefixes) is the
-    caller's to seed.
+    What a method draws during an edit (adapters, dropout, WISE's mask) is the caller's to seed.
 
     Args:
         name: A name of `PEERS`.
         editor: EasyEdit's `BaseEditor` of the method, with an unedited model.
         seed: Seed of the prefixes that some methods edit behind; the random state stays as it was.
     """
-    if name in _PAD_RIGHT:
-        editor.tok.padding_side = "right"
     tell_end_from_padding(editor)
     if name == "MELO":  # it replaces modules and shares their weights, which it never changes
         places = editor.hparams.model
@@ -145,7 +110,30 @@ def prepare_method(name: str, editor: Any, seed: int) -> None:
         modules = {path: editor.model.get_submodule(path) for path in paths}
         editor._baft_unwrapped = (editor.model, modules)
     editor.apply_algo = _put_right(name, editor.apply_algo)
-    make_caches_anew(name, editor, seed)
+    if name in _TEMPLATES_IN:
+        _make_caches_anew(name, editor, seed)
+
+
+def _make_caches_anew(name: str, editor: Any, seed: int) -> None:
+    """Empty the caches of a method's module, and generate the prefixes that it edits behind.
+
+    The caches know models by name and texts not at all. The prefixes, which ROME and its kin would
+    generate at their first edit, then do not depend on which case comes first.
+    """
+    module, h = method_module(_TEMPLATES_IN[name]), editor.hparams
+    module.CONTEXT_TEMPLATES_CACHE = None
+    getattr(module, "COV_CACHE", {}).clear()
+    arguments: tuple[Any, ...] = ()
+    if name == "AlphaEdit":
+        module.P_loaded = module.cache_c_new = False
+    elif name == "ROME":
+        method_module("rome.compute_u").inv_mom2_cache.clear()
+        arguments = (h.context_template_length_params,)
+    elif name == "WISE":
+        arguments = (_WISE_LENGTHS, editor.device)
+    with torch.random.fork_rng(), honoured_device(loaded_generation(), h.device):
+        torch.manual_seed(seed)
+        module.get_context_templates(editor.model, editor.tok, *arguments)
 
 
 def _put_right(name: str, apply: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
@@ -163,8 +151,6 @@ def _put_right(name: str, apply: Callable[..., tuple[Any, Any]]) -> Callable[...
             hparams.batch_size = len(requests)
             if hasattr(hparams, "batch_size_once"):  # UltraEdit's part of it, a divisor
                 hparams.batch_size_once = 1
-        if name == "EMMET":  # it drops its copy of the weights unless it is told not to
-            kwargs["keep_original_weight"] = True
         if name == "MELO":
             _check_free_block(model, hparams.grace.num_block)
         kept = _weights_of_modules(model, hparams) if name == "UltraEdit" else None
@@ -201,10 +187,10 @@ def _weights_of_modules(model: Any, hparams: Any) -> dict[str, Tensor]:
 def after_edit(editor: Any, edited: Any) -> None:
     """Let the next edit of a sequence start from the edited model, as the method returned it.
 
-    EasyEdit passes `editor.model` to each edit. Methods that wrap it and look for their wrapper
-    would wrap it anew and forget: MELO and DPO get the edited model instead, until it is restored.
+    EasyEdit passes `editor.model` to each edit. MELO, which wraps it and looks for its wrapper,
+    would wrap it anew and forget: it gets the edited model instead, until that is restored.
     """
-    if editor.alg_name in _KEEPS_WRAPPED:
+    if editor.alg_name == "MELO":
         editor.model = edited
 
 
@@ -213,14 +199,10 @@ def reset_method_state(editor: Any) -> None:
     name = editor.alg_name
     if name == "AlphaEdit":
         method_module("alphaedit.AlphaEdit_main").cache_c_new = False
-    elif name == "SPHERE":
-        method_module("SPHERE.SPHERE_main").cache_c_new = False
     elif name == "WISE":
         wise = method_module("wise.WISE")
         wise.edit_history.clear()
         wise.merge_group_edit_history.clear()
-    elif name == "SimIE":
-        editor.hparams._simie_instance = None
     elif hasattr(editor, "_baft_unwrapped"):  # EasyEdit keeps a model that MELO edited
         editor.model, modules = editor._baft_unwrapped
         for path, module in modules.items():

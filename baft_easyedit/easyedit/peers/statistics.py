@@ -41,8 +41,7 @@ def write_statistics(editor: Any, texts: Sequence[str]) -> None:
         return
     if not texts:
         raise ValueError("texts must hold at least one text; got none")
-    templates = getattr(h, "rewrite_module_tmps", [h.rewrite_module_tmp])  # PMET may have two
-    modules = [template.format(layer) for layer in h.layers for template in templates]
+    modules = [h.rewrite_module_tmp.format(layer) for layer in h.layers]
     path = str(model.config._name_or_path)
     name = path.replace("/", "_") if loaded_generation() == "pypi" else path.rsplit("/", 1)[-1]
     folder = Path(h.stats_dir) / name / "wikipedia_stats"  # EasyEdit's name; the texts are ours

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from baft_easyedit.easyedit.devices import DeviceRemap, honoured_device
+from baft_easyedit.easyedit.compat import DeviceRemap, honoured_device
 
 
 @pytest.fixture
