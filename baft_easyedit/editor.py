@@ -211,6 +211,26 @@ class BaFTEditor:
         """
         self._history.rollback(to)
 
+    @_LEARNING
+    def forget(self, prompt: str) -> list[EditReport]:
+        """Take the edits of one prompt back, and keep those that were made after them.
+
+        The later edits are learned again from the state before the first edit of that prompt, each
+        with its settings; the journal notes a rollback and these edits. If one fails, all is as it
+        was. After a kill in between, `rollback` goes back to the entry before.
+
+        Args:
+            prompt: The prompt of an edit that led to the present state.
+
+        Returns:
+            The reports of the edits that were learned again.
+
+        Raises:
+            ValueError: If no directory is open, it holds no edit of that prompt, or an entry after
+                it is not an edit call; others as `edit` does.
+        """
+        return self._history.forget(prompt)
+
     @classmethod
     def open(
         cls,

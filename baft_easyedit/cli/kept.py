@@ -48,6 +48,10 @@ def add_commands(commands: Any) -> None:
     rollback.add_argument("--to", type=whole(0), required=True, metavar="ID", help="of the entry")
     _add_model(rollback)
 
+    forget = _add(commands, "forget", _forget, "take one fact back, and keep the later ones")
+    forget.add_argument("--prompt", required=True, help="of the edit")
+    _add_model(forget)
+
     history = _add(commands, "history", _history, "list what a kept edit went through")
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
 
@@ -172,6 +176,15 @@ def _rollback(arguments: argparse.Namespace) -> None:
     with _opened(arguments) as editor:
         editor.rollback(to=arguments.to)
     print(read_history(arguments.directory)[-1].summary())
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    """Take the edits of one prompt back; say which later ones are not learned any more."""
+    with told_what_is_kept(arguments.directory), _opened(arguments) as editor:
+        reports = editor.forget(arguments.prompt)
+    unlearned = sum(report.learned.count(False) for report in reports)
+    print(f"{len(reports)} later edits were learned again, {unlearned} of their requests not")
+    return UNLEARNED if unlearned else 0
 
 
 def _history(arguments: argparse.Namespace) -> None:

@@ -310,18 +310,68 @@ class History:
 
     def rollback(self, to: int) -> None:
         """Go to the state after an entry of the journal."""
-        directory = self._directory
-        if directory is None:
-            raise ValueError(
-                "rollback needs the journal of a directory, and none is open: use "
-                "BaFTEditor.open(), or undo()"
-            )
+        directory = self._open_directory("rollback")
         if not 0 <= to < len(directory.journal):
             raise ValueError(
                 f"to must be in [0, {len(directory.journal) - 1}], the journal's ids; got "
                 f"{short(to)}"
             )
         self._return(directory, "rollback", to)
+
+    def forget(self, prompt: str) -> list[EditReport]:
+        """Go back to before the first edit of a prompt, and learn again what came after it."""
+        directory = self._open_directory("forget")
+        journal, before = directory.journal, self.hparams
+        start = journal.position
+        path = [journal.entries[i] for i in reversed(list(journal.ancestors(start)))]
+        first = next((n for n, entry in enumerate(path) if _edits(entry, prompt)), None)
+        if first is None:
+            raise ValueError(
+                f"prompt must be that of an edit in {directory.path}; got {short(prompt)}: "
+                "read_history() lists them"
+            )
+        installed = next((entry for entry in path[first:] if entry.kind != "edit"), None)
+        if installed is not None:
+            raise ValueError(
+                f"entry {installed.id} of {directory.path} must be an edit to be learned again; it "
+                f"is an {installed.kind}: roll back to before it"
+            )
+        with self._learner.lock.changing():
+            self.rollback(to=path[first].parent or 0)
+            try:
+                return self._learned_again(directory, path[first:], prompt)
+            except BaseException:
+                self.rollback(to=start)
+                raise
+            finally:
+                self.hparams = before
+
+    def _learned_again(
+        self, directory: KeptDirectory, entries: Sequence[Entry], without: str
+    ) -> list[EditReport]:
+        """Make edits of a journal again, each with its settings, but those of one prompt."""
+        reports = []
+        for entry in entries:
+            told = directory.journal.settings_of(entry.id)["hparams"]
+            requests = as_requests(entry.requests)
+            rest = [request for request in requests if request.prompt != without]
+            if not rest:
+                continue
+            self.hparams = hparams_of(told, self._learner.model, str(directory.path))
+            with self.change("edit", rest):
+                report = self._learner.learn(rest, self.hparams)
+                self.keep("edit", rest, report)
+            reports.append(report)
+        return reports
+
+    def _open_directory(self, action: str) -> KeptDirectory:
+        """Return the open directory; raise ValueError if there is none."""
+        if self._directory is None:
+            raise ValueError(
+                f"{action} needs the journal of a directory, and none is open: use "
+                "BaFTEditor.open(), or undo()"
+            )
+        return self._directory
 
     def _return(self, directory: KeptDirectory, kind: str, to: int) -> None:
         """Go to the state after an entry, whatever the present one is, and keep that."""
@@ -362,3 +412,8 @@ class History:
             f"({'; '.join(different) or 'the environment looks the same'}); the states after "
             f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
         )
+
+
+def _edits(entry: Entry, prompt: str) -> bool:
+    """Tell whether an entry holds a request with that prompt."""
+    return any(request["prompt"] == prompt for request in entry.requests)

@@ -1,0 +1,131 @@
+"""Taking one edit back and keeping the later ones."""
+
+from dataclasses import replace
+
+import pytest
+
+from baft_easyedit import BaFTEditor
+from baft_easyedit.cli import main
+from baft_easyedit.storage.reading import read_history
+from baft_easyedit.storage.state import state_hash
+from baft_easyedit.training.learner import Learner
+from tests.conftest import make_model
+
+
+def fact(i):
+    return {"prompt": f"Fact number {i} is", "target_new": f"no {i}"}
+
+
+@pytest.fixture
+def quick(hparams):
+    return replace(hparams, num_steps=2)
+
+
+@pytest.fixture
+def edited(tokenizer, tmp_path):
+    """Opens an edit of a fresh model in a directory of its own, and makes edits."""
+    editors = []
+
+    def edit(name, hparams, *edits):
+        editors.append(BaFTEditor.open(make_model(), tokenizer, tmp_path / name, hparams))
+        for requests in edits:
+            editors[-1].edit(requests)
+        return editors[-1]
+
+    yield edit
+    for editor in editors:
+        editor.close()
+
+
+def now(editor):
+    return state_hash(editor._learner.state())
+
+
+def test_what_is_forgotten_was_never_learned(edited, quick, tmp_path):
+    editor = edited("kept", quick, fact(0), fact(1), [fact(2), fact(3)], fact(4))
+    reports = editor.forget(fact(1)["prompt"])
+    assert [report.num_requests for report in reports] == [2, 1]
+    assert now(editor) == now(edited("other", quick, fact(0), [fact(2), fact(3)], fact(4)))
+    reports = editor.forget(fact(2)["prompt"])
+    assert [report.num_requests for report in reports] == [1, 1]
+    assert now(editor) == now(edited("more", quick, fact(0), fact(3), fact(4)))
+    kinds = [entry.kind for entry in read_history(tmp_path / "kept")]
+    assert kinds[5:] == ["rollback", "edit", "edit", "rollback", "edit", "edit"]
+
+
+def test_all_edits_of_a_prompt_are_forgotten(edited, quick):
+    editor = edited("kept", quick, fact(0), fact(1), {**fact(0), "target_new": "other"})
+    editor.forget(fact(0)["prompt"])
+    assert now(editor) == now(edited("other", quick, fact(1)))
+
+
+def test_later_edits_keep_their_settings(edited, quick):
+    slower = replace(quick, lr=1.0e-4)
+    editor = edited("kept", quick, fact(0))
+    for hparams, i in ((slower, 1), (quick, 2)):
+        editor.hparams = hparams
+        editor.edit(fact(i))
+    editor.forget(fact(0)["prompt"])
+    other = edited("other", slower, fact(1))
+    other.hparams = quick
+    other.edit(fact(2))
+    assert now(editor) == now(other)
+    assert editor.hparams.lr == quick.lr
+
+
+def test_the_settings_of_now_are_those_of_the_next_edit(edited, quick):
+    editor = edited("kept", quick, fact(0), fact(1))
+    editor.hparams = replace(quick, num_steps=3)
+    editor.forget(fact(0)["prompt"])
+    assert editor.edit(fact(2)).num_steps == 3
+
+
+def test_one_can_return_from_it(edited, quick):
+    editor = edited("kept", quick, fact(0), fact(1))
+    before = now(editor)
+    editor.forget(fact(0)["prompt"])
+    editor.rollback(to=2)
+    assert now(editor) == before
+
+
+def test_if_an_edit_fails_all_is_as_it_was(edited, quick, monkeypatch):
+    editor = edited("kept", quick, fact(0), fact(1), fact(2))
+    before, learn, calls = now(editor), Learner.learn, []
+
+    def fails_once(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise FloatingPointError("loss")
+        return learn(self, *arguments)
+
+    monkeypatch.setattr(Learner, "learn", fails_once)
+    with pytest.raises(FloatingPointError, match="loss"):
+        editor.forget(fact(0)["prompt"])
+    assert now(editor) == before
+    assert editor.edit(fact(3)).num_requests == 1
+
+
+def test_what_cannot_be_forgotten_is_refused(edited, quick, model, tokenizer):
+    editor = edited("kept", quick, fact(0))
+    before = now(editor)
+    with pytest.raises(ValueError, match=r"prompt must be that of an edit in .*kept; got 'x': "):
+        editor.forget("x")
+    editor.install(editor.learn_apart([fact(1)])[0], fact(1))
+    with pytest.raises(ValueError, match=r"entry 2 of .* must be an edit .* it is an install"):
+        editor.forget(fact(0)["prompt"])
+    editor.undo()
+    assert now(editor) == before
+    with pytest.raises(ValueError, match="forget needs the journal of a directory, and none is"):
+        BaFTEditor(model, tokenizer, quick).forget("x")
+
+
+def test_command_says_what_was_learned_again(edited, quick, tmp_path, tokenizer, capsys):
+    model = tmp_path / "model"
+    make_model().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    edited("kept", replace(quick, num_steps=30, lr=3.0e-2), fact(0), fact(1)).close()
+    forget = ["forget", str(tmp_path / "kept"), "--model", str(model), "--device", "cpu"]
+    assert main([*forget, "--prompt", fact(0)["prompt"]]) == 0
+    assert "1 later edits were learned again, 0 of their requests not" in capsys.readouterr().out
+    assert main([*forget, "--prompt", "nothing"]) == 2
+    assert "prompt must be that of an edit" in capsys.readouterr().err
