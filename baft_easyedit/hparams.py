@@ -104,9 +104,9 @@ class BaFTHyperParams:
     locality: bool = True
     """Use the locality term R_loc, for requests that carry a `loc_prompt`, or see the next line and
     `loc_own_texts`."""
-    loc_stand_ins: int = 4
+    loc_stand_ins: int = 0
     """How many prompts with an invented name in the subject's place R_loc sees for a request that
-    has a `subject`, but no `loc_prompt` (ours): see `stand_ins`. 0 for none."""
+    has a `subject`, but no `loc_prompt` (ours): see `stand_ins`. 0 for none (the paper)."""
     balance_coef: float = 1.0
     """Factor of R_bal after rescaling, at least 0."""
     locality_coef: float = 1.0

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from baft_easyedit.cli.console import UNLEARNED, note, silence_loading, told_what_is_kept
-from baft_easyedit.cli.model import add_model_options, hparams_of
+from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, hparams_of
 from baft_easyedit.cli.options import DTYPES, existing, new, positive, whole
 from baft_easyedit.editor import BaFTEditor, EditReport
 from baft_easyedit.files.messages import short
@@ -63,7 +63,7 @@ def _edit(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, arguments.dtype)
     model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
     if arguments.hparams is None:
-        hparams = with_usable_end(replace(hparams, learn_end=True), tokenizer)
+        hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
     with told_what_is_kept(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
         form = PromptFormat.of(editor.hparams)

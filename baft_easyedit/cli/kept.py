@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.cli.console import UNLEARNED, Bar, note, silence_loading, told_what_is_kept
-from baft_easyedit.cli.model import add_model_options, default_device, hparams_of
+from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, default_device, hparams_of
 from baft_easyedit.cli.options import DTYPES, device, existing, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import short
@@ -212,7 +212,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
     if hparams is not None and file is None:
         from baft_easyedit.generation import with_usable_end
 
-        hparams = with_usable_end(replace(hparams, learn_end=True), tokenizer)
+        hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     with BaFTEditor.open(model, tokenizer, arguments.directory, hparams) as editor:
         yield editor
 

@@ -1,6 +1,7 @@
 """The options that choose a model and its hyper-parameters, and what they mean."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,9 @@ from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
 from baft_easyedit.model.devices import check_device, needs_missing_cuda
+
+WITHOUT_FILE: Mapping[str, Any] = {"learn_end": True, "loc_stand_ins": 4}
+"""Hyper-parameters of an edit whose settings no file gives: answers end, and neighbours stay."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

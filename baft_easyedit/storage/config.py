@@ -25,8 +25,6 @@ _OF_EASYEDIT = {
 }
 """Hyper-parameters that say nothing of the method or its training."""
 
-_BEFORE = {"loc_stand_ins": 0}
-"""Values of hyper-parameters that a kept edit does not name, as it is older than they are."""
 _GONE = ("consolidate_every", "consolidate_steps", "rehearsal_cache_mib")
 """Hyper-parameters that kept edits may name, and that change nothing any more."""
 
@@ -122,7 +120,7 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
     forbidden = sorted(_OF_EASYEDIT & set(method))
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
-    method = _BEFORE | {name: value for name, value in method.items() if name not in _GONE}
+    method = {name: value for name, value in method.items() if name not in _GONE}
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return hparams_from({**method, **own})
