@@ -216,8 +216,8 @@ class BaFTEditor:
         """Take the edits of one prompt back, and keep those that were made after them.
 
         The later edits are learned again from the state before the first edit of that prompt, each
-        with its settings; the journal notes a rollback and these edits. If one fails, all is as it
-        was. After a kill in between, `rollback` goes back to the entry before.
+        with its settings; the journal notes a rollback and these edits, all at once. If one fails,
+        all is as it was. `rollback` to the entry before brings what was forgotten back.
 
         Args:
             prompt: The prompt of an edit that led to the present state.

@@ -51,6 +51,8 @@ def test_what_is_forgotten_was_never_learned(edited, quick, tmp_path):
     assert now(editor) == now(edited("more", quick, fact(0), fact(3), fact(4)))
     kinds = [entry.kind for entry in read_history(tmp_path / "kept")]
     assert kinds[5:] == ["rollback", "edit", "edit", "rollback", "edit", "edit"]
+    told = read_history(tmp_path / "kept")[5].summary()
+    assert told.endswith("to 1 to forget Fact number 1 is")
 
 
 def test_all_edits_of_a_prompt_are_forgotten(edited, quick):
@@ -105,10 +107,37 @@ def test_if_an_edit_fails_all_is_as_it_was(edited, quick, monkeypatch):
     assert editor.edit(fact(3)).num_requests == 1
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_kill_leaves_what_was_before(at, edited, quick, tmp_path, tokenizer, monkeypatch):
+    """Until the commit of all, the directory is not written to at all."""
+    editor = edited("kept", quick, fact(0), fact(1), fact(2))
+    before, learn, calls = now(editor), Learner.learn, []
+    files = {f: f.read_bytes() for f in (tmp_path / "kept").rglob("*") if f.is_file()}
+
+    def looks(self, *arguments):
+        calls.append({f: f.read_bytes() for f in files})
+        return learn(self, *arguments)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Learner, "learn", looks)
+    monkeypatch.setattr("baft_easyedit.storage.directory.KeptDirectory._replace_state", full)
+    with pytest.raises(OSError, match="the change was undone: free space"):
+        editor.forget(fact(at)["prompt"])
+    assert calls == [files] * (2 - at)
+    assert now(editor) == before
+    monkeypatch.undo()
+    editor.forget(fact(at)["prompt"])
+    editor.close()
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "kept") as again:
+        assert now(again) == now(editor)
+
+
 def test_what_cannot_be_forgotten_is_refused(edited, quick, model, tokenizer):
     editor = edited("kept", quick, fact(0))
     before = now(editor)
-    with pytest.raises(ValueError, match=r"prompt must be that of an edit in .*kept; got 'x': "):
+    with pytest.raises(ValueError, match=r"prompt must be that of an edit in .*kept; got 'x'"):
         editor.forget("x")
     editor.install(editor.learn_apart([fact(1)])[0], fact(1))
     with pytest.raises(ValueError, match=r"entry 2 of .* must be an edit .* it is an install"):
@@ -126,6 +155,8 @@ def test_command_says_what_was_learned_again(edited, quick, tmp_path, tokenizer,
     edited("kept", replace(quick, num_steps=30, lr=3.0e-2), fact(0), fact(1)).close()
     forget = ["forget", str(tmp_path / "kept"), "--model", str(model), "--device", "cpu"]
     assert main([*forget, "--prompt", fact(0)["prompt"]]) == 0
-    assert "1 later edits were learned again, 0 of their requests not" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "later edits learned again: 1; requests of them not learned: 0" in told
+    assert f"`baft-easyedit rollback {tmp_path / 'kept'} --to 2` brings it back" in told
     assert main([*forget, "--prompt", "nothing"]) == 2
     assert "prompt must be that of an edit" in capsys.readouterr().err

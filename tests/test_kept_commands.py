@@ -41,7 +41,7 @@ def run(*arguments):
 def test_a_file_of_edits_is_applied_asked_and_taken_back(tmp_path, saved, edits, capsys):
     kept, model = tmp_path / "kept", ["--model", saved]
     assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
-    assert "2 edits made, 0 were there" in capsys.readouterr().out
+    assert "edits made: 2; there before: 0" in capsys.readouterr().out
     assert run("ask", kept, *model, "--prompt", "Water freezes into") == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "Water freezes into"
@@ -62,12 +62,12 @@ def test_apply_goes_on_where_it_stopped(tmp_path, saved, edits, capsys):
     (tmp_path / "first.json").write_text(json.dumps(EDITS[:1]))
     assert run("apply", kept, tmp_path / "first.json", *more) == 0
     assert run("apply", kept, edits, "--model", saved) == 0
-    assert "1 edits made, 1 were there" in capsys.readouterr().out
+    assert "edits made: 1; there before: 1" in capsys.readouterr().out
     assert run("undo", kept, "--model", saved) == 0
     assert run("apply", kept, edits, "--model", saved) == 0  # what was taken back is made again
-    assert "1 edits made, 1 were there" in capsys.readouterr().out
+    assert "edits made: 1; there before: 1" in capsys.readouterr().out
     assert run("apply", kept, edits) == 0  # nothing to do needs no model
-    assert "0 edits made, 2 were there" in capsys.readouterr().out
+    assert "edits made: 0; there before: 2" in capsys.readouterr().out
 
 
 def test_apply_tells_what_was_not_learned(tmp_path, saved, edits, capsys, caplog):
@@ -101,6 +101,28 @@ def test_the_bundled_model_needs_no_option(tmp_path, edits, capsys):
     assert settings["learn_end"] is True
 
 
+def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys):
+    more = ["--hparams", tmp_path / "mine.yaml"]
+    for number, target in enumerate(("Rome", "Oslo", "Rome")):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps([{**EDITS[0], "target_new": target}]))
+        assert run("apply", tmp_path / "kept", file, *more) == 0
+        assert "edits made: 1; there before: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["ask"], ["undo"], ["forget", "--prompt", "x"], ["history"]])
+@pytest.mark.parametrize("model", [[], ["--model", "bundled"]])
+def test_a_directory_without_an_edit_is_refused(command, model, tmp_path, capsys):
+    more = [*command[1:], *(model if command != ["history"] else [])]
+    assert run(command[0], tmp_path, *more) == 2
+    assert "must be a directory with an edit" in capsys.readouterr().err
+
+
+def test_a_blank_prompt_is_not_asked(tmp_path, capsys):
+    assert run("ask", tmp_path, "--prompt", " ") == 2
+    assert "--prompt must not be empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -129,6 +151,12 @@ def test_requests_are_read_from_each_format(name, text, tmp_path):
         ("a.csv", 'prompt,target_new\n"a" b,c\n', "must be a JSON list, .* expected after"),
         ("a.json", '[{"prompt": "a", "target": "b"}]', "request 1 of .*: rename 'target'"),
         ("a.json", '[{"prompt": 1, "target_new": "b"}]', "request 1 of .*prompt must be a string"),
+        ("a.csv", "prompt,prompt,target_new\na,b,c\n", "a column is there twice"),
+        (
+            "a.csv",
+            "prompt,target_new\na,b\na,c\n",
+            "must hold one request for a prompt; 'a' has requests 1 and 2: keep one",
+        ),
         ("a.json", b"\xff\xfe\x00", "must be text in UTF-8"),
     ],
 )

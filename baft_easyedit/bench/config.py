@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.validation import validated
@@ -102,6 +102,13 @@ class DownstreamConfig(_Strict):
     """Number of questions; all if null."""
 
 
+def _given(model: str) -> str:
+    """Return the name of a model, checked."""
+    if not model:
+        raise ValueError("must be given, in the file or as --model")
+    return model
+
+
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
@@ -112,7 +119,7 @@ _FORMER = {"side_by_side": 1, "timeout_s": None, "report_to": "none"}
 class BenchConfig(_Strict):
     """A benchmark: every method under every protocol on the same records and model."""
 
-    model: str = Field(default=BUNDLED_MODEL, min_length=1)
+    model: Annotated[str, AfterValidator(_given)] = BUNDLED_MODEL
     """Hugging Face name or directory; `bundled` for our own."""
     data: DataConfig
     methods: tuple[MethodConfig, ...] = Field(min_length=1)

@@ -75,6 +75,8 @@ def _ask(arguments: argparse.Namespace) -> None:
     """Answer each prompt by the base model and by the edited one."""
     from baft_easyedit.generation import generate_answers
 
+    if arguments.prompt and not all(map(str.strip, arguments.prompt)):
+        raise ValueError("--prompt must not be empty; got a blank one")
     model, tokenizer = _load(arguments)
     edit = attach(model, arguments.directory)
     form = PromptFormat.of(kept_hparams(arguments.directory, model))
@@ -97,10 +99,10 @@ def _typed() -> Iterator[str]:
 def _apply(arguments: argparse.Namespace) -> int:
     """Make the edits of a file that are not made yet; say which were learned."""
     requests = read_requests(arguments.file)
-    made = _made(arguments.directory) if holds_edit(arguments.directory) else []
-    rest = [request for request in requests if request.to_dict() not in made]
+    made = _made(arguments.directory) if holds_edit(arguments.directory) else {}
+    rest = [request for request in requests if made.get(request.prompt) != request.to_dict()]
     unlearned = _edit_each(arguments, rest, len(requests)) if rest else []
-    print(f"{len(rest)} edits made, {len(requests) - len(rest)} were there")
+    print(f"edits made: {len(rest)}; there before: {len(requests) - len(rest)}")
     for request in unlearned:
         print(f"not learned: {short(request.prompt)} -> {short(request.target_new)}")
     return UNLEARNED if unlearned else 0
@@ -124,11 +126,12 @@ def _edit_each(
 def read_requests(file: Path) -> list[EditRequest]:
     """Read edit requests: a JSON list, JSON lines (`.jsonl`), or CSV (`.csv`).
 
-    Empty cells of a CSV file count as absent.
+    Empty cells of a CSV file count as absent. A request that is there twice is read once.
 
     Raises:
         TypeError: If a request has a value of the wrong type.
-        ValueError: If the file is none of these, or a request is unusable; the message names it.
+        ValueError: If the file is none of these, a request is unusable, or one prompt has two
+            requests; the message names them.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -142,19 +145,28 @@ def read_requests(file: Path) -> list[EditRequest]:
         ) from None
     if not isinstance(found, list) or not found:
         raise ValueError(f"{file} must hold a list of requests; got {short(found)}")
-    requests = []
+    by_prompt: dict[str, tuple[int, EditRequest]] = {}
     for number, one in enumerate(found, 1):
         try:
-            requests += as_requests([one])
+            (request,) = as_requests([one])
         except (TypeError, ValueError) as error:
             raise type(error)(f"request {number} of {file}: {error}") from None
-    return requests
+        first, other = by_prompt.setdefault(request.prompt, (number, request))
+        if other != request:
+            raise ValueError(
+                f"{file} must hold one request for a prompt; {short(request.prompt)} has requests "
+                f"{first} and {number}: keep one"
+            )
+    return [request for _, request in by_prompt.values()]
 
 
 def _parsed(text: str, suffix: str) -> Any:
     """Parse the text of a file by the end of its name."""
     if suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns = rows.fieldnames or ()
+        if len(set(columns)) < len(columns):
+            raise ValueError("a column is there twice")
         found = [{key: value for key, value in row.items() if value} for row in rows]
         if any(None in row for row in found):
             raise ValueError("a line has more cells than there are columns")
@@ -180,10 +192,13 @@ def _rollback(arguments: argparse.Namespace) -> None:
 
 def _forget(arguments: argparse.Namespace) -> int:
     """Take the edits of one prompt back; say which later ones are not learned any more."""
+    before = read_history(arguments.directory)
     with told_what_is_kept(arguments.directory), _opened(arguments) as editor:
         reports = editor.forget(arguments.prompt)
     unlearned = sum(report.learned.count(False) for report in reports)
-    print(f"{len(reports)} later edits were learned again, {unlearned} of their requests not")
+    print(f"later edits learned again: {len(reports)}; requests of them not learned: {unlearned}")
+    back = f"rollback {arguments.directory} --to {before[-1].id}"
+    print(f"`baft-easyedit {back}` brings it back")
     return UNLEARNED if unlearned else 0
 
 
@@ -193,17 +208,19 @@ def _history(arguments: argparse.Namespace) -> None:
         print(entry.line if arguments.json else entry.summary())
 
 
-def _made(directory: Path) -> list[dict[str, Any]]:
-    """Return the requests of all edits that led to the present state of a kept edit."""
+def _made(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the latest request of each prompt that led to the present state of a kept edit."""
     journal = Journal(read_history(directory))
-    ids = journal.ancestors(journal.position)
-    return [request for i in ids for request in journal.entries[i].requests]
+    ids = reversed(list(journal.ancestors(journal.position)))
+    return {request["prompt"]: request for i in ids for request in journal.entries[i].requests}
 
 
 @contextmanager
 def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
-    """Open a kept edit with its model, or begin one, with the settings for edits in a row."""
-    file = getattr(arguments, "hparams", None)
+    """Open a kept edit with its model; `apply` may begin one, with settings for edits in a row."""
+    may_begin, file = hasattr(arguments, "hparams"), getattr(arguments, "hparams", None)
+    if not may_begin:
+        read_latest(arguments.directory)  # an error if nothing is kept there
     is_begun = holds_edit(arguments.directory)
     hparams = None if is_begun and file is None else _settings(arguments)
     if hparams is not None:

@@ -76,7 +76,7 @@ def existing(kind: str = "file or directory") -> Callable[[str], Path]:
     def read(text: str) -> Path:
         path = expanded(text)
         if not path.exists():
-            raise ArgumentTypeError(f"must be a file or directory; there is none at {text!r}")
+            raise ArgumentTypeError(f"must be a {kind}; there is none at {text!r}")
         _check_kind(path, text, kind)
         if not os.access(path, os.R_OK):
             raise ArgumentTypeError(f"must be readable; {text!r} is not: check its permissions")

@@ -113,6 +113,16 @@ class KeptDirectory:
         has_checkpoint = kind in ("start", "install") or entry.id % self._checkpoint_every == 0
         self._write([entry], state, config, has_checkpoint)
 
+    def commit_all(self, entries: Sequence[Entry], state: EditState, config: KeptConfig) -> None:
+        """Write several changes, and the state after the last of them, in one commit.
+
+        Raises:
+            OSError: If the disk did not take them; the directory is as before then.
+        """
+        self.check_usable()
+        has_checkpoint = any(entry.id % self._checkpoint_every == 0 for entry in entries)
+        self._write(entries, state, config, has_checkpoint)
+
     def take_over(
         self,
         entries: Sequence[Entry],

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import cut, short
 from baft_easyedit.files.paths import expanded
+from baft_easyedit.files.reading import did_you_mean
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
@@ -161,7 +162,7 @@ class History:
         if self._directory is not None:
             self._directory.commit(kind, state, self.config(), content)
         elif self._journal is not None:
-            self._journal.append(self._journal.next(kind, state_hash(state), content))
+            self._tell(self._journal, kind, content)
 
     # ---- whether the present state is this history's
 
@@ -277,8 +278,8 @@ class History:
         """Go back to what the latest change of a journal grew from."""
         with self._learner.lock.changing():
             parent = directory.journal.entries[directory.journal.position].parent
-            if parent is None:  # that of entry 0
-                self._refuse_undo()
+            if parent is None:
+                self._refuse_undo("the state is that of entry 0")
             self._check_as_kept(directory)
             self._return(directory, "undo", parent)
 
@@ -286,7 +287,7 @@ class History:
         """Take back the latest change that was made here, if it is the latest of all."""
         with self._taken_back():  # outermost: an interrupt on the way out takes the undo back
             if not self.recent:
-                self._refuse_undo()
+                self._refuse_undo("edit() was not called, or undo_depth is used up")
             step = self.recent[-1]
             self._check_present(
                 step.after == self._values(),
@@ -303,9 +304,9 @@ class History:
                     self._end_journal(self._journal.entries[-1], _CHANGED)
             self.recent.pop()
 
-    def _refuse_undo(self) -> NoReturn:
+    def _refuse_undo(self, why: str) -> NoReturn:
         """Raise ValueError: no change is left to take back; name the latest one, if another's."""
-        nothing = "there is no edit to undo: edit() was not called, or undo_depth is used up"
+        nothing = f"there is no edit to undo: {why}"
         raise ValueError("; ".join(filter(None, (nothing, self._others_change()))))
 
     def rollback(self, to: int) -> None:
@@ -321,48 +322,60 @@ class History:
     def forget(self, prompt: str) -> list[EditReport]:
         """Go back to before the first edit of a prompt, and learn again what came after it."""
         directory = self._open_directory("forget")
-        journal, before = directory.journal, self.hparams
-        start = journal.position
-        path = [journal.entries[i] for i in reversed(list(journal.ancestors(start)))]
-        first = next((n for n, entry in enumerate(path) if _edits(entry, prompt)), None)
-        if first is None:
-            raise ValueError(
-                f"prompt must be that of an edit in {directory.path}; got {short(prompt)}: "
-                "read_history() lists them"
-            )
-        installed = next((entry for entry in path[first:] if entry.kind != "edit"), None)
-        if installed is not None:
-            raise ValueError(
-                f"entry {installed.id} of {directory.path} must be an edit to be learned again; it "
-                f"is an {installed.kind}: roll back to before it"
-            )
         with self._learner.lock.changing():
-            self.rollback(to=path[first].parent or 0)
-            try:
-                return self._learned_again(directory, path[first:], prompt)
-            except BaseException:
-                self.rollback(to=start)
-                raise
-            finally:
-                self.hparams = before
+            self._check_as_kept(directory)
+            path = self._path_without(directory, prompt)
+            with self._noted(f"the forgetting of {cut(repr(prompt), 82)}"):
+                to = path[0].parent or 0
+                self._restore_entry(directory, to)
+                journal = Journal(directory.journal.entries)
+                self._tell(journal, "rollback", {"to": to, "forgotten": prompt})
+                reports = self._learned_again(directory, journal, path, prompt)
+                new = journal.entries[len(directory.journal) :]
+                directory.commit_all(new, self._learner.state(), self.config())
+        return reports
+
+    def _path_without(self, directory: KeptDirectory, prompt: str) -> list[Entry]:
+        """Return the entries that led to the present state, from the first edit of a prompt on."""
+        journal = directory.journal
+        path = [journal.entries[i] for i in reversed(list(journal.ancestors(journal.position)))]
+        prompts = [{request["prompt"] for request in entry.requests} for entry in path]
+        first = next((n for n, known in enumerate(prompts) if prompt in known), None)
+        if first is None:
+            hint = did_you_mean(prompt, sorted(set().union(*prompts)))
+            raise ValueError(
+                f"prompt must be that of an edit in {directory.path}; got {short(prompt)}{hint}"
+            )
+        for entry in path[first:]:
+            if entry.kind != "edit":
+                raise ValueError(
+                    f"entry {entry.id} of {directory.path} must be an edit to be learned again; it "
+                    f"is an {entry.kind}: roll back to before it"
+                )
+        return path[first:]
 
     def _learned_again(
-        self, directory: KeptDirectory, entries: Sequence[Entry], without: str
+        self, directory: KeptDirectory, journal: Journal, entries: Sequence[Entry], without: str
     ) -> list[EditReport]:
-        """Make edits of a journal again, each with its settings, but those of one prompt."""
-        reports = []
+        """Learn entries again, but the edits of one prompt, and tell of them in a journal."""
+        reports, model = [], self._learner.model
         for entry in entries:
-            told = directory.journal.settings_of(entry.id)["hparams"]
-            requests = as_requests(entry.requests)
-            rest = [request for request in requests if request.prompt != without]
+            rest = [r for r in as_requests(entry.requests) if r.prompt != without]
             if not rest:
                 continue
-            self.hparams = hparams_of(told, self._learner.model, str(directory.path))
-            with self.change("edit", rest):
-                report = self._learner.learn(rest, self.hparams)
-                self.keep("edit", rest, report)
+            method = directory.journal.settings_of(entry.id)["hparams"]
+            settings = {"hparams": method, "environment": environment(model)}
+            if journal.settings_of(len(journal) - 1) != settings:
+                self._tell(journal, "settings", settings)
+            report = self._learner.learn(rest, hparams_of(method, model, str(directory.path)))
+            told = [request.to_dict() for request in rest]
+            self._tell(journal, "edit", {"requests": told, "report": report_dict(report)})
             reports.append(report)
         return reports
+
+    def _tell(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
+        """Add what led to the present state to a journal."""
+        journal.append(journal.next(kind, state_hash(self._learner.state()), content))
 
     def _open_directory(self, action: str) -> KeptDirectory:
         """Return the open directory; raise ValueError if there is none."""
@@ -412,8 +425,3 @@ class History:
             f"({'; '.join(different) or 'the environment looks the same'}); the states after "
             f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
         )
-
-
-def _edits(entry: Entry, prompt: str) -> bool:
-    """Tell whether an entry holds a request with that prompt."""
-    return any(request["prompt"] == prompt for request in entry.requests)

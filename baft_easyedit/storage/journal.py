@@ -34,7 +34,8 @@ _CONTENT: Mapping[str, Mapping[str, type]] = {
     "rollback": {"to": int},
 }
 """What a line holds beside what all have, by its kind. `start` is entry 0, and may say what it is a
-`snapshot_of`; `settings` notes that hyper-parameters or the environment changed."""
+`snapshot_of`; `settings` notes that hyper-parameters or the environment changed; a rollback may say
+which prompt is `forgotten`, and the edits that follow are those that stayed."""
 
 
 def to_json(value: Any) -> str:
@@ -85,7 +86,8 @@ class Entry:
             )
         for key, type_ in {**_COMMON, **_CONTENT[kind]}.items():
             taken(content, key, type_, where)
-        taken({"snapshot_of": "", **content}, "snapshot_of", str, where)
+        for key in ("snapshot_of", "forgotten"):
+            taken({key: "", **content}, key, str, where)
         if not all(isinstance(request, dict) for request in content.get("requests", ())):
             raise ValueError(f"requests in {where} must be JSON objects")
         parent, to = (content[key] if key in _CONTENT[kind] else None for key in ("parent", "to"))
@@ -129,6 +131,8 @@ class Entry:
         parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
         if self.to is not None:
             parts.append(f"to {self.to}")
+        if forgotten := content.get("forgotten"):
+            parts.append(f"to forget {cut(forgotten, 300)}")
         if self.id == 0 and (before := content.get("snapshot_of")):
             parts.append(f"snapshot of {cut(before, 300)}")
         if requests := content.get("requests"):

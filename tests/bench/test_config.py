@@ -32,7 +32,7 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"methods": [{"method": "BaFT"}]}, "methods.0.name: Field required"),
         ({"T": [1, 0]}, "T.1: Input should be greater than or equal to 1; got 0$"),
         ({"data": {"kind": "facts", "limit": 0}}, "data.limit: Input should be greater than or"),
-        ({"model": ""}, "model: String should have at least 1 character; got ''"),
+        ({"model": ""}, "model: must be given, in the file or as --model; got ''"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
