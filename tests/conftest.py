@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from inspect import Parameter, Signature
 from tempfile import TemporaryDirectory
@@ -233,3 +234,11 @@ def random_edit(layers=(1, 2), rank=4, gate="rms-sigmoid", seed=3, positions=3):
             p.add_(torch.randn(p.shape, generator=generator) * 0.5)
     edit.retract()
     return edit
+
+
+@pytest.fixture
+def limited():
+    """Ends a test that waits for ever."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)

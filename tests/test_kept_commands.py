@@ -51,8 +51,10 @@ def test_a_file_of_edits_is_applied_asked_and_taken_back(tmp_path, saved, edits,
     assert run("undo", kept, *model) == 0
     assert "undo     to 1" in capsys.readouterr().out
     assert run("rollback", kept, *model, "--to", "0") == 0
+    assert run("undo", kept, *model) == 2
+    assert "there is no edit to undo: the state is that of entry 0" in capsys.readouterr().err
     assert run("history", kept) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 5
+    assert len(capsys.readouterr().out.splitlines()) == 5
     kinds = [entry.kind for entry in read_history(kept)]
     assert kinds == ["start", "edit", "edit", "undo", "rollback"]
 
@@ -157,7 +159,7 @@ def test_requests_are_read_from_each_format(name, text, tmp_path):
             "prompt,target_new\na,b\na,c\n",
             "must hold one request for a prompt; 'a' has requests 1 and 2: keep one",
         ),
-        ("a.json", b"\xff\xfe\x00", "must be text in UTF-8"),
+        ("a.json", b"\xff\xfe\x00", "must be UTF-8 text, and is not"),
     ],
 )
 def test_bad_files_of_requests_are_refused(name, text, message, tmp_path):

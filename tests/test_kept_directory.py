@@ -7,7 +7,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -772,14 +771,6 @@ def test_split_journal_is_repaired(opened, kept, tokenizer):
         editor.rollback(to=0)
         assert now(editor) == expected.state_hash
     opened(hparams=None)
-
-
-@pytest.fixture
-def limited():
-    """Ends a test that waits for ever."""
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
 
 
 @pytest.mark.usefixtures("limited")

@@ -1,7 +1,8 @@
 """A generator in a process of its own, which may print, crash or hang as EasyEdit's methods do.
 
 The process has a temporary working directory, and what it prints goes to a file there. It computes
-a step when it is asked for one, and answers with a pickle of what was yielded or raised.
+a step when it is asked for one, and answers with a pickle of what was yielded or raised, through a
+pipe. `multiprocessing` would import the caller's main script again, and sets no environment.
 """
 
 import os

@@ -16,6 +16,7 @@ from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, default_dev
 from baft_easyedit.cli.options import DTYPES, device, existing, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import read_text
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location, own_preset
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -113,7 +114,7 @@ def _edit_each(
 ) -> list[EditRequest]:
     """Make edits, the last ones of so many in all; return those that were not learned."""
     unlearned = []
-    with told_what_is_kept(arguments.directory), _opened(arguments) as editor, Bar() as bar:
+    with told_what_is_kept(arguments.directory), _begun(arguments) as editor, Bar() as bar:
         move = bar.start(total, total - len(rest))
         for request in rest:
             report = editor.edit(request.to_dict())
@@ -133,10 +134,7 @@ def read_requests(file: Path) -> list[EditRequest]:
         ValueError: If the file is none of these, a request is unusable, or one prompt has two
             requests; the message names them.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} must be text in UTF-8") from None
+    text = read_text(file).removeprefix("\ufeff")
     try:
         found = _parsed(text, file.suffix.lower())
     except (ValueError, csv.Error) as error:
@@ -217,16 +215,24 @@ def _made(directory: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
-    """Open a kept edit with its model; `apply` may begin one, with settings for edits in a row."""
-    may_begin, file = hasattr(arguments, "hparams"), getattr(arguments, "hparams", None)
-    if not may_begin:
-        read_latest(arguments.directory)  # an error if nothing is kept there
-    is_begun = holds_edit(arguments.directory)
-    hparams = None if is_begun and file is None else _settings(arguments)
-    if hparams is not None:
-        arguments.model, arguments.device = hparams.model_name, hparams.device
+    """Open a kept edit with its model."""
+    read_latest(arguments.directory)  # an error if nothing is kept there
     model, tokenizer = _load(arguments)
-    if hparams is not None and file is None:
+    with BaFTEditor.open(model, tokenizer, arguments.directory) as editor:
+        yield editor
+
+
+@contextmanager
+def _begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
+    """Open a kept edit with its model, or begin one, with the settings for edits in a row."""
+    if arguments.hparams is None and holds_edit(arguments.directory):
+        with _opened(arguments) as editor:
+            yield editor
+        return
+    hparams = _settings(arguments)
+    given = {"model": hparams.model_name, "device": hparams.device}
+    model, tokenizer = _load(argparse.Namespace(**vars(arguments) | given))
+    if arguments.hparams is None:
         from baft_easyedit.generation import with_usable_end
 
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)

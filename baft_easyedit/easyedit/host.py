@@ -2,7 +2,7 @@
 
 Two generations are supported: "current" (a clone of 2026) and "pypi" (easyeditor 0.0.1.dev0 of
 2023). EasyEdit's files are never changed; the imported package is put right in memory only
-(`compat.py`, `standins.py`).
+(`compat.py`, `placeholders.py`).
 """
 
 import importlib
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from baft_easyedit.easyedit.compat import repair
-from baft_easyedit.easyedit.standins import missing_vision_packages, vision_standins
+from baft_easyedit.easyedit.placeholders import missing_vision_packages, vision_placeholders
 from baft_easyedit.files.paths import read_text
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Host:
     """The `easyeditor` package directory."""
     version: str
     """Release, or git commit, or `unknown`."""
-    standins: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
     """Missing vision packages that were stood in for while it was imported."""
 
 
@@ -107,9 +107,9 @@ def load_host() -> Host:
         return imported._baft_host
     if imported is None:
         missing = missing_vision_packages()
-        host = replace(host, standins=missing)
+        host = replace(host, placeholders=missing)
         logger.info("importing EasyEdit (%s) from %s", host.generation, host.path)
-        with _process_state_kept(), vision_standins(missing):
+        with _process_state_kept(), vision_placeholders(missing):
             _import_easyeditor(host)
     repair(host.generation)
     sys.modules["easyeditor"].__dict__["_baft_host"] = host

@@ -106,5 +106,5 @@ def test_importing_keeps_random_states_and_environment(without_easyeditor, monke
 def test_loading_twice_gives_the_same_host(host):
     assert load_host() is host
     assert loaded_generation() == host.generation
-    assert not set(host.standins) & set(sys.modules)
+    assert not set(host.placeholders) & set(sys.modules)
     assert importlib.util.find_spec("easyeditor") is not None

@@ -1,4 +1,4 @@
-"""Stand-ins for what EasyEdit imports for its multimodal editors and text editing never uses.
+"""Placeholders for what EasyEdit imports for its multimodal editors and text editing never uses.
 
 They exist only while EasyEdit is imported: after that, asking for a package that is not installed
 fails as it did before. What EasyEdit keeps of them can be inherited from, but not used.
@@ -98,7 +98,7 @@ def _ask_before() -> None:
 
 
 @contextmanager
-def vision_standins(packages: Sequence[str]) -> Iterator[None]:
+def vision_placeholders(packages: Sequence[str]) -> Iterator[None]:
     """Let imports of missing vision packages, and of names that moved, succeed in this context.
 
     The release imports, for its vision models, names of `transformers.modeling_utils` that version

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from baft_easyedit.easyedit.standins import missing_vision_packages, vision_standins
+from baft_easyedit.easyedit.placeholders import missing_vision_packages, vision_placeholders
 
 
 @pytest.fixture
 def stand_in():
-    with vision_standins(["novision"]):
+    with vision_placeholders(["novision"]):
         yield importlib.import_module("novision.parts.colour")
 
 
@@ -31,8 +31,8 @@ def test_private_attributes_do_not_exist(stand_in):
         _ = stand_in.Jitter.__wrapped__
 
 
-def test_standins_go_with_the_context():
-    with vision_standins(["novision"]):
+def test_placeholders_go_with_the_context():
+    with vision_placeholders(["novision"]):
         importlib.import_module("novision.parts")
     assert not [name for name in sys.modules if name.split(".")[0] == "novision"]
     assert importlib.util.find_spec("novision") is None
@@ -47,6 +47,6 @@ def test_moved_names_are_lent_to_transformers():
 
     names = ("apply_chunking_to_forward", "prune_linear_layer")
     before = [hasattr(modeling_utils, name) for name in names]
-    with vision_standins([]):
+    with vision_placeholders([]):
         assert all(callable(getattr(modeling_utils, name)) for name in names)
     assert [hasattr(modeling_utils, name) for name in names] == before
