@@ -1,4 +1,4 @@
-"""`apply`, `ask`, `undo`, `rollback` and `history`: what the command line does with a kept edit."""
+"""What the command line does with a kept edit, and with files of edits."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from baft_easyedit.cli import main
-from baft_easyedit.cli.kept import read_requests
+from baft_easyedit.cli.edits_file import read_requests
 from baft_easyedit.storage.reading import read_history
 from tests.conftest import make_model
 
@@ -86,6 +86,78 @@ def test_ask_reads_prompts_line_by_line(tmp_path, saved, edits, capsys, monkeypa
     assert run("ask", tmp_path / "kept", "--model", saved) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[::3] == ["Snow falls in", "Ice is"]
+
+
+def test_ask_uses_the_chat_template_that_is_asked_for(tmp_path, saved, edits, capsys):
+    kept, model = tmp_path / "kept", ["--model", saved, "--max-new-tokens", "12"]
+    prompt = ["--prompt", "Water freezes into"]
+    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
+    assert run("ask", kept, *model, *prompt, "--chat") == 2
+    assert "--chat needs a tokenizer with a chat template" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }} is not{% endfor %}"
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    told = []
+    for option in ("--chat", "--no-chat"):
+        assert run("ask", kept, *model, *prompt, option) == 0
+        told.append(capsys.readouterr().out.splitlines()[2])
+    assert told[1].startswith("  edited: sand")
+    assert not told[0].startswith("  edited: sand")
+
+
+def test_entries_are_compared(tmp_path, saved, edits, capsys):
+    kept = tmp_path / "kept"
+    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
+    assert run("undo", kept, "--model", saved) == 0
+    (tmp_path / "other.json").write_text(json.dumps([{**EDITS[0], "target_new": "Oslo"}]))
+    assert run("apply", kept, tmp_path / "other.json", "--model", saved) == 0
+    capsys.readouterr()
+    assert run("diff", kept, "2") == 0
+    france = "The capital of France is ->"
+    assert capsys.readouterr().out.splitlines() == [
+        f"- {france} Rome", "- Water freezes into -> sand", f"+ {france} Oslo",
+    ]  # fmt: skip
+    assert run("diff", kept, "0", "3") == 0  # 3 undid 2
+    assert capsys.readouterr().out == f"+ {france} Rome\n"
+    assert run("diff", kept, "9") == 2
+    assert "A and B must be ids of entries, at most 4; got 9" in capsys.readouterr().err
+
+
+def test_records_of_a_benchmark_are_applied(tmp_path, saved, capsys):
+    records = [{"prompt": "Ice is", "target_new": t} for t in ("hot", "cold")] + EDITS
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    more = ["--kind", "requests", "--limit", "2", "--hparams", tmp_path / "mine.yaml"]
+    assert run("apply", tmp_path / "kept", tmp_path / "records.json", *more) == 0
+    told = capsys.readouterr()
+    assert "1 prompts are in several records with different targets: records 0, 1" in told.err
+    made = [(r["prompt"], r["target_new"]) for r in read_history(tmp_path / "kept")[1].requests]
+    assert made == [("Ice is", "cold")]
+    assert len(read_history(tmp_path / "kept")) == 3
+    assert run("apply", tmp_path / "kept", tmp_path / "records.json", "--kind", "books") == 2
+    assert "kind must be one of ['convsent'" in capsys.readouterr().err
+
+
+def test_files_are_checked_without_a_model(tmp_path, edits, capsys):
+    (tmp_path / "bench.yaml").write_text("data: {kind: requests}\nmethods: [BaFT, ReFT]\n")
+    for file, told in (
+        ([edits], "2 edits, all usable"),
+        ([edits, "--kind", "requests"], "2 edits, all usable"),
+        (["ReFT/llama-2-7b"], "settings of ReFT for meta-llama/Llama-2-7b-hf, all usable"),
+        ([tmp_path / "bench.yaml", "--data", edits], "benchmark of 2 records by BaFT, ReFT; T ="),
+    ):
+        assert run("validate", *file) == 0
+        assert told in capsys.readouterr().out
+    (tmp_path / "bad.yaml").write_text("model_name: x\nlayers: [1]\nrnak: 3\n")
+    assert run("validate", tmp_path / "bad.yaml") == 2
+    assert "rnak" in capsys.readouterr().err
+
+
+def test_what_there_is_is_listed(capsys):
+    assert run("ls") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert {"  BaFT/llama-2-7b", "  WISE", "  zsre", "  bundled"} < set(told)
+    assert run("ls", "models") == 0
+    assert capsys.readouterr().out.splitlines() == ["models:", "  bundled", "  smollm2"]
 
 
 def test_a_model_is_asked_for_unless_the_package_has_it(tmp_path, saved, edits, capsys):

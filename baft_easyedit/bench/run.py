@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from baft_easyedit.bench.config import BenchConfig, with_absolute_paths
-from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.bench.data import Dataset, load_dataset
 from baft_easyedit.bench.methods import check_methods
 from baft_easyedit.bench.process import Worker, WorkerError
 from baft_easyedit.bench.protocol import Chunk, chunks_of
@@ -59,19 +59,8 @@ def run_bench(
     """
     from accelerate import PartialState
 
-    check_methods(config)
-    check_device(config.device)
-    model_depth(config.model)  # raises if there is no such model
-    config = with_absolute_paths(config)
-    data = config.data
-    dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
-    num_records = len(dataset.requests)
-    for protocol in config.protocols:
-        if protocol.length > num_records:
-            raise ValueError(
-                f"T times batch_size must be at most the number of records, {num_records}; got "
-                f"{protocol.T} times {protocol.batch_size}"
-            )
+    dataset = check(config)
+    config, num_records = with_absolute_paths(config), len(dataset.requests)
     directory = RunDirectory(out)
     # A process may wait for another as long as a method needs for a thousand edits.
     state = PartialState(timeout=timedelta(days=30))
@@ -102,6 +91,28 @@ def run_bench(
     write_json(directory.summary, rows)
     write_json(directory.run, {**read_json(directory.run), "status": "success"})
     return rows
+
+
+def check(config: BenchConfig) -> Dataset:
+    """Check all of a benchmark that can be checked without loading its model; return its records.
+
+    Raises:
+        ValueError: If a setting or a record is bad, or the device is not on this machine.
+        OSError: If a file is missing.
+    """
+    check_methods(config)
+    check_device(config.device)
+    model_depth(config.model)  # raises if there is no such model
+    data = config.data
+    dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
+    num_records = len(dataset.requests)
+    for protocol in config.protocols:
+        if protocol.length > num_records:
+            raise ValueError(
+                f"T times batch_size must be at most the number of records, {num_records}; got "
+                f"{protocol.T} times {protocol.batch_size}"
+            )
+    return dataset
 
 
 def _run_share(

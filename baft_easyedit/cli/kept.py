@@ -1,29 +1,27 @@
 """Commands of a kept edit: ask the edited model, apply a file of edits, and take edits back."""
 
 import argparse
-import csv
-import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from baft_easyedit.cli.console import UNLEARNED, Bar, note, silence_loading, told_what_is_kept
+from baft_easyedit.cli.edits_file import read_benchmark, read_requests
 from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, default_device, hparams_of
 from baft_easyedit.cli.options import DTYPES, device, existing, new, whole
 from baft_easyedit.editor import BaFTEditor
-from baft_easyedit.files.messages import short
-from baft_easyedit.files.paths import read_text
+from baft_easyedit.files.messages import printable, short
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location, own_preset
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
 from baft_easyedit.storage.reading import holds_edit, read_history, read_latest
-from baft_easyedit.training.requests import EditRequest, as_requests
+from baft_easyedit.training.requests import EditRequest
 
 
 def add_commands(commands: Any) -> None:
@@ -32,6 +30,10 @@ def add_commands(commands: Any) -> None:
     ask.add_argument(
         "--prompt", action="append", help="may be repeated; without it, each line of the input"
     )
+    chat = "put prompts into the model's chat template; as the edit was learned if absent"
+    ask.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
+    longest = "most tokens of an answer (%(default)s)"
+    ask.add_argument("--max-new-tokens", type=whole(1), default=32, help=longest)
     _add_model(ask)
 
     apply = commands.add_parser(
@@ -39,7 +41,10 @@ def add_commands(commands: Any) -> None:
     )
     apply.add_argument("directory", type=new("directory"), metavar="DIR", help="of the kept edit")
     formats = "requests: a JSON list, JSON lines, or CSV with the columns prompt and target_new"
-    apply.add_argument("file", type=existing("file"), metavar="FILE", help=formats)
+    apply.add_argument("file", type=existing(), metavar="FILE", help=formats)
+    kind = "FILE is a benchmark's, or its directory; `baft-easyedit ls kinds` lists them"
+    apply.add_argument("--kind", help=kind)
+    apply.add_argument("--limit", type=whole(1), help="number of edits, from the first on")
     add_model_options(apply)
     apply.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     apply.set_defaults(run=_apply)
@@ -55,6 +60,12 @@ def add_commands(commands: Any) -> None:
 
     history = _add(commands, "history", _history, "list what a kept edit went through")
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
+
+    diff = _add(commands, "diff", _diff, "compare the edits at two entries of `history`")
+    diff.add_argument("a", type=whole(0), metavar="A", help="id of an entry")
+    diff.add_argument(
+        "b", type=whole(0), metavar="B", help="of another; the present if absent", nargs="?"
+    )
 
 
 def _add(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
@@ -80,12 +91,35 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt must not be empty; got a blank one")
     model, tokenizer = _load(arguments)
     edit = attach(model, arguments.directory)
-    form = PromptFormat.of(kept_hparams(arguments.directory, model))
+    answer = partial(
+        generate_answers,
+        model,
+        tokenizer,
+        max_new_tokens=arguments.max_new_tokens,
+        prompt_format=_asked_form(arguments, model, tokenizer),
+    )
     for prompt in arguments.prompt or _typed():
         with edit.disabled():
-            (before,) = generate_answers(model, tokenizer, [prompt], prompt_format=form)
-        (after,) = generate_answers(model, tokenizer, [prompt], prompt_format=form)
+            (before,) = answer([prompt])
+        (after,) = answer([prompt])
         print(f"{prompt}\n  base:   {before}\n  edited: {after}", flush=True)
+
+
+def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> PromptFormat:
+    """Return how prompts are put to the model: as the edit was learned, if no option says.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, and one is asked for.
+    """
+    learned = PromptFormat.of(kept_hparams(arguments.directory, model))
+    if arguments.chat in (None, learned.use_chat_template):
+        return learned
+    if arguments.chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "--chat needs a tokenizer with a chat template; that of the model has none: leave it "
+            "away"
+        )
+    return PromptFormat(use_chat_template=arguments.chat)
 
 
 def _typed() -> Iterator[str]:
@@ -99,8 +133,13 @@ def _typed() -> Iterator[str]:
 
 def _apply(arguments: argparse.Namespace) -> int:
     """Make the edits of a file that are not made yet; say which were learned."""
-    requests = read_requests(arguments.file)
-    made = _made(arguments.directory) if holds_edit(arguments.directory) else {}
+    kind = arguments.kind
+    found = read_benchmark(kind, arguments.file) if kind else read_requests(arguments.file)
+    requests = found[: arguments.limit]
+    made = {}
+    if holds_edit(arguments.directory):
+        journal = Journal(read_history(arguments.directory))
+        made = _edits_at(journal, journal.position)
     rest = [request for request in requests if made.get(request.prompt) != request.to_dict()]
     unlearned = _edit_each(arguments, rest, len(requests)) if rest else []
     print(f"edits made: {len(rest)}; there before: {len(requests) - len(rest)}")
@@ -122,56 +161,6 @@ def _edit_each(
                 unlearned.append(request)
             move(1)
     return unlearned
-
-
-def read_requests(file: Path) -> list[EditRequest]:
-    """Read edit requests: a JSON list, JSON lines (`.jsonl`), or CSV (`.csv`).
-
-    Empty cells of a CSV file count as absent. A request that is there twice is read once.
-
-    Raises:
-        TypeError: If a request has a value of the wrong type.
-        ValueError: If the file is none of these, a request is unusable, or one prompt has two
-            requests; the message names them.
-    """
-    text = read_text(file).removeprefix("\ufeff")
-    try:
-        found = _parsed(text, file.suffix.lower())
-    except (ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{file} must be a JSON list, JSON lines (.jsonl) or CSV (.csv) of requests: {error}"
-        ) from None
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{file} must hold a list of requests; got {short(found)}")
-    by_prompt: dict[str, tuple[int, EditRequest]] = {}
-    for number, one in enumerate(found, 1):
-        try:
-            (request,) = as_requests([one])
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"request {number} of {file}: {error}") from None
-        first, other = by_prompt.setdefault(request.prompt, (number, request))
-        if other != request:
-            raise ValueError(
-                f"{file} must hold one request for a prompt; {short(request.prompt)} has requests "
-                f"{first} and {number}: keep one"
-            )
-    return [request for _, request in by_prompt.values()]
-
-
-def _parsed(text: str, suffix: str) -> Any:
-    """Parse the text of a file by the end of its name."""
-    if suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        columns = rows.fieldnames or ()
-        if len(set(columns)) < len(columns):
-            raise ValueError("a column is there twice")
-        found = [{key: value for key, value in row.items() if value} for row in rows]
-        if any(None in row for row in found):
-            raise ValueError("a line has more cells than there are columns")
-        return found
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return json.loads(text)
 
 
 def _undo(arguments: argparse.Namespace) -> None:
@@ -206,10 +195,26 @@ def _history(arguments: argparse.Namespace) -> None:
         print(entry.line if arguments.json else entry.summary())
 
 
-def _made(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the latest request of each prompt that led to the present state of a kept edit."""
-    journal = Journal(read_history(directory))
-    ids = reversed(list(journal.ancestors(journal.position)))
+def _diff(arguments: argparse.Namespace) -> None:
+    """Print what the edits at one entry lack of those at another, and have beside them."""
+    journal = Journal(read_history(arguments.directory))
+    a, b = arguments.a, journal.position if arguments.b is None else arguments.b
+    for place in (a, b):
+        if place >= len(journal):
+            raise ValueError(
+                f"A and B must be ids of entries, at most {len(journal) - 1}; got {place}: see "
+                "`baft-easyedit history`"
+            )
+    before, after = _edits_at(journal, a), _edits_at(journal, b)
+    for sign, own, other in (("-", before, after), ("+", after, before)):
+        for prompt, request in own.items():
+            if other.get(prompt) != request:
+                print(printable(f"{sign} {prompt} -> {request['target_new']}"))
+
+
+def _edits_at(journal: Journal, entry: int) -> dict[str, dict[str, Any]]:
+    """Return the latest request of each prompt that led to the state after an entry."""
+    ids = reversed(list(journal.ancestors(entry)))
     return {request["prompt"]: request for i in ids for request in journal.entries[i].requests}
 
 

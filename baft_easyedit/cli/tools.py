@@ -1,10 +1,16 @@
-"""`import-gguf`: a GGUF file as a model that can be edited; `doctor`: what EasyEdit is here."""
+"""What there is and whether it works: `ls`, `validate`, `doctor`; `import-gguf` brings a model."""
 
 import argparse
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from baft_easyedit.cli.console import silence_loading
+from baft_easyedit.cli.console import note, silence_loading
+from baft_easyedit.cli.edits_file import read_benchmark, read_requests
 from baft_easyedit.cli.options import DTYPES, existing, new
+from baft_easyedit.files.reading import read_yaml
+from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, hparams_root
+from baft_easyedit.hparams import read_hparams
 
 
 def add_commands(commands: Any) -> None:
@@ -17,6 +23,19 @@ def add_commands(commands: Any) -> None:
     add("directory", type=new("directory"), metavar="DIR", help="new or empty")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (%(default)s)")
     gguf.set_defaults(run=_import)
+
+    ls = commands.add_parser("ls", help="list what there is to choose from")
+    ls.add_argument("what", choices=_LISTS, nargs="?", help="one list; all if absent")
+    ls.set_defaults(run=_ls)
+
+    validate = commands.add_parser(
+        "validate", help="check settings, a benchmark or a file of edits, and load no model"
+    )
+    add = validate.add_argument
+    add("file", metavar="FILE", help="YAML, or the name of one; JSON, JSON lines or CSV of edits")
+    add("--kind", help="FILE is a benchmark's, or its directory: a kind that `ls` lists")
+    add("--data", type=existing(), help="the records of a benchmark")
+    validate.set_defaults(run=_validate)
 
     doctor = commands.add_parser("doctor", help="say which EasyEdit was found and what works")
     doctor.set_defaults(run=_doctor)
@@ -31,6 +50,75 @@ def _import(arguments: argparse.Namespace) -> None:
     silence_loading()
     dtype = getattr(torch, arguments.dtype)
     print(import_gguf(arguments.file, arguments.directory, dtype))
+
+
+def _presets() -> Iterable[str]:
+    """Names of the YAML files, for --hparams, and of the benchmarks among them, for bench."""
+    root = hparams_root()
+    return sorted(
+        file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml")
+    )
+
+
+def _methods() -> Iterable[str]:
+    """Methods that a benchmark can compare."""
+    from baft_easyedit.easyedit.base_editor import OUR_METHODS
+    from baft_easyedit.easyedit.peers import PEERS
+
+    return (*OUR_METHODS, *PEERS)
+
+
+def _kinds() -> Iterable[str]:
+    """Kinds of benchmark records."""
+    from baft_easyedit.bench.data import DATASETS
+
+    return DATASETS
+
+
+def _models() -> Iterable[str]:
+    """Models that have a name here; any other is named as on the Hugging Face Hub."""
+    return (BUNDLED_MODEL, REAL_MODEL)
+
+
+_LISTS: Mapping[str, Callable[[], Iterable[str]]] = {
+    "presets": _presets,
+    "methods": _methods,
+    "kinds": _kinds,
+    "models": _models,
+}
+
+
+def _ls(arguments: argparse.Namespace) -> None:
+    """Print one list, or all."""
+    for what in [arguments.what] if arguments.what else _LISTS:
+        print(f"{what}:", *_LISTS[what](), sep="\n  ")
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    """Check a file by what it is; print what it holds."""
+    if arguments.kind is not None:
+        print(f"{len(read_benchmark(arguments.kind, Path(arguments.file)))} edits, all usable")
+    elif Path(arguments.file).suffix.lower() in (".json", ".jsonl", ".csv"):
+        print(f"{len(read_requests(Path(arguments.file)))} edits, all usable")
+    elif "methods" in read_yaml(hparams_file(arguments.file), "settings"):
+        _validate_bench(arguments)
+    else:
+        hparams = read_hparams(arguments.file)
+        print(f"settings of {hparams.alg_name} for {hparams.model_name}, all usable")
+
+
+def _validate_bench(arguments: argparse.Namespace) -> None:
+    """Check a benchmark, its records and its rows' settings."""
+    from baft_easyedit.bench.config import read_config
+    from baft_easyedit.bench.run import check
+
+    data = {} if arguments.data is None else {"path": str(arguments.data)}
+    config = read_config(arguments.file, {"data": data, "device": "cpu"})
+    dataset = check(config)
+    for text in dataset.notes:
+        note(text)
+    rows = ", ".join(method.name for method in config.methods)
+    print(f"benchmark of {len(dataset.requests)} records by {rows}; T = {list(config.T)}, usable")
 
 
 def _doctor(_arguments: argparse.Namespace) -> int:

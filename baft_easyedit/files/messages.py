@@ -30,3 +30,8 @@ def cut(text: object, most: int = MAX_MESSAGE) -> str:
     whole = str(text)
     half = (most - 5) // 2
     return whole if len(whole) <= most else f"{whole[:half]} ... {whole[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Return a text with nothing in it that could upset a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.files.messages import cut, short
+from baft_easyedit.files.messages import cut, printable, short
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.reading import parse_object, taken
 from baft_easyedit.training.loop import EditReport
@@ -141,8 +141,7 @@ class Entry:
             parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
         if report := content.get("report"):
             parts.append(_told(report))
-        text = " ".join(parts)
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(" ".join(parts))
 
 
 def _told(report: Mapping[str, Any]) -> str:

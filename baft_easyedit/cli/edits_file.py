@@ -1,0 +1,76 @@
+"""Files of edits: a user's own requests, and the benchmarks' records."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from baft_easyedit.cli.console import note
+from baft_easyedit.files.messages import short
+from baft_easyedit.files.paths import read_text
+from baft_easyedit.training.requests import EditRequest, as_requests
+
+
+def read_benchmark(kind: str, path: Path) -> list[EditRequest]:
+    """Read the records of a benchmark; of several with one prompt, the last.
+
+    Raises:
+        ValueError: If there is no such kind, or a record is unusable.
+    """
+    from baft_easyedit.bench.data import load_dataset
+
+    found = load_dataset(kind, path)
+    for text in found.notes:
+        note(text)
+    return list({one.prompt: one for one in map(EditRequest.from_dict, found.requests)}.values())
+
+
+def read_requests(file: Path) -> list[EditRequest]:
+    """Read edit requests: a JSON list, JSON lines (`.jsonl`), or CSV (`.csv`).
+
+    Empty cells of a CSV file count as absent. A request that is there twice is read once.
+
+    Raises:
+        TypeError: If a request has a value of the wrong type.
+        ValueError: If the file is none of these, a request is unusable, or one prompt has two
+            requests; the message names them.
+    """
+    text = read_text(file).removeprefix("\ufeff")
+    try:
+        found = _parsed(text, file.suffix.lower())
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{file} must be a JSON list, JSON lines (.jsonl) or CSV (.csv) of requests: {error}"
+        ) from None
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{file} must hold a list of requests; got {short(found)}")
+    by_prompt: dict[str, tuple[int, EditRequest]] = {}
+    for number, one in enumerate(found, 1):
+        try:
+            (request,) = as_requests([one])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"request {number} of {file}: {error}") from None
+        first, other = by_prompt.setdefault(request.prompt, (number, request))
+        if other != request:
+            raise ValueError(
+                f"{file} must hold one request for a prompt; {short(request.prompt)} has requests "
+                f"{first} and {number}: keep one"
+            )
+    return [request for _, request in by_prompt.values()]
+
+
+def _parsed(text: str, suffix: str) -> Any:
+    """Parse the text of a file by the end of its name."""
+    if suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns = rows.fieldnames or ()
+        if len(set(columns)) < len(columns):
+            raise ValueError("a column is there twice")
+        found = [{key: value for key, value in row.items() if value} for row in rows]
+        if any(None in row for row in found):
+            raise ValueError("a line has more cells than there are columns")
+        return found
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
