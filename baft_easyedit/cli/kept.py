@@ -16,7 +16,7 @@ from baft_easyedit.cli.options import DTYPES, device, existing, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import printable, short
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location, own_preset
-from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.hparams import BaFTHyperParams, scaled_layers
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
@@ -247,12 +247,19 @@ def _begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
 
 def _settings(arguments: argparse.Namespace) -> BaFTHyperParams:
     """Return the settings that the options ask for; without, those for edits in a row."""
-    name = own_preset(arguments.model or BUNDLED_MODEL)
-    if arguments.hparams is None and name is not None:
-        place = default_device() if arguments.device is None else arguments.device
-        chosen = {"hparams": f"BaFT/{name}-continual", "device": place}
-        arguments = argparse.Namespace(**vars(arguments) | chosen)
-    return hparams_of(arguments)
+    if arguments.hparams is not None:
+        return hparams_of(arguments)
+    name = arguments.model or BUNDLED_MODEL
+    place = default_device() if arguments.device is None else arguments.device
+    own = own_preset(name)
+    if own is not None:
+        return BaFTHyperParams.from_hparams(f"BaFT/{own}-continual", model_name=name, device=place)
+    from baft_easyedit.generation import model_depth
+
+    layers = scaled_layers(model_depth(name))
+    return BaFTHyperParams.from_hparams(
+        f"BaFT/{REAL_MODEL}-continual", model_name=name, layers=layers, device=place
+    )
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
