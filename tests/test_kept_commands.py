@@ -7,6 +7,7 @@ import pytest
 
 from baft_easyedit.cli import main
 from baft_easyedit.cli.edits_file import read_requests
+from baft_easyedit.hparams import scaled_layers
 from baft_easyedit.storage.reading import read_history
 from tests.conftest import make_model
 
@@ -173,6 +174,17 @@ def test_the_bundled_model_needs_no_option(tmp_path, edits, capsys):
     assert run("undo", tmp_path / "kept", "--device", "cpu") == 0
     settings = read_history(tmp_path / "kept")[0].content["hparams"]
     assert settings["learn_end"] is True
+
+
+def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, capsys):
+    model = make_model()
+    config = type(model.config)(**{**model.config.to_dict(), "hidden_size": 96, "head_dim": 24})
+    type(model)(config).save_pretrained(saved)
+    assert run("apply", tmp_path / "kept", edits, "--model", saved, "--device", "cpu") in (0, 3)
+    settings = read_history(tmp_path / "kept")[0].content["hparams"]
+    depth = model.config.num_hidden_layers
+    assert settings["layers"] == scaled_layers(depth)
+    assert (settings["parametrisation"], settings["past_states"]) == ("whitened", 1024)
 
 
 def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys):
