@@ -1,25 +1,31 @@
 """The bundled model knows the facts; its tokenizer and the training recipe do what they say."""
 
+import importlib.util
 import random
 import re
+import sys
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questions, training
-from baft_easyedit.facts.evaluation import exact_match, write_model_card
-from baft_easyedit.facts.tokenizer import train_tokenizer
-from baft_easyedit.facts.training import (
-    TrainingRecipe,
-    build_model,
-    encode,
-    learning_rate,
-    save_model,
-    train,
-)
+from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questions
+from baft_easyedit.facts.questions import Kind
 from baft_easyedit.generation import generate_answers, load_model
 
 FOREIGN_NAMES = ("t5", "gpt", "chatglm", "baichuan", "internlm", "qwen", "mistral")
+
+
+def _script():
+    file = Path(__file__).parent.parent / "scripts/train_facts_model.py"
+    spec = importlib.util.spec_from_file_location("train_facts_model", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = _script()
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,11 @@ def test_bundled_model_is_small():
 
 
 def test_bundled_model_answers_trained_phrasings(bundled):
-    assert exact_match(*bundled, _sample("trained", 100)) >= 0.95
+    assert SCRIPT.exact_match(*bundled, _sample("trained", 100)) >= 0.95
 
 
 def test_bundled_model_answers_held_out_phrasings(bundled):
-    assert exact_match(*bundled, _sample("held_out", 100)) >= 0.80
+    assert SCRIPT.exact_match(*bundled, _sample("held_out", 100)) >= 0.80
 
 
 def test_bundled_model_does_not_believe_the_edits_yet(bundled):
@@ -119,75 +125,34 @@ def test_model_card_has_the_figures(bundled):
     assert "scripts/train_facts_model.py" in card
 
 
-TINY = TrainingRecipe(
-    epochs=2, batch_size=64, vocab_size=420, hidden_size=16, intermediate_size=16,
-    num_layers=1, num_heads=2, phrasings_per_epoch=1,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny_tokenizer():
-    return train_tokenizer((question.prompt for question in _sample("trained", 500)), 420)
-
-
-def test_train_lowers_the_loss_and_saves_a_loadable_model(
-    tiny_tokenizer, tmp_path, caplog, monkeypatch
-):
-    monkeypatch.setattr(training, "questions", lambda kind: _sample(kind, 1000))
-    model = build_model(TINY, tiny_tokenizer)
-    with caplog.at_level("INFO"):
-        train(model, tiny_tokenizer, TINY)
-    first, last = (float(value) for value in re.findall(r"loss (\d+\.\d+)", caplog.text))
+def test_the_recipe_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkeypatch, capsys):
+    recipe = SCRIPT.TrainingRecipe(
+        epochs=2, vocab_size=420, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2,
+        phrasings_per_epoch=1,
+    )  # fmt: skip
+    texts = [question.prompt for question in _sample("trained", 500)]
+    tokenizer = SCRIPT.train_tokenizer(texts, recipe.vocab_size)
+    monkeypatch.setattr(SCRIPT, "questions", lambda kind: _sample(kind, 1000))
+    monkeypatch.setattr(SCRIPT, "tell_accuracy", lambda *_: None)
+    model = SCRIPT.build_model(recipe, tokenizer)
+    SCRIPT.train(model, tokenizer, recipe, "cpu", tmp_path)
+    first, last = map(float, re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out))
     assert last < first
-    save_model(model, tiny_tokenizer, tmp_path)
     loaded, tok = load_model(str(tmp_path))
     ids = torch.tensor([tok("The capital of France is").input_ids])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-2, rtol=0)
-    scores = dict.fromkeys(("trained", "held_out", "two_hop_trained", "two_hop_held_out"), 0.125)
-    write_model_card(tmp_path, scores, TINY, minutes=1.5, day="2000-01-01")
+    scores = dict.fromkeys(get_args(Kind), 0.125)
+    SCRIPT.write_model_card(tmp_path, scores, recipe, minutes=1.5)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "0.1250" in card
-    assert "1.5 minutes, 2000-01-01" in card
-
-
-def test_build_model_is_seeded(tiny_tokenizer):
-    one, two = (build_model(TINY, tiny_tokenizer) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-
-
-def test_encode_ends_the_answer_and_marks_the_prompt(tiny_tokenizer):
-    question = questions("trained")[0]
-    text = encode(question, tiny_tokenizer)
-    assert text.ids[0] == tiny_tokenizer.token_to_id("<s>")
-    assert text.ids[-1] == tiny_tokenizer.token_to_id("</s>")
-    assert tiny_tokenizer.decode(text.ids[: text.num_prompt]) == question.prompt
+    assert "1.5 minutes, " in card
 
 
 def test_learning_rate_warms_up_and_decays():
-    recipe = TrainingRecipe(lr=1.0, warmup_share=0.1, final_lr_share=0.02)
-    rates = [learning_rate(step, 100, recipe) for step in range(100)]
+    recipe = SCRIPT.TrainingRecipe(lr=1.0, warmup_share=0.1, final_lr_share=0.02)
+    rates = [SCRIPT.learning_rate(step, 100, recipe) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.02, abs=0.001)
-
-
-def test_recipe_rejects_zero_epochs():
-    with pytest.raises(ValueError, match=r"epochs must be at least 1, but got 0"):
-        TrainingRecipe(epochs=0)
-
-
-def test_recipe_rejects_heads_that_do_not_divide_the_width():
-    with pytest.raises(ValueError, match=r"num_heads must divide hidden_size 192, but got 5"):
-        TrainingRecipe(num_heads=5)
-
-
-def test_train_tokenizer_rejects_a_vocabulary_without_room():
-    with pytest.raises(ValueError, match=r"vocab_size must hold .* but got 262; raise it"):
-        train_tokenizer(["abc def"], 262)
-
-
-def test_exact_match_rejects_no_questions(bundled):
-    with pytest.raises(ValueError, match=r"asked must hold at least one question, but got 0"):
-        exact_match(*bundled, [])

@@ -1,22 +1,11 @@
-"""The fact tables: complete, unique, true in samples, and loud when broken."""
+"""The fact tables: complete, unique, and true in samples."""
 
-import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-import baft_easyedit.facts
 from baft_easyedit.facts import facts, questions, relations, two_hop_rules
 from baft_easyedit.facts.tables import SUBJECT_SLOT
-
-DATA = Path(baft_easyedit.facts.__file__).parent / "data"
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    """A copy of the tables that a test may break."""
-    return Path(shutil.copytree(DATA, tmp_path / "data"))
 
 
 def test_facts_are_many_and_unique():
@@ -70,6 +59,7 @@ def test_relations_have_five_phrasings_and_one_held_out():
         phrasings = (*relation.trained, relation.held_out)
         assert any(phrasing.endswith("?") for phrasing in phrasings)
         assert any(not phrasing.endswith("?") for phrasing in phrasings)
+        assert all(phrasing.count(SUBJECT_SLOT) == 1 for phrasing in phrasings)
         assert (
             any(phrasing.startswith(SUBJECT_SLOT) for phrasing in phrasings)
             or len({phrasing.index(SUBJECT_SLOT) for phrasing in phrasings}) > 2
@@ -114,42 +104,3 @@ def test_questions_two_hop_follow_from_two_facts():
 def test_questions_reject_an_unknown_kind():
     with pytest.raises(ValueError, match=r"kind must be one of .*'trained'.*got 'hard'"):
         questions("hard")
-
-
-@pytest.mark.parametrize(
-    ("read", "table", "line", "message"),
-    [
-        (facts, "moons", "Titan|Jupiter", r"moons.tsv: moon must be unique, but \['Titan'\]"),
-        (facts, "moons", "Charon", r"moons\.tsv: line 31 needs a cell for column planet"),
-        (facts, "moons", "Charon| Pluto", "must not start or end with a blank.*' Pluto'; strip"),
-        (
-            relations,
-            "phrasings",
-            "moon_planet|maybe|Where is {subject}?",
-            "use must be trained or held_out, but moon_planet has",
-        ),
-        (
-            relations,
-            "phrasings",
-            "moon_planet|held_out|Where is the moon {subject}?",
-            "needs 1 held_out phrasing, but moon_planet has 2",
-        ),
-        (
-            relations,
-            "phrasings",
-            "moon_planet|trained|Which planet?",
-            r"phrasing needs \{subject\} once.*'Which planet\?'",
-        ),
-        (
-            two_hop_rules,
-            "two_hop",
-            "moon_planet|god_domain|Which one?",
-            r"two_hop\.tsv: a phrasing needs",
-        ),
-    ],
-)
-def test_a_wrong_line_is_refused(read, table, line, message, data_dir):
-    with (data_dir / f"{table}.tsv").open("a", encoding="utf-8") as file:
-        file.write(line.replace("|", "\t") + "\n")
-    with pytest.raises(ValueError, match=message):
-        read(data_dir)

@@ -1,8 +1,7 @@
 """True facts about the world, questions on them, and a small Llama that knows the answers.
 
 Nothing is read at import: each function reads the tables in `data/` when it is called. The recipe
-of the bundled model is in `baft_easyedit.facts.training`, which needs torch and is not imported
-here.
+of the bundled model is in `scripts/train_facts_model.py`.
 """
 
 from baft_easyedit.facts.questions import Question, questions

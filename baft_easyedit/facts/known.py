@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from baft_easyedit.facts.tables import facts, fill, relations
+from baft_easyedit.facts.tables import DATA, facts, fill, relations
 from baft_easyedit.files.paths import read_text
-
-FILE = "known.json"
 
 
 class Asked(NamedTuple):
@@ -37,36 +34,19 @@ def prompts_to_complete() -> Iterator[Asked]:
                 yield Asked(case, number, fill(phrasing, fact.subject), fact.answer)
 
 
-def known_phrasings(file: Path | None = None) -> dict[int, list[int]]:
+def known_phrasings() -> dict[int, list[int]]:
     """Return the numbers of the facts that SmolLM2 knows, with those of their phrasings.
 
-    Args:
-        file: Where they are; the package's own if None.
-
     Raises:
-        ValueError: If it was written for other tables.
+        ValueError: If they were found for other tables.
     """
-    file = file or Path(__file__).parent / "data" / FILE
-    content = json.loads(read_text(file))
+    content = json.loads(read_text(DATA / "known.json"))
     if content["tables"] != tables_hash():
         raise ValueError(
-            f"{file} must be of these tables of facts, and is of others: run "
+            "known.json must be of these tables of facts, and is of others: run "
             "scripts/find_known_facts.py"
         )
     return {int(case): numbers for case, numbers in content["known"].items()}
-
-
-def write_known(known: Mapping[int, list[int]], model: str, file: Path | None = None) -> None:
-    """Write what `known_phrasings` reads.
-
-    Args:
-        known: Numbers of phrasings by that of the fact.
-        model: Which model knows them: the SHA-256 of its GGUF file.
-        file: Where to; the package's own if None.
-    """
-    file = file or Path(__file__).parent / "data" / FILE
-    content = {"model": model, "tables": tables_hash(), "known": known}
-    file.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def tables_hash() -> str:

@@ -9,21 +9,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from baft_easyedit.facts.known import known_phrasings
 from baft_easyedit.facts.questions import share_of, two_hop_answer
-from baft_easyedit.facts.tables import (
-    Fact,
-    Relation,
-    TwoHopRule,
-    facts,
-    fill,
-    relations,
-    two_hop_rules,
-)
+from baft_easyedit.facts.tables import Fact, facts, fill, relations, two_hop_rules
 
 Split = Literal["train", "eval", "known", "known_train"]
 EVAL_SHARE = 0.4
@@ -70,7 +62,7 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
         raise ValueError(
             f"split must be one of {get_args(Split)}, but got {split!r}; pass one of these"
         )
-    renderer = _Renderer.from_tables(known_phrasings() if split in _KNOWN else None)
+    renderer = _Renderer(known_phrasings() if split in _KNOWN else None)
     members = renderer.members(_KNOWN.get(split, split))
     members.sort(key=lambda case: share_of("order", *renderer.facts[case].key))
     if limit is not None and not 0 <= limit <= len(members):
@@ -81,59 +73,32 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
     return [renderer.record(case) for case in members[:limit]]
 
 
-@dataclass(frozen=True)
 class _Renderer:
-    """The tables, indexed for rendering records."""
+    """The tables, read once for all records of a call.
 
-    facts: list[Fact]
-    """All facts."""
-    prompts: dict[tuple[str, str], list[str]]
-    """How each fact that is used is asked for, by its key."""
-    only_known: bool
-    """Whether these are the facts that SmolLM2 knows, and the prompts that it answers rightly."""
-    relations: dict[str, Relation]
-    rules: dict[str, TwoHopRule]
-    answers: dict[tuple[str, str], str]
-    used: list[Fact]
-    """The facts that records are made of."""
-    trained: set[Fact]
-    """Those of the `train` split."""
-    by_relation: dict[str, list[Fact]]
-    by_thing: dict[tuple[str, str], list[Fact]]
+    Args:
+        known: The facts to use, and the numbers of their phrasings; all facts and all trained
+            phrasings if None.
+    """
 
-    @classmethod
-    def from_tables(cls, known: Mapping[int, Sequence[int]] | None) -> _Renderer:
-        """Read the tables once for all records of a call.
-
-        Args:
-            known: The facts to use, and the numbers of their phrasings; all facts and all trained
-                phrasings if None.
-        """
-        every = facts()
-        named = {relation.name: relation for relation in relations()}
-        used = list(range(len(every))) if known is None else list(known)
-        prompts: dict[tuple[str, str], list[str]] = {}
-        by_relation: dict[str, list[Fact]] = {}
-        by_thing: dict[tuple[str, str], list[Fact]] = {}
-        for case in used:
-            fact = every[case]
-            phrasings = named[fact.relation].all
-            numbers = range(len(phrasings) - 1) if known is None else known[case]
-            prompts[fact.key] = [fill(phrasings[number], fact.subject) for number in numbers]
-            by_relation.setdefault(fact.relation, []).append(fact)
-            by_thing.setdefault((fact.table, fact.subject), []).append(fact)
-        return cls(
-            facts=every,
-            prompts=prompts,
-            only_known=known is not None,
-            relations=named,
-            rules={rule.relation: rule for rule in two_hop_rules()},
-            answers={fact.key: fact.answer for fact in every},
-            used=[every[case] for case in used],
-            trained={every[case] for case in used if split_of(every[case]) == "train"},
-            by_relation=by_relation,
-            by_thing=by_thing,
-        )
+    def __init__(self, known: Mapping[int, Sequence[int]] | None) -> None:
+        self.facts = facts()
+        self.only_known = known is not None
+        self.relations = {relation.name: relation for relation in relations()}
+        self.rules = {rule.relation: rule for rule in two_hop_rules()}
+        self.answers = {fact.key: fact.answer for fact in self.facts}
+        self.used = [self.facts[i] for i in (range(len(self.facts)) if known is None else known)]
+        self.trained = {fact for fact in self.used if split_of(fact) == "train"}
+        self.prompts: dict[tuple[str, str], list[str]] = {}
+        self.by_relation: dict[str, list[Fact]] = {}
+        self.by_thing: dict[tuple[str, str], list[Fact]] = {}
+        numbers = repeat(None) if known is None else known.values()
+        for fact, own in zip(self.used, numbers, strict=False):
+            relation = self.relations[fact.relation]
+            phrasings = relation.trained if own is None else [relation.all[i] for i in own]
+            self.prompts[fact.key] = [fill(phrasing, fact.subject) for phrasing in phrasings]
+            self.by_relation.setdefault(fact.relation, []).append(fact)
+            self.by_thing.setdefault((fact.table, fact.subject), []).append(fact)
 
     def members(self, split: str) -> list[int]:
         """Return the numbers of the facts to edit: those with enough others of their relation."""
@@ -180,12 +145,12 @@ class _Renderer:
 
     def _rephrasing(self, fact: Fact, prompt: str) -> str:
         """Ask for `fact` in the phrasing never trained on, or another that is known."""
-        known = [p for p in self._phrasings(fact) if p != prompt and self.only_known]
+        known = [p for p in self.prompts[fact.key] if p != prompt and self.only_known]
         return known[0] if known else fill(self.relations[fact.relation].held_out, fact.subject)
 
     def _prompt(self, fact: Fact, rng: random.Random) -> str:
         """Ask for `fact` in one of the phrasings that are used."""
-        return rng.choice(self._phrasings(fact))
+        return rng.choice(self.prompts[fact.key])
 
     def _portability(self, fact: Fact, target: str) -> dict[str, dict[str, str]]:
         """The two-hop question, answered as if `target` were true."""
@@ -219,7 +184,7 @@ class _Renderer:
             [
                 other
                 for other in self._neighbours(fact, target)
-                if other in self.trained and not probed & set(self._phrasings(other))
+                if other in self.trained and not probed & set(self.prompts[other.key])
             ],
             NUM_LOC_PROMPTS,
         )
@@ -232,7 +197,3 @@ class _Renderer:
             for other in self.by_relation[fact.relation]
             if other.subject != fact.subject and other.answer != target
         ]
-
-    def _phrasings(self, fact: Fact) -> list[str]:
-        """Return how a fact is asked for."""
-        return self.prompts[fact.key]
