@@ -342,6 +342,6 @@ def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkey
     captured = capsys.readouterr()
     title = "\nThe bundled model, of 3 million parameters:"
     assert captured.out.startswith(f"{title}\nshown\n\nThrough EasyEdit (current, 1)")
-    assert "1 single edits\n" in captured.out
+    assert "**1 single edits**\n" in captured.out
     assert "| SERAC  | not run: x |" in captured.out
     assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"

@@ -5,6 +5,7 @@ they are and when they were taken.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.protocol import Protocol
@@ -44,6 +45,12 @@ _COSTS = {
     "peak_memory_bytes": Column("MiB", decimals=0, is_higher_better=False, unit=2**20),
 }
 
+_SUMMARY = {
+    **_FORCED,
+    "edit_time_s": Column("s/edit", is_higher_better=None),
+    "trainable_parameters": Column("parameters", 0, None),
+}
+
 Columns = Mapping[str, Column]
 """By name of a number of a result."""
 Printed = Callable[[Result, str], str]
@@ -78,6 +85,12 @@ def make_tables(results: Sequence[Result], paper: PaperNumbers) -> list[Table]:
             if (shown := _asked(results, columns))
         ),
     ]
+
+
+def summary_table(caption: str, rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Make the table that is printed after a run, of rows of a summary under one protocol."""
+    cells = {row["method"]: row["error"] or [Cell(row[n]) for n in _SUMMARY] for row in rows}
+    return Table(caption, list(_SUMMARY.values()), cells)
 
 
 def make_notes(results: Sequence[Result]) -> list[str]:

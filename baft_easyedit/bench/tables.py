@@ -15,7 +15,7 @@ LATEX_PREAMBLE = r"""% The tables need these lines before \begin{document}:
 %   \usepackage[T1]{fontenc}
 %   \usepackage{booktabs,graphicx}"""
 _MISSING = "–"
-_LONGEST_REASON = 50
+_LONGEST_REASON = 75
 
 
 class Column(NamedTuple):

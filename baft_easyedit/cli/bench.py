@@ -55,8 +55,9 @@ def add_commands(commands: Any) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark and print a table for each protocol that was asked for."""
     from baft_easyedit.bench.config import read_config
+    from baft_easyedit.bench.layouts import summary_table
     from baft_easyedit.bench.run import run_bench
-    from baft_easyedit.demo.bundled import table
+    from baft_easyedit.bench.tables import to_markdown
 
     config = read_config(arguments.config, _overrides(arguments))
     if arguments.device is None:
@@ -76,8 +77,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 0
     for T, size in [(T, size) for T in config.T for size in config.batch_size]:
         chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]
-        print(f"\n{chosen[0]['protocol']}, T = {T}, batch size {size}, n = {chosen[0]['n']}")
-        print(*table(chosen), sep="\n")
+        caption = f"{chosen[0]['protocol']}, T = {T}, batch size {size}, n = {chosen[0]['n']}"
+        print("\n" + to_markdown(summary_table(caption, chosen)))
     print(f"\n{out}/summary.json; for more: baft-easyedit report {out}")
     return status_of(rows)
 

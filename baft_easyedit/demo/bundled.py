@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, MethodConfig
+from baft_easyedit.bench.layouts import summary_table
 from baft_easyedit.bench.run import StartProgress, run_bench
+from baft_easyedit.bench.tables import to_markdown
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
@@ -102,15 +104,14 @@ def compare(
 
 
 def tables(rows: Sequence[Mapping[str, Any]], num_cases: int) -> Iterator[str]:
-    """Yield the lines of a table for single edits, and of one for edits in a row.
+    """Yield a table for single edits, and one for edits in a row.
 
     Args:
         rows: What `compare` returned.
         num_cases: What it was called with.
     """
     for T, title in _titles(num_cases).items():
-        yield "\n" + title
-        yield from table([row for row in rows if row["T"] == T])
+        yield "\n" + to_markdown(summary_table(title, [row for row in rows if row["T"] == T]))
 
 
 def _titles(num_cases: int) -> dict[int, str]:
@@ -157,29 +158,3 @@ def _row(method: str, hparams: BaFTHyperParams) -> MethodConfig:
         return MethodConfig(name=method, method=method, set=values)
     name = f"{method}{REHEARSED}"
     return MethodConfig(name=name, method=method, set=values, rehearsal=hparams.rehearsal)
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table; a method that did not run says why.
-
-    Args:
-        rows: Rows of a benchmark's summary.
-    """
-    yield "| method | Rel | Gen | Loc | Por | s/edit | parameters |"
-    yield "|--------|-----|-----|-----|-----|--------|------------|"
-    for row in rows:
-        if row["error"] is not None:
-            yield f"| {row['method']:6} | not run: {_first_line(row['error'])} |"
-            continue
-        scores = [row[f"{name}_acc"] for name in ("rewrite", "rephrase", "locality", "portability")]
-        cells = ["  - " if score is None else f"{score:.2f}" for score in scores]
-        seconds, count = row["edit_time_s"], row["trainable_parameters"]
-        cells.append("     -" if seconds is None else f"{seconds:6.2f}")
-        cells.append("         -" if count is None else f"{count:10,}")
-        yield f"| {row['method']:6} | {' | '.join(cells)} |"
-
-
-def _first_line(text: str) -> str:
-    """Return the first line of an error, cut to a table's width."""
-    line = text.strip().splitlines()[0] if text.strip() else "no reason given"
-    return line if len(line) <= 100 else line[:97] + "..."

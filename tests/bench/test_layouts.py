@@ -3,7 +3,7 @@ from itertools import groupby
 import pytest
 from synthetic import write_run
 
-from baft_easyedit.bench.layouts import make_notes, make_tables
+from baft_easyedit.bench.layouts import make_notes, make_tables, summary_table
 from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.results import read_run
 from baft_easyedit.bench.tables import to_markdown
@@ -153,3 +153,13 @@ def test_caption_says_of_how_many_records_each_protocol_is_a_mean(titled):
     rows = {(name, "continual-T2"): {"n": 2} for name in ("BaFT", "ReFT")}
     table = titled("Table 2", rows=rows, protocols=("single", "continual-T2"))
     assert table.caption.endswith("n = 4 (T = 1), 2 (T = 2) records")
+
+
+def test_the_table_after_a_run_has_scores_and_cost(results):
+    baft, _ = (result.values for result in results(portability=False))
+    failed = {"method": "WISE", "error": "no memory"}
+    *_, made, other = to_markdown(summary_table("edits", [baft, failed])).splitlines()
+    cells = [cell.strip() for cell in made.split("|")[1:-1]]
+    assert cells[::4] == ["BaFT", "–"]
+    assert cells[6] == "28,464"
+    assert "not run: no memory" in other

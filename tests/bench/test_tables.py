@@ -44,7 +44,7 @@ def table():
         "BaFT": [Cell(0.987, 0.012, "1.00"), Cell(0.9), Cell(0.8), Cell()],
         "WISE_x|y": [Cell(0.5), Cell(0.9), Cell("not run"), Cell()],
         "ROME": "50% done & killed_9",
-        "MEMIT": "ValueError: MEMIT is not in the release 0.0.1.dev0 of EasyEdit, use a clone",
+        "MEMIT": f"ValueError: MEMIT is not in the release {'x' * 50} of EasyEdit, use a clone",
     }
     return Table("100% of *zsre*", columns, rows)
 
