@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,15 +26,9 @@ from baft_easyedit.bench.scores import plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peers import (
-    batchable,
-    fix_peer,
-    peer_hparams,
-    prepare_method,
-    write_statistics,
-)
+from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
+from baft_easyedit.easyedit.session import Session, make_editor, make_peer, prepare_requests
 from baft_easyedit.model.prompt_format import PromptFormat
 
 
@@ -95,31 +88,27 @@ class _MethodRun:
         """
         method, config = self.method, self.config
         self.notes: tuple[str, ...] = ()
-        texts = statistics_texts(config)
+        asked: Mapping[str, Any] = {**asked_of_all(config), **method.set}
         if self.is_ours:
-            hparams: Any = our_hparams(config, method, protocol, self.path, self.device)
-        else:
-            hparams, notes = peer_hparams(
-                method.method,
-                self.path,
-                self.device,
-                Path.cwd(),
-                self.host.generation,
-                len(texts),
-                {**asked_of_all(config), **method.set},
-                preset=config.peer_preset,
-            )
-            self.notes = (*notes, *fix_peer(method.method, hparams))
-        if self.host.generation == "pypi" and getattr(hparams, "use_chat_template", False):
+            hparams = our_hparams(config, method, protocol, self.path, self.device)
+            asked = vars(hparams)
+        if self.host.generation == "pypi" and asked.get("use_chat_template"):
             raise ValueError(
                 "use_chat_template must be false under the release of EasyEdit, which scores plain "
                 "texts: set EASYEDIT_HOME to a current clone"
             )
         seed_everything(config.seed)
-        editor = make_editor(hparams)
-        if not self.is_ours:
-            write_statistics(editor, texts)
-            prepare_method(method.method, editor, config.seed)
+        if self.is_ours:
+            return make_editor(hparams)
+        editor, self.notes = make_peer(
+            method.method,
+            self.path,
+            self.device,
+            statistics_texts(config),
+            asked,
+            config.peer_preset,
+            config.seed,
+        )
         return editor
 
     def _set_protocol(self, protocol: Protocol) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,16 @@ from torch import Tensor, nn
 
 from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.easyedit.peers.presets import peer_hparams
 from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
-from baft_easyedit.easyedit.peers.repairs import after_edit, reset_method_state, whole_answers
+from baft_easyedit.easyedit.peers.repairs import (
+    after_edit,
+    fix_peer,
+    prepare_method,
+    reset_method_state,
+    whole_answers,
+)
+from baft_easyedit.easyedit.peers.statistics import write_statistics
 from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.model.hooks import attached_edit
@@ -37,6 +46,45 @@ def make_editor(hparams: Any) -> Any:
     """Make EasyEdit's `BaseEditor`, which loads the model of a method's hyper-parameters."""
     register()
     return importlib.import_module("easyeditor.editors.editor").BaseEditor.from_hparams(hparams)
+
+
+def make_peer(
+    name: str,
+    model_path: str,
+    device: Any,
+    texts: Sequence[str],
+    overrides: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    seed: int = 0,
+) -> tuple[Any, tuple[str, ...]]:
+    """Make the editor of one of EasyEdit's other methods, with all that it needs to run fairly.
+
+    Its files go to the working directory.
+
+    Args:
+        name: A name of `peers.PEERS`.
+        model_path: What `host_model_path` returned.
+        device: EasyEdit's device.
+        texts: Ordinary texts, for the statistics that some methods need.
+        overrides: As for `peer_hparams`.
+        preset: As for `peer_hparams`.
+        seed: Seed of the prefixes that some methods edit behind.
+
+    Returns:
+        EasyEdit's `BaseEditor`, and what is to be told beside the scores.
+
+    Raises:
+        ValueError: If the method cannot be run under this EasyEdit, or needs texts.
+    """
+    hparams, notes = peer_hparams(
+        name, model_path, device, Path.cwd(), register().generation, len(texts), overrides,
+        preset=preset,
+    )  # fmt: skip
+    notes += fix_peer(name, hparams)
+    editor = make_editor(hparams)
+    write_statistics(editor, texts)
+    prepare_method(name, editor, seed)
+    return editor, notes
 
 
 class Session:

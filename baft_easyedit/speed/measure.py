@@ -20,20 +20,13 @@ from torch.utils.benchmark import Timer
 
 from baft_easyedit.easyedit.host import loaded_generation
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peers import (
-    NEED_TEXTS,
-    batchable,
-    fix_peer,
-    peer_hparams,
-    prepare_method,
-    write_statistics,
-)
+from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.session import Session, make_editor, prepare_requests
+from baft_easyedit.easyedit.session import Session, make_peer, prepare_requests
 from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.facts import edit_requests
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
 from baft_easyedit.model.inspect import decoder_layers
-from baft_easyedit.speed.inputs import random_requests
 from baft_easyedit.speed.options import Row, SpeedOptions
 
 Requests = Sequence[Mapping[str, Any]]
@@ -43,8 +36,8 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 """What Linux wants in `_CLEAR_REFS` to start a new peak of the resident set."""
 _SEED = 0
-_NUM_TEXTS = 100
-_TEXT_LENGTH = 32
+_NUM_TEXTS = 300
+"""Facts whose texts are those of key statistics."""
 
 
 @dataclass(frozen=True)
@@ -119,27 +112,16 @@ class PeerMethod:
 
     def __init__(self, name: str, model: str, options: SpeedOptions) -> None:
         host = register()
-        num_texts = _NUM_TEXTS if name in NEED_TEXTS else 0
-        hparams, notes = peer_hparams(
-            name,
-            host_model_path(model),
-            options.device,
-            Path.cwd(),
-            host.generation,
-            num_texts,
-            {} if options.dtype == "float32" else {"fp16": True},
+        half = {} if options.dtype == "float32" else {"fp16": True}
+        texts = [f"{r['prompt']} {r['target_new']}" for r in edit_requests("train", _NUM_TEXTS)]
+        torch.manual_seed(_SEED)
+        editor, notes = make_peer(
+            name, host_model_path(model), options.device, texts, half, seed=_SEED
         )
         self._name = name
         self.notes = [f"EasyEdit {host.version} ({host.generation})", *notes]
-        self.notes += fix_peer(name, hparams)
         if options.dtype == "bfloat16":
             self.notes.append(f"{name}: in float16, as EasyEdit loads no bfloat16")
-        torch.manual_seed(_SEED)
-        editor = make_editor(hparams)
-        if num_texts:
-            texts = random_requests(editor.tok, _TEXT_LENGTH, num_texts, _SEED)
-            write_statistics(editor, [text["prompt"] for text in texts])
-        prepare_method(name, editor, _SEED)
         self.tokenizer: Any = editor.tok
         self.device: torch.device = next(editor.model.parameters()).device
         self._session = Session(editor, "", verify=False)

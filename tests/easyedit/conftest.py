@@ -11,13 +11,7 @@ from baft_easyedit import BaFTHyperParams, ReFTHyperParams, register
 from baft_easyedit.easyedit import session
 from baft_easyedit.easyedit.host import HOME_VARIABLE
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peers import (
-    fix_peer,
-    peer_hparams,
-    prepare_method,
-    why_not,
-    write_statistics,
-)
+from baft_easyedit.easyedit.peers import why_not
 from tests.tiny import save_tiny_llama
 
 CAPITALS = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern"}
@@ -95,21 +89,14 @@ def make_editor(host, make_hparams):
 
 
 @pytest.fixture
-def make_peer(host, model_path, tmp_path):
+def make_peer(host, model_path):
     """Make a method's editor, repaired and prepared."""
     texts = [f"text number {i} of quite a few" for i in range(30)]
 
     def make(name, path=model_path, **overrides):
         if why_not(name, host.generation):
             pytest.skip("not in this EasyEdit")
-        hparams, _ = peer_hparams(
-            name, path, "cpu", tmp_path, host.generation, len(texts), overrides
-        )
-        fix_peer(name, hparams)
-        editor = session.make_editor(hparams)
-        write_statistics(editor, texts)
-        prepare_method(name, editor, seed=0)
-        return editor
+        return session.make_peer(name, path, "cpu", texts, overrides)[0]
 
     return make
 

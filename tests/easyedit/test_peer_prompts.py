@@ -6,15 +6,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from baft_easyedit.easyedit.model_path import host_model_path
-from baft_easyedit.easyedit.peers import (
-    fix_peer,
-)
 from baft_easyedit.easyedit.peers.prompts import (
     edited_request,
     scored_request,
     suited_tokenizer,
     tell_end_from_padding,
 )
+from baft_easyedit.easyedit.peers.repairs import fix_peer
 from baft_easyedit.easyedit.session import Session
 from tests.tiny import save_tiny_llama
 

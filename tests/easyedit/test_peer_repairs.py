@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from baft_easyedit.easyedit.peers import (
-    PEERS,
-    batchable,
-    prepare_method,
-)
+from baft_easyedit.easyedit.peers import PEERS, batchable
 from baft_easyedit.easyedit.peers.prompts import suited_tokenizer
+from baft_easyedit.easyedit.peers.repairs import prepare_method
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.files.resources import bundled_model_path
 

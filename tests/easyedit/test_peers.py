@@ -8,18 +8,10 @@ import pytest
 import torch
 import yaml
 
-from baft_easyedit.easyedit.peers import (
-    NEED_TEXTS,
-    PEERS,
-    batchable,
-    own_preset_config,
-    peer_hparams,
-    presets,
-    why_not,
-    write_statistics,
-)
-from baft_easyedit.easyedit.peers.presets import ModelShape, peer_config
-from baft_easyedit.easyedit.peers.statistics import write_null_space
+from baft_easyedit.easyedit.peers import PEERS, batchable, own_preset_config, presets, why_not
+from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
+from baft_easyedit.easyedit.peers.presets import ModelShape, peer_config, peer_hparams
+from baft_easyedit.easyedit.peers.statistics import write_null_space, write_statistics
 from baft_easyedit.files.resources import hparams_file
 
 BUNDLED = ModelShape(depth=6, width=192, tied=False)
