@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
+from baft_easyedit.easyedit.host import git
 from baft_easyedit.easyedit.peers import own_preset_config
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import open_regular
@@ -113,17 +113,10 @@ def hardware() -> dict[str, Any]:
 def git_state() -> dict[str, Any] | None:
     """Return commit and cleanliness of the checkout this package runs from; None if installed."""
     root = Path(baft_easyedit.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    commit = git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    if commit is None:
         return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-c", "safe.directory=*", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return {"commit": commit, "dirty": bool(git(root, "status", "--porcelain"))}
 
 
 def run_record(

@@ -154,18 +154,18 @@ def _describe(package: Path) -> Host:
 def _version(package: Path) -> str:
     """Return the git commit of a clone, or the version of an installed release."""
     if (package.parent / ".git").exists():
-        command = ["git", "-c", "safe.directory=*", "-C", str(package.parent)]
-        try:
-            return subprocess.run(
-                [*command, "rev-parse", "--short", "HEAD"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
+        return git(package.parent, "rev-parse", "--short", "HEAD") or "unknown"
     found = importlib.metadata.distributions(name="easyeditor", path=[str(package.parent)])
     return next((distribution.version for distribution in found), "unknown")
+
+
+def git(directory: Path, *arguments: str) -> str | None:
+    """Return what git says of a directory; None if it says nothing."""
+    command = ["git", "-c", "safe.directory=*", "-C", str(directory), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _import_easyeditor(host: Host) -> None:
