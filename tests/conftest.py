@@ -103,7 +103,7 @@ def call_cache(model, name):
     return widths
 
 
-def make_tokenizer():
+def make_tokenizer(unk_token="<unk>"):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: i for i, char in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<unk>": 258}
     backend = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
@@ -116,11 +116,19 @@ def make_tokenizer():
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
-        unk_token="<unk>",
+        unk_token=unk_token,
         pad_token="</s>",
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def save_tiny_llama(directory, **options):
+    """Save a model and its tokenizer; EasyEdit reads classes from the path, so it names a Llama."""
+    target = directory / "tiny-llama"
+    make_model(**options).save_pretrained(target)
+    make_tokenizer().save_pretrained(target)
+    return target
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -170,6 +178,12 @@ def family_model(request):
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The directory of the model and its tokenizer."""
+    return str(save_tiny_llama(tmp_path))
 
 
 @pytest.fixture

@@ -17,13 +17,6 @@ from tests.bench.synthetic import write_run
 from tests.conftest import make_model
 
 
-@pytest.fixture
-def saved(tmp_path, tokenizer):
-    make_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
 def edit_command(model, *more):
     return ["edit", "--model", model, "--prompt", "The capital of France is", *more]
 

@@ -13,7 +13,7 @@ from baft_easyedit.demo.bundled import (
     show_edits,
     tables,
 )
-from tests.tiny import save_tiny_llama
+from tests.conftest import save_tiny_llama
 
 
 @pytest.fixture(scope="module")

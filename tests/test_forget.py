@@ -148,12 +148,9 @@ def test_what_cannot_be_forgotten_is_refused(edited, quick, model, tokenizer):
         BaFTEditor(model, tokenizer, quick).forget("x")
 
 
-def test_command_says_what_was_learned_again(edited, quick, tmp_path, tokenizer, capsys):
-    model = tmp_path / "model"
-    make_model().save_pretrained(model)
-    tokenizer.save_pretrained(model)
+def test_command_says_what_was_learned_again(edited, quick, tmp_path, saved, capsys):
     edited("kept", replace(quick, num_steps=30, lr=3.0e-2), fact(0), fact(1)).close()
-    forget = ["forget", str(tmp_path / "kept"), "--model", str(model), "--device", "cpu"]
+    forget = ["forget", str(tmp_path / "kept"), "--model", saved, "--device", "cpu"]
     assert main([*forget, "--prompt", fact(0)["prompt"]]) == 0
     told = capsys.readouterr().out
     assert "later edits learned again: 1; requests of them not learned: 0" in told

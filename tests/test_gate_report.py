@@ -10,7 +10,6 @@ from baft_easyedit.method.gate_report import (
     pooled_deviation,
     top_share,
 )
-from baft_easyedit.method.objective import load_balance
 
 ALIKE, UNUSED, ONE_OF_FOUR = [0.3] * 4, [0.0] * 4, [0.8, 0.0, 0.0, 0.0]
 
@@ -28,12 +27,6 @@ ALIKE, UNUSED, ONE_OF_FOUR = [0.3] * 4, [0.0] * 4, [0.8, 0.0, 0.0, 0.0]
 )
 def test_coefficient_of_variation(usage, expected):
     assert coefficient_of_variation(torch.tensor(usage)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_load_balance_is_the_squared_coefficient_of_variation_times_the_mean():
-    usage = torch.rand(12)
-    expected = coefficient_of_variation(usage) ** 2 * usage.mean()
-    assert load_balance(usage).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

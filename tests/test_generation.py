@@ -13,14 +13,7 @@ from baft_easyedit.generation import (
     with_usable_end,
 )
 from baft_easyedit.model.prompt_format import PromptFormat
-from tests.conftest import make_model, make_tokenizer
-
-
-@pytest.fixture
-def saved(tmp_path, tokenizer):
-    make_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return str(tmp_path)
+from tests.conftest import make_tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

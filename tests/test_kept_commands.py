@@ -9,7 +9,6 @@ from baft_easyedit.cli import main
 from baft_easyedit.cli.edits_file import read_requests
 from baft_easyedit.hparams import scaled_layers
 from baft_easyedit.storage.reading import read_history
-from tests.conftest import make_model
 
 EDITS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
@@ -17,15 +16,11 @@ EDITS = [
 ]
 
 
-@pytest.fixture
-def saved(tmp_path, tokenizer):
-    """A model, and settings with which it learns in few steps."""
-    model = tmp_path / "model"
-    make_model().save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    text = f"model_name: {model}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n"
+@pytest.fixture(autouse=True)
+def _settings(tmp_path, saved):
+    """Settings with which the model learns in few steps."""
+    text = f"model_name: {saved}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n"
     (tmp_path / "mine.yaml").write_text(text)
-    return str(model)
 
 
 @pytest.fixture

@@ -860,12 +860,10 @@ def test_crash_during_a_repair_is_repaired(opened, kept, monkeypatch):
 # ---- the command line
 
 
-def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("{model_name: m, layers: [1, 3], rank: 4, num_steps: 1, device: cpu}")
-    options = ["--model", str(tmp_path / "model"), "--device", "cpu", "--target", "Rome"]
+    options = ["--model", saved, "--device", "cpu", "--target", "Rome"]
     options.append("--allow-unlearned")
     kept, other = str(tmp_path / "kept"), str(tmp_path / "other")
 
@@ -882,7 +880,7 @@ def test_edits_of_the_command_line_are_kept(tmp_path, tokenizer, capsys):
     assert main(["history", kept, "--json"]) == 0
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["id"] for e in entries] == [0, 1, 2]
-    assert main(["history", str(tmp_path / "model")]) == 2
+    assert main(["history", saved]) == 2
     assert "must be a directory with an edit that save() or open()" in capsys.readouterr().err
     assert lines_of(other)[:3] == lines_of(kept)
     assert read_history(other)[3].requests[0]["prompt"] == "The capital of Malta is"

@@ -9,8 +9,8 @@ from baft_easyedit import BaFTHyperParams
 from baft_easyedit.cli import main
 from baft_easyedit.files import resources
 from tests.bench.dataset_files import write_records, zsre
+from tests.conftest import save_tiny_llama
 from tests.test_readme import STORAGE, blocks_of, fenced, text_of
-from tests.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")

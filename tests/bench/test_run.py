@@ -18,8 +18,7 @@ from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.run import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.files import resources
-from tests.conftest import WorkerHere
-from tests.tiny import save_tiny_llama
+from tests.conftest import WorkerHere, save_tiny_llama
 
 CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
 MEASURED = ("edit_time_s", "peak_memory_bytes")

@@ -12,7 +12,7 @@ from baft_easyedit.easyedit import session
 from baft_easyedit.easyedit.host import HOME_VARIABLE
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import why_not
-from tests.tiny import save_tiny_llama
+from tests.conftest import save_tiny_llama
 
 CAPITALS = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern"}
 

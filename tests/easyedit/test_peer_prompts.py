@@ -14,7 +14,7 @@ from baft_easyedit.easyedit.peers.prompts import (
 )
 from baft_easyedit.easyedit.peers.repairs import fix_peer
 from baft_easyedit.easyedit.session import Session
-from tests.tiny import save_tiny_llama
+from tests.conftest import make_tokenizer, save_tiny_llama
 
 CHAT = "<s>{% for m in messages %}[{{ m['content'] }}{{ mood }}]</s>{% endfor %}"
 BOTH = {"use_chat_template": True, "learn_end": True}
@@ -72,8 +72,8 @@ def test_padding_is_told_from_the_end(tok):
     assert tok.pad_token == "~"
 
 
-def test_padding_needs_a_token_of_its_own(model_path):
-    editor = editor_of("FT", AutoTokenizer.from_pretrained(model_path), **BOTH)
+def test_padding_needs_a_token_of_its_own():
+    editor = editor_of("FT", make_tokenizer(unk_token=None), **BOTH)
     with pytest.raises(ValueError, match=r"need a special token for padding beside .* '</s>'\]"):
         tell_end_from_padding(editor)
     editor.tok.eos_token = None

@@ -13,10 +13,10 @@ def test_parameters_are_counted(make_editor, make_peer, complete):
     session = Session(make_editor("ReFT"), "a")
     assert session.num_parameters is None
     session.edit(complete[:1])
-    assert session.num_parameters == 2 * (2 * 4 * 48 + 4)  # layers (R, A and b)
+    assert session.num_parameters == 2 * (2 * 4 * 32 + 4)  # layers (R, A and b)
     session = Session(make_peer("FT-L", num_steps=3), "a")
     session.edit(complete[:1])
-    assert session.num_parameters == 48 * 96
+    assert session.num_parameters == 32 * 64
 
 
 def test_edits_in_a_row_add_up_and_are_undone_together(make_editor, complete):

@@ -23,8 +23,7 @@ from baft_easyedit.speed.measure import (
 )
 from baft_easyedit.speed.report import RowResult
 from baft_easyedit.speed.run import _jobs, _records, measurements
-from tests.conftest import make_model
-from tests.tiny import save_tiny_llama
+from tests.conftest import make_model, save_tiny_llama
 
 CPU = torch.device("cpu")
 SHAPE = "llama-4x64"
