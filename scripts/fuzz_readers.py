@@ -40,7 +40,6 @@ import baft_easyedit
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams, attach, attached_edit
 from baft_easyedit.bench.config import make_config, read_config
 from baft_easyedit.bench.data import load_dataset
-from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.files.messages import MAX_MESSAGE
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.reading import parse_object
@@ -449,7 +448,7 @@ def yaml_readers() -> Iterator[Reader]:
         yield Reader("bench settings", "b.yaml", file.read_bytes(), text_yaml, read_bench)
     row = {"name": "a", "method": "BaFT", "set": {"gate": "one"}}
     bench = {"model": "m", "data": {"kind": "zsre", "path": "d"}, "methods": ["ReFT", row]}
-    bench |= {"T": [1, 2], "downstream": {"path": "p", "limit": 3}}
+    bench |= {"T": [1, 2], "downstream": {"task": "p", "limit": 3}}
     yield Reader("bench settings", "b.yaml", json.dumps(bench).encode(), as_yaml, read_bench)
 
 
@@ -475,15 +474,6 @@ def record_readers() -> Iterator[Reader]:
     data = train["zsre_mend_train.json"]
     others = {"r.json": json.dumps(RECORDS["zsre"]).encode()}
     yield Reader("records: zsre", "zsre_mend_train.json", data, damaged_json, reads("zsre"), others)
-    question = json.dumps({"goal": "Cut bread.", "sol1": "A knife.", "sol2": "A spoon."}).encode()
-    labels = {"valid-labels.lst": b"0\n"}
-
-    def read_piqa(path: Path) -> None:
-        expect(all(item.goal for item in load_piqa(path)[0]), "an empty goal")
-
-    yield Reader("records: piqa", "valid.jsonl", question, damaged_json, read_piqa, labels)
-    questions = {"valid.jsonl": question}
-    yield Reader("records: piqa", "valid-labels.lst", b"0\n", damaged_bytes, read_piqa, questions)
 
 
 # ---- the watch

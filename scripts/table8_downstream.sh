@@ -7,5 +7,10 @@ set -euo pipefail
 data=${1:?give the directory of the data}
 shift
 out=${OUT:-runs/table8_downstream}
-baft-easyedit bench bench/downstream --data "$data/zsre" --downstream "$data/piqa" --out "$out" "$@"
+# Where PIQA's own files lie beside ZsRE, no network is needed.
+if [ -d "$data/piqa" ]; then
+  python "$(dirname "$0")/piqa_task.py" "$data/piqa" "$out-task"
+  set -- --include-path "$out-task" "$@"
+fi
+baft-easyedit bench bench/downstream --data "$data/zsre" --out "$out" "$@"
 baft-easyedit report "$out"

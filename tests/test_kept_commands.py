@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from baft_easyedit.cli import main
 from baft_easyedit.cli.edits_file import read_requests
 from baft_easyedit.hparams import scaled_layers
 from baft_easyedit.storage.reading import read_history
+from tests.conftest import make_model
 
 EDITS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
@@ -90,9 +93,9 @@ def test_ask_uses_the_chat_template_that_is_asked_for(tmp_path, saved, edits, ca
     assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
     assert run("ask", kept, *model, *prompt, "--chat") == 2
     assert "--chat needs a tokenizer with a chat template" in capsys.readouterr().err
-    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings = json.loads((Path(saved) / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{% for m in messages %}{{ m.content }} is not{% endfor %}"
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (Path(saved) / "tokenizer_config.json").write_text(json.dumps(settings))
     told = []
     for option in ("--chat", "--no-chat"):
         assert run("ask", kept, *model, *prompt, option) == 0
@@ -191,7 +194,10 @@ def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys
         assert "edits made: 1; there before: 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [["ask"], ["undo"], ["forget", "--prompt", "x"], ["history"]])
+@pytest.mark.parametrize(
+    "command",
+    [["ask"], ["undo"], ["forget", "--prompt", "x"], ["eval", "--tasks", "x"], ["history"]],
+)
 @pytest.mark.parametrize("model", [[], ["--model", "bundled"]])
 def test_a_directory_without_an_edit_is_refused(command, model, tmp_path, capsys):
     more = [*command[1:], *(model if command != ["history"] else [])]
@@ -245,3 +251,12 @@ def test_bad_files_of_requests_are_refused(name, text, message, tmp_path):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises((TypeError, ValueError), match=message):
         read_requests(tmp_path / name)
+
+
+def test_eval_says_how_to_get_the_harness(tmp_path, saved, edits, capsys, monkeypatch):
+    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 0
+    monkeypatch.delitem(sys.modules, "baft_easyedit.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    assert run("eval", tmp_path / "kept", "--tasks", "piqa") == 2
+    assert "pip install 'baft_easyedit[eval]'" in capsys.readouterr().err

@@ -18,6 +18,7 @@ ROOMS = [
     "training",
     "storage",
     "editor",
+    "harness",
     "easyedit",
     "bench",
     "demo",

@@ -96,8 +96,10 @@ class DataConfig(_Strict):
 class DownstreamConfig(_Strict):
     """A task on which the edited model is tried after each run (Liu et al. 2025, Table 8)."""
 
-    path: str
-    """PIQA: the directory of valid.jsonl and valid-labels.lst."""
+    task: str = "piqa"
+    """A task of lm-evaluation-harness that has the metric `acc`."""
+    include_path: str | None = None
+    """A directory of further task files."""
     limit: int | None = Field(default=None, ge=1)
     """Number of questions; all if null."""
 
@@ -172,7 +174,11 @@ class BenchConfig(_Strict):
         """Leave out settings that there are no more, as runs of before have them by default."""
         if not isinstance(content, Mapping):
             return content
-        return {k: v for k, v in content.items() if k not in _FORMER or v != _FORMER[k]}
+        rest = {k: v for k, v in content.items() if k not in _FORMER or v != _FORMER[k]}
+        task = rest.get("downstream")
+        if isinstance(task, Mapping) and "path" in task:  # PIQA's files, before lm_eval asked it
+            rest["downstream"] = {k: v for k, v in task.items() if k != "path"}
+        return rest
 
     @field_validator("methods", "T", "batch_size")
     @classmethod
@@ -234,7 +240,7 @@ def with_absolute_paths(config: BenchConfig) -> BenchConfig:
     content = config.model_dump()
     named = [(content, "model"), (content, "texts"), (content["data"], "path")]
     if config.downstream is not None:
-        named.append((content["downstream"], "path"))
+        named.append((content["downstream"], "include_path"))
     for owner, key in named:
         if owner[key] is not None and Path(owner[key]).exists():
             owner[key] = str(Path(owner[key]).absolute())

@@ -22,8 +22,8 @@ import torch
 import baft_easyedit
 from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.data import Dataset
+from baft_easyedit.bench.data.files import read_file
 from baft_easyedit.bench.methods import our_hparams, statistics_texts
-from baft_easyedit.bench.piqa import load_piqa
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
@@ -35,7 +35,7 @@ from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import has_hparams, model_location
 from baft_easyedit.gguf.smollm2 import ready_location
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor", "lm_eval")
 _SAMPLE = 1 << 20
 """Bytes hashed at each end of a weight file too large to read whole."""
 _LARGE = 1 << 30
@@ -158,8 +158,9 @@ def _inputs(config: BenchConfig, model_name: str | None = None) -> dict[str, str
     """
     inputs = {"the texts": digest(list(statistics_texts(config)))}
     if config.downstream is not None:
-        _, files = load_piqa(config.downstream.path, config.downstream.limit)
-        inputs["the downstream task"] = digest([file.sha256 for file in files])
+        found = Path(config.downstream.include_path or "").rglob("*")
+        files = sorted(f for f in found if config.downstream.include_path and f.is_file())
+        inputs["the downstream task"] = digest([read_file(f)[1].sha256 for f in files])
     for method in config.methods:
         for protocol in config.protocols if method.method in OUR_METHODS else ():
             values = asdict(our_hparams(config, method, protocol))

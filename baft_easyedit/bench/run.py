@@ -21,7 +21,7 @@ from baft_easyedit.bench.protocol import Chunk, chunks_of
 from baft_easyedit.bench.provenance import check_same_run, run_record, with_earlier
 from baft_easyedit.bench.results import summarise
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
-from baft_easyedit.bench.worker import run_chunks
+from baft_easyedit.bench.worker import downstream_tasks, run_chunks
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.resources import model_location
@@ -102,6 +102,8 @@ def check(config: BenchConfig) -> Dataset:
     """
     check_methods(config)
     check_device(config.device)
+    if config.downstream is not None:
+        downstream_tasks(config)  # raises if there is no such task
     model_depth(config.model)  # raises if there is no such model
     data = config.data
     dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
@@ -196,7 +198,7 @@ class _Share:
     def _worker(self, chunks: Sequence[Chunk]) -> Worker:
         """Start the process of a method."""
         environment = {"OMP_NUM_THREADS": str(self._config.threads)}
-        if Path(model_location(self._config.model)).is_dir():
+        if Path(model_location(self._config.model)).is_dir() and self._config.downstream is None:
             # A peer that reaches for the Hugging Face hub anyway should fail at once.
             environment["HF_HUB_OFFLINE"] = "1"
         directory = RunDirectory(self._directory.root.absolute())

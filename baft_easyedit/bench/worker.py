@@ -11,16 +11,16 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from baft_easyedit.bench.basis import basis_record, basis_usage
-from baft_easyedit.bench.config import read_config
+from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, score_cases
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
-from baft_easyedit.bench.piqa import load_piqa, piqa_accuracy
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.scores import plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
@@ -29,6 +29,7 @@ from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, make_peer, prepare_requests
+from baft_easyedit.files.messages import short
 from baft_easyedit.model.prompt_format import PromptFormat
 
 
@@ -77,8 +78,6 @@ class _MethodRun:
             "device": "cpu" if device == "cpu" else "cuda",
             "easyedit": self.host.version,
         }
-        task = config.downstream
-        self.downstream = [] if task is None else load_piqa(task.path, task.limit)[0]
 
     def _editor(self, protocol: Protocol) -> Any:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches.
@@ -151,10 +150,10 @@ class _MethodRun:
         """
         session, config, size = self.session, self.config, chunk.protocol.batch_size
         requests = [self.requests[i] for i in chunk.indices]
+        before = self._downstream_before if config.downstream else None
         seed_everything(config.seed)
         answers = config.generation
         pre = pre_edit_scores(self.directory, self.depends_on, session, requests, answers)
-        before = self._downstream_before if self.downstream else None
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
         times: list[float] = []
@@ -193,8 +192,8 @@ class _MethodRun:
             }
             write_json(self.directory.case(chunk, i), content)
         if before is not None:
-            accuracies = {"pre_acc": before, "post_acc": self._downstream_accuracy()}
-            measured["downstream"] = {**accuracies, "n": len(self.downstream)}
+            after = self._downstream_accuracy()
+            measured["downstream"] = {"pre_acc": before, "post_acc": after}
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
 
     def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
@@ -220,7 +219,29 @@ class _MethodRun:
 
     def _downstream_accuracy(self) -> float:
         """Return the model's accuracy on the downstream task now."""
-        return piqa_accuracy(self.session.model, self.session.editor.tok, self.downstream)
+        assert self.config.downstream is not None
+        wanted = f"{self.config.downstream.task} acc"
+        scores = self.session.task_scores(downstream_tasks(self.config))
+        if wanted not in scores:
+            raise ValueError(
+                f"downstream.task must have the metric acc; got one with {short(list(scores))}"
+            )
+        return scores[wanted].value
+
+
+def downstream_tasks(config: BenchConfig) -> Any:
+    """Find the downstream task of a configuration that has one.
+
+    Raises:
+        ImportError: If the extra `eval` is not installed.
+        ValueError: If there is no such task.
+    """
+    from baft_easyedit.harness import Tasks
+
+    task = config.downstream
+    assert task is not None
+    where = None if task.include_path is None else Path(task.include_path)
+    return Tasks([task.task], where, task.limit)
 
 
 def seed_everything(seed: int) -> None:

@@ -30,7 +30,8 @@ def add_commands(commands: Any) -> None:
     add("--T", type=counts, help="edits in a row, such as 1,10,100")
     add("--batch-size", type=counts, help="requests per edit, such as 1,10")
     add("--limit", type=whole(1), help="number of records")
-    add("--downstream", type=existing("directory"), help="PIQA's, asked after each run of edits")
+    further = "directory of further task files, for the downstream task"
+    add("--include-path", type=existing("directory"), help=further)
     add("--texts", type=existing("file"), help="a passage a line, for MEMIT's key statistics")
     add("--device", type=device, help="CUDA device number, or a name")
     half = "load the model in half precision"
@@ -88,8 +89,8 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     settings = {name: plain[name] for name in _SETTINGS if name in plain}
-    if "downstream" in plain:
-        settings["downstream"] = {"path": plain["downstream"]}
+    if "include_path" in plain:
+        settings["downstream"] = {"include_path": plain["include_path"]}
     data = {
         key: plain[name] for name, key in (("data", "path"), ("limit", "limit")) if name in plain
     }

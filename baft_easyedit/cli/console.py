@@ -32,7 +32,8 @@ def status_of(rows: Sequence[Mapping[str, Any]]) -> int:
 def silence_loading() -> None:
     """Keep the progress bars and retries of model loading out of what the command prints."""
     import_module("transformers.utils.logging").disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for library in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Commands of a kept edit: ask the edited model, apply a file of edits, and take edits back."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 from baft_easyedit.cli.console import UNLEARNED, Bar, note, silence_loading, told_what_is_kept
 from baft_easyedit.cli.edits_file import read_benchmark, read_requests
 from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, default_device, hparams_of
-from baft_easyedit.cli.options import DTYPES, device, existing, new, whole
+from baft_easyedit.cli.options import DTYPES, device, existing, names, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import printable, short
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location, own_preset
@@ -35,6 +36,17 @@ def add_commands(commands: Any) -> None:
     longest = "most tokens of an answer (%(default)s)"
     ask.add_argument("--max-new-tokens", type=whole(1), default=32, help=longest)
     _add_model(ask)
+
+    score = _add(commands, "eval", _eval, "ask tasks of a kept edit, and without it")
+    tasks = "of lm-evaluation-harness, such as piqa,mmlu,gsm8k"
+    score.add_argument("--tasks", type=names, required=True, help=tasks)
+    further = "directory of further task files"
+    score.add_argument("--include-path", type=existing("directory"), help=further)
+    score.add_argument("--limit", type=whole(1), help="questions of each task; all if absent")
+    score.add_argument("--num-fewshot", type=whole(0), help="examples before a question")
+    score.add_argument("--batch-size", type=whole(1), default=8, help="(%(default)s)")
+    score.add_argument("--json", action="store_true", help="the scores, for machines")
+    _add_model(score)
 
     apply = commands.add_parser(
         "apply", help="make the edits of a file, and go on where an earlier call stopped"
@@ -120,6 +132,29 @@ def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Pr
             "away"
         )
     return PromptFormat(use_chat_template=arguments.chat)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    """Print what the base model and the edited one reach in each task."""
+    read_latest(arguments.directory)  # an error if nothing is kept there
+    from baft_easyedit.harness import EditedLM, Tasks
+
+    given = (arguments.tasks, arguments.include_path, arguments.limit, arguments.num_fewshot)
+    tasks = Tasks(*given)
+    model, tokenizer = _load(arguments)
+    edit = attach(model, arguments.directory)
+    in_chat = kept_hparams(arguments.directory, model).use_chat_template
+    lm = EditedLM(model, tokenizer, arguments.batch_size)
+    with edit.disabled():
+        base = tasks.scores(lm, in_chat)
+    edited = tasks.scores(lm, in_chat)
+    if arguments.json:
+        print(json.dumps({"base": base, "edited": edited}))
+        return
+    width = max(map(len, base), default=0)
+    print(f"{'':{width}}  {'base':15}  edited")
+    for name in base:
+        print(f"{name:{width}}  {base[name]!s:15}  {edited[name]}")
 
 
 def _typed() -> Iterator[str]:

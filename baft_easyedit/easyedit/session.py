@@ -222,11 +222,23 @@ class Session:
             prompts: One text per answer, or its tokens.
             max_new_tokens: Where each answer is cut.
         """
-        size = 1 if self.editor.alg_name in _ROUTE_BATCHES else self.batch_size
+        size, device = self._batch_size(), self._input_device()
         with self._scoring():
             return generate_answers(
-                self.model, self.editor.tok, prompts, max_new_tokens, self._input_device(), size
+                self.model, self.editor.tok, prompts, max_new_tokens, device, size
             )
+
+    def _batch_size(self) -> int:
+        """Return how many texts the model computes at once."""
+        return 1 if self.editor.alg_name in _ROUTE_BATCHES else self.batch_size
+
+    def task_scores(self, tasks: Any) -> Any:
+        """Return what the model as it is now reaches in `harness.Tasks`, without chat template."""
+        from baft_easyedit.harness import EditedLM
+
+        with self._scoring():
+            lm = EditedLM(self.editor.model, self.editor.tok, self._batch_size(), self.model)
+            return tasks.scores(lm)
 
     def restore(self) -> bool | None:
         """Undo all edits with EasyEdit's own means; put a copy back if they were not exact.

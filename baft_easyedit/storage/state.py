@@ -101,7 +101,7 @@ def read_state(file: Path) -> StateFile:
             metadata = stream.metadata() or {}
             # Clones: what the stream gives is in the file, which others may cut.
             learned = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{where} is damaged: {cut(error, 500)}") from None
     _check_metadata(metadata, where)
     lines = metadata["entries"].split("\n")

@@ -19,7 +19,7 @@ def test_a_bare_name_is_a_row_of_that_method():
     [
         ({"methds": []}, r"methds is unknown \(did you mean 'methods'\?\)$"),
         ({"data": {"kind": "facts", "limt": 1}}, r"data.limt is unknown \(did you mean 'limit'"),
-        ({"downstream": {"path": "x", "lmit": 1}}, r"downstream.lmit is unknown .*'limit'"),
+        ({"downstream": {"task": "x", "lmit": 1}}, r"downstream.lmit is unknown .*'limit'"),
         ({"methods": [{"name": "BaFT", "st": {}}]}, r"methods.0.st is unknown \(.*'set'\?\)$"),
         (
             {"methods": [{"name": "BaFT", "rehearsal": 4}]},

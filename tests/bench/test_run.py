@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,9 +18,11 @@ from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.run import run_bench
 from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.bench.worker import _MethodRun
 from baft_easyedit.files import resources
 from tests.conftest import WorkerHere, save_tiny_llama
 
+ROOT = Path(__file__).parents[2]
 CITIES = {"Freedonia": "Oslo", "Osterlich": "Rome", "Fenwick": "Bern", "Ruritania": "Kiel"}
 MEASURED = ("edit_time_s", "peak_memory_bytes")
 BAFT = {"layers": [1, 2], "rank": 4, "lr": 5.0e-2, "num_steps": 30}
@@ -203,18 +206,40 @@ def test_failures_are_rows_and_are_tried_again(settings, tmp_path):
 
 @pytest.mark.slow
 def test_batches_are_edited_together_or_say_that_they_cannot_be(settings, tmp_path):
-    questions = [{"goal": "Open a jar", "sol1": "turn the lid", "sol2": "eat it"}] * 2
-    (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    (tmp_path / "valid-labels.lst").write_text("0\n1\n")
     change = {"T": [2], "batch_size": [2], "methods": [settings["methods"][0], "ROME"]}
-    config = make_config({**settings, **change, "downstream": {"path": str(tmp_path)}})
+    config = make_config({**settings, **change})
     baft, rome = run_bench(config, tmp_path / "run")
     assert (baft["protocol"], baft["n"], baft["error"]) == ("batched", 4, None)
     chunk = read_json(tmp_path / "run/chunks/BaFT/batched-B2-T2/00000.json")
     assert len(chunk["edit_times_s"]) == 2
-    assert chunk["downstream"] == {"pre_acc": 0.5, "post_acc": 0.5, "n": 2}
-    assert (baft["downstream_acc"], baft["downstream_pre_acc"]) == (0.5, 0.5)
+    assert chunk["downstream"] is None
     assert rome["error"] == "ValueError: ROME edits one request at a time in EasyEdit"
+
+
+@pytest.mark.slow
+def test_a_downstream_task_is_asked_before_and_after_the_edits(settings, tmp_path):
+    pytest.importorskip("lm_eval")
+    questions = [{"goal": "Open a jar", "sol1": "turn the lid", "sol2": "eat it"}] * 2
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/valid.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "piqa/valid-labels.lst").write_text("0\n1\n")
+    command = [sys.executable, ROOT / "scripts/piqa_task.py", tmp_path / "piqa", tmp_path / "task"]
+    subprocess.run(command, check=True)
+    downstream = {"include_path": str(tmp_path / "task")}
+    change = {"T": [2], "methods": [settings["methods"][0], "GRACE"], "downstream": downstream}
+    rows = run_bench(make_config({**settings, **change}), tmp_path / "run")
+    assert [(row["downstream_acc"], row["downstream_pre_acc"]) for row in rows] == [(0.5, 0.5)] * 2
+    (tmp_path / "task/piqa.jsonl").open("a").write("\n")
+    with pytest.raises(ValueError, match="other content under the same name: the downstream task"):
+        run_bench(make_config({**settings, **change}), tmp_path / "run")
+
+
+def test_a_downstream_task_has_an_accuracy(monkeypatch):
+    config = SimpleNamespace(downstream=SimpleNamespace(task="gsm8k"))
+    session = SimpleNamespace(task_scores=lambda _: {"gsm8k exact_match": None})
+    monkeypatch.setattr("baft_easyedit.bench.worker.downstream_tasks", lambda _: None)
+    with pytest.raises(ValueError, match=r"task must have the metric acc; got .*gsm8k exact_match"):
+        _MethodRun._downstream_accuracy(SimpleNamespace(config=config, session=session))
 
 
 QUICK = {"methods": ["MEND"], "T": [1]}

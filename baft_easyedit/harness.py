@@ -1,0 +1,159 @@
+"""Tasks of lm-evaluation-harness, asked of an edited model: log-likelihoods, and generation.
+
+The harness' own class for Hugging Face models does not say where prompts end, so that its
+log-likelihoods are almost those of the unedited model; `EditedLM` does. Needs the extra `eval`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.model.hooks import attached_edit
+
+try:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError(
+        f"tasks are asked through lm-evaluation-harness, which cannot be imported ({error}): "
+        "pip install 'baft_easyedit[eval]'"
+    ) from None
+
+Encoded = tuple[Any, list[int], list[int]]
+"""A request of the harness: its texts, and the tokens of context and continuation."""
+
+
+class Score(NamedTuple):
+    """What a model reaches in a task."""
+
+    value: float
+    error: float | None
+    """Its standard error, where the harness gives one."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
+
+
+class EditedLM(HFLM):  # type: ignore[misc]  # no types
+    """The harness' model class, for a model that may carry an edit.
+
+    A log-likelihood's context is the prompt, its continuation the answer. A text without a context
+    (`loglikelihood_rolling`, perplexity) is an answer to the token that the harness puts before it:
+    the edit acts on every token, as where the model writes that text itself. Generation needs
+    nothing, for `generate` of an edited model knows its prompts.
+
+    Args:
+        model: A causal language model of transformers, edited or not.
+        tokenizer: Its tokenizer.
+        batch_size: Most texts of a forward pass.
+        asked: What is asked in its place, such as a wrapper that a method of EasyEdit made of it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, asked: Any = None) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.asked = model if asked is None else asked
+
+    def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return the logits [B, T, V] of tokens [B, T]."""
+        with torch.no_grad():
+            output = self.asked(input_ids=inps)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Encoded], disable_tqdm: bool = False, **more: Any
+    ) -> list[tuple[float, bool]]:
+        """Score continuations; those whose prompts are of one length make batches together.
+
+        The batches are the same without the edit, so that a difference is the edit's.
+        """
+        lengths = [self._prompt_length(*tokens) for _, *tokens in requests]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        answers: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(order), disable=disable_tqdm, leave=False) as bar:
+            for length, group in groupby(order, lengths.__getitem__):
+                part = [*group]
+                with self._told(length):
+                    found = super()._loglikelihood_tokens([requests[i] for i in part], True, **more)
+                answers |= zip(part, found, strict=True)
+                bar.update(len(part))
+        return [answers[i] for i in range(len(lengths))]
+
+    def _prompt_length(self, context: Sequence[int], continuation: Sequence[int]) -> int:
+        """Return how many tokens of a context are left where a text is cut at its beginning."""
+        return len(context) - max(0, len(context) + len(continuation) - self.max_length - 1)
+
+    def _told(self, prompt_length: int) -> AbstractContextManager[None]:
+        """Tell the edit, if there is one, how long the prompts are."""
+        edit = attached_edit(self.asked) if isinstance(self.asked, torch.nn.Module) else None
+        return nullcontext() if edit is None else edit.prompt_lengths([prompt_length])
+
+
+class Tasks:
+    """Tasks of the harness.
+
+    Args:
+        names: Tasks or groups of tasks, such as `piqa`, `mmlu` and `gsm8k`.
+        include_path: A directory of further task files, which may run code; they go before the
+            harness' own of the same name.
+        limit: Questions of each task; all if None.
+        num_fewshot: Examples before each question; as the task says if None.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        include_path: Path | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+    ) -> None:
+        self._manager = TaskManager(include_path=include_path)
+        for name in names:
+            if not self._manager.match_tasks([name]):
+                raise ValueError(
+                    f"tasks must be some of lm-evaluation-harness, or in the include path; got "
+                    f"{short(name)}: `lm_eval ls tasks` lists them"
+                )
+        self._options = {"tasks": self._manager.match_tasks([*names]), "limit": limit}
+        self._options |= {"num_fewshot": num_fewshot}
+
+    def scores(self, lm: EditedLM, use_chat_template: bool = False) -> dict[str, Score]:
+        """Return what a model reaches, by task and metric, such as `piqa acc`.
+
+        Raises:
+            OSError: If a data set cannot be loaded.
+        """
+        seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+        results = simple_evaluate(
+            lm,
+            task_manager=self._manager,
+            apply_chat_template=use_chat_template,
+            log_samples=False,
+            **self._options,
+            **seeds,  # the caller's random numbers stay as they are
+        )
+        return {
+            f"{task} {name}": score
+            for task, found in results["results"].items()
+            for name, score in _by_metric(found)
+        }
+
+
+def _by_metric(found: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+    """Yield the metrics of a task, with the filter of the answer if there is one."""
+    for key, value in found.items():
+        metric, _, kind = key.partition(",")  # as in `exact_match,strict-match` and `acc,none`
+        if kind and not metric.endswith("_stderr") and isinstance(value, float | int):
+            error = found.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric} {kind}"
+            yield name, Score(value, error if isinstance(error, float) else None)
