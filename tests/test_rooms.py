@@ -17,6 +17,7 @@ ROOMS = [
     "facts",
     "training",
     "storage",
+    "engines",
     "editor",
     "harness",
     "easyedit",

@@ -1,0 +1,80 @@
+"""`export`: what a serving engine needs to use a kept edit."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from baft_easyedit.cli.console import note
+from baft_easyedit.cli.options import existing, new
+
+if TYPE_CHECKING:
+    from baft_easyedit.engines.served import ServedEdit
+
+
+def add_commands(commands: Any) -> None:
+    """Describe the command."""
+    export = commands.add_parser("export", help="say how a serving engine uses a kept edit")
+    add = export.add_argument
+    add("directory", type=existing("directory"), metavar="DIR", help="of the kept edit")
+    add("--to", choices=_ENGINES, required=True, help="the engine")
+    add("--out", type=new("file"), metavar="FILE", help="to write; printed if absent")
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    """Check that an edit can be served so; print or write what is needed."""
+    from baft_easyedit.engines.served import read_edit
+    from baft_easyedit.files.writing import written_whole
+
+    directory = str(arguments.directory.resolve())
+    edit = read_edit(directory)
+    text = _ENGINES[arguments.to](directory, edit)
+    if arguments.out is None:
+        print(text)
+    else:
+        with written_whole(arguments.out) as stream:
+            stream.write(f"{text}\n".encode())
+    form = "in the chat template" if edit.use_chat_template else "without a chat template"
+    note(f"the edit was learned on prompts {form}: ask so, too")
+    note("the engine's process needs baft_easyedit; compare its answers with those of `ask`")
+
+
+def _sglang(directory: str, edit: "ServedEdit") -> str:
+    """JSON for --forward-hooks."""
+    from baft_easyedit.engines.sglang import specification
+
+    note("--disable-radix-cache --chunked-prefill-size -1 --disable-cuda-graph must be given")
+    return json.dumps(specification(directory, edit), indent=1)
+
+
+def _vllm_lens(directory: str, edit: "ServedEdit") -> str:
+    """Lines of Python."""
+    return (
+        "from vllm import LLM\n"
+        "from baft_easyedit.engines.vllm_lens import register\n\n"
+        f"llm = LLM({edit.base_model!r}, enable_chunked_prefill=False, "
+        "enable_prefix_caching=False)\n"
+        f"register(llm, {directory!r})  # then llm.generate(...)"
+    )
+
+
+def _easysteer(directory: str, edit: "ServedEdit") -> str:
+    """Lines of Python."""
+    from baft_easyedit.engines.easysteer import check_gate
+
+    check_gate(edit, directory)
+    return (
+        "from vllm import LLM\n"
+        "from baft_easyedit.engines.easysteer import specification\n\n"
+        f"llm = LLM({edit.base_model!r}, enable_steer_vector=True, "
+        'steer_algorithms=["loreft"], steer_multi_vector=True)\n'
+        f"spec = specification({directory!r})  # then llm.generate(..., steering=spec)"
+    )
+
+
+_ENGINES: Mapping[str, Callable[[str, "ServedEdit"], str]] = {
+    "easysteer": _easysteer,
+    "sglang": _sglang,
+    "vllm-lens": _vllm_lens,
+}

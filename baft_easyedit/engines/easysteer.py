@@ -1,0 +1,45 @@
+"""EasySteer (its overlay of vLLM 0.26.0): a ReFT edit as its own `loreft` payload, without a hook.
+
+Its specifications select the last tokens of a prompt and all generated ones, which is the rule of
+edits, also under chunked prefill and prefix caching. They have no gate: the algorithms that a
+request may name are a closed table, so an edit with one is refused.
+"""
+
+import os
+from typing import Any
+
+from baft_easyedit.engines.served import ServedEdit, read_edit
+
+
+def check_gate(edit: ServedEdit, where: str) -> None:
+    """Raise ValueError unless an edit is ReFT's."""
+    if edit.gate != "one":
+        raise ValueError(
+            f"gate must be 'one' (ReFT) for EasySteer, whose algorithms have no gate; that of the "
+            f"edit in {where} is {edit.gate!r}: serve it by vllm-lens or sglang"
+        )
+
+
+def specification(directory: str | os.PathLike[str]) -> Any:
+    """Return a kept ReFT edit as a `SteeringSpec`, for `llm.generate(..., steering=...)`.
+
+    Raises:
+        FileNotFoundError: If the directory keeps no edit.
+        ValueError: If the state is damaged, or the edit has a gate.
+        ImportError: If vLLM with EasySteer's overlay is not installed.
+    """
+    from vllm.steer_vectors import ApplySpec, ReftIntervention, SteeringSpec, VectorSpec
+
+    edit = read_edit(directory)
+    check_gate(edit, str(directory))
+    place = ApplySpec(prompt_window=(-edit.num_prompt_positions, None), generation="all")
+    vectors = []
+    for layer, own in edit.layers.items():
+        data = ReftIntervention(
+            rotate_layer=own.basis.mT,  # [D, r]
+            learned_source_weight=own.basis + own.difference,  # [r, D]
+            learned_source_bias=own.source_bias,
+            layer=layer,
+        )
+        vectors.append(VectorSpec(algorithm="loreft", data=data, apply=place, layers=[layer]))
+    return SteeringSpec(vectors=vectors, conflict="sequential")

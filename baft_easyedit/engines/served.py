@@ -1,0 +1,108 @@
+"""A kept edit as an engine needs it: by layer, a function of the hidden states of some tokens.
+
+Shapes: N tokens of a flattened batch or a part of it, D hidden size.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.files.paths import expanded
+from baft_easyedit.files.reading import taken
+from baft_easyedit.method.intervention import BaFTIntervention
+from baft_easyedit.model.positions import first_edited
+from baft_easyedit.storage.reading import read_latest
+from baft_easyedit.storage.state import StateFile
+
+
+@dataclass(frozen=True, eq=False)
+class ServedEdit:
+    """The interventions of a kept edit, and where they apply."""
+
+    layers: dict[int, BaFTIntervention]
+    """By decoder layer, 0-based, on whose output they act."""
+    num_prompt_positions: int
+    """P: the last P tokens of a prompt, and every later token, are edited."""
+    gate: str
+    base_model: str
+    """The model that the edit was learned on; see `KeptConfig`."""
+    use_chat_template: bool
+    """Whether it was learned on prompts in the model's chat template."""
+
+    @torch.no_grad()
+    def delta(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return Phi(h) - h of tokens that are edited.
+
+        Args:
+            layer: One of `layers`.
+            hidden: h, the whole output of that layer, [N, D]; where an engine keeps the residual
+                stream apart, the sum of both parts.
+
+        Returns:
+            [N, D], fp32.
+        """
+        intervention = self.layers[layer]
+        if intervention.source_bias.device != hidden.device:
+            intervention.to(hidden.device)
+        h = hidden.float()
+        edited: Tensor = intervention(h)[0]
+        return edited - h
+
+    def window(self, prompt_lengths: Sequence[int]) -> list[bool]:
+        """Tell which tokens of whole prompts, one behind the other, are edited."""
+        firsts = ((n, first_edited(n, self.num_prompt_positions)) for n in prompt_lengths)
+        return [i >= first for n, first in firsts for i in range(n)]
+
+
+def added(hidden: Tensor, delta: Tensor) -> Tensor:
+    """Add an fp32 delta; the result has the dtype of `hidden`."""
+    return (hidden.float() + delta).to(hidden.dtype)
+
+
+def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
+    """Read a kept edit; no model is needed.
+
+    Raises:
+        FileNotFoundError: If the directory keeps no edit.
+        ValueError: If the state is damaged, or does not fit its hyper-parameters.
+    """
+    path = expanded(directory)
+    kept = read_latest(path)
+    where = f"the hyper-parameters in {path}"
+    settings = kept.config.hparams
+    gate = taken(settings, "gate", str, where)
+    layers = taken(settings, "layers", list, where)
+    return ServedEdit(
+        {layer: _intervention(kept, layer, gate, str(path)) for layer in layers},
+        taken(settings, "num_prompt_positions", int, where),
+        gate,
+        kept.config.base_model,
+        taken(settings, "use_chat_template", bool, where),
+    )
+
+
+def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTIntervention:
+    """Make the intervention of one layer from the kept tensors.
+
+    Raises:
+        ValueError: If they are not those of such an intervention.
+    """
+    prefix = f"_interventions.{layer}."
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in kept.state.learned.items()
+        if name.startswith(prefix)
+    }
+    try:
+        rank, size = own["basis"].shape
+        # Engines set another default dtype or device while they load a model.
+        with torch.device("meta"):
+            intervention = BaFTIntervention(size, rank, gate)
+        intervention.load_state_dict(own, assign=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"layer {layer} of the edit in {where} cannot be used: {error}") from None
+    return intervention.requires_grad_(False)

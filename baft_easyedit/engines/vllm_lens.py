@@ -1,0 +1,70 @@
+"""vllm-lens (1.2.1; vLLM from 0.16 on, the V1 runner): an edit as its `Hook`.
+
+vllm-lens calls a hook for each request and layer, with the sum of the two parts of the layer's
+output, and writes the difference back. A hook is not told positions, so the first call of a layer
+is taken as the whole prompt.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.engines.served import ServedEdit, added, read_edit
+from baft_easyedit.model.positions import first_edited
+
+
+class EditHook:
+    """What vllm-lens calls: `(context, h of one request [N, D]) -> h' [N, D]`."""
+
+    def __init__(self, edit: ServedEdit) -> None:
+        self.edit = edit
+
+    def __call__(self, context: Any, hidden: Tensor) -> Tensor:
+        """Edit the tokens of one request in one forward pass of one layer.
+
+        Raises:
+            RuntimeError: If the prompt came in parts; vllm-lens logs it and leaves the layer as is.
+        """
+        layer, first = context.layer_idx, 0
+        key = f"baft_prompt_{layer}"
+        if key not in context.saved:
+            context.saved[key] = len(hidden)
+            first = first_edited(len(hidden), self.edit.num_prompt_positions)
+        elif len(hidden) > 1:
+            raise RuntimeError(
+                f"layer {layer} got {len(hidden)} tokens of a request after its first pass, and an "
+                "edit must see a prompt whole: turn chunked prefill and speculative decoding off, "
+                "and give the cache room (a request that is preempted is computed again)"
+            )
+        rows = hidden[first:]
+        return torch.cat([hidden[:first], added(rows, self.edit.delta(layer, rows))])
+
+
+def hooks(directory: str | os.PathLike[str]) -> list[Any]:
+    """Return a kept edit as a list of one `vllm_lens.Hook`, for `extra_args["apply_hooks"]`.
+
+    Raises:
+        FileNotFoundError: If the directory keeps no edit.
+        ValueError: If the state is damaged.
+        ImportError: If vllm-lens is not installed.
+    """
+    from vllm_lens import Hook
+
+    edit = read_edit(directory)
+    return [Hook(fn=EditHook(edit), layer_indices=list(edit.layers))]
+
+
+def register(llm: Any, directory: str | os.PathLike[str]) -> None:
+    """Let every later request of a `vllm.LLM` use a kept edit.
+
+    Raises:
+        ValueError: If the engine cuts prompts; else as `hooks`.
+    """
+    if llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ValueError(
+            "enable_chunked_prefill must be False, for the edit must see a prompt whole; got True: "
+            "LLM(..., enable_chunked_prefill=False)"
+        )
+    llm.register_hooks(hooks(directory))

@@ -1,0 +1,359 @@
+"""Kept edits in serving engines, which are simulated here: how they cut, flatten and call.
+
+The simulation has a Llama whose layers return (hidden, residual), all tokens of all requests one
+behind the other, first whole prompts and then a token a step.
+"""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from itertools import chain
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.cli import main
+from baft_easyedit.engines import easysteer, served, sglang, vllm_lens
+from baft_easyedit.engines.served import read_edit
+from baft_easyedit.storage.loading import attach
+from tests.conftest import HIDDEN, make_model
+
+STEPS = 6
+PROMPTS = ["The capital of France is", "Water boils at", "", "A"]
+
+
+class Block(nn.Module):
+    """A decoder layer as in vLLM and SGLang: what it returns sums up to its output."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.cache = layer, {}
+
+    def forward(self, positions, hidden, batch, residual):
+        residual = hidden if residual is None else hidden + residual
+        attended = self.attend(self.layer.input_layernorm(residual), positions, batch)
+        residual = residual + attended
+        return self.layer.mlp(self.layer.post_attention_layernorm(residual)), residual
+
+    def attend(self, normed, positions, batch):
+        own, size = self.layer.self_attn, self.layer.self_attn.head_dim
+        parts = []
+        for request, rows in batch.rows.items():
+            heads = [
+                p(normed[rows]).unflatten(-1, (-1, size)).transpose(0, 1)[None]
+                for p in (own.q_proj, own.k_proj, own.v_proj)
+            ]
+            cos, sin = batch.rotary(normed, positions[rows][None])
+            query, key = apply_rotary_pos_emb(heads[0], heads[1], cos, sin)
+            known = self.cache.get(request, (key[:, :, :0], key[:, :, :0]))
+            key, value = torch.cat([known[0], key], 2), torch.cat([known[1], heads[2]], 2)
+            self.cache[request] = key, value
+            whole = {"is_causal": query.shape[2] > 1, "enable_gqa": True}
+            out = F.scaled_dot_product_attention(query, key, value, **whole)
+            parts.append(own.o_proj(out[0].transpose(0, 1).flatten(1)))
+        return torch.cat(parts)
+
+
+class Mode:
+    """SGLang's ForwardMode, as far as it is asked."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def is_decode(self):
+        return self.name == "decode"
+
+    def is_idle(self):
+        return self.name == "idle"
+
+
+class Engine(nn.Module):
+    """Serves a Llama; hooks are put on `model.layers.N`, as SGLang names them."""
+
+    def __init__(self, llama):
+        super().__init__()
+        self.llama = llama
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(map(Block, llama.model.layers))
+        self.batch = None
+
+    @torch.no_grad()
+    def step(self, tokens, firsts, mode):
+        """Return the logits behind the last token of each request, by their new tokens."""
+        lengths, start, rows = [len(new) for new in tokens], 0, {}
+        for request, length in enumerate(lengths):
+            rows[request], start = slice(start, start + length), start + length
+        self.batch = batch = SimpleNamespace(
+            forward_mode=Mode(mode),
+            extend_seq_lens_cpu=lengths if mode == "extend" else None,
+            extend_prefix_lens_cpu=list(firsts) if mode == "extend" else None,
+            rows=rows,
+            rotary=self.llama.model.rotary_emb,
+        )
+        hidden, residual = self.llama.model.embed_tokens(torch.tensor([*chain(*tokens)])), None
+        positions = torch.cat(
+            [torch.arange(f, f + n) for f, n in zip(firsts, lengths, strict=True)]
+        )
+        for layer in self.model.layers:
+            hidden, residual = layer(positions, hidden, batch, residual)
+        last = (hidden + residual)[[part.stop - 1 for part in rows.values()]]
+        return self.llama.lm_head(self.llama.model.norm(last))
+
+    def answer(self, prompts):
+        """Answer greedily; return the tokens and logits, [request, step]."""
+        tokens, firsts, mode, found = prompts, [0] * len(prompts), "extend", []
+        for _ in range(STEPS):
+            found.append(self.step(tokens, firsts, mode))
+            firsts = [first + len(new) for first, new in zip(firsts, tokens, strict=True)]
+            tokens, mode = [[int(best)] for best in found[-1].argmax(-1)], "decode"
+        return torch.stack(found, 1)
+
+
+class Hook(SimpleNamespace):
+    """vllm_lens.Hook: `fn` and `layer_indices`."""
+
+
+def put_vllm_lens(engine, hooks):
+    """Call hooks as vllm-lens does: for each request, with the sum; the difference is added."""
+    contexts = {}
+    engine_hooks = pickle.loads(pickle.dumps(hooks))  # they go to the worker's process
+
+    def on_layer(index):
+        def dispatch(_module, _args, output):
+            changed, whole = output[0].clone(), output[0] + output[1]
+            for request, rows in engine.batch.rows.items():
+                for hook in engine_hooks:
+                    if index in hook.layer_indices:
+                        context = contexts.setdefault(request, SimpleNamespace(saved={}))
+                        context.layer_idx = index
+                        changed[rows] += hook.fn(context, whole[rows]) - whole[rows]
+            return changed, output[1]
+
+        return dispatch
+
+    for index, layer in enumerate(engine.model.layers):
+        layer.register_forward_hook(on_layer(index))
+
+
+def put_sglang(engine, specification):
+    """Register hooks as SGLang does."""
+    for spec in json.loads(json.dumps(specification)):
+        module, name = spec["hook_factory"].split(":")
+        hook = getattr(sys.modules[module], name)(spec["config"])
+        for target in spec["target_modules"]:
+            engine.get_submodule(target).register_forward_hook(hook)
+
+
+def put_easysteer(engine, spec):
+    """Do what `loreft` does at the positions that `apply` selects."""
+
+    def steered(vector):
+        def hook(_module, args, output):
+            rows = list(engine.batch.rows.values())
+            here = [i for part in rows for i in range(part.start, part.stop)]
+            if not engine.batch.forward_mode.is_decode():
+                first, last = vector.apply.prompt_window
+                assert last is None
+                here = [i for part in rows for i in list(range(part.start, part.stop))[first:]]
+            data, whole = vector.data, (output[0] + output[1])[here]
+            rotated = whole @ data.rotate_layer
+            learned = whole @ data.learned_source_weight.T + data.learned_source_bias
+            changed = output[0].clone()
+            changed[here] += (learned - rotated) @ data.rotate_layer.T
+            return changed, output[1]
+
+        return hook
+
+    for vector in spec.vectors:
+        assert (vector.algorithm, vector.apply.generation) == ("loreft", "all")
+        engine.model.layers[vector.data.layer].register_forward_hook(steered(vector))
+
+
+@pytest.fixture(autouse=True)
+def _engines(monkeypatch):
+    """The names that the adapters import of engines which are not here."""
+    lens, steer = ModuleType("vllm_lens"), ModuleType("vllm.steer_vectors")
+    lens.Hook = Hook
+    for name in ("ApplySpec", "ReftIntervention", "SteeringSpec", "VectorSpec"):
+        setattr(steer, name, SimpleNamespace)
+    modules = {"vllm_lens": lens, "vllm": ModuleType("vllm"), "vllm.steer_vectors": steer}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, tokenizer):
+    """Directories of an edit by BaFT and one by ReFT."""
+    request = {"prompt": PROMPTS[0], "target_new": "Rome", "loc_prompt": "Water boils at 100"}
+    own = {"model_name": "tiny", "layers": [1, 3], "device": "cpu", "rank": 4, "lr": 3.0e-2}
+    found = {"BaFT": BaFTHyperParams(**own, gate_lr=3.0e-2), "ReFT": ReFTHyperParams(**own)}
+    for method, hparams in found.items():
+        directory = tmp_path_factory.mktemp("kept") / method
+        with BaFTEditor.open(make_model(), tokenizer, directory, hparams) as editor:
+            editor.edit(request)
+        found[method] = str(directory)
+    return found
+
+
+def wanted(directory, prompts):
+    """The logits of `attach`, one prompt after the other."""
+    model, found = make_model(), []
+    attach(model, directory)
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            eos_token_id=None,
+            pad_token_id=257,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        found.append(torch.cat(out.logits))
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+ROUTES = [
+    ("vllm-lens", "BaFT", lambda e, d: put_vllm_lens(e, vllm_lens.hooks(d))),
+    ("sglang", "BaFT", lambda e, d: put_sglang(e, sglang.specification(d, read_edit(d)))),
+    ("easysteer", "ReFT", lambda e, d: put_easysteer(e, easysteer.specification(d))),
+]
+
+
+@pytest.mark.parametrize(
+    ("put", "method"), [(r[2], r[1]) for r in ROUTES], ids=[r[0] for r in ROUTES]
+)
+def test_an_engine_answers_as_the_model_that_carries_the_edit(put, method, kept, prompts):
+    plain, engine = Engine(make_model()), Engine(make_model())
+    put(engine, kept[method])
+    expected = wanted(kept[method], prompts)
+    answers = engine.answer(prompts)
+    assert torch.equal(answers.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(answers, expected, rtol=1e-3, atol=1e-3)
+    assert (plain.answer(prompts)[0] - answers[0]).abs().max() > 0.1
+
+
+def test_the_simulated_engine_answers_as_the_model(prompts):
+    model, ids = make_model(), torch.tensor([prompts[0]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0, -1]
+    torch.testing.assert_close(Engine(model).answer(prompts)[0, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_states_are_edited_in_fp32(kept):
+    edit = read_edit(kept["BaFT"])
+    hidden = torch.randn(5, HIDDEN)
+    moves = edit.delta(1, hidden.bfloat16())
+    assert moves.dtype == torch.float32
+    assert torch.equal(moves, edit.delta(1, hidden.bfloat16().float()))
+
+
+def test_an_edit_is_read_under_another_default_dtype(kept):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        edit = read_edit(kept["BaFT"])
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for own in edit.layers.values() for p in own.parameters()} == {torch.float32}
+
+
+def test_chunked_prefill_is_refused(kept, prompts):
+    engine = Engine(make_model())
+    put_sglang(engine, sglang.specification(kept["BaFT"], read_edit(kept["BaFT"])))
+    engine.step([prompts[0][:9]], [0], "extend")
+    with pytest.raises(RuntimeError, match="an edit must see a prompt whole, and this batch has"):
+        engine.step([prompts[0][9:]], [9], "extend")
+    engine = Engine(make_model())
+    put_vllm_lens(engine, vllm_lens.hooks(kept["BaFT"]))
+    engine.step([prompts[0][:9]], [0], "extend")
+    with pytest.raises(RuntimeError, match="tokens of a request after its first pass"):
+        engine.step([prompts[0][9:]], [9], "extend")
+
+
+def llm(is_chunked):
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(enable_chunked_prefill=is_chunked))
+    registered = []
+    return SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=config),
+        register_hooks=registered.extend,
+        registered=registered,
+    )
+
+
+def test_an_llm_gets_the_hook_unless_it_cuts_prompts(kept):
+    vllm_lens.register(whole := llm(False), kept["BaFT"])
+    assert [hook.layer_indices for hook in whole.registered] == [[1, 3]]
+    with pytest.raises(ValueError, match="enable_chunked_prefill must be False"):
+        vllm_lens.register(llm(True), kept["BaFT"])
+
+
+def test_sglang_needs_its_batch_and_leaves_an_idle_one(kept):
+    hook = sglang.factory({"directory": kept["BaFT"], "layer": 1})
+    output = (torch.zeros(0, HIDDEN), torch.zeros(0, HIDDEN))
+    assert hook(None, (SimpleNamespace(forward_mode=Mode("idle")),), output) is output
+    with pytest.raises(RuntimeError, match="without its ForwardBatch"):
+        hook(None, (), output)
+
+
+def test_rows_of_padding_are_left(kept):
+    hook = sglang.factory({"directory": kept["BaFT"], "layer": 1})
+    output = (torch.randn(7, HIDDEN), torch.randn(7, HIDDEN))
+    batch = SimpleNamespace(
+        forward_mode=Mode("extend"), extend_seq_lens_cpu=[4, 1], extend_prefix_lens_cpu=[0, 0]
+    )
+    changed = (hook(None, (batch,), output)[0] != output[0]).any(-1)
+    assert changed.tolist() == [False, True, True, True, True, False, False]
+
+
+def test_easysteer_takes_no_gate(kept):
+    with pytest.raises(ValueError, match=r"gate must be 'one' \(ReFT\) for EasySteer"):
+        easysteer.specification(kept["BaFT"])
+    assert main(["export", kept["BaFT"], "--to", "easysteer"]) == 2
+
+
+def test_tensors_that_do_not_fit_are_refused(kept, monkeypatch):
+    state = served.read_latest
+    monkeypatch.setattr(served, "read_latest", lambda path: _without_bias(state(path)))
+    with pytest.raises(ValueError, match=r"layer 1 of the edit in .* cannot be used"):
+        read_edit(kept["BaFT"])
+
+
+def _without_bias(kept):
+    kept = copy.deepcopy(kept)
+    del kept.state.learned["_interventions.1.source_bias"]
+    return kept
+
+
+@pytest.mark.parametrize(("name", "method"), [(r[0], r[1]) for r in ROUTES])
+def test_export_writes_what_an_engine_needs(name, method, kept, tmp_path, capsys):
+    assert main(["export", kept[method], "--to", name]) == 0
+    printed = capsys.readouterr()
+    assert kept[method] in printed.out
+    assert "without a chat template" in printed.err
+    if name == "sglang":
+        assert [spec["config"]["layer"] for spec in json.loads(printed.out)] == [1, 3]
+    else:
+        compile(printed.out, name, "exec")
+    assert main(["export", kept[method], "--to", name, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").read_text() == printed.out
+
+
+def test_reading_an_edit_imports_no_transformers():
+    code = "import sys, baft_easyedit.engines.sglang; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
