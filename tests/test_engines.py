@@ -345,7 +345,7 @@ def test_export_writes_what_an_engine_needs(name, method, kept, tmp_path, capsys
     assert main(["export", kept[method], "--to", name]) == 0
     printed = capsys.readouterr()
     assert kept[method] in printed.out
-    assert "without a chat template" in printed.err
+    assert "in float32, prompts without a chat template" in printed.err
     if name == "sglang":
         assert [spec["config"]["layer"] for spec in json.loads(printed.out)] == [1, 3]
     else:

@@ -36,7 +36,8 @@ def _export(arguments: argparse.Namespace) -> None:
         with written_whole(arguments.out) as stream:
             stream.write(f"{text}\n".encode())
     form = "in the chat template" if edit.use_chat_template else "without a chat template"
-    note(f"the edit was learned on {edit.base_model}, prompts {form}: serve and ask it so")
+    model = f"{edit.base_model} in {edit.dtypes}"
+    note(f"the edit was learned on {model}, prompts {form}: serve and ask it so")
     note("the engine's process needs baft_easyedit; compare its answers with those of `ask`")
 
 

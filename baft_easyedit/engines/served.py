@@ -30,6 +30,8 @@ class ServedEdit:
     gate: str
     base_model: str
     """The model that the edit was learned on; see `KeptConfig`."""
+    dtypes: str
+    """Those of its weights then, such as `float32`."""
     use_chat_template: bool
     """Whether it was learned on prompts in the model's chat template."""
 
@@ -81,6 +83,7 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
         taken(settings, "num_prompt_positions", int, where),
         gate,
         kept.config.base_model,
+        kept.config.fingerprint.dtypes,
         taken(settings, "use_chat_template", bool, where),
     )
 
