@@ -13,7 +13,7 @@ from baft_easyedit.easyedit import register
 from baft_easyedit.editor import BaFTEditor, EditReport
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
-from baft_easyedit.storage.loading import attach
+from baft_easyedit.storage.loading import attach, attach_named
 
 __version__ = "0.2.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "ModelEdit",
     "ReFTHyperParams",
     "attach",
+    "attach_named",
     "attached_edit",
     "register",
 ]

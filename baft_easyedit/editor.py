@@ -70,6 +70,8 @@ class BaFTEditor:
             raise ValueError(f"undo_depth must be at least 1; got {undo_depth}")
         check_layers(hparams.layers, len(decoder_layers(model)))
         carried = attached_edit(model)
+        if carried is not None and carried.is_named:
+            raise ValueError("the model carries named edits, which are only used: detach() them")
         if carried is not None:
             check_same_shape(carried, hparams, "the edit that the model already carries")
         elif edit is not None:

@@ -24,6 +24,7 @@ ROOMS = [
     "bench",
     "demo",
     "speed",
+    "serving",
     "cli",
     "__main__",
 ]

@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     ask.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
     longest = "most tokens of an answer (%(default)s)"
     ask.add_argument("--max-new-tokens", type=whole(1), default=32, help=longest)
-    _add_model(ask)
+    add_model(ask)
 
     score = _add(commands, "eval", _eval, "ask tasks of a kept edit, and without it")
     tasks = "of lm-evaluation-harness, such as piqa,mmlu,gsm8k"
@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--num-fewshot", type=whole(0), help="examples before a question")
     score.add_argument("--batch-size", type=whole(1), default=8, help="(%(default)s)")
     score.add_argument("--json", action="store_true", help="the scores, for machines")
-    _add_model(score)
+    add_model(score)
 
     apply = commands.add_parser(
         "apply", help="make the edits of a file, and go on where an earlier call stopped"
@@ -61,14 +61,14 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     apply.set_defaults(run=_apply)
 
-    _add_model(_add(commands, "undo", _undo, "take the latest edit of a kept directory back"))
+    add_model(_add(commands, "undo", _undo, "take the latest edit of a kept directory back"))
     rollback = _add(commands, "rollback", _rollback, "go to the state after an entry of `history`")
     rollback.add_argument("--to", type=whole(0), required=True, metavar="ID", help="of the entry")
-    _add_model(rollback)
+    add_model(rollback)
 
     forget = _add(commands, "forget", _forget, "take one fact back, and keep the later ones")
     forget.add_argument("--prompt", required=True, help="of the edit")
-    _add_model(forget)
+    add_model(forget)
 
     history = _add(commands, "history", _history, "list what a kept edit went through")
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
@@ -88,7 +88,7 @@ def _add(commands: Any, name: str, run: Any, help_text: str) -> argparse.Argumen
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that load the model of a kept edit."""
     parser.add_argument("--model", help="Hugging Face name or directory of the edited model")
     parser.add_argument("--device", type=device, help="CUDA device number, or a name")
@@ -101,7 +101,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     if arguments.prompt and not all(map(str.strip, arguments.prompt)):
         raise ValueError("--prompt must not be empty; got a blank one")
-    model, tokenizer = _load(arguments)
+    model, tokenizer = load(arguments)
     edit = attach(model, arguments.directory)
     answer = partial(
         generate_answers,
@@ -141,7 +141,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     given = (arguments.tasks, arguments.include_path, arguments.limit, arguments.num_fewshot)
     tasks = Tasks(*given)
-    model, tokenizer = _load(arguments)
+    model, tokenizer = load(arguments)
     edit = attach(model, arguments.directory)
     in_chat = kept_hparams(arguments.directory, model).use_chat_template
     lm = EditedLM(model, tokenizer, arguments.batch_size)
@@ -257,7 +257,7 @@ def _edits_at(journal: Journal, entry: int) -> dict[str, dict[str, Any]]:
 def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
     """Open a kept edit with its model."""
     read_latest(arguments.directory)  # an error if nothing is kept there
-    model, tokenizer = _load(arguments)
+    model, tokenizer = load(arguments)
     with BaFTEditor.open(model, tokenizer, arguments.directory) as editor:
         yield editor
 
@@ -271,7 +271,7 @@ def _begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
         return
     hparams = _settings(arguments)
     given = {"model": hparams.model_name, "device": hparams.device}
-    model, tokenizer = _load(argparse.Namespace(**vars(arguments) | given))
+    model, tokenizer = load(argparse.Namespace(**vars(arguments) | given))
     if arguments.hparams is None:
         from baft_easyedit.generation import with_usable_end
 
@@ -297,7 +297,7 @@ def _settings(arguments: argparse.Namespace) -> BaFTHyperParams:
     )
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Load the model of a kept edit, and its tokenizer.
 
     Raises:

@@ -8,8 +8,8 @@ Shapes: B batch, T tokens of a forward, D hidden size, r rank.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -87,8 +87,8 @@ class Positions(NamedTuple):
 class _Contexts(threading.local):
     """The contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...) that a thread is in."""
 
-    def __init__(self) -> None:
-        self.enabled = True
+    def __init__(self, is_on: bool = True) -> None:
+        self.enabled = self.is_on = is_on
         self.prompt_lengths: PromptLengths | None = None
         self.prompt_width: int | None = None
         """Columns of the prompts, in the generation that the thread is in."""
@@ -96,7 +96,7 @@ class _Contexts(threading.local):
         self.record: GateRecord | None = None
 
     def __reduce__(self) -> Any:
-        return _Contexts, ()
+        return _Contexts, (self.is_on,)
 
 
 class _Calls(threading.local):
@@ -207,10 +207,23 @@ class ModelEdit(EditParameters):
             if device.type != "meta":  # weights that are loaded later
                 self._move(i, device)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    @property
+    def is_named(self) -> bool:
+        """Whether this is one of several edits of its model, off where none is asked for."""
+        return not self.contexts.is_on
+
+    def share(self, others: Iterable["ModelEdit"]) -> None:
+        """Let other edits live on the model too; be off in every thread, except in `switched`."""
+        self._beside, self.contexts = tuple(others), _Contexts(is_on=False)
+
+    def disabled(self) -> AbstractContextManager[None]:
         """Run the model without the edit inside this context and thread."""
-        with self._within(enabled=False):
+        return self.switched(False)
+
+    @contextmanager
+    def switched(self, is_on: bool) -> Iterator[None]:
+        """Run the model with or without the edit inside this context and thread."""
+        with self._within(enabled=is_on):
             yield
 
     @contextmanager

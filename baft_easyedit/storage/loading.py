@@ -1,6 +1,7 @@
 """Read a kept edit and attach it to a model."""
 
 import os
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -8,6 +9,7 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.named import NamedEdits, check_names
 from baft_easyedit.storage.config import hparams_of, new_edit
 from baft_easyedit.storage.reading import read_latest
 from baft_easyedit.storage.state import StateFile, state_hash
@@ -37,6 +39,33 @@ def attach(
     edit, _ = edit_of(latest_for(model, where, allow_other_model), model, where)
     edit.attach(model)
     return edit
+
+
+def attach_named(
+    model: nn.Module,
+    directories: Mapping[str, str | os.PathLike[str]],
+    allow_other_model: bool = False,
+) -> NamedEdits:
+    """Attach several kept edits to a model, to be used by their names. Directories are only read.
+
+    Args:
+        model: The model that the edits were learned on; it must carry none now.
+        directories: The directory of each edit, by its name.
+        allow_other_model: See `attach`.
+
+    Returns:
+        The edits, attached and off; `with edits.active(name)` uses one.
+
+    Raises:
+        FileNotFoundError: If no edit is kept in one of them.
+        ValueError: If a name is unusable; and where `attach` raises it.
+    """
+    check_names(directories)
+    edits = {}
+    for name, directory in directories.items():
+        where = str(expanded(directory))
+        edits[name], _ = edit_of(latest_for(model, where, allow_other_model), model, where)
+    return NamedEdits(model, edits)
 
 
 def kept_hparams(directory: str | os.PathLike[str], model: nn.Module) -> BaFTHyperParams:

@@ -1,0 +1,65 @@
+"""The command `serve`: answer by OpenAI's API, with kept edits."""
+
+import argparse
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
+
+from baft_easyedit.cli.kept import add_model, load
+from baft_easyedit.cli.options import existing, whole
+from baft_easyedit.model.named import check_names
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.storage.loading import attach_named, kept_hparams
+from baft_easyedit.storage.reading import read_latest
+
+
+def add_commands(commands: Any) -> None:
+    """Describe the command."""
+    serve = commands.add_parser("serve", help="answer by OpenAI's API, with kept edits")
+    serve.add_argument(
+        "edits", nargs="+", type=_named, metavar="[NAME=]DIR", help="kept edits of one model"
+    )
+    add_model(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    serve.add_argument("--port", type=whole(0), default=8000, help="(%(default)s); 0: any")
+    serve.add_argument(
+        "--queue", type=whole(1), default=16, help="requests that may run or wait (%(default)s)"
+    )
+    serve.add_argument(
+        "--max-body", type=whole(1), default=2**20, help="bytes of a request (%(default)s)"
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """Read the directory of an edit, with a name or with its own."""
+    name, sign, directory = text.rpartition("=")
+    path = existing("directory")(directory if sign and name else text)
+    try:
+        check_names([name or path.resolve().name])
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return name or path.resolve().name, path
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    """Answer until interrupted."""
+    directories = dict(arguments.edits)
+    if len(directories) < len(arguments.edits):
+        raise ValueError("two edits have one name: give them names, as in NAME=DIR")
+    for directory in directories.values():
+        read_latest(directory)  # an error if nothing is kept there
+    try:
+        import uvicorn
+
+        from baft_easyedit.serving.answering import Answerer
+        from baft_easyedit.serving.app import make_app
+    except ImportError as error:
+        raise ImportError(f"serve needs the extra 'serve' ({error}): install it by pip") from None
+    (_, first), *_ = arguments.edits
+    model, tokenizer = load(argparse.Namespace(**vars(arguments), directory=first))
+    edits = attach_named(model, directories)
+    formats = {n: PromptFormat.of(kept_hparams(d, model)) for n, d in directories.items()}
+    answerer = Answerer(model, tokenizer, edits)
+    app = make_app(answerer, formats, arguments.queue, arguments.max_body)
+    uvicorn.run(app, host=arguments.host, port=arguments.port)

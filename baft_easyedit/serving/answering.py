@@ -1,0 +1,159 @@
+"""Answer one request after the other, each with the edits that it asks for. Uses transformers."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from baft_easyedit.model.named import NamedEdits
+
+T = TypeVar("T")
+
+
+class FullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+class Queue:
+    """Runs jobs one at a time, in one thread.
+
+    Args:
+        size: How many jobs may run or wait at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._room = threading.BoundedSemaphore(size)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
+
+    def submit(self, job: Callable[[], T]) -> "Future[T]":
+        """Let a job run after those before it.
+
+        Raises:
+            FullError: If as many run or wait as may.
+        """
+        if not self._room.acquire(blocking=False):
+            raise FullError(f"at most {self._size} requests may run or wait: try again later")
+        future = self._pool.submit(job)
+        future.add_done_callback(lambda _: self._room.release())
+        return future
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request wants."""
+
+    edits: tuple[str, ...]
+    """Names of the edits; none for the unedited model."""
+    prompt: Sequence[int]
+    """Tokens of the prompt."""
+    max_tokens: int
+    """Most tokens of the answer."""
+    temperature: float = 0.0
+    """0 for greedy decoding."""
+    top_p: float = 1.0
+    """Share of the probability that is sampled from."""
+    seed: int | None = None
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Texts before which the answer ends."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer."""
+
+    text: str
+    """The text, without special tokens."""
+    num_tokens: int
+    """How many tokens were generated."""
+    is_cut: bool
+    """Whether it ended at `max_tokens`."""
+
+
+class Answerer:
+    """A model, its tokenizer, and its named edits.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        edits: Edits that are attached to it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, edits: NamedEdits) -> None:
+        self.model, self.tokenizer, self.edits = model, tokenizer, edits
+
+    @torch.no_grad()
+    def answer(self, wish: Wish, say: Callable[[str], bool]) -> Answer:
+        """Answer a request.
+
+        Args:
+            wish: The request.
+            say: Is given each further piece of the text, possibly empty, while it is generated;
+                the answer ends where it returns False.
+        """
+        from transformers import StoppingCriteriaList
+
+        prompt = torch.tensor([list(wish.prompt)], device=self.model.device)
+        text = _Text(self.tokenizer, wish, say)
+        sampling = {"temperature": wish.temperature, "top_p": wish.top_p, "top_k": 0}
+        seeds = wish.temperature > 0 and wish.seed is not None
+        with self.edits.active(*wish.edits), torch.random.fork_rng(enabled=seeds):
+            if seeds:
+                torch.manual_seed(wish.seed)
+            self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=wish.max_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([text.after_token]),
+                do_sample=wish.temperature > 0,
+                **(sampling if wish.temperature > 0 else {}),
+            )
+        text.finish()
+        is_over = text.has_stopped or text.last in self._ends()
+        is_cut = text.num_tokens == wish.max_tokens and not is_over
+        return Answer(text.said, text.num_tokens, is_cut)
+
+    def _ends(self) -> list[int]:
+        """Return the tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+
+class _Text:
+    """The text of an answer, said as far as no stop text can begin in it."""
+
+    def __init__(self, tokenizer: Any, wish: Wish, say: Callable[[str], bool]) -> None:
+        self._tokenizer, self._wish, self._say = tokenizer, wish, say
+        self._whole = ""
+        self.said, self.num_tokens, self.last = "", 0, -1
+        self.has_stopped = False
+
+    def after_token(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """Say what is new in [1, T] tokens; return whether the answer ends here, [1]."""
+        new = ids[0, len(self._wish.prompt) :].tolist()
+        self.num_tokens, self.last = len(new), new[-1]
+        self._whole = self._tokenizer.decode(new, skip_special_tokens=True)
+        found = [at for stop in self._wish.stop if (at := self._whole.find(stop)) >= 0]
+        self.has_stopped = bool(found)
+        if found:
+            self._whole = self._whole[: min(found)]
+        held = 0 if found else max(map(len, self._wish.stop), default=1) - 1
+        sure = self._whole[: len(self._whole) - held].rstrip("\ufffd")  # a part of a character
+        is_wanted = self._speak(sure)
+        return torch.tensor([self.has_stopped or not is_wanted], device=ids.device)
+
+    def finish(self) -> None:
+        """Say the rest."""
+        self._speak(self._whole)
+
+    def _speak(self, text: str) -> bool:
+        """Say what a text has beyond what was said; return whether more is wanted."""
+        if not text.startswith(self.said):
+            text = self.said
+        piece, self.said = text[len(self.said) :], text
+        return self._say(piece)

@@ -1,0 +1,258 @@
+"""The app: OpenAI's chat and completions API of a model and its named edits. Uses FastAPI.
+
+Nothing of a request is run: its texts become tokens, and its other fields are numbers and names.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from queue import SimpleQueue
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as AnyHTTPException
+
+from baft_easyedit.files.messages import short
+from baft_easyedit.model.prompt_format import PromptFormat, token_ids
+from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish
+
+_MAX_TOKENS = 256
+"""Most tokens of an answer to a request that says nothing of it."""
+
+
+class Body(BaseModel, strict=True):
+    """What both kinds of request hold; other fields are ignored."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: str | list[str] | None = None
+    n: int = Field(1, ge=1, le=1)
+    stream: bool = False
+
+
+class Completion(Body):
+    """A request to go on with a text."""
+
+    prompt: str
+
+
+class Message(BaseModel, strict=True):
+    """A message of a chat."""
+
+    role: str = Field(pattern="^(system|user|assistant)$")
+    content: str
+
+
+class Chat(Body):
+    """A request to answer in a chat."""
+
+    messages: list[Message] = Field(min_length=1)
+
+
+class LimitedBody:
+    """ASGI middleware that refuses longer bodies, whatever length they claim to have."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on; it ends with status 413 once too much of it is read."""
+        read = 0
+
+        async def counted() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise HTTPException(413, f"the body must have at most {self._most} bytes")
+            return message
+
+        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+
+
+def make_app(
+    answerer: Answerer,
+    formats: Mapping[str, PromptFormat],
+    queue_size: int = 16,
+    max_body: int = 2**20,
+) -> FastAPI:
+    """Make the app.
+
+    Args:
+        answerer: The model and its edits.
+        formats: How each edit was learned, by its name.
+        queue_size: How many requests may run or wait; further ones get status 429.
+        max_body: Most bytes of a request.
+    """
+    routes = _Routes(answerer, formats, Queue(queue_size))
+    app = FastAPI(title="baft_easyedit", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(LimitedBody, most=max_body)
+    app.add_exception_handler(AnyHTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _told_invalid)
+    app.add_api_route("/health", lambda: {"status": "ok"})
+    app.add_api_route("/v1/models", routes.models)
+    app.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    return app
+
+
+def _told(_request: Request, error: AnyHTTPException) -> JSONResponse:
+    """Put an error into OpenAI's form."""
+    kind = "invalid_request_error" if error.status_code < 429 else "server_error"
+    form = {"message": str(error.detail), "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": form}, error.status_code)
+
+
+def _told_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Name the first field that is wrong, and its rule."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+    return _told(request, HTTPException(400, f"{field}: {first['msg']}"))
+
+
+class _Routes:
+    """What the app does."""
+
+    def __init__(
+        self, answerer: Answerer, formats: Mapping[str, PromptFormat], queue: Queue
+    ) -> None:
+        self._answerer, self._formats, self._queue = answerer, formats, queue
+
+    def models(self) -> dict[str, Any]:
+        """List the unedited model and the edits."""
+        names = ("base", *self._answerer.edits.names)
+        rows = [{"id": n, "object": "model", "created": 0, "owned_by": "local"} for n in names]
+        return {"object": "list", "data": rows}
+
+    def complete(self, body: Completion) -> Any:
+        """Go on with a text."""
+        edits = self._edits_of(body.model)
+        form = self._form(edits).without_template()
+        ids = form.prompt_ids(body.prompt, self._answerer.tokenizer)
+        return self._reply(_Form(body.model, is_chat=False), body, self._wish(body, edits, ids))
+
+    def chat(self, body: Chat) -> Any:
+        """Answer in a chat."""
+        edits, tokenizer = self._edits_of(body.model), self._answerer.tokenizer
+        if tokenizer.chat_template is None:
+            raise HTTPException(400, "the model has no chat template: use /v1/completions")
+        try:
+            text = tokenizer.apply_chat_template(
+                [message.model_dump() for message in body.messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                **(self._form(edits).chat_template_kwargs or {}),
+            )
+        except TemplateError as error:
+            raise HTTPException(400, f"messages do not fit the chat template: {error}") from None
+        ids = token_ids(text, tokenizer, is_templated=True)
+        return self._reply(_Form(body.model, is_chat=True), body, self._wish(body, edits, ids))
+
+    def _edits_of(self, model: str) -> tuple[str, ...]:
+        """Read a request's `model`: `base`, or names of edits with a `+` between them."""
+        edits = () if model == "base" else tuple(model.split("+"))
+        known = self._answerer.edits.names
+        if not set(edits) <= set(known):
+            raise HTTPException(
+                404,
+                f"model must be one of {('base', *known)}, or several with '+'; got {short(model)}",
+            )
+        return edits
+
+    def _form(self, edits: tuple[str, ...]) -> PromptFormat:
+        """Return how the first edit was learned."""
+        return self._formats[edits[0]] if edits else PromptFormat()
+
+    def _wish(self, body: Body, edits: tuple[str, ...], ids: tuple[int, ...]) -> Wish:
+        """Check what pydantic cannot; return what a request wants."""
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if len(stop) > 4 or not all(stop):
+            raise HTTPException(400, "stop must be at most 4 texts, none of them empty")
+        config = self._answerer.model.config.get_text_config()
+        room = getattr(config, "max_position_embeddings", 2**31) - len(ids)
+        asked = body.max_completion_tokens or body.max_tokens
+        most = asked or min(_MAX_TOKENS, room)
+        if not ids or room < max(most, 1):
+            raise HTTPException(
+                400,
+                f"the prompt ({len(ids)} tokens) must not be empty, and with max_tokens "
+                f"({most}) fit into the model's context of {room + len(ids)} tokens",
+            )
+        return Wish(edits, ids, most, body.temperature, body.top_p, body.seed, stop)
+
+    def _reply(self, form: "_Form", body: Body, wish: Wish) -> Any:
+        """Answer at once, or piece by piece."""
+        pieces: SimpleQueue[str | None] = SimpleQueue()
+        wanted = [True]
+
+        def say(piece: str) -> bool:
+            pieces.put(piece)
+            return wanted[0]
+
+        try:
+            future = self._queue.submit(lambda: self._answerer.answer(wish, say))
+        except FullError as error:
+            raise HTTPException(429, str(error)) from None
+        if not body.stream:
+            return form.whole(future.result(), len(wish.prompt))
+        future.add_done_callback(lambda _: pieces.put(None))
+
+        def events() -> Iterator[str]:
+            try:
+                for piece in iter(pieces.get, None):
+                    if piece:
+                        yield _event(form.part(piece))
+                yield _event(form.part("", future.result()))
+                yield "data: [DONE]\n\n"
+            finally:
+                wanted[0] = False  # whoever asked may have gone
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _event(data: dict[str, Any]) -> str:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
+class _Form:
+    """The JSON of one answer."""
+
+    def __init__(self, model: str, *, is_chat: bool) -> None:
+        self._is_chat = is_chat
+        self._head = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, answer: Answer, num_prompt: int) -> dict[str, Any]:
+        """Return the answer."""
+        message = {"role": "assistant", "content": answer.text}
+        said = {"message": message} if self._is_chat else {"text": answer.text}
+        usage = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": answer.num_tokens,
+            "total_tokens": num_prompt + answer.num_tokens,
+        }
+        return {**self._with("", said, answer), "usage": usage}
+
+    def part(self, piece: str, answer: Answer | None = None) -> dict[str, Any]:
+        """Return a piece of the answer; the last one comes with all of it."""
+        delta = {"delta": {"role": "assistant", "content": piece}}
+        return self._with(".chunk", delta if self._is_chat else {"text": piece}, answer)
+
+    def _with(self, chunk: str, said: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
+        reason = None if answer is None else "length" if answer.is_cut else "stop"
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+        kind = f"chat.completion{chunk}" if self._is_chat else "text_completion"
+        return {**self._head, "object": kind, "choices": [choice]}

@@ -1,0 +1,211 @@
+"""The server, asked by OpenAI's client: its answers are those of `generate_answers`."""
+
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from baft_easyedit.cli import main
+from baft_easyedit.generation import generate_answers
+from baft_easyedit.model.named import NamedEdits
+from baft_easyedit.model.prompt_format import PromptFormat
+from tests.conftest import make_model, make_tokenizer, random_edit
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+
+from baft_easyedit.serving.answering import Answerer, FullError, Queue  # noqa: E402
+from baft_easyedit.serving.app import make_app  # noqa: E402
+
+PROMPT = "The capital of France is"
+CHAT = [{"role": "user", "content": PROMPT}]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('the user must be last') }}"
+    "{% endif %}[assistant]"
+)
+
+
+@contextmanager
+def served(app):
+    """The address of an app that is served at a free port."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [free]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{free.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def edits(model):
+    return NamedEdits(model, {"a": random_edit(seed=3), "b": random_edit(seed=4)})
+
+
+@pytest.fixture(scope="module")
+def url(model, tokenizer, edits):
+    formats = dict.fromkeys(edits.names, PromptFormat())
+    app = make_app(Answerer(model, tokenizer, edits), formats, max_body=5000)
+    with served(app) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("name", ["base", "a", "b", "a+b"])
+def test_answers_are_those_of_generate_answers(client, model, tokenizer, edits, name):
+    with edits.active(*(() if name == "base" else name.split("+"))):
+        (plain,) = generate_answers(model, tokenizer, [PROMPT], 10)
+        form = PromptFormat(use_chat_template=True)
+        (chatted,) = generate_answers(model, tokenizer, [PROMPT], 10, prompt_format=form)
+    given = {"model": name, "max_tokens": 10, "temperature": 0}
+    completed = client.completions.create(prompt=PROMPT, **given)
+    assert completed.choices[0].text.strip() == plain
+    assert completed.usage.total_tokens == len(tokenizer(PROMPT)["input_ids"]) + 10
+    assert completed.choices[0].finish_reason == "length"
+    pieces = [
+        chunk.choices[0] for chunk in client.completions.create(prompt=PROMPT, stream=True, **given)
+    ]
+    assert "".join(piece.text for piece in pieces) == completed.choices[0].text
+    assert pieces[-1].finish_reason == "length"
+    answer = client.chat.completions.create(messages=CHAT, **given).choices[0].message.content
+    assert answer.strip() == chatted
+    stream = client.chat.completions.create(messages=CHAT, stream=True, **given)
+    assert "".join(chunk.choices[0].delta.content for chunk in stream) == answer
+
+
+def test_models_are_listed(client, url):
+    assert [model.id for model in client.models.list()] == ["base", "a", "b"]
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_an_answer_ends_before_a_stop_text(client):
+    given = {"model": "a", "prompt": PROMPT, "max_tokens": 10}
+    whole = client.completions.create(**given).choices[0].text
+    stop, cut = whole[3:5], whole[: whole.index(whole[3:5])]
+    stopped = client.completions.create(**given, stop=stop).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (cut, "stop")
+    chunks = client.completions.create(**given, stop=[stop], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == cut
+
+
+def test_sampling_is_repeated_by_its_seed(client):
+    def sampled(seed, **more):
+        given = {"model": "a", "prompt": PROMPT, "max_tokens": 20, "temperature": 2.0}
+        return client.completions.create(seed=seed, **given, **more).choices[0].text
+
+    state = torch.get_rng_state()
+    assert sampled(1) == sampled(1) != sampled(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sampled(1, top_p=1e-6) == sampled(2, top_p=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "c"}, "model must be one of .*'base', 'a', 'b'.*got 'c'"),
+        ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ({"max_tokens": 10_000}, "fit into the model's context of 256 tokens"),
+        ({"stop": [""]}, "stop must be at most 4 texts"),
+        ({"prompt": PROMPT * 300}, "the body must have at most 5000 bytes"),
+        ({"prompt": PROMPT * 20}, "fit into the model's context of 256 tokens"),
+    ],
+)
+def test_bad_requests_are_told_in_the_form_of_openai(client, changed, message):
+    with pytest.raises(openai.APIStatusError, match=message) as caught:
+        client.completions.create(**({"model": "a", "prompt": PROMPT} | changed))
+    assert caught.value.status_code in (400, 404, 413)
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_messages_must_fit_the_template(client, tokenizer, monkeypatch):
+    said = [*CHAT, {"role": "assistant", "content": "Rome"}]
+    with pytest.raises(openai.BadRequestError, match="template: the user must be last"):
+        client.chat.completions.create(model="a", messages=said)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(openai.BadRequestError, match="has no chat template: use /v1/completions"):
+        client.chat.completions.create(model="a", messages=CHAT)
+
+
+def test_a_full_queue_refuses(model, tokenizer, edits):
+    answerer, go, begun = Answerer(model, tokenizer, edits), threading.Event(), threading.Event()
+
+    def answer(wish, say):
+        begun.set()
+        go.wait(10)
+        return Answerer.answer(answerer, wish, say)
+
+    answerer.answer = answer
+    formats = dict.fromkeys(edits.names, PromptFormat())
+    with served(make_app(answerer, formats, queue_size=1)) as address:
+        asked = {"model": "a", "prompt": PROMPT, "max_tokens": 2}
+        replies = []
+
+        def ask():
+            replies.append(httpx.post(f"{address}/v1/completions", json=asked, timeout=20))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert begun.wait(10)
+        ask()
+        go.set()
+        thread.join()
+    assert [reply.status_code for reply in replies] == [429, 200]
+    assert "at most 1 requests may run or wait" in replies[0].json()["error"]["message"]
+
+
+def test_a_queue_runs_one_job_at_a_time():
+    queue, go = Queue(2), threading.Event()
+    first, second = queue.submit(go.wait), queue.submit(lambda: 2)
+    with pytest.raises(FullError, match="at most 2 requests may run or wait"):
+        queue.submit(lambda: 3)
+    assert not second.done()
+    go.set()
+    assert (first.result(10), second.result(10)) == (True, 2)
+
+
+def test_an_answer_ends_when_nobody_wants_it(model, tokenizer, edits):
+    from baft_easyedit.serving.answering import Wish
+
+    ids = tokenizer(PROMPT)["input_ids"]
+    answer = Answerer(model, tokenizer, edits).answer(Wish((), ids, 10), lambda _: False)
+    assert answer.num_tokens == 1
+
+
+def test_the_command_says_what_it_needs(tmp_path, capsys, monkeypatch):
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "must be a directory with an edit" in capsys.readouterr().err
+    for wrong in ("base", "a+b"):
+        with pytest.raises(SystemExit):
+            main(["serve", f"{wrong}={tmp_path}"])
+        assert "must not be empty or 'base'" in capsys.readouterr().err
+    assert main(["serve", f"a={tmp_path}", f"a={tmp_path}"]) == 2
+    assert "two edits have one name" in capsys.readouterr().err
+    monkeypatch.setattr("baft_easyedit.cli.serve.read_latest", lambda _: None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "serve needs the extra 'serve'" in capsys.readouterr().err
