@@ -50,9 +50,9 @@ def test_at_a_shared_layer_the_first_edit_acts_first(model):
     edits = NamedEdits(model, {"first": first, "second": second})
     with edits.active("first"), first.recording() as alone, torch.no_grad():
         model(IDS)
-    with edits.active("second", "first"):  # the order of the call is none
-        with first.recording() as of_first, second.recording() as of_second, torch.no_grad():
-            model(IDS)
+    pair = edits.active("second", "first")  # the order of the call is none
+    with pair, first.recording() as of_first, second.recording() as of_second, torch.no_grad():
+        model(IDS)
     assert torch.equal(of_first.hidden[1], alone.hidden[1])
     assert not torch.equal(of_second.hidden[1], of_first.hidden[1])
 
