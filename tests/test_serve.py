@@ -209,3 +209,19 @@ def test_the_command_says_what_it_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(tmp_path)]) == 2
     assert "serve needs the extra 'serve'" in capsys.readouterr().err
+
+
+def test_a_failure_is_told_without_its_words(model, tokenizer, edits, monkeypatch):
+    answerer = Answerer(model, tokenizer, edits)
+    monkeypatch.setattr(answerer, "answer", lambda *_: 1 / 0)
+    app = make_app(answerer, dict.fromkeys(edits.names, PromptFormat()))
+    with served(app) as address:
+        asked = {"model": "base", "prompt": PROMPT}
+        answer = httpx.post(f"{address}/v1/completions", json=asked)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the answer failed: see the server's log"
+
+
+def test_a_queue_that_would_take_all_threads_is_refused(model, tokenizer, edits):
+    with pytest.raises(ValueError, match=r"queue must be in \[1, 32\]; got 33"):
+        make_app(Answerer(model, tokenizer, edits), {}, queue_size=33)

@@ -21,6 +21,8 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish
 
+_MAX_QUEUE = 32
+"""Each request that waits holds one of the server's 40 threads."""
 _MAX_TOKENS = 256
 """Most tokens of an answer to a request that says nothing of it."""
 
@@ -92,11 +94,17 @@ def make_app(
         formats: How each edit was learned, by its name.
         queue_size: How many requests may run or wait; further ones get status 429.
         max_body: Most bytes of a request.
+
+    Raises:
+        ValueError: If `queue_size` is not in [1, 32].
     """
+    if not 1 <= queue_size <= _MAX_QUEUE:
+        raise ValueError(f"queue must be in [1, {_MAX_QUEUE}]; got {queue_size}")
     routes = _Routes(answerer, formats, Queue(queue_size))
     app = FastAPI(title="baft_easyedit", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LimitedBody, most=max_body)
     app.add_exception_handler(AnyHTTPException, _told)
+    app.add_exception_handler(Exception, _told)
     app.add_exception_handler(RequestValidationError, _told_invalid)
     app.add_api_route("/health", lambda: {"status": "ok"})
     app.add_api_route("/v1/models", routes.models)
@@ -105,15 +113,18 @@ def make_app(
     return app
 
 
-def _told(_request: Request, error: AnyHTTPException) -> JSONResponse:
-    """Put an error into OpenAI's form."""
+def _told(_request: Request, error: Exception) -> JSONResponse:
+    """Put an error into OpenAI's form; one that is not ours says nothing of itself."""
+    if not isinstance(error, AnyHTTPException):
+        error = HTTPException(500, "the answer failed: see the server's log")
     kind = "invalid_request_error" if error.status_code < 429 else "server_error"
     form = {"message": str(error.detail), "type": kind, "param": None, "code": None}
     return JSONResponse({"error": form}, error.status_code)
 
 
-def _told_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+def _told_invalid(request: Request, error: Exception) -> JSONResponse:
     """Name the first field that is wrong, and its rule."""
+    assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
     return _told(request, HTTPException(400, f"{field}: {first['msg']}"))
