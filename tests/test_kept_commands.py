@@ -149,6 +149,8 @@ def test_files_are_checked_without_a_model(tmp_path, edits, capsys):
     (tmp_path / "bad.yaml").write_text("model_name: x\nlayers: [1]\nrnak: 3\n")
     assert run("validate", tmp_path / "bad.yaml") == 2
     assert "rnak" in capsys.readouterr().err
+    assert run("validate", tmp_path) == 2
+    assert "is a directory: give --kind" in capsys.readouterr().err
 
 
 def test_what_there_is_is_listed(capsys):

@@ -204,7 +204,7 @@ def test_the_command_says_what_it_needs(tmp_path, capsys, monkeypatch):
             main(["serve", f"{wrong}={tmp_path}"])
         assert "must not be empty or 'base'" in capsys.readouterr().err
     assert main(["serve", f"a={tmp_path}", f"a={tmp_path}"]) == 2
-    assert "two edits have one name" in capsys.readouterr().err
+    assert "each edit must have a name of its own, as in NAME=DIR" in capsys.readouterr().err
     monkeypatch.setattr("baft_easyedit.cli.serve.read_latest", lambda _: None)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(tmp_path)]) == 2

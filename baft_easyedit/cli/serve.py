@@ -46,7 +46,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     """Answer until interrupted."""
     directories = dict(arguments.edits)
     if len(directories) < len(arguments.edits):
-        raise ValueError("two edits have one name: give them names, as in NAME=DIR")
+        names = [name for name, _ in arguments.edits]
+        raise ValueError(f"each edit must have a name of its own, as in NAME=DIR; got {names}")
     for directory in directories.values():
         read_latest(directory)  # an error if nothing is kept there
     try:

@@ -96,6 +96,11 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 def _validate(arguments: argparse.Namespace) -> None:
     """Check a file by what it is; print what it holds."""
+    if arguments.kind is None and Path(arguments.file).is_dir():
+        raise ValueError(
+            f"FILE must be a file, or with --kind a benchmark's directory; {arguments.file!r} is a "
+            "directory: give --kind, one of `baft-easyedit ls kinds`"
+        )
     if arguments.kind is not None:
         print(f"{len(read_benchmark(arguments.kind, Path(arguments.file)))} edits, all usable")
     elif Path(arguments.file).suffix.lower() in (".json", ".jsonl", ".csv"):
