@@ -35,7 +35,8 @@ def read_latest(path: Path) -> StateFile:
         if not holds_edit(path):
             raise FileNotFoundError(
                 f"{path} must be a directory with an edit that save() or open() kept; nothing was "
-                f"begun there, for it has no {STATE}: open() with hparams begins, or `baft-easyedit apply`"
+                f"begun there, for it has no {STATE}: open() with hparams begins, or "
+                "`baft-easyedit apply`"
             ) from None
         problem = f"{path / STATE} is lost"
     except (ValueError, OSError) as error:
