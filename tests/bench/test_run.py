@@ -226,7 +226,7 @@ def test_a_downstream_task_is_asked_before_and_after_the_edits(settings, tmp_pat
     command = [sys.executable, ROOT / "scripts/piqa_task.py", tmp_path / "piqa", tmp_path / "task"]
     subprocess.run(command, check=True)
     downstream = {"include_path": str(tmp_path / "task")}
-    change = {"T": [2], "methods": [settings["methods"][0], "GRACE"], "downstream": downstream}
+    change = {"T": [2], "methods": [settings["methods"][0], "FT-L"], "downstream": downstream}
     rows = run_bench(make_config({**settings, **change}), tmp_path / "run")
     assert [(row["downstream_acc"], row["downstream_pre_acc"]) for row in rows] == [(0.5, 0.5)] * 2
     (tmp_path / "task/piqa.jsonl").open("a").write("\n")
