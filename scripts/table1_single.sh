@@ -4,7 +4,8 @@
 #   by the paper's seconds per edit on a V100 (those of a similar method where it gives none).
 #   table1_single.sh DATA_DIR [further options of `baft-easyedit bench`, such as --model, --limit or --methods]
 set -euo pipefail
-data=${1:?give the directory of the data}
+[ -d "${1:-}" ] || { sed -n '2,/^set/s/^# //p' "$0" >&2; exit 2; }  # says how it is called
+data=$1
 shift
 out=${OUT:-runs/table1_single}
 declare -A files=(

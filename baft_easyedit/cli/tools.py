@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
     gguf.set_defaults(run=_import)
 
     ls = commands.add_parser("ls", help="list what there is to choose from")
-    ls.add_argument("what", choices=_LISTS, nargs="?", help="one list; all if absent")
+    ls.add_argument("list", choices=_LISTS, nargs="?", help="one list; all if absent")
     ls.set_defaults(run=_ls)
 
     validate = commands.add_parser(
@@ -90,8 +90,8 @@ _LISTS: Mapping[str, Callable[[], Iterable[str]]] = {
 
 def _ls(arguments: argparse.Namespace) -> None:
     """Print one list, or all."""
-    for what in [arguments.what] if arguments.what else _LISTS:
-        print(f"{what}:", *_LISTS[what](), sep="\n  ")
+    for name in [arguments.list] if arguments.list else _LISTS:
+        print(f"{name}:", *_LISTS[name](), sep="\n  ")
 
 
 def _validate(arguments: argparse.Namespace) -> None:
