@@ -16,6 +16,8 @@ from baft_easyedit.training.learner import Learner
 from tests.bench.synthetic import write_run
 from tests.conftest import make_model
 
+SCRIPTS = sorted(Path(__file__).parents[1].glob("scripts/*.sh"))
+
 
 def edit_command(model, *more):
     return ["edit", "--model", model, "--prompt", "The capital of France is", *more]
@@ -338,3 +340,11 @@ def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkey
     assert "**1 single edits**\n" in captured.out
     assert "| SERAC  | not run: x |" in captured.out
     assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["nowhere"]])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_without_a_directory_say_how_they_are_called(script, arguments):
+    ended = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert f"{script.name} DATA_DIR [further options" in ended.stderr
