@@ -196,7 +196,7 @@ class BenchConfig(_Strict):
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BenchConfig:
-    """Read a benchmark's YAML.
+    """Read a benchmark's YAML. Its paths are looked up beside it, then in the working directory.
 
     Args:
         path: A file, with or without `.yaml`, or the name of one that comes with the package, such
@@ -212,6 +212,10 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     file = hparams_file(path)
     content = read_yaml(file, "benchmark settings")
+    for owner, key in _paths(content):
+        beside = file.parent / owner[key]
+        if beside.exists() or Path(f"{beside}.yaml").exists():
+            owner[key] = str(beside)
     merged = merged_settings(content, overrides or {})
     if merged.get("model") != content.get("model"):  # presets are for the file's model
         merged |= {"preset": None, "peer_preset": None}
@@ -238,19 +242,28 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
 def with_absolute_paths(config: BenchConfig) -> BenchConfig:
     """Make the paths of a configuration independent of the working directory."""
     content = config.model_dump()
-    named = [(content, "model"), (content, "texts"), (content["data"], "path")]
-    if config.downstream is not None:
-        named.append((content["downstream"], "include_path"))
-    for owner, key in named:
-        if owner[key] is not None and Path(owner[key]).exists():
-            owner[key] = str(Path(owner[key]).absolute())
-    for method in content["methods"]:
-        if method["hparams"] is not None:
-            file = hparams_file(method["hparams"]).absolute()
+    for owner, key in _paths(content):
+        if key == "hparams":
+            file = hparams_file(owner[key]).absolute()
             is_own = file.is_relative_to(hparams_root())  # its name means it in each checkout
             name = file.relative_to(hparams_root()).with_suffix("") if is_own else file
-            method["hparams"] = name.as_posix()
+            owner[key] = name.as_posix()
+        elif Path(owner[key]).exists():
+            owner[key] = str(Path(owner[key]).absolute())
     return make_config(content)
+
+
+def _paths(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """Return each setting that is, or may be, a path: the mapping that holds it, and its key."""
+    rows = content.get("methods")
+    named = [(content, "model"), (content, "texts"), (content.get("data"), "path")]
+    named += [(content.get("downstream"), "include_path")]
+    named += [(row, "hparams") for row in (rows if isinstance(rows, list | tuple) else ())]
+    return [
+        (owner, key)
+        for owner, key in named
+        if isinstance(owner, Mapping) and isinstance(owner.get(key), str) and owner[key]
+    ]
 
 
 def _rows(wanted: Any, described: Any) -> Any:

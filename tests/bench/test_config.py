@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from baft_easyedit.bench.config import make_config, read_config
@@ -110,6 +112,28 @@ def test_rows_that_cannot_rehearse_as_they_say_are_refused(tmp_path, monkeypatch
     (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [1]\nrehearsal: 4\n")
     with pytest.raises(ValueError, match=message):
         check_methods(make_config({**SMALLEST, "methods": [row]}))
+
+
+def test_paths_in_a_file_are_looked_up_beside_it_then_in_the_working_directory(
+    tmp_path, monkeypatch
+):
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for directory in (beside, here):
+        directory.mkdir()
+        (directory / "records.json").touch()
+    (beside / "mine.yaml").touch()
+    (here / "texts.txt").touch()
+    (beside / "bench.yaml").write_text(
+        "{model: bundled, data: {kind: zsre, path: records.json}, texts: texts.txt, methods: "
+        "[BaFT, {name: mine, method: BaFT, hparams: mine}]}"
+    )
+    monkeypatch.chdir(here)
+    config = read_config("../beside/bench.yaml")
+    assert Path(config.data.path).resolve() == beside / "records.json"
+    assert Path(config.methods[1].hparams).resolve() == beside / "mine"
+    assert (config.model, config.texts) == ("bundled", "texts.txt")
+    typed = read_config("../beside/bench.yaml", {"data": {"path": "records.json"}})
+    assert typed.data.path == "records.json"
 
 
 def test_how_to_ask_is_for_all_rows():
