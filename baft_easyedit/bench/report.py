@@ -91,13 +91,19 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     return files
 
 
+def _typed(command: Sequence[str]) -> str:
+    """Return a command as text, without the directories of the machine that ran it."""
+    names = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    return shlex.join("baft-easyedit" if name == "__main__.py" else name for name in names)
+
+
 def _source(run: Run) -> list[str]:
     """Return how a run was made, as lines of text."""
     info = run.info
     data, git = info.get("data") or {}, info.get("git") or {}
     state = " with uncommitted changes" if git.get("dirty") else ""
     lines = [
-        f"{run.directory.root.name}: {shlex.join(info.get('command') or ['command not recorded'])}",
+        f"{run.directory.root.name}: {_typed(info.get('command') or ['command not recorded'])}",
         f"{info.get('date')}, status {info.get('status')}, seed {info.get('seed')}, code "
         f"{git.get('commit', 'installed')}{state}",
         f"EasyEdit {_listed(info.get('easyedit'))}; {_listed(info.get('versions'))}",

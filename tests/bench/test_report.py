@@ -4,6 +4,7 @@ import pytest
 from synthetic import write_json, write_run
 
 from baft_easyedit.bench.report import write_report
+from baft_easyedit.bench.store import read_json
 
 FEW = {"methods": ("BaFT", "ROME"), "num_cases": 20, "protocols": ("single",)}
 EVERYTHING = {
@@ -78,6 +79,8 @@ def test_run_in_which_nothing_worked_is_reported_as_such(tmp_path):
 
 def test_each_model_and_data_set_has_a_chapter_with_its_own_sources(tmp_path):
     first = write_run(tmp_path / "first", **FEW)
+    command = ["/home/me/baft_easyedit/__main__.py", "bench", "b.yaml", "--data", "/home/me/zsre"]
+    write_json(first / "run.json", {**read_json(first / "run.json"), "command": command})
     second = write_run(tmp_path / "second", **FEW, model="gpt2", dataset="wikibio")
     write_json(second / "run.json", {"schema": 1, "git": None})
     write_report([first, second], tmp_path / "out")
@@ -85,7 +88,8 @@ def test_each_model_and_data_set_has_a_chapter_with_its_own_sources(tmp_path):
     _, one, two = re.split(r"^## ", text, flags=re.MULTILINE)
     assert one.startswith("llama-zsre on zsre")
     assert two.startswith("gpt2 on wikibio")
-    assert ("- first: " in one, "- second: " in one) == (True, False)
+    assert "- first: baft-easyedit bench b.yaml --data zsre\n" in one
+    assert "- second: " not in one
     assert "- second: 'command not recorded'" in two
     assert "EasyEdit not recorded" in two
     assert (tmp_path / "out" / "figure2-baft-weights-gpt2-wikibio.png").is_file()
