@@ -1,7 +1,8 @@
-"""The arguments of `BaseEditor`'s ways to edit, with one meaning in both generations of EasyEdit.
+"""Give the arguments of `BaseEditor`'s editing methods one meaning in both generations of EasyEdit.
 
-Each generation takes any keyword, and drops those that it does not read. Here they are brought into
-the form that the found one reads; what it cannot do is refused before anything is done.
+Each generation accepts any keyword, and silently drops those that it does not read. `read_call`,
+which `base_editor` calls before each edit, translates a user's arguments into those that the found
+generation reads. It raises, before anything is changed, if an argument cannot be honoured.
 """
 
 import inspect
@@ -34,9 +35,9 @@ _READ: dict[Generation, dict[str, tuple[str, ...]]] = {
         "edit_dataset": ("ds", "verbose"),
     },
 }
-"""What each way to edit reads, or is given here, beside whether its edits are kept."""
+"""Arguments that each editing method reads, or this package for it; not whether edits are kept."""
 _PERPLEXITIES = ("ppl", "ood_ppl")
-"""Values of `eval_metric` that are not names of the accuracy of tokens."""
+"""Values of `eval_metric` that ask for a perplexity; all others mean token accuracy."""
 _ONE_BY_ONE = ("edit", "edit_requests", "generate_edit")
 
 
@@ -47,21 +48,21 @@ def read_call(
     kwargs: Mapping[str, Any],
     batch_size: int,
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Say what a call of one of `BaseEditor`'s ways to edit means.
+    """Translate a user's call of one of `BaseEditor`'s editing methods.
 
-    Edits are kept if `sequential_edit` says so. Where only `keep_original_weight` is given, they
-    are if it is false. Without both, they are kept by the release, and not by the current EasyEdit.
+    Edits are kept if `sequential_edit` is true. If only `keep_original_weight` is given, they are
+    kept if that is false. Without either, the release keeps them and the current EasyEdit does not.
 
     Args:
         original: The method of `BaseEditor`.
         generation: EasyEdit's generation.
         args: The caller's positional arguments.
         kwargs: The caller's keyword arguments.
-        batch_size: That of the hyper-parameters.
+        batch_size: The `batch_size` of the hyper-parameters.
 
     Returns:
-        The calls that make it up, each as arguments by name that the found EasyEdit reads; and
-        whether the edits stay in the model.
+        The calls to make instead, each as the arguments, by name, that the found EasyEdit reads;
+        and whether the edits stay in the model.
 
     Raises:
         ValueError: If a value breaks a rule of `request_arguments`, or EasyEdit cannot do what an
@@ -72,7 +73,7 @@ def read_call(
     sequential, undoes = given.pop("sequential_edit", None), given.pop("keep_original_weight", None)
     keeps = generation == "pypi" if undoes is None else not undoes
     keeps = keeps if sequential is None else bool(sequential)
-    given.pop("train_ds", None)  # of in-context methods
+    given.pop("train_ds", None)  # only in-context methods read it
     _check_read(name, generation, given)
     if name in _ONE_BY_ONE and batch_size != 1:
         raise ValueError(
@@ -89,15 +90,15 @@ def read_call(
         given["requests"] = [{**defaults, **request} for request in dicts]
     if generation == "current":
         return [{**given, "sequential_edit": keeps}], keeps
-    given.pop("target_neg", None)  # which our methods do not read
+    given.pop("target_neg", None)  # our methods do not read it
     given["keep_original_weight"] = not keeps
-    # Of several chunks, the release's `batch_edit` returns the scores of the last.
+    # Given several chunks, the release's `batch_edit` returns the scores of the last one alone.
     return list(_chunks(given, batch_size)) if name == "batch_edit" else [given], keeps
 
 
 def _chunks(given: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """Divide arguments of the release's `batch_edit` into those of at most `size` prompts each."""
-    # It hands these on as if its parameters were those of `edit`.
+    """Split a call of the release's `batch_edit` into calls of at most `size` prompts each."""
+    # `batch_edit` passes these two on by position, to parameters that have `edit`'s names.
     own = {"locality_inputs": "locality_prompts", "portability_inputs": "locality_ground_truth"}
     for start in range(0, len(given["prompts"]), size):
         part = slice(start, start + size)
@@ -131,7 +132,7 @@ def _named(
 
 
 def _check_read(name: str, generation: Generation, given: dict[str, Any]) -> None:
-    """Raise unless EasyEdit reads every argument; take out what asks for what it does anyway."""
+    """Raise unless EasyEdit reads all arguments; drop an `eval_metric` that changes nothing."""
     read, metric = _READ[generation][name], given.get("eval_metric")
     where = f"{name}() of this EasyEdit ({generation})"
     is_possible = "eval_metric" in read and (generation, metric) != ("pypi", "ood_ppl")
@@ -151,10 +152,10 @@ def _check_read(name: str, generation: Generation, given: dict[str, Any]) -> Non
 
 
 def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the arguments that requests are made of, and bring them into their fullest form.
+    """Check the arguments that requests are made of, and complete them.
 
-    One text becomes a list, any sequence too; what is None is left out, as EasyEdit's default; too
-    few `loc_prompts` are repeated in turn.
+    A single text, and any sequence, becomes a list; arguments that are None, EasyEdit's default,
+    are left out; if there are fewer `loc_prompts` than prompts, they are repeated in turn.
 
     Args:
         given: `prompts` and `target_new`; `ground_truth`, `target_neg`, `rephrase_prompts` and
@@ -203,7 +204,7 @@ def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_list(values: Any, name: str, count: int | None = None) -> list[Any]:
-    """Return one text, or several, as a list; with `count` prompts it has an entry for each."""
+    """Return a text or a sequence of texts as a list, checked to have `count` entries, if given."""
     if not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a text or a list of texts; got {type(values).__name__}")
     full = [values] if isinstance(values, str) else list(values)
@@ -215,7 +216,7 @@ def _as_list(values: Any, name: str, count: int | None = None) -> list[Any]:
 
 
 def _probes(probes: Any, name: str, count: int) -> dict[str, Any]:
-    """Return locality or portability inputs of the caller's as ones that may be changed."""
+    """Check the caller's locality or portability inputs, and return a copy that may be changed."""
     if not isinstance(probes, Mapping) or not all(isinstance(p, Mapping) for p in probes.values()):
         raise TypeError(
             f"{name} must be a dict of dicts with the keys 'prompt' and 'ground_truth'; got "

@@ -1,8 +1,9 @@
-"""Small wraps around EasyEdit's `BaseEditor`, so that plain user scripts work with BaFT and ReFT.
+"""Thin wrappers of EasyEdit's `BaseEditor` that make plain user scripts work with BaFT and ReFT.
 
-They give arguments one meaning in both generations (see `arguments`), undo edits where EasyEdit
-would copy weights back, load the model from a path that EasyEdit reads rightly, and (release only)
-honour the device. Other methods are left alone but for the device.
+The wrappers give arguments one meaning in both generations (see `arguments`), undo edits where
+EasyEdit would copy weights back, load the model from a path by which EasyEdit chooses the right
+classes (`model_path`), and, in the release only, honour the device. For EasyEdit's other methods
+only the device and a missing unknown token of the tokenizer are put right, both in the release.
 """
 
 import copy
@@ -31,7 +32,7 @@ _ENTRY_POINTS = (
     "generate_edit",
 )
 _IN_CALL = "_baft_in_call"
-"""Attribute of a `BaseEditor` inside a call: what EasyEdit then calls is not the user's call."""
+"""Attribute of a `BaseEditor` during a user's call: EasyEdit's own calls are not wrapped then."""
 
 
 def wrap_base_editor(generation: Generation) -> None:
@@ -54,11 +55,11 @@ def _constructor(original: Callable[..., None], generation: Generation) -> Calla
     @functools.wraps(original)
     def init(self: Any, hparams: Any) -> None:
         if getattr(hparams, "alg_name", None) in OUR_METHODS:
-            if generation == "current" or torch.cuda.is_available():  # else all means the CPU
+            if generation == "current" or torch.cuda.is_available():  # else all mean the CPU
                 check_device(hparams.device)
             # EasyEdit also takes a subclass of str that holds a loaded model: leave that alone.
             if type(hparams.model_name) is str:
-                hparams = copy.copy(hparams)  # the caller's keep their path
+                hparams = copy.copy(hparams)  # the caller's object keeps its path
                 hparams.model_name = host_model_path(hparams.model_name)
         with honoured_device(generation, getattr(hparams, "device", None)):
             original(self, hparams)
@@ -69,7 +70,7 @@ def _constructor(original: Callable[..., None], generation: Generation) -> Calla
 
 
 def _entry_point(original: Callable[..., Any], generation: Generation) -> Callable[..., Any]:
-    """Wrap one of `BaseEditor`'s ways to edit."""
+    """Wrap one of `BaseEditor`'s editing methods."""
     restores_by_items = generation == "pypi" or original.__name__ == "normal_edit"
 
     @functools.wraps(original)
@@ -91,21 +92,21 @@ def _entry_point(original: Callable[..., Any], generation: Generation) -> Callab
 
 
 class _UndoneByItems(dict[str, Any]):
-    """What stands for our `weights_copy` inside EasyEdit, which restores by `items()`."""
+    """Stands in for our `weights_copy` where EasyEdit restores by a loop over its `items()`."""
 
     def __init__(self, weights_copy: Callable[[], None]) -> None:
         super().__init__()
         self.weights_copy = weights_copy
 
     def items(self) -> tuple[()]:  # type: ignore[override]
-        """Undo the edit, and have no weights to copy back."""
+        """Undo the edit, and return no weights to copy back."""
         self.weights_copy()
         return ()
 
 
 @contextmanager
 def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None]:
-    """Let EasyEdit run a call in this context; if it fails, edits that were to go are undone."""
+    """Let EasyEdit run a user's call in this context; if it fails, undo what was not to be kept."""
     apply, undos = editor.apply_algo, []
 
     def apply_noted(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None
     try:
         yield
     except BaseException:
-        for undo in undos:  # all but the latest are done
+        for undo in undos:  # EasyEdit has done all but the latest; again, they do nothing
             undo()
         raise
     finally:
@@ -129,9 +130,9 @@ def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None
 
 
 def _preparation(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the release's `_prepare_requests`: do what the current one does beside.
+    """Wrap the release's `_prepare_requests`, to add what only the current EasyEdit's does.
 
-    That are irrelevant texts, and probes that only some requests have.
+    These are irrelevant texts (`loc_prompt`), and probes that only some of the requests have.
     """
 
     @functools.wraps(original)

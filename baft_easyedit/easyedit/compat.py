@@ -1,6 +1,7 @@
-"""What EasyEdit needs to run with current transformers and peft: repairs in memory, with reasons.
+"""Repairs, in memory, that make EasyEdit run under current transformers and peft; with reasons.
 
-Nothing here concerns BaFT. Peers' defects that only show in comparisons are in `peers/repairs.py`.
+`load_host` makes them after it has imported EasyEdit. Nothing here concerns BaFT. Defects of peers
+(EasyEdit's other methods) that show only in comparisons are repaired in `peers/repairs.py`.
 """
 
 import copy
@@ -17,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 
 def repair(generation: str) -> None:
-    """Put right, in a generation of EasyEdit, what does not run with the installed libraries."""
+    """Repair those parts of an imported EasyEdit that do not run with the installed libraries."""
     # peft >= 0.15 refuses an AdaLoRA without `total_step`, which only `update_and_allocate` reads;
     # EasyEdit never calls that.
     lora: Any = importlib.import_module("easyeditor.models.lora.lora_main")
     lora.AdaLoraConfig = functools.partial(lora.AdaLoraConfig, total_step=1)
     if generation == "pypi":
-        # The editor asks for `model_parallel`.
+        # The editor reads `model_parallel`, which these hyper-parameters lack.
         hparams = importlib.import_module("easyeditor.models.lora.lora_hparams")
         hparams.LoRAHyperParams.model_parallel = False
         _repair_llama_classes()
@@ -43,13 +44,13 @@ def _repair_llama_classes() -> None:
     """Let the release load Llama models and tokenizers with the Auto classes.
 
     Its `LlamaTokenizer.from_pretrained` loses the spaces of a byte-level BPE tokenizer (Llama 3) in
-    transformers 5, and cannot read a directory that has only a tokenizer.json before that. Its
-    Llama branch is also the one for families that it does not know, so the model class is general.
+    transformers 5, and cannot read a directory that has only a tokenizer.json before that. Models
+    of families that EasyEdit does not know are sent to its Llama branch too (`model_path`).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
     class AnyTokenizer(type):
-        def __instancecheck__(cls, instance: object) -> bool:  # asked before padding on the left
+        def __instancecheck__(cls, instance: object) -> bool:  # EasyEdit asks before it pads left
             return isinstance(instance, PreTrainedTokenizerBase)
 
     class LlamaTokenizer(metaclass=AnyTokenizer):
@@ -61,9 +62,9 @@ def _repair_llama_classes() -> None:
 
 
 def _repair_layer_outputs() -> None:
-    """Let the release trace decoder layers that return a tensor.
+    """Let the release trace decoder layers whose output is a tensor, as in transformers 5.
 
-    MEMIT reads and changes `output[0]` of a decoder layer, which was a tuple in transformers 4.
+    MEMIT reads and changes `output[0]` of a decoder layer, whose output was a tuple before.
     """
     trace = importlib.import_module("easyeditor.util.nethook").Trace
     original = trace.__init__
@@ -90,8 +91,8 @@ def _repair_layer_outputs() -> None:
 def _repair_scoring_limit() -> None:
     """Let the release score whole texts, as the current EasyEdit does.
 
-    It cuts prompt and target at `max_length` tokens: of a long one it scores a part of the target,
-    or fails where nothing is left of it.
+    The release cuts prompt and target together at `max_length` tokens: of a long text it scores a
+    part of the target, or fails if no token of the target is left.
     """
     utils = importlib.import_module("easyeditor.evaluate.evaluate_utils")
     original = utils.test_prediction_acc
@@ -112,17 +113,17 @@ def _repair_scoring_limit() -> None:
 def usable_unknown_token(tok: Any) -> None:
     """Give a tokenizer without an unknown token one that never occurs in a target.
 
-    The release's FT masks `target_ids != tok.unk_token_id`: no tensor where that is None.
+    The release's FT makes its loss mask by `target_ids != tok.unk_token_id`, no tensor for None.
     """
     if getattr(tok, "unk_token_id", 0) is None:
         tok.unk_token = tok.eos_token
 
 
 class DeviceRemap(TorchFunctionMode):
-    """Put right the CUDA devices named in calls to torch inside this context.
+    """Replace CUDA devices that do not exist in all calls to torch inside this context.
 
-    The release writes `f"cuda:{device}"` everywhere. Without CUDA all of those mean the CPU; with
-    CUDA only names that cannot exist, such as `cuda:cpu`, are put right.
+    The release writes `f"cuda:{device}"` everywhere. Without CUDA, the CPU replaces every one of
+    them; with CUDA, only impossible names such as `cuda:cpu` lose their prefix.
     """
 
     def __init__(self) -> None:
@@ -136,7 +137,7 @@ class DeviceRemap(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replace device arguments of one call."""
+        """Replace the device arguments of one call, then make it."""
         if func is torch.Tensor.cuda and not self.has_cuda:
             return args[0]
         # In `.to(0)` a bare number is a CUDA device; elsewhere it is only a number.
@@ -161,7 +162,7 @@ class DeviceRemap(TorchFunctionMode):
 
 
 def honoured_device(generation: str, device: Any) -> AbstractContextManager[Any]:
-    """Return the context in which EasyEdit's code runs on `device`, as its hyper-parameters say."""
+    """Return a context in which EasyEdit's code runs on `device`, that of its hyper-parameters."""
     if generation == "current" or (torch.cuda.is_available() and type(device) is int):
         return nullcontext()
     return DeviceRemap()

@@ -1,4 +1,4 @@
-"""Say which EasyEdit is there, what works with it, and how to get what is missing."""
+"""The check of `baft-easyedit doctor`: which EasyEdit is found, what works, what is missing."""
 
 import contextlib
 import importlib
@@ -23,10 +23,10 @@ from baft_easyedit.hparams import BaFTHyperParams
 
 
 def doctor() -> tuple[str, bool]:
-    """Look at the installation, and make one edit of the bundled model through EasyEdit.
+    """Inspect the installation, and make one edit of the bundled model through EasyEdit.
 
     Returns:
-        What was found, for people; and whether EasyEdit is there, and the edit worked.
+        A report for people; and whether EasyEdit was found and the edit worked.
     """
     devices = torch.cuda.device_count()
     found = {"baft_easyedit": baft_easyedit.__version__, "python": platform.python_version()}
@@ -42,7 +42,7 @@ def doctor() -> tuple[str, bool]:
         found["test edit"], works = _edited(), True
     except ImportError as error:
         found["EasyEdit"] = f"missing: {error}"
-    # Whatever fails inside EasyEdit or its libraries is the finding that is asked for.
+    # Any failure inside EasyEdit or its libraries is a finding, to be reported.
     except Exception as error:  # noqa: BLE001
         found["test edit"] = f"failed: {type(error).__name__}: {error}"
     return "\n".join(f"{name:<13} {value}" for name, value in found.items()), works

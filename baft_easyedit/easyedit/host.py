@@ -47,7 +47,7 @@ Generation = Literal["current", "pypi"]
 
 @dataclass(frozen=True)
 class Host:
-    """One EasyEdit."""
+    """An EasyEdit that was found."""
 
     generation: Generation
     """`current`: restores edits itself, runs on a CPU; `pypi`: easyeditor 0.0.1.dev0."""
@@ -160,7 +160,7 @@ def _version(package: Path) -> str:
 
 
 def git(directory: Path, *arguments: str) -> str | None:
-    """Return what git says of a directory; None if it says nothing."""
+    """Return the output of a git command in a directory; None if the command fails."""
     command = ["git", "-c", "safe.directory=*", "-C", str(directory), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -205,5 +205,5 @@ def _process_state_kept() -> Iterator[None]:
         os.environ.update(environment)
         root.setLevel(level)
         root.handlers[:] = handlers
-        # EasyEdit counts on the root's level for its own logs/run.log: keep that for its loggers.
+        # EasyEdit relies on the root logger's level for its logs/run.log: give it to its loggers.
         logging.getLogger("easyeditor").setLevel(logging.INFO)

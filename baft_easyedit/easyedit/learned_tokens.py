@@ -1,8 +1,10 @@
 """A tokenizer that gives EasyEdit's evaluators the tokens that edits are learned on.
 
-They tokenise `prompt` and `prompt + " " + target` by themselves: with a second beginning before a
-chat template, an end before the answer, a space in languages without. Where a text has none of
-these the tokens are those of the tokenizer itself.
+The evaluators tokenise `prompt` and `prompt + " " + target` themselves, and so put a second
+beginning-of-sequence token before a chat template, the tokenizer's end-of-sequence token, if it
+adds one, between prompt and answer, and a space into scripts written without spaces.
+`LearnedTokens` wraps the tokenizer, recognises these texts, and gives them the tokens of
+`PromptFormat`, as in training. A text with none of these faults keeps the tokenizer's own tokens.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from baft_easyedit.model.batching import padded
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
 _RELEASES_END = " <|endoftext|>"
-"""What EasyEdit's release puts behind texts whose perplexity it measures."""
+"""Text that EasyEdit's release appends to texts whose perplexity it measures."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -21,10 +23,10 @@ def as_list(value: Any) -> list[Any]:
 
 
 class LearnedTokens:
-    """A tokenizer as EasyEdit's evaluators use one.
+    """Wraps a tokenizer, with the interface that EasyEdit's evaluators use.
 
     Args:
-        tok: The tokenizer behind it, which does all else.
+        tok: The wrapped tokenizer, to which everything else is passed on.
         prompt_format: How prompts are put to the model.
     """
 
@@ -32,7 +34,7 @@ class LearnedTokens:
         while isinstance(tok, LearnedTokens):
             tok = tok._tok
         end = prompt_format.template_end(tok) if prompt_format.use_chat_template else ""
-        self.__dict__.update(  # as attributes that are set are the tokenizer's
+        self.__dict__.update(  # assigned attributes go to the tokenizer (`__setattr__`)
             _tok=tok,
             _format=prompt_format,
             _texts={},
@@ -41,7 +43,7 @@ class LearnedTokens:
         )
 
     def expect(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
-        """Make known which prompts and targets will come; return the prompts' lengths in tokens."""
+        """Register prompts and targets to be scored; return the prompts' lengths in tokens."""
         form, tok, lengths = self._format, self._tok, []
         for prompt, target in zip(prompts, targets, strict=True):
             shown = form.prompt_text(prompt, tok)
@@ -56,12 +58,12 @@ class LearnedTokens:
         return lengths
 
     def expect_answers(self, answers: Sequence[str]) -> None:
-        """Make known which answers will come alone, with a space that no template has behind it."""
+        """Register answers that will be tokenised alone; in a template they lose their space."""
         spaced = [f" {answer.removeprefix(' ')}" for answer in answers]
         self._texts.update({text: text[1:] for text in spaced if self._template_end})
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a text."""
+        """Return the token ids of a text, those that edits are learned on."""
         is_templated = text.startswith(tuple(self._templated))
         known = self._texts.get(text)
         if known is None:
@@ -75,7 +77,7 @@ class LearnedTokens:
         return f"{template}{end}{answer.removeprefix(' ')}" if found else text
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Put conversations into the template, with what the format gives it."""
+        """Apply the chat template with the format's arguments, and remember the resulting texts."""
         options = {**(self._format.chat_template_kwargs or {}), **options}
         shown = self._tok.apply_chat_template(conversation, **options)
         if options.get("tokenize") is False:
@@ -83,11 +85,11 @@ class LearnedTokens:
         return shown
 
     def encode(self, text: str, **options: Any) -> Any:
-        """Return the tokens of a text; a caller that has a wish is left to the tokenizer."""
+        """Return the token ids of a text; a call with options is passed on to the tokenizer."""
         return self._tok.encode(text, **options) if options else list(self.ids(text))
 
     def __call__(self, text: Any, **options: Any) -> Any:
-        """Tokenise a text or several; a caller that has a wish is left to the tokenizer."""
+        """Tokenise one text or several; calls with `add_special_tokens` go to the tokenizer."""
         if "add_special_tokens" in options or not isinstance(text, (str, list, tuple)):
             return self._tok(text, **options)
         from transformers import BatchEncoding

@@ -1,7 +1,8 @@
 """Paths from which EasyEdit loads the right classes.
 
 `BaseEditor` chooses model and tokenizer classes by the first of a list of names that occurs
-anywhere in the path: a Llama in `/data/gpt-runs/llama` is loaded as GPT-2.
+anywhere in the path: a Llama in `/data/gpt-runs/llama` is loaded as GPT-2. Where a model's path
+would mislead it, EasyEdit gets a symbolic link with a fitting name in a temporary directory.
 """
 
 import atexit
@@ -19,7 +20,7 @@ _FAMILIES = (
     "t5", "chatglm-api", "gpt-3.5", "gpt", "llama", "baichuan", "chatglm", "internlm", "qwen2",
     "qwen3", "qwen", "mistral",
 )  # fmt: skip
-"""In the order in which EasyEdit looks for them."""
+"""Names of model families, in the order in which EasyEdit looks for them in a path."""
 
 
 def host_model_path(path: str) -> str:
@@ -30,13 +31,13 @@ def host_model_path(path: str) -> str:
 
     Returns:
         The absolute path itself if EasyEdit reads it rightly, else a link to it in a new temporary
-        directory that lives as long as the process. A Hugging Face name that EasyEdit knows comes
-        back as it is; one of a family that it does not know (such as Gemma) is downloaded, and its
+        directory that lives as long as the process. A Hugging Face name is returned as it is if it
+        holds a family that EasyEdit knows; else (such as Gemma's) the model is downloaded, and its
         directory treated like any other.
 
     Raises:
         ValueError: If every temporary directory's name would mislead EasyEdit.
-        OSError: If a model to download is not to be had.
+        OSError: If a model cannot be downloaded.
     """
     directory = Path(ready_location(path))
     if not directory.is_dir():
@@ -64,7 +65,7 @@ def _family_in(path: str) -> str | None:
 
 
 def _family_of_model(directory: Path) -> str:
-    """Return the family whose classes suit a model: its own, or `llama` with its Auto classes."""
+    """Return the family whose classes suit a model: its own, or `llama`, with the Auto classes."""
     file = directory / "config.json"
     config = parse_json(read_regular(file), str(file)) if file.is_file() else {}
     own = {"t5": "t5", "gpt2": "gpt", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
@@ -72,7 +73,7 @@ def _family_of_model(directory: Path) -> str:
 
 
 def _safe_directory() -> Path:
-    """Make a temporary directory, gone with the process, whose name means nothing to EasyEdit."""
+    """Make a directory for the life of the process, whose name holds no family by chance."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix="easyedit-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)

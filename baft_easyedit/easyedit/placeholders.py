@@ -1,7 +1,8 @@
-"""Placeholders for what EasyEdit imports for its multimodal editors and text editing never uses.
+"""Placeholders for vision packages, which EasyEdit imports but text editing never uses.
 
-They exist only while EasyEdit is imported: after that, asking for a package that is not installed
-fails as it did before. What EasyEdit keeps of them can be inherited from, but not used.
+While EasyEdit is being imported, an import hook (`_Finder`) makes stand-in modules for missing
+packages; afterwards, importing these fails as it did before. The names that EasyEdit imports from
+a stand-in are classes that can be inherited from, and raise ImportError when they are called.
 """
 
 import importlib.util
@@ -14,10 +15,10 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 VISION_PACKAGES = ("av", "cv2", "fairscale", "iopath", "qwen_vl_utils", "timm", "torchvision")
-"""What EasyEdit imports for its multimodal editors, by import name."""
+"""Packages that EasyEdit imports for its multimodal editors, by import name."""
 
 _ASKED_BEFORE = ("transformers", "datasets", "peft", "accelerate", "sentence_transformers")
-"""Packages that look for vision packages themselves, and remember the answer."""
+"""Libraries that look for vision packages themselves, and remember the answer."""
 
 _MOVED_NAMES = (
     "apply_chunking_to_forward",
@@ -27,7 +28,7 @@ _MOVED_NAMES = (
 
 
 class _Unusable(type):
-    """Metaclass of what a stand-in module holds: a class to inherit from and nothing more."""
+    """Metaclass of a stand-in module's attributes: classes to inherit from and nothing more."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
         origin = cls.__mro__[-2]
@@ -44,7 +45,7 @@ def _unusable(path: str) -> _Unusable:
     """Make the stand-in of one attribute of a missing package.
 
     Raises:
-        AttributeError: If it is a special one, by which others find out what a thing can do.
+        AttributeError: If it is a special one (`__x__`), by which libraries probe an object.
     """
     name = path.rpartition(".")[2]
     if name.startswith("__"):
@@ -53,14 +54,14 @@ def _unusable(path: str) -> _Unusable:
 
 
 class _StandIn(ModuleType):
-    """A module every attribute of which exists and cannot be used."""
+    """A module in which every attribute exists, and none can be used."""
 
     def __getattr__(self, name: str) -> _Unusable:
         return _unusable(f"{self.__name__}.{name}")
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds and makes stand-ins, for everything in some packages."""
+    """Import hook that makes stand-ins for all modules of some packages."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = packages
@@ -82,7 +83,7 @@ def missing_vision_packages() -> tuple[str, ...]:
 
 
 def _ask_before() -> None:
-    """Let other libraries find out which vision packages exist, before the stand-ins do.
+    """Let other libraries look for the vision packages before there are stand-ins for them.
 
     They keep the answer for the life of the process; a stand-in must never count as the package.
     """

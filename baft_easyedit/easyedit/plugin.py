@@ -43,11 +43,11 @@ class Undo(dict[str, Any]):
 
 
 _UNDONE = "_baft_undone"
-"""Attribute of a model that has its `_Undone`."""
+"""Attribute of a model that holds its `_Undone`."""
 
 
 class _Undone(NamedTuple):
-    """An edit that was taken back. Copies of the model, and files of it, hold nothing instead."""
+    """An undone edit, kept for reuse. Copies of the model, and files of it, hold None instead."""
 
     edit: ModelEdit
 
@@ -56,14 +56,14 @@ class _Undone(NamedTuple):
 
 
 def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None:
-    """Return an edit that was taken back from a model, as if it were new; None if there is none.
+    """Return the edit that was undone on a model, reset as if it were new; None if none fits.
 
-    EasyEdit edits and undoes, one request after another: an edit in the same memory can repeat the
-    steps that were recorded for those before (see `KnownSteps`).
+    EasyEdit edits and undoes one request after another. An edit whose parameters lie in the same
+    memory can replay the training steps recorded for the edits before it (see `KnownSteps`).
     """
     if attached_edit(model) is not None:
         return None
-    undone = vars(model).pop(_UNDONE, None)  # from now on it may be somebody's
+    undone = vars(model).pop(_UNDONE, None)  # so that nobody else gets it
     if undone is None:
         return None
     try:

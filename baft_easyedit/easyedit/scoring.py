@@ -1,10 +1,11 @@
-"""Tell an edit where the prompt ends while EasyEdit scores it.
+"""Tell an edit where the prompt ends while EasyEdit scores the edited model.
 
-EasyEdit scores with one teacher-forced forward of `prompt + " " + target`, in which the model
-cannot see where the prompt ends. Its scoring functions are wrapped, not re-written: if the scored
-model carries an edit, the original runs inside `ModelEdit.prompt_lengths`, and with our methods'
-hyper-parameters, before an edit too, on the tokens that edits are learned on (`LearnedTokens`).
-Other methods are scored by the original alone.
+EasyEdit scores by one teacher-forced forward of `prompt + " " + target`. An edit acts on the last
+prompt tokens and on the answer, but cannot see in this text where the prompt ends. So `register`
+wraps EasyEdit's scoring functions: on a model that carries an edit, the original function runs
+inside `ModelEdit.prompt_lengths`, and on the tokens that edits are learned on (`LearnedTokens`).
+With BaFT's or ReFT's hyper-parameters it gets these tokens before an edit too. For other methods
+the original is called as it is.
 """
 
 import functools
@@ -67,12 +68,12 @@ def _bridged(
 
 
 def _of_prediction(call: Call) -> list[int]:
-    """Return the lengths of prompts whose targets are scored."""
+    """Return the prompts' lengths in tokens, for functions that score targets."""
     return call["tok"].expect(as_list(call["prompts"]), as_list(call["targets"]))
 
 
 def _of_perplexity(call: Call) -> list[int]:
-    """Return the same for perplexity; EasyEdit passes no attention mask, so padding counts."""
+    """Return them for perplexity; EasyEdit passes no attention mask, so left padding counts."""
     tok, prompts, targets = call["tok"], as_list(call["prompt"]), as_list(call["target_new"])
     lengths: list[int] = tok.expect(prompts, targets)
     if tok.padding_side == "left":
@@ -82,12 +83,12 @@ def _of_perplexity(call: Call) -> list[int]:
 
 
 def _of_text(call: Call) -> list[int]:
-    """Return the length of a text that is scored by itself: there is no answer in it."""
+    """Return the length of a text that is scored by itself: the prompt is the whole text."""
     return [max(len(call["tok"].ids(text)) for text in as_list(call["prompt"]))]
 
 
 def _of_continuation(call: Call) -> list[int]:
-    """Return the lengths of prefixes; EasyEdit's own loop may feed a prompt in pieces."""
+    """Return the lengths of prefixes; EasyEdit's own decoding may feed a prompt in pieces."""
     return [len(call["tok"].ids(text)) for text in as_list(call["prefixes"])]
 
 

@@ -1,7 +1,8 @@
-"""EasyEdit's own pieces around one `BaseEditor`: edit, score, generate, restore, verify.
+"""Edit, score, generate, restore and verify, as separate steps around EasyEdit's `BaseEditor`.
 
-`BaseEditor.edit` scores each case right after its own edit and nothing else; other protocols need
-its parts one by one. Models are scored in eval mode, which EasyEdit forgets for LoRA's dropout.
+`BaseEditor.edit` does all in one call: it scores each case right after its own edit, and only then.
+`bench` and `speed` need the steps apart, for BaFT and ReFT and for EasyEdit's other methods, and
+take them through a `Session`. It scores in eval mode; EasyEdit itself leaves LoRA's dropout on.
 """
 
 import importlib
@@ -39,7 +40,7 @@ Request = Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
 _ROUTE_BATCHES = ("WISE", "GRACE", "MELO")
-"""Methods that route a whole batch by one of its prompts, or count its padding."""
+"""Methods that route a whole batch by one of its prompts, or count its padding: batch size 1."""
 
 
 def make_editor(hparams: Any) -> Any:
@@ -59,7 +60,7 @@ def make_peer(
 ) -> tuple[Any, tuple[str, ...]]:
     """Make the editor of one of EasyEdit's other methods, with all that it needs to run fairly.
 
-    Its files go to the working directory.
+    Its hyper-parameters and statistics are written to the working directory.
 
     Args:
         name: A name of `peers.PEERS`.
@@ -71,7 +72,7 @@ def make_peer(
         seed: Seed of the prefixes that some methods edit behind.
 
     Returns:
-        EasyEdit's `BaseEditor`, and what is to be told beside the scores.
+        EasyEdit's `BaseEditor`, and notes to be reported beside the scores.
 
     Raises:
         ValueError: If the method cannot be run under this EasyEdit, or needs texts.
@@ -92,10 +93,10 @@ class Session:
 
     Args:
         editor: An EasyEdit `BaseEditor` with an unedited model.
-        probe: A text on which restored models are compared.
+        probe: A text on which a restored model's logits are compared with the unedited one's.
         verify: Compare weights and logits after each restore, and keep a copy of the model to put
             back if they differ. Takes the memory of a second model.
-        batch_size: Most prompts that are answered at once.
+        batch_size: Most prompts in a batch of generation.
     """
 
     def __init__(self, editor: Any, probe: str, verify: bool = True, batch_size: int = 32) -> None:
@@ -120,7 +121,7 @@ class Session:
 
     @property
     def num_parameters(self) -> int | None:
-        """Numbers that the edits learned or changed; None if there is no telling."""
+        """Number of parameters that the edits learned or changed; None if it is not known."""
         model, weights_copy = self.model, self._edits[0][1] if self._edits else None
         edit = attached_edit(model) if isinstance(model, nn.Module) else None
         if edit is not None:
@@ -180,16 +181,16 @@ class Session:
             ]
 
     def _scoring_tokenizer(self) -> LearnedTokens:
-        """Return the tokenizer as all methods are scored with it."""
+        """Return the tokenizer that all methods, EasyEdit's too, are scored with."""
         return LearnedTokens(self.editor.tok, PromptFormat.of(self.editor.hparams))
 
     def score_against(
         self, pre: Sequence[Mapping[str, Any]], requests: Sequence[Request]
     ) -> list[dict[str, Any]]:
-        """Score requests, their locality against the scores `pre` of the unedited model.
+        """Score requests; locality is agreement with `pre`, the unedited model's scores.
 
         Returns:
-            EasyEdit's metrics of each, `pre` and `post`.
+            EasyEdit's metrics of each request, under `pre` and `post`.
         """
         editor, scored = self.editor, []
         for request, before, after in zip(requests, pre, self.score(requests), strict=True):
@@ -219,8 +220,8 @@ class Session:
         """Answer prompts by greedy decoding until the model stops by itself.
 
         Args:
-            prompts: One text per answer, or its tokens.
-            max_new_tokens: Where each answer is cut.
+            prompts: Prompts, each a text or a list of token ids.
+            max_new_tokens: The most tokens that each answer may have.
         """
         size, device = self._batch_size(), self._input_device()
         with self._scoring():
@@ -229,11 +230,11 @@ class Session:
             )
 
     def _batch_size(self) -> int:
-        """Return how many texts the model computes at once."""
+        """Return how many texts may be in one batch."""
         return 1 if self.editor.alg_name in _ROUTE_BATCHES else self.batch_size
 
     def task_scores(self, tasks: Any) -> Any:
-        """Return what the model as it is now reaches in `harness.Tasks`, without chat template."""
+        """Return the scores of the model as it is now in `harness.Tasks`, without chat template."""
         from baft_easyedit.harness import EditedLM
 
         with self._scoring():
@@ -249,9 +250,9 @@ class Session:
         Raises:
             Exception: Whatever EasyEdit raises, if there is no copy to put back.
         """
-        # What the first edit returned is what undoes them all: it kept the unedited weights, and
-        # EasyEdit's LoRA returns its PEFT model, which can unload, from the first edit only. Ours
-        # take back their own edit each.
+        # For EasyEdit's methods, what the first edit returned undoes them all: it holds the
+        # unedited weights, or, of LoRA, the only PEFT model that can unload. Each edit of BaFT or
+        # ReFT is undone by itself, the latest first.
         edits, self._edits = self._edits, []
         is_each_its_own = any(isinstance(weights_copy, Undo) for _, weights_copy in edits)
         try:
@@ -261,7 +262,7 @@ class Session:
                         self._host.restore_after_edit(self.editor, edited, weights_copy)
                     else:
                         _restore_as_the_release_does(self.editor, edited, weights_copy)
-        # A peer whose restore fails is one that does not restore: its scores stand, and say so.
+        # A restore that fails counts as one that is not exact: the scores stand, with a note.
         except Exception:
             if self._unedited is None:
                 raise
@@ -275,7 +276,7 @@ class Session:
         return False
 
     def _input_device(self) -> torch.device:
-        """Return where the model wants its tokens."""
+        """Return the device that the model's tokens must be on."""
         return next(self.editor.model.parameters()).device
 
     def _probe_logits(self) -> Tensor:
@@ -323,7 +324,7 @@ def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) ->
 
 
 def prepare_requests(requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Complete request dicts with what EasyEdit reads without asking.
+    """Complete request dicts with keys that EasyEdit reads without checking for them.
 
     Missing `ground_truth`, `case_id`, `locality` and `portability` are added; empty probes are
     dropped.

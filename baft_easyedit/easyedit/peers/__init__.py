@@ -1,7 +1,7 @@
 """EasyEdit's other methods, to compare BaFT with: which there are, and how each is run fairly.
 
-`session.make_peer` makes the editor of one, of its hyper-parameters (`presets`) and with what it
-needs (`repairs`, `statistics`); a `session.Session` edits, scores and restores.
+`session.make_peer` makes the editor of such a method: from its hyper-parameters (`presets`), with
+repairs (`repairs`, `prompts`) and statistics (`statistics`). A `session.Session` then runs it.
 """
 
 from baft_easyedit.easyedit.peers.methods import PEERS, batchable, why_not

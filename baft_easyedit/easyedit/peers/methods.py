@@ -1,6 +1,6 @@
-"""Which of EasyEdit's other methods there are to compare with, and what each of them can do.
+"""EasyEdit's other methods that BaFT is compared with, and what each of them can do.
 
-They are those that the configurations of `hparams/bench` compare.
+They are those in the configurations of `hparams/bench`; for others, `_NOT_RUN` says why not.
 
 Names are EasyEdit's, but for FT-L and FT-M, its FT with two objectives, for AdaLoRA, its LoRA with
 another `lora_type`, and for UltraEdit, which it spells ULTRAEDIT.
@@ -25,7 +25,7 @@ class Peer:
     folder: str
     """Its folder in EasyEdit's `hparams`."""
     given: Mapping[str, Any] = field(default_factory=dict)
-    """Hyper-parameters that make it this method, whatever a file says."""
+    """Hyper-parameters that make it this method; they override those of a file."""
 
 
 METHODS: Mapping[str, Peer] = {
@@ -62,7 +62,7 @@ _NOT_RUN = {
 
 
 def why_not(name: str, generation: Generation) -> str | None:
-    """Say why a method cannot be compared under a generation of EasyEdit; None if it can.
+    """Return why a method cannot be compared under a generation of EasyEdit; None if it can.
 
     Args:
         name: `BaFT`, `ReFT`, one of `PEERS`, or another method of EasyEdit.

@@ -33,7 +33,7 @@ _EDITORS_OWN = {"fp16", "model_parallel"}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What hyper-parameters depend on."""
+    """Sizes of a model that scaled hyper-parameters depend on."""
 
     depth: int
     width: int
@@ -50,7 +50,7 @@ class ModelShape:
 
 
 def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
-    """Return one of `PEERS`' own hyper-parameters for a model of some shape, without paths."""
+    """Return a peer's hyper-parameters for `facts-llama`, scaled to a shape, without paths."""
     config: dict[str, Any] = yaml.safe_load(read_text(hparams_file(f"peers/{name}/facts-llama")))
     _scale_layers(config, shape.depth)
     narrower = _WIDTH / shape.width
@@ -99,7 +99,7 @@ def _layer(path: str) -> int:
 
 
 def own_preset_config(name: str, preset: str) -> dict[str, Any] | None:
-    """Return a peer's hyper-parameters in `hparams/peers/<METHOD>/<preset>.yaml`; None without."""
+    """Return a peer's hyper-parameters in `hparams/peers/<METHOD>/<preset>.yaml`, if it exists."""
     file = f"peers/{name}/{preset}"
     return yaml.safe_load(read_text(hparams_file(file))) if has_hparams(file) else None
 
@@ -122,7 +122,7 @@ def _shipped_presets(name: str) -> dict[str, Path]:
 def _config(
     name: str, model_path: str, preset: str | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the hyper-parameters of a preset, else scaled ones; and a note if not our own."""
+    """Return a preset's hyper-parameters, or scaled ones; and a note if a preset is not ours."""
     if preset is None:
         return peer_config(name, ModelShape.of(model_path)), ()
     tuned = own_preset_config(name, preset)
@@ -171,7 +171,7 @@ def peer_hparams(
             the bundled model's values are scaled, and a note says so.
 
     Returns:
-        The hyper-parameters, and what there is to tell beside the scores.
+        The hyper-parameters, and notes to be reported beside the scores.
 
     Raises:
         ValueError: If the method cannot be run (`why_not`), it needs texts and there are none, or a
@@ -195,7 +195,7 @@ def peer_hparams(
 
 
 def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts: int) -> None:
-    """Write the model's path, and which statistics to read, wherever a configuration has them."""
+    """Set a configuration's keys for the model's path and for the statistics, where it has them."""
     layers = "-".join(map(str, config.get("layers", ())))
     null_space = f"null_space_{layers}_{num_texts}_{config.get('nullspace_threshold')}.pt"
     values = {
@@ -215,7 +215,7 @@ def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts
 def _loaded(
     name: str, config: Mapping[str, Any], file: Path, generation: Generation
 ) -> tuple[Any, tuple[str, ...]]:
-    """Load a configuration as EasyEdit does, from a file; tell what its class does not have."""
+    """Load a configuration from a file, as EasyEdit does; note the keys that its class lacks."""
     method = METHODS[name]
     module = importlib.import_module(f"easyeditor.models.{method.module}")
     hparams_class = getattr(module, method.hparams_class)

@@ -1,9 +1,9 @@
-"""How requests are put to EasyEdit's other methods and their scorer, and on which tokens.
+"""How requests are put to EasyEdit's other methods and to their scorer, and as which tokens.
 
-Methods read a prompt and its answer as texts and know neither of chat templates (but for WISE,
-which puts prompts into them itself) nor of where answers end: the template becomes a part of the
-prompt, the token that ends a text a part of the answer. EasyEdit's evaluators see neither here;
-they put prompts into the template themselves.
+The methods read a prompt and its answer as plain texts. They do not use the chat template (except
+WISE, which applies it itself), and do not learn where an answer ends. If asked for (`HOW_TO_ASK`),
+the template is written into the prompt here, and the end-of-sequence token behind the answer.
+EasyEdit's evaluators get neither; they apply the template themselves (but see `scored_request`).
 """
 
 import functools
@@ -19,28 +19,27 @@ from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
 from baft_easyedit.model.prompt_format import PromptFormat
 
 HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
-"""Hyper-parameters of ours that are for any method; they have the meaning of `BaFTHyperParams`."""
+"""Hyper-parameters of `BaFTHyperParams` that any method takes here, with the same meaning."""
 APPEND_ANSWERS = ("ROME", *NEED_TEXTS)
-"""Methods that read an answer behind its prompt as text."""
+"""Methods that append an answer to its prompt as text, and tokenise both again."""
 _IRRELEVANT = "nq question: who sang the song of the summer"
-"""For WISE, where a request has no `loc_prompt`."""
+"""The `loc_prompt` of WISE, where a request has none."""
 
 
 def learns_end(hparams: Any) -> bool:
-    """Tell whether a method is given the token that ends an answer.
+    """Tell whether a method learns the end-of-sequence token behind an answer.
 
-    FT-L is not, whatever is asked: it learns all tokens of an answer for the place of the first.
+    FT-L never does: it trains the position of an answer's first token on all of its tokens.
     """
     is_ft_l = getattr(hparams, "objective_optimization", None) == "prompt_last"
     return bool(getattr(hparams, "learn_end", False)) and not is_ft_l
 
 
 def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
-    """Return a copy of a request for an editor's method, which may change it.
+    """Return a copy of a request, which may be changed, in the form that an editor's method takes.
 
-    WISE wants exactly one `loc_prompt`: it gets the first of several, and a fixed text where there
-    is none, not another request's locality probe, on which it will be scored. Ours are given the
-    request as it is.
+    WISE needs exactly one `loc_prompt`: it gets the first of several, or a fixed text if there is
+    none (not a locality probe, as WISE is scored on those). BaFT and ReFT get the request as it is.
     """
     edited, name = deepcopy(dict(request)), editor.alg_name
     if name in OUR_METHODS:
@@ -57,10 +56,10 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
 def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     """Return the request that EasyEdit's evaluator should see.
 
-    GRACE alone is scored by generation, against `tok.encode(target)` without the space that a
-    byte-level BPE puts before it in the text: a perfect edit scores 0. Where the tokenizer does so,
-    the targets get that space. Nor does EasyEdit use a chat template then: all prompts but those of
-    locality get it here.
+    Only GRACE's changes: EasyEdit scores GRACE alone by generation, against `tok.encode(target)`.
+    A byte-level BPE merges the space before a target into its first token, so that even a perfect
+    edit would score 0: with such a tokenizer, targets get that space here. EasyEdit also generates
+    without a chat template: all prompts but those of locality are put into it here.
     """
     scored = deepcopy(dict(request))
     if editor.alg_name != "GRACE":
@@ -96,7 +95,7 @@ def _shown(prompt: str, editor: Any) -> str:
 
 
 def _space_is_part_of_token(request: Mapping[str, Any], tok: Any) -> bool:
-    """Tell whether a target's tokens in a text are those of the target with its space."""
+    """Tell whether a target in a text has the tokens of the target with a space before it."""
     whole, bare, spaced = (
         tok.encode(text + request["target_new"], add_special_tokens=False)
         for text in (request["prompt"] + " ", "", " ")
@@ -105,11 +104,11 @@ def _space_is_part_of_token(request: Mapping[str, Any], tok: Any) -> bool:
 
 
 def tell_end_from_padding(editor: Any) -> None:
-    """Pad with a token that ends nothing, if an editor's method learns ends or templates.
+    """Pad with a token other than end-of-sequence, if a method learns ends or uses templates.
 
-    EasyEdit pads with the token that ends a text. Its methods leave that out wherever it is: at the
-    end of an answer, which then is not learned, and in a template, of which they then take the last
-    tokens for the answer's.
+    EasyEdit pads with the end-of-sequence token, so its methods leave that token out wherever it
+    occurs: at the end of an answer, which then is not learned; and in a template, so that they take
+    the last tokens of the template for the answer's.
 
     Raises:
         ValueError: If the tokenizer has no other special token.
@@ -133,7 +132,7 @@ def tell_end_from_padding(editor: Any) -> None:
 def suited_tokenizer(
     name: str, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: Any
 ) -> Any:
-    """Return a tokenizer that does what a method counts on; the same one for most.
+    """Return a tokenizer that behaves as a method expects; for most methods, the same one.
 
     Args:
         name: A name of `PEERS`.
@@ -147,8 +146,8 @@ def suited_tokenizer(
         suited.decode = functools.partial(_decode_with_space, tok)
     if not form.use_chat_template:
         return suited
-    # Methods put a space before answers, behind a template too. Some tokenizers join it with the
-    # template's end, of which the edit then never is reminded.
+    # Methods put a space before an answer, behind a template too. Some tokenizers merge it with the
+    # template's end: the edit would be learned on tokens that no prompt has in generation.
     behind_templates = LearnedTokens(suited, form)
     behind_templates.expect_answers([request["target_new"] for request in requests])
     return behind_templates
@@ -157,8 +156,8 @@ def suited_tokenizer(
 def _decode_with_space(tok: Any, ids: Any, **kwargs: Any) -> str:
     """Decode with the space that a SentencePiece tokenizer drops before the first word.
 
-    ROME and its kin append all but the last token of an answer to the prompt as text, and count on
-    finding the same tokens there: `prompt?Taur` has others than `prompt? Taur`.
+    ROME and its kin append all but the last token of an answer to the prompt as text, and expect to
+    find the same tokens there: `prompt?Taur` has others than `prompt? Taur`.
     """
     text: str = tok.decode(ids, **kwargs)
     tokens = tok.convert_ids_to_tokens(torch.as_tensor(ids).reshape(-1).tolist())

@@ -1,4 +1,4 @@
-"""Defects of EasyEdit's other methods that would make a comparison wrong, put right in memory.
+"""Repairs, in memory, of defects in EasyEdit's other methods that would falsify a comparison.
 
 Each says what is wrong; none changes a method's mathematics. In the order of a run: `fix_peer`
 before the editor is made and `prepare_method` after it; `after_edit` after each edit;
@@ -42,7 +42,7 @@ _TOLD = {
         "its normalisation begins anew with each edit, as EasyEdit has it",
     ),
 }
-"""What is done for a method, beside what several need."""
+"""Notes on what is done for one method alone."""
 
 
 def method_module(path: str) -> Any:
@@ -58,7 +58,7 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
         hparams: Its EasyEdit hyper-parameters, changed in place where that is the repair.
 
     Returns:
-        What was done here, or will be by `prepare_method`, to be told beside the scores.
+        Notes on what is done, here or by `prepare_method`, to be reported beside the scores.
     """
     if name == "GRACE":
         _keep_grace_values_trainable()
@@ -77,8 +77,8 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
 def _keep_grace_values_trainable() -> None:
     """Let GRACE edit again near an old key.
 
-    Its constructor freezes every parameter, the values of earlier edits among them; an edit that
-    reuses one of those then has nothing to train ("does not require grad").
+    GRACE's constructor freezes every parameter, also the values that earlier edits learned. A later
+    edit that reuses one of these values then has nothing to train ("does not require grad").
     """
     grace = method_module("grace.GRACE").GRACE
     original = grace.edit
@@ -96,7 +96,7 @@ def _keep_grace_values_trainable() -> None:
 def prepare_method(name: str, editor: Any, seed: int) -> None:
     """Prepare a method's editor, once after it is made, so that no edit depends on the one before.
 
-    What a method draws during an edit (adapters, dropout, WISE's mask) is the caller's to seed.
+    The caller seeds what a method draws during an edit (adapters, dropout, WISE's mask).
 
     Args:
         name: A name of `PEERS`.
@@ -104,7 +104,7 @@ def prepare_method(name: str, editor: Any, seed: int) -> None:
         seed: Seed of the prefixes that some methods edit behind; the random state stays as it was.
     """
     tell_end_from_padding(editor)
-    if name == "MELO":  # it replaces modules and shares their weights, which it never changes
+    if name == "MELO":  # it wraps these modules, and leaves their weights as they are
         places = editor.hparams.model
         paths = (places.grace_layer, *places.target_modules)
         modules = {path: editor.model.get_submodule(path) for path in paths}
@@ -117,8 +117,8 @@ def prepare_method(name: str, editor: Any, seed: int) -> None:
 def _make_caches_anew(name: str, editor: Any, seed: int) -> None:
     """Empty the caches of a method's module, and generate the prefixes that it edits behind.
 
-    The caches know models by name and texts not at all. The prefixes, which ROME and its kin would
-    generate at their first edit, then do not depend on which case comes first.
+    The caches are kept by the model's name, whatever the texts. ROME and its kin would generate the
+    prefixes at their first edit; generated here, they do not depend on which case comes first.
     """
     module, h = method_module(_TEMPLATES_IN[name]), editor.hparams
     module.CONTEXT_TEMPLATES_CACHE = None
@@ -139,7 +139,7 @@ def _make_caches_anew(name: str, editor: Any, seed: int) -> None:
 def _put_right(name: str, apply: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     """Wrap a method's entry point: one mini-batch a call, a suited tokenizer, and a way back.
 
-    `BaseEditor.batch_edit` passes `batch_size` requests a call. Methods count on that: UltraEdit
+    `BaseEditor.batch_edit` passes `batch_size` requests a call, and methods rely on it: UltraEdit
     ignores further ones and asserts that there are not fewer, FT and LoRA split them up.
     """
 
@@ -149,7 +149,7 @@ def _put_right(name: str, apply: Callable[..., tuple[Any, Any]]) -> Callable[...
     ) -> tuple[Any, Any]:
         if batchable(name, loaded_generation()):
             hparams.batch_size = len(requests)
-            if hasattr(hparams, "batch_size_once"):  # UltraEdit's part of it, a divisor
+            if hasattr(hparams, "batch_size_once"):  # of UltraEdit, which it must divide
                 hparams.batch_size_once = 1
         if name == "MELO":
             _check_free_block(model, hparams.grace.num_block)
@@ -178,7 +178,7 @@ def _check_free_block(model: Any, num_blocks: int) -> None:
 def _weights_of_modules(model: Any, hparams: Any) -> dict[str, Tensor]:
     """Copy the weights that UltraEdit changes.
 
-    It looks for parameters by the names of modules, finds none, and returns nothing to restore.
+    UltraEdit looks for parameters by the names of modules, finds none, and returns no weights.
     """
     names = [f"{path.removesuffix('.weight')}.weight" for path in hparams.inner_params]
     return {name: model.get_parameter(name).detach().clone() for name in names}
@@ -187,15 +187,15 @@ def _weights_of_modules(model: Any, hparams: Any) -> dict[str, Tensor]:
 def after_edit(editor: Any, edited: Any) -> None:
     """Let the next edit of a sequence start from the edited model, as the method returned it.
 
-    EasyEdit passes `editor.model` to each edit. MELO, which wraps it and looks for its wrapper,
-    would wrap it anew and forget: it gets the edited model instead, until that is restored.
+    EasyEdit passes `editor.model` to each edit. MELO wraps a model that is not yet its wrapper, and
+    so would forget earlier edits: it gets the edited model instead, until that is restored.
     """
     if editor.alg_name == "MELO":
         editor.model = edited
 
 
 def reset_method_state(editor: Any) -> None:
-    """Forget what a method keeps between edits where EasyEdit leaves it; after each restore."""
+    """Clear, after a restore, the state that a method keeps between edits and EasyEdit leaves."""
     name = editor.alg_name
     if name == "AlphaEdit":
         method_module("alphaedit.AlphaEdit_main").cache_c_new = False
@@ -212,10 +212,10 @@ def reset_method_state(editor: Any) -> None:
 
 @contextmanager
 def whole_answers(model: Any, name: str) -> Iterator[None]:
-    """Let GRACE's answers not end while EasyEdit scores them.
+    """Let GRACE generate past the end-of-sequence token while EasyEdit scores it in this context.
 
-    It takes as many tokens from the back as the target has, of prompt and answer where the answer
-    ends sooner, and raises where even both have fewer.
+    EasyEdit compares the last tokens of prompt and answer, as many as the target has: of an answer
+    that ends sooner these include the prompt's, and it raises if both together have fewer.
     """
     if name != "GRACE":
         yield

@@ -1,8 +1,8 @@
 """Statistics of a model's keys on local texts, for MEMIT and its kin.
 
-EasyEdit would download Wikipedia for these. It reads a ready file where there is one, so the files
-are written here in its format. A key k is the input of a rewritten module, such as a layer's
-`mlp.down_proj`, at one token.
+EasyEdit would download Wikipedia to compute these. If it finds their files, it reads them instead,
+so they are written here, in its format, from local texts. A key k is the input of a rewritten
+module, such as a layer's `mlp.down_proj`, at one token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _BATCH = 16
 _MAX_LENGTH = 256
 """Longest text in tokens; the rest is cut."""
 _SHARE = 0.7
-"""Of all directions, how many AlphaEdit edits in where it has no threshold."""
+"""Share of all directions that AlphaEdit edits in, if it has no threshold."""
 
 
 def write_statistics(editor: Any, texts: Sequence[str]) -> None:
