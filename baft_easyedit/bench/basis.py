@@ -1,6 +1,6 @@
-"""What the gate of an edited model does on a case: basis weights, and the edit's size by basis.
+"""Record what an edited model's gate does on a case: basis weights, and each basis's update.
 
-Recorded after all edits of a chunk, for Figures 1 and 2 of the paper and for `diagnose`.
+`worker` records them after all edits of a chunk, for Figures 1 and 2 of the paper and `diagnose`.
 Shapes: r rank, N intervened positions of one text.
 """
 
@@ -16,7 +16,7 @@ from baft_easyedit.training.prefix_cache import FullForward
 from baft_easyedit.training.requests import TextRow
 
 LayerValues = dict[str, list[float]]
-"""By layer (JSON wants text as keys), one number for each basis."""
+"""One number for each basis, by layer; the layers are texts, as JSON needs for keys."""
 
 
 def basis_record(
@@ -59,7 +59,7 @@ def basis_record(
 def _observe(
     model: Any, tok: Any, edit: ModelEdit, pairs: list[tuple[str, str]], form: PromptFormat
 ) -> tuple[LayerValues, LayerValues]:
-    """Run texts of one kind; return mean weights and mean size of the edit by basis."""
+    """Run texts of one kind; return mean weight and mean size of the update of each basis."""
     rows = [
         TextRow(form.whole_ids(*pair, tok), len(form.prompt_ids(pair[0], tok)), is_edit=True)
         for pair in pairs

@@ -5,8 +5,9 @@
     methods: [BaFT, ReFT, FT-M, {name: +ss-w, method: BaFT, set: {gate: subspace}}]
     T: [1, 10, 100]
 
-T edit calls of `batch_size` requests each make one run on a fresh model: T 1 and batch_size 1 are
-single edits, batch_size 1 is continual editing, anything else batched editing.
+T edit calls of `batch_size` requests each are made on an unedited model, then scored and undone.
+With T 1 and batch_size 1 these are single edits; with batch_size 1 and a larger T, continual
+editing; with a larger batch_size, batched editing.
 """
 
 from collections.abc import Mapping
@@ -34,16 +35,16 @@ class _Strict(BaseModel):
 
 
 REHEARSED = "+rehearsal"
-"""What the name of a row ends with, or has in it, if its method rehearses past edits."""
+"""Part of the name of every row that rehearses past edits; at its end it asks for rehearsal."""
 _REHEARSAL = 16
-"""Past edits that a row rehearses which is given by its name only."""
+"""Number of past edits that a row rehearses if its name alone asks for it."""
 
 
 class MethodConfig(_Strict):
     """One row of the table."""
 
     name: str = Field(min_length=1)
-    """What the row is called."""
+    """Name of the row."""
     method: str = ""
     """BaFT, ReFT or one of EasyEdit's methods; the name if absent."""
     hparams: str | None = None
@@ -90,7 +91,7 @@ class DataConfig(_Strict):
     limit: int | None = Field(default=None, ge=1)
     """Number of records; all if null."""
     options: dict[str, Any] = {}
-    """What the kind's reader takes beside these."""
+    """Further arguments of the kind's reader."""
 
 
 class DownstreamConfig(_Strict):
@@ -126,7 +127,7 @@ class BenchConfig(_Strict):
     data: DataConfig
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     T: _Counts = (1,)
-    """Edit calls in a row, then the scores of all that was edited, then a restore."""
+    """Edit calls in a row; after them all edited records are scored and the model is restored."""
     batch_size: _Counts = (1,)
     """Requests per edit call."""
     preset: str | None = None
@@ -141,9 +142,9 @@ class BenchConfig(_Strict):
     use_chat_template: bool = False
     """Put prompts into the model's chat template, to edit and to score; not those of locality."""
     learn_end: bool = False
-    """Let edits learn where an answer ends, so that generated ones stop there: BaFT and ReFT by
-    their `learn_end`, EasyEdit's methods by the token behind their targets, but for those that
-    cannot, which a note names. If false, BaFT and ReFT do as their hyper-parameters say."""
+    """Let edits learn where an answer ends, so that generation stops there: BaFT and ReFT by their
+    `learn_end`, EasyEdit's methods by an end-of-sequence token behind their targets (a note names
+    those that cannot). If false, BaFT and ReFT do as their hyper-parameters say."""
     generation: bool = True
     """Score by generation too: greedy, natural stop, exact match."""
     immediate: bool = True
@@ -152,8 +153,8 @@ class BenchConfig(_Strict):
     """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
     downstream: DownstreamConfig | None = None
     scoring_batch_size: int = Field(default=32, ge=1)
-    """Prompts answered at once, by methods whose edited model computes each text of a batch
-    by itself; the scores are the same up to rounding."""
+    """Prompts in a batch of generation; 1 for methods whose edited model does not compute each text
+    of a batch by itself. Scores are the same up to rounding."""
     device: int | str = "cpu"
     """EasyEdit's device; with several processes each takes the CUDA device of its rank."""
     fp16: bool = False
@@ -164,19 +165,19 @@ class BenchConfig(_Strict):
     """Check each restore bit for bit; takes the memory of a second model."""
     seed: int = 0
     threads: int = Field(default=1, ge=1)
-    """Torch's CPU threads of each method's process."""
+    """Torch's number of CPU threads in each method's process."""
     jobs: int = Field(default=1, ge=1)
     """Methods run at once by each process."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_former(cls, content: Any) -> Any:
-        """Leave out settings that there are no more, as runs of before have them by default."""
+        """Drop settings that no longer exist, if at their default, so that older runs are read."""
         if not isinstance(content, Mapping):
             return content
         rest = {k: v for k, v in content.items() if k not in _FORMER or v != _FORMER[k]}
         task = rest.get("downstream")
-        if isinstance(task, Mapping) and "path" in task:  # PIQA's files, before lm_eval asked it
+        if isinstance(task, Mapping) and "path" in task:  # of PIQA, before lm_eval ran it
             rest["downstream"] = {k: v for k, v in task.items() if k != "path"}
         return rest
 
@@ -191,7 +192,7 @@ class BenchConfig(_Strict):
 
     @property
     def protocols(self) -> list[Protocol]:
-        """What each method is run under."""
+        """The protocols that each method is run under."""
         return [Protocol(T, size) for size in self.batch_size for T in self.T]
 
 
@@ -201,9 +202,9 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Args:
         path: A file, with or without `.yaml`, or the name of one that comes with the package, such
             as `bench/facts`.
-        overrides: Values that replace those of the file; those of mappings are merged, and names of
-            methods that are rows of the file mean those rows. Another model does not get the
-            file's presets.
+        overrides: Values that replace those of the file. Mappings are merged; in `methods`, the
+            name of a row of the file stands for that row. If another model is given, the file's
+            presets are dropped.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -267,7 +268,7 @@ def _paths(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
 
 
 def _rows(wanted: Any, described: Any) -> Any:
-    """Replace names of rows by what the file says of them."""
+    """Replace each name of a row by the file's description of that row."""
     if not isinstance(wanted, list) or not isinstance(described, list):
         return wanted
     mappings = [row for row in described if isinstance(row, Mapping)]

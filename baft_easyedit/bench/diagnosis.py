@@ -1,8 +1,8 @@
-"""The paper's claims as checks of a run: does the gate do what it is there for?
+"""Check the paper's claims on a finished run: does the gate do what it is meant to do?
 
-`diagnose` reads a run's files and nothing else. It looks at the balance of basis use, Reliability
-against Locality over the strength of R_loc, the separation of edit and irrelevant prompts, and for
-signs of failure. Shape: r bases of a layer.
+`diagnose`, the command of that name, reads only a run's files. It reports how evenly the bases are
+used, Reliability against Locality over the strength of R_loc, how well the gate separates edit
+prompts from irrelevant ones, and signs of failure. Shape: r bases of a layer.
 """
 
 import json
@@ -30,18 +30,18 @@ from baft_easyedit.method.gate_report import (
 )
 
 SIGNIFICANCE = 0.05
-"""Share of false discoveries that is accepted among the bases said to tell prompts apart."""
+"""Accepted share of false discoveries among the bases that are reported to tell prompts apart."""
 LEAST_GAP = 0.01
 """Mean weights that are closer than this count as equal, however sure their order is: alpha, the
 weight that R_loc lets irrelevant positions keep (Liu et al. 2025, Table 5)."""
 MIN_PROMPTS = 4
 """Fewest prompts of each kind that are tested: with three, no two-sided p-value is below 0.1."""
 SMALL_AUC = 0.556
-"""A gate does not separate if its mean AUC is below this, and no basis is open wider beyond chance:
-it is the AUC of two normal distributions with Cohen's d of 0.2, his small effect."""
+"""A gate does not separate if its mean AUC is below this and no basis is open wider beyond chance.
+The value is the AUC of two normal distributions at Cohen's d = 0.2, which Cohen calls small."""
 LOCALITY_DROP = 0.05
-"""A smaller loss of Locality from the smallest to the largest T is not warned of: the paper's BaFT
-loses up to 0.03 on ZsRE from T 1 to 1000, its ReFT 0.2 and more."""
+"""A loss of Locality up to this, from the smallest to the largest T, causes no warning: the paper's
+BaFT loses up to 0.03 on ZsRE from T 1 to 1000, its ReFT 0.2 and more."""
 NUM_STANDARD_ERRORS = 2.0
 """The loss must also exceed this many of its standard errors: about 95 % confidence."""
 
@@ -74,7 +74,7 @@ _COUNTS = ("sequences", "edit prompts", "irrelevant")
 _DECIMALS = {**dict.fromkeys(_COUNTS, 0), "edit weight": 3, "irrelevant weight": 3}
 
 Lines = dict[str, dict[str, Any]]
-"""For each row, which is a method under a protocol, its numbers and texts by title."""
+"""For each row (a method under a protocol), its numbers and texts by column title."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Diagnosis:
     balance: Lines
     separation: Lines
     sweeps: Mapping[str, Lines]
-    """By what their rows have in common."""
+    """By the settings that their rows have in common."""
 
     def to_markdown(self) -> str:
         """Return the diagnosis as text: warnings first, then a section for each claim."""
@@ -154,7 +154,7 @@ def _markdown(caption: str, lines: Lines) -> str:
 
 
 def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
-    """Sum up how a row uses its bases; warn of layers where a few carry nearly all weight."""
+    """Summarise how a row uses its bases; warn of layers where a few carry nearly all weight."""
     usages: dict[int, list[torch.Tensor]] = {}
     for chunk in result.directory.chunks_of(result.method, result.setting):
         if chunk["error"] is None:
@@ -196,7 +196,7 @@ def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
     auc = np.array(
         [t.statistic / (len(a) * len(b)) for t, (a, b) in zip(tests, pairs, strict=True)]
     )
-    # Equal weights tell nothing: p is 1, for which scipy 1.18 gives nan.
+    # If all weights are equal, scipy 1.18 gives nan in place of p = 1.
     p_values = [1.0 if isnan(test.pvalue) else test.pvalue for test in tests]
     is_sure = false_discovery_control(p_values, method="bh") < SIGNIFICANCE
     gap = np.array([a.mean() - b.mean() for a, b in pairs])
@@ -272,7 +272,7 @@ def _other_settings(method: MethodConfig) -> list[str]:
 
 
 def _strength(method: MethodConfig) -> float:
-    """Return the factor of R_loc; infinite, which comes last, if the preset decides."""
+    """Return the factor of R_loc; infinity, to be sorted last, if the preset decides."""
     if method.set.get("locality") is False:
         return 0.0
     return float(method.set.get("locality_coef", "inf"))
@@ -290,7 +290,7 @@ def _beats(other: Result, result: Result) -> bool:
 
 
 def _locality_falls(results: Sequence[Result]) -> list[str]:
-    """Warn of rows whose Locality is worse after many edits than after few, beyond doubt."""
+    """Warn of rows whose Locality is significantly worse after many edits in a row than few."""
     scored: dict[str, list[Result]] = {}
     for result in results:
         if result.setting.batch_size == 1 and result.number("locality_acc_se") is not None:

@@ -1,4 +1,4 @@
-"""Figures of the results of one model on one data set: 1 to 3 of the paper, and retention.
+"""Draw the results of one model on one data set: Figures 1 to 3 of the paper, and retention.
 
 Every method has the same colour and marker in all figures. Shape: r bases of a layer.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIN_RETENTION_T = 10
-"""Fewest edits in a row whose retention is drawn, in as many groups."""
+"""Fewest edits in a row for which retention is drawn; also the most groups of edits there."""
 _TITLES = dict(
     zip(TEACHER_FORCED, ("Reliability", "Generality", "Locality", "Portability"), strict=True)
 )
@@ -45,7 +45,7 @@ _RETENTION = (
 
 
 def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
-    """Yield name, caption and figure for all that there are numbers for.
+    """Yield name, caption and figure of each figure that the results have numbers for.
 
     Args:
         results: Results of one model on one data set.
@@ -74,7 +74,7 @@ def retention(cases: Iterable[Case], score: str, T: int) -> np.ndarray:
 
     Args:
         cases: Cases of T edits in a row.
-        score: One of their scores; cases without it are passed over.
+        score: Name of one of their scores; cases without it are skipped.
         T: Edits in a row.
 
     Returns:
@@ -104,7 +104,7 @@ def _bases(
 def update_figure(cases: Iterable[Case]) -> "Figure | None":
     """Draw how few bases carry an update (Liu et al. 2025, Fig. 1); None without records.
 
-    Shares are sorted within each case, for each edit may use other bases.
+    Shares are sorted within each case, as each edit may use other bases.
     """
     shares = {}
     for layer, sizes in gate_records(cases, "update", "rewrite").items():

@@ -1,4 +1,4 @@
-"""What each row of a benchmark runs: our hyper-parameters, by protocol, and the texts of peers."""
+"""What a benchmark's rows run with: our hyper-parameters by protocol, and texts for statistics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layer
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
 _NUM_TEXTS = 500
-"""About how many of the bundled facts are texts for statistics."""
+"""About how many of the bundled facts serve as texts for key statistics."""
 
 
 def check_methods(config: BenchConfig) -> None:
@@ -55,9 +55,9 @@ def our_hparams(
     Args:
         config: The benchmark.
         method: A row of it, with method BaFT or ReFT.
-        protocol: What they are for.
-        model_path: Where EasyEdit finds the model; that of the configuration if None.
-        device: EasyEdit's device; that of the configuration if None.
+        protocol: The protocol that they are for.
+        model_path: Where EasyEdit finds the model; the configuration's `model` if None.
+        device: EasyEdit's device; the configuration's `device` if None.
     """
     rehearsal: dict[str, Any] = {}
     if method.rehearsal:
@@ -89,7 +89,7 @@ def our_hparams(
 
 
 def asked_of_all(config: BenchConfig) -> dict[str, bool]:
-    """Return what a configuration asks of every method, ours and EasyEdit's."""
+    """Return the hyper-parameters that a configuration sets for every method."""
     names = ("fp16", "model_parallel", "use_chat_template", "learn_end")
     return {name: True for name in names if getattr(config, name)}
 

@@ -1,4 +1,4 @@
-"""Numbers printed in the paper, to stand beside ours (Liu et al. 2025, arXiv 2503.00306).
+"""Numbers printed in the paper, shown beside ours in reports (Liu et al. 2025, arXiv 2503.00306).
 
 They are in `paper.yaml`. A number is looked up for the same model, data set, protocol and method; a
 model that the paper did not use has none.
@@ -13,7 +13,7 @@ from baft_easyedit.bench.results import TEACHER_FORCED, Result
 
 
 class PaperNumbers:
-    """What `paper.yaml` holds."""
+    """The content of `paper.yaml`."""
 
     def __init__(self) -> None:
         text = Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8")
@@ -28,17 +28,17 @@ class PaperNumbers:
         self._costs = content["costs"]
 
     def _family(self, model: str) -> str | None:
-        """Return what a model, such as `meta-llama/Llama-2-7b-hf`, is called here, if it is."""
+        """Return the name in `paper.yaml` of a model such as `meta-llama/Llama-2-7b-hf`, if any."""
         return self._names.get(model.rsplit("/", 1)[-1].lower())
 
     def score(self, result: Result, name: str, tables: Sequence[int]) -> str:
-        """Return a teacher-forced score of the same cell as it is printed; empty if there is none.
+        """Return the paper's teacher-forced score of a cell, as printed; empty if there is none.
 
         Args:
-            result: Whose model, data set, protocol and method it is.
+            result: Determines the cell: model, data set, protocol and method.
             name: One of `TEACHER_FORCED`.
-            tables: Numbers of the paper's tables. The ablation has others than Table 2 for the
-                same methods and protocol.
+            tables: Numbers of the paper's tables to look in, in order. The ablation prints other
+                scores than Table 2 for the same methods and protocol.
         """
         if result.setting.batch_size > 1:
             return ""

@@ -1,8 +1,9 @@
-"""A generator in a process of its own, which may print, crash or hang as EasyEdit's methods do.
+"""Run a generator in a process of its own, as EasyEdit's methods print, keep state and may crash.
 
-The process has a temporary working directory, and what it prints goes to a file there. It computes
-a step when it is asked for one, and answers with a pickle of what was yielded or raised, through a
-pipe. `multiprocessing` would import the caller's main script again, and sets no environment.
+`bench` and `speed` run each method in such a `Worker`. It has a temporary working directory, with a
+file for what it prints. A byte on its standard input asks for a step; it answers on its standard
+output with a pickle of the value yielded, or of the error's text. `multiprocessing` would import
+the caller's main script again, and cannot set the environment.
 """
 
 import os
@@ -17,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 _TAIL = 300
-"""Characters of a dead process's output that its error tells."""
+"""Number of last characters of a dead process's output that its error quotes."""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -26,12 +27,12 @@ class WorkerError(ChildProcessError):
 
 
 class Worker(Iterator[Any]):
-    """Iterates over a generator in a process of its own; ends the process as a context.
+    """Iterates over a generator in a process of its own; as a context manager, ends the process.
 
     Args:
-        function: A generator function of a module.
-        *arguments: What it is called with; each can be pickled.
-        **environment: Variables that it has beside those of this process.
+        function: A generator function at the top level of a module.
+        *arguments: Its arguments, which must be picklable.
+        **environment: Environment variables that are added to those of this process.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class Worker(Iterator[Any]):
             pickle.dump((function, arguments), cast(Any, self.process.stdin))
 
     def __next__(self) -> Any:
-        """Return what the generator yields next.
+        """Return the next value that the generator yields.
 
         Raises:
-            WorkerError: If it raises anything, or the process ends; and again if asked again.
+            WorkerError: If the generator raises, or the process dies; and on every later call.
         """
         if self._error is None:
             kind, value = self._step()
@@ -75,7 +76,7 @@ class Worker(Iterator[Any]):
         raise WorkerError(self._error)
 
     def _step(self) -> tuple[str, Any]:
-        """Ask for a step; return what kind of answer it got, and the answer."""
+        """Ask for a step; return the kind of answer (`item`, `end` or `error`) and its value."""
         pipes: Any = self.process
         try:
             pipes.stdin.write(b"\n")
@@ -87,7 +88,7 @@ class Worker(Iterator[Any]):
             return "error", f"its process ended with exit code {code}: {tail}"
 
     def close(self) -> None:
-        """End the process, and what it wrote to its working directory."""
+        """Kill the process, and delete its working directory."""
         self.process.kill()
         with suppress(BrokenPipeError), self.process:
             pass
@@ -101,10 +102,10 @@ class Worker(Iterator[Any]):
 
 
 def main() -> None:
-    """Run the generator that standard input names, a step for each byte that follows there."""
+    """Run the generator that is pickled on standard input, one step for each byte that follows."""
     asked = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed goes where errors go
+    os.dup2(2, 1)  # prints go to standard error, the log
 
     def answer(kind: str, value: Any) -> None:
         pickle.dump((kind, value), answers)

@@ -1,7 +1,7 @@
-"""Where a run's numbers come from, as `run.json` tells, and whether a directory holds the same run.
+"""Record in `run.json` how a run is made, and check that a directory holds the same run.
 
-A run may go on with further rows and protocols; whatever decides the scores that are there must be
-what it was: settings, records, model, EasyEdit.
+A run may be continued, also with further rows and protocols. Everything that the existing scores
+depend on must then be unchanged: settings, records, model, EasyEdit.
 """
 
 import importlib
@@ -40,9 +40,9 @@ _SAMPLE = 1 << 20
 """Bytes hashed at each end of a weight file too large to read whole."""
 _LARGE = 1 << 30
 _MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs")
-"""Settings that change no score that is there; rows are compared one by one."""
+"""Settings that change no score already in a run; `methods` are compared row by row instead."""
 _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")
-"""What `earlier` keeps of each time that the run was started before."""
+"""Entries of `run.json` that `earlier` keeps of each previous start of the run."""
 
 
 def model_fingerprint(model: str) -> dict[str, str]:
@@ -52,9 +52,9 @@ def model_fingerprint(model: str) -> dict[str, str]:
         model: Hugging Face name or directory, `bundled` or `smollm2`.
 
     Returns:
-        `model` and `tokenizer`, hex digests. Of weight files above 1 GiB, size, beginning and end
-        are hashed. For a model of the Hugging Face hub, the commit in the cache; for one that is
-        not there yet, its name.
+        `model` and `tokenizer`, hex digests. Of files above 1 GiB, only size, beginning and end are
+        hashed. For a model of the Hugging Face hub, both are the commit in the cache, or its name
+        if it is not there yet.
     """
     directory = Path(ready_location(model))
     if not directory.is_dir():
@@ -68,7 +68,7 @@ def model_fingerprint(model: str) -> dict[str, str]:
 
 
 def _cached_commit(model: str) -> str | None:
-    """Return the commit of a hub's model in the cache, the name of its snapshot's directory."""
+    """Return the commit of a hub model in the cache: the name of its snapshot's directory."""
     hub: Any = importlib.import_module("huggingface_hub")
     config = hub.try_to_load_from_cache(model, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None
@@ -99,13 +99,13 @@ def versions() -> dict[str, str]:
 
 
 def easyedit_version() -> dict[str, str]:
-    """Return which EasyEdit runs the methods."""
+    """Return generation and version of the EasyEdit that runs the methods."""
     host = find_host()
     return {"generation": host.generation, "version": host.version}
 
 
 def hardware() -> dict[str, Any]:
-    """Return what the run is made on."""
+    """Return the hardware that the run is made on."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}
 
@@ -122,7 +122,7 @@ def git_state() -> dict[str, Any] | None:
 def run_record(
     directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Make the content of `run.json`; what it says of earlier sessions is kept."""
+    """Make the content of `run.json`; its entries on previous starts of the run are kept."""
     then = read_json(directory.run) if directory.run.is_file() else {}
     session = {name: then[name] for name in _OF_A_SESSION if name in then}
     return {
@@ -149,12 +149,12 @@ def run_record(
 
 
 def _inputs(config: BenchConfig, model_name: str | None = None) -> dict[str, str]:
-    """Hash what a configuration names but does not hold: files, and presets of ours, by row.
+    """Hash what a configuration only names: files, and each row's hyper-parameters from our YAMLs.
 
     Args:
         config: The benchmark.
-        model_name: What the model is called in hyper-parameters; its name in the configuration if
-            None, so that `bundled` means the same in each checkout.
+        model_name: `model_name` in the hashed hyper-parameters; the configuration's `model` if
+            None, so that `bundled` has the same hash in each checkout.
     """
     inputs = {"the texts": digest(list(statistics_texts(config)))}
     if config.downstream is not None:
@@ -176,7 +176,7 @@ def _inputs(config: BenchConfig, model_name: str | None = None) -> dict[str, str
 
 
 def with_earlier(directory: RunDirectory, config: BenchConfig) -> BenchConfig:
-    """Return a configuration with the rows and protocols too that the run had before."""
+    """Return a configuration with the rows and protocols added that the run had before."""
     if not directory.run.is_file():
         return config
     then = read_config(directory.config)
@@ -191,7 +191,7 @@ def with_earlier(directory: RunDirectory, config: BenchConfig) -> BenchConfig:
 
 
 def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Dataset) -> None:
-    """Check that a directory holds no run, or one that may go on with a configuration.
+    """Check that a directory holds no run, or one that a configuration may continue.
 
     Raises:
         ValueError: If it holds a run with other settings, records, model, files or EasyEdit.
@@ -204,12 +204,12 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
         if then.get(name, value) != value:
             _refuse(directory.root, f"{name} {short(then[name])}; got {short(value)}")
     run, inputs = read_json(directory.run), _inputs(config)
-    # Runs that were begun before names were hashed have the hash of where the model lies.
+    # Older versions hashed the model's path in hyper-parameters, not its name.
     earlier = _inputs(config, model_location(config.model))
     model = model_fingerprint(config.model)["model"]
     was = {
         "records": run["data"]["sha256"] == digest(dataset.requests),
-        # A model that was not in the cache yet was known by its name.
+        # A model that was not in the cache yet was recorded by its name.
         "model": run["model"]["model"] in (model, config.model),
         "EasyEdit": run["easyedit"] == easyedit_version(),
         **{
@@ -223,23 +223,23 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides the scores of a run: its settings, and each row by its name."""
+    """Return the settings that a run's scores depend on, among them each row by its name."""
     settings = {k: v for k, v in content.items() if k not in _MAY_DIFFER}
     rows = [{**row, "hparams": _own_name(row.get("hparams"))} for row in content["methods"]]
     return {**settings, **{f"the row {row['name']}": row for row in rows}}
 
 
 def _own_name(hparams: str | None) -> str | None:
-    """Return the name of a YAML of the package, in whichever checkout it lies; content is hashed.
+    """Return the package's name of one of its YAMLs, in whichever checkout; other paths unchanged.
 
-    Files of others stay as they are.
+    A path is known by its last two parts. The content is compared apart, by its hash in `inputs`.
     """
     name = "/".join(Path(hparams or "").parts[-2:]).removesuffix(".yaml")
     return name if has_hparams(name) else hparams
 
 
 def _refuse(root: Path, difference: str) -> None:
-    """Raise ValueError about a run that is another."""
+    """Raise a ValueError that says in what a directory's run differs."""
     raise ValueError(
         f"{root} holds a run with {difference}: give another directory, or delete that one"
     )

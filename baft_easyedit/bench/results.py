@@ -1,7 +1,7 @@
-"""Results: the rows of a run's summary, made from its cases, and read back for reports.
+"""Results: the rows of a run's summary, made from its cases and read back for reports.
 
-Reading is strict: a file that is missing, damaged or of another schema is an error that names it,
-never a gap in a table.
+Reading is strict: a file that is missing, damaged or of another schema raises an error that names
+it, and never becomes a gap in a table.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
 
     Args:
         directory: The run.
-        dataset: What the records are called in the rows.
+        dataset: Name of the data set in the rows.
 
     Raises:
         ValueError: If a file cannot be read.
@@ -77,7 +77,7 @@ def _downstream(chunks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Collect what is to be told beside a row's scores, each thing once."""
+    """Collect the notes to be reported beside a row's scores, each once."""
     notes = [note for chunk in done for note in chunk["notes"]]
     inexact = sum(chunk["restored"] is False for chunk in done)
     if inexact:
@@ -107,7 +107,7 @@ _ROW: dict[str, Any] = {
     "error": (str | None, ...),
 }
 _Row = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
-"""What every row of a summary has; null is what was not measured."""
+"""Fields that every row of a summary has; null for what was not measured."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:
-    """Return the results of several runs; those that are the same count once.
+    """Return the results of several runs; equal results count once.
 
     Raises:
         ValueError: If two differ for the same model, data set, method and protocol.
@@ -199,10 +199,10 @@ def merge_results(runs: Sequence[Run]) -> list[Result]:
 
 
 def gate_records(cases: Iterable[Case], name: str, prompt: str) -> dict[int, np.ndarray]:
-    """Return what was recorded of a gate.
+    """Return values that were recorded of a gate, as arrays.
 
     Args:
-        cases: Cases; those without the record are passed over.
+        cases: Cases; those without the record are skipped.
         name: `basis` for w_k, or `update` for |w_k (v_k - (R h)_k)|.
         prompt: `rewrite`, `rephrase` or `locality`.
 

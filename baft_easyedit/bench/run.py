@@ -1,8 +1,9 @@
 """Run a benchmark: every method under every protocol, shared among processes, continued if killed.
 
-accelerate says which of how many processes this is; each takes its share of the chunks and runs
-one method after another (or `jobs` at once), each in a process of its own. All that is computed
-lies in the run's directory; a chunk whose file is there is never run again.
+The processes that accelerate has launched (one without it) divide the chunks among them. Each runs
+its share method by method (`jobs` at once), a method in a worker process of its own. All results
+are files in the run's directory, so a run that is started again skips chunks that are complete; a
+chunk that failed left a file with the error, and is run again.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +30,10 @@ from baft_easyedit.generation import model_depth
 from baft_easyedit.model.devices import check_device
 
 Progress = Callable[[int], None]
-"""Called with a number of edits that are done, or will not be."""
+"""Called with the number of records that are newly edited, or that never will be."""
 StartProgress = Callable[[int, int], Progress]
-"""Called with the number of edits in this process's share and how many of them are done already;
-returns what is called with each number of further ones."""
+"""Called with the number of records in this process's share, and of those that are complete
+already; returns the `Progress` to call."""
 
 
 def run_bench(
@@ -41,16 +42,16 @@ def run_bench(
     start_progress: StartProgress | None = None,
     command: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Run a benchmark, or go on with one that was stopped.
+    """Run a benchmark, or continue one that was stopped.
 
     Args:
         config: What is to be run.
         out: Directory of the run; made if absent.
         start_progress: Makes a progress bar.
-        command: What was typed, to be told in `run.json`.
+        command: The command line, to be recorded in `run.json`.
 
     Returns:
-        The rows of `summary.json`; none in a process that only shares the run.
+        The rows of `summary.json`; none in processes other than the main one.
 
     Raises:
         ValueError: If a setting or a record is bad, the device is not on this machine, or `out`
@@ -62,7 +63,7 @@ def run_bench(
     dataset = check(config)
     config, num_records = with_absolute_paths(config), len(dataset.requests)
     directory = RunDirectory(out)
-    # A process may wait for another as long as a method needs for a thousand edits.
+    # A process may have to wait while another makes a thousand edits.
     state = PartialState(timeout=timedelta(days=30))
     check_same_run(directory, config, dataset)
     state.wait_for_everyone()
@@ -94,7 +95,7 @@ def run_bench(
 
 
 def check(config: BenchConfig) -> Dataset:
-    """Check all of a benchmark that can be checked without loading its model; return its records.
+    """Check a benchmark as far as is possible without loading its model; return its records.
 
     Raises:
         ValueError: If a setting or a record is bad, or the device is not on this machine.
@@ -152,7 +153,7 @@ def _run_share(
 
 
 class _Share:
-    """Runs methods in processes of their own, and can stop all that run."""
+    """Runs methods, each in a worker process of its own, and can stop all that are running."""
 
     def __init__(
         self, directory: RunDirectory, config: BenchConfig, device: int | str, progress: Progress
@@ -165,7 +166,7 @@ class _Share:
     def run(self, chunks: Sequence[Chunk]) -> None:
         """Run chunks of one method; those that fail get a file that says why.
 
-        A process that dies at a chunk is followed by another one for those after it.
+        If the worker process dies at a chunk, a new one continues with the chunk after it.
 
         Raises:
             InterruptedError: If the run was stopped; then nothing is written.
@@ -182,7 +183,7 @@ class _Share:
             except WorkerError as error:
                 if self._is_stopped:
                     raise InterruptedError("the run was stopped") from None
-                # If it never came to a chunk, another process would not either.
+                # If it died before the first chunk, while loading, another process would too.
                 for chunk in chunks if at is None else [chunks[at]]:
                     if not self._directory.is_complete(chunk):  # it may have died right after it
                         self._directory.write_chunk(chunk, error=str(error))
@@ -190,13 +191,13 @@ class _Share:
             chunks = [] if at is None else chunks[at + 1 :]
 
     def stop(self) -> None:
-        """Kill all workers that run, and start no more."""
+        """Kill all running workers, and those that are started later."""
         self._is_stopped = True
         for worker in tuple(self._workers):
             worker.process.kill()
 
     def _worker(self, chunks: Sequence[Chunk]) -> Worker:
-        """Start the process of a method."""
+        """Start the worker process of a method."""
         environment = {"OMP_NUM_THREADS": str(self._config.threads)}
         if Path(model_location(self._config.model)).is_dir() and self._config.downstream is None:
             # A peer that reaches for the Hugging Face hub anyway should fail at once.
@@ -204,6 +205,6 @@ class _Share:
         directory = RunDirectory(self._directory.root.absolute())
         worker = Worker(run_chunks, directory, chunks, self._device, **environment)
         self._workers.append(worker)
-        if self._is_stopped:  # before `stop` could see it
+        if self._is_stopped:  # `stop` did not see this one
             worker.process.kill()
         return worker

@@ -1,9 +1,9 @@
-"""A run's directory: where each record lies; each is there as a whole or not at all.
+"""The files of a run's directory; each is there as a whole or not at all.
 
 config.yaml  run.json  requests.json  summary.json
 cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the scores from them
 chunks/<row>/<protocol>/<chunk>.json    what concerns all cases between two restores; written
-                                        last, so a chunk with this file is complete
+                                        last: a chunk with it, and no error in it, is complete
 pre_edit/<key>.json                     scores of the unedited model on a chunk's cases
 """
 
@@ -47,7 +47,7 @@ class RunDirectory:
         self.summary = root / "summary.json"
 
     def pre_edit(self, key: str) -> Path:
-        """The unedited model's scores under the key of all that they depend on."""
+        """The unedited model's scores; the key is a hash of everything that they depend on."""
         return self.root / "pre_edit" / f"{key}.json"
 
     def case(self, chunk: Chunk, index: int) -> Path:
@@ -63,8 +63,8 @@ class RunDirectory:
 
         Args:
             chunk: The chunk.
-            error: Why it could not be run, if so.
-            **measured: What there is to say of one that was run.
+            error: Why it could not be run; None if it was.
+            **measured: Values for the file, if it was run.
         """
         content = {
             "schema": SCHEMA,
@@ -78,7 +78,7 @@ class RunDirectory:
         write_json(self.chunk(chunk), {**content, **measured})
 
     def is_complete(self, chunk: Chunk) -> bool:
-        """Tell whether a chunk has been run; one that failed has not."""
+        """Tell whether a chunk has been run; one that failed counts as not run."""
         file = self.chunk(chunk)
         return file.is_file() and read_json(file)["error"] is None
 
@@ -87,7 +87,7 @@ class RunDirectory:
         return map(read_json, sorted(self._of("chunks", method, protocol).glob("*.json")))
 
     def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
-        """Read the cases of one row, in order; not those that an unfinished chunk left behind."""
+        """Read the cases of one row, in order, without those of chunks that are not complete."""
         done = {c["chunk"] for c in self.chunks_of(method, protocol) if c["error"] is None}
         cases = map(read_json, sorted(self._of("cases", method, protocol).glob("*.json")))
         return (case for case in cases if case["chunk"] in done)

@@ -1,4 +1,4 @@
-"""What others wrote, read into pydantic models: errors name the place, field, rule and value."""
+"""Check parsed JSON and YAML by pydantic models; errors name the place, field, rule and value."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -15,10 +15,10 @@ def validated(model: type[M], content: Any, place: str, known: Iterable[str] = (
     """Read parsed JSON or YAML into a model.
 
     Args:
-        model: What the content must look like.
-        content: What was parsed.
+        model: The model that the content must fit.
+        content: The parsed content.
         place: File and record, for errors.
-        known: Names that an unknown key may be a misspelling of.
+        known: Names that are suggested for a misspelt key.
 
     Raises:
         ValueError: If a rule is broken; the first problem is told, and how many others there are.
@@ -27,7 +27,7 @@ def validated(model: type[M], content: Any, place: str, known: Iterable[str] = (
         return model.model_validate(content)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        # A list is too short, too, if each of its entries is wrong.
+        # If every entry of a list is wrong, pydantic reports the list as too short as well.
         problems = [problem for problem in found if problem["type"] != "too_short"] or found
         others = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise ValueError(f"{place}: {_told(problems[0], known)}{others}") from None

@@ -1,8 +1,8 @@
 """Edit, score and restore the chunks of one method: the only place where a benchmark has a model.
 
-EasyEdit keeps state in its modules: each method has a process of its own, see `process`. Everything
-random is seeded at the start of a chunk: its numbers depend neither on the chunks before it nor on
-the process that runs it.
+EasyEdit keeps state in its modules, so each method has a process of its own (see `process`), whose
+generator is `run_chunks`. All random generators are seeded at the start of a chunk, so that its
+scores depend neither on the chunks before it nor on the process that runs it.
 """
 
 import random
@@ -46,8 +46,8 @@ def run_chunks(
         device: EasyEdit's device.
 
     Yields:
-        Which of the chunks it is at, and how many more records of that are edited, or will not be;
-        0 when it begins.
+        The position of the present chunk, and how many of its records have been edited since the
+        last time, or never will be; 0 when the chunk begins.
     """
     run = _MethodRun(directory, chunks[0], device)
     for position, chunk in enumerate(chunks):
@@ -65,7 +65,7 @@ class _MethodRun:
         self.is_ours = self.method.method in OUR_METHODS
         torch.set_num_threads(config.threads)
         if isinstance(device, int) and torch.cuda.is_available():
-            torch.cuda.set_device(device)  # for clocks and counters
+            torch.cuda.set_device(device)  # which clocks and counters read
         self.host = register()
         self.path = host_model_path(config.model)
         self.requests = prepare_requests(read_json(directory.requests))
@@ -83,7 +83,7 @@ class _MethodRun:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches.
 
         Raises:
-            ValueError: If prompts are to be in a chat template, and cannot be scored in it.
+            ValueError: If a chat template is asked for, and this EasyEdit cannot score with it.
         """
         method, config = self.method, self.config
         self.notes: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ class _MethodRun:
             editor.hparams.batch_size = size
 
     def run_or_tell(self, chunk: Chunk) -> Iterator[int]:
-        """Run a chunk; write in its place why it failed, and put the model back."""
+        """Run a chunk; if it fails, write the reason to its file, and restore the model."""
         yield 0
         num_edited = 0
         try:
@@ -136,7 +136,7 @@ class _MethodRun:
                 yield count
         except Exception as error:
             traceback.print_exc()
-            if not self.session.verifies:  # nothing to put back: another process goes on
+            if not self.session.verifies:  # no copy to put back: a new process goes on
                 raise
             self.session.restore()
             self.directory.write_chunk(chunk, error=f"{type(error).__name__}: {error}")
@@ -146,7 +146,7 @@ class _MethodRun:
         """Edit a chunk's records in order, score them all, restore the model.
 
         Yields:
-            The number of records after each edit call.
+            The number of records edited, after each edit call.
         """
         session, config, size = self.session, self.config, chunk.protocol.batch_size
         requests = [self.requests[i] for i in chunk.indices]
@@ -198,7 +198,7 @@ class _MethodRun:
 
     def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
         """Edit records in one call, with some earlier ones; return the seconds per record."""
-        # Ours remember by themselves. The draw depends on the seed and on how many there are.
+        # BaFT and ReFT rehearse by themselves. The draw depends on the seed and `earlier`'s length.
         rehearsed = 0 if self.is_ours else min(self.method.rehearsal, len(earlier))
         again = random.Random(f"{self.config.seed} {len(earlier)}").sample(earlier, rehearsed)
         return self.session.edit([self.requests[i] for i in (*indices, *again)]) / len(indices)
@@ -218,7 +218,7 @@ class _MethodRun:
         return self._downstream_accuracy()
 
     def _downstream_accuracy(self) -> float:
-        """Return the model's accuracy on the downstream task now."""
+        """Return the accuracy of the model as it is now on the downstream task."""
         assert self.config.downstream is not None
         wanted = f"{self.config.downstream.task} acc"
         scores = self.session.task_scores(downstream_tasks(self.config))
@@ -245,16 +245,16 @@ def downstream_tasks(config: BenchConfig) -> Any:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed what EasyEdit's methods draw from."""
+    """Seed the random generators that EasyEdit's methods draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
 def _peak_memory() -> int:
-    """Return the most bytes that were in use: on CUDA since the reset, else of the process.
+    """Return the peak of memory in bytes: on CUDA since the reset, else of the process so far.
 
-    The spare copy of the model that `verify` keeps is among them.
+    It includes the spare copy of the model that `verify` keeps.
     """
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
