@@ -1,4 +1,4 @@
-"""What is measured on if there is no real input: models with random weights, random requests."""
+"""Inputs of a speed run without real ones: models of random weights, requests of random words."""
 
 import importlib
 import random
@@ -48,10 +48,10 @@ def shape_sizes(shape: str) -> dict[str, int]:
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Make a model with random weights in eval mode, and give it the bundled model's tokenizer.
+    """Make a model with random weights, in eval mode; return it and the bundled model's tokenizer.
 
-    Weights are made on the device and in the dtype: no fp32 copy comes first. Torch's random state
-    on the CPU stays as it was.
+    Weights are made on the device and in the dtype, without an fp32 copy first. Torch's random
+    state on the CPU stays as it was.
     """
     transformers: Any = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -91,7 +91,7 @@ def random_requests(
         return len(tokenizer(text)["input_ids"])
 
     def longer(begin: str, length: int) -> str:
-        """Add random words to a text until it has so many tokens."""
+        """Add random words to a text until it has `length` tokens."""
         for _ in range(_MAX_TRIES):
             text = begin
             while num_tokens(text) < length:

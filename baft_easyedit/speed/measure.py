@@ -1,6 +1,6 @@
-"""Methods on a loaded model, and what one edit of them costs: time, memory, generation.
+"""Measure what one edit of a method costs on a loaded model: time, memory, speed of generation.
 
-Times are read when the device has done everything that it was given.
+Clocks are read after the device has finished all work that it was given.
 """
 
 import gc
@@ -34,10 +34,10 @@ Result = TypeVar("Result")
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""What Linux wants in `_CLEAR_REFS` to start a new peak of the resident set."""
+"""Written to `_CLEAR_REFS`, it makes Linux reset the peak of the resident set."""
 _SEED = 0
 _NUM_TEXTS = 300
-"""Facts whose texts are those of key statistics."""
+"""Number of facts that serve as texts for key statistics."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Sample:
     peak_bytes: int | None = None  # memory during the edit, above what was in use before
     edited_tokens_per_s: float | None = None  # generated for one prompt, with the edit
     unedited_tokens_per_s: float | None = None  # by the restored model, right after
-    bound_s: float | None = None  # to read what a step must read, as fast as the device copies now
+    bound_s: float | None = None  # to read a step's weights, as fast as the device copies now
 
 
 class OurMethod:
     """BaFT or ReFT on a loaded model without an edit.
 
-    A step's time is the difference between two edit calls, of all steps and of one: set-up, such as
-    recording the prefix, is in both.
+    A step's time is computed from the difference between two edit calls, of all steps and of one:
+    set-up, such as recording the prefix, is in both.
     """
 
     def __init__(self, model: Any, tokenizer: Any, row: Row, options: SpeedOptions) -> None:
@@ -78,7 +78,7 @@ class OurMethod:
         self._one_step = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
 
     def edit(self, requests: Requests) -> Sample:
-        """Edit requests together in one call; the edit that stays is of one step."""
+        """Time an edit call of all steps, then one of a single step, whose edit stays attached."""
         seconds, report = timed(lambda: self._editor.edit(requests), self.device)
         self._editor.undo()
         one_step_s, _ = timed(lambda: self._one_step.edit(requests), self.device)
@@ -95,8 +95,8 @@ class OurMethod:
 class PeerMethod:
     """A method of EasyEdit on a model that EasyEdit loads. Its files go to the working directory.
 
-    It runs with its own hyper-parameters, scaled to the model: number of steps and early stops are
-    its own. Statistics and caches that it needs once for a model are made before the clock starts.
+    It runs with its own hyper-parameters, scaled to the model, so also its own number of steps and
+    early stops. Statistics and caches needed once for a model are made before the clock starts.
 
     Args:
         name: A name of `peers.PEERS`.
@@ -158,8 +158,8 @@ def measure(method: OurMethod | PeerMethod, requests: Requests, new_tokens: int)
 
     Args:
         method: What is measured; its model is unedited, before and after.
-        requests: What is edited in one call; tokens are generated after the first one's prompt.
-        new_tokens: How many tokens are generated; 0 leaves that out.
+        requests: Requests of one edit call; text is generated after the prompt of the first.
+        new_tokens: Number of tokens generated; 0 skips generation.
     """
     bytes_read = method.step_bytes
     bound_s = None if bytes_read is None else bytes_read / copy_bandwidth(method.device)
@@ -176,7 +176,7 @@ def measure(method: OurMethod | PeerMethod, requests: Requests, new_tokens: int)
 
 
 def profiled(method: OurMethod | PeerMethod, requests: Requests) -> str:
-    """Edit and undo; return where the time of the edit went, a kernel or operator a line."""
+    """Edit and undo; return the edit's profile as text, with a kernel or operator on each line."""
     on_gpu = method.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as seen:
@@ -238,10 +238,10 @@ def with_peak(action: Callable[[], Result], device: torch.device) -> tuple[int |
     """Run something; return its peak of memory above what was in use before, and its result.
 
     Returns:
-        On CUDA, bytes in torch's tensors: what the driver and torch's cache hold is not counted.
+        On CUDA, bytes in torch's tensors: memory of the driver and of torch's cache is not counted.
         On a CPU, bytes of the process's resident set (`VmHWM`), Python's memory too; the C library
-        keeps some of what is freed, so only a process's first call counts everything. None where
-        the system cannot start a new peak, that is on other systems than Linux.
+        keeps some freed memory, so only a process's first call counts everything. None where the
+        system cannot reset the peak, that is, on systems other than Linux.
     """
     gc.collect()
     if device.type == "cuda":
@@ -259,7 +259,7 @@ def with_peak(action: Callable[[], Result], device: torch.device) -> tuple[int |
 
 
 def _peak_resident() -> int:
-    """Return Linux's peak of the resident set since it was last started anew, in bytes."""
+    """Return Linux's peak of the resident set since its last reset, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
@@ -268,7 +268,7 @@ def copy_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
     """Measure how many bytes per second a device copies, those read and those written together.
 
     Args:
-        device: Where.
+        device: The device.
         num_bytes: Size of the tensor; by default 1 GiB on CUDA and 256 MiB elsewhere, more than
             caches hold.
     """

@@ -29,7 +29,7 @@ class Row:
 class SpeedOptions:
     """Options of a speed run.
 
-    Numbers are as the command line checks them: repeats, sizes and steps at least 1.
+    The command line checks the numbers: repeats, sizes and steps must be at least 1.
 
     Raises:
         ValueError: If an option breaks a rule, or a method or shape is unknown.

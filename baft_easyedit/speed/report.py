@@ -1,4 +1,4 @@
-"""What a speed run found: samples, medians and ratios, as text and JSON."""
+"""The results of a speed run: samples, medians and ratios, as text and JSON."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,16 +26,16 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "tokens/s": ("edited_tokens_per_s", "{:.1f}".format),
     "of unedited": ("generation_ratio", "{:.3f}".format),
 }
-"""Of the table, after the row's name: a name of `SpeedReport.summary`, and how it is written."""
+"""Columns of the table, by title: a column of `SpeedReport.summary`, and its number format."""
 
 
 @dataclass
 class RowResult:
-    """What was measured of one row."""
+    """The measurements of one row."""
 
     row: Row
     samples: list[Sample] = field(default_factory=list)
-    """Warm edits."""
+    """Warm edits: all but the first."""
     first: Sample | None = None
     """The process's first edit of this row."""
     notes: Sequence[str] = ()
@@ -47,7 +47,7 @@ class RowResult:
     def add(
         self, sample: Sample | None, error: str | None, notes: Sequence[str], profile: str | None
     ) -> None:
-        """Keep what a process answered; the first sample apart."""
+        """Keep the values that a process yielded; the first sample is kept apart."""
         self.error, self.notes, self.profile = error, notes, profile
         if sample is not None and self.first is None:
             self.first = sample
@@ -62,10 +62,10 @@ class SpeedReport:
     options: SpeedOptions
     rows: list[RowResult]
     files: list[Path] = field(default_factory=list)
-    """What was written."""
+    """The files that `write` has written."""
 
     def summary(self) -> pd.DataFrame:
-        """Return each row's medians and ratios, by its name; NaN where there is nothing to say.
+        """Return each row's medians and ratios, by its name; NaN where nothing was measured.
 
         Returns:
             Medians of warm edits by `Sample`'s names, but `peak_bytes`, the most of all edits;
@@ -149,7 +149,7 @@ class SpeedReport:
 
 
 def _frame(samples: Iterable[tuple[RowResult, Sequence[Sample]]]) -> pd.DataFrame:
-    """Put samples of several rows below each other, under the rows' names."""
+    """Make one table of the samples of several rows, indexed by the rows' names."""
     named = [(result.row.name, asdict(sample)) for result, found in samples for sample in found]
     names = [f.name for f in fields(Sample)]
     index = pd.Index([name for name, _ in named], dtype=object)

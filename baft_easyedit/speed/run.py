@@ -1,8 +1,8 @@
-"""Run a speed measurement: processes side by side, their rows in turn, over and over.
+"""Run a speed measurement: all rows are loaded side by side, and measured in turn in each repeat.
 
-On CUDA, BaFT and ReFT share one process and one model, and each of EasyEdit's methods has its own.
-On a CPU each row has its own, as memory is counted by process. Rows take turns in each repeat, so
-that a machine that slows down slows all of them.
+The turns make a machine that slows down slow all rows alike. Rows run in worker processes: on CUDA,
+BaFT and ReFT share one process and one model, and each of EasyEdit's methods has its own; on a CPU
+each row has its own, as memory is counted by process.
 """
 
 import logging
@@ -24,21 +24,21 @@ from baft_easyedit.speed.options import Row, SpeedOptions
 from baft_easyedit.speed.report import RowResult, SpeedReport
 
 StartProgress = Callable[[int, int], Callable[[int], None]]
-"""Makes a progress bar of a total and a number that is done; returns what moves it."""
+"""Makes a progress bar of a total and a number done so far; returns a function that advances it."""
 Job = tuple[tuple[Row, ...], str | None]
-"""Rows that are measured on one model, several of BaFT and ReFT or one of EasyEdit's; and where the
-model is, None for random weights."""
+"""The rows of one process, several of BaFT and ReFT or one of EasyEdit's; and where their model
+is, None for random weights."""
 
 
 def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None) -> SpeedReport:
-    """Measure what the options ask for, and write the files that they name.
+    """Measure the rows of the options, and write the files that the options name.
 
     Args:
-        options: What is measured.
+        options: The rows, and how they are measured.
         start_progress: Makes a progress bar over measurements.
 
     Returns:
-        All samples; a row that failed has the error.
+        All samples; a row that failed holds its error.
 
     Raises:
         ValueError: If the device is not on this machine, there are fewer records than are to be
@@ -83,10 +83,10 @@ def _records(options: SpeedOptions) -> Requests:
 
 
 def _jobs(options: SpeedOptions, stack: ExitStack) -> list[Job]:
-    """Return what each process does.
+    """Return the job of each process.
 
-    EasyEdit loads models from files: random weights are written to a temporary directory (TMPDIR
-    says where), which ends with the stack.
+    EasyEdit loads models from files, so for its methods random weights are written to a temporary
+    directory (TMPDIR says where), which the stack deletes when it closes.
     """
     rows, model = options.rows, options.model
     if model is not None and Path(model).exists():
@@ -111,22 +111,22 @@ def measurements(
     """Load a job's model and measure its rows in turn; one that fails is not measured again.
 
     Args:
-        options: What is measured.
-        rows: Those of the job.
-        model: Where it is; None for random weights.
-        records: What is edited; random words if there are none.
+        options: How the rows are measured.
+        rows: The rows of the job.
+        model: Where their model is; None for random weights.
+        records: Records to edit; if there are none, requests of random words are.
 
     Yields:
-        Of each measurement the sample, or the error; what is to be noted of the process so far;
-        and, at the last repeat, where the time of an edit goes, if the options ask for that.
+        For each measurement, the sample or None; the error or None; notes on the process so far;
+        and, at the last repeat, the profile of an edit, if the options ask for it.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    notes: dict[str, None] = {}  # such as that a model cannot use a cached prefix
+    notes: dict[str, None] = {}  # warnings, such as of a model that cannot use a cached prefix
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: notes.update({record.getMessage(): None})  # type: ignore[method-assign]
     logging.getLogger("baft_easyedit").addHandler(handler)
-    # Random words in a few steps are not meant to be learned.
+    # A few steps are not meant to learn random words, so no warning is due if they do not.
     logging.getLogger("baft_easyedit.training.learner").setLevel(logging.ERROR)
     methods = _load(options, rows, model)
     for repeat in range(options.repeats + 1):
@@ -160,6 +160,6 @@ def _load(
         if model is None
         else load_model(model, str(device), dtype)
     )
-    with torch.no_grad():  # what a first forward loads is no part of an edit
+    with torch.no_grad():  # a first forward loads kernels, whose time is not an edit's
         loaded[0](input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     return {row: OurMethod(*loaded, row, options) for row in rows}
