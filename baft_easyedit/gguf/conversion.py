@@ -1,8 +1,7 @@
 """Write the model of a GGUF file as a Hugging Face directory, through transformers' own reader.
 
-The directory is read alike by all supported versions of transformers, whichever wrote it. Weights
-are written as they are computed back from their quantisation, in fp32 unless another type is asked
-for: bf16 would round them once more.
+All supported versions of transformers read the directory alike, whichever wrote it. Weights are
+dequantised, and written in fp32 unless another type is asked for: bf16 would round them once more.
 """
 
 import json
@@ -34,8 +33,8 @@ def import_gguf(
 
     Args:
         file: The model, of an architecture in `source.ARCHITECTURES`.
-        directory: Where it goes; absent or empty.
-        dtype: Of the weights.
+        directory: The directory to write; absent or empty.
+        dtype: Type of the written weights.
 
     Returns:
         The directory.
@@ -71,7 +70,7 @@ def check_new(directory: Path) -> None:
 
 
 def _tokenizer_config(tokenizer: TokenizerSource, source: GGUFSource) -> dict[str, Any]:
-    """Return the file beside `tokenizer.json`."""
+    """Return the content of `tokenizer_config.json`."""
     length = source.metadata.get(f"{source.architecture}.context_length")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -84,7 +83,7 @@ def _tokenizer_config(tokenizer: TokenizerSource, source: GGUFSource) -> dict[st
 
 
 def _generation_config(tokenizer: TokenizerSource) -> dict[str, Any]:
-    """Return which tokens generation begins, pads and ends with."""
+    """Return the tokens with which generation begins, pads and ends."""
     names = {"bos_token_id": "bos_token", "pad_token_id": "pad_token"}
     special = tokenizer.special
     ids: dict[str, Any] = {
@@ -119,9 +118,9 @@ def _write_model(source: GGUFSource, directory: Path, dtype: torch.dtype) -> Non
 
 
 def _wrong_tensors(model: Any, loading: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Name the parameters that a loaded model has not got from its file as its configuration says.
+    """Return, by kind of fault, the names of tensors that are not as the configuration says.
 
-    Some versions of transformers take tensors of another shape as they are.
+    Some versions of transformers silently accept tensors of another shape.
     """
     with torch.device("meta"):
         described = type(model)(model.config)
@@ -136,7 +135,7 @@ def _wrong_tensors(model: Any, loading: Mapping[str, Any]) -> dict[str, list[Any
 
 
 def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
-    """Load a file's model; return it and what transformers says of its tensors.
+    """Load a file's model; return it and transformers' report on its tensors.
 
     Raises:
         ValueError: If transformers cannot make a model of the file.
@@ -164,12 +163,12 @@ def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any
 
 
 def _portable(config: Mapping[str, Any], model_class: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a configuration that transformers 4 and 5 read alike: they name some keys otherwise.
+    """Return a configuration that transformers 4 and 5 read alike, with the key names of both.
 
     Args:
-        config: As either of them writes it.
-        model_class: The class to load it with.
-        dtype: Of the weights.
+        config: The configuration as either version writes it.
+        model_class: Name of the class to load the model with.
+        dtype: Type of the weights.
     """
     own = {key: value for key, value in config.items() if not key.startswith("_")}
     rope = own.get("rope_parameters") or {}
@@ -180,7 +179,7 @@ def _portable(config: Mapping[str, Any], model_class: str, dtype: torch.dtype) -
 
 
 def _write_weights(model: Any, file: Path) -> None:
-    """Write a model's weights, those of tied embeddings once.
+    """Write a model's weights; tied ones are written once.
 
     Raises:
         OSError: If the library cannot write them.
@@ -188,7 +187,7 @@ def _write_weights(model: Any, file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    named = model.named_parameters()  # of parameters with two names, the first
+    named = model.named_parameters()  # a tied one by its first name
     buffers = {name for name, _ in model.named_buffers()} & set(model.state_dict())
     tensors = {name: p.detach().contiguous() for name, p in named}
     tensors |= {name: model.get_buffer(name).contiguous() for name in buffers}

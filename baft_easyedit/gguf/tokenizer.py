@@ -1,8 +1,9 @@
-"""The tokenizer that a GGUF file's metadata describe.
+"""Build the tokenizer that a GGUF file's metadata describe.
 
-transformers' own reader takes a byte-level vocabulary of a Llama for LLaMA-3's, whatever
-`tokenizer.ggml.pre` says, and forgets whether a text begins with a special token. So the backend is
-built here. Kinds and their regular expressions are those of llama.cpp's `llama-vocab.cpp`.
+transformers' own reader treats every byte-level vocabulary of a Llama as LLaMA-3's, whatever
+`tokenizer.ggml.pre` says, and ignores whether texts begin with a special token. So the backend, a
+`tokenizers.Tokenizer`, is built here, with the kinds of tokenizers in llama.cpp's `llama-vocab.cpp`
+and their regular expressions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGITS = "digits"
-"""Digits one by one, then as GPT-2."""
+"""Split off digits one by one, then split as GPT-2 does."""
 _GPT2 = "gpt-2"
 _SPLITS: Mapping[str, str] = MappingProxyType(
     {
@@ -32,7 +33,7 @@ _SPLITS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
     }
 )
-"""How texts are split before pairs are merged, by `tokenizer.ggml.pre`."""
+"""How texts are split before pairs are merged, for each value of `tokenizer.ggml.pre`."""
 
 _ROLES = {
     "bos_token": "bos_token_id",
@@ -67,14 +68,14 @@ class TokenizerSource:
         return str(self._source.file)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of `tokenizer.ggml.NAME`."""
+        """Return the value of `tokenizer.ggml.<name>`."""
         return self._source.metadata.get(f"tokenizer.ggml.{name}", default)
 
     def token(self, id_name: str) -> str | None:
-        """Return the token whose number is in `tokenizer.ggml.ID_NAME`; None if there is none.
+        """Return the token whose id is in `tokenizer.ggml.<id_name>`; None if that is not there.
 
         Raises:
-            ValueError: If there is no token of that number.
+            ValueError: If there is no token of that id.
         """
         number = self.get(id_name)
         if number is None:
@@ -132,12 +133,12 @@ def make_backend(source: TokenizerSource) -> Any:
 
 
 def _add_ends(backend: Any, source: TokenizerSource, begins: bool) -> None:
-    """Put special tokens before and behind each text, as the file says, or else llama.cpp's way.
+    """Put special tokens before and behind each text, as the file says, or else as llama.cpp does.
 
     Args:
         backend: A `tokenizers.Tokenizer`.
-        source: What describes it.
-        begins: Whether texts begin with a special token where the file does not say.
+        source: The description of it.
+        begins: Whether texts begin with a special token if the file does not say.
     """
     from tokenizers import processors
 
@@ -156,7 +157,7 @@ def _split(source: TokenizerSource) -> str:
     """Return how texts are split, a value of `_SPLITS`.
 
     Raises:
-        ValueError: If the file does not say, or says what is not known.
+        ValueError: If the file does not say, or names a kind that is not known here.
     """
     kind = source.get("pre")
     if source.get("model") == "gpt2" and kind not in _SPLITS:
@@ -169,12 +170,12 @@ def _split(source: TokenizerSource) -> str:
 
 
 def _byte_level(source: TokenizerSource) -> Any:
-    """Build a tokenizer of the kind `gpt2`: pairs of bytes, merged in the order of a list."""
+    """Build a tokenizer of the kind `gpt2`: bytes, merged in pairs in the order of a list."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     split = _split(source)
     merges = [tuple(pair.split(" ")) for pair in source.get("merges") or []]
-    # LLaMA-3's list of merges does not lead to each of its tokens.
+    # Some of LLaMA-3's tokens cannot be reached by its list of merges.
     backend = _of_merges(source, Tokenizer, models, merges, ignore_merges=split == _LLAMA3)
     by_bytes = pre_tokenizers.ByteLevel(
         add_prefix_space=bool(source.get("add_space_prefix", False)),
@@ -193,7 +194,7 @@ def _byte_level(source: TokenizerSource) -> Any:
 
 
 def _sentencepiece(source: TokenizerSource) -> Any:
-    """Build a tokenizer of the kind `llama`: pieces with scores, the best merged first."""
+    """Build a tokenizer of the kind `llama`: pieces with scores, merged from the best score on."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     backend = _of_merges(
@@ -222,10 +223,10 @@ def _of_merges(
     merges: Sequence[tuple[str, ...]],
     **options: Any,
 ) -> Any:
-    """Build a tokenizer of a vocabulary and its merges.
+    """Build a tokenizer from a file's vocabulary and merges.
 
     Raises:
-        ValueError: If there are none, or they do not fit.
+        ValueError: If the merges do not fit the vocabulary.
     """
     try:
         return tokenizer(models.BPE(source.vocab, [*map(tuple, merges)], **options))
@@ -237,10 +238,10 @@ def _of_merges(
 
 
 def _merges_of_scores(source: TokenizerSource) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that make a piece, in the order in which it is best to merge.
+    """Return all pairs of pieces that make up a piece, in the order in which they are merged.
 
     Raises:
-        ValueError: If not each token has a score.
+        ValueError: If some tokens have no score.
     """
     scores, vocab = source.get("scores") or [], source.vocab
     if len(scores) != len(source.tokens):
