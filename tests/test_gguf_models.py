@@ -133,6 +133,7 @@ def test_a_tokenizer_of_scores_gives_the_pieces_of_its_merges(file):
         ({"model": "bert"}, r"tokenizer.ggml.model must be one of gpt2, llama; .* has 'bert'"),
         ({"tokens": None}, "tokens must be a list of tokens; .* has none"),
         ({"tokens": ["a", "a"]}, "tokens must be a list of tokens; .* repeats one"),
+        ({"merges": None}, "merges must have a pair for each merge; .* has none"),
         ({"merges": ["x1 y1"]}, "the merges of .* do not fit its tokens"),
         ({"eos_token_id": 999}, r"eos_token_id must be below 263, the number of tokens; .* 999"),
         ({"model": "llama"}, "scores must have a number for each of 263 tokens; .* has 0"),

@@ -35,10 +35,12 @@ from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import has_hparams, model_location
 from baft_easyedit.gguf.smollm2 import ready_location
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "easyeditor", "lm_eval")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "lm_eval")
 _SAMPLE = 1 << 20
 """Bytes hashed at each end of a weight file too large to read whole."""
 _LARGE = 1 << 30
+_WEIGHTS = (".safetensors", ".bin")
+_USE = ("chat_template.jinja", "generation_config.json", "merges.txt", "vocab.json")
 _MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs")
 """Settings that change no score already in a run; `methods` are compared row by row instead."""
 _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")
@@ -52,19 +54,20 @@ def model_fingerprint(model: str) -> dict[str, str]:
         model: Hugging Face name or directory, `bundled` or `smollm2`.
 
     Returns:
-        `model` and `tokenizer`, hex digests. Of files above 1 GiB, only size, beginning and end are
-        hashed. For a model of the Hugging Face hub, both are the commit in the cache, or its name
-        if it is not there yet.
+        Hex digests: `model` (configuration and weights), `tokenizer`, and `use` (what else changes
+        how texts become tokens and answers end). Of files above 1 GiB, only size, beginning and end
+        are hashed. For a model of the Hugging Face hub, each is the commit in the cache, or the
+        model's name if it is not there yet.
     """
     directory = Path(ready_location(model))
     if not directory.is_dir():
-        commit = _cached_commit(model) or model
-        return {"model": commit, "tokenizer": commit}
+        return dict.fromkeys(("model", "tokenizer", "use"), _cached_commit(model) or model)
     files = sorted(file for file in directory.iterdir() if file.is_file())
-    is_weights = {".safetensors", ".bin"}
-    weights = [f for f in files if f.suffix in is_weights or f.name == "config.json"]
+    weights = [f for f in files if f.suffix in _WEIGHTS or f.name == "config.json"]
     tokenizer = [f for f in files if "token" in f.name or f.suffix == ".model"]
-    return {"model": _hash_files(weights), "tokenizer": _hash_files(tokenizer)}
+    use = [f for f in files if f.name in _USE]
+    kinds = {"model": weights, "tokenizer": tokenizer, "use": use}
+    return {kind: _hash_files(of_kind) for kind, of_kind in kinds.items()}
 
 
 def _cached_commit(model: str) -> str | None:
@@ -90,7 +93,7 @@ def _hash_files(files: list[Path]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter to a score."""
+    """Return the versions of Python and of the packages that matter to a score, but EasyEdit."""
     found = {"python": platform.python_version(), "baft_easyedit": baft_easyedit.__version__}
     for name in _PACKAGES:
         if importlib.util.find_spec(name) is not None:
@@ -206,11 +209,14 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
     run, inputs = read_json(directory.run), _inputs(config)
     # Older versions hashed the model's path in hyper-parameters, not its name.
     earlier = _inputs(config, model_location(config.model))
-    model = model_fingerprint(config.model)["model"]
     was = {
         "records": run["data"]["sha256"] == digest(dataset.requests),
-        # A model that was not in the cache yet was recorded by its name.
-        "model": run["model"]["model"] in (model, config.model),
+        **{
+            # A model that was not in the cache yet was recorded by its name.
+            kind if kind == "model" else f"the model's {kind}": run["model"].get(kind, value)
+            in (value, config.model)
+            for kind, value in model_fingerprint(config.model).items()
+        },
         "EasyEdit": run["easyedit"] == easyedit_version(),
         **{
             what: run["inputs"].get(what, value) in (value, earlier[what])

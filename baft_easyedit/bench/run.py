@@ -128,9 +128,10 @@ def _run_share(
     """Run this process's chunks that are not complete yet, method by method."""
     methods = {method.name: method.method for method in config.methods}
     todo: dict[str, list[Chunk]] = {}
+    generation = find_host().generation
     total = done = 0
     for chunk in chunks:
-        reason = why_not(methods[chunk.method], find_host().generation)
+        reason = why_not(methods[chunk.method], generation)
         if reason is not None:
             directory.write_chunk(chunk, error=reason)
             continue

@@ -170,11 +170,19 @@ def _split(source: TokenizerSource) -> str:
 
 
 def _byte_level(source: TokenizerSource) -> Any:
-    """Build a tokenizer of the kind `gpt2`: bytes, merged in pairs in the order of a list."""
+    """Build a tokenizer of the kind `gpt2`: bytes, merged in pairs in the order of a list.
+
+    Raises:
+        ValueError: If there is no such list, or it does not fit.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     split = _split(source)
     merges = [tuple(pair.split(" ")) for pair in source.get("merges") or []]
+    if not merges:
+        raise ValueError(
+            f"tokenizer.ggml.merges must have a pair for each merge; {source.file} has none"
+        )
     # Some of LLaMA-3's tokens cannot be reached by its list of merges.
     backend = _of_merges(source, Tokenizer, models, merges, ignore_merges=split == _LLAMA3)
     by_bytes = pre_tokenizers.ByteLevel(

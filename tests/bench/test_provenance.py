@@ -15,6 +15,11 @@ def test_a_model_is_known_by_its_content(tmp_path):
     before, after = (provenance.model_fingerprint(m) for m in ("bundled", str(copy)))
     assert before["model"] != after["model"]
     assert before["tokenizer"] == after["tokenizer"]
+    assert before["use"] == after["use"]
+    for name in ("chat_template.jinja", "generation_config.json", "merges.txt", "vocab.json"):
+        seen = provenance.model_fingerprint(str(copy))["use"]
+        (copy / name).write_text("changed")
+        assert provenance.model_fingerprint(str(copy))["use"] != seen
 
 
 def test_of_large_weights_the_ends_count(tmp_path, monkeypatch):

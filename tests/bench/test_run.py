@@ -285,19 +285,22 @@ def test_other_hyper_parameters_of_a_method_under_the_same_name_are_refused(
         run_bench(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["records", "model", "EasyEdit", "texts", "hyper-parameters"])
+@pytest.mark.parametrize(
+    "what", ["records", "model", "tokenizer", "use", "EasyEdit", "texts", "hyper-parameters"]
+)
 def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkeypatch, what):
     (tmp_path / "texts").write_text("a b")
     (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [1]\n")
     changed = changed_records(settings, tmp_path, lambda records: None)
     ours = {"name": "BaFT", "hparams": str(tmp_path / "mine.yaml")}
     content = {**changed, "methods": [ours], "T": [1], "texts": str(tmp_path / "texts")}
+    fingerprint = provenance.model_fingerprint(content["model"])
     monkeypatch.setattr(run._Share, "run", lambda *a: None)
     run_bench(make_config(content), tmp_path / "run")
     if what == "records":
         changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
-    elif what == "model":
-        other = {"model": "another", "tokenizer": ""}
+    elif what in fingerprint:
+        other = {**fingerprint, what: "another"}
         monkeypatch.setattr(provenance, "model_fingerprint", lambda model: other)
     elif what == "EasyEdit":
         monkeypatch.setattr(provenance, "easyedit_version", lambda: {"version": "new"})
