@@ -1,7 +1,8 @@
-"""Statistics of basis weights, and warnings of gates that went wrong. Needs torch only.
+"""Statistics of the gates' basis weights, and warnings about gates that trained badly.
 
-Used for a single edit (`EditReport`) and for whole benchmarks (`bench.diagnosis`). Shapes: r
-rank, N intervened positions of the edits, M intervened positions of the irrelevant prompts.
+The training loop reports them for one edit call (`EditReport`), `bench.diagnosis` for a whole
+benchmark. Needs torch only. Shapes: r rank, N intervened positions of the edits, M intervened
+positions of the irrelevant prompts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor
 
 COLLAPSE_DEVIATION = 0.01
-"""A basis weight with a smaller standard deviation over inputs counts as constant. If the weights
-of two halves of the inputs differ by 0.02, the least gap gamma of R_loc (Liu et al. 2025, Table
-5), their deviation is 0.01."""
+"""A basis weight with a smaller standard deviation over inputs counts as constant. Weights that
+differ by 0.02 between two halves of the inputs have a deviation of 0.01; 0.02 is the paper's
+smallest gap gamma of R_loc (Liu et al. 2025, Table 5)."""
 COLLAPSE_SHARE = 0.9
 """A gate has collapsed if at least this share of its basis weights is constant: of 12, all but
 one."""
 CLOSED_WEIGHT = 0.05
-"""A constant gate with a smaller mean weight is closed. The value is the least beta, the weight
-that R_loc demands at edited positions (Liu et al. 2025, Table 5)."""
+"""A constant gate with a smaller mean weight is closed. The value is the paper's smallest beta, the
+weight that R_loc demands at edited positions (Liu et al. 2025, Table 5)."""
 OPEN_WEIGHT = 0.95
 """A constant gate with a larger mean weight is open: nearly 1, as in ReFT (Lemma 2.4)."""
 LARGEST_BASES = 0.25
@@ -30,10 +31,10 @@ IMBALANCE_SHARE = 0.9
 
 
 def coefficient_of_variation(usage: Tensor) -> float:
-    """Return how unevenly bases are used: standard deviation (r - 1) over mean, 0 if all alike.
+    """Return how unevenly bases are used: the standard deviation (with r - 1) over the mean.
 
-    Its square times the mean of `usage` is R_bal as printed (Eq. 4); the paper's text describes
-    R_bal as the square alone.
+    It is 0 if all bases are used alike. Its square times the mean of `usage` is R_bal as printed
+    (Eq. 4); the paper's text describes R_bal as the square alone.
 
     Args:
         usage: wbar_k, the mean weight of each basis, [r].
@@ -68,8 +69,8 @@ def _shares(usage: Tensor) -> Tensor:
 def pooled_deviation(groups: Iterable[Tensor]) -> Tensor:
     """Return the standard deviation of each basis's weight over inputs, around its group's mean.
 
-    The inputs of a group went through the same gate. Differences between groups do not count, as
-    they come from different gates, and would hide gates that treat all inputs alike.
+    The inputs of a group went through the same gate. Deviations are taken within groups, because
+    differences between gates would hide that each of them treats all its inputs alike.
 
     Args:
         groups: Basis weights of one group each, [inputs, r].
@@ -96,7 +97,7 @@ class LayerGates:
     usage: tuple[float, ...]
     """wbar_k of R_bal: mean weight over current and past edits."""
     deviations: tuple[float, ...]
-    """Standard deviation of the weight over all these positions."""
+    """Standard deviation of the weight over the positions of edits and irrelevant prompts."""
 
     @classmethod
     def of(cls, edit: Tensor, irrelevant: Tensor, usage: Tensor) -> "LayerGates":

@@ -1,9 +1,10 @@
 """Gates: the weight w(h) in [0, 1]^r with which each basis acts at a hidden state (Eq. 3).
 
 The paper asks for "one logistic regression per basis". Its parameter counts leave (r + 1) D
-parameters a layer for the gate, but it does not say how they are used. Each reading that fits the
-counts is a class here, beside the two limits of the method: ReFT, and one weight for the whole
-subspace.
+parameters a layer for the gate, but the paper does not say how they are used. Three classes are
+readings that fit these counts: `rms-sigmoid`, `softmax-null` and `basis-subspace`. Two others have
+biases (`basis-subspace-bias`, `sigmoid`), and two are limits of the method: one weight for the
+whole subspace (`subspace`), and ReFT (`one`).
 
 Hidden states are divided by their root mean square first, so that one learning rate serves models
 whose residual streams differ in scale. Shapes: B batch, T tokens, D hidden size, r rank.
@@ -98,8 +99,8 @@ class BasisSubspaceGate(Gate):
 class BasisSubspaceBiasGate(BasisSubspaceGate):
     """w = sigmoid(W h / rms(h) + c) * sigmoid(v . h / rms(h) + d); (r + 1) (D + 1) parameters.
 
-    The gate begins with c = -2 and d = 2 (ours): the subspace is open, and each basis is nearly
-    closed until training opens it to some states.
+    The biases begin at c = -2 and d = 2 (ours): the whole subspace is open, but each basis is
+    nearly closed until training opens it to some states.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:

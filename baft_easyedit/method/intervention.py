@@ -16,10 +16,10 @@ from baft_easyedit.method.gates import make_gate
 def orthonormal_rows(rows: Tensor) -> Tensor:
     """Turn any full-rank rows into an orthonormal basis by a thin QR decomposition.
 
-    The signs make the diagonal of the triangular factor positive. So the basis is a continuous
-    function of the rows, and orthonormal rows stay as they are, up to rounding. After an
-    optimiser's step, this function serves as the retraction that makes R orthonormal again (Absil
-    et al. 2008, Example 4.1.3).
+    The signs of the basis vectors are chosen to make the diagonal of the triangular factor
+    positive. So the basis is a continuous function of the rows, and orthonormal rows are returned
+    as they are, up to rounding. After an optimiser step, this function is the retraction that makes
+    R orthonormal again (Absil et al. 2008, Example 4.1.3).
 
     Args:
         rows: [..., r, D], r <= D.
@@ -57,7 +57,7 @@ def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> 
     Args:
         hidden: Hidden states h, [..., D].
         basis: Matrix R with orthonormal rows, [r, D].
-        step: A h + b - R h, from the coordinates R h to the wanted ones, [..., r].
+        step: A h + b - R h, the wanted coordinates less the present ones, [..., r].
         weights: Basis weights w(h), each in [0, 1], [..., r].
 
     Returns:
@@ -79,10 +79,10 @@ def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> 
 class BaFTIntervention(nn.Module):
     """Phi(h) = h + R^T diag(w(h)) (A h + b - R h), with orthonormal rows of R (Eq. 1-3).
 
-    The parameter `basis` is R itself. An optimiser's step makes R lose its orthonormal rows, so
-    `ModelEdit.retract` restores them after each step. (If R were a function of unconstrained
+    The parameter `basis` is R itself. After an optimiser step the rows of R are not orthonormal,
+    so `ModelEdit.retract` makes them orthonormal again. (If R were a function of unconstrained
     parameters instead, their scale would grow from step to step and R would turn ever less.) The
-    parameter `difference` is A - R; `training.coordinates` says how an optimiser moves both.
+    parameter `difference` is A - R; `training.coordinates` says how the optimiser moves both.
 
     Parameters are fp32, and the edit is computed in fp32, whatever the dtype of the hidden states.
     A new intervention has A = R and b = 0 bit for bit, so it changes nothing (ours: the paper does
@@ -115,7 +115,7 @@ class BaFTIntervention(nn.Module):
         self.gate = make_gate(gate, hidden_size, rank)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast; the result can be trained even if inference mode is on."""
+        """Move or cast the parameters; they stay trainable even if inference mode is on."""
         with torch.inference_mode(False):
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 

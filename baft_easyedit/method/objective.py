@@ -28,7 +28,8 @@ def answer_loss(losses: Tensor, owners: Tensor, num_owners: int) -> Tensor:
 
     Args:
         losses: The loss of each answer token, [A].
-        owners: Index of each token's owner, [A]; tokens with an index >= E are left out.
+        owners: Index of each token's owner, [A]; a token with an index >= E has none and is left
+            out.
         num_owners: E.
 
     Returns:
@@ -57,7 +58,7 @@ def mean_at(values: Tensor, positions: Tensor) -> Tensor:
 
 
 class BasisUsage(nn.Module):
-    """The usage of each basis of one layer by all edits so far: the state of R_bal (Eq. 4).
+    """Sums of one layer's basis weights over all edits so far, for the means in R_bal (Eq. 4).
 
     Args:
         rank: r.
@@ -80,7 +81,7 @@ class BasisUsage(nn.Module):
         return joined
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast; the result can be updated even if inference mode is on."""
+        """Move or cast the buffers; they can be updated even if inference mode is on."""
         with torch.inference_mode(False):
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -160,11 +161,11 @@ def locality_margin(
 
 
 def closed_gate(weights: Tensor, alpha: float) -> Tensor:
-    """Return hinge(w(h) - alpha), the closing part of R_loc (Eq. 4), at further states (ours).
+    """Return hinge(w(h) - alpha), R_loc's closing part (Eq. 4), for the model's own texts (ours).
 
     Args:
         weights: w(h) of irrelevant states, [..., N, r].
-        alpha: Weight that they may keep.
+        alpha: Weight that these states may keep.
 
     Returns:
         [...], averaged over states and bases.
@@ -193,8 +194,8 @@ def displacement_error(moves: Tensor, wanted: Tensor, size: Tensor, tolerance: f
 RESCALINGS = ("match", "none")
 
 _SMALLEST_TERM = 1e-3
-"""Smaller terms are rescaled as if they had this value: R_bal begins at 0, and L1 / 0 has no
-bound."""
+"""A smaller term is rescaled as if it had this value: R_bal begins at 0, and L1 / 0 is not
+finite."""
 
 
 def rescaling_factor(rule: str, term: Tensor, answer: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Past states: hidden states of past edits, and the displacement that each edit needs there (ours).
 
-Why: an edit was trained at few hidden states only. At those of its request, h must move by
-Phi(h) - h; at those of its irrelevant prompts, h must stay. A constant number of these states is
-kept (no texts), so that later edits can preserve the displacements there; see `settling`.
+Why: an edit stays in force as long as Phi moves the hidden states h of its request by the same
+Phi(h) - h, and leaves those of its irrelevant prompts in place. So a constant number of these
+states is kept with their displacements (no texts), and after each later edit `training.settling`
+trains Phi to restore the displacements.
 
 Needs torch only. Shapes: N states, D hidden size, m states at most.
 """
@@ -18,7 +19,7 @@ class PastStates(nn.Module):
 
     Args:
         hidden_size: D.
-        most: m. If more states come, each of them has the same chance to be kept.
+        most: m. Of more states than m, a uniform random sample is kept.
     """
 
     states: Tensor
@@ -29,7 +30,7 @@ class PastStates(nn.Module):
         super().__init__()
         self.register_buffer("states", torch.zeros(most, hidden_size))  # [m, D] h
         self.register_buffer("moves", torch.zeros(most, hidden_size))  # [m, D] Phi(h) - h
-        self.register_buffer("count", torch.zeros(()))  # number of states that came so far
+        self.register_buffer("count", torch.zeros(()))  # number of states seen so far
 
     @torch.no_grad()
     def forget(self) -> None:

@@ -1,10 +1,10 @@
-"""Whitened coordinates, in which a layer's hidden states vary alike in all directions (ours).
+"""Whitened coordinates, in which a layer's hidden states vary equally in all directions (ours).
 
-Why: most of the power of hidden states is their common mean and a handful of dimensions. So a
-training step on a matrix that is multiplied by h changes the result for all prompts nearly alike.
-Whitened states z = S (h - mu) have no such directions: a step on a matrix that is multiplied by z
-changes one prompt's result and hardly those of others. K^-1 below is for hidden states what ROME's
-C^-1 is for keys (Meng et al. 2022, Eq. 2).
+Why: the common mean and a handful of dimensions dominate all hidden states h. So a training step on
+a matrix W changes W h for all prompts nearly alike, and an edit of one prompt disturbs the others.
+Whitened states z = S (h - mu) have no dominant direction: a training step on V changes V z for one
+prompt and hardly for others. K^-1 below is for hidden states what ROME's C^-1 is for keys (Meng et
+al. 2022, Eq. 2). `training.coordinates` trains V and folds it into the parameters that act on h.
 
 Needs torch only. Shapes: N states, D hidden size, m principal directions.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 MOST_DIRECTIONS = 256
-"""The largest m: each layer keeps m D numbers."""
+"""The largest m; it bounds the m D numbers that each layer stores."""
 
 _SHARE = 0.9
 """Weight of the correlations in K; the rest is the identity, which bounds K^-1/2."""
@@ -42,9 +42,9 @@ def principal_rows(rows: Tensor, most: int) -> Tensor:
 class Whitening(nn.Module):
     """Statistics of the hidden states at one layer's output, and z = S (h - mu).
 
-    S = s K^-1/2 diag(deviation)^-1. K = floor 1 + F^T F is the correlation matrix, in units of each
-    dimension's standard deviation; the scale s is the median of these deviations, so that learning
-    rates keep their meaning.
+    S = s K^-1/2 diag(deviation)^-1. K = floor 1 + F^T F approximates 0.9 times the correlation
+    matrix plus 0.1 times the identity. The scale s, the median of the dimensions' standard
+    deviations, lets z vary about as much as h does, so that learning rates keep their meaning.
 
     Args:
         hidden_size: D.
@@ -76,7 +76,7 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: Tensor) -> None:
-        """Measure the statistics of irrelevant states, [N, D]; they replace earlier ones.
+        """Measure the statistics of irrelevant states, [N, D], in place of earlier ones.
 
         Raises:
             FloatingPointError: If a state is not finite.
