@@ -1,1 +1,1 @@
-"""An edit in a Hugging Face model: attached, looked at, taken off. No learning."""
+"""The edit of a Hugging Face model: its tensors, hooks, positions and locks. No training."""

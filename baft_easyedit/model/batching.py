@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 _FIRST = 8
-"""Edits learned at once on a CPU, and on a GPU before the memory they take is known."""
+"""Edits learned at once on a CPU, and in a GPU's first batch, whose memory is then measured."""
 
 _MOST = 128
-"""Most edits learned at once: so many keep any GPU busy."""
+"""Most edits learned at once; this number keeps any GPU busy."""
 
 _SHARE = 0.8
 """The share of the free memory that a batch may take."""
 
 _MOST_PADDING = 1.5
-"""How many times as long as a batch's shortest member its longest may be."""
+"""Largest allowed ratio of the longest to the shortest item of a batch."""
 
 
 def alike(sizes: Sequence[int], kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
@@ -59,7 +59,7 @@ class BatchSize:
             self._before = torch.cuda.memory_allocated(self._device)
 
     def finish(self, num_edits: int) -> None:
-        """Choose the size anew by the memory that a batch took; grow at most fourfold."""
+        """Choose the next size from the memory that a batch took; it grows at most fourfold."""
         if not self._is_measured:
             return
         peak = torch.cuda.max_memory_allocated(self._device) - self._before
@@ -69,7 +69,7 @@ class BatchSize:
         self.value = max(1, min(fitting, 4 * num_edits, _MOST))
 
     def fail(self, num_edits: int) -> None:
-        """Halve the size after a batch did not fit the memory."""
+        """Halve the size after a batch ran out of memory; it is not measured again."""
         self.value = max(1, num_edits // 2)
         self._is_measured = False
 
@@ -79,7 +79,7 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: Any, side: str) -> dict[str
 
     Args:
         rows: The tokens of each text.
-        tokenizer: Gives the padding token; 0 if it has none (the mask hides both).
+        tokenizer: Gives the padding token. Without one, token 0 serves, as the mask hides padding.
         side: The padded side, `left` or `right`.
 
     Returns:

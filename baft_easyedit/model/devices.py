@@ -1,10 +1,10 @@
-"""Devices by number or name, and whether this machine has them. Needs torch only."""
+"""Read devices given by number or name, and check that this machine has them. Needs torch only."""
 
 import torch
 
 
 def as_device(device: int | str) -> torch.device:
-    """Return a CUDA device by its number, also as text, or a device by its name, as EasyEdit does.
+    """Return the device with a CUDA device number (an int or text) or a name, as EasyEdit does.
 
     Raises:
         ValueError: If torch knows no such device.
@@ -20,7 +20,7 @@ def as_device(device: int | str) -> torch.device:
 
 
 def check_device(device: int | str) -> None:
-    """Check that a device is there, before anything is loaded to it.
+    """Check that this machine has a device; callers do so before they load a model.
 
     Args:
         device: CUDA device number, or a device name.

@@ -1,6 +1,8 @@
-"""The tensors of an edit: for each edited layer an intervention, its usage, and its statistics.
+"""The tensors of an edit: an intervention for each edited layer, and what later edits need of it.
 
-`hooks` attaches them to a model. Shapes: N states, D hidden size, r rank.
+Later edits need the usage of the bases (for R_bal), the statistics that whiten hidden states, and
+past states (for settling). `hooks` attaches an edit to a model. Shapes: N states, D hidden size, r
+rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from baft_easyedit.method.whitening import Whitening
 Snapshot = Mapping[str, Tensor]
 
 _IRRELEVANT_KEPT = 4
-"""How many irrelevant states of an edit each layer keeps; see `past_states`."""
+"""How many of an edit's irrelevant states become past states at each layer; see `past_states`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +136,7 @@ class EditParameters(nn.Module):
         return BasisUsage.stacked([self.usage(i) for i in self.layers])
 
     def start_afresh(self, seed: int = 0) -> None:
-        """Forget everything learned; all tensors keep their place in memory."""
+        """Return all tensors to the values of a new edit; they keep their place in memory."""
         generator = torch.Generator().manual_seed(seed)
         rank, size = self.intervention(self.layers[0]).basis.shape
         for layer in self.layers:
@@ -150,7 +152,7 @@ class EditParameters(nn.Module):
         return 1
 
     def learned_parameters(self) -> dict[str, Tensor]:
-        """Return the trained parameters by their `snapshot` names; gates' hold `.gate.`."""
+        """Return the trained parameters by their `snapshot` names; a gate's contain `.gate.`."""
         return dict(self.named_parameters())
 
     def bases(self) -> dict[str, Tensor]:
@@ -161,7 +163,7 @@ class EditParameters(nn.Module):
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Make each layer's R orthonormal again after an optimiser's step (see Eq. 1-3)."""
+        """Make the rows of each layer's R (Eq. 1-3) orthonormal again after an optimiser step."""
         by_device: dict[torch.device, list[Tensor]] = {}
         for basis in self.bases().values():
             by_device.setdefault(basis.device, []).append(basis)
@@ -175,7 +177,9 @@ class EditParameters(nn.Module):
         used: Mapping[int, Tensor],
         irrelevant: Mapping[int, Tensor],
     ) -> Snapshot:
-        """Return a copy of the state of one of the `num_edits` edits.
+        """Return a `snapshot` of one of the `num_edits` edits, for an edit that comes after it.
+
+        Its usage and hidden states count as past there.
 
         Args:
             edit: Index of the edit.
@@ -227,11 +231,11 @@ class EditParameters(nn.Module):
         return edited - states
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
-        """Return copies of an edit's parameters that lie outside this module's own."""
+        """Return copies of an edit's parameters that are not this module's (`IndependentEdits`)."""
         return {}
 
     def snapshot(self) -> Snapshot:
-        """Return a copy of everything learned so far."""
+        """Return copies of all tensors by name: parameters, usage, statistics and past states."""
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -1,7 +1,9 @@
 """Attach an edit to a Hugging Face causal language model by forward hooks, and take it off again.
 
-The model's modules, parameter names and weights stay untouched. A `ModelEdit` owns all learned
-tensors; its hooks are bound methods, so `copy.deepcopy(model)` copies the edit with the model.
+When the model is called, a hook finds the positions to edit (see `positions`); then a hook of each
+edited layer replaces the layer's output h by Phi(h) there. The model's modules, parameter names and
+weights stay untouched. A `ModelEdit` owns all learned tensors; its hooks are bound methods, so
+`copy.deepcopy(model)` copies the edit with the model.
 
 Shapes: B batch, T tokens of a forward, D hidden size, r rank.
 """
@@ -31,10 +33,10 @@ R = TypeVar("R")
 
 
 def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Let torch.compile call a function as it is: dynamo cannot trace thread-local state.
+    """Exclude a function from torch.compile, as dynamo cannot trace thread-local state.
 
-    `torch.compiler.disable` does the same, but imports dynamo, which takes about a second; here it
-    is applied at the first call.
+    `torch.compiler.disable` does so, but imports dynamo, which takes about a second; so it is
+    applied at the function's first call only.
     """
 
     @cache
@@ -50,7 +52,7 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass
 class GateRecord:
-    """Basis weights of the latest forward inside `ModelEdit.recording`."""
+    """Basis weights and hidden states of the latest forward inside `ModelEdit.recording`."""
 
     positions: Tensor | None = None
     """True where the intervention applies, [B, T]."""
@@ -79,19 +81,19 @@ class Positions(NamedTuple):
 
     @classmethod
     def of(cls, at: Tensor) -> "Positions":
-        """Find out whether `at` is True everywhere, unless that would wait for the device."""
+        """Set `is_everywhere` by a look at `at`, or to False where that would wait for a device."""
         looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
         return cls(at, looks and bool(at.all()))
 
 
 class _Contexts(threading.local):
-    """The contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...) that a thread is in."""
+    """What a thread set by the contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...)."""
 
     def __init__(self, is_on: bool = True) -> None:
         self.enabled = self.is_on = is_on
         self.prompt_lengths: PromptLengths | None = None
         self.prompt_width: int | None = None
-        """Columns of the prompts, in the generation that the thread is in."""
+        """Columns of the prompts in the thread's present generation; None outside one."""
         self.given_positions: Positions | None = None
         self.record: GateRecord | None = None
 
@@ -105,9 +107,9 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.positions: Positions | None = None
         self.begun_by: int | None = None
-        """Id of the module that was called; None outside."""
+        """Id of the module whose call began the forward pass; None between forward passes."""
         self.is_announced = False
-        """Whether the model was called, and its call of the decoder is still to come."""
+        """Whether the model was called, but has not called its inner decoder yet."""
 
     def __reduce__(self) -> Any:
         return _Calls, ()
@@ -124,15 +126,15 @@ class ModelEdit(EditParameters):
     def __init__(self, *shape: Any, **options: Any) -> None:
         super().__init__(*shape, **options)
         self.caches: dict[type, Any] = {}
-        """Objects that make training faster, by type; each can be made again."""
+        """Caches of training (recordings, captured steps), by type; all can be made again."""
         self.handles: list[RemovableHandle | Override] = []
         """Handles of the hooks and of the overridden methods; empty unless attached."""
         self.contexts = _Contexts()
-        """The contexts (below) that the present thread is in."""
+        """What the present thread set by the contexts below."""
         self._lock: ModelLock | None = None
         self._beside: tuple[ModelEdit, ...] = ()
         self._calls = _Calls()
-        # Threads of autograd that repeat a forward have no call of their own.
+        # Of any thread: autograd's threads repeat forwards without a call of their own.
         self._latest_call: Positions | None = None
         self._has_warned = False
 
@@ -209,11 +211,11 @@ class ModelEdit(EditParameters):
 
     @property
     def is_named(self) -> bool:
-        """Whether this is one of several edits of its model, off where none is asked for."""
+        """Whether this is one of several edits of its model, each off outside `switched`."""
         return not self.contexts.is_on
 
     def share(self, others: Iterable["ModelEdit"]) -> None:
-        """Let other edits live on the model too; be off in every thread, except in `switched`."""
+        """Allow other edits on the same model, and be off in all threads outside `switched`."""
         self._beside, self.contexts = tuple(others), _Contexts(is_on=False)
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -243,7 +245,7 @@ class ModelEdit(EditParameters):
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
         """
-        outer = self.contexts.prompt_width  # of a model that assists itself
+        outer = self.contexts.prompt_width  # known where `generate` runs inside `generate`
         with self._within(prompt_width=prompt_width if outer is None else outer):
             yield
 
@@ -396,7 +398,7 @@ class ModelEdit(EditParameters):
 
 
 class _LayerHook:
-    """Forward hook of a decoder layer that returns hidden states, or a tuple that begins so."""
+    """Forward hook of a decoder layer, which returns hidden states or a tuple with them first."""
 
     def __init__(self, edit: ModelEdit, layer: int) -> None:
         self.edit = edit

@@ -1,7 +1,8 @@
 """Independent edits of one model, trained side by side in one batch.
 
-Every parameter gets a leading dimension E, one entry for each edit. With R rows of the batch for
-each edit, row b belongs to edit b // R.
+Every parameter gets a leading dimension E, one entry for each edit. One forward of the model serves
+all edits: with R rows of the batch for each edit, row b belongs to edit b // R, whose parameters
+alone act on it. So no edit affects another's loss or gradient.
 Shapes: E edits, R rows of an edit, T columns, D hidden size.
 """
 
@@ -17,8 +18,8 @@ class IndependentEdits(ModelEdit):
     """E copies of an edit that are trained apart.
 
     Args:
-        start: The edit that is copied; it does not change. The copies may be attached to its model
-            beside it, while it is disabled.
+        start: The edit that is copied; it does not change. The copies can be attached to the model
+            that carries it already; disable it while they are in use.
         num_edits: E, at least 1.
 
     Raises:

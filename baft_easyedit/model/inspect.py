@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""Names of a forward's key-value cache: since transformers 5.24, and before."""
+"""Names of a forward's key-value cache argument: since transformers 5.24, and before."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -72,7 +72,7 @@ def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
 def cache_name(model: nn.Module) -> str:
     """Return the name of the key-value cache in a model's forward and output.
 
-    A forward that hands on its arguments, as PEFT's does, names none: its decoder's forward does.
+    PEFT's forward passes its arguments on without naming them, so the decoder's is asked too.
     """
     decoder = owner_of(model, decoder_layers(model))
     taken = [*inspect.signature(model.forward).parameters]

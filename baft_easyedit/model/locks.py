@@ -1,7 +1,8 @@
 """One lock for each model: a change of its edit excludes other changes, and all forwards.
 
-Forwards run side by side, as without an edit. A change waits for the running forwards. Forwards
-that begin meanwhile wait for the change, and then come before the next change. Needs torch only.
+It is a readers-writer lock, with forwards as readers: they run side by side, as without an edit. A
+change waits for the running forwards. Forwards that begin meanwhile wait for the change, and then
+come before the next change. Needs torch only.
 """
 
 import sys
@@ -32,7 +33,7 @@ def lock_of(model: nn.Module) -> "ModelLock":
 
 
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that does nothing in other threads, whose forwards may run side by side."""
+    """Return a hook that acts in the present thread only, as others may run forwards meanwhile."""
     thread = threading.get_ident()
     return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
@@ -40,8 +41,8 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 class ModelLock:
     """Records which thread changes the edit of a model, and which threads run forwards.
 
-    An interrupt may keep a thread from releasing the lock. So a waiting thread checks, now and
-    then, whether the threads that it waits for still run a forward or a change.
+    An interrupt may keep a thread from releasing the lock. So a waiting thread looks, now and then,
+    at the call stacks of the threads that it waits for: do they still run a forward or a change?
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class ModelLock:
             )
         try:
             with self._news:
-                self._forwards.discard(thread)  # of one that was interrupted
+                self._forwards.discard(thread)  # left by an interrupted forward
                 self._wait_for(lambda: self._owner is None and not self._next)
                 self._owner = thread
                 self._wait_for(lambda: not self._forwards)
@@ -93,7 +94,7 @@ class ModelLock:
         if self._owner == thread:
             return
         with self._news:
-            self._forwards.discard(thread)  # of one that was interrupted
+            self._forwards.discard(thread)  # left by an interrupted forward
             self._waiting.add(thread)
             try:
                 self._wait_for(lambda: self._owner is None)
@@ -104,13 +105,13 @@ class ModelLock:
                 self._news.notify_all()
 
     def end_forward(self) -> None:
-        """Let changes in; without effect in a thread that did not begin a forward."""
+        """End this thread's forward, so that changes may begin; no effect if it began none."""
         with self._news:
             self._forwards.discard(threading.get_ident())
             self._news.notify_all()
 
     def _wait_for(self, is_so: Callable[[], bool]) -> None:
-        """Wait for a condition; forget threads that left their forward or change without notice."""
+        """Wait for a condition; forget threads that an interrupt kept from signing off."""
         while not self._news.wait_for(is_so, _LOOK_EVERY_S):
             self._forwards = {t for t in self._forwards if not _has_left(t, _is_forward)}
             self._next = {t for t in self._next & self._waiting if not _has_left(t, _is_ours)}
@@ -128,8 +129,8 @@ def _is_in(frame: FrameType | None, is_it: Callable[[FrameType], bool]) -> bool:
 def _has_left(thread: int, is_it: Callable[[FrameType], bool]) -> bool:
     """Tell whether a thread is surely in no call that satisfies `is_it`.
 
-    A thread that moves on during the look tells nothing (a generator that yields has no caller), so
-    its frame must be the same before and after.
+    The stack of a thread that runs on during the look is no evidence (a generator that just yielded
+    has no caller), so the thread must be at the same instruction before and after.
     """
     frame, at = _present(thread)
     return not _is_in(frame, is_it) and _present(thread) == (frame, at)

@@ -1,7 +1,7 @@
-"""Several edits of one model, each with a name, used where they are asked for.
+"""Several named edits of one model, each of which acts only where a caller turns it on.
 
-All of them are attached, and off. A context turns some on for its thread: so threads may use
-different edits side by side, and an edit that is off leaves every state bit-equal.
+All of them are attached, but off. A context turns some of them on for its thread, so threads may
+use different edits side by side. An edit that is off leaves every hidden state bit-equal.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +16,9 @@ from baft_easyedit.model.hooks import ModelEdit, attached_edit
 class NamedEdits:
     """Several edits attached to one model. None acts outside `active`.
 
-    At a layer that several active edits have in common, they act one after the other, in the order
-    of `edits`; further up, each meets the states that the others left. Each was learned alone, so
-    what they do together is not what any of them was trained for.
+    Active edits with a layer in common act there one after the other, in the order of `edits`; in
+    higher layers, each of them receives hidden states that the others changed. They were trained
+    separately, so their joint effect was never trained.
 
     Args:
         model: The model; it must carry no edit now.
@@ -73,7 +73,7 @@ class NamedEdits:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise ValueError unless there are names, none of which stands for anything else."""
+    """Raise ValueError if there is no name, or one is empty or reserved: 'base', or with a '+'."""
     given = list(names)
     if not given:
         raise ValueError("edits must hold at least one edit; got none")

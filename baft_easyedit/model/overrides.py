@@ -1,9 +1,9 @@
-"""Overrides of a model's methods that generate, while the model carries an edit.
+"""Override the methods by which a model generates, while the model carries an edit.
 
-`generate` is overridden because only its caller knows where the prompts end: the override tells the
-edit the prompts' width, whatever forwards follow (with a cache of a part of the prompt, without a
-cache, in chunks, with guessed tokens). Continuous batching is refused, because it packs several
-sequences into one row, in a thread of its own.
+Why: an edit acts on the end of a prompt and on the answer, but the forwards of a generation do not
+say where the prompt ends (they may use a cache of a part of it, no cache, chunks, or guessed
+tokens). `generate` gets the whole prompts, so its override tells the edit their width. Continuous
+batching is refused, because it packs several sequences into one row, in a thread of its own.
 """
 
 import functools
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # `hooks` imports this module
 
 
 def override(edit: "ModelEdit", model: nn.Module) -> list["Override"]:
-    """Override the methods of the model that generates: this one, or one inside it."""
+    """Override the methods of `model`, or of the model inside it that generates (PEFT wraps it)."""
     generator = next((m for m in model.modules() if _can_generate(m)), None)
     if generator is None:
         return []
@@ -26,7 +26,7 @@ def override(edit: "ModelEdit", model: nn.Module) -> list["Override"]:
 
 
 def _can_generate(module: nn.Module) -> bool:
-    """Tell whether a module generates itself, not by a model inside it."""
+    """Tell whether a module generates by itself, and not by a model inside it."""
     can_generate = getattr(type(module), "can_generate", None)
     return can_generate is not None and bool(can_generate())
 
@@ -79,7 +79,7 @@ class Generate(Override):
 
 
 class ContinuousBatching(Override):
-    """Override of the method that every continuous batching begins with."""
+    """Override of the method by which every continuous batching begins; it refuses."""
 
     name = "init_continuous_batching"
 
@@ -98,7 +98,7 @@ OVERRIDES: tuple[type[Override], ...] = (Generate, ContinuousBatching)
 def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Return how many columns the prompts of a call of `generate` have; None without prompts.
 
-    The mask counts too: with a cache, a caller may pass new tokens only, and the mask of all.
+    The mask counts too: with a cache, a caller may pass the new tokens, but the mask of all tokens.
     """
     names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
     given = [*args[:1], *(kwargs.get(name) for name in names)]

@@ -9,7 +9,8 @@ rank > n_prompt - P. The prompt length n_prompt of a row is the first of these t
 3. the real tokens before the first label;
 4. the whole input, less k - 1 tokens if `logits_to_keep` is k (generation verifies guesses so).
 
-On a key-value cache that is not empty, every new token counts as output. A call whose prompt length
+On a key-value cache that is not empty, every new token counts as output, unless 1 is known, or 2
+and the cache ends inside the prompts (`generate` reads them in chunks). A call whose prompt length
 cannot be read is refused. Needs torch only.
 
 Shapes: B batch, T tokens of this forward, S = past + T tokens in all.
@@ -50,7 +51,7 @@ def edit_positions(
     prompt_width: int | None = None,
     num_guessed: int = 0,
 ) -> Tensor:
-    """Apply the rule above to the tokens of a forward.
+    """Apply the rule of this module to the tokens of a forward.
 
     Args:
         real: True where a token is not padding, over past and new tokens, [B, S].
@@ -59,7 +60,8 @@ def edit_positions(
         labels: Training labels of a forward without a past, [B, S]; -100 is ignored.
         prompt_lengths: Real prompt tokens of each row. One value serves all rows; fewer values than
             rows are repeated (beams and `num_return_sequences` repeat rows).
-        prompt_width: How many columns of S are prompts, padding included; may be beyond S.
+        prompt_width: How many columns are prompts, padding included; more than S if later chunks of
+            the prompts follow.
         num_guessed: How many of the last tokens of an input without a past are output.
 
     Returns:
@@ -106,7 +108,7 @@ def _tokens_before_answer(labels: Tensor, real: Tensor) -> Tensor:
 
 
 def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.device) -> Tensor:
-    """Read from any attention mask of transformers which past and new tokens are real.
+    """Read from an attention mask of any form in transformers which past and new tokens are real.
 
     Args:
         attention_mask: None; [B, S]; [B, T] for the new tokens only; a prepared [B, 1, T, S] mask
@@ -136,8 +138,9 @@ def real_tokens(attention_mask: Any, batch: int, total: int, device: torch.devic
 def _seen(mask: Tensor, total: int) -> Tensor:
     """Read which tokens are real from a prepared mask of causal attention.
 
-    A padding token attends to nothing, or to everything, later tokens too. A past token that no new
-    token sees is padding or out of a sliding window; it counts as real if the mask shows a window.
+    A padding token attends to nothing, or to everything, even to later tokens; real tokens do
+    neither. A past token that no new token sees is padding, or has left a sliding window; it counts
+    as real if the mask shows a window.
 
     Args:
         mask: Boolean, or additive with 0 for "attend", [B, T, columns], T above 1.

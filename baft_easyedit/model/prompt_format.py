@@ -1,7 +1,7 @@
-"""How a prompt and its answer become one text, and that text tokens.
+"""Join a prompt and its answer into one text, and tokenise that text.
 
-Training, generation and scoring all use this module, so that they agree. A text's tokens include
-the special tokens that the tokenizer puts before the text, but none that it puts behind: an
+Training, generation and scoring all use this module, so that they agree on the tokens. Special
+tokens that the tokenizer puts before a text are kept; those that it puts behind are left out, as an
 end-of-sequence token would stand between a prompt and its answer. A chat template brings its own
 special tokens.
 """
@@ -27,8 +27,8 @@ class PromptFormat:
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Further arguments of the template."""
     separator: str | None = None
-    """The text between prompt and answer. None stands for a space; for nothing after a script that
-    is written without spaces, and after a chat template, where answers begin without a space."""
+    """The text between prompt and answer. None stands for a space, but for nothing after a prompt
+    in a script without spaces, and after a chat template, where answers begin without a space."""
 
     @classmethod
     def of(cls, hparams: Any) -> "PromptFormat":

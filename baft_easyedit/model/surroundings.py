@@ -1,8 +1,8 @@
-"""Restore everything that training changes around a model, even after an interrupt.
+"""Restore all that training changes in a model beside the edit, even after an interrupt.
 
-Training switches modes, hooks and methods of the model. The code that makes each change undoes it,
-after success and after an error. But an interrupt can come in the middle of the undoing; then
-`Surroundings.restore` undoes all changes once more.
+Training changes modes, hooks and methods of the model for a while. The code that makes a change
+also undoes it, after success and after an error. But an interrupt can come in the middle of the
+undoing; so `Learner.alone` copies all of them before, and after a failure restores the copy.
 """
 
 from collections.abc import Callable, Iterator, Mapping
