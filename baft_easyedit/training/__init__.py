@@ -1,1 +1,1 @@
-"""How an edit is learned: from requests to steps, and what keeps earlier edits."""
+"""Train an edit on requests, and preserve earlier edits meanwhile."""

@@ -1,5 +1,6 @@
-"""Key-value caches in the interface of transformers: a frozen prefix, and a recorder.
+"""Key-value caches of training, with the interface of transformers' caches.
 
+`Recorder` collects a text's keys and values once; `FrozenPrefix` then gives them to every step.
 Shapes: B bins, S columns of the past, N heads, H head size.
 """
 
@@ -15,8 +16,8 @@ class FrozenPrefix(DynamicCache):
     """A key-value cache that never stores new columns, so that every step can use it again.
 
     Args:
-        states: Keys and values by layer, [B, N, n, H]; a layer that is missing has no past.
-        length: n, the number of columns.
+        states: Keys and values by layer, [B, N, S, H]; a layer that is missing has no past.
+        length: S.
     """
 
     def __init__(self, states: Mapping[int, tuple[Tensor, Tensor]], length: int) -> None:
@@ -27,7 +28,7 @@ class FrozenPrefix(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return past and new keys and values."""
+        """Return past and new keys and values, joined."""
         if layer_idx not in self.states:
             return key_states, value_states
         keys, values = self.states[layer_idx]
@@ -35,7 +36,7 @@ class FrozenPrefix(DynamicCache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """False: sliding windows are a matter of the masks, which cover all columns."""
+        """False: the masks cover all columns and take care of sliding windows."""
         return [False]
 
     def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:

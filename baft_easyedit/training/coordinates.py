@@ -1,16 +1,20 @@
-"""Coordinates of training: the tensors that the optimiser moves, and how the edit follows them.
+"""Coordinates of training: the leaf tensors that the optimiser moves in place of the parameters.
 
-The paper gives the function Phi (Eq. 3), not its parametrisation, and the parametrisation decides
-which function an optimiser's step leads to. There are two:
+The paper gives the function Phi (Eq. 3), not its parametrisation, but the parametrisation decides
+which function an optimiser step leads to. There are two:
 
-- `direct`: the optimiser moves A, b, R and the gate of Eq. 3. A turn of R changes the step
-  A h + b - R h of every state by R h.
-- `whitened` (ours): A - R = (A - R)_0 + V S and b = c - V S mu, where z = S (h - mu) are whitened
-  states (see `whitening`). The optimiser moves V (from 0), c and R. A turn of R then turns existing
-  displacements and creates no others. The logits of a gate with biases are moved in the same way,
-  basis by basis: a gate can open to some states and hardly to others. The gate's other row (the
-  weight of the whole subspace) is moved directly: closing it on one irrelevant prompt closes it on
-  most.
+- `direct`: the leaves are A, b, R and the gate of Eq. 3. If R turns by dR, the step A h + b - R h
+  changes by -dR h at every state.
+- `whitened` (ours): the leaves are V (which begins at 0), c and R, and the step at h is
+  (A - R)_0 h + V z + c, where z = S (h - mu) is the whitened state (see `whitening`). S and mu are
+  folded into the parameters: A - R = (A - R)_0 + V S and b = c - V S mu. If R turns,
+  displacements turn with it, but no others arise. The logits of a gate with biases are trained
+  in the same way, one row of V for each basis: a gate can open to some states and hardly to others.
+  The gate's other row (the weight of the whole subspace) is trained directly: closing it on one
+  irrelevant prompt closes it on most.
+
+A training step computes the gradients of the parameters; `Coordinates.pull_back` turns them into
+those of the leaves, the optimiser moves the leaves, and `Coordinates.follow` sets the parameters.
 
 Shapes: r rank, D hidden size; a leading E for independent edits.
 """
@@ -27,7 +31,7 @@ from baft_easyedit.model.hooks import ModelEdit
 
 
 class _Coordinates(Protocol):
-    """Coordinates of an affine function of one layer: the step A h + b - R h, or gate logits."""
+    """Leaves for an affine function at one layer: the step A h + b - R h, or the gate's logits."""
 
     moved: dict[str, Tensor]
     """The leaves that the optimiser moves, by the name of the parameter that they replace."""
@@ -39,7 +43,7 @@ class _Coordinates(Protocol):
         """Set the parameters from the leaves."""
 
     def at(self, inputs: Tensor) -> Callable[[], Tensor]:
-        """Return a function of the leaves: the affine function's values [N, n] at inputs [N, D]."""
+        """Return a function that computes the values [N, n] at inputs [N, D] from the leaves."""
 
 
 class _Direct:
@@ -63,15 +67,15 @@ class _Direct:
 
 
 class _Whitened:
-    """The leaves V and c in place of the weight W_0 + V S and the bias c - V S mu.
+    """The leaves V and c in place of the weight W_0 + unit V S and the bias c - V S mu.
 
     Args:
-        weight: [..., n, D]; rows beyond the rank are moved directly.
+        weight: [..., n, D]; rows beyond the rank are leaves themselves.
         bias: [..., n].
         names: The names of weight and bias.
         whitening: S and mu.
         rank: r.
-        unit: The number by which the function's input is divided; V S is multiplied by it.
+        unit: The number by which h is divided in the function's input.
     """
 
     def __init__(
@@ -150,12 +154,13 @@ class Coordinates:
         self.moved: Mapping[str, Tensor] = parameters | {
             name: value for part in self._parts.values() for name, value in part.moved.items()
         }
-        """Leaves by parameter name; a parameter without a leaf of its own is its own leaf."""
+        """Leaves by parameter name; a parameter that no leaf replaces is a leaf itself."""
 
     def displacement(self, layer: int, states: Tensor) -> Callable[[], Tensor]:
-        """Return a function of the leaves that computes Phi(h) - h of one layer, [N, D].
+        """Return a function that computes Phi(h) - h of one layer, [N, D], from the leaves.
 
-        The function needs no `pull_back` and no `follow`; S (h - mu) is computed once.
+        Its gradients arrive at the leaves, without `pull_back` and `follow`. S (h - mu) is computed
+        once, before. `settling` trains a single edit by it.
 
         Args:
             layer: An edited layer.
@@ -171,7 +176,7 @@ class Coordinates:
 
     @torch.no_grad()
     def pull_back(self) -> None:
-        """Set the gradients of all leaves; R's is projected on the orthonormal matrices."""
+        """Set the gradients of all leaves from those of the parameters; project that of each R."""
         for part in self._parts.values():
             part.pull_back()
         self.project()

@@ -1,11 +1,12 @@
-"""Repeat a training step on a CUDA device by a graph of its kernels.
+"""Replay a training step on a CUDA device as a graph of its kernels.
 
-Why: a short step spends most of its time on launching small kernels. Steps on the same forward run
-the same kernels. So the second step is captured (`CudaGraph`), and later steps launch the graph as
-one. A later edit of the same sizes copies its contents into the graph's memory and uses the graph
-too (`KnownSteps`). The first result of a graph, and its first result on new contents, is compared
-with the computation. If they differ, or the step cannot be captured, steps are computed one by one,
-and the log says why. Needs torch only.
+Why: a short step spends most of its time on launching small kernels. Steps on the same forward
+launch the same kernels on the same memory. So the second step is captured as a CUDA graph
+(`CudaGraph`), which later steps replay by one launch. A later edit of the same sizes copies its
+inputs into the memory that the graph reads, and replays it too (`KnownSteps`). The first result of
+a graph, and its first result on new inputs, is compared with an ordinary computation. If they
+differ, or the step cannot be captured, all steps are computed in the ordinary way, and the log says
+why. Needs torch only.
 """
 
 import gc
@@ -33,14 +34,14 @@ _TOLERANCE = 1e-3
 """Allowed difference of a graph's result, relative to the largest value."""
 
 _TOLERANCE_BEYOND = 5e-2
-"""Allowed difference for all but the first of a tuple of results: for gradients, which kernels sum
-in any order."""
+"""Allowed difference of all but the first of a tuple of results: of a step's gradients, which
+kernels sum in any order."""
 
 _MOST_STEPS = 32
 """Most captured steps that are kept for later edits."""
 
 _MOST_BYTES = 2**30
-"""Most memory of the kept steps' contents; graphs take theirs from the pool."""
+"""Most memory of the kept steps' inputs in bytes; the graphs' own memory is in the pool."""
 
 
 class Graph(Protocol[Given]):
@@ -57,7 +58,7 @@ class Graph(Protocol[Given]):
 
 
 class GraphPool:
-    """Stream and memory shared by the CUDA graphs of a device, which run one after another.
+    """A stream and memory that the CUDA graphs of a device share, as they run one after another.
 
     Args:
         device: The CUDA device.
@@ -92,7 +93,7 @@ class CudaGraph(Generic[Result]):
     Args:
         compute: The computation, which has run on this device before. It must run the same kernels
             on the same memory each time, without waiting for the device.
-        pool: Shared with other graphs; a run of one may overwrite the results of another.
+        pool: Memory shared with other graphs; a run of one may overwrite the results of another.
 
     Raises:
         RuntimeError: If CUDA cannot capture the computation.
@@ -173,20 +174,19 @@ class Capture:
         self.has_new_contents = False
 
     def renew(self) -> None:
-        """Take note that the inputs have new contents."""
+        """Note that the inputs have new contents, on which a known graph must be checked again."""
         self.has_new_contents, self.is_checked = self.is_checked, False
 
 
 class Repeated(Generic[Result]):
-    """Runs a computation, or its graph once there is one.
+    """Computes at the first call, captures a graph at the second, checks it and then replays it.
 
     Args:
         compute: The computation.
-        capture: Captures the computation after its first run, or raises RuntimeError; None to
-            compute each time.
-        check: Raises NotTheSameError if a result is wrong, at less cost than the computation; it
-            checks a graph on new contents.
-        state: The capture of the same computation in the same memory, if there was one.
+        capture: Captures the computation, or raises RuntimeError; None to compute at each call.
+        check: Raises NotTheSameError if a result is wrong, at less cost than the computation. It
+            checks a graph on new contents; a new graph is compared with the whole computation.
+        state: The state of an earlier object for the same computation in the same memory, if any.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Repeated(Generic[Result]):
         return self._state.graph is not None
 
     def __call__(self) -> Result:
-        """Return the result of the graph or of the computation."""
+        """Return the result, from the graph or from the computation."""
         state = self._state
         if state.graph is not None and state.is_checked:
             return state.graph.run()
@@ -224,7 +224,7 @@ class Repeated(Generic[Result]):
         return self._compute()
 
     def _captured(self, capture: Callable[[], Graph[Result]]) -> Result:
-        """Capture the graph, and return the result of the computation for now."""
+        """Capture the graph, and return the result of the computation that preceded the capture."""
         try:
             graph = self._state.graph = capture()
         except RuntimeError as error:  # torch's error for what CUDA cannot capture
@@ -232,7 +232,7 @@ class Repeated(Generic[Result]):
         return self._compute() if graph.result is None else graph.result
 
     def _checked(self, graph: Graph[Result]) -> Result:
-        """Compare the graph with the computation on the present inputs."""
+        """Check the graph on the present inputs, and return the result."""
         try:
             if self._state.has_new_contents:
                 result = graph.run()
@@ -251,7 +251,7 @@ class _CannotRepeatError(Exception):
 
 
 class KnownStep(NamedTuple):
-    """A captured step that later edits may repeat; it holds no reference to a model or an edit."""
+    """A captured step that later edits may replay; it holds no reference to a model or an edit."""
 
     contents: Any
     """The `forward.Contents` whose memory the graph reads."""
@@ -259,9 +259,9 @@ class KnownStep(NamedTuple):
 
 
 class KnownSteps:
-    """The steps used last, by their sizes.
+    """The captured steps that were used last, by the sizes of their tensors.
 
-    A graph holds addresses in memory, so copies and files of this object are empty.
+    A graph refers to addresses in memory, so a copy or pickle of this object is empty.
     """
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ class KnownSteps:
         return self._pool
 
     def make_valid_for(self, version: Hashable) -> None:
-        """Forget all steps that another version of model, edit and settings made."""
+        """Forget all steps if another version of model, edit and settings made them."""
         if version != self._made_with:
             self._steps.clear()
             self._pool = None  # a capture may have failed in it
@@ -295,7 +295,7 @@ class KnownSteps:
         return self._steps.get(sizes)
 
     def put(self, sizes: Hashable, step: KnownStep) -> None:
-        """Keep a step; those that were not used for longest make room."""
+        """Keep a step; the least recently used steps make room for it."""
         self._steps[sizes] = step
         self._steps.move_to_end(sizes)
         while len(self._steps) > _MOST_STEPS or self._num_bytes > _MOST_BYTES:

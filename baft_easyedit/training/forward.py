@@ -1,4 +1,7 @@
-"""A forward of a model that every training step repeats on the same tokens.
+"""The forward that training steps repeat: a model, and inputs that stay the same between steps.
+
+`prefix_cache` prepares it, `step` runs it. Early layers may be stubs that return recorded hidden
+states, and logits are computed only where an answer token is predicted.
 
 Shapes: B bins, W columns, A answer tokens, V vocabulary, D hidden size.
 """
@@ -33,7 +36,7 @@ class Contents(NamedTuple):
     inputs: Mapping[str, Any]
     """Arguments of the model's forward."""
     output: Any = None
-    """The output of stubbed layers: hidden states [B, W, D], or a tuple that begins so."""
+    """The output of stubbed layers: hidden states [B, W, D], or a tuple with them first."""
     is_rounded: bool = False
     """Whether the layout was padded to one of few sizes."""
 
@@ -97,7 +100,7 @@ class Forward:
         self.contents = contents
 
     def on(self, contents: Contents) -> "Forward":
-        """Return the same forward on equal contents in other memory."""
+        """Return this forward on contents that lie in other memory (that a CUDA graph reads)."""
         return Forward(self._model, self._edit, contents, self._stubs)
 
     @property
@@ -141,7 +144,7 @@ class Forward:
         return logits if is_selected else logits[columns.to(logits.device)]
 
     def _logits(self) -> Tensor:
-        """Run the model; turn errors that the prefix cache explains into CannotCacheError."""
+        """Run the model; raise CannotCacheError for an error that the prefix cache may cause."""
         inputs = self.contents.inputs
         try:
             return self._model(**inputs).logits
@@ -164,7 +167,7 @@ _OF_UNKNOWN_CACHES = (
 
 
 def _is_of_the_device(error: Exception) -> bool:
-    """Tell whether an accelerator failed or ran out of memory: the cache is not the reason."""
+    """Tell whether an accelerator failed or ran out of memory, which is not due to the cache."""
     kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
     return isinstance(error, kinds) or "CUDA error" in str(error)
 
@@ -179,10 +182,10 @@ def _is_ours(traceback: TracebackType | None) -> bool:
 
 @contextmanager
 def _head_at(head: nn.Module | None, columns: Tensor) -> Iterator[list[bool]]:
-    """Let a model's output embedding compute only some columns in this context.
+    """Let a model's output embedding compute the logits of only some columns in this context.
 
     Args:
-        head: Maps hidden states [B, W, D] to logits; None if the model does not name it.
+        head: Maps hidden states [B, W, D] to logits; None if the model does not tell it.
         columns: Flat indices into [B, W], [A].
 
     Yields:

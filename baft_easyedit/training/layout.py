@@ -1,9 +1,9 @@
 """Lay the texts of a step out in few rows of the model's batch, so that little padding is computed.
 
-A bin is one row of the batch. It holds the computed tokens of several texts, one behind another,
-and the attention mask lets each text see only itself and its own past (the columns before its
-first computed token, whose keys and values are known). Without bins each text would need a row as
-wide as the longest text::
+A bin is one row of the batch. It holds the computed tokens of several texts, one after another. The
+attention mask lets each token attend only to its own text and that text's past (the columns before
+the first computed token, whose keys and values `prefix_cache` has recorded). Without bins each text
+would need a row as wide as the longest text::
 
     one text a row               two bins
     a a a a a a a a a a          a a a a a a a a a a
@@ -42,7 +42,7 @@ from baft_easyedit.training.requests import TextRow
 _LINEAR_COST = 6
 """Cost of a token in a layer's weights (12 D^2 multiplications) over the cost of one column that
 the token attends to (2 D), divided by D. The ratio weighs wider bins against more bins. A rough
-value is enough, as all layouts compute the same."""
+value is enough, as all layouts give the same results."""
 
 
 class Piece(NamedTuple):
@@ -187,9 +187,9 @@ class Multiples(NamedTuple):
 
 
 def rounded(layout: Layout, to: Multiples) -> Layout:
-    """Pad a layout to one of few sizes, so that edits of similar sizes share one CUDA graph.
+    """Pad a layout to one of few sizes, so that edits of similar sizes replay one CUDA graph.
 
-    The added columns hold no token, and the added answer tokens belong to no row and no edit.
+    The added columns are padding, and the added answer tokens belong to no row and no edit.
     """
     num_answers = len(layout.labels)
     columns = _round_up(layout.input_ids.shape[1], to.columns, 8) - layout.input_ids.shape[1]
@@ -218,7 +218,7 @@ def rounded(layout: Layout, to: Multiples) -> Layout:
 
 
 def _round_up(size: int, least: int, parts: int) -> int:
-    """Round up to a multiple of `least`, or, for a large size, of its power of two / `parts`."""
+    """Round up to a multiple of `least`, or, if larger, of `size`'s power of two / `parts`."""
     if not size:
         return 0
     step = max(least, 2 ** (size.bit_length() - 1) // parts)
@@ -266,7 +266,7 @@ class _Columns:
 
 
 def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[list[list[int]]]:
-    """Distribute each edit's pieces (by index) over bins, as many for each edit, at least cost."""
+    """Distribute each edit's pieces (by index) over equally many bins, at the lowest cost."""
     most = max(map(len, edits))
     if hidden_size is None:
         return [[[i] for i in range(len(edit))] for edit in edits]

@@ -1,7 +1,8 @@
-"""Learn requests into the edit of a model, rehearse past ones and settle. In memory only.
+"""Train the edit of a model on requests, rehearse past requests, and settle. In memory only.
 
-Each call trains the parameters of the model's `ModelEdit`; the model's weights never change. All
-that a call changes is an `EditState`, which can be taken and restored.
+The editor calls `Learner`, and adds undo and storage. Each call trains the parameters of the
+model's `ModelEdit`; the model's weights never change. All that a call changes is an `EditState`,
+which `Learner.state` copies and `Learner.restore` brings back.
 """
 
 import logging
@@ -93,10 +94,10 @@ class Learner:
 
     @contextmanager
     def alone(self, is_complete: Callable[[], bool] = lambda: False) -> Iterator[EditState]:
-        """Keep other threads out of the model in this context; if it fails, restore the state.
+        """Keep other threads out of the model in this context; restore the state if it raises.
 
         Args:
-            is_complete: Tells whether the change was complete when an error came; then it stays.
+            is_complete: Tells, after an error, whether the change was complete; it then stays.
 
         Yields:
             The state before.
@@ -198,7 +199,7 @@ class Learner:
     def install(
         self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
     ) -> None:
-        """Take over an edit of `learn_apart`; its requests, if known, are remembered."""
+        """Make an edit of `learn_apart` the present one; remember its requests, if known."""
         self.edit.restore(learned.state)
         self._attach()
         self.memory.remember(requests, hparams)
@@ -234,7 +235,7 @@ class Learner:
             self.edit.attach(self.model)
 
     def _condition(self) -> None:
-        """Measure the statistics of an edit that whitens, once."""
+        """Measure the whitening statistics, if the edit whitens and has none yet."""
         edit = self.edit
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
@@ -245,7 +246,7 @@ class Learner:
         """Return the hidden states of the model's own texts at the edited layers.
 
         Args:
-            attached: The attached edit, without which the states are computed.
+            attached: The attached edit; it is off while the states are computed.
         """
         with attached.disabled(), evaluating(self.model):
             return own_states(self.model).of(self.model, self.edit.layers)
@@ -256,7 +257,7 @@ class Learner:
         requests: Sequence[EditRequest],
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
-        """Learn independent edits with as many rows each, rehearsing the same past edits."""
+        """Learn independent edits with equally many rows; all rehearse the same past requests."""
         memory = self.memory.copy()  # edits that are never installed must leave no trace
         rehearsal = self._rehearsal(hparams, memory, requests)
         copies = IndependentEdits(self.edit, len(edits))
@@ -315,7 +316,7 @@ class Learner:
 
 
 def _warn_of_unlearned(requests: Sequence[EditRequest], reports: Sequence[EditReport]) -> None:
-    """Log a warning that names requests that were not learned."""
+    """Log a warning that names the first requests that were not learned, if any."""
     losses = [loss for report in reports for loss in report.request_losses]
     learned = [is_learned for report in reports for is_learned in report.learned]
     unlearned = [

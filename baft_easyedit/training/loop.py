@@ -48,12 +48,12 @@ class EditReport:
     num_steps: int
     """Optimiser steps taken."""
     losses: tuple[StepLosses, ...]
-    """The terms before each step, and after the last one: one entry more than the steps."""
+    """The terms before each step and after the last one (settling follows): steps + 1 entries."""
     stopped_early: bool
     time_s: float
     """Seconds; for edits learned side by side, the time of all divided by their number."""
     gates: GateReport | None = None
-    """The gates' weights at the end; None for ReFT (no gates), and if no step was taken."""
+    """The gates' weights after the last step; None for ReFT (no gates), and without a step."""
     request_losses: tuple[float, ...] = ()
     """The last answer loss of each request, in nats per token."""
     learned: tuple[bool, ...] = ()
@@ -74,7 +74,7 @@ class EditReport:
 
     @property
     def final_loss(self) -> float:
-        """The last answer loss that was computed, in nats per token."""
+        """The answer loss after the last step, in nats per token."""
         return self.losses[-1].answer
 
 
@@ -100,9 +100,9 @@ def train(
     Args:
         model: The model that `edit` is attached to; its weights do not change.
         edit: The edit to train, from its present parameters, which are changed.
-        edits: The rows of each of the E edits, as many for each, the requests first.
+        edits: The rows of each of the E edits, equally many for each, the requests first.
         hparams: Hyper-parameters of the edit call.
-        rehearsal: Past edits, some of which each step learns again.
+        rehearsal: Draws the past requests that each step learns again.
         recordings: Texts that the prefix cache recorded in earlier calls; new ones are added.
         own: Hidden states of the model's own texts, for R_loc; see `step.Objective`.
 
@@ -171,13 +171,13 @@ def answered_now(
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
     """Tell whether captured steps are kept for later edit calls.
 
-    Steps of edits side by side are not: they are long, and padding them to few sizes costs more.
+    Those of independent edits are not: they are long, so padding them to few sizes costs more.
     """
     return edit.num_edits == 1 and input_device(model).type == "cuda"
 
 
 def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
-    """Make AdamW with one parameter group for each learning rate, among them gate_lr, basis_lr."""
+    """Make AdamW with one parameter group for each learning rate: lr, gate_lr and basis_lr."""
     moved = coordinates.moved
     alike: dict[float, list[Tensor]] = {}
     for name, value in moved.items():
@@ -205,10 +205,10 @@ class _Progress:
         self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
         self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E], on the device
-        self._terms: list[dict[str, list[float]]] = []  # terms of the steps before them
+        self._terms: list[dict[str, list[float]]] = []  # terms of the steps before, on the host
 
     def is_over_after(self, step: StepResult) -> bool:
-        """Take note of a step; return whether all edits have stopped.
+        """Record the losses of a step; return whether all edits have stopped.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -295,7 +295,7 @@ class _Progress:
     def _state(
         self, i: int, step: StepResult, usage: Mapping[int, tuple[Tensor, Tensor]]
     ) -> Snapshot:
-        """Return the state of edit i, with its usage and hidden states counted as past."""
+        """Return the state of edit i for later edits, which count its usage and states as past."""
         used, irrelevant = (
             {
                 layer: hidden[i][at[i].to(hidden.device)]
@@ -309,7 +309,7 @@ class _Progress:
 def _gate_reports(
     edits: Sequence[int], step: StepResult, usage: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, GateReport]:
-    """Report the basis weights of some edits in a forward; computed on the CPU."""
+    """Report the basis weights of some edits in a forward; the statistics run on the CPU."""
     weights, new, irrelevant = (t.cpu() for t in (step.weights, step.new, step.irrelevant))
     means = {layer: (total / count[:, None]).cpu() for layer, (total, count) in usage.items()}
     return {
@@ -352,7 +352,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Enable gradients in this context, in eval mode, but for no parameter of the model."""
+    """Enable gradients in this context, but not for the model's parameters, and set eval mode."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trainable:

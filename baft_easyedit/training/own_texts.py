@@ -1,6 +1,7 @@
-"""Hidden states of texts that a model writes itself: irrelevant states that need no data (ours).
+"""Hidden states of texts that a model generates itself: irrelevant states without any data (ours).
 
-Shapes: N texts, T tokens, D hidden size.
+`Learner` takes the whitening statistics from them, closes the gates on them (R_loc), and preserves
+their displacements in settling. Shapes: N texts, T tokens, D hidden size.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -24,7 +25,7 @@ NUM_TEXTS = 40
 LENGTH = 64
 """In tokens, the first one included."""
 _LOOKED_AT = 8
-"""Tokens that are read again to check that the model has not changed."""
+"""Tokens whose states are computed again to check that the model has not changed."""
 _AT_ONCE = 8
 """Texts in one forward."""
 _NAME = "_baft_own_states"
@@ -77,7 +78,7 @@ def own_states(model: nn.Module) -> OwnStates:
 def own_texts(model: nn.Module) -> Tensor:
     """Sample texts from a model, [N, T]; the same ones each time.
 
-    A model without a cache reads each text again for each token.
+    A model without a key-value cache reads the whole text for each new token.
     """
     generator = torch.Generator().manual_seed(0)
     written, cache = torch.full((NUM_TEXTS, 1), _first_token(text_config(model))), None
@@ -90,7 +91,7 @@ def own_texts(model: nn.Module) -> Tensor:
 
 
 def _first_token(config: Any) -> int:
-    """Return the first token of a model's texts."""
+    """Return the token that begins a model's texts: BOS, else EOS (an id of 0 is skipped), or 0."""
     known = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
     tokens = [token[0] if isinstance(token, list) else token for token in known if token]
     return int(tokens[0]) if tokens else 0

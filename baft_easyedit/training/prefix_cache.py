@@ -72,7 +72,7 @@ class Engine:
         name: One of `ENGINES`. With `auto`, a model that cannot use the cache gets the full
             forward, and a warning is logged.
         recordings: Recordings of earlier calls; new ones are added.
-        rounds: Whether layouts are padded to few sizes, so that later edits can repeat the steps.
+        rounds: Whether layouts are padded to few sizes, so that later edits can replay the steps.
 
     Raises:
         ValueError: If `name` is not one of `ENGINES`.
@@ -178,7 +178,7 @@ def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    """Tell whether a model's forward takes an argument, or hands it on, as PEFT's does."""
+    """Tell whether a model's forward takes an argument, or passes it on as PEFT's does."""
     parameters = inspect.signature(model.forward).parameters
     if argument in parameters:
         return True
@@ -188,7 +188,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 
 class PrefixCache:
-    """Prepares forwards on the columns that an edit can change.
+    """Prepares forwards that compute only what the edit can change (see the module's text).
 
     Args:
         model: A causal language model of transformers that `edit` is attached to.
@@ -267,7 +267,7 @@ class PrefixCache:
         self._are_recordings_checked = True
 
     def _start(self, row: TextRow) -> int:
-        """Return the first column of a row that is computed."""
+        """Return the first computed column of a row, s."""
         return first_edited(row.prompt_length, self._edit.num_prompt_positions)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ _TOLERANCE_TF32 = 5e-3
 
 
 def tolerance_of(values: Tensor) -> float:
-    """Return by what share of their size values may differ when they are computed again."""
+    """Return the relative difference that rounding may make when values are computed again."""
     tolerance = _TOLERANCE.get(values.dtype, 0.0)
     if values.is_cuda:  # CUDA may multiply matrices in TF32
         tolerance = max(tolerance, _TOLERANCE_TF32)
@@ -33,7 +33,7 @@ def tolerance_of(values: Tensor) -> float:
 def is_close(values: Tensor, others: Tensor, tolerance: float) -> bool:
     """Tell whether two tensors differ by at most a share of their mean absolute value.
 
-    The largest value would be no measure: hidden states have a few values that exceed all others.
+    The largest value would be a poor scale, as a few values of hidden states dwarf all others.
     """
     a, b = values.float(), others.float()
     return a.shape == b.shape and float((a - b).abs().sum()) <= tolerance * float(b.abs().sum())
@@ -68,7 +68,7 @@ class Recording(NamedTuple):
 
 
 class Recordings:
-    """Recordings by text; those that were not used for longest go when memory is short.
+    """Recordings by text; beyond a memory limit, the least recently used ones are dropped.
 
     Args:
         limit_bytes: Memory limit of all recordings.
@@ -116,7 +116,7 @@ class Recordings:
         return self._by_row[row]
 
     def put(self, row: TextRow, recording: Recording) -> None:
-        """Keep a recording; those that were not used for longest make room."""
+        """Keep a recording; the least recently used ones make room for it."""
         self._by_row[row] = recording
         self.num_bytes += recording.num_bytes
         while self.num_bytes > self.limit_bytes:

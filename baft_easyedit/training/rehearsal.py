@@ -1,7 +1,7 @@
-"""Rehearsal: past edits are learned again beside each new one (ours; not in the paper).
+"""Rehearsal: past requests are trained again beside each new one (ours; not in the paper).
 
-A new edit damages earlier ones, because its objective does not contain them. So the memory keeps
-the past requests (texts, no weights), and each training step takes some of them along.
+A new edit damages earlier ones, because its objective does not contain them. So a memory keeps the
+past requests (texts, no weights), and each training step learns a random sample of them as well.
 """
 
 import random
@@ -21,8 +21,8 @@ class RehearsalMemory:
         self._past: dict[str, EditRequest] = {}
         self._num_seen = 0
         self.tokenised: dict[str, tuple[Any, Sequence[TextRow]]] = {}
-        """By prompt: the settings of the tokenisation and the request's rows. This saves time, and
-        is no part of the `state`."""
+        """A cache by prompt: the settings of the tokenisation, and the request's rows. It is no
+        part of the `state`."""
 
     def __len__(self) -> int:
         return len(self._past)

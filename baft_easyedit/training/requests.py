@@ -1,7 +1,7 @@
 """Edit requests with EasyEdit's keys: validation, and tokenisation.
 
-The tokens of a target are those of the whole text (see `prompt_format`) after the prompt's tokens,
-as EasyEdit's evaluators count them.
+A prompt and its target are tokenised as one text (see `prompt_format`); the tokens after the
+prompt's own belong to the target, as EasyEdit's evaluators count them.
 """
 
 import unicodedata
@@ -29,7 +29,7 @@ records (`locality_prompt`, `target_true`) and notes (`subject_id`) are less ali
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to write, checked.
+    """One fact to learn, checked.
 
     Attributes:
         prompt: Text that the target completes; a space at its end is not a part of it.
@@ -38,8 +38,8 @@ class EditRequest:
         loc_prompts: Irrelevant texts on which the model should not change.
 
     Raises:
-        ValueError: If the prompt or the target is empty, the subject is not a part of the prompt,
-            the prompt has a placeholder in its place, or an irrelevant text is empty.
+        ValueError: If a text is blank or holds half a surrogate pair, the subject is not a part of
+            the prompt, or the prompt has a placeholder in its place.
         TypeError: If a value is not text.
     """
 
@@ -127,7 +127,7 @@ def _check_keys(keys: Sequence[str]) -> None:
 
 
 def _check_text(key: str, text: object) -> None:
-    """Raise unless `text` is a string that is not blank."""
+    """Raise unless `text` is a string that is not blank and can be encoded."""
     if not isinstance(text, str):
         raise TypeError(f"{key} must be a string; got {short(text)}")
     if not text.strip():
@@ -161,8 +161,8 @@ class TextRow:
     ids: tuple[int, ...]
     """The tokens of the text, special tokens included."""
     prompt_length: int
-    """Number of tokens before the answer. An irrelevant prompt has no answer; the intervention
-    applies to its tokens from here on as if they were one."""
+    """Number of tokens before the answer. An irrelevant prompt has no answer, but the intervention
+    treats its tokens from here on as one: it acts on them, and on the P tokens before."""
     is_edit: bool
     """True if the answer is learned, False for an irrelevant prompt."""
 
@@ -189,8 +189,9 @@ def text_rows(
         with_irrelevant: Add the irrelevant prompts.
         loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
             for all.
-        with_end: Put the tokenizer's end-of-sequence token behind each target, as its last one.
-        stand_ins: Irrelevant prompts in the format of the prompts; see `stand_ins`.
+        with_end: Append the tokenizer's end-of-sequence token to each target.
+        stand_ins: Irrelevant prompts in the format of the prompts (see the module `stand_ins`);
+            those longer than `max_context` are left out.
 
     Raises:
         ValueError: If a target has no token of its own or shares one with its prompt, a prompt has

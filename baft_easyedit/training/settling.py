@@ -1,10 +1,10 @@
 """Settle a new edit among past ones: restore their displacements at kept hidden states (ours).
 
 Training a new edit changes Phi, and with it the displacements Phi(h) - h that earlier edits need.
-Settling then trains Phi again: at the hidden states kept in `past_states` (the new edit's included)
-each displacement should be the one noted when its edit was learned, and on the model's own texts it
-should stay as it is. Both may be off by a tolerance. A step costs a few matrix products, and no
-forward of the model.
+Settling then trains Phi again. At the hidden states kept in `past_states` (the new edit's included)
+the target is the displacement stored when the state's edit was learned; at states of the model's
+own texts it is the displacement before settling. An error within a tolerance costs nothing. A step
+takes a few matrix products, and no forward of the model.
 
 Shapes: N states, D hidden size.
 """
@@ -21,18 +21,18 @@ from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.loop import make_optimizer
 
 _OWN_STATES = 256
-"""How many states of the model's own texts are used."""
+"""About how many states of the model's own texts are used: at least so many, if there are."""
 
 _TURNS = 4
-"""Each step uses one of so many shares of all states, in turn."""
+"""The states are split into so many parts; steps use one part each, in turn."""
 
 _TOLERANCE = 0.1
-"""Allowed error of a displacement, as a share of the usual displacement. Without a tolerance, a new
-edit could no longer generalise."""
+"""Allowed error of a displacement, as a share of the usual displacement's length. Without a
+tolerance, a new edit could no longer generalise."""
 
 
 def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams) -> None:
-    """Bring the displacements at past states back, in at most `settle_steps` steps.
+    """Restore the displacements at past states, in at most `settle_steps` steps.
 
     The learning rates begin at those of training and fall linearly to 0.
 
@@ -69,7 +69,7 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
 
 
 class _Wanted:
-    """The wanted displacements of one layer: past states' as noted, own texts' as they are now."""
+    """The wanted displacements of one layer: those stored with past states, and own texts' now."""
 
     @torch.no_grad()
     def __init__(self, edit: ModelEdit, coordinates: Coordinates, layer: int, own: Tensor) -> None:
@@ -86,6 +86,6 @@ class _Wanted:
         ]
 
     def error(self, step: int) -> Tensor:
-        """Return the displacement error of the states whose turn this step is, []."""
+        """Return the displacement error on the part of the states that this step uses, []."""
         displacement, wanted = self._turns[step % len(self._turns)]
         return displacement_error(displacement(), wanted, self._size, _TOLERANCE)

@@ -1,9 +1,9 @@
 """Stand-in prompts: irrelevant prompts for a request that brings none (ours).
 
-An edit that sees no irrelevant prompt moves its neighbours, too: after an edit of France's capital,
-Germany has the same one. A stand-in is the prompt itself with an invented name in the place of its
-subject, so that the gates learn to tell subjects apart. As the names are invented, no stand-in asks
-for a fact, and least of all for one that was edited before.
+An edit learned without irrelevant prompts changes the answers to similar prompts, too: after an
+edit of France's capital, Germany gets the same one. A stand-in is the prompt itself with an
+invented name in the place of its subject, so that the gates learn to tell subjects apart. As the
+names are invented, no stand-in asks for a true fact, nor for one that was edited before.
 """
 
 import random
@@ -29,7 +29,7 @@ def stand_ins(request: EditRequest, count: int) -> list[str]:
         count: How many, at most.
 
     Returns:
-        The same ones for the same prompt.
+        The stand-ins; the same prompt always gets the same ones.
     """
     if request.subject is None or request.loc_prompts:
         return []

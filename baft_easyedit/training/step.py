@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # it imports transformers
 
 
 class StepResult(NamedTuple):
-    """What one forward gave; nothing in it requires a gradient."""
+    """The losses, basis weights and hidden states of one forward; none requires a gradient."""
 
     terms: dict[str, Tensor]
     """The terms of the objective that are in use, [E] each, averaged over the edited layers; L1 is
@@ -91,7 +91,7 @@ class Objective:
 
     @property
     def settings(self) -> Hashable:
-        """All that the objective depends on beside the forward and the parameters."""
+        """All that the objective depends on beside the forward, the parameters and the usage."""
         h = self._hparams
         terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
         own = tuple(states.data_ptr() for states in self._own.values())
@@ -166,7 +166,7 @@ class Objective:
 
 
 class TrainingStep:
-    """Computes training steps; the gradients lie in `.grad` for the optimiser.
+    """Computes training steps: the losses, and the gradients, left in `.grad` for the optimiser.
 
     Args:
         edit: The edit, or E independent ones.
@@ -206,10 +206,10 @@ class TrainingStep:
         return step
 
     def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
-        """Return what computes the steps on a forward.
+        """Return the callable that computes the steps on a forward.
 
         If an earlier edit captured a step of the same sizes, this forward's contents are copied
-        into that step's memory, and its graph goes on.
+        into that step's memory, and its graph is replayed.
         """
         device, state = self._captured_on(forward), None
         if self._known is not None and device is not None and forward.contents.is_rounded:
