@@ -136,7 +136,7 @@ class EditParameters(nn.Module):
         return BasisUsage.stacked([self.usage(i) for i in self.layers])
 
     def start_afresh(self, seed: int = 0) -> None:
-        """Return all tensors to the values of a new edit; they keep their place in memory."""
+        """Reset all tensors to those of a new edit; they keep their place in memory."""
         generator = torch.Generator().manual_seed(seed)
         rank, size = self.intervention(self.layers[0]).basis.shape
         for layer in self.layers:
