@@ -21,7 +21,7 @@ from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.loop import make_optimizer
 
 _OWN_STATES = 256
-"""About how many states of the model's own texts are used: at least so many, if there are."""
+"""At least this many states of the model's own texts are used, or all if there are fewer."""
 
 _TURNS = 4
 """The states are split into so many parts; steps use one part each, in turn."""
