@@ -199,6 +199,14 @@ def test_a_model_writes_with_its_cache_whatever_it_calls_it(model, name):
     assert widths == [1] * (LENGTH - 1)
 
 
+@pytest.mark.parametrize(
+    ("bos", "eos", "first"), [(5, 6, 5), (0, 6, 0), (None, [7, 8], 7), (None, None, 0)]
+)
+def test_own_texts_begin_with_the_models_first_token(model, bos, eos, first):
+    model.config.bos_token_id, model.config.eos_token_id = bos, eos
+    assert own_texts(model)[:, 0].tolist() == [first] * NUM_TEXTS
+
+
 def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model):
     states = own_states(model).of(model, [1, 3])
     texts = own_texts(model)

@@ -129,16 +129,16 @@ class Learner:
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together, rehearsing past ones, and settle."""
-        rows, memory = self._rows(requests, hparams), self.memory
+        rows = self._rows(requests, hparams)
         self._attach()
         self._condition()
-        rehearsal = self._rehearsal(hparams, memory, requests)
+        rehearsal = self._rehearsal(hparams, requests)
         num_past = self.edit.num_past_states
         (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
         learned = self._settled(learned, rows, num_past, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
-        memory.remember(requests, hparams)
+        self.memory.remember(requests, hparams)
         return learned.report
 
     def learn_apart(
@@ -258,8 +258,7 @@ class Learner:
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
         """Learn independent edits with equally many rows; all rehearse the same past requests."""
-        memory = self.memory.copy()  # edits that are never installed must leave no trace
-        rehearsal = self._rehearsal(hparams, memory, requests)
+        rehearsal = self._rehearsal(hparams, requests)
         copies = IndependentEdits(self.edit, len(edits))
         with self.edit.disabled():
             try:
@@ -281,11 +280,10 @@ class Learner:
         own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
         return train(self.model, into, edits, hparams, rehearsal, recordings, own)
 
-    def _rehearsal(
-        self, hparams: BaFTHyperParams, memory: RehearsalMemory, new: Sequence[EditRequest]
-    ) -> Rehearsal | None:
+    def _rehearsal(self, hparams: BaFTHyperParams, new: Sequence[EditRequest]) -> Rehearsal | None:
         """Return the rehearsal of an edit call; None if no past edit is to be rehearsed."""
-        rehearsal = Rehearsal(memory, hparams, partial(self._known_rows, hparams=hparams), new)
+        known_rows = partial(self._known_rows, hparams=hparams)
+        rehearsal = Rehearsal(self.memory, hparams, known_rows, new)
         return rehearsal if len(rehearsal) else None
 
     def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:

@@ -91,10 +91,14 @@ def own_texts(model: nn.Module) -> Tensor:
 
 
 def _first_token(config: Any) -> int:
-    """Return the token that begins a model's texts: BOS, else EOS (an id of 0 is skipped), or 0."""
-    known = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
-    tokens = [token[0] if isinstance(token, list) else token for token in known if token]
-    return int(tokens[0]) if tokens else 0
+    """Return the token that begins a model's texts: BOS, else EOS, else 0."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, list):
+            token = next(iter(token), None)
+        if token is not None:
+            return int(token)
+    return 0
 
 
 def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -33,13 +33,6 @@ class RehearsalMemory:
     def __getitem__(self, prompt: str) -> EditRequest:
         return self._past[prompt]
 
-    def copy(self) -> "RehearsalMemory":
-        """Return a copy with the same requests."""
-        other = RehearsalMemory()
-        other._past, other._num_seen = dict(self._past), self._num_seen
-        other.tokenised = self.tokenised
-        return other
-
     @property
     def num_seen(self) -> int:
         """How many requests were learned so far, remembered or not."""

@@ -32,7 +32,8 @@ class EditRequest:
     """One fact to learn, checked.
 
     Attributes:
-        prompt: Text that the target completes; a space at its end is not a part of it.
+        prompt: Text that the target completes; outside a chat template, a separator (a space, in
+            most scripts) at its end is not a part of it.
         target_new: The new answer; a space before it is not a part of it.
         subject: What the fact is about, a part of the prompt; None if not known.
         loc_prompts: Irrelevant texts on which the model should not change.
