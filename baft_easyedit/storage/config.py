@@ -1,4 +1,4 @@
-"""What a kept directory says of its edit: the method, the model it belongs to, and the versions."""
+"""The configuration of a kept edit: hyper-parameters, the model it belongs to, and versions."""
 
 import os
 import platform
@@ -23,10 +23,10 @@ _OF_EASYEDIT = {
     *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16"),
     *("evaluation_type", "api_key"),
 }
-"""Hyper-parameters that say nothing of the method or its training."""
+"""Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""
 
 _GONE = ("consolidate_every", "consolidate_steps", "rehearsal_cache_mib")
-"""Hyper-parameters that kept edits may name, and that change nothing any more."""
+"""Former hyper-parameters that directories may still name; they are ignored."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class KeptConfig:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> "KeptConfig":
-        """Read what `to_json` gave.
+        """Read the result of `to_json`.
 
         Raises:
-            ValueError: If it is of another format version, or a value is missing or wrong.
+            ValueError: If the format version is another one, or a value is missing or wrong.
         """
         found = taken(content, "format_version", int, where)
         if found != FORMAT_VERSION:
@@ -82,7 +82,7 @@ class KeptConfig:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def with_settings(self, hparams: BaFTHyperParams) -> "KeptConfig":
-        """Return the same with other hyper-parameters, and the versions of now."""
+        """Return a copy with other hyper-parameters and the versions now installed."""
         return replace(self, hparams=method_of(hparams), versions=versions())
 
     def check_model(self, model: nn.Module, where: str) -> None:
@@ -107,15 +107,15 @@ def model_name(model: nn.Module) -> str:
 
 
 def method_of(hparams: BaFTHyperParams) -> dict[str, Any]:
-    """Return the hyper-parameters that define the method and its training; never `api_key`."""
+    """Return the hyper-parameters to keep: those of the method and its training; no `api_key`."""
     return {f.name: getattr(hparams, f.name) for f in fields(hparams) if f.name not in _OF_EASYEDIT}
 
 
 def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTHyperParams:
-    """Build the hyper-parameters that `method_of` took apart, for a model.
+    """Rebuild hyper-parameters from the result of `method_of`, for a loaded model.
 
     Raises:
-        ValueError: If one is unknown, missing, or wrong.
+        ValueError: If a hyper-parameter is unknown, missing, or wrong.
     """
     forbidden = sorted(_OF_EASYEDIT & set(method))
     if forbidden:
@@ -129,7 +129,7 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
 
 
 def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
-    """Make the edit that these hyper-parameters describe for a model, with nothing learned.
+    """Make an untrained edit of a model, as the hyper-parameters describe it.
 
     Raises:
         ValueError: If the rank exceeds the model's hidden size.
@@ -148,7 +148,7 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions that a result may depend on."""
+    """Return the versions of Python and of the packages that results may depend on."""
     packages = ("baft_easyedit", "torch", "transformers")
     return {"python": platform.python_version()} | {
         name: str(getattr(sys.modules.get(name), "__version__", "unknown")) for name in packages
@@ -156,7 +156,7 @@ def versions() -> dict[str, Any]:
 
 
 def environment(model: nn.Module) -> dict[str, Any]:
-    """Return what must be the same for a replay to be bit-equal."""
+    """Return the settings of the machine on which a bit-equal replay of edits depends."""
     device = input_device(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {

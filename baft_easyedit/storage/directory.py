@@ -1,7 +1,7 @@
-"""A kept directory: commit each change before it counts, and recover what a crash interrupted.
+"""A kept directory, open for writing: commit changes atomically, and recover after a crash.
 
-The state file tells all: its metadata hold the journal entries that the journal file may not have
-yet. One `os.replace` of it is the commit; the journal file follows, now or at the next opening.
+Two files cannot be replaced at once. So the state file also holds the newest journal entries: one
+`os.replace` of it is the commit, and the journal file follows, at once or at the next opening.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ logger = logging.getLogger(__name__)
 
 
 class KeptDirectory:
-    """A directory that this process alone writes to, until `close`.
+    """A directory that is locked, so that only this process writes to it, until `close`.
 
     Args:
         path: The directory; made if there is none.
         checkpoint_every: Entries between two checkpoints, at least 1.
-        repair: If its files are damaged, lost, or disagree, go on from the newest state that is
-            whole: by a rollback if the journal knows it, else with a new journal. What cannot be
-            read, or no longer belongs, is kept in a folder `before-repair-N`.
+        repair: If files are damaged, lost, or disagree, go on from the newest intact state: by a
+            rollback if the journal has its entry, else with a new journal. Files that cannot be
+            read, or no longer belong, are kept in a folder `before-repair-N`.
 
     Raises:
-        BlockingIOError: If another editor has it open.
-        OSError: If it cannot be locked or written.
-        ValueError: If its files are damaged or disagree; the message says what to do.
+        BlockingIOError: If another editor has the directory open.
+        OSError: If the directory cannot be locked or written.
+        ValueError: If files are damaged or disagree; the message says what to do.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class KeptDirectory:
             raise
 
     def close(self) -> None:
-        """Let others have the directory."""
+        """Unlock the directory."""
         self._lock.release()
 
     def check_usable(self) -> None:
@@ -91,17 +91,17 @@ class KeptDirectory:
     def commit(
         self, kind: str, state: EditState, config: KeptConfig, content: Mapping[str, Any]
     ) -> None:
-        """Write a change, which outlives a crash once this returns.
+        """Write a change to the disk; it outlives a crash once this returns.
 
         Args:
-            kind: What the change is, a kind of `journal.Entry`.
-            state: The state after it.
-            config: What belongs to it.
-            content: What the entry holds beside.
+            kind: The kind of the journal entry; see `journal`.
+            state: The state after the change.
+            config: The configuration after the change.
+            content: The fields of the entry that only its kind has.
 
         Raises:
-            OSError: If the disk did not take it; the directory is as before then.
-            ValueError: If the state is not what the journal says, or cannot be kept.
+            OSError: If the disk did not take the change; the directory is then as before.
+            ValueError: If the state is not the one that the journal names, or cannot be kept.
         """
         self.check_usable()
         entry = self.journal.next(kind, state_hash(state), content)
@@ -117,7 +117,7 @@ class KeptDirectory:
         """Write several changes, and the state after the last of them, in one commit.
 
         Raises:
-            OSError: If the disk did not take them; the directory is as before then.
+            OSError: If the disk did not take the changes; the directory is then as before.
         """
         self.check_usable()
         has_checkpoint = any(entry.id % self._checkpoint_every == 0 for entry in entries)
@@ -130,24 +130,27 @@ class KeptDirectory:
         config: KeptConfig,
         replaceable: Container[str] | None = (),
     ) -> None:
-        """Write a whole journal and its state, in one commit; see `reading.lacking`."""
+        """Write the missing entries of a journal, and its state, at once; see `reading.lacking`."""
         missing = lacking(self.path, self.journal.entries, entries, replaceable)
         if missing:
             self._write(missing, state, config)
 
     def ensure_checkpoint(self) -> None:
-        """Write a checkpoint of the present state if there is none at all, as after `save`."""
+        """Write a checkpoint if there is none: `save` writes none, and `rollback` needs one."""
         if self.latest is not None and not checkpoint_files(self.path):
             self._write_checkpoint(len(self.journal) - 1, encode(self.latest))
 
     def nearest(
         self, entry_id: int, known: Mapping[int, EditState]
     ) -> tuple[int, EditState] | None:
-        """Find the nearest exact state from which an entry grew, or its own, and its position.
+        """Find the state from which the fewest edits lead to an entry's state.
 
         Args:
             entry_id: The entry.
-            known: States in memory, by their positions; those that were changed do not count.
+            known: States in memory, by position; those without the journal's hash are not used.
+
+        Returns:
+            The position and the state; None if there is none.
         """
         files = [f for f in checkpoint_files(self.path) if id_of(f) < len(self.journal)]
         for position in self.journal.ancestors(entry_id):
@@ -161,7 +164,7 @@ class KeptDirectory:
         return None
 
     def exact_ids(self) -> list[int]:
-        """Return the entries whose states are kept as intact checkpoints."""
+        """Return the ids of the entries that have an intact checkpoint."""
         return sorted(id_of(f) for f in checkpoint_files(self.path) if self._read_known(f))
 
     # ---- writing
@@ -173,7 +176,7 @@ class KeptDirectory:
         config: KeptConfig,
         has_checkpoint: bool = False,
     ) -> None:
-        """Commit entries and the state after the last of them, or change nothing."""
+        """Commit entries, and the state after the last of them; on an error, nothing changes."""
         pending = () if entries[0].id == 0 else self._pending
         content = StateFile(state, (*pending, *entries), config)
         data = encode(content)
@@ -203,7 +206,7 @@ class KeptDirectory:
             )
 
     def _replace_state(self, data: bytes, content: StateFile) -> None:
-        """Replace the state file, which commits; take note of it, whatever interrupts."""
+        """Replace the state file, which is the commit; update memory even if interrupted then."""
         file, new = self.path / STATE, None
         try:
             with written_whole(file) as stream:
@@ -215,7 +218,7 @@ class KeptDirectory:
                 self._take_note(content)
 
     def _take_note(self, content: StateFile) -> None:
-        """Follow a commit in memory."""
+        """Update the journal in memory after a commit."""
         first = content.entries[0].id
         if first == 0:
             self.journal = Journal()
@@ -224,7 +227,7 @@ class KeptDirectory:
         self.latest, self._pending = content, content.entries
 
     def _write_journal(self) -> None:
-        """Bring committed entries into the journal file; entry 0 begins it anew."""
+        """Append the committed entries to the journal file; entry 0 begins a new file."""
         if not self._pending:
             return
         file = self.path / JOURNAL
@@ -235,7 +238,7 @@ class KeptDirectory:
         else:
             check_own(file)
             with open(file, "r+b") as stream:
-                stream.truncate(self._size)  # what a crash cut
+                stream.truncate(self._size)  # a line that a crash left incomplete
                 stream.seek(self._size)
                 stream.write(data)
                 stream.flush()
@@ -243,12 +246,12 @@ class KeptDirectory:
         self._size, self._pending = self._size + len(data), ()
 
     def _write_config(self, config: KeptConfig) -> None:
-        """Write the copy of the configuration that people read."""
+        """Write the readable copy of the configuration."""
         text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
         _write_durably(self.path / CONFIG, text.encode())
 
     def _write_checkpoint(self, entry_id: int, data: bytes) -> None:
-        """Keep the bytes of a state file."""
+        """Write the bytes of a state file as the checkpoint of an entry."""
         folder = self.path / CHECKPOINTS
         if not folder.exists():
             folder.mkdir()
@@ -258,9 +261,9 @@ class KeptDirectory:
     # ---- recovery
 
     def _recover(self, repair: bool) -> None:
-        """Read everything, and finish what a crash interrupted."""
+        """Read everything, and finish a commit that a crash interrupted."""
         for leftover in (*self.path.glob(f".*{TEMPORARY}"), *self.path.glob(f"*/.*{TEMPORARY}")):
-            with contextlib.suppress(OSError):  # only untidy
+            with contextlib.suppress(OSError):  # a leftover does no harm
                 leftover.unlink()
         if not holds_edit(self.path):
             return
@@ -272,7 +275,7 @@ class KeptDirectory:
             self._repair()
 
     def _read(self) -> None:
-        """Read everything, and bring the copies up to date."""
+        """Read everything; bring the journal file and the copy of the configuration up to date."""
         for name in self._misplaced():
             kind = "folder" if name.name == CHECKPOINTS else "regular file, not a link to one"
             raise ValueError(
@@ -306,7 +309,7 @@ class KeptDirectory:
         self._write_config(latest.config)
 
     def _repair(self) -> None:
-        """Go on from the newest state that is whole; lose nothing of the rest."""
+        """Go on from the newest intact state; keep all other files aside."""
         file = self.path / JOURNAL
         lines: list[str] = []
         rest = ""
@@ -321,7 +324,7 @@ class KeptDirectory:
         folder = _keep_aside(self.path, aside if is_known and not rest else {*aside, file})
         if is_known:
             self._size = len(_text(lines))
-            if rest:  # a new file, for the old one is kept
+            if rest:  # a new file: the old one is kept aside, perhaps as a hard link
                 _write_durably(file, _text(lines))
             self.commit("rollback", found.state, found.config, {"to": entry.id})
         else:
@@ -331,21 +334,21 @@ class KeptDirectory:
             self.journal = Journal()
             self.commit("start", found.state, found.config, content)
         for checkpoint in old:
-            if id_of(checkpoint) != len(self.journal) - 1:  # else it is a new one
+            if id_of(checkpoint) != len(self.journal) - 1:  # that one was just written anew
                 checkpoint.unlink(missing_ok=True)
 
     def _misplaced(self) -> list[Path]:
-        """Return what stands where there should be files, or a folder, of this directory's own."""
+        """Return the journal, configuration and checkpoint folder that are of a wrong kind."""
         files = (self.path / JOURNAL, self.path / CONFIG)
         found = [f for f in files if os.path.lexists(f) and (f.is_symlink() or not f.is_file())]
         folder = self.path / CHECKPOINTS
         return found + [folder] * (os.path.lexists(folder) and not folder.is_dir())
 
     def _newest(self) -> StateFile:
-        """Return the newest whole state; of the checkpoints, one that a sound journal knows.
+        """Return the newest intact state; if the journal is intact, only checkpoints in it count.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is no intact state.
         """
         read = self._read_known if len(self.journal) else read_whole
         checkpoint = next(filter(None, map(read, checkpoint_files(self.path))), None)
@@ -358,32 +361,32 @@ class KeptDirectory:
         return max(found, key=lambda content: content.entries[-1].time)
 
     def _read_known(self, file: Path) -> StateFile | None:
-        """Read a state file; None if it is damaged, or its entry was never completed."""
+        """Read a state file; None if it is damaged, or its entry is not in the journal."""
         content = read_whole(file)
         return content if content is not None and self._knows(content) else None
 
     def _knows(self, content: StateFile) -> bool:
-        """Tell whether a state is of an entry of the journal."""
+        """Tell whether the journal has the entry of a state."""
         entry = content.entries[-1]
         return [entry.line] == [e.line for e in self.journal.entries[entry.id : entry.id + 1]]
 
 
 def _text(lines: Iterable[str]) -> bytes:
-    """Return the lines of a journal as they are in its file."""
+    """Return the bytes of a journal file with these lines."""
     return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _write_durably(file: Path, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all, whatever happens."""
+    """Write a file to the disk atomically: after a crash it is there as a whole or not at all."""
     with written_whole(file) as stream:
         stream.write(data)
     sync_directory(file.parent)
 
 
 def _keep_aside(directory: Path, files: Iterable[Path]) -> Path:
-    """Keep what is in a directory under its names in a new folder, so that it outlives a change.
+    """Keep copies (hard links, where possible) of files in a new folder, under the same names.
 
-    What is not a regular file is moved there, and makes way.
+    Anything that is not a regular file is moved there, to make room for the regular one.
 
     Returns:
         The folder, `before-repair-1` or the next that is free.

@@ -1,4 +1,4 @@
-"""Which model an edit belongs to: its parameters' names, shapes, dtypes, and samples of values."""
+"""A fingerprint of a model, by which `load` and `attach` recognise the model of an edit."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,38 +11,38 @@ from torch import Tensor, nn
 from baft_easyedit.files.reading import taken
 
 _SAMPLES = 1024
-"""About how many values of each parameter are looked at."""
+"""About how many values of each parameter are hashed."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells models apart; equal on every device, also where accelerate keeps the weights away.
+    """Hashes of a model's parameters: names, shapes, dtypes, and about 1024 values of each.
 
-    Adapters such as PEFT's LoRA count: the model computes with them. So does the dtype: nobody has
-    tried an edit of fp32 weights on the same weights in bf16. `torch.compile` does not count.
+    It is equal on every device, also where accelerate offloads the weights. Adapters such as PEFT's
+    LoRA change it, as the model computes with them; so does the dtype. `torch.compile` does not.
 
-    About 1024 values of each parameter are looked at, in even steps through all rows and columns.
-    Missed are changes of other values only (a handful of single weights), of buffers, of the code,
-    and of what is set without weights, such as an adapter's scale.
+    The values are taken in even steps through all rows and columns. It misses changes of a few
+    single weights between them, of buffers, of the code, and of settings that are no weights, such
+    as an adapter's scale.
     """
 
     num_parameters: int
-    """Parameter tensors."""
+    """Number of parameter tensors."""
     names: str
-    """SHA-256 of their names and shapes."""
+    """SHA-256 of the parameters' names and shapes."""
     dtypes: str
-    """Their dtypes, such as `float32`."""
+    """The parameters' dtypes, such as `float32`."""
     values: str
-    """SHA-256 of the samples."""
+    """SHA-256 of the sampled values."""
     rounded_values: str
     """SHA-256 of the samples rounded to bf16; the same for one model loaded in two precisions."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Fingerprint":
-        """Look at a model.
+        """Compute the fingerprint of a model.
 
         Raises:
-            ValueError: If a parameter's values are nowhere to be found.
+            ValueError: If a parameter is on the meta device, and its values are not offloaded.
         """
         names, values, rounded = (hashlib.sha256() for _ in range(3))
         parameters = list(_parameters(model))
@@ -62,7 +62,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: str) -> "Fingerprint":
-        """Read a JSON object of the fields; ValueError if one is missing or of another type."""
+        """Read a JSON object of the fields; ValueError if a field is missing or of another type."""
         return cls(**{f.name: taken(content, f.name, f.type, where) for f in fields(cls)})
 
     def difference(self, other: "Fingerprint") -> str | None:
@@ -84,7 +84,7 @@ class Fingerprint:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield the parameters with their names and the modules that hold them; tied ones once."""
+    """Yield each parameter with its name and its module; tied parameters once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
@@ -104,7 +104,7 @@ def _sample(name: str, parameter: Tensor, module: nn.Module) -> Tensor:
             )
         parameter = stored[name.rpartition(".")[2]]
     flat = parameter.detach().reshape(-1)
-    step = len(flat) // _SAMPLES | 1  # odd, to go through all columns
+    step = len(flat) // _SAMPLES | 1  # odd, to reach all columns where their number is even
     return flat[::step].cpu()
 
 

@@ -1,11 +1,13 @@
-"""History: each change of an edit happens wholly or not at all, and can be gone back to.
+"""The history of an edit: every change is made as a whole or not at all, and can be undone.
 
-The latest states are in memory. Once a directory is open, every change is in it, too, before it
-counts; states that are no longer in memory come from its checkpoints, and what lies between two of
-them is learned again.
+`BaFTEditor` makes all its changes through a `History`, which keeps the states before the latest
+ones in memory. While a directory is open, each change is also committed to it before the call
+returns. An older state is restored from the nearest checkpoint; the edits after the checkpoint are
+learned again, and must give the hashes in the journal.
 
-Several histories can change one model. An undo is only for the change that led to the present
-state, so each keeps what its changes led to; `ModelEdit.latest_change` names the latest of all.
+Several editors, each with a history, can change one model. An undo may only take back the model's
+latest change. So each history keeps a hash of the state that its change led to, and
+`ModelEdit.latest_change` names the latest change by anyone.
 """
 
 import os
@@ -35,57 +37,57 @@ _CHANGED = "changed by other means than its editor since"
 
 
 class Step(NamedTuple):
-    """A change, and how to take it back."""
+    """A change, and what is needed to undo it."""
 
     position: int
-    """Where in the journal it began; 0 without one."""
+    """The journal's position before the change; 0 without a journal."""
     before: EditState
-    """The state before it."""
+    """The state before the change."""
     previous: Change | None
-    """What was the latest change before it."""
+    """The edit's `latest_change` before the change."""
     after: str | None
-    """Hash of the learned state that it led to; None with a directory, whose journal has it."""
+    """Hash of the state after the change; None with a directory, whose journal has the hash."""
 
 
 class History:
-    """What an edit went through.
+    """Makes, keeps and undoes the changes of one edit.
 
     Args:
-        learner: What changes.
-        hparams: How it learns from now on; may be replaced.
-        undo_depth: How many states are in memory.
+        learner: Holds and trains the edit.
+        hparams: Hyper-parameters of the next edits; may be replaced.
+        undo_depth: How many states are kept in memory.
     """
 
     def __init__(self, learner: Learner, hparams: BaFTHyperParams, undo_depth: int) -> None:
         self.hparams = hparams
         self.origin: KeptConfig | None = None
-        """What a kept edit said of its model; None for an edit of this model."""
+        """The configuration that a kept edit came with; None for an edit begun on this model."""
         self.recent: deque[Step] = deque(maxlen=undo_depth)
-        """The latest changes that were made here."""
+        """The latest changes that this history made."""
         self._author = Author("another editor")
         self._learner = learner
         self._directory: KeptDirectory | None = None
         self._journal: Journal | None = None
-        """What a loaded edit went through; None for a new one."""
+        """The journal of a loaded edit, in memory; None for a new edit."""
         self._snapshot_of = "an edit that was in memory only"
-        """What `save` writes a snapshot of while there is no journal."""
+        """Without a journal, `save` writes a snapshot, whose entry 0 says this of its origin."""
         self._starts: set[str] = set()
-        """Snapshots of this edit that `save` may replace by newer ones: lines of entries 0."""
+        """The lines of entry 0 of earlier saves, which `save` may replace by newer snapshots."""
 
     @property
     def journal(self) -> Journal | None:
-        """The journal of the directory that is open, or was; else that of a loaded edit."""
+        """The journal of the directory, open or closed since; else that of a loaded edit."""
         return self._journal if self._directory is None else self._directory.journal
 
     def config(self) -> KeptConfig:
-        """Describe the edit as it is kept: its method, model, and versions."""
+        """Return the configuration to keep with the edit: its method, model, and versions."""
         config = self.origin or KeptConfig.of(self._learner.model, self.hparams)
         return config.with_settings(self.hparams)
 
     # ---- the directory
 
     def go_on(self, kept: StateFile, directory: Path) -> None:
-        """Go on, in memory, with a kept state, and the journal that led to it, if it is whole."""
+        """Continue a loaded edit in memory, with its journal if that is intact."""
         last, model = kept.entries[-1], self._learner.model
         if kept.config.fingerprint.difference(Fingerprint.of(model)) is not None:
             self.origin = None  # from now on it is an edit of this model
@@ -102,19 +104,19 @@ class History:
             self._end_journal(last, "the journal before it could not be read")
 
     def _end_journal(self, last: Entry, why: str) -> None:
-        """Go on without a journal: the present state does not follow from its last entry."""
+        """Drop the journal, as the present state does not follow from its last entry."""
         self._journal = None
         self._snapshot_of = f"{last.reference}; {why}"
 
     def open(self, directory: KeptDirectory) -> None:
-        """Keep all changes from now on; the present state is the latest of the directory."""
+        """Commit all later changes to a directory, whose latest state is the present one."""
         self._directory = directory
         self._author = Author(f"the editor of {directory.path}")
         self._keep_settings()
         directory.ensure_checkpoint()
 
     def close(self) -> None:
-        """Let others open the directory, if one is open."""
+        """Unlock the directory, if one is open."""
         if self._directory is not None:
             self._directory.close()
 
@@ -123,7 +125,7 @@ class History:
         own, path = self._directory, expanded(path)
         if own is not None and path.exists() and own.path.exists() and path.samefile(own.path):
             self._check_as_kept(own)
-            return  # all is there already
+            return  # the directory has every change already
         entries, state = self._told()
         target = KeptDirectory(path)
         try:
@@ -133,7 +135,7 @@ class History:
         self._starts.add(entries[0].line)
 
     def _told(self) -> tuple[list[Entry], EditState]:
-        """Return the journal that leads to the present state, or a snapshot that says of what."""
+        """Return the entries that led to the state, or a snapshot's only entry; and the state."""
         state, journal, snapshot_of = self._learner.state(), self.journal, self._snapshot_of
         if journal is not None:
             as_told = present(state, journal)
@@ -144,12 +146,12 @@ class History:
         return [Journal().next("start", state_hash(state), content)], state
 
     def _settings(self) -> dict[str, Any]:
-        """Return what learning depends on beside the state and the requests."""
+        """Return what the result of an edit depends on beside the state and the requests."""
         model = self._learner.model
         return {"hparams": method_of(self.hparams), "environment": environment(model)}
 
     def _keep_settings(self) -> None:
-        """Note in the journal how edits are learned from now on, unless it says so already."""
+        """Add an entry with the hyper-parameters and the environment if they have changed."""
         journal, settings = self.journal, self._settings()
         if journal is None or (len(journal) and journal.settings_of(len(journal) - 1) == settings):
             return
@@ -157,7 +159,7 @@ class History:
         self._commit("settings" if len(journal) else "start", settings)
 
     def _commit(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Note in the journal, if there is one, what led to the present state."""
+        """Add the change that led to the present state to the journal, if there is one."""
         state = self._learner.state()
         if self._directory is not None:
             self._directory.commit(kind, state, self.config(), content)
@@ -167,7 +169,7 @@ class History:
     # ---- whether the present state is this history's
 
     def _check_as_kept(self, directory: KeptDirectory) -> None:
-        """Raise ValueError if the directory is closed, or the edit is not as it keeps it."""
+        """Raise ValueError if the directory is closed, or its latest state is not the edit's."""
         directory.check_usable()
         self._check_present(
             present(self._learner.state(), directory.journal) is not None,
@@ -179,9 +181,9 @@ class History:
         """Raise ValueError, and name the latest change, unless the present state is this history's.
 
         Args:
-            is_as_left: Whether what is learned is what the latest change of this history led to.
-            rule: What must be so.
-            remedy: What to do if it is not.
+            is_as_left: Whether the edit is as the latest change of this history left it.
+            rule: The rule, for the message.
+            remedy: What the user can do, for the message.
         """
         is_other = attached_edit(self._learner.model) not in (None, self._learner.edit)
         if is_as_left and not is_other:
@@ -192,7 +194,7 @@ class History:
         raise ValueError(f"{rule}, but {problem}: {remedy}")
 
     def _others_change(self) -> str:
-        """Name the latest change of the model, if it was not made here."""
+        """Describe the latest change of the model if another editor made it; "" if not."""
         own = self._learner.edit
         edit = attached_edit(self._learner.model) or own
         latest = edit.latest_change
@@ -202,14 +204,14 @@ class History:
         return f"the latest change of the model is {latest}" if is_others else ""
 
     def _values(self) -> str:
-        """Return a hash of what is learned, attached or not."""
+        """Return the hash of the learned state, the same whether the edit is attached or not."""
         return state_hash(self._learner.state()._replace(attached=True))
 
     # ---- changes
 
     @contextmanager
     def change(self, kind: str, requests: Sequence[EditRequest] = ()) -> Iterator[None]:
-        """Make a change that ends with `keep`; if anything goes wrong before, it is taken back."""
+        """Make a change in this context, which must call `keep`; an error before that undoes it."""
         with self._learner.lock.changing():
             journal = self._journal
             if self._directory is not None:
@@ -229,7 +231,7 @@ class History:
         report: EditReport | None = None,
         to: int | None = None,
     ) -> None:
-        """Commit a change to the open directory, or note it in the journal of a loaded edit."""
+        """Commit a change to the open directory, or add it to the journal of a loaded edit."""
         content: dict[str, Any] = {"to": to}
         if report is not None:
             told = [request.to_dict() for request in requests]
@@ -238,7 +240,7 @@ class History:
 
     @contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """Make a change that can be undone; go back if anything goes wrong before it is kept."""
+        """Make a change that `undo` can take back; restore the state if the change fails."""
         with self._taken_back() as before:
             position = 0 if self.journal is None else self.journal.position
             yield
@@ -248,7 +250,7 @@ class History:
 
     @contextmanager
     def _taken_back(self) -> Iterator[EditState]:
-        """Change the state alone; an error before the change is kept takes it back."""
+        """Lock the model during a change; an error before the change is kept restores the state."""
         recent, edit = list(self.recent), self._learner.edit
         size, latest = len(self.journal or ()), edit.latest_change
 
@@ -270,12 +272,12 @@ class History:
     def undo(self) -> None:
         """Go back to before the latest change."""
         if self._directory is None:
-            self._undo_in_memory()  # and nothing after it: an interrupt there would come too late
+            self._undo_in_memory()  # nothing may follow: an interrupt there would come too late
         else:
             self._undo_on_disk(self._directory)
 
     def _undo_on_disk(self, directory: KeptDirectory) -> None:
-        """Go back to what the latest change of a journal grew from."""
+        """Go back to the state from which the latest change in the journal began."""
         with self._learner.lock.changing():
             parent = directory.journal.entries[directory.journal.position].parent
             if parent is None:
@@ -284,7 +286,7 @@ class History:
             self._return(directory, "undo", parent)
 
     def _undo_in_memory(self) -> None:
-        """Take back the latest change that was made here, if it is the latest of all."""
+        """Take back the latest change of this history, which must be the model's latest."""
         with self._taken_back():  # outermost: an interrupt on the way out takes the undo back
             if not self.recent:
                 self._refuse_undo("edit() was not called, or undo_depth is used up")
@@ -305,7 +307,7 @@ class History:
             self.recent.pop()
 
     def _refuse_undo(self, why: str) -> NoReturn:
-        """Raise ValueError: no change is left to take back; name the latest one, if another's."""
+        """Raise ValueError as no change is left to undo; name another editor's latest change."""
         nothing = f"there is no edit to undo: {why}"
         raise ValueError("; ".join(filter(None, (nothing, self._others_change()))))
 
@@ -320,7 +322,7 @@ class History:
         self._return(directory, "rollback", to)
 
     def forget(self, prompt: str) -> list[EditReport]:
-        """Go back to before the first edit of a prompt, and learn again what came after it."""
+        """Go back to before the first edit of a prompt, and learn the later edits again."""
         directory = self._open_directory("forget")
         with self._learner.lock.changing():
             self._check_as_kept(directory)
@@ -357,7 +359,7 @@ class History:
     def _learned_again(
         self, directory: KeptDirectory, journal: Journal, entries: Sequence[Entry], without: str
     ) -> list[EditReport]:
-        """Learn entries again, but the edits of one prompt, and tell of them in a journal."""
+        """Learn entries again without the requests of one prompt, and add them to a journal."""
         reports, model = [], self._learner.model
         for entry in entries:
             rest = [r for r in as_requests(entry.requests) if r.prompt != without]
@@ -374,7 +376,7 @@ class History:
         return reports
 
     def _tell(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
-        """Add what led to the present state to a journal."""
+        """Append an entry to a journal for the change that led to the present state."""
         journal.append(journal.next(kind, state_hash(self._learner.state()), content))
 
     def _open_directory(self, action: str) -> KeptDirectory:
@@ -387,7 +389,7 @@ class History:
         return self._directory
 
     def _return(self, directory: KeptDirectory, kind: str, to: int) -> None:
-        """Go to the state after an entry, whatever the present one is, and keep that."""
+        """Go to the state after an entry from any other state, and commit that as a change."""
         directory.check_usable()
         self._check_present(True, f"the model must carry no edit but that of {directory.path}")
         with self._noted(f"the {kind} to entry {to}"):
@@ -395,7 +397,7 @@ class History:
             self.keep(kind, to=to)
 
     def _restore_entry(self, directory: KeptDirectory, to: int) -> None:
-        """Restore the state after a journal entry, or learn it again from the nearest one."""
+        """Restore the nearest known state before an entry, and learn the edits up to it again."""
         journal = directory.journal
         known = {step.position: step.before for step in self.recent}
         known[journal.position] = self._learner.state()
@@ -411,7 +413,7 @@ class History:
             self._repeat(directory, journal.entries[i], journal.settings_of(i))
 
     def _repeat(self, directory: KeptDirectory, entry: Entry, settings: dict[str, Any]) -> None:
-        """Learn an entry of the journal again, and compare."""
+        """Learn one entry again; raise ValueError unless the state has the journal's hash."""
         model, where = self._learner.model, str(directory.path)
         if entry.kind == "edit":
             hparams = hparams_of(settings["hparams"], model, where)

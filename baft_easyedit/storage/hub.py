@@ -1,4 +1,4 @@
-"""A kept edit on the Hugging Face Hub; uploads go through `huggingface_hub.ModelHubMixin`."""
+"""Upload and download kept edits; uploads go through `huggingface_hub.ModelHubMixin`."""
 
 import os
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class HubEdit(
     repo_url=_URL,
     model_card_template=_CARD,
 ):
-    """A kept edit as the Hub sees it: its configuration, and what writes it into a directory."""
+    """Adapts an edit to `ModelHubMixin`: its configuration, and a function that writes it."""
 
     def __init__(self, config: KeptConfig, save: Callable[[Path], None]) -> None:
         self._config = config
@@ -47,12 +47,12 @@ class HubEdit(
         self._hub_mixin_config = {"library_name": "baft_easyedit"}  # the Hub counts config.json
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the edit."""
+        """Write the edit, without the lock file; `ModelHubMixin` calls this."""
         self._save(save_directory)
         (save_directory / LOCK).unlink(missing_ok=True)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Describe the edit."""
+        """Return the model card of the repository; `ModelHubMixin` calls this."""
         config = self._config
         card = super().generate_model_card(
             *args, base_model=config.base_model, layers=config.hparams["layers"], **kwargs
@@ -63,7 +63,7 @@ class HubEdit(
 
 
 def local_directory(repo_or_directory: str | os.PathLike[str], **options: Any) -> str:
-    """Return a directory as it is, or that of a repository, downloaded; no checkpoints."""
+    """Return a directory as it is; download anything else from the Hub, without checkpoints."""
     directory = os.path.expanduser(repo_or_directory)
     if os.path.isdir(directory):
         return directory

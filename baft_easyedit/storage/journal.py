@@ -1,8 +1,10 @@
-"""The journal: one line for each change of a kept edit, never rewritten.
+"""The journal of a kept edit: one line of JSON for each change; lines are only appended.
 
-Every line names the SHA-256 of the line before it, so that a change of any but the last is found;
-the state file holds a copy of the last. Entries form a tree: an edit grows from the state that it
-began with, its `parent`; `undo` and `rollback` go `to` an earlier entry.
+Every line holds the SHA-256 of the line before it, so that an altered line is detected; the last
+line is compared with its copy in the state file. The entries form a tree: the `parent` of an edit
+is the entry whose state it began from. An `undo` or `rollback` is an entry, too, and goes `to` an
+earlier one. The *position* of the journal is the entry (never of these two kinds, nor `settings`)
+that produced the present state.
 """
 
 import hashlib
@@ -33,16 +35,16 @@ _CONTENT: Mapping[str, Mapping[str, type]] = {
     "undo": {"to": int},
     "rollback": {"to": int},
 }
-"""What a line holds beside what all have, by its kind. `start` is entry 0, and may say what it is a
-`snapshot_of`; `settings` notes that hyper-parameters or the environment changed; a rollback may say
-which prompt is `forgotten`, and the edits that follow are those that stayed."""
+"""The fields of each kind of line beside `_COMMON`. `start` is entry 0, and may have `snapshot_of`,
+where the state came from; `settings` tells new hyper-parameters or a new environment; a rollback
+may have `forgotten`, a prompt: the edits after it are then the ones learned again without it."""
 
 
 def to_json(value: Any) -> str:
     """Return a value as one line of ASCII, the same for equal values.
 
     Raises:
-        ValueError: If it is not JSON: NaN, an infinity, a key or value of another type, a cycle.
+        ValueError: If JSON has no such value: NaN, infinity, a cycle, a key or value of other type.
     """
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"), sort_keys=True)
@@ -52,29 +54,29 @@ def to_json(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line; of what is in it, only what is needed all the time is kept apart in memory."""
+    """One line of the journal. Fields that are rarely needed are parsed from `line` on demand."""
 
     id: int
     kind: str
     time: str
-    """When it was completed, UTC."""
+    """Time at which the change was completed, UTC."""
     state_hash: str
-    """Hash of the state after it; see `state.state_hash`."""
+    """Hash of the state after the change; see `state.state_hash`."""
     previous: str
     """SHA-256 of the line before; empty for the first."""
     parent: int | None
-    """What an edit grew from."""
+    """Id of the entry whose state an edit or install began from; None for other kinds."""
     to: int | None
-    """Where an undo or rollback went."""
+    """Id of the entry that an undo or rollback went to; None for other kinds."""
     line: str = field(repr=False)
-    """The line itself, without its end."""
+    """The line itself, without its line break."""
 
     @classmethod
     def from_line(cls, line: str, where: str) -> "Entry":
         """Read a line.
 
         Raises:
-            ValueError: If it is too long, not JSON, or lacks what its kind has.
+            ValueError: If the line is too long, not JSON, or lacks a field of its kind.
         """
         if len(line) > MAX_LINE or not line.isascii():
             raise ValueError(f"{where} must be ASCII below {MAX_LINE} bytes; got {len(line)}")
@@ -102,31 +104,31 @@ class Entry:
 
     @property
     def sha256(self) -> str:
-        """What the next line calls this one."""
+        """SHA-256 of the line, which the next line holds as `previous`."""
         return hashlib.sha256(self.line.encode()).hexdigest()
 
     @property
     def reference(self) -> str:
-        """What a snapshot calls the entry that it is of."""
+        """Name of the entry in the `snapshot_of` of a snapshot of its state."""
         return f"entry {self.id}, whose line has the SHA-256 {self.sha256}"
 
     @property
     def content(self) -> dict[str, Any]:
-        """All that the line holds."""
+        """All fields of the line."""
         return dict(json.loads(self.line))
 
     @property
     def requests(self) -> list[dict[str, Any]]:
-        """EasyEdit's request dicts; empty where there are none."""
+        """The requests of an edit, as EasyEdit's dicts; empty for other kinds."""
         return self.content.get("requests", [])
 
     @property
     def snapshot_of(self) -> str | None:
-        """What an entry 0 says of the edit that came before; None if nothing did."""
+        """Where the state of an entry 0 came from; None if the edit began there."""
         return self.content.get("snapshot_of")
 
     def summary(self) -> str:
-        """Tell the entry in a line of text, with nothing in it that could upset a terminal."""
+        """Return the entry as a line of text for people, without control characters."""
         content = self.content
         parts = [f"{self.id:>5}  {self.time[:19]}Z  {self.state_hash[:10]}  {self.kind:<8}"]
         if self.to is not None:
@@ -145,7 +147,7 @@ class Entry:
 
 
 def _told(report: Mapping[str, Any]) -> str:
-    """Tell a report in a few words; it may come from anybody."""
+    """Return a report in a few words; a journal may come from anybody, so nothing is trusted."""
     try:
         loss, learned = float(report["losses"]["answer"][-1]), list(report.get("learned", ()))
         steps, time_s = int(report["num_steps"]), float(report["time_s"])
@@ -156,7 +158,7 @@ def _told(report: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """The entries so far, and where in their tree the state is.
+    """The entries of a kept edit, and the position of the present state in their tree.
 
     Args:
         entries: From entry 0 on.
@@ -170,7 +172,7 @@ class Journal:
         self._positions: list[int] = []
         self._settings: list[int] = []
         self._hashes: dict[int, set[str]] = {}
-        """By position: the state there may be attached, or not."""
+        """Hashes by position: a state has one hash attached, and another detached."""
         for entry in entries:
             self.append(entry)
 
@@ -199,14 +201,14 @@ class Journal:
         self._hashes.setdefault(position, set()).add(entry.state_hash)
 
     def has_hash(self, entry_id: int, state_hash: str) -> bool:
-        """Tell whether the state after an entry has a hash."""
+        """Tell whether a hash is that of the state after an entry."""
         return state_hash in self._hashes[self._positions[entry_id]]
 
     def next(self, kind: str, state_hash: str, content: Mapping[str, Any]) -> Entry:
-        """Return a new entry that follows the last one, not yet appended.
+        """Make the entry that follows the last one, without appending it.
 
         Raises:
-            ValueError: If its line would be too long.
+            ValueError: If the line would be too long.
         """
         common = {
             "id": len(self),
@@ -221,15 +223,15 @@ class Journal:
 
     @property
     def position(self) -> int:
-        """The start or change whose state is the present one."""
+        """Id of the start, edit or install that produced the present state."""
         return self._positions[-1]
 
     def position_of(self, entry_id: int) -> int:
-        """Return the start or change whose state is that after an entry."""
+        """Return the id of the start, edit or install that produced the state after an entry."""
         return self._positions[entry_id]
 
     def ancestors(self, entry_id: int) -> Iterator[int]:
-        """Yield the position of an entry, that which it grew from, and so on down to 0."""
+        """Yield the position of an entry, the position that it began from, and so on down to 0."""
         position = self._positions[entry_id]
         yield position
         while (parent := self.entries[position].parent) is not None:
@@ -243,10 +245,10 @@ class Journal:
 
 
 def read_lines(file: Path) -> tuple[list[str], str]:
-    """Read the complete lines of a journal, and what follows the last of them.
+    """Read the complete lines of a journal file, and an incomplete last line ("" if none).
 
     Raises:
-        ValueError: If it is no regular file.
+        ValueError: If it is not a regular file.
     """
     if not file.exists():
         return [], ""
@@ -255,10 +257,10 @@ def read_lines(file: Path) -> tuple[list[str], str]:
 
 
 def parse_lines(lines: Sequence[str], where: str) -> Journal:
-    """Read the lines of a journal.
+    """Parse the lines of a journal.
 
     Raises:
-        ValueError: If one is damaged; the message tells which, and how to go on.
+        ValueError: If a line is damaged; the message tells which one, and how to go on.
     """
     journal = Journal()
     for number, line in enumerate(lines, 1):
@@ -275,7 +277,7 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
 
 
 def report_dict(report: EditReport) -> dict[str, Any]:
-    """Return what the journal keeps of a report: of each term in use, its first and last value."""
+    """Return a report as the journal keeps it, with the first and last value of each loss term."""
     first, last = report.losses[0], report.losses[-1]
     terms = ("answer", "rehearsal", "balance", "locality")
     used = [name for name in terms if getattr(first, name) is not None]

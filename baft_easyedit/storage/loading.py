@@ -1,4 +1,4 @@
-"""Read a kept edit and attach it to a model."""
+"""Read kept edits for inference, and check that they fit their model; `attach` needs no editor."""
 
 import os
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ def attach(
     """Make a model use a kept edit; no tokenizer is needed. The directory is only read.
 
     Args:
-        model: The model that the edit was learned on; it must carry none now.
+        model: The model that the edit was learned on; it must carry no edit now.
         directory: Where `BaFTEditor.save` or `BaFTEditor.open` kept the edit.
         allow_other_model: Use the edit on another model of the same shape.
 
     Returns:
-        The edit, attached; its `detach` takes it off again.
+        The attached edit; its `detach` removes it from the model.
 
     Raises:
         FileNotFoundError: If no edit is kept there.
-        ValueError: If the model is another one, does not fit, or carries an edit; or the file is
-            damaged.
+        ValueError: If the model is another one, does not fit, or carries an edit; or the state
+            file is damaged.
     """
     where = str(expanded(directory))
     edit, _ = edit_of(latest_for(model, where, allow_other_model), model, where)
@@ -46,18 +46,18 @@ def attach_named(
     directories: Mapping[str, str | os.PathLike[str]],
     allow_other_model: bool = False,
 ) -> NamedEdits:
-    """Attach several kept edits to a model, to be used by their names. Directories are only read.
+    """Attach several kept edits to a model, to be used by name. The directories are only read.
 
     Args:
-        model: The model that the edits were learned on; it must carry none now.
+        model: The model that the edits were learned on; it must carry no edit now.
         directories: The directory of each edit, by its name.
         allow_other_model: See `attach`.
 
     Returns:
-        The edits, attached and off; `with edits.active(name)` uses one.
+        The edits, attached but inactive; `with edits.active(name)` uses one.
 
     Raises:
-        FileNotFoundError: If no edit is kept in one of them.
+        FileNotFoundError: If a directory keeps no edit.
         ValueError: If a name is unusable; and where `attach` raises it.
     """
     check_names(directories)
@@ -69,18 +69,18 @@ def attach_named(
 
 
 def kept_hparams(directory: str | os.PathLike[str], model: nn.Module) -> BaFTHyperParams:
-    """Return the hyper-parameters of a kept edit, for its model.
+    """Return the hyper-parameters of a kept edit, for its loaded model.
 
     Raises:
         FileNotFoundError: If no edit is kept there.
-        ValueError: If the file is damaged.
+        ValueError: If the state file is damaged.
     """
     kept = read_latest(expanded(directory)).config.hparams
     return hparams_of(kept, model, str(directory))
 
 
 def latest_for(model: nn.Module, directory: str, allow_other_model: bool) -> StateFile:
-    """Read the state of a kept directory for a model; errors are those of `attach`."""
+    """Read the state of a kept directory, and check its model; errors are those of `attach`."""
     latest = read_latest(expanded(directory))
     if not allow_other_model:
         latest.config.check_model(model, directory)
@@ -88,7 +88,7 @@ def latest_for(model: nn.Module, directory: str, allow_other_model: bool) -> Sta
 
 
 def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, BaFTHyperParams]:
-    """Make the edit that a kept state is of, not yet attached, and how it was learned.
+    """Make an edit from a kept state, not yet attached, and its hyper-parameters.
 
     Raises:
         ValueError: If the state does not fit the model or the hyper-parameters.
@@ -119,7 +119,7 @@ def check_carries_no_other(model: nn.Module, kept: StateFile, where: str) -> Non
 
 
 def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
-    """Raise ValueError unless an edit is one that these hyper-parameters would make."""
+    """Raise ValueError unless an edit has the shape that the hyper-parameters name."""
     for name in (
         "layers", "rank", "gate", "num_prompt_positions", "parametrisation", "past_states"
     ):  # fmt: skip

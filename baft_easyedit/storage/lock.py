@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on a kept directory, for POSIX systems."""
+"""A lock on a kept directory, so that one process at a time writes to it. POSIX systems only."""
 
 import os
 import weakref
@@ -8,11 +8,11 @@ from baft_easyedit.files.paths import check_own
 from baft_easyedit.files.writing import NEW_FILE
 
 LOCK = "lock"
-"""Name of the file that is locked; it holds the id of the process that locked it last."""
+"""Name of the locked file, which holds the id of the last process that locked it."""
 
 
 class DirectoryLock:
-    """A lock that its process holds until `release`, or until it ends, however it ends.
+    """A lock that its process holds until `release`, or until the process ends or is killed.
 
     Args:
         directory: An existing directory, absolute.
@@ -20,7 +20,7 @@ class DirectoryLock:
     Raises:
         BlockingIOError: If another editor holds the lock.
         OSError: If the file system has no locks.
-        ValueError: If something else stands in the place of the file.
+        ValueError: If the lock file is not a regular file.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -30,7 +30,7 @@ class DirectoryLock:
         self._owner = os.getpid()
         check_own(self._file)
         descriptor = self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, NEW_FILE)
-        self._close = weakref.finalize(self, os.close, descriptor)  # a lost editor's lock goes, too
+        self._close = weakref.finalize(self, os.close, descriptor)  # unlocks if an editor is lost
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,10 +52,10 @@ class DirectoryLock:
         os.write(descriptor, f"{self._owner}\n".encode())
 
     def check(self) -> None:
-        """Raise ValueError unless this process holds the lock, and the directory is in its place.
+        """Raise ValueError unless this process holds the lock, and the lock file is in its place.
 
-        A fork of the process does not hold it. Where the directory or the file is moved, replaced
-        or deleted, others may lock another file of that name.
+        A forked process does not hold the lock. If the directory or the lock file was moved,
+        replaced or deleted, another process may have locked the new file of that name.
         """
         directory = self._file.parent
         if not self._close.alive or self._owner != os.getpid():
@@ -75,9 +75,9 @@ class DirectoryLock:
             )
 
     def release(self) -> None:
-        """Let others have the directory."""
+        """Unlock the directory."""
         if self._close.alive and self._owner == os.getpid():
             import fcntl
 
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a fork may have it open, too
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing does not, while a fork has it
             self._close()

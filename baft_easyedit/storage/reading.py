@@ -1,4 +1,4 @@
-"""Read a kept directory, which needs no lock."""
+"""Read a kept directory without its lock: its names, its latest state, its history."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def holds_edit(path: str | os.PathLike[str]) -> bool:
-    """Tell whether an edit was begun in a directory, be it whole or damaged now."""
+    """Tell whether a directory keeps an edit, intact or damaged."""
     directory = expanded(path)
     is_begun = any(os.path.lexists(directory / name) for name in (STATE, JOURNAL))
     return is_begun or any(map(id_of, checkpoint_files(directory)))
@@ -61,7 +61,7 @@ def read_whole(file: Path) -> StateFile | None:
 
 
 def read_history(path: str | os.PathLike[str]) -> list[Entry]:
-    """Read the journal of a kept directory; this needs no intact state.
+    """Read the journal of a kept directory, even if the state file is damaged.
 
     Raises:
         FileNotFoundError: If the directory keeps no edit.
@@ -70,7 +70,7 @@ def read_history(path: str | os.PathLike[str]) -> list[Entry]:
     directory = expanded(path)
     if not holds_edit(directory):
         read_latest(directory)
-    state = read_whole(directory / STATE)  # first: a commit may come between
+    state = read_whole(directory / STATE)  # first: a commit in between only adds journal lines
     lines, _ = read_lines(directory / JOURNAL)
     if state is not None:
         lines = whole_history(directory, lines, state.entries)
@@ -78,15 +78,15 @@ def read_history(path: str | os.PathLike[str]) -> list[Entry]:
 
 
 def whole_history(path: Path, lines: list[str], entries: Sequence[Entry]) -> list[str]:
-    """Return the lines of a journal file, and those of a state file that it lacks.
+    """Return the lines of a journal file, completed by entries that only the state file holds.
 
     Args:
         path: The directory.
         lines: The complete lines of the journal file.
-        entries: Those that the state was written with.
+        entries: The entries in the state file.
 
     Raises:
-        ValueError: If the two are not of one history.
+        ValueError: If the two files are not of one history.
     """
     first, own = entries[0].id, [entry.line for entry in entries]
     if first == 0 and len(lines) <= 1:  # the state begins a history, or replaces a snapshot
@@ -105,16 +105,16 @@ def lacking(
     entries: Sequence[Entry],
     replaceable: Container[str] | None,
 ) -> Sequence[Entry]:
-    """Return what a directory lacks of a journal: the rest of it, or all if it is replaced.
+    """Return what a save must write of a journal: its missing end; all, to replace a snapshot.
 
     Args:
         path: The directory.
-        kept: Its own journal.
-        entries: The journal that is to be there.
-        replaceable: Lines of snapshots that may be replaced; None for any.
+        kept: The entries that it holds.
+        entries: The entries that it should hold.
+        replaceable: The lines of entry 0 of snapshots that may be replaced; None for any.
 
     Raises:
-        ValueError: If it holds another journal that may not be replaced.
+        ValueError: If the directory holds another journal that may not be replaced.
     """
     own, lines = ([entry.line for entry in journal] for journal in (kept, entries))
     if own == lines[: len(own)]:
@@ -135,10 +135,10 @@ def lacking(
 def check_target(
     target: str | os.PathLike[str], source: str | os.PathLike[str], overwrite: bool
 ) -> None:
-    """Raise ValueError if an edit that begins with a kept one could not be saved in a directory."""
+    """Raise ValueError if `target` could not take a save of an edit that continues `source`."""
     if holds_edit(target):
         entries: list[Entry] = []
-        with contextlib.suppress(ValueError):  # it is saved as a snapshot then
+        with contextlib.suppress(ValueError):  # with a damaged journal, `save` writes a snapshot
             entries = read_history(source)
         lacking(expanded(target), read_history(target), entries, None if overwrite else ())
 
@@ -150,5 +150,5 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def id_of(checkpoint: Path) -> int:
-    """Return the entry whose state is in a checkpoint file."""
+    """Return the id of the entry whose state a checkpoint file holds."""
     return int(checkpoint.stem)

@@ -1,8 +1,8 @@
-"""The format of a state file: safetensors whose metadata holds all else that belongs to a state.
+"""The format of a state file: learned tensors as safetensors, everything else in its metadata.
 
-Metadata keys: `format_version`; `entry_id` and `entries`, the id of the latest journal entry and
-its line, after all lines that the journal file did not have yet; `state_hash`; `attached`;
-`memory`; `config`; `metadata_hash`, over all the others.
+Metadata keys: `format_version`; `entries`, the lines that the journal file did not have yet, the
+last being that of the state; `entry_id`, the id of that entry; `state_hash`; `attached`; `memory`,
+of past requests; `config`; `metadata_hash`, over all the others.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ class StateFile:
 
     state: EditState
     entries: tuple[Entry, ...]
-    """The journal entry that led to the state, after those that were written with it."""
+    """Journal entries that the journal file may lack; the last one led to the state."""
     config: KeptConfig
 
 
 def state_hash(state: EditState) -> str:
-    """Return the SHA-256 of a state: names, dtypes, shapes and bytes, and what is not a tensor."""
+    """Return the SHA-256 of a state: tensors (names, dtypes, shapes, bytes) and other fields."""
     digest = hashlib.sha256()
     for name in sorted(state.learned):
         value = state.learned[name]
@@ -47,12 +47,12 @@ def state_hash(state: EditState) -> str:
 
 
 def is_after(state: EditState, journal: Journal, entry_id: int) -> bool:
-    """Tell whether a state is that after an entry of a journal, bit for bit."""
+    """Tell whether a state equals the state after a journal entry, bit for bit."""
     return journal.has_hash(entry_id, state_hash(state))
 
 
 def present(state: EditState, journal: Journal) -> EditState | None:
-    """Return a state as a journal ends with it, attached or not; None if it was changed."""
+    """Return a state with `attached` as the journal's end has it; None if the state was changed."""
     either = (state._replace(attached=attached) for attached in (True, False))
     return next((s for s in either if is_after(s, journal, len(journal) - 1)), None)
 
@@ -89,8 +89,8 @@ def read_state(file: Path) -> StateFile:
     """Read a state file, and check all of its hashes.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, of another format, or holds what no edit has.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, of another format, or holds tensors that no edit has.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -99,7 +99,7 @@ def read_state(file: Path) -> StateFile:
     try:
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            # Clones: what the stream gives is in the file, which others may cut.
+            # Clones, for the stream's tensors are mapped from the file, which may be truncated.
             learned = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{where} is damaged: {cut(error, 500)}") from None
@@ -126,7 +126,7 @@ def _check_finite(state: EditState) -> None:
 
 
 def _check_metadata(metadata: Mapping[str, str], where: str) -> None:
-    """Raise ValueError unless the metadata are whole, and of the format of today."""
+    """Raise ValueError unless the metadata are intact, and of the present format."""
     if "format_version" not in metadata:
         raise ValueError(f"{where} must be a state of baft_easyedit; its metadata are not of one")
     if metadata["format_version"] != str(FORMAT_VERSION):
