@@ -1,1 +1,1 @@
-"""Files that users name, what they hold, and messages about them."""
+"""Read and write files that users name, check their content, and put values into messages."""

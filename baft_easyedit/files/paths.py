@@ -1,7 +1,6 @@
-"""Files that users name: `~` stands for their home, and only a regular file is opened.
+"""Paths that users name: `~` is expanded to the home directory, and only regular files are opened.
 
-To open a FIFO waits for whoever writes to it, a device can go on for ever, and both can stand where
-a file was expected.
+Opening a FIFO would wait until another process writes to it, and reading a device may never end.
 """
 
 import os
@@ -24,21 +23,21 @@ _KINDS = {
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path as an absolute one, with the home directory for `~`."""
+    """Return an absolute path, with the home directory in place of `~`."""
     return Path(os.path.expanduser(path)).absolute()
 
 
 def check_regular(file: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a name is that of a regular file or of a link to one.
+    """Raise ValueError unless a path is a regular file, or a link to one.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name.
+        FileNotFoundError: If the path does not exist.
     """
     _check(os.stat(file), file)
 
 
 def check_own(file: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a name, which is written to, is that of a regular file, or free."""
+    """Raise ValueError unless a path to write to is a regular file, not a link, or is free."""
     if os.path.lexists(file):
         _check(os.lstat(file), file)
 
@@ -48,8 +47,8 @@ def open_regular(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
-        ValueError: If it is something else.
-        OSError: If it cannot be read; it names the file, also if reading fails later.
+        ValueError: If the path is something else.
+        OSError: If the file cannot be read; the error names it, also if reading fails later.
     """
     check_regular(file)
     with open(file, "rb") as stream:
@@ -64,9 +63,9 @@ def read_regular(file: str | os.PathLike[str], most: int = MAX_FILE) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        ValueError: If it is something else, or has more than `most` bytes, or more than it says, as
-            those of `/proc` do.
-        OSError: If it cannot be read.
+        ValueError: If the path is something else, or the file has more than `most` bytes, or has
+            not as many as its size says, as in `/proc`.
+        OSError: If the file cannot be read.
     """
     with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -82,7 +81,7 @@ def read_text(file: str | os.PathLike[str]) -> str:
     """Return the text of a regular file; errors are those of `read_regular`.
 
     Raises:
-        ValueError: If it is not UTF-8.
+        ValueError: If the content is not UTF-8.
     """
     try:
         return read_regular(file).decode()

@@ -1,4 +1,4 @@
-"""Read JSON and YAML that others wrote; whatever is wrong with it, the error says where.
+"""Read JSON and YAML from untrusted files; every error names the file and what is wrong.
 
 Nothing that is read is executed. Needs the standard library and pyyaml.
 """
@@ -23,12 +23,12 @@ def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
     """Read JSON.
 
     Args:
-        text: What somebody else wrote.
-        where: Its name in messages.
-        is_strict: Refuse NaN and infinities, which Python writes, and a key that comes twice.
+        text: The text.
+        where: The name of the text in messages.
+        is_strict: Refuse NaN and infinities, which Python's `json` accepts, and duplicate keys.
 
     Raises:
-        ValueError: If it is not JSON, or too deep.
+        ValueError: If the text is not JSON, or is nested too deeply.
     """
     try:
         value = json.loads(text, **(_STRICT if is_strict else {}))
@@ -42,7 +42,7 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     """Read a JSON object, strictly; see `parse_json`.
 
     Raises:
-        ValueError: If it is not JSON, too deep, or not an object.
+        ValueError: If the text is not JSON, nested too deeply, or not an object.
     """
     value = parse_json(text, where, is_strict=True)
     if not isinstance(value, dict):
@@ -51,21 +51,21 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
 
 
 def read_yaml(file: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping, without tags that would make objects, or aliases.
+    """Read a YAML file that holds a mapping; aliases, and tags that make objects, are refused.
 
     Args:
         file: The file.
-        what: What it should hold, for messages.
+        what: What the mapping is of, for messages, such as `settings`.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is not such YAML, or too large.
-        TypeError: If it holds no mapping with names as keys.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the content is not such YAML, or too large.
+        TypeError: If the content is not a mapping with strings as keys.
     """
     text = read_regular(file, _MAX_YAML)
     try:
         content = yaml.load(text, _StrictLoader)
-        json.dumps(content, default=str, ensure_ascii=False).encode()  # too long, no text, too deep
+        json.dumps(content, default=str, ensure_ascii=False).encode()  # fails as later code would
     except _FAILURES as error:
         raise ValueError(f"{file} must be plain YAML, and is not: {cut(error, 500)}") from None
     _check_depth(content, str(file))
@@ -75,16 +75,16 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, and aliases, which can stand for too much."""
+    """Refuses duplicate keys, and aliases, by which a small file can stand for a huge value."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Read a value."""
+        """Compose a value, unless it is an alias; pyyaml calls this."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias: write what that stands for in its place")
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Read a mapping."""
+        """Compose a mapping, unless a key comes twice; pyyaml calls this."""
         node = super().compose_mapping_node(anchor)
         names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         double = _double(names)
@@ -99,7 +99,7 @@ _FAILURES = (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError
 
 
 def closest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """Return which known name a misspelt one was meant to be; None if it is like none of them.
+    """Return the known name most like a misspelt one; None if no known name is like it.
 
     `likeness` is difflib's least ratio, from 0 (anything) to 1 (the same but for capitals).
     """
@@ -109,22 +109,22 @@ def closest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return what to add to an unknown name in a message: the known one that was meant, if any."""
+    """Return " (did you mean ...?)" for a message about an unknown name; "" if none is like it."""
     found = closest(name, known)
     return "" if found is None else f" (did you mean {found!r}?)"
 
 
 def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
-    """Return `content[key]`, checked.
+    """Return `content[key]`, after a check of its type.
 
     Args:
         content: A JSON object.
-        key: Its key.
-        kind: A type, or a tuple of types; a bool is no int.
+        key: The key.
+        kind: The allowed type, or a tuple of types; a bool does not count as an int.
         where: The name of `content` in messages.
 
     Raises:
-        ValueError: If the key is missing, or its value of another type.
+        ValueError: If the key is missing, or its value has another type.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if key not in content:
@@ -138,12 +138,12 @@ def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
 
 
 def _refuse_constant(name: str) -> Any:
-    """Refuse NaN and the infinities."""
+    """Raise ValueError for NaN and the infinities; `json` calls this in strict reading."""
     raise ValueError(f"{name} is no JSON number")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its keys and values."""
+    """Make an object of its keys and values; raise ValueError for a duplicate key."""
     double = _double(name for name, _ in pairs)
     if double is not None:
         raise ValueError(f"the key {short(double)} comes twice")
@@ -163,7 +163,7 @@ def _double(names: Iterable[Any]) -> Any:
 
 
 def _check_depth(value: Any, where: str) -> None:
-    """Raise ValueError if a value is too deep for the code after this."""
+    """Raise ValueError if a value is nested so deeply that recursive code might fail on it."""
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
         level = [part for part in level if isinstance(part, dict | list)]

@@ -1,4 +1,4 @@
-"""The files that come with the package, in a checkout and once installed, and what YAML holds."""
+"""Find the files that come with the package, in a checkout and once installed; merge settings."""
 
 import os
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from baft_easyedit.files.reading import did_you_mean
 
 BUNDLED_MODEL = "bundled"
 REAL_MODEL = "smollm2"
-"""The model that `gguf_models.smollm2` makes in the user's cache."""
+"""Name of the model that `gguf.smollm2` converts into the user's cache."""
 REAL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file that it is made of."""
+"""SHA-256 of the GGUF file that `smollm2` is converted from."""
 _REAL_FORM = 1
-"""Counts the forms in which it has been written, each in a directory of its own."""
+"""Version of the converted files; a new version gets a new directory."""
 
 
 def hparams_root() -> Path:
-    """Return the directory of the YAML files: `presets` once installed, `hparams` in a checkout."""
+    """Return the directory of the presets: `presets` once installed, `hparams` in a checkout."""
     package = Path(__file__).parent.parent
     installed = package / "presets"
     return installed if installed.is_dir() else package.parent / "hparams"
@@ -29,11 +29,11 @@ def hparams_file(path: str | Path) -> Path:
     """Find a YAML file of hyper-parameters.
 
     Args:
-        path: A file, or one without its `.yaml`; or the name of one that comes with the package,
+        path: A file, with or without `.yaml`; or the name of one that comes with the package,
             such as `BaFT/llama-2-7b` or `hparams/BaFT/llama-2-7b.yaml`.
 
     Raises:
-        FileNotFoundError: If there is none; the message lists those that come with the package.
+        FileNotFoundError: If there is no such file; the message lists the package's own.
     """
     name = str(path) if str(path).endswith((".yaml", ".yml")) else f"{path}.yaml"
     root = hparams_root()
@@ -54,7 +54,7 @@ def has_hparams(name: str) -> bool:
 
 
 def own_preset(model: str) -> str | None:
-    """Return the name of our hyper-parameters for `bundled` or `smollm2`; None for another."""
+    """Return the preset made for the model `bundled` or `smollm2`; None for another model."""
     return {BUNDLED_MODEL: "facts-llama", REAL_MODEL: "smollm2"}.get(model)
 
 
@@ -64,13 +64,13 @@ def bundled_model_path() -> Path:
 
 
 def cache_root() -> Path:
-    """Return where the package keeps what it can make again, in the user's cache."""
+    """Return the package's directory in the user's cache, for files that can be made again."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return expanded(root) / "baft_easyedit"
 
 
 def real_model_path() -> Path:
-    """Return the directory of the model `smollm2`, which need not be there yet."""
+    """Return the directory of the model `smollm2`, which may not exist yet."""
     return cache_root() / f"smollm2-135m-instruct-llama-{REAL_SHA256[:12]}-{_REAL_FORM}"
 
 
@@ -84,7 +84,7 @@ def model_location(name: str) -> str:
 
 
 def merged_settings(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with some values replaced, nested mappings key by key."""
+    """Return settings with some values replaced; nested mappings are merged key by key."""
     merged = dict(settings)
     for key, value in overrides.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

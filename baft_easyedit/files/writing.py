@@ -1,4 +1,7 @@
-"""Write files and directories that are there as a whole or not at all, with any new one's mode."""
+"""Write files and directories atomically: under their names they are complete or absent.
+
+Each is written under a temporary name, then renamed. Modes are those of any new file or directory.
+"""
 
 import os
 import shutil
@@ -9,24 +12,24 @@ from typing import IO
 from uuid import uuid4
 
 UNFINISHED = ".unfinished-"
-"""What the name of a directory has in it, behind a dot and its own, until it is complete."""
+"""Part of the temporary name of a directory: a dot, the directory's name, this, random digits."""
 TEMPORARY = ".baft-tmp"
-"""What the name of a file ends with, behind a dot and its own, until it is complete."""
+"""End of the temporary name of a file: a dot, the file's name, random digits, this."""
 NEW_FILE = 0o666
-"""Mode of a file that is made; the umask takes away from it, as it does for `open`."""
+"""Mode of new files before the umask, as for `open`."""
 
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name only when it is complete and on the disk.
+    """Open a file for writing that gets its name only when it is complete and on the disk.
 
-    Several may write it: the last one counts.
+    Until then the old content stays. If several processes write the file, the last one wins.
 
     Args:
-        file: Its directory is made if absent; what it held before stays until then.
+        file: The file; its directory is made if absent.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Not `tempfile`, whose files are for their owner only.
+    # Not by `tempfile`, whose files only their owner can read.
     temporary = file.parent / f".{file.name}.{uuid4().hex}{TEMPORARY}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, NEW_FILE)
     try:
@@ -41,7 +44,7 @@ def written_whole(file: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory down to the disk."""
+    """Flush a directory to the disk, so that new and replaced names in it outlive a crash."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,14 +54,14 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def directory_made_whole(directory: Path, num_bytes: int) -> Iterator[Path]:
-    """Give an empty directory that takes its name only when this context ends without an error.
+    """Yield an empty directory that gets its name only when this context ends without an error.
 
     Args:
-        directory: Absent or empty; what it lies in is made if absent.
-        num_bytes: How much will be written.
+        directory: The final directory, absent or empty; its parent is made if absent.
+        num_bytes: How many bytes will be written.
 
     Raises:
-        OSError: If the disk has less room, before anything is written.
+        OSError: If the disk has less room; nothing has been written then.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory.parent).free
@@ -72,10 +75,10 @@ def directory_made_whole(directory: Path, num_bytes: int) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            with open(file, "rb+") as stream:  # its content before its name means anything
+            with open(file, "rb+") as stream:  # the content must be on the disk before the rename
                 os.fsync(stream.fileno())
         if directory.is_dir():
-            directory.rmdir()  # it is empty, or this fails
+            directory.rmdir()  # raises if it is not empty
         os.rename(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
