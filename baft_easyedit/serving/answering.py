@@ -1,4 +1,7 @@
-"""Answer one request after the other, each with the edits that it asks for. Uses transformers."""
+"""Answer requests one at a time, each with the edits that it names. Uses transformers.
+
+`app` turns a request into a `Wish`, and runs `Answerer.answer` on it through a `Queue`.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +17,7 @@ T = TypeVar("T")
 
 
 class FullError(RuntimeError):
-    """As many requests wait as may."""
+    """The queue has no room for another request."""
 
 
 class Queue:
@@ -30,10 +33,10 @@ class Queue:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     def submit(self, job: Callable[[], T]) -> "Future[T]":
-        """Let a job run after those before it.
+        """Queue a job; it runs after those submitted before.
 
         Raises:
-            FullError: If as many run or wait as may.
+            FullError: If `size` jobs run or wait already.
         """
         if not self._room.acquire(blocking=False):
             raise FullError(f"at most {self._size} requests may run or wait: try again later")
@@ -44,10 +47,10 @@ class Queue:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a request wants."""
+    """A request: its prompt, the edits to use, and how to generate."""
 
     edits: tuple[str, ...]
-    """Names of the edits; none for the unedited model."""
+    """Names of the edits; empty for the unedited model."""
     prompt: Sequence[int]
     """Tokens of the prompt."""
     max_tokens: int
@@ -55,32 +58,32 @@ class Wish:
     temperature: float = 0.0
     """0 for greedy decoding."""
     top_p: float = 1.0
-    """Share of the probability that is sampled from."""
+    """Nucleus sampling: the share of the probability mass that is sampled from."""
     seed: int | None = None
-    """Seed of the sampling."""
+    """Seed of the sampling; None leaves torch's random numbers as they are."""
     stop: tuple[str, ...] = ()
-    """Texts before which the answer ends."""
+    """Stop texts: the answer ends before the first of them."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer."""
+    """A complete answer."""
 
     text: str
     """The text, without special tokens."""
     num_tokens: int
     """How many tokens were generated."""
     is_cut: bool
-    """Whether it ended at `max_tokens`."""
+    """Whether `max_tokens` ended the answer."""
 
 
 class Answerer:
-    """A model, its tokenizer, and its named edits.
+    """Generates answers with a model and its named edits.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
-        edits: Edits that are attached to it.
+        tokenizer: The model's tokenizer.
+        edits: Edits that are attached to the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any, edits: NamedEdits) -> None:
@@ -92,8 +95,8 @@ class Answerer:
 
         Args:
             wish: The request.
-            say: Is given each further piece of the text, possibly empty, while it is generated;
-                the answer ends where it returns False.
+            say: Called with each new piece of the text, possibly empty, during generation; the
+                answer ends if it returns False.
         """
         from transformers import StoppingCriteriaList
 
@@ -125,7 +128,7 @@ class Answerer:
 
 
 class _Text:
-    """The text of an answer, said as far as no stop text can begin in it."""
+    """The text of an answer, passed on in pieces; what may begin a stop text is held back."""
 
     def __init__(self, tokenizer: Any, wish: Wish, say: Callable[[str], bool]) -> None:
         self._tokenizer, self._wish, self._say = tokenizer, wish, say
@@ -134,7 +137,7 @@ class _Text:
         self.has_stopped = False
 
     def after_token(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        """Say what is new in [1, T] tokens; return whether the answer ends here, [1]."""
+        """Pass on new text, as a stopping criterion: take prompt and answer [1, T], return [1]."""
         new = ids[0, len(self._wish.prompt) :].tolist()
         self.num_tokens, self.last = len(new), new[-1]
         self._whole = self._tokenizer.decode(new, skip_special_tokens=True)
@@ -143,16 +146,16 @@ class _Text:
         if found:
             self._whole = self._whole[: min(found)]
         held = 0 if found else max(map(len, self._wish.stop), default=1) - 1
-        sure = self._whole[: len(self._whole) - held].rstrip("\ufffd")  # a part of a character
+        sure = self._whole[: len(self._whole) - held].rstrip("\ufffd")  # a character's first bytes
         is_wanted = self._speak(sure)
         return torch.tensor([self.has_stopped or not is_wanted], device=ids.device)
 
     def finish(self) -> None:
-        """Say the rest."""
+        """Pass on what was held back."""
         self._speak(self._whole)
 
     def _speak(self, text: str) -> bool:
-        """Say what a text has beyond what was said; return whether more is wanted."""
+        """Pass on the part of a text that is new; return whether the caller wants more."""
         if not text.startswith(self.said):
             text = self.said
         piece, self.said = text[len(self.said) :], text

@@ -1,6 +1,7 @@
-"""The app: OpenAI's chat and completions API of a model and its named edits. Uses FastAPI.
+"""The FastAPI app: OpenAI's chat and completions API for a model and its named edits.
 
-Nothing of a request is run: its texts become tokens, and its other fields are numbers and names.
+A request's `model` names the edits to use: `base`, or names with `+` between them. Nothing in a
+request is executed: its texts become tokens, and its other fields are numbers and names.
 """
 
 import json
@@ -22,13 +23,13 @@ from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish
 
 _MAX_QUEUE = 32
-"""Each request that waits holds one of the server's 40 threads."""
+"""Longest queue: each waiting request holds one of the server's 40 threads."""
 _MAX_TOKENS = 256
-"""Most tokens of an answer to a request that says nothing of it."""
+"""Most tokens of an answer if the request does not say."""
 
 
 class Body(BaseModel, strict=True):
-    """What both kinds of request hold; other fields are ignored."""
+    """The fields that both kinds of request have; unknown fields are ignored."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -42,7 +43,7 @@ class Body(BaseModel, strict=True):
 
 
 class Completion(Body):
-    """A request to go on with a text."""
+    """A request to continue a text."""
 
     prompt: str
 
@@ -55,19 +56,19 @@ class Message(BaseModel, strict=True):
 
 
 class Chat(Body):
-    """A request to answer in a chat."""
+    """A request for the next message of a chat."""
 
     messages: list[Message] = Field(min_length=1)
 
 
 class LimitedBody:
-    """ASGI middleware that refuses longer bodies, whatever length they claim to have."""
+    """ASGI middleware that refuses bodies of more than `most` bytes, counted as they are read."""
 
     def __init__(self, app: Any, most: int) -> None:
         self._app, self._most = app, most
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on; it ends with status 413 once too much of it is read."""
+        """Pass a request on; answer with status 413 once too many bytes were read."""
         read = 0
 
         async def counted() -> Any:
@@ -90,8 +91,8 @@ def make_app(
     """Make the app.
 
     Args:
-        answerer: The model and its edits.
-        formats: How each edit was learned, by its name.
+        answerer: Answers with the model and its edits.
+        formats: The prompt format that each edit was learned with, by the edit's name.
         queue_size: How many requests may run or wait; further ones get status 429.
         max_body: Most bytes of a request.
 
@@ -114,7 +115,7 @@ def make_app(
 
 
 def _told(_request: Request, error: Exception) -> JSONResponse:
-    """Put an error into OpenAI's form; one that is not ours says nothing of itself."""
+    """Return an error in OpenAI's form; an unexpected one is left to the server's log."""
     if not isinstance(error, AnyHTTPException):
         error = HTTPException(500, "the answer failed: see the server's log")
     kind = "invalid_request_error" if error.status_code < 429 else "server_error"
@@ -123,7 +124,7 @@ def _told(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _told_invalid(request: Request, error: Exception) -> JSONResponse:
-    """Name the first field that is wrong, and its rule."""
+    """Return an error that names the first wrong field, and its rule."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
@@ -131,7 +132,7 @@ def _told_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 class _Routes:
-    """What the app does."""
+    """The functions behind the app's addresses."""
 
     def __init__(
         self, answerer: Answerer, formats: Mapping[str, PromptFormat], queue: Queue
@@ -145,14 +146,14 @@ class _Routes:
         return {"object": "list", "data": rows}
 
     def complete(self, body: Completion) -> Any:
-        """Go on with a text."""
+        """Continue a text."""
         edits = self._edits_of(body.model)
         form = self._form(edits).without_template()
         ids = form.prompt_ids(body.prompt, self._answerer.tokenizer)
         return self._reply(_Form(body.model, is_chat=False), body, self._wish(body, edits, ids))
 
     def chat(self, body: Chat) -> Any:
-        """Answer in a chat."""
+        """Write the next message of a chat."""
         edits, tokenizer = self._edits_of(body.model), self._answerer.tokenizer
         if tokenizer.chat_template is None:
             raise HTTPException(400, "the model has no chat template: use /v1/completions")
@@ -180,11 +181,11 @@ class _Routes:
         return edits
 
     def _form(self, edits: tuple[str, ...]) -> PromptFormat:
-        """Return how the first edit was learned."""
+        """Return the prompt format of the first edit; the plain one without edits."""
         return self._formats[edits[0]] if edits else PromptFormat()
 
     def _wish(self, body: Body, edits: tuple[str, ...], ids: tuple[int, ...]) -> Wish:
-        """Check what pydantic cannot; return what a request wants."""
+        """Make a `Wish` of a request, after the checks that pydantic cannot do."""
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         if len(stop) > 4 or not all(stop):
             raise HTTPException(400, "stop must be at most 4 texts, none of them empty")
@@ -201,7 +202,7 @@ class _Routes:
         return Wish(edits, ids, most, body.temperature, body.top_p, body.seed, stop)
 
     def _reply(self, form: "_Form", body: Body, wish: Wish) -> Any:
-        """Answer at once, or piece by piece."""
+        """Queue a request, and return its answer as a whole or as a stream of pieces."""
         pieces: SimpleQueue[str | None] = SimpleQueue()
         wanted = [True]
 
@@ -225,7 +226,7 @@ class _Routes:
                 yield _event(form.part("", future.result()))
                 yield "data: [DONE]\n\n"
             finally:
-                wanted[0] = False  # whoever asked may have gone
+                wanted[0] = False  # the client may have disconnected: stop generating
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -236,7 +237,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 class _Form:
-    """The JSON of one answer."""
+    """Builds the JSON of one answer, in OpenAI's form for chats or for completions."""
 
     def __init__(self, model: str, *, is_chat: bool) -> None:
         self._is_chat = is_chat
@@ -247,7 +248,7 @@ class _Form:
         }
 
     def whole(self, answer: Answer, num_prompt: int) -> dict[str, Any]:
-        """Return the answer."""
+        """Return the JSON of a whole answer to a prompt of `num_prompt` tokens."""
         message = {"role": "assistant", "content": answer.text}
         said = {"message": message} if self._is_chat else {"text": answer.text}
         usage = {
@@ -258,7 +259,7 @@ class _Form:
         return {**self._with("", said, answer), "usage": usage}
 
     def part(self, piece: str, answer: Answer | None = None) -> dict[str, Any]:
-        """Return a piece of the answer; the last one comes with all of it."""
+        """Return the JSON of a piece of a stream; the last piece comes with the whole answer."""
         delta = {"delta": {"role": "assistant", "content": piece}}
         return self._with(".chunk", delta if self._is_chat else {"text": piece}, answer)
 
