@@ -1,6 +1,6 @@
-"""Kept edits inside serving engines: what reads an edit there, and one thin adapter per engine.
+"""Use kept edits inside serving engines: `served` reads an edit, and each engine has an adapter.
 
-No engine is imported before it is used. What each needs, and what must be off, is in
-`docs/serving.md`; the adapters follow the engines' sources, and are tested on simulations of their
-calls.
+No engine is imported before it is used. `docs/serving.md` says what each engine needs, and which
+of its options must be off. The adapters were written after the engines' sources, and are tested on
+simulations of the engines' calls.
 """

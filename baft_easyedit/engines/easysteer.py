@@ -1,8 +1,8 @@
-"""EasySteer (its overlay of vLLM 0.26.0): a ReFT edit as its own `loreft` payload, without a hook.
+"""Adapter for EasySteer (its overlay of vLLM 0.26.0): a ReFT edit as its own `loreft` algorithm.
 
-Its specifications select the last tokens of a prompt and all generated ones, which is the rule of
-edits, also under chunked prefill and prefix caching. They have no gate: the algorithms that a
-request may name are a closed table, so an edit with one is refused.
+No hook is needed: EasySteer itself can act on the last P prompt tokens and all generated ones, as
+edits do, also under chunked prefill and prefix caching. Its algorithms have no gate, and requests
+cannot name other algorithms, so an edit with a gate is refused.
 """
 
 import os
@@ -12,7 +12,7 @@ from baft_easyedit.engines.served import ServedEdit, read_edit
 
 
 def check_gate(edit: ServedEdit, where: str) -> None:
-    """Raise ValueError unless an edit is ReFT's."""
+    """Raise ValueError unless an edit is one of ReFT, which has no gate."""
     if edit.gate != "one":
         raise ValueError(
             f"gate must be 'one' (ReFT) for EasySteer, whose algorithms have no gate; that of the "

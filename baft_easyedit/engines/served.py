@@ -1,6 +1,7 @@
-"""A kept edit as an engine needs it: by layer, a function of the hidden states of some tokens.
+"""Read a kept edit for a serving engine: for each layer, what to add to the hidden states.
 
-Shapes: N tokens of a flattened batch or a part of it, D hidden size.
+Engines run their own model code, so `ModelEdit` cannot attach its hooks; the engine's adapter says
+which tokens are edited. Shapes: N tokens of a flattened batch or a part of it, D hidden size.
 """
 
 import os
@@ -21,27 +22,28 @@ from baft_easyedit.storage.state import StateFile
 
 @dataclass(frozen=True, eq=False)
 class ServedEdit:
-    """The interventions of a kept edit, and where they apply."""
+    """The interventions of a kept edit, and the layers and tokens that they act on."""
 
     layers: dict[int, BaFTIntervention]
-    """By decoder layer, 0-based, on whose output they act."""
+    """Interventions by the decoder layer, 0-based, whose output they edit."""
     num_prompt_positions: int
     """P: the last P tokens of a prompt, and every later token, are edited."""
     gate: str
+    """Name of the gate, one of `gates.GATES`."""
     base_model: str
     """The model that the edit was learned on; see `KeptConfig`."""
     dtypes: str
-    """Those of its weights then, such as `float32`."""
+    """Dtypes of that model's weights during learning, such as `float32`."""
     use_chat_template: bool
-    """Whether it was learned on prompts in the model's chat template."""
+    """Whether the edit was learned on prompts in the model's chat template."""
 
     @torch.no_grad()
     def delta(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return Phi(h) - h of tokens that are edited.
+        """Return Phi(h) - h, what an edit adds to the hidden states of edited tokens.
 
         Args:
             layer: One of `layers`.
-            hidden: h, the whole output of that layer, [N, D]; where an engine keeps the residual
+            hidden: h, the whole output of the layer, [N, D]; if an engine keeps the residual
                 stream apart, the sum of both parts.
 
         Returns:
@@ -55,7 +57,7 @@ class ServedEdit:
         return edited - h
 
     def window(self, prompt_lengths: Sequence[int]) -> list[bool]:
-        """Tell which tokens of whole prompts, one behind the other, are edited."""
+        """Tell for each token of concatenated whole prompts whether it is edited."""
         firsts = ((n, first_edited(n, self.num_prompt_positions)) for n in prompt_lengths)
         return [i >= first for n, first in firsts for i in range(n)]
 
@@ -70,7 +72,7 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
 
     Raises:
         FileNotFoundError: If the directory keeps no edit.
-        ValueError: If the state is damaged, or does not fit its hyper-parameters.
+        ValueError: If the state is damaged, or its tensors do not fit its hyper-parameters.
     """
     path = expanded(directory)
     kept = read_latest(path)
@@ -92,7 +94,7 @@ def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTInt
     """Make the intervention of one layer from the kept tensors.
 
     Raises:
-        ValueError: If they are not those of such an intervention.
+        ValueError: If tensors are missing, or have other names or shapes.
     """
     prefix = f"_interventions.{layer}."
     own = {
@@ -102,7 +104,7 @@ def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTInt
     }
     try:
         rank, size = own["basis"].shape
-        # Engines set another default dtype or device while they load a model.
+        # On meta, as engines set another default dtype or device while they load a model.
         with torch.device("meta"):
             intervention = BaFTIntervention(size, rank, gate)
         intervention.load_state_dict(own, assign=True)

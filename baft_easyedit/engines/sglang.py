@@ -1,7 +1,7 @@
-"""SGLang's `--forward-hooks`: an edit as the `hook_factory` that a JSON names.
+"""Adapter for SGLang: its option `--forward-hooks` takes JSON, which names our `factory` of hooks.
 
-SGLang calls a decoder layer as `layer(positions, hidden, forward_batch, residual)`, and it returns
-`(hidden, residual)`, whose sum is the layer's output; all requests lie one behind the other.
+SGLang calls a decoder layer as `layer(positions, hidden, forward_batch, residual)`. The layer
+returns `(hidden, residual)`, whose sum is its output; the tokens of all requests are concatenated.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ FACTORY = f"{__name__}:factory"
 
 
 def specification(directory: str, edit: ServedEdit) -> list[dict[str, Any]]:
-    """Return what `--forward-hooks` takes, as JSON: one hook for each edited layer."""
+    """Return the value of `--forward-hooks` (to be JSON): one hook for each edited layer."""
     return [
         {
             "name": f"baft-{layer}",
@@ -57,7 +57,7 @@ def _edited_rows(edit: ServedEdit, args: tuple[Any, ...], hidden: Tensor) -> Ten
     """Return which rows of a batch are edited, [N]; None if the batch is empty.
 
     Raises:
-        RuntimeError: If the batch is not told, or has a prompt that is not whole.
+        RuntimeError: If the arguments hold no ForwardBatch, or the batch has a part of a prompt.
     """
     batch = next((value for value in args if hasattr(value, "forward_mode")), None)
     if batch is None:

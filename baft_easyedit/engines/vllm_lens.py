@@ -1,8 +1,8 @@
-"""vllm-lens (1.2.1; vLLM from 0.16 on, the V1 runner): an edit as its `Hook`.
+"""Adapter for vllm-lens (1.2.1; vLLM from 0.16 on, the V1 runner): an edit as a `Hook`.
 
-vllm-lens calls a hook for each request and layer, with the sum of the two parts of the layer's
-output, and writes the difference back. A hook is not told positions, so the first call of a layer
-is taken as the whole prompt.
+vllm-lens calls a hook for each request and layer with the layer's whole output (hidden states plus
+residual), and writes the change back. A hook does not get the positions of its tokens, so we take
+the first call for a layer as the whole prompt, and later calls as generated tokens.
 """
 
 import os
@@ -16,7 +16,7 @@ from baft_easyedit.model.positions import first_edited
 
 
 class EditHook:
-    """What vllm-lens calls: `(context, h of one request [N, D]) -> h' [N, D]`."""
+    """The function that vllm-lens calls: `(context, h of one request [N, D]) -> h' [N, D]`."""
 
     def __init__(self, edit: ServedEdit) -> None:
         self.edit = edit
@@ -25,7 +25,7 @@ class EditHook:
         """Edit the tokens of one request in one forward pass of one layer.
 
         Raises:
-            RuntimeError: If the prompt came in parts; vllm-lens logs it and leaves the layer as is.
+            RuntimeError: If a prompt comes in parts; vllm-lens logs the error and does not edit.
         """
         layer, first = context.layer_idx, 0
         key = f"baft_prompt_{layer}"
@@ -57,10 +57,10 @@ def hooks(directory: str | os.PathLike[str]) -> list[Any]:
 
 
 def register(llm: Any, directory: str | os.PathLike[str]) -> None:
-    """Let every later request of a `vllm.LLM` use a kept edit.
+    """Make every later request of a `vllm.LLM` use a kept edit.
 
     Raises:
-        ValueError: If the engine cuts prompts; else as `hooks`.
+        ValueError: If the engine splits prompts (chunked prefill); others as `hooks`.
     """
     if llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill:
         raise ValueError(
