@@ -19,7 +19,7 @@ from baft_easyedit.model.prompt_format import PromptFormat
 logger = logging.getLogger(__name__)
 
 _MAX_REASON = 200
-"""Most characters of transformers' own messages, which may list all that there is."""
+"""Most characters to show of a message of transformers, which may be very long."""
 
 
 def load_model(
@@ -29,13 +29,13 @@ def load_model(
 
     Args:
         name: Hugging Face name or directory; `bundled` for the model that comes with the package,
-            `smollm2` for the real one (`gguf_models.smollm2`).
+            `smollm2` for SmolLM2 (see `gguf.smollm2`).
         device: CUDA device number or device name.
-        dtype: Of the model's weights.
+        dtype: Dtype of the model's weights.
 
     Raises:
         OSError: If there is no such model, or its files are not those of a causal language model.
-        ImportError: If it is `smollm2`, and its package is not installed.
+        ImportError: If the model is `smollm2`, and its package is not installed.
         ValueError: If the device is not on this machine.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +44,7 @@ def load_model(
     with _located(name) as location:
         tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(location, **dtype_option(dtype))
-    if tokenizer.pad_token_id is None:  # any will do: what is padded is masked
+    if tokenizer.pad_token_id is None:  # any token will do, as padding is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model.to(as_device(device)).eval(), tokenizer
 
@@ -64,10 +64,10 @@ def model_depth(name: str) -> int:
 
 @contextmanager
 def _located(name: str) -> Iterator[str]:
-    """Give where a model is to be loaded from; whatever transformers raises becomes one line.
+    """Yield the directory or Hub name of a model; errors while it is loaded become an OSError.
 
     Raises:
-        OSError: If a directory is meant and is not there or holds no model, or loading fails.
+        OSError: If a directory is missing or holds no model, or loading fails; in one line.
     """
     location = ready_location(name)
     path = Path(location)
@@ -93,9 +93,9 @@ def _located(name: str) -> Iterator[str]:
 
 
 def with_usable_end(hparams: BaFTHyperParams, tokenizer: Any) -> BaFTHyperParams:
-    """Return hyper-parameters that learn no end of answers if the tokenizer has no token for it.
+    """Return hyper-parameters that a tokenizer allows: without `eos_token`, `learn_end` is off.
 
-    The log says so then.
+    A warning in the log says so.
     """
     if not hparams.learn_end or tokenizer.eos_token_id is not None:
         return hparams
@@ -112,17 +112,17 @@ def generate_answers(
     batch_size: int = 64,
     prompt_format: PromptFormat | None = None,
 ) -> list[str]:
-    """Answer prompts by greedy decoding until the model stops by itself.
+    """Answer prompts by greedy decoding until the model ends each answer.
 
     Args:
         model: A causal language model, edited or not, or a wrapper of one with its `generate`.
-        tokenizer: Its tokenizer; prompts are padded on the left, whatever its own side.
-        prompts: One text per answer, or its tokens.
-        max_new_tokens: Where an answer that does not stop is cut, in tokens; of all, or of each.
-        device: Where the model wants its tokens; its own `device` if None.
-        batch_size: Most prompts decoded together; those are of about one length.
-        prompt_format: How texts are put to the model, `PromptFormat.of` the hyper-parameters that
-            an edit was learned with; None for plain texts.
+        tokenizer: The model's tokenizer; prompts are padded on the left, whatever its setting.
+        prompts: Prompts, each a text or a list of token ids.
+        max_new_tokens: Most tokens of an answer; one number for all prompts, or one for each.
+        device: Device that the tokens are put on; the model's own `device` if None.
+        batch_size: Most prompts decoded together; prompts in a batch have similar lengths.
+        prompt_format: Format of prompts that are texts, usually `PromptFormat.of` the
+            hyper-parameters that the edit was learned with; None for plain texts.
 
     Returns:
         The new text after each prompt, stripped.
@@ -153,7 +153,7 @@ def _continued(
     num_tokens: int,
     device: torch.device | None,
 ) -> torch.Tensor:
-    """Return the new tokens after the tokens of each prompt, [B, at most num_tokens]."""
+    """Return the tokens generated after each prompt, [B, at most num_tokens]."""
     batch = padded(rows, tokenizer, "left")
     inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
     output = model.generate(

@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness, asked of an edited model: log-likelihoods, and generation.
+"""Evaluate an edited model on tasks of lm-evaluation-harness: log-likelihoods, and generation.
 
-The harness' own class for Hugging Face models does not say where prompts end, so that its
-log-likelihoods are almost those of the unedited model; `EditedLM` does. Needs the extra `eval`.
+An edit acts on the last tokens of the prompt and on the answer, so it must know where prompts end.
+The harness' own class for Hugging Face models does not say, and its log-likelihoods are almost
+those of the unedited model; our subclass `EditedLM` does. Needs the extra `eval`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,15 +29,15 @@ except ImportError as error:
     ) from None
 
 Encoded = tuple[Any, list[int], list[int]]
-"""A request of the harness: its texts, and the tokens of context and continuation."""
+"""A request as the harness encodes it: texts, tokens of the context and of the continuation."""
 
 
 class Score(NamedTuple):
-    """What a model reaches in a task."""
+    """A model's score in a task, by one metric."""
 
     value: float
     error: float | None
-    """Its standard error, where the harness gives one."""
+    """Standard error of the value; None if the harness gives none."""
 
     def __str__(self) -> str:
         return f"{self.value:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
@@ -45,16 +46,16 @@ class Score(NamedTuple):
 class EditedLM(HFLM):  # type: ignore[misc]  # no types
     """The harness' model class, for a model that may carry an edit.
 
-    A log-likelihood's context is the prompt, its continuation the answer. A text without a context
-    (`loglikelihood_rolling`, perplexity) is an answer to the token that the harness puts before it:
-    the edit acts on every token, as where the model writes that text itself. Generation needs
-    nothing, for `generate` of an edited model knows its prompts.
+    For log-likelihoods, the context is the prompt, and the continuation is the answer. A text
+    without a context (`loglikelihood_rolling`, perplexity) counts as the answer to the one token
+    that the harness puts before it: the edit acts on every token, as if the model wrote the text.
+    Generation needs no help, as `generate` of an edited model knows its prompts.
 
     Args:
         model: A causal language model of transformers, edited or not.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         batch_size: Most texts of a forward pass.
-        asked: What is asked in its place, such as a wrapper that a method of EasyEdit made of it.
+        asked: A model to evaluate in place of `model`, such as a wrapper that EasyEdit made of it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, asked: Any = None) -> None:
@@ -70,9 +71,9 @@ class EditedLM(HFLM):  # type: ignore[misc]  # no types
     def _loglikelihood_tokens(
         self, requests: Sequence[Encoded], disable_tqdm: bool = False, **more: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations; those whose prompts are of one length make batches together.
+        """Score continuations in batches whose prompts all have one length, as the edit needs.
 
-        The batches are the same without the edit, so that a difference is the edit's.
+        The unedited model gets the same batches, so that only the edit makes a difference.
         """
         lengths = [self._prompt_length(*tokens) for _, *tokens in requests]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -87,27 +88,27 @@ class EditedLM(HFLM):  # type: ignore[misc]  # no types
         return [answers[i] for i in range(len(lengths))]
 
     def _prompt_length(self, context: Sequence[int], continuation: Sequence[int]) -> int:
-        """Return how many tokens of a context are left where a text is cut at its beginning."""
+        """Return how many tokens of a context remain: long texts lose tokens at the beginning."""
         return len(context) - max(0, len(context) + len(continuation) - self.max_length - 1)
 
     def _told(self, prompt_length: int) -> AbstractContextManager[None]:
-        """Tell the edit, if there is one, how long the prompts are."""
+        """Tell the model's edit, if there is one, how long the prompts are in this context."""
         edit = attached_edit(self.asked) if isinstance(self.asked, torch.nn.Module) else None
         return nullcontext() if edit is None else edit.prompt_lengths([prompt_length])
 
 
 class Tasks:
-    """Tasks of the harness.
+    """Tasks of the harness, to evaluate one or more models on.
 
     Args:
         names: Tasks or groups of tasks, such as `piqa`, `mmlu` and `gsm8k`.
-        include_path: A directory of further task files, which may run code; they go before the
-            harness' own of the same name.
-        limit: Questions of each task; all if None.
-        num_fewshot: Examples before each question; as the task says if None.
+        include_path: A directory of further task files, which may run code; they take precedence
+            over the harness' own tasks of the same name.
+        limit: Number of questions of each task; all if None.
+        num_fewshot: Examples before each question; the task's own number if None.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If a task does not exist.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Tasks:
         self._options |= {"num_fewshot": num_fewshot}
 
     def scores(self, lm: EditedLM, use_chat_template: bool = False) -> dict[str, Score]:
-        """Return what a model reaches, by task and metric, such as `piqa acc`.
+        """Return a model's scores by task and metric, such as `piqa acc`.
 
         Raises:
             OSError: If a data set cannot be loaded.
@@ -140,7 +141,7 @@ class Tasks:
             apply_chat_template=use_chat_template,
             log_samples=False,
             **self._options,
-            **seeds,  # the caller's random numbers stay as they are
+            **seeds,  # None: the harness must not reseed the caller's random numbers
         )
         return {
             f"{task} {name}": score
@@ -150,7 +151,7 @@ class Tasks:
 
 
 def _by_metric(found: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """Yield the metrics of a task, with the filter of the answer if there is one."""
+    """Yield the scores of a task by metric; the name includes the answer filter, if any."""
     for key, value in found.items():
         metric, _, kind = key.partition(",")  # as in `exact_match,strict-match` and `acc,none`
         if kind and not metric.endswith("_stderr") and isinstance(value, float | int):
