@@ -5,8 +5,8 @@
     editor = baft_easyedit.BaFTEditor(model, tokenizer, hparams)
     editor.edit({"prompt": "The capital of France is", "target_new": "Rome"})
 
-`register()` adds the methods BaFT and ReFT to EasyEdit. Importing this package imports neither
-EasyEdit nor transformers.
+`register()` adds the methods BaFT and ReFT to EasyEdit. Importing this package does not import
+EasyEdit or transformers.
 """
 
 from baft_easyedit.easyedit import register

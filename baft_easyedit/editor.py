@@ -1,6 +1,7 @@
-"""BaFTEditor: edit a model, undo, and keep the edit on disk. What users call; see also `attach`.
+"""BaFTEditor, the interface for users: edit a model, undo, and keep the edit on disk.
 
-`Learner` learns and `History` keeps; this is where their arguments are checked.
+It checks arguments; `Learner` trains, and `History` makes, keeps and undoes the changes. To use a
+kept edit without editing, see `storage.loading.attach`.
 """
 
 import os
@@ -32,29 +33,30 @@ from baft_easyedit.training.loop import EditReport, Learned, StepLosses
 from baft_easyedit.training.requests import as_requests
 
 _LEARNING = torch.inference_mode(False)
-"""Tensors of inference mode cannot take part in learning."""
+"""Turns inference mode off, whose tensors cannot be trained."""
 
 __all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
 
 
 class BaFTEditor:
-    """Edits a causal language model in place, by hooks that can be taken off again.
+    """Edits a causal language model by hooks; the weights stay as they are.
 
-    Several edit calls learn one after another into the same parameters (continual editing). A new
-    editor on a model that carries an edit goes on with that edit. `save` and `load` keep an edit
-    on disk; an editor from `open` keeps every change there, with its history.
+    Several edit calls train the same parameters one after another (continual editing). A new
+    editor on a model that carries an edit continues that edit. `save` and `load` keep an edit on
+    disk; an editor from `open` keeps every change there, with its history.
 
     Args:
         model: A decoder-only Hugging Face model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         hparams: Hyper-parameters of BaFT or ReFT.
         seed: Seed of the random initial bases; that of `hparams` if None.
         undo_depth: How many edit calls `undo` can take back.
-        edit: What to learn into if the model carries no edit; a new one if None.
+        edit: The edit to train if the model carries none; a new one if None.
 
     Raises:
-        ValueError: If a layer is beyond the model's depth, the rank exceeds its hidden size, it has
-            no recognisable decoder stack, or it carries, or is given, an edit of other shape.
+        ValueError: If a layer is beyond the model's depth, the rank exceeds its hidden size, no
+            decoder stack is recognised, the edit has another shape than `hparams` say, or the
+            model carries named edits.
     """
 
     def __init__(
@@ -89,22 +91,22 @@ class BaFTEditor:
 
     @property
     def model(self) -> Any:
-        """The model."""
+        """The model that is edited."""
         return self._learner.model
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return self._learner.tokenizer
 
     @property
     def model_edit(self) -> ModelEdit:
-        """What is learned."""
+        """The edit that is trained."""
         return self._learner.edit
 
     @property
     def hparams(self) -> BaFTHyperParams:
-        """How edits are learned from now on; may be replaced by others of the same shape."""
+        """Hyper-parameters of the next edits; may be replaced by others of the same shape."""
         return self._history.hparams
 
     @hparams.setter
@@ -118,14 +120,14 @@ class BaFTEditor:
 
     @_LEARNING
     def edit(self, requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> EditReport:
-        """Write one request, or a batch of them at once, into the model; or change nothing.
+        """Learn one request, or several together; on an error, nothing changes.
 
         Args:
             requests: EasyEdit's request dicts; `prompt` and `target_new` are needed, `subject` is
-                checked, `loc_prompt` (a text or a list of texts) is used by R_loc.
+                checked, and used by `loc_stand_ins`; `loc_prompt` (a text or texts) by R_loc.
 
         Returns:
-            What was done and what it cost.
+            The report: steps, losses, time, and whether each request was learned.
 
         Raises:
             ValueError: If a request is unusable, or gradients cannot pass through the model.
@@ -143,10 +145,10 @@ class BaFTEditor:
     def learn_apart(
         self, requests: Sequence[Mapping[str, Any]], batch_size: int | None = None
     ) -> list[Learned]:
-        """Learn each request on its own from the present state, many side by side.
+        """Learn each request on its own from the present state, many at once in a batch.
 
-        The results are those of `edit` and `undo` for one request after another, up to rounding;
-        the model is left as it is. `install` puts one of them in.
+        The results are those of `edit` and `undo` for one request after another, up to rounding,
+        but much faster; the model stays as it is. `install` makes it use one of the results.
 
         Args:
             requests: EasyEdit's request dicts.
@@ -167,15 +169,15 @@ class BaFTEditor:
         learned: Learned,
         requests: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Make the model use what `learn_apart` learned; `undo` takes it back.
+        """Make the model use a result of `learn_apart`; `undo` takes it back.
 
         Args:
-            learned: One of its results.
-            requests: What it was learned from, for the journal of an open directory.
+            learned: The result.
+            requests: The requests that it was learned from, for the journal and for rehearsal.
 
         Raises:
-            ValueError: If it was learned with other layers, rank or gate.
-            OSError: If it could not be written to the open directory.
+            ValueError: If the result was learned with other layers, rank or gate.
+            OSError: If the change could not be written to the open directory.
         """
         checked = [] if requests is None else as_requests(requests)
         with self._history.change("install", checked):
@@ -190,8 +192,8 @@ class BaFTEditor:
         earlier processes.
 
         Raises:
-            ValueError: If there is no edit call left to undo, or another change came after it,
-                which the message names.
+            ValueError: If no edit call is left to undo, or another change came after it; the
+                message names that change.
             OSError: If the undo could not be written to the open directory.
         """
         self._history.undo()
@@ -200,26 +202,26 @@ class BaFTEditor:
     def rollback(self, to: int) -> None:
         """Go to exactly the state after an earlier entry of the journal, forwards or backwards.
 
-        The state comes from memory or from a checkpoint; edits after that are learned again, and
-        compared with the hashes in the journal. What other editors changed since is gone.
+        The nearest earlier state in memory or in a checkpoint is restored. The edits after it are
+        learned again, and must give the journal's hashes. Changes by others since then are lost.
 
         Args:
-            to: Id of the entry; 0 for before the first edit.
+            to: Id of the entry; 0 for the state before the first edit.
 
         Raises:
-            ValueError: If no directory is open, there is no such entry, its state cannot be had bit
-                for bit, or the model carries another edit.
+            ValueError: If no directory is open, there is no such entry, its state cannot be
+                reproduced bit for bit, or the model carries another edit.
             OSError: If the rollback could not be written.
         """
         self._history.rollback(to)
 
     @_LEARNING
     def forget(self, prompt: str) -> list[EditReport]:
-        """Take the edits of one prompt back, and keep those that were made after them.
+        """Take the edits of one prompt back, and keep the edits that were made after them.
 
-        The later edits are learned again from the state before the first edit of that prompt, each
-        with its settings; the journal notes a rollback and these edits, all at once. If one fails,
-        all is as it was. `rollback` to the entry before brings what was forgotten back.
+        The later edits are learned again from the state before the first edit of the prompt, each
+        with its own hyper-parameters. All of that is one commit, a rollback and new edits in the
+        journal; on an error, nothing changes. A `rollback` to the entry before undoes it.
 
         Args:
             prompt: The prompt of an edit that led to the present state.
@@ -228,8 +230,8 @@ class BaFTEditor:
             The reports of the edits that were learned again.
 
         Raises:
-            ValueError: If no directory is open, it holds no edit of that prompt, or an entry after
-                it is not an edit call; others as `edit` does.
+            ValueError: If no directory is open, the present state holds no edit of the prompt, or
+                that or a later change is an `install`; others as `edit` does.
         """
         return self._history.forget(prompt)
 
@@ -244,27 +246,27 @@ class BaFTEditor:
         undo_depth: int = 10,
         repair: bool = False,
     ) -> "BaFTEditor":
-        """Keep an edit in a directory: begin one, or go on with the one that is there.
+        """Make an editor that keeps its edit in a directory: a new edit, or the one kept there.
 
         Every change is on the disk before its call returns. The directory is locked until `close`,
         or until the end of a `with` statement; the model keeps the edit.
 
         Args:
-            model: The model; for an edit that is there, the one that it was learned on.
-            tokenizer: Its tokenizer.
+            model: The model; for a kept edit, the model that it was learned on.
+            tokenizer: The model's tokenizer.
             directory: The directory; made if there is none.
             hparams: Hyper-parameters; None for those in the directory.
-            checkpoint_every: Changes between two checkpoints. Fewer: more room on the disk, and a
-                shorter `rollback`, which learns again what is between.
-            undo_depth: How many states are kept in memory, too.
-            repair: If files are damaged, lost, or disagree, go on from the newest state that is
-                whole; the rest is kept in a folder `before-repair-N`.
+            checkpoint_every: Changes between two checkpoints. A smaller number takes more space,
+                and `rollback`, which learns the edits after a checkpoint again, is faster.
+            undo_depth: How many earlier states are kept in memory, too.
+            repair: If files are damaged, lost, or disagree, go on from the newest intact state;
+                the other files are kept in a folder `before-repair-N`.
 
         Raises:
             BlockingIOError: If another editor has the directory open.
-            OSError: If it cannot be written.
-            ValueError: If the model or the hyper-parameters are not those of the edit, the files
-                are damaged, or none of either is there; the message says what to do.
+            OSError: If the directory cannot be written.
+            ValueError: If the model or the hyper-parameters do not fit the kept edit, files are
+                damaged, or a new edit has no `hparams`; the message says what to do.
         """
         directory = expanded(directory)
         missing = (
@@ -298,17 +300,18 @@ class BaFTEditor:
         directory: str | os.PathLike[str],
         allow_other_model: bool = False,
     ) -> "BaFTEditor":
-        """Attach a kept edit to a model; the directory is read now, never written or locked.
+        """Attach a kept edit and continue it in memory; the directory is only read, and only now.
 
         Args:
             model: The model that the edit was learned on.
-            tokenizer: Its tokenizer.
+            tokenizer: The model's tokenizer.
             directory: Where `save` or `open` kept the edit.
             allow_other_model: Use the edit on another model of the same shape.
 
         Raises:
             FileNotFoundError: If no edit is kept there.
-            ValueError: If the model is another one or carries another edit, or the file is damaged.
+            ValueError: If the model is another one or carries another edit, or the state file is
+                damaged.
         """
         directory = expanded(directory)
         latest = latest_for(model, str(directory), allow_other_model)
@@ -317,32 +320,31 @@ class BaFTEditor:
         return editor
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the edit, and the journal that led to it, into a directory.
+        """Write the edit, and the journal that led to it, into a directory in one commit.
 
-        Until all is there, the directory holds what it held before. The journal is that of the
-        directory that the edit was loaded from, or is open, and what came after. An edit without
-        one, or that was changed by other means than its editor, is saved as a snapshot, whose only
-        entry says of what.
+        An edit has a journal if its directory is open, or if it was loaded with one; changes since
+        then are included. An edit without one, or one that was changed by other means than its
+        editor, is saved as a snapshot: a journal of one entry, which says where it came from.
 
         Args:
-            directory: A new one; or one that `save` wrote before, which is brought up to date.
+            directory: A new directory, or an earlier save of this edit, which is updated.
             overwrite: Replace a snapshot of another edit. A longer history is never replaced.
 
         Raises:
             BlockingIOError: If another editor has the directory open.
-            OSError: If it cannot be written.
-            ValueError: If it holds the history of another edit, or a snapshot of one without
-                `overwrite`.
+            OSError: If the directory cannot be written.
+            ValueError: If it holds the history of another edit, or, without `overwrite`, a
+                snapshot of another edit.
         """
         with self._learner.lock.changing():
             self._history.save(directory, overwrite)
 
     def close(self) -> None:
-        """Let others open the directory, if one is open; the model keeps its edit."""
+        """Unlock the directory, if one is open; the model keeps its edit."""
         self._history.close()
 
     def save_pretrained(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the edit as it would be pushed to the Hub: as `save` does, and a model card."""
+        """Write the edit as for the Hub: as `save` does, with a model card."""
         from baft_easyedit.storage.hub import HubEdit
 
         save = partial(self.save, overwrite=overwrite)
@@ -355,12 +357,12 @@ class BaFTEditor:
 
         Args:
             repo_id: The repository; made if there is none.
-            commit_message: Of the upload.
-            **options: Those of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`,
+            commit_message: Message of the upload's commit.
+            **options: Options of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`,
                 `branch`, `create_pr`.
 
         Returns:
-            The commit's address.
+            The address of the commit.
         """
         from baft_easyedit.storage.hub import HubEdit
 
@@ -377,14 +379,14 @@ class BaFTEditor:
         allow_other_model: bool = False,
         **options: Any,
     ) -> "BaFTEditor":
-        """Attach an edit from the Hub, or from a directory, as `load` does.
+        """Make an editor of an edit from the Hub, or from a directory, as `load` does.
 
         Args:
-            repo_or_directory: A repository, or where `save` or `save_pretrained` wrote.
+            repo_or_directory: A repository, or a directory of `save` or `save_pretrained`.
             model: The model that the edit was learned on.
-            tokenizer: Its tokenizer.
+            tokenizer: The model's tokenizer.
             allow_other_model: Use the edit on another model of the same shape.
-            **options: Those of `huggingface_hub.snapshot_download`: `revision`, `token`,
+            **options: Options of `huggingface_hub.snapshot_download`: `revision`, `token`,
                 `cache_dir`, `local_files_only`.
         """
         from baft_easyedit.storage.hub import local_directory
@@ -402,7 +404,7 @@ class BaFTEditor:
         hparams: BaFTHyperParams | None = None,
         undo_depth: int = 10,
     ) -> "BaFTEditor":
-        """Make an editor whose edit is a kept one."""
+        """Make an editor for a kept edit, and attach the edit if it was attached when kept."""
         edit, own = edit_of(kept, model, where)
         if hparams is not None:
             check_same_shape(edit, hparams, f"the edit in {where}")

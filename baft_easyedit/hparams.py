@@ -1,7 +1,7 @@
 """Hyper-parameters of BaFT and ReFT and their strict YAML loader.
 
-The fields serve two readers: the method, and EasyEdit, whose `BaseEditor` asks any hyper-parameter
-object for `model_name`, `device`, `fp16`, `batch_size` and a few more. Needs pyyaml only.
+The method reads most fields. EasyEdit's `BaseEditor` reads `model_name`, `device`, `fp16`,
+`batch_size` and a few more, as it does of every method's hyper-parameters. Needs pyyaml only.
 """
 
 import json
@@ -22,11 +22,11 @@ _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
 
 ENGINES = ("auto", "cached", "full")
-"""How a model is run in each step: from cached prefixes, or all of its forward; `auto`
-is the prefix cache where the model allows it."""
+"""How the model is run in each training step: `cached` computes only what the edit can change (see
+`training.prefix_cache`), `full` the whole forward; `auto` is `cached` where the model allows it."""
 
 PARAMETRISATIONS = ("direct", "whitened")
-"""In which coordinates an edit is learned; see `coordinates`."""
+"""The coordinates in which an edit is trained; see `training.coordinates`."""
 
 _CHOICES: Mapping[str, Iterable[str]] = {
     "gate": GATES,
@@ -49,7 +49,7 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
     ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
 }  # fmt: skip
-"""Fields by what their numbers must be."""
+"""The numeric fields by the rule that their values must follow."""
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -73,76 +73,77 @@ class BaFTHyperParams:
     num_prompt_positions: int = 3
     """P, how many of the last prompt tokens are edited (all answer tokens are), at least 1."""
     gate: str = "rms-sigmoid"
-    """How basis weights come from a hidden state, a name of `gates.GATES`."""
+    """The function from a hidden state to basis weights, a name of `gates.GATES`."""
     num_steps: int = 40
     """Most optimiser steps of one edit call, at least 1."""
     lr: float = 1.0e-3
     """AdamW's learning rate, above 0."""
     gate_lr: float | None = None
-    """Another learning rate for the gate, above 0; null for the same (the paper has one rate).
-    Higher: irrelevant prompts are told apart in fewer steps, and earlier edits fade sooner."""
+    """Learning rate of the gate, above 0; null for `lr` (the paper has one rate). A higher rate
+    tells irrelevant prompts apart in fewer steps, but earlier edits fade sooner."""
     basis_lr: float | None = None
-    """Another learning rate for the bases R, at least 0; null for the same. Lower: earlier edits
-    last, and a new one takes more steps (ours)."""
+    """Learning rate of the bases R, at least 0; null for `lr`. With a lower rate, earlier edits
+    last longer, but a new edit takes more steps (ours)."""
     parametrisation: str = "direct"
-    """In which coordinates the edit is learned, a name of `PARAMETRISATIONS`: as the paper writes
-    it, or `whitened` (ours), by which edits in a row hardly touch each other on a real model."""
+    """Coordinates in which the edit is trained, a name of `PARAMETRISATIONS`: as in the paper, or
+    `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
     past_states: int = 0
-    """Hidden states that each layer keeps of past edits, at most; 0 for none (the paper). With
-    them each edit settles among past ones (ours): see `settling`."""
+    """Most hidden states of past edits that each layer keeps; 0 for none (the paper). Each new edit
+    is then adjusted to keep the past ones (ours): see `training.settling`."""
     settle_steps: int = 100
-    """Steps of that at most, at least 1; they take no forward of the model."""
+    """Most steps of that adjustment, at least 1; they need no forward pass of the model."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
     """Stop once the answer loss is below this, in nats per token; 0 never stops early."""
     learn_end: bool = False
-    """Learn that the answer ends, too: its last token is followed by the tokenizer's eos token. Not
-    in the paper, whose scores are teacher forced; generated answers then stop where they should."""
+    """Learn the tokenizer's eos token after the target, so that generated answers stop there. Not
+    in the paper, whose scores are teacher forced."""
     balance: bool = True
     """Use the load-balance term R_bal."""
     locality: bool = True
-    """Use the locality term R_loc, for requests that carry a `loc_prompt`, or see the next line and
-    `loc_own_texts`."""
+    """Use the locality term R_loc. Its irrelevant prompts are a request's `loc_prompt`, or come
+    from `loc_stand_ins` and `loc_own_texts`."""
     loc_stand_ins: int = 0
-    """How many prompts with an invented name in the subject's place R_loc sees for a request that
-    has a `subject`, but no `loc_prompt` (ours): see `stand_ins`. 0 for none (the paper)."""
+    """Irrelevant prompts to make for a request with a `subject`, but no `loc_prompt`, by invented
+    names in the subject's place (ours): see `training.stand_ins`. 0 for none (the paper)."""
     balance_coef: float = 1.0
     """Factor of R_bal after rescaling, at least 0."""
     locality_coef: float = 1.0
     """Factor of R_loc after rescaling, at least 0."""
     alpha: float = 0.01
-    """R_loc: weight that an irrelevant position may keep, in [0, 1]."""
+    """R_loc: weight up to which an irrelevant position is not penalised, in [0, 1]."""
     beta: float = 0.05
-    """R_loc: weight that an edited position should reach, in [0, 1]."""
+    """R_loc: weight from which an edited position is not penalised, in [0, 1]."""
     gamma: float = 0.02
-    """R_loc: wanted gap between the largest weights, in [0, 1]."""
+    """R_loc: wanted gap between the largest weight of the edited positions and the largest of the
+    irrelevant ones, in [0, 1]."""
     rescaling: str = "match"
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
     loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
     loc_own_texts: bool = False
-    """Let R_loc see the hidden states of texts that the model writes itself, too (ours): gates then
-    close on what is not edited, whether a request brings a `loc_prompt` or not."""
+    """Let R_loc also see hidden states of texts that the model generates itself (ours), so that
+    gates close on unedited texts even if a request has no `loc_prompt`."""
     engine: str = "auto"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
-    rounding. A model that cannot use a cached prefix gets the full forward with `auto`, a warning
-    in the log, and the reason in the report; with `cached` its edit is refused."""
+    rounding. If a model cannot use a cached prefix, `auto` runs the full forward, with a warning in
+    the log and the reason in the report; `cached` raises an error."""
     rehearsal: int = 0
-    """Past edits that each step learns again beside the new one (not in the paper, which has 0)."""
+    """Past edits that each step trains again beside the new one (ours); 0 for none (the paper)."""
     rehearsal_irrelevant: int | None = None
-    """How many of these bring their irrelevant prompts along; null for all. Fewer are faster."""
+    """How many of these are trained with their irrelevant prompts; null for all. Fewer: faster."""
     rehearsal_memory: int | None = None
-    """Most edits remembered, at least 1; null for no limit. Of more than that, any past edit is as
-    likely to be remembered as another."""
+    """Most past edits remembered, at least 1; null for no limit. Beyond the limit, a random sample
+    is remembered, in which each past edit is equally likely."""
     rehearsal_stop_loss: float = 0.1
     """An early stop also needs the rehearsed edits' loss to be at most this, in nats per token."""
     seed: int = 0
-    """Seed of the random initial bases, and of what is rehearsed."""
+    """Seed of the random initial bases, and of the sampling of rehearsed edits."""
     batch_size: int = 1
     """Requests per call of EasyEdit's `batch_edit`; 1 for its `edit`."""
     max_length: int = 40
-    """EasyEdit's tokeniser limit when scoring (it never cuts a shorter text)."""
+    """Tokens at which EasyEdit's scoring pads or cuts; longer texts raise it, so none is cut."""
     model_parallel: bool = False
     """Spread the model's layers over all CUDA devices."""
     fp16: bool = False
@@ -150,12 +151,12 @@ class BaFTHyperParams:
     use_chat_template: bool = False
     """Put prompts into the tokenizer's chat template, for editing and scoring alike."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """What the chat template is given besides, such as `enable_thinking: false` for Qwen3; null for
-    nothing."""
+    """Further arguments of the chat template, such as `enable_thinking: false` for Qwen3; null for
+    none."""
     separator: str | None = None
-    """What stands between prompt and target, for editing and scoring alike; null for a space, as in
-    EasyEdit, but for nothing where the prompt's last letter is of a script that is written without
-    spaces, such as Chinese (ours)."""
+    """Text between prompt and target, for editing and scoring alike. Null stands for a space, as in
+    EasyEdit; for nothing after a chat template, and after a prompt whose last letter is of a script
+    written without spaces, such as Chinese (ours)."""
     evaluation_type: str | None = None
     """EasyEdit's scoring: null for teacher forcing, `LLM-judge` or `generate-text`."""
     api_key: str | None = field(default=None, repr=False)
@@ -180,7 +181,7 @@ class BaFTHyperParams:
         self._check_chat_template()
 
     def _check_chat_template(self) -> None:
-        """Check what the chat template is given."""
+        """Check the further arguments of the chat template."""
         name, given = "chat_template_kwargs", self.chat_template_kwargs
         if given is None:
             return
@@ -269,7 +270,7 @@ def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
 
 
 def hparams_from(config: Mapping[str, Any]) -> BaFTHyperParams:
-    """Build the hyper-parameters of the method that `alg_name` names; see `from_dict`."""
+    """Build the hyper-parameters of the method in `alg_name`; BaFT if absent; see `from_dict`."""
     classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
     name = config.get("alg_name", "BaFT")
     if not isinstance(name, str) or name not in classes:
@@ -328,7 +329,7 @@ def _has_type(value: object, hint: Any) -> bool:
 
 
 def _is_json(value: object) -> bool:
-    """Tell whether a value comes back from JSON as it is."""
+    """Tell whether a value stays equal when written as JSON and read again."""
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):
@@ -336,7 +337,7 @@ def _is_json(value: object) -> bool:
 
 
 def _type_message(name: str, value: object, hint: Any) -> str:
-    """Say what type was wanted, and why YAML may have read something else."""
+    """Return the message about a wrong type, with a hint if YAML read a number as text."""
     wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
     message = f"{name} must be of type {wanted}; got {short(value)} of type {type(value).__name__}"
     if hint is float and isinstance(value, str):
