@@ -1,7 +1,7 @@
 """The command line: `baft-easyedit COMMAND`; `baft-easyedit --help` lists the commands.
 
-Each module of this package has some commands: it adds them to the parser, and runs them. What they
-need beyond the options is imported when they run.
+Each module of this package defines some commands: `add_commands` adds them to the parser, and their
+`run` functions run them. Heavy packages are imported only then, so that `--help` is fast.
 """
 
 import sys
@@ -12,7 +12,7 @@ from baft_easyedit.cli.options import Parser
 from baft_easyedit.files.messages import cut
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell has it."""
+"""Exit status after Ctrl-C, as usual in a shell."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`bench`, `report` and `diagnose`: benchmark runs, and what to read off them."""
+"""The commands `bench`, `report` and `diagnose`: run benchmarks, and evaluate the runs."""
 
 import argparse
 from pathlib import Path
@@ -12,11 +12,11 @@ _SETTINGS = (
     *("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device", "fp16"),
     "jobs",
 )
-"""Options that have the name of a setting."""
+"""Options with the same name as the setting of the benchmark that they replace."""
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the commands; options of `bench` replace values of the YAML."""
+    """Add the commands; the options of `bench` replace values of its YAML file."""
     bench = commands.add_parser(
         "bench", help="run a benchmark described by a YAML file, or go on with a stopped one"
     )
@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    """Run a benchmark and print a table for each protocol that was asked for."""
+    """Run a benchmark, and print a table for each combination of T and batch size."""
     from baft_easyedit.bench.config import read_config
     from baft_easyedit.bench.layouts import summary_table
     from baft_easyedit.bench.run import run_bench
@@ -74,7 +74,7 @@ def _bench(arguments: argparse.Namespace) -> int:
                 f"{bar.position}; what was finished is kept in {out}, and the same command goes on "
                 "from there"
             ) from None
-    if not rows:  # another process tells
+    if not rows:  # one of several processes, of which another prints the tables
         return 0
     for T, size in [(T, size) for T in config.T for size in config.batch_size]:
         chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]
@@ -85,7 +85,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the options replace."""
+    """Return the settings that the given options replace, as the YAML file nests them."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     settings = {name: plain[name] for name in _SETTINGS if name in plain}
@@ -98,7 +98,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    """Write tables and figures; print where they are."""
+    """Write tables and figures; print the names of the files."""
     from baft_easyedit.bench.report import write_report
 
     out = arguments.out or arguments.runs[0] / "report"
@@ -107,7 +107,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
-    """Write and print a diagnosis."""
+    """Write and print the diagnosis of a run."""
     from baft_easyedit.bench.diagnosis import diagnose, write_diagnosis
 
     diagnosis = diagnose(arguments.run_dir)

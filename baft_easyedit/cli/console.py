@@ -1,4 +1,4 @@
-"""What commands show beside their results."""
+"""What commands show beside their results: notes, exit statuses, progress bars."""
 
 import logging
 import sys
@@ -13,16 +13,16 @@ from baft_easyedit.storage.reading import holds_edit
 NOTHING_RUN = 1
 """Exit status if no row of a benchmark has scores."""
 UNLEARNED = 3
-"""Exit status if an edit was made, but not learned."""
+"""Exit status if an edit was made, but the model does not answer with the target."""
 
 
 def note(text: str) -> None:
-    """Print a line that is no result."""
+    """Print a line to standard error, apart from the results."""
     print(f"baft-easyedit: {text}", file=sys.stderr)
 
 
 def status_of(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return the exit status of a benchmark; if no row has scores, say so."""
+    """Return the exit status of a benchmark; print a note if no row has scores."""
     if any(row["error"] is None for row in rows):
         return 0
     note("no method could be run; the tables say why")
@@ -30,7 +30,7 @@ def status_of(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def silence_loading() -> None:
-    """Keep the progress bars and retries of model loading out of what the command prints."""
+    """Suppress the progress bars and messages of other libraries while a model is loaded."""
     import_module("transformers.utils.logging").disable_progress_bar()
     for library in ("huggingface_hub", "lm_eval"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -38,10 +38,10 @@ def silence_loading() -> None:
 
 @contextmanager
 def told_what_is_kept(directory: Path | None) -> Iterator[None]:
-    """Let an interrupt say where to see what is kept; hide warnings that the command gives itself.
+    """Tell what was kept on Ctrl-C in this context; hide the learner's warnings, which repeat ours.
 
     Args:
-        directory: Where edits are kept; None for nowhere.
+        directory: The directory of the kept edit; None if the edit is not kept.
     """
     learner = logging.getLogger("baft_easyedit.training.learner")
     level = learner.level
@@ -71,7 +71,7 @@ class Bar:
             self._bar.close()
 
     def start(self, total: int, done: int) -> Callable[[int], None]:
-        """Show the bar; return what moves it."""
+        """Show the bar; return the function that advances it."""
         from tqdm import tqdm
 
         self._bar = tqdm(total=total, initial=done, unit=self._unit, leave=False)
@@ -79,7 +79,7 @@ class Bar:
 
     @property
     def position(self) -> str:
-        """Where it is, such as `at 12 of 40 edits`."""
+        """The progress in words, such as `at 12 of 40 edits`."""
         if self._bar is None:
             return f"before the first {self._unit}"
         return f"at {self._bar.n} of {self._bar.total} {self._unit}s"

@@ -1,4 +1,4 @@
-"""`demo`: edits of a real model and of the bundled one as text, then BaFT beside other methods."""
+"""The command `demo`: example edits of two models, then tables of BaFT beside other methods."""
 
 import argparse
 from dataclasses import replace
@@ -10,7 +10,7 @@ from baft_easyedit.cli.options import names, whole
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command."""
     demo = commands.add_parser(
         "demo", help="edits shown as text, then BaFT beside other methods through EasyEdit"
     )
@@ -33,7 +33,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if (arguments.model, arguments.hparams) == (None, None):
         _show_real_edits(hparams.device)
         print("\nThe bundled model, of 3 million parameters:")
-    # The tables have the paper's settings, but here answers are generated.
+    # The tables use the paper's settings; these answers are generated, so their end is learned.
     shown = hparams if arguments.hparams else replace(hparams, learn_end=True)
     for line in bundled.show_edits(shown):
         print(line)
@@ -46,12 +46,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _show_real_edits(device: int | str) -> None:
-    """Show edits of the real model, or say why there is none."""
+    """Show edits of SmolLM2, or say why it cannot be used."""
     from baft_easyedit.demo.real import real_settings, show_real_edits
 
     try:
         settings = real_settings(device)
-    except (ImportError, ValueError, OSError) as error:  # the rest of the demo does without
+    except (ImportError, ValueError, OSError) as error:  # the rest of the demo does not need it
         print(f"No real model, only the bundled one: {error}")
         return
     for line in show_real_edits(settings):

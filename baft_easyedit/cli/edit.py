@@ -1,4 +1,4 @@
-"""`edit`: one edit from the command line."""
+"""The command `edit`: make one edit, and show the answers before and after."""
 
 import argparse
 from dataclasses import replace
@@ -16,7 +16,7 @@ from baft_easyedit.training.requests import as_requests
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the commands."""
+    """Add the command."""
     edit = commands.add_parser("edit", help="edit one fact and show the answers before and after")
     add_model_options(edit)
     add = edit.add_argument
@@ -80,14 +80,14 @@ def _edit(arguments: argparse.Namespace) -> int:
 
 
 def _is_copied(arguments: argparse.Namespace) -> bool:
-    """Tell whether one kept edit is begun with, and another directory written."""
+    """Tell whether the edit starts from one directory and is saved in another."""
     return None not in (arguments.source, arguments.save) and arguments.source != arguments.save
 
 
 def _editor(
     arguments: argparse.Namespace, model: Any, tokenizer: Any, hparams: BaFTHyperParams
 ) -> BaFTEditor:
-    """Make the editor that `--save` and `--from` ask for; a kept edit brings its own settings."""
+    """Make the editor that `--save` and `--from` ask for; a kept edit has its own settings."""
     asked = {
         name: value
         for name in ("num_steps", "lr")
@@ -107,7 +107,7 @@ def _editor(
 
 
 def _print_report(report: EditReport, method: str, num_parameters: int) -> None:
-    """Show what the edit cost."""
+    """Print the steps, time and loss of the edit, and warnings about its gates."""
     stop = "stopped early" if report.stopped_early else "all steps"
     print(
         f"{method}: {report.num_steps} steps ({stop}), {report.time_s:.2f} s, "
@@ -119,7 +119,7 @@ def _print_report(report: EditReport, method: str, num_parameters: int) -> None:
 
 
 def _status(arguments: argparse.Namespace, report: EditReport, settings: BaFTHyperParams) -> int:
-    """Say if the request was not learned, and what to try; return the exit status."""
+    """Return the exit status; if the request was not learned, say what to try."""
     if False not in report.learned:
         return 0
     kept = "" if arguments.save is None else f"; it is kept in {arguments.save} all the same"

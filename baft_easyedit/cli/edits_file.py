@@ -1,4 +1,4 @@
-"""Files of edits: a user's own requests, and the benchmarks' records."""
+"""Read files of edit requests: a user's own, or the records of a benchmark."""
 
 import csv
 import io
@@ -13,10 +13,10 @@ from baft_easyedit.training.requests import EditRequest, as_requests
 
 
 def read_benchmark(kind: str, path: Path) -> list[EditRequest]:
-    """Read the records of a benchmark; of several with one prompt, the last.
+    """Read the records of a benchmark; of several with the same prompt, only the last is used.
 
     Raises:
-        ValueError: If there is no such kind, or a record is unusable.
+        ValueError: If there is no such kind of benchmark, or a record is unusable.
     """
     from baft_easyedit.bench.data import load_dataset
 
@@ -29,12 +29,12 @@ def read_benchmark(kind: str, path: Path) -> list[EditRequest]:
 def read_requests(file: Path) -> list[EditRequest]:
     """Read edit requests: a JSON list, JSON lines (`.jsonl`), or CSV (`.csv`).
 
-    Empty cells of a CSV file count as absent. A request that is there twice is read once.
+    Empty cells of a CSV file count as absent. Duplicates of a request are dropped.
 
     Raises:
         TypeError: If a request has a value of the wrong type.
-        ValueError: If the file is none of these, a request is unusable, or one prompt has two
-            requests; the message names them.
+        ValueError: If the file has none of these formats, a request is unusable, or two different
+            requests have one prompt; the message names them.
     """
     text = read_text(file).removeprefix("\ufeff")
     try:
@@ -61,7 +61,7 @@ def read_requests(file: Path) -> list[EditRequest]:
 
 
 def _parsed(text: str, suffix: str) -> Any:
-    """Parse the text of a file by the end of its name."""
+    """Parse the text of a file in the format that the suffix of its name says."""
     if suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         columns = rows.fieldnames or ()

@@ -1,4 +1,4 @@
-"""`export`: what a serving engine needs to use a kept edit."""
+"""The command `export`: print the code or JSON by which a serving engine uses a kept edit."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command."""
     export = commands.add_parser("export", help="say how a serving engine uses a kept edit")
     add = export.add_argument
     add("directory", type=existing("directory"), metavar="DIR", help="of the kept edit")
@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    """Check that an edit can be served so; print or write what is needed."""
+    """Check that an engine can serve an edit; print or write what the engine needs."""
     from baft_easyedit.engines.served import read_edit
     from baft_easyedit.files.writing import written_whole
 
@@ -42,7 +42,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _sglang(directory: str, edit: "ServedEdit") -> str:
-    """JSON for --forward-hooks."""
+    """Return JSON for SGLang's option `--forward-hooks`."""
     from baft_easyedit.engines.sglang import specification
 
     note("--disable-radix-cache --chunked-prefill-size -1 --disable-cuda-graph must be given")
@@ -50,7 +50,7 @@ def _sglang(directory: str, edit: "ServedEdit") -> str:
 
 
 def _vllm_lens(directory: str, edit: "ServedEdit") -> str:
-    """Lines of Python."""
+    """Return lines of Python for a program that uses vLLM."""
     return (
         "from vllm import LLM\n"
         "from baft_easyedit.engines.vllm_lens import register\n\n"
@@ -61,7 +61,7 @@ def _vllm_lens(directory: str, edit: "ServedEdit") -> str:
 
 
 def _easysteer(directory: str, edit: "ServedEdit") -> str:
-    """Lines of Python."""
+    """Return lines of Python for a program that uses vLLM with EasySteer."""
     from baft_easyedit.engines.easysteer import check_gate
 
     check_gate(edit, directory)

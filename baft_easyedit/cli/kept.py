@@ -1,4 +1,4 @@
-"""Commands of a kept edit: ask the edited model, apply a file of edits, and take edits back."""
+"""Commands on a kept edit: ask and evaluate its model, apply a file of edits, take edits back."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from baft_easyedit.training.requests import EditRequest
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the commands."""
+    """Add the commands."""
     ask = _add(commands, "ask", _ask, "answer prompts with a kept edit, and without it")
     ask.add_argument(
         "--prompt", action="append", help="may be repeated; without it, each line of the input"
@@ -96,7 +96,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    """Answer each prompt by the base model and by the edited one."""
+    """Answer each prompt with the base model and with the edited model."""
     from baft_easyedit.generation import generate_answers
 
     if arguments.prompt and not all(map(str.strip, arguments.prompt)):
@@ -118,10 +118,10 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> PromptFormat:
-    """Return how prompts are put to the model: as the edit was learned, if no option says.
+    """Return the format of prompts: that of `--chat`, or the one that the edit was learned with.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, and one is asked for.
+        ValueError: If `--chat` is given, and the tokenizer has no chat template.
     """
     learned = PromptFormat.of(kept_hparams(arguments.directory, model))
     if arguments.chat in (None, learned.use_chat_template):
@@ -135,7 +135,7 @@ def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Pr
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    """Print what the base model and the edited one reach in each task."""
+    """Print the scores of the base model and of the edited model in each task."""
     read_latest(arguments.directory)  # an error if nothing is kept there
     from baft_easyedit.harness import EditedLM, Tasks
 
@@ -158,7 +158,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Yield the lines of the standard input that hold text; at a terminal, ask for them."""
+    """Yield the lines of standard input that are not blank; at a terminal, ask for them."""
     if sys.stdin.isatty():
         note("a prompt a line; end with Ctrl-D")
     for line in sys.stdin:
@@ -167,7 +167,7 @@ def _typed() -> Iterator[str]:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    """Make the edits of a file that are not made yet; say which were learned."""
+    """Make the edits of a file that the directory lacks; print which were not learned."""
     kind = arguments.kind
     found = read_benchmark(kind, arguments.file) if kind else read_requests(arguments.file)
     requests = found[: arguments.limit]
@@ -186,7 +186,7 @@ def _apply(arguments: argparse.Namespace) -> int:
 def _edit_each(
     arguments: argparse.Namespace, rest: Sequence[EditRequest], total: int
 ) -> list[EditRequest]:
-    """Make edits, the last ones of so many in all; return those that were not learned."""
+    """Make edits, the rest of `total`; return the requests that were not learned."""
     unlearned = []
     with told_what_is_kept(arguments.directory), _begun(arguments) as editor, Bar() as bar:
         move = bar.start(total, total - len(rest))
@@ -213,7 +213,7 @@ def _rollback(arguments: argparse.Namespace) -> None:
 
 
 def _forget(arguments: argparse.Namespace) -> int:
-    """Take the edits of one prompt back; say which later ones are not learned any more."""
+    """Take the edits of one prompt back; print how many later requests are no longer learned."""
     before = read_history(arguments.directory)
     with told_what_is_kept(arguments.directory), _opened(arguments) as editor:
         reports = editor.forget(arguments.prompt)
@@ -231,7 +231,7 @@ def _history(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    """Print what the edits at one entry lack of those at another, and have beside them."""
+    """Print the requests in effect after entry A but not B (-), and after B but not A (+)."""
     journal = Journal(read_history(arguments.directory))
     a, b = arguments.a, journal.position if arguments.b is None else arguments.b
     for place in (a, b):
@@ -248,7 +248,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 
 def _edits_at(journal: Journal, entry: int) -> dict[str, dict[str, Any]]:
-    """Return the latest request of each prompt that led to the state after an entry."""
+    """Return the requests in effect after an entry, by prompt: the latest one of each prompt."""
     ids = reversed(list(journal.ancestors(entry)))
     return {request["prompt"]: request for i in ids for request in journal.entries[i].requests}
 
@@ -264,7 +264,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
 
 @contextmanager
 def _begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
-    """Open a kept edit with its model, or begin one, with the settings for edits in a row."""
+    """Open a kept edit with its model, or begin one with settings for many successive edits."""
     if arguments.hparams is None and holds_edit(arguments.directory):
         with _opened(arguments) as editor:
             yield editor
@@ -281,7 +281,7 @@ def _begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
 
 
 def _settings(arguments: argparse.Namespace) -> BaFTHyperParams:
-    """Return the settings that the options ask for; without, those for edits in a row."""
+    """Return the settings of `--hparams`; without it, a preset for many successive edits."""
     if arguments.hparams is not None:
         return hparams_of(arguments)
     name = arguments.model or BUNDLED_MODEL
@@ -298,10 +298,10 @@ def _settings(arguments: argparse.Namespace) -> BaFTHyperParams:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Load the model of a kept edit, and its tokenizer.
+    """Load the model of a kept edit, and the model's tokenizer.
 
     Raises:
-        ValueError: If the edit does not say where its model is, and no option does.
+        ValueError: If `--model` is absent, and the edit is not of one of the package's own models.
     """
     import torch
 
@@ -314,7 +314,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _known_model(directory: Path) -> str:
-    """Return `bundled` or `smollm2` if the kept edit is of that; no other name is trusted."""
+    """Return `bundled` or `smollm2` if the edit is of that model; no other name is trusted."""
     base = read_latest(directory).config.base_model
     for name in (BUNDLED_MODEL, REAL_MODEL):
         if base == Path(model_location(name)).name:

@@ -1,4 +1,4 @@
-"""The options that choose a model and its hyper-parameters, and what they mean."""
+"""The options that choose a model and its hyper-parameters, and how they are resolved."""
 
 import argparse
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
 from baft_easyedit.model.devices import check_device, needs_missing_cuda
 
 WITHOUT_FILE: Mapping[str, Any] = {"learn_end": True, "loc_stand_ins": 4}
-"""Hyper-parameters of an edit whose settings no file gives: answers end, and neighbours stay."""
+"""Changed hyper-parameters without `--hparams`: generated answers end, and neighbours stay."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
-    """Read or make the hyper-parameters that the options ask for.
+    """Return the hyper-parameters of a file, of a preset, or scaled to the model's depth.
 
     Raises:
         OSError: If there is no such file, or no such model.
@@ -56,14 +56,14 @@ def default_device() -> int | str:
 
 
 def usable_device(wanted: Any, file: str) -> Any:
-    """Return the device that a file names, or, where there is no CUDA, the CPU, and say so.
+    """Return the device that a file names; without CUDA, the CPU in its place, with a note.
 
     Args:
         wanted: The device.
-        file: Its name, for the message.
+        file: The name of the file, for the note.
 
     Raises:
-        ValueError: If torch knows no such device, or this machine has others only.
+        ValueError: If torch knows no such device, or this machine has none.
     """
     if needs_missing_cuda(wanted):
         note(f"{file} names the device {wanted!r}; torch finds no CUDA here: using the CPU")

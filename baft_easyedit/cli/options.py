@@ -1,4 +1,4 @@
-"""What options may hold, checked while they are read: their errors name the option."""
+"""Types of options for argparse, which calls them on a value; their errors name the option."""
 
 import argparse
 import os
@@ -14,10 +14,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2."""
+        """Print the error, and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -30,7 +30,7 @@ def names(text: str) -> list[str]:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Return what reads a whole number of at least `least`."""
+    """Return a function that reads a whole number of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -45,7 +45,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def counts(text: str) -> list[int]:
-    """Read a comma-separated list of whole numbers from 1 on."""
+    """Read a comma-separated list of whole numbers of at least 1."""
     return [whole(1)(number) for number in names(text)]
 
 
@@ -61,7 +61,7 @@ def positive(text: str) -> float:
 
 
 def device(text: str) -> int | str:
-    """Read a CUDA device number or a device name, of this machine."""
+    """Read a CUDA device number or a device name; the device must be on this machine."""
     read = int(text) if text.isdecimal() else text
     try:
         check_device(read)
@@ -71,7 +71,7 @@ def device(text: str) -> int | str:
 
 
 def existing(kind: str = "file or directory") -> Callable[[str], Path]:
-    """Return what reads the path of a `file` or `directory` that can be read."""
+    """Return a function that reads the path of an existing, readable `file` or `directory`."""
 
     def read(text: str) -> Path:
         path = expanded(text)
@@ -86,7 +86,7 @@ def existing(kind: str = "file or directory") -> Callable[[str], Path]:
 
 
 def new(kind: str) -> Callable[[str], Path]:
-    """Return what reads the path of a `file` or `directory` to write, which may be there."""
+    """Return a function that reads the path of a `file` or `directory` to write; it may exist."""
 
     def read(text: str) -> Path:
         path = expanded(text)
@@ -107,7 +107,7 @@ def new(kind: str) -> Callable[[str], Path]:
 
 
 def _check_kind(path: Path, text: str, kind: str) -> None:
-    """Raise ArgumentTypeError if there is something of another kind at a path."""
+    """Raise ArgumentTypeError if a path exists and is of another kind."""
     is_there = "directory" if path.is_dir() else "file"
     if path.exists() and is_there not in kind:
         raise ArgumentTypeError(f"must be a {kind}; {text!r} is a {is_there}")

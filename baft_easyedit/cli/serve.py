@@ -1,4 +1,4 @@
-"""The command `serve`: answer by OpenAI's API, with kept edits."""
+"""The command `serve`: a server with OpenAI's API for a model and its kept edits."""
 
 import argparse
 from argparse import ArgumentTypeError
@@ -14,7 +14,7 @@ from baft_easyedit.storage.reading import read_latest
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command."""
     serve = commands.add_parser("serve", help="answer by OpenAI's API, with kept edits")
     serve.add_argument(
         "edits", nargs="+", type=_named, metavar="[NAME=]DIR", help="kept edits of one model"
@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _named(text: str) -> tuple[str, Path]:
-    """Read the directory of an edit, with a name or with its own."""
+    """Read `NAME=DIR`, or a directory whose own name is the edit's; return name and path."""
     name, sign, directory = text.rpartition("=")
     path = existing("directory")(directory if sign and name else text)
     try:
@@ -43,7 +43,7 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    """Answer until interrupted."""
+    """Serve until interrupted."""
     directories = dict(arguments.edits)
     if len(directories) < len(arguments.edits):
         names = [name for name, _ in arguments.edits]

@@ -1,4 +1,4 @@
-"""`speed`: what an edit costs."""
+"""The command `speed`: measure time and memory of an edit."""
 
 import argparse
 from typing import Any
@@ -9,7 +9,7 @@ from baft_easyedit.cli.options import DTYPES, device, names, new, whole
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the command; options that are absent have the defaults of `SpeedOptions`."""
+    """Add the command; absent options get the defaults of `SpeedOptions`."""
     speed = commands.add_parser(
         "speed",
         help="measure time, memory and generation of an edit",
@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _speed(arguments: argparse.Namespace) -> None:
-    """Measure what an edit costs; print the table."""
+    """Measure, and print the table."""
     from baft_easyedit.speed import SpeedOptions, run_speed
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}

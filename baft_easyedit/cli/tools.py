@@ -1,4 +1,4 @@
-"""What there is and whether it works: `ls`, `validate`, `doctor`; `import-gguf` brings a model."""
+"""The commands `ls`, `validate` and `doctor`, which list and check, and `import-gguf`."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from baft_easyedit.hparams import read_hparams
 
 
 def add_commands(commands: Any) -> None:
-    """Describe the commands."""
+    """Add the commands."""
     gguf = commands.add_parser(
         "import-gguf", help="convert a GGUF file to a Hugging Face directory, for --model"
     )
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    """Convert, and say where the model is."""
+    """Convert a GGUF file, and print the directory of the model."""
     import torch
 
     from baft_easyedit.gguf.conversion import import_gguf
@@ -53,7 +53,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _presets() -> Iterable[str]:
-    """Names of the YAML files, for --hparams, and of the benchmarks among them, for bench."""
+    """Names of the package's YAML files: settings for `--hparams`, and benchmarks for `bench`."""
     root = hparams_root()
     return sorted(
         file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml")
@@ -76,7 +76,7 @@ def _kinds() -> Iterable[str]:
 
 
 def _models() -> Iterable[str]:
-    """Models that have a name here; any other is named as on the Hugging Face Hub."""
+    """Names of the package's own models; any other name is one on the Hugging Face Hub."""
     return (BUNDLED_MODEL, REAL_MODEL)
 
 
@@ -95,7 +95,7 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 
 def _validate(arguments: argparse.Namespace) -> None:
-    """Check a file by what it is; print what it holds."""
+    """Check a file of settings, of a benchmark, or of edits; print what it holds."""
     if arguments.kind is None and Path(arguments.file).is_dir():
         raise ValueError(
             f"FILE must be a file, or with --kind a benchmark's directory; {arguments.file!r} is a "
@@ -113,7 +113,7 @@ def _validate(arguments: argparse.Namespace) -> None:
 
 
 def _validate_bench(arguments: argparse.Namespace) -> None:
-    """Check a benchmark, its records and its rows' settings."""
+    """Check a benchmark's file, its records, and the settings of its rows."""
     from baft_easyedit.bench.config import read_config
     from baft_easyedit.bench.run import check
 
