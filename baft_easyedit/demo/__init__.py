@@ -1,1 +1,1 @@
-"""What `baft-easyedit demo` shows."""
+"""The demo behind `baft-easyedit demo`: `real` edits SmolLM2, `bundled` the package's own model."""

@@ -1,4 +1,4 @@
-"""The demo: a few edits shown as text, then BaFT beside EasyEdit's methods on the bundled facts."""
+"""The demo's second part: edits of the bundled facts, then a small benchmark through EasyEdit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,19 +21,19 @@ from baft_easyedit.hparams import BaFTHyperParams
 
 DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "AdaLoRA", "MEMIT", "WISE")
 NUM_IN_A_ROW = 10
-"""T of the demo's continual protocol."""
+"""Number of successive edits in the demo's second table (fewer if there are fewer cases)."""
 _NUM_SHOWN = 3
 _PRESET = "facts-llama"
-"""The bundled model's settings."""
+"""Name of the bundled model's preset."""
 _DECIDED = (
     *("model_name", "alg_name", "api_key", "batch_size", "rehearsal"),
     *("device", "fp16", "model_parallel"),
 )
-"""Hyper-parameters that a benchmark has elsewhere."""
+"""Hyper-parameters that a benchmark decides, so that a row's `set` leaves them out."""
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Return method names as they are, or the demo's own if there are none.
+    """Return the given method names, or the demo's methods if none are given.
 
     Raises:
         ValueError: If a name is unknown.
@@ -44,10 +44,10 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
-    """Edit a few facts one after another, each undone, and yield the answers before and after.
+    """Edit a few facts, undo each edit, and yield lines with the answers before and after.
 
     Args:
-        hparams: Hyper-parameters; their `model_name` and `device` say what is edited and where.
+        hparams: Hyper-parameters; `model_name` and `device` say which model is edited and where.
     """
     dtype = torch.float16 if hparams.fp16 else torch.float32
     model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
@@ -80,14 +80,14 @@ def compare(
     num_jobs: int,
     start_progress: StartProgress | None = None,
 ) -> list[dict[str, Any]]:
-    """Run methods through EasyEdit: single edits, and edits in a row.
+    """Run methods through EasyEdit: with single edits, and with successive edits.
 
     Args:
         hparams: Hyper-parameters of BaFT or ReFT, with model and device.
         methods: BaFT, ReFT, or methods of EasyEdit.
         num_cases: Facts of the eval split to edit, at least 1.
         num_jobs: Methods run at once, each in a process with one thread, at least 1.
-        start_progress: Makes a progress bar.
+        start_progress: Starts a progress bar; None for no bar.
 
     Returns:
         The rows of the benchmark's summary, for `tables`.
@@ -104,18 +104,18 @@ def compare(
 
 
 def tables(rows: Sequence[Mapping[str, Any]], num_cases: int) -> Iterator[str]:
-    """Yield a table for single edits, and one for edits in a row.
+    """Yield a table for single edits, and one for successive edits.
 
     Args:
-        rows: What `compare` returned.
-        num_cases: What it was called with.
+        rows: The result of `compare`.
+        num_cases: The number that `compare` was given.
     """
     for T, title in _titles(num_cases).items():
         yield "\n" + to_markdown(summary_table(title, [row for row in rows if row["T"] == T]))
 
 
 def _titles(num_cases: int) -> dict[int, str]:
-    """Return the demo's T, and the titles of their tables."""
+    """Return the titles of the tables by T, the number of successive edits."""
     in_a_row = min(NUM_IN_A_ROW, num_cases)
     titles = {1: f"{num_cases} single edits"}
     if in_a_row > 1:
@@ -126,7 +126,7 @@ def _titles(num_cases: int) -> dict[int, str]:
 def _config(
     hparams: BaFTHyperParams, methods: Sequence[str], num_cases: int, T: tuple[int, ...], jobs: int
 ) -> BenchConfig:
-    """Describe the benchmark of a demo."""
+    """Make the configuration of the demo's benchmark."""
     return BenchConfig(
         model=hparams.model_name,
         data=DataConfig(kind="facts", limit=num_cases),
@@ -144,13 +144,13 @@ def _config(
 
 
 def is_bundled(hparams: BaFTHyperParams) -> bool:
-    """Tell whether hyper-parameters are the bundled model's own, which differ by protocol."""
+    """Tell whether hyper-parameters are the bundled preset, which has a variant per protocol."""
     loading = {name: getattr(hparams, name) for name in ("device", "fp16", "model_parallel")}
     return hparams == type(hparams).from_hparams(f"{hparams.algorithm}/{_PRESET}", **loading)
 
 
 def _row(method: str, hparams: BaFTHyperParams) -> MethodConfig:
-    """Make a row; the given hyper-parameters are kept for the method that they are of."""
+    """Make a benchmark row; only the method that `hparams` are of gets their values."""
     if method != hparams.alg_name or is_bundled(hparams):
         return MethodConfig(name=method, method=method)
     values = {name: value for name, value in asdict(hparams).items() if name not in _DECIDED}

@@ -1,4 +1,4 @@
-"""Three edits of SmolLM2, a real model, as text: what the demo shows first."""
+"""The demo's first part: three edits of SmolLM2, a real model, shown as text."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from baft_easyedit.model.prompt_format import PromptFormat
 
 
 class Shown(NamedTuple):
-    """An edit of a fact that SmolLM2 knows, and what is asked before and after it."""
+    """An edit of a fact that SmolLM2 knows, and the prompts to ask before and after it."""
 
     subject: str
     prompt: str
@@ -20,9 +20,9 @@ class Shown(NamedTuple):
     question: str
     """A rephrasing, asked in the model's chat template."""
     neighbour: str
-    """Prompt of another fact, which should stay."""
+    """Prompt of another fact, whose answer should stay."""
     irrelevant: tuple[str, ...]
-    """Other facts of the relation, learned to stay; none of them is asked."""
+    """The edit's `loc_prompt`: other facts of the relation, none of which is asked."""
 
 
 SHOWN = (
@@ -69,11 +69,11 @@ _NUM_TOKENS = 12
 
 
 def real_settings(device: int | str) -> BaFTHyperParams:
-    """Return SmolLM2's hyper-parameters, with the model made ready.
+    """Convert SmolLM2 if that was not done before, and return its hyper-parameters.
 
     Raises:
         ImportError: If the model's package is not installed.
-        ValueError: If it holds another file.
+        ValueError: If the package holds another file than that of the known release.
         OSError: If the model cannot be written.
     """
     ready_location(REAL_MODEL)
@@ -81,10 +81,10 @@ def real_settings(device: int | str) -> BaFTHyperParams:
 
 
 def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:
-    """Edit each fact, undo it, and yield the answers before and after.
+    """Edit each fact, undo the edit, and yield lines with the answers before and after.
 
     Args:
-        hparams: What `real_settings` returned.
+        hparams: The result of `real_settings`.
     """
     model, tokenizer = load_model(hparams.model_name, hparams.device)
     editor = BaFTEditor(model, tokenizer, hparams)
