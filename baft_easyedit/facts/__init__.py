@@ -1,7 +1,7 @@
-"""True facts about the world, questions on them, and a small Llama that knows the answers.
+"""The bundled data: true facts about the world, questions on them, and edit requests made of them.
 
-Nothing is read at import: each function reads the tables in `data/` when it is called. The recipe
-of the bundled model is in `scripts/train_facts_model.py`.
+A small Llama, the bundled model, was trained on the facts by `scripts/train_facts_model.py`. Each
+function reads the tables in `data/` when it is called; nothing is read at import.
 """
 
 from baft_easyedit.facts.questions import Question, questions

@@ -1,6 +1,6 @@
-"""Which facts SmolLM2 knows: `data/known.json`, written by `scripts/find_known_facts.py`.
+"""The facts that SmolLM2 knows, in `data/known.json`, written by `scripts/find_known_facts.py`.
 
-It holds numbers of facts and of phrasings only, with a hash of the tables that they count in.
+The file holds only indices of facts and phrasings, and a hash of the tables that they index.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from baft_easyedit.files.paths import read_text
 
 
 class Asked(NamedTuple):
-    """A text up to the answer, and the answer."""
+    """A fact in one phrasing: a prompt to complete, and the answer."""
 
     case: int
-    """Number of the fact in `facts()`."""
+    """Index of the fact in `facts()`."""
     phrasing: int
-    """Number of the phrasing in `Relation.all`."""
+    """Index of the phrasing in `Relation.all`."""
     prompt: str
     answer: str
 
 
 def prompts_to_complete() -> Iterator[Asked]:
-    """Yield all facts in all phrasings that a text goes on with the answer after: no questions."""
+    """Yield all facts in all phrasings that the answer completes, so not in questions."""
     named = {relation.name: relation for relation in relations()}
     for case, fact in enumerate(facts()):
         for number, phrasing in enumerate(named[fact.relation].all):
@@ -35,10 +35,10 @@ def prompts_to_complete() -> Iterator[Asked]:
 
 
 def known_phrasings() -> dict[int, list[int]]:
-    """Return the numbers of the facts that SmolLM2 knows, with those of their phrasings.
+    """Return the indices of the facts that SmolLM2 knows, each with its known phrasings' indices.
 
     Raises:
-        ValueError: If they were found for other tables.
+        ValueError: If `known.json` was made for other tables.
     """
     content = json.loads(read_text(DATA / "known.json"))
     if content["tables"] != tables_hash():
@@ -50,7 +50,7 @@ def known_phrasings() -> dict[int, list[int]]:
 
 
 def tables_hash() -> str:
-    """Hash all prompts and answers, in the order that numbers count in."""
+    """Return a hash of all prompts and answers in their order, on which the indices depend."""
     digest = hashlib.sha256()
     for asked in prompts_to_complete():
         digest.update("\x1f".join(map(str, asked)).encode())

@@ -1,7 +1,8 @@
 """Questions on the facts: trained and held-out phrasings, one-hop and two-hop.
 
-The kinds say what the bundled model has seen: it is trained on every fact in every trained
-phrasing, and on a part of the two-hop questions. It has never seen the other two kinds.
+The kinds say what the bundled model has seen: it was trained on every fact in every trained
+phrasing (`trained`) and on a part of the two-hop questions (`two_hop_trained`), and on no question
+of the other two kinds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Question:
     answer: str
     """The true answer."""
     relation: str
-    """Relation asked for; the first one of a two-hop question."""
+    """Relation asked for; the first relation of a two-hop question."""
     subject: str
     """Subject in the prompt."""
 
@@ -62,7 +63,7 @@ def questions(kind: Kind) -> list[Question]:
 
 
 def two_hop_answer(rule: TwoHopRule, first_answer: str, known: dict[tuple[str, str], str]) -> str:
-    """Answer a two-hop question from its first answer.
+    """Return the answer to a two-hop question, given the answer to its first relation.
 
     Args:
         rule: The rule of the question.
@@ -76,13 +77,13 @@ def two_hop_answer(rule: TwoHopRule, first_answer: str, known: dict[tuple[str, s
 
 
 def share_of(*parts: str) -> float:
-    """Map strings to a number in [0, 1) that is the same on every machine."""
+    """Hash strings to a number in [0, 1), the same on every machine, to split data by."""
     digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _two_hop_questions(known: list[Fact], *, is_trained: bool) -> list[Question]:
-    """Render the two-hop questions of one side of the split by subject."""
+    """Render the two-hop questions that are trained, or those that are held out."""
     answers = {fact.key: fact.answer for fact in known}
     found = []
     for rule in two_hop_rules():

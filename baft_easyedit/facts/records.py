@@ -1,7 +1,7 @@
-"""Facts as EasyEdit edit requests: two disjoint splits, and the parts of them that SmolLM2 knows.
+"""Edit requests for EasyEdit, made of the facts: two disjoint splits, and two for SmolLM2.
 
 EasyEdit scores the text `prompt + ' ' + target`, so no prompt ends in a blank and no target starts
-with one. Everything is a function of the tables: the same call gives the same records anywhere.
+with one. Random choices are seeded by the fact, so a call gives the same records anywhere.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Split = Literal["train", "eval", "known", "known_train"]
 EVAL_SHARE = 0.4
 NUM_LOC_PROMPTS = 4
 MIN_OTHERS = 8
-"""Known facts of the train split that a relation must have for its facts to be edited."""
+"""Number of usable train-split facts that a relation needs for its facts to be edited."""
 _KNOWN: Mapping[str, Literal["train", "eval"]] = MappingProxyType(
     {"known": "eval", "known_train": "train"}
 )
-"""Splits of what SmolLM2 knows, and of which split they are a part."""
+"""The splits of facts that SmolLM2 knows, and the split that each is a part of."""
 
 
 def split_of(fact: Fact) -> Literal["train", "eval"]:
-    """The split that `fact` is edited in, fixed by its relation and subject."""
+    """Return the split of a fact, which depends only on its relation and subject."""
     return "eval" if share_of("split", *fact.key) < EVAL_SHARE else "train"
 
 
@@ -44,9 +44,9 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
     facts of the relation about other subjects of the train split, as texts; none is probed.
     Records are shuffled over relations, so a prefix is a fair sample.
 
-    Of `known` and `known_train`, the parts of `eval` and `train` that SmolLM2 knows, all facts are
-    ones that it knows, `prompt` and what is probed are phrasings in which it answers rightly, and
-    so is `rephrase_prompt` where there is a second one (else it is the usual one).
+    `known` and `known_train` are the parts of `eval` and `train` that SmolLM2 knows. All their
+    facts are known ones, and `prompt` and the probes are phrasings in which SmolLM2 answers
+    correctly; so is `rephrase_prompt` if there is a second such phrasing, else it is the usual one.
 
     Args:
         split: `train`, `eval`, `known` or `known_train`; no fact is in both `train` and `eval`.
@@ -74,11 +74,11 @@ def edit_requests(split: Split, limit: int | None = None) -> list[dict[str, Any]
 
 
 class _Renderer:
-    """The tables, read once for all records of a call.
+    """Renders records from the tables, which are read once for all records of a call.
 
     Args:
-        known: The facts to use, and the numbers of their phrasings; all facts and all trained
-            phrasings if None.
+        known: Indices of the facts to use, each with the indices of its phrasings; if None, all
+            facts and all trained phrasings.
     """
 
     def __init__(self, known: Mapping[int, Sequence[int]] | None) -> None:
@@ -101,7 +101,7 @@ class _Renderer:
             self.by_thing.setdefault((fact.table, fact.subject), []).append(fact)
 
     def members(self, split: str) -> list[int]:
-        """Return the numbers of the facts to edit: those with enough others of their relation."""
+        """Return the indices of a split's facts whose relations have enough train-split facts."""
         others = Counter(fact.relation for fact in self.trained)
         return [
             case
@@ -130,7 +130,7 @@ class _Renderer:
         }
 
     def _target(self, fact: Fact, rng: random.Random) -> str:
-        """Draw another value, one that changes the two-hop answer where there is one."""
+        """Draw another value of the relation; if possible, one that changes the two-hop answer."""
         values = {other.answer for other in self.by_relation[fact.relation]}
         values -= {fact.answer, fact.subject}
         rule = self.rules.get(fact.relation)
@@ -144,16 +144,16 @@ class _Renderer:
         return rng.choice(sorted(values))
 
     def _rephrasing(self, fact: Fact, prompt: str) -> str:
-        """Ask for `fact` in the phrasing never trained on, or another that is known."""
+        """Return a prompt for `fact` in another known phrasing, if any, or the held-out one."""
         known = [p for p in self.prompts[fact.key] if p != prompt and self.only_known]
         return known[0] if known else fill(self.relations[fact.relation].held_out, fact.subject)
 
     def _prompt(self, fact: Fact, rng: random.Random) -> str:
-        """Ask for `fact` in one of the phrasings that are used."""
+        """Draw a prompt for `fact` from its usable phrasings."""
         return rng.choice(self.prompts[fact.key])
 
     def _portability(self, fact: Fact, target: str) -> dict[str, dict[str, str]]:
-        """The two-hop question, answered as if `target` were true."""
+        """Return the two-hop question, with its answer if `target` were true; {} if none."""
         rule = self.rules.get(fact.relation)
         answer = "" if rule is None else two_hop_answer(rule, target, self.answers)
         if rule is None or not answer:
@@ -162,7 +162,7 @@ class _Renderer:
         return {"two_hop": {"prompt": prompt, "ground_truth": answer}}
 
     def _locality(self, fact: Fact, target: str, rng: random.Random) -> dict[str, dict[str, str]]:
-        """Facts that must stay true: of the relation, of the subject, and of neither."""
+        """Draw facts that must stay true: of the same relation, of the same subject, of neither."""
         same = [other for other in self.by_thing[fact.table, fact.subject] if other != fact]
         chosen = {"neighborhood": rng.choice(self._neighbours(fact, target))}
         if same:
@@ -178,7 +178,7 @@ class _Renderer:
     def _loc_prompts(
         self, fact: Fact, target: str, probes: dict[str, dict[str, str]], rng: random.Random
     ) -> list[str]:
-        """Train-split facts of the relation about other subjects, none of them probed, as texts."""
+        """Draw train-split facts of the relation about other subjects, as texts; none is probed."""
         probed = {probe["prompt"] for probe in probes.values()}
         chosen = rng.sample(
             [
@@ -191,7 +191,7 @@ class _Renderer:
         return [f"{self._prompt(other, rng)} {other.answer}" for other in chosen]
 
     def _neighbours(self, fact: Fact, target: str) -> list[Fact]:
-        """Facts of the relation about other subjects, whose answer is not the new one."""
+        """Return the relation's facts about other subjects whose answer is not the target."""
         return [
             other
             for other in self.by_relation[fact.relation]

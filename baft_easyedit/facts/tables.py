@@ -1,8 +1,8 @@
 """The fact tables: facts, relations with their phrasings, and rules for two-hop questions.
 
 A wide table `data/<table>.tsv` has one row per subject and one column per relation; an empty cell
-is no fact. `relations.tsv` names the columns, `phrasings.tsv` asks for them, and `two_hop.tsv`
-chains two relations. Rendering to questions and records is not here.
+is no fact. `relations.tsv` lists the relations and their columns, `phrasings.tsv` their prompts,
+and `two_hop.tsv` the chains of two relations. `questions` and `records` render them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Fact:
     answer: str
     """The true value, one to a few words."""
     table: str
-    """Table of the subject: facts of one table with equal subjects are about the same thing."""
+    """Name of the table; facts of one table with equal subjects are about the same thing."""
 
     @property
     def key(self) -> tuple[str, str]:
-        """What identifies the fact: (relation, subject)."""
+        """The unique key of the fact: (relation, subject)."""
         return self.relation, self.subject
 
 
@@ -52,7 +52,7 @@ class Relation:
     trained: tuple[str, ...]
     """Phrasings the bundled model is trained on, each with one `{subject}`."""
     held_out: str
-    """The phrasing that is never trained on."""
+    """The phrasing that the bundled model is never trained on."""
 
     @property
     def all(self) -> tuple[str, ...]:
