@@ -1,4 +1,4 @@
-"""Read JSON and YAML from untrusted files; every error names the file and what is wrong.
+"""Read JSON and YAML that others wrote; every error names its place and what is wrong.
 
 Nothing that is read is executed. Needs the standard library and pyyaml.
 """
