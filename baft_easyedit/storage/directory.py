@@ -338,7 +338,7 @@ class KeptDirectory:
                 checkpoint.unlink(missing_ok=True)
 
     def _misplaced(self) -> list[Path]:
-        """Return the journal, configuration and checkpoint folder that are of a wrong kind."""
+        """Return those of journal, configuration and checkpoint folder that are of a wrong kind."""
         files = (self.path / JOURNAL, self.path / CONFIG)
         found = [f for f in files if os.path.lexists(f) and (f.is_symlink() or not f.is_file())]
         folder = self.path / CHECKPOINTS

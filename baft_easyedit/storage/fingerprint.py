@@ -104,7 +104,7 @@ def _sample(name: str, parameter: Tensor, module: nn.Module) -> Tensor:
             )
         parameter = stored[name.rpartition(".")[2]]
     flat = parameter.detach().reshape(-1)
-    step = len(flat) // _SAMPLES | 1  # odd, to reach all columns where their number is even
+    step = len(flat) // _SAMPLES | 1  # odd, as an even step would skip columns of an even width
     return flat[::step].cpu()
 
 

@@ -44,7 +44,8 @@ class HubEdit(
     def __init__(self, config: KeptConfig, save: Callable[[Path], None]) -> None:
         self._config = config
         self._save = save
-        self._hub_mixin_config = {"library_name": "baft_easyedit"}  # the Hub counts config.json
+        # Makes the mixin write a config.json, by whose downloads the Hub counts.
+        self._hub_mixin_config = {"library_name": "baft_easyedit"}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the edit, without the lock file; `ModelHubMixin` calls this."""

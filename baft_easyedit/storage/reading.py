@@ -1,4 +1,4 @@
-"""Read a kept directory without its lock: its names, its latest state, its history."""
+"""Read a kept directory without its lock: the latest state, the history, the checkpoints."""
 
 import contextlib
 import os
