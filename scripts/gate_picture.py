@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-import torch
 from matplotlib.figure import Figure
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.generation import load_model
+from baft_easyedit.page.desk import gate_weights
 
 Weights = tuple[list[str], list[float | None]]
 
@@ -22,16 +22,12 @@ Weights = tuple[list[str], list[float | None]]
 def weights_of(editor: BaFTEditor, prompt: str, answer: str) -> Weights:
     """Return the tokens of a prompt and its answer, and their mean weights; None: not edited."""
     tokenizer = editor.tokenizer
-    inputs = tokenizer(f"{prompt} {answer}", return_tensors="pt")
-    edit, lengths = editor.model_edit, [len(tokenizer(prompt)["input_ids"])]
-    with torch.no_grad(), edit.prompt_lengths(lengths), edit.recording() as record:
-        editor.model(**inputs)
-    weights = torch.stack([layer[0].mean(-1) for layer in record.weights.values()]).mean(0)
-    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-    assert record.positions is not None
-    is_edited = record.positions[0].tolist()
-    shown = [w if on else None for w, on in zip(weights.tolist(), is_edited, strict=True)]
-    return tokens[1:], shown[1:]  # the first token marks the beginning of every text
+    ids = tokenizer(f"{prompt} {answer}")["input_ids"]
+    weights = gate_weights(editor, ids, len(tokenizer(prompt)["input_ids"])).mean(0)
+    shown = [None if weight.isnan() else weight.item() for weight in weights]
+    return tokenizer.convert_ids_to_tokens(ids)[1:], shown[
+        1:
+    ]  # the first token marks the beginning of every text
 
 
 def draw(panels: dict[str, Weights]) -> Figure:

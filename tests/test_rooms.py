@@ -25,6 +25,7 @@ ROOMS = [
     "demo",
     "speed",
     "serving",
+    "page",
     "cli",
     "__main__",
 ]

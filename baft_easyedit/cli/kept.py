@@ -123,15 +123,12 @@ def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Pr
     Raises:
         ValueError: If `--chat` is given, and the tokenizer has no chat template.
     """
-    learned = PromptFormat.of(kept_hparams(arguments.directory, model))
-    if arguments.chat in (None, learned.use_chat_template):
-        return learned
     if arguments.chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "--chat needs a tokenizer with a chat template; that of the model has none: leave it "
             "away"
         )
-    return PromptFormat(use_chat_template=arguments.chat)
+    return PromptFormat.of(kept_hparams(arguments.directory, model)).put(arguments.chat)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -188,7 +185,7 @@ def _edit_each(
 ) -> list[EditRequest]:
     """Make edits, the rest of `total`; return the requests that were not learned."""
     unlearned = []
-    with told_what_is_kept(arguments.directory), _begun(arguments) as editor, Bar() as bar:
+    with told_what_is_kept(arguments.directory), begun(arguments) as editor, Bar() as bar:
         move = bar.start(total, total - len(rest))
         for request in rest:
             report = editor.edit(request.to_dict())
@@ -263,7 +260,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
 
 
 @contextmanager
-def _begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
+def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
     """Open a kept edit with its model, or begin one with settings for many successive edits."""
     if arguments.hparams is None and holds_edit(arguments.directory):
         with _opened(arguments) as editor:

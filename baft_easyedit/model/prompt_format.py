@@ -45,6 +45,12 @@ class PromptFormat:
             separator=getattr(hparams, "separator", None if in_template else " "),
         )
 
+    def put(self, in_chat: bool | None) -> "PromptFormat":
+        """Return this format, or, if another is wanted, one with or without the chat template."""
+        if in_chat in (None, self.use_chat_template):
+            return self
+        return PromptFormat(use_chat_template=bool(in_chat))
+
     def without_template(self) -> "PromptFormat":
         """Return this format without the chat template, as locality probes need it."""
         return PromptFormat(separator=self.separator)

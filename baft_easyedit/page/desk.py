@@ -1,0 +1,217 @@
+"""What the page does, without a page: an editor that is asked and changed by one at a time."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.files.messages import printable
+from baft_easyedit.generation import generate_answers
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.storage.journal import Journal
+from baft_easyedit.storage.reading import read_history
+
+HEADERS = ("entry", "change", "prompt", "target", "in force")
+"""Columns of `Desk.rows`."""
+_TRY = "Undo it, or start with --hparams, with more num_steps or a higher lr."
+_MOST_SHOWN = 40
+"""Most tokens in a picture: the last ones, where an edit acts."""
+
+
+def gate_weights(editor: BaFTEditor, ids: Sequence[int], prompt_length: int) -> Tensor:
+    """Return the mean weight over the bases of each edited layer at each token.
+
+    Args:
+        editor: Its edit is looked at.
+        ids: T tokens of a prompt and its answer.
+        prompt_length: How many of them are the prompt's.
+
+    Returns:
+        [L, T], NaN where the edit does not act; no layers if it is not attached.
+    """
+    edit, tokens = editor.model_edit, torch.tensor([list(ids)], device=editor.model.device)
+    with torch.no_grad(), edit.prompt_lengths([prompt_length]), edit.recording() as record:
+        editor.model(input_ids=tokens)
+    if record.positions is None:
+        return torch.empty(0, len(ids))
+    weights = torch.stack([layer[0].mean(-1).cpu() for layer in record.weights.values()])
+    return weights.masked_fill(~record.positions[0].cpu(), torch.nan)
+
+
+def picture(tokens: Sequence[str], layers: Sequence[int], weights: Tensor) -> Any:
+    """Draw the weights [L, T] of tokens and layers as a heat map; grey where no edit acts."""
+    from matplotlib.figure import Figure
+
+    size = (2.2 + 0.28 * len(tokens), 1.4 + 0.3 * len(layers))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axes.set_facecolor("0.9")
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_ylabel("layer")
+    slant = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
+    axes.set_xticks(range(len(tokens)), tokens, fontsize=8, **slant)
+    axes.set_title("Gate at prompt and edited answer; grey: the edit does not act", fontsize=9)
+    figure.colorbar(image, label="mean weight")
+    return figure
+
+
+class Desk:
+    """An editor of an open directory; its model is used by one thread at a time.
+
+    Args:
+        editor: The editor.
+        directory: Where it keeps its edits.
+    """
+
+    def __init__(self, editor: BaFTEditor, directory: Path) -> None:
+        self.editor, self.directory = editor, directory
+        self.lock = threading.Lock()
+        """Held while the model is used."""
+
+    @property
+    def form(self) -> PromptFormat:
+        """How edits are learned, and prompts are put unless it is said otherwise."""
+        return PromptFormat.of(self.editor.hparams)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.editor.tokenizer, "chat_template", None))
+
+    def ask(
+        self, prompt: str, in_chat: bool | None = None, max_new_tokens: int = 32
+    ) -> tuple[str, str, Any]:
+        """Return the base and the edited answer, and a picture of the gate; None: no edit acts.
+
+        Args:
+            prompt: The prompt.
+            in_chat: Put it into the chat template, or not; None: as edits are learned.
+            max_new_tokens: Most tokens of an answer.
+
+        Raises:
+            ValueError: If the prompt is blank, or too long for the model.
+        """
+        model, tokenizer, form = self.editor.model, self.editor.tokenizer, self.form.put(in_chat)
+        if not prompt.strip():
+            raise ValueError("prompt must not be empty: write one")
+        length = len(form.prompt_ids(prompt, tokenizer))
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", length)
+        if length + max_new_tokens > max(room, length):
+            raise ValueError(
+                f"prompt and answer must fit the model's context of {room} tokens; got {length} "
+                f"and {max_new_tokens}: shorten one"
+            )
+        with self.lock:
+            with self.editor.model_edit.disabled():
+                (base,) = generate_answers(
+                    model, tokenizer, [prompt], max_new_tokens, prompt_format=form
+                )
+            (edited,) = generate_answers(
+                model, tokenizer, [prompt], max_new_tokens, prompt_format=form
+            )
+            ids = form.whole_ids(prompt, edited, tokenizer)
+            weights = gate_weights(self.editor, ids, length)[:, -_MOST_SHOWN:]
+        if not len(weights):
+            return base, edited, None
+        tokens = [printable(tokenizer.decode([i])) for i in ids[-_MOST_SHOWN:]]
+        return base, edited, picture(tokens, self.editor.model_edit.layers, weights)
+
+    def learn(self, prompt: str, target: str, subject: str = "", irrelevant: str = "") -> str:
+        """Make an edit; return what came of it.
+
+        Args:
+            prompt: Text that the target completes.
+            target: The new answer.
+            subject: A part of the prompt; blank if not known.
+            irrelevant: Irrelevant prompts, one on a line.
+
+        Raises:
+            ValueError: As `BaFTEditor.edit` does; others too.
+        """
+        request = {
+            "prompt": prompt,
+            "target_new": target,
+            "subject": subject if subject.strip() else None,
+            "loc_prompt": [line for line in irrelevant.splitlines() if line.strip()],
+        }
+        with self.lock:
+            report = self.editor.edit(request)
+        cost = f"{report.num_steps} steps, loss {report.final_loss:.3f}, {report.time_s:.1f} s"
+        came = (
+            f"Learned: {cost}" if all(report.learned) else f"Made, but not learned: {cost}. {_TRY}"
+        )
+        return "\n".join([came, *(report.gates.warnings() if report.gates else ())])
+
+    def undo(self) -> str:
+        """Take the latest edit back.
+
+        Raises:
+            ValueError: As `BaFTEditor.undo` does.
+        """
+        with self.lock:
+            self.editor.undo()
+        return self._position()
+
+    def rollback(self, entry: int | None) -> str:
+        """Go to the state after an entry.
+
+        Raises:
+            ValueError: As `BaFTEditor.rollback` does.
+        """
+        with self.lock:
+            self.editor.rollback(-1 if entry is None else entry)
+        return self._position()
+
+    def forget(self, prompt: str) -> str:
+        """Take the edits of one prompt back, and learn the later ones again.
+
+        Raises:
+            ValueError: As `BaFTEditor.forget` does.
+        """
+        with self.lock:
+            before = self._journal().entries[-1].id
+            reports = self.editor.forget(prompt)
+        unlearned = sum(report.learned.count(False) for report in reports)
+        return (
+            f"Forgotten; later edits learned again: {len(reports)}, not learned: {unlearned}. To "
+            f"bring it back, go to entry {before}."
+        )
+
+    def rows(self) -> list[list[Any]]:
+        """Return a row of `HEADERS` for each request of each entry, the latest first."""
+        journal = self._journal()
+        in_force, rows = set(journal.ancestors(journal.position)), []
+        for entry in reversed(journal.entries):
+            change = entry.kind if entry.to is None else f"{entry.kind} to {entry.to}"
+            forgotten = {"prompt": entry.content.get("forgotten", ""), "target_new": ""}
+            is_on = "yes" if entry.id in in_force else ""
+            rows += [
+                [
+                    entry.id,
+                    change,
+                    str(request.get("prompt")),
+                    str(request.get("target_new")),
+                    is_on,
+                ]
+                for request in entry.requests or [forgotten]
+            ]
+        return rows
+
+    def num_later(self, prompt: str) -> int:
+        """Count the requests in force of other prompts that came after the first of a prompt."""
+        prompts = [row[2] for row in reversed(self.rows()) if row[-1]]
+        later = prompts[prompts.index(prompt) :] if prompt in prompts else ()
+        return sum(other != prompt for other in later)
+
+    def _position(self) -> str:
+        """Tell where in the journal the state is."""
+        return f"Now the state is that after entry {self._journal().position}."
+
+    def _journal(self) -> Journal:
+        """Read the journal, which needs no lock."""
+        return Journal(read_history(self.directory))

@@ -1,0 +1,126 @@
+"""The page `baft-easyedit ui`: what it does without Gradio, and the whole of it in a browser."""
+
+import shutil
+import sys
+
+import pytest
+
+from baft_easyedit.cli import main
+from baft_easyedit.editor import BaFTEditor
+from baft_easyedit.page.desk import Desk, gate_weights
+from baft_easyedit.storage.reading import read_history
+from tests.conftest import make_model, make_tokenizer
+
+FRANCE = ("The capital of France is", "Rome", "France", "Water boils\n\nIce is cold\n")
+WATER = ("Water freezes into", "sand")
+TEMPLATE = "<s>{% for m in messages %}[user]{{ m.content }}[is]{% endfor %}"
+CHROMIUM = shutil.which("chromium")
+SWITCHES = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@pytest.fixture
+def desk(tmp_path, hparams):
+    pytest.importorskip("matplotlib")
+    with BaFTEditor.open(make_model(), make_tokenizer(), tmp_path / "kept", hparams) as editor:
+        yield Desk(editor, tmp_path / "kept")
+
+
+def test_an_edit_is_learned_listed_and_taken_back(desk):
+    base, edited, gates = desk.ask(FRANCE[0], max_new_tokens=5)
+    assert (base, gates) == (edited, None)
+    assert desk.learn(*FRANCE).startswith("Learned: ")
+    assert read_history(desk.directory)[-1].requests[0]["loc_prompt"] == [
+        "Water boils",
+        "Ice is cold",
+    ]
+    assert desk.ask(FRANCE[0], max_new_tokens=5)[:2] == (base, "Rome")
+    assert desk.rows() == [
+        [1, "edit", *FRANCE[:2], "yes"],
+        [0, "start", "", "", "yes"],
+    ]
+    assert desk.undo() == "Now the state is that after entry 0."
+    assert desk.ask(FRANCE[0], max_new_tokens=5) == (base, base, None)
+    assert desk.rows()[:2] == [[2, "undo to 0", "", "", ""], [1, "edit", *FRANCE[:2], ""]]
+    assert desk.rollback(1) == "Now the state is that after entry 1."
+    assert desk.ask(FRANCE[0], max_new_tokens=5)[1] == "Rome"
+
+
+def test_one_fact_is_forgotten_and_the_later_ones_stay(desk):
+    desk.learn(*FRANCE)
+    desk.learn(*WATER)
+    assert [desk.num_later(prompt) for prompt in (FRANCE[0], WATER[0], "Ice")] == [1, 0, 0]
+    told = desk.forget(FRANCE[0])
+    assert told.startswith("Forgotten; later edits learned again: 1, not learned: 0.")
+    assert told.endswith("go to entry 2.")
+    assert [row[1:] for row in desk.rows()[:2]] == [
+        ["edit", *WATER, "yes"],
+        ["rollback to 0", FRANCE[0], "", ""],
+    ]
+    assert desk.ask(WATER[0], max_new_tokens=5)[1] == "sand"
+
+
+def test_what_was_not_learned_is_told(desk, hparams):
+    desk.editor.hparams.num_steps = 1
+    assert "Made, but not learned: 1 steps" in desk.learn(*FRANCE)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda desk: desk.ask(" \n"), "prompt must not be empty: write one"),
+        (lambda desk: desk.ask("a" * 250), "context of 256 tokens; got 251 and 32: shorten one"),
+        (lambda desk: desk.learn("a" * 300, "b"), "context of 256 tokens"),
+        (lambda desk: desk.learn("", "Rome"), "prompt must not be empty"),
+        (lambda desk: desk.learn(*FRANCE[:2], "Spain"), "subject must be a part of the prompt"),
+        (lambda desk: desk.undo(), "there is no edit to undo"),
+        (lambda desk: desk.rollback(None), r"to must be in \[0, 0\], the journal's ids; got -1"),
+        (lambda desk: desk.forget("Ice is"), "prompt must be that of an edit"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_changes_nothing(desk, act, message):
+    with pytest.raises(ValueError, match=message):
+        act(desk)
+    assert [entry.kind for entry in read_history(desk.directory)] == ["start"]
+    assert not desk.editor.is_attached
+
+
+def test_a_prompt_is_put_into_the_chat_template_if_asked(desk, monkeypatch):
+    assert not desk.has_chat
+    monkeypatch.setattr(desk.editor.tokenizer, "chat_template", TEMPLATE)
+    assert desk.has_chat
+    desk.learn(*WATER)
+    plain, chatted = (desk.ask(WATER[0], chat, 5)[1] for chat in (None, True))
+    assert desk.ask(WATER[0], False, 5)[1] == plain == "sand" != chatted
+    assert desk.ask(f"[user]{WATER[0]}[is]", False, 5)[1] == chatted
+
+
+def test_gates_are_drawn_where_the_edit_acts(desk):
+    desk.learn(*WATER)
+    ids = desk.editor.tokenizer("abcdefghij")["input_ids"]
+    weights = gate_weights(desk.editor, ids, 6)
+    assert weights.shape == (2, 11)
+    acts = ~weights.isnan()
+    assert acts.tolist() == [[False] * 3 + [True] * 8] * 2
+    assert ((weights[acts] >= 0) & (weights[acts] <= 1)).all()
+    with desk.editor.model_edit.disabled():
+        assert gate_weights(desk.editor, ids, 6).shape == (0, 11)
+
+
+@pytest.mark.parametrize("prompt", ["$x^{$ costs \\frac", "<b>עברית</b> 中文 \U0001f600", "\0\n\t"])
+def test_any_text_is_drawn(desk, prompt, tmp_path):
+    desk.learn(*WATER)
+    *_, gates = desk.ask(prompt, max_new_tokens=30)
+    gates.savefig(tmp_path / "it.png", dpi=20)
+    axes = gates.axes[0]
+    assert len(axes.get_xticks()) <= 40
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]
+
+
+def test_without_gradio_the_command_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "baft_easyedit.page.blocks", raising=False)
+    assert main(["ui"]) == 2
+    assert "ui needs the extra 'ui'" in capsys.readouterr().err
