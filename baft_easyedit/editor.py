@@ -5,7 +5,7 @@ kept edit without editing, see `storage.loading.attach`.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -216,7 +216,9 @@ class BaFTEditor:
         self._history.rollback(to)
 
     @_LEARNING
-    def forget(self, prompt: str) -> list[EditReport]:
+    def forget(
+        self, prompt: str, tell: Callable[[EditReport], object] | None = None
+    ) -> list[EditReport]:
         """Take the edits of one prompt back, and keep the edits that were made after them.
 
         The later edits are learned again from the state before the first edit of the prompt, each
@@ -225,6 +227,7 @@ class BaFTEditor:
 
         Args:
             prompt: The prompt of an edit that led to the present state.
+            tell: Is given each report once it is there.
 
         Returns:
             The reports of the edits that were learned again.
@@ -233,7 +236,7 @@ class BaFTEditor:
             ValueError: If no directory is open, the present state holds no edit of the prompt, or
                 that or a later change is an `install`; others as `edit` does.
         """
-        return self._history.forget(prompt)
+        return self._history.forget(prompt, tell or (lambda _: None))
 
     @classmethod
     def open(

@@ -1,6 +1,8 @@
 """The page `baft-easyedit ui`: what it does without Gradio, and the whole of it in a browser."""
 
+import re
 import shutil
+import socket
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ from tests.conftest import make_model, make_tokenizer
 FRANCE = ("The capital of France is", "Rome", "France", "Water boils\n\nIce is cold\n")
 WATER = ("Water freezes into", "sand")
 TEMPLATE = "<s>{% for m in messages %}[user]{{ m.content }}[is]{% endfor %}"
+SUBJECT = "Subject, a part of the prompt (optional)"
 CHROMIUM = shutil.which("chromium")
 SWITCHES = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -51,20 +54,21 @@ def test_an_edit_is_learned_listed_and_taken_back(desk):
 def test_one_fact_is_forgotten_and_the_later_ones_stay(desk):
     desk.learn(*FRANCE)
     desk.learn(*WATER)
-    assert [desk.num_later(prompt) for prompt in (FRANCE[0], WATER[0], "Ice")] == [1, 0, 0]
-    told = desk.forget(FRANCE[0])
+    steps = []
+    told = desk.forget(FRANCE[0], lambda *at: steps.append(at))
+    assert steps == [(0, 1), (1, 1)]
     assert told.startswith("Forgotten; later edits learned again: 1, not learned: 0.")
     assert told.endswith("go to entry 2.")
     assert [row[1:] for row in desk.rows()[:2]] == [
         ["edit", *WATER, "yes"],
-        ["rollback to 0", FRANCE[0], "", ""],
+        ["forget", FRANCE[0], "", ""],
     ]
     assert desk.ask(WATER[0], max_new_tokens=5)[1] == "sand"
 
 
 def test_what_was_not_learned_is_told(desk, hparams):
     desk.editor.hparams.num_steps = 1
-    assert "Made, but not learned: 1 steps" in desk.learn(*FRANCE)
+    assert re.match(r"Made, but not learned .*: 1 steps", desk.learn(*FRANCE))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_what_was_not_learned_is_told(desk, hparams):
         (lambda desk: desk.learn(*FRANCE[:2], "Spain"), "subject must be a part of the prompt"),
         (lambda desk: desk.undo(), "there is no edit to undo"),
         (lambda desk: desk.rollback(None), r"to must be in \[0, 0\], the journal's ids; got -1"),
-        (lambda desk: desk.forget("Ice is"), "prompt must be that of an edit"),
+        (lambda desk: desk.forget("Ice is", print), "prompt must be that of an edit"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_changes_nothing(desk, act, message):
@@ -88,9 +92,7 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(desk, act, message):
 
 
 def test_a_prompt_is_put_into_the_chat_template_if_asked(desk, monkeypatch):
-    assert not desk.has_chat
     monkeypatch.setattr(desk.editor.tokenizer, "chat_template", TEMPLATE)
-    assert desk.has_chat
     desk.learn(*WATER)
     plain, chatted = (desk.ask(WATER[0], chat, 5)[1] for chat in (None, True))
     assert desk.ask(WATER[0], False, 5)[1] == plain == "sand" != chatted
@@ -124,3 +126,95 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "baft_easyedit.page.blocks", raising=False)
     assert main(["ui"]) == 2
     assert "ui needs the extra 'ui'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The addresses that this process connects to, or looks up."""
+    found = []
+    for owner, name, place in ((socket.socket, "connect", 1), (socket, "getaddrinfo", 0)):
+        real = getattr(owner, name)
+
+        def noted(*given, real=real, place=place, **more):
+            found.append(given[place])
+            return real(*given, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+    return found
+
+
+@pytest.fixture
+def page(desk, tmp_path, called):
+    """The page in a browser; neither side of it calls anything but this machine."""
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    from baft_easyedit.page.blocks import launch
+
+    blocks, asked = launch(desk, "127.0.0.1", None), []
+    try:
+        with sync_api.sync_playwright() as playwright:
+            context = playwright.chromium.launch_persistent_context(
+                tmp_path / "browser", executable_path=CHROMIUM, args=SWITCHES
+            )
+            context.on("request", lambda request: asked.append(request.url))
+            page = context.new_page()
+            page.goto(blocks.local_url)
+            yield page
+            context.close()
+    finally:
+        blocks.close(verbose=False)
+    own = (blocks.local_url, "data:", "blob:")
+    assert [url for url in asked if not url.startswith(own)] == []
+    hosts = {address[0] if isinstance(address, tuple) else address for address in called}
+    assert hosts <= {"127.0.0.1", "localhost"}
+
+
+def filled(page, label, text):
+    page.get_by_label(label, exact=True).fill(text)
+
+
+def shows(page, label, text):
+    """Wait until a field holds a text."""
+    from playwright.sync_api import expect
+
+    expect(page.get_by_label(label, exact=True)).to_have_value(text, timeout=60_000)
+
+
+@pytest.mark.slow
+def test_an_edit_is_made_seen_and_taken_back_in_a_browser(page, desk):
+    base = desk.ask(FRANCE[0])[0]
+    press = lambda name: page.get_by_role("button", name=name).click()  # noqa: E731
+    press("Undo the latest")
+    page.get_by_text("there is no edit to undo").wait_for()
+    filled(page, "Prompt", FRANCE[0])
+    filled(page, "New answer to the prompt", "<b>Rome</b>")
+    filled(page, SUBJECT, "<i>Spain</i>")
+    press("Learn")
+    page.get_by_text("subject must be a part of the prompt; '<i>Spain</i>'").wait_for()
+    filled(page, SUBJECT, "France")
+    press("Learn")
+    page.get_by_role("gridcell", name="<b>Rome</b>").wait_for()
+    edited = desk.ask(FRANCE[0])[1]
+    assert edited.startswith("<b>Rome</b>")
+    shows(page, "Edited model", edited)
+    shows(page, "Base model", base)
+    page.locator("img[src^='data:image']").wait_for()
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.get_by_role("gridcell", name="<b>Rome</b>").wait_for()
+    press("Undo the latest")
+    shows(page, "What came of it", "Now the state is that after entry 0.")
+    shows(page, "Edited model", base)
+    page.get_by_role("gridcell", name="undo to 0").wait_for()
+    page.get_by_role("gridcell", name=FRANCE[0]).click()
+    shows(page, "Prompt of an edit", FRANCE[0])
+    press("Go to the state after it")
+    shows(page, "What came of it", "Now the state is that after entry 1.")
+    press("Forget it")
+    told = (
+        "Forgotten; later edits learned again: 0, not learned: 0. To bring it back, go to entry 3."
+    )
+    shows(page, "What came of it", told)
+    assert not desk.editor.is_attached

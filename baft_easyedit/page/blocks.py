@@ -16,6 +16,12 @@ _FONTS = ("system-ui", "sans-serif")
 _CSS = "textarea, input, td { unicode-bidi: plaintext; text-align: start }"
 """Each line runs as its own letters do, to the left or to the right."""
 _MOST_TOKENS = 256
+_WANTED = (
+    ("New answer to the prompt", 1),
+    ("Subject, a part of the prompt (optional)", 1),
+    ("Prompts to leave alone, one a line (optional)", 3),
+)
+"""What makes a request beside the prompt, and its lines."""
 
 
 def launch(desk: Desk, host: str, port: int | None) -> gr.Blocks:
@@ -30,7 +36,7 @@ def launch(desk: Desk, host: str, port: int | None) -> gr.Blocks:
         OSError: If the port is taken.
     """
     page = make_page(desk)
-    page.queue(max_size=_MOST_WAITING, default_concurrency_limit=1)
+    page.queue(max_size=_MOST_WAITING, default_concurrency_limit=1, api_open=False)
     theme = gr.themes.Default(font=_FONTS, font_mono=_FONTS)
     page.launch(
         share=False, server_name=host, server_port=port, theme=theme, css=_CSS, quiet=True,
@@ -46,22 +52,23 @@ def make_page(desk: Desk) -> gr.Blocks:
     def again(prompt: str, *how: Any) -> tuple[str, str, Any]:
         return desk.ask(prompt, *how) if prompt.strip() else ("", "", None)
 
+    def forget(prompt: str, progress: Any = gr.Progress()) -> str:  # noqa: B008
+        told = {"desc": "later edits learned again", "unit": "edits"}
+        return desk.forget(prompt, lambda done, total: progress((done, total), **told))
+
     with gr.Blocks(title="baft-easyedit", analytics_enabled=False, fill_width=True) as page:
         with gr.Row():
             with gr.Column(scale=3):
                 asked, ask, shown = _asking(desk)
             with gr.Column(scale=2):
-                wanted, learn = _wanting()
+                wanted = [gr.Textbox(label=label, lines=n) for label, n in _WANTED]
+                learn = gr.Button("Learn", variant="primary")
                 status = gr.Textbox(label="What came of it", lines=2, interactive=False)
-        table, entry, prompt, undo, rollback, forget = _looking_back()
-        changes = (
-            (learn, desk.learn, [asked[0], *wanted]),
-            (undo, desk.undo, []),
-            (rollback, desk.rollback, [entry]),
-            (forget, _with_progress(desk), [prompt]),
-        )
-        for button, act, inputs in changes:
-            done = button.click(_told(act), inputs, status)
+        table, chosen, buttons = _looking_back()
+        inputs = ([asked[0], *wanted], [chosen[0]], [chosen[1]], [])
+        acts = (desk.learn, forget, desk.rollback, desk.undo)
+        for button, act, given in zip((learn, *buttons), acts, inputs, strict=True):
+            done = button.click(_told(act), given, status)
             done.then(_told(desk.rows), None, table)
             done.success(_told(again), asked, shown)
         gr.on([ask.click, asked[0].submit], _told(desk.ask), asked, shown)
@@ -71,57 +78,37 @@ def make_page(desk: Desk) -> gr.Blocks:
 
 def _asking(desk: Desk) -> tuple[list[Any], Any, list[Any]]:
     """Make what asks: a prompt and how it is asked, the button, and where the answers are."""
+    has_chat = bool(getattr(desk.editor.tokenizer, "chat_template", None))
+    in_chat = desk.editor.hparams.use_chat_template
     prompt = gr.Textbox(label="Prompt", placeholder="The capital of France is", autofocus=True)
-    with gr.Row(equal_height=True):
-        most = gr.Slider(1, _MOST_TOKENS, 32, step=1, label="Most new tokens")
-        chat = gr.Checkbox(
-            desk.form.use_chat_template, label="In the chat template", visible=desk.has_chat
-        )
-        ask = gr.Button("Ask", variant="primary")
     with gr.Row():
-        answers = [
-            gr.Textbox(label=f"{name} model", lines=3, interactive=False)
-            for name in ("Base", "Edited")
-        ]
-    gates = gr.Plot(show_label=False)
-    return [prompt, chat, most], ask, [*answers, gates]
+        most = gr.Slider(1, _MOST_TOKENS, 32, step=1, label="Most new tokens")
+        chat = gr.Checkbox(in_chat, label="In the chat template", visible=has_chat)
+    ask = gr.Button("Ask", variant="primary")
+    with gr.Row():
+        base = gr.Textbox(label="Base model", lines=3, interactive=False)
+        edited = gr.Textbox(label="Edited model", lines=3, interactive=False)
+    return [prompt, chat, most], ask, [base, edited, gr.Plot(show_label=False)]
 
 
-def _wanting() -> tuple[list[Any], Any]:
-    """Make what says what to learn for the prompt, and the button."""
-    target = gr.Textbox(label="New answer to the prompt")
-    subject = gr.Textbox(label="Subject", info="Optional: a part of the prompt")
-    info = "Optional, one on a line: what must stay as it is"
-    irrelevant = gr.Textbox(label="Irrelevant prompts", info=info, lines=2)
-    return [target, subject, irrelevant], gr.Button("Learn", variant="primary")
-
-
-def _looking_back() -> tuple[Any, ...]:
-    """Make the list of entries, and what goes back: a click on a row chooses it."""
-    with gr.Row(equal_height=True):
-        undo = gr.Button("Undo the latest")
-        entry = gr.Number(0, label="Entry", precision=0, minimum=0)
-        rollback = gr.Button("Go to the entry")
-        prompt = gr.Textbox(label="Prompt of an edit")
-        forget = gr.Button("Forget it")
+def _looking_back() -> tuple[Any, list[Any], list[Any]]:
+    """Make the list of entries, what is chosen by a click on it, and the buttons that go back."""
+    with gr.Row():
+        with gr.Column():
+            prompt = gr.Textbox(label="Prompt of an edit")
+            forget = gr.Button("Forget it, and keep the later ones")
+        with gr.Column():
+            entry = gr.Number(0, label="Entry", precision=0, minimum=0)
+            rollback = gr.Button("Go to the state after it")
+    undo = gr.Button("Undo the latest")
     label = "What was done; a click on a row chooses its entry and prompt"
     table = gr.Dataframe(headers=list(HEADERS), label=label, interactive=False, wrap=True)
 
-    def chosen(event: gr.SelectData) -> tuple[int, str]:
-        return event.row_value[0], event.row_value[2]
+    def choose(event: gr.SelectData) -> tuple[str, int]:
+        return event.row_value[2], event.row_value[0]
 
-    table.select(chosen, None, [entry, prompt])
-    return table, entry, prompt, undo, rollback, forget
-
-
-def _with_progress(desk: Desk) -> Callable[..., str]:
-    """Return what forgets, and tells meanwhile how many edits it learns again."""
-
-    def forget(prompt: str, progress: Any = gr.Progress()) -> str:  # noqa: B008
-        progress(None, desc=f"learning {desk.num_later(prompt)} later requests again")
-        return desk.forget(prompt)
-
-    return forget
+    table.select(choose, None, [prompt, entry])
+    return table, [prompt, entry], [forget, rollback, undo]
 
 
 def _told(act: Callable[..., Any]) -> Callable[..., Any]:

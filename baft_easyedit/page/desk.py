@@ -1,7 +1,9 @@
 """What the page does, without a page: an editor that is asked and changed by one at a time."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from baft_easyedit.storage.reading import read_history
 
 HEADERS = ("entry", "change", "prompt", "target", "in force")
 """Columns of `Desk.rows`."""
-_TRY = "Undo it, or start with --hparams, with more num_steps or a higher lr."
+_UNLEARNED = "Made, but not learned (undo it, or give --hparams with more num_steps or lr)"
 _MOST_SHOWN = 40
 """Most tokens in a picture: the last ones, where an edit acts."""
 
@@ -46,15 +48,15 @@ def picture(tokens: Sequence[str], layers: Sequence[int], weights: Tensor) -> An
     """Draw the weights [L, T] of tokens and layers as a heat map; grey where no edit acts."""
     from matplotlib.figure import Figure
 
-    size = (2.2 + 0.28 * len(tokens), 1.4 + 0.3 * len(layers))
+    size = (max(6, 2 + 0.3 * len(tokens)), 1.5 + 0.3 * len(layers))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axes.set_facecolor("0.9")
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_ylabel("layer")
-    slant = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
-    axes.set_xticks(range(len(tokens)), tokens, fontsize=8, **slant)
+    ticks = range(len(tokens))  # a dollar in a token begins no formula
+    axes.set_xticks(ticks, tokens, fontsize=8, rotation=60, ha="right", parse_math=False)
     axes.set_title("Gate at prompt and edited answer; grey: the edit does not act", fontsize=9)
     figure.colorbar(image, label="mean weight")
     return figure
@@ -62,6 +64,8 @@ def picture(tokens: Sequence[str], layers: Sequence[int], weights: Tensor) -> An
 
 class Desk:
     """An editor of an open directory; its model is used by one thread at a time.
+
+    What it does has the errors of `BaFTEditor`'s methods, and returns what to tell of it.
 
     Args:
         editor: The editor.
@@ -72,16 +76,6 @@ class Desk:
         self.editor, self.directory = editor, directory
         self.lock = threading.Lock()
         """Held while the model is used."""
-
-    @property
-    def form(self) -> PromptFormat:
-        """How edits are learned, and prompts are put unless it is said otherwise."""
-        return PromptFormat.of(self.editor.hparams)
-
-    @property
-    def has_chat(self) -> bool:
-        """Whether the tokenizer has a chat template."""
-        return bool(getattr(self.editor.tokenizer, "chat_template", None))
 
     def ask(
         self, prompt: str, in_chat: bool | None = None, max_new_tokens: int = 32
@@ -96,25 +90,23 @@ class Desk:
         Raises:
             ValueError: If the prompt is blank, or too long for the model.
         """
-        model, tokenizer, form = self.editor.model, self.editor.tokenizer, self.form.put(in_chat)
+        model, tokenizer = self.editor.model, self.editor.tokenizer
+        form = PromptFormat.of(self.editor.hparams).put(in_chat)
         if not prompt.strip():
             raise ValueError("prompt must not be empty: write one")
         length = len(form.prompt_ids(prompt, tokenizer))
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", length)
-        if length + max_new_tokens > max(room, length):
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
+        if length + max_new_tokens > room:
             raise ValueError(
                 f"prompt and answer must fit the model's context of {room} tokens; got {length} "
                 f"and {max_new_tokens}: shorten one"
             )
+        answer = partial(generate_answers, model, tokenizer, [prompt], max_new_tokens)
         with self.lock:
             with self.editor.model_edit.disabled():
-                (base,) = generate_answers(
-                    model, tokenizer, [prompt], max_new_tokens, prompt_format=form
-                )
-            (edited,) = generate_answers(
-                model, tokenizer, [prompt], max_new_tokens, prompt_format=form
-            )
-            ids = form.whole_ids(prompt, edited, tokenizer)
+                (base,) = answer(prompt_format=form)
+            (edited,) = answer(prompt_format=form)
+            ids = form.whole_ids(prompt, edited, tokenizer)[:room]
             weights = gate_weights(self.editor, ids, length)[:, -_MOST_SHOWN:]
         if not len(weights):
             return base, edited, None
@@ -122,17 +114,7 @@ class Desk:
         return base, edited, picture(tokens, self.editor.model_edit.layers, weights)
 
     def learn(self, prompt: str, target: str, subject: str = "", irrelevant: str = "") -> str:
-        """Make an edit; return what came of it.
-
-        Args:
-            prompt: Text that the target completes.
-            target: The new answer.
-            subject: A part of the prompt; blank if not known.
-            irrelevant: Irrelevant prompts, one on a line.
-
-        Raises:
-            ValueError: As `BaFTEditor.edit` does; others too.
-        """
+        """Make an edit; the subject may be blank, and irrelevant prompts are lines."""
         request = {
             "prompt": prompt,
             "target_new": target,
@@ -142,40 +124,33 @@ class Desk:
         with self.lock:
             report = self.editor.edit(request)
         cost = f"{report.num_steps} steps, loss {report.final_loss:.3f}, {report.time_s:.1f} s"
-        came = (
-            f"Learned: {cost}" if all(report.learned) else f"Made, but not learned: {cost}. {_TRY}"
-        )
-        return "\n".join([came, *(report.gates.warnings() if report.gates else ())])
+        came = "Learned" if all(report.learned) else _UNLEARNED
+        return "\n".join([f"{came}: {cost}", *(report.gates.warnings() if report.gates else ())])
 
     def undo(self) -> str:
-        """Take the latest edit back.
-
-        Raises:
-            ValueError: As `BaFTEditor.undo` does.
-        """
+        """Take the latest edit back."""
         with self.lock:
             self.editor.undo()
-        return self._position()
+            return f"Now the state is that after entry {self._journal().position}."
 
     def rollback(self, entry: int | None) -> str:
-        """Go to the state after an entry.
-
-        Raises:
-            ValueError: As `BaFTEditor.rollback` does.
-        """
+        """Go to the state after an entry."""
         with self.lock:
             self.editor.rollback(-1 if entry is None else entry)
-        return self._position()
+            return f"Now the state is that after entry {entry}."
 
-    def forget(self, prompt: str) -> str:
+    def forget(self, prompt: str, tell: Callable[[int, int], object]) -> str:
         """Take the edits of one prompt back, and learn the later ones again.
 
-        Raises:
-            ValueError: As `BaFTEditor.forget` does.
+        Args:
+            prompt: The prompt.
+            tell: Is called with how many of how many are learned again.
         """
         with self.lock:
             before = self._journal().entries[-1].id
-            reports = self.editor.forget(prompt)
+            done, total = count(1), self._num_later(prompt)
+            tell(0, total)
+            reports = self.editor.forget(prompt, lambda _: tell(next(done), total))
         unlearned = sum(report.learned.count(False) for report in reports)
         return (
             f"Forgotten; later edits learned again: {len(reports)}, not learned: {unlearned}. To "
@@ -185,33 +160,26 @@ class Desk:
     def rows(self) -> list[list[Any]]:
         """Return a row of `HEADERS` for each request of each entry, the latest first."""
         journal = self._journal()
-        in_force, rows = set(journal.ancestors(journal.position)), []
+        in_force = set(journal.ancestors(journal.position))
+        rows: list[list[Any]] = []
         for entry in reversed(journal.entries):
             change = entry.kind if entry.to is None else f"{entry.kind} to {entry.to}"
-            forgotten = {"prompt": entry.content.get("forgotten", ""), "target_new": ""}
+            requests = entry.requests
+            if forgotten := entry.content.get("forgotten"):
+                change, requests = "forget", [{"prompt": forgotten}]
             is_on = "yes" if entry.id in in_force else ""
-            rows += [
-                [
-                    entry.id,
-                    change,
-                    str(request.get("prompt")),
-                    str(request.get("target_new")),
-                    is_on,
-                ]
-                for request in entry.requests or [forgotten]
-            ]
+            for request in requests or [{}]:
+                texts = [str(request.get(key, "")) for key in ("prompt", "target_new")]
+                rows.append([entry.id, change, *texts, is_on])
         return rows
-
-    def num_later(self, prompt: str) -> int:
-        """Count the requests in force of other prompts that came after the first of a prompt."""
-        prompts = [row[2] for row in reversed(self.rows()) if row[-1]]
-        later = prompts[prompts.index(prompt) :] if prompt in prompts else ()
-        return sum(other != prompt for other in later)
-
-    def _position(self) -> str:
-        """Tell where in the journal the state is."""
-        return f"Now the state is that after entry {self._journal().position}."
 
     def _journal(self) -> Journal:
         """Read the journal, which needs no lock."""
         return Journal(read_history(self.directory))
+
+    def _num_later(self, prompt: str) -> int:
+        """Count the edits in force that came after the first of a prompt, without others of it."""
+        rows = [row for row in reversed(self.rows()) if row[-1]]
+        prompts = [row[2] for row in rows]
+        later = rows[prompts.index(prompt) :] if prompt in prompts else []
+        return len({row[0] for row in later if row[2] != prompt})

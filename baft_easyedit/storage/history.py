@@ -12,7 +12,7 @@ latest change. So each history keeps a hash of the state that its change led to,
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -321,7 +321,7 @@ class History:
             )
         self._return(directory, "rollback", to)
 
-    def forget(self, prompt: str) -> list[EditReport]:
+    def forget(self, prompt: str, tell: Callable[[EditReport], object]) -> list[EditReport]:
         """Go back to before the first edit of a prompt, and learn the later edits again."""
         directory = self._open_directory("forget")
         with self._learner.lock.changing():
@@ -332,7 +332,7 @@ class History:
                 self._restore_entry(directory, to)
                 journal = Journal(directory.journal.entries)
                 self._tell(journal, "rollback", {"to": to, "forgotten": prompt})
-                reports = self._learned_again(directory, journal, path, prompt)
+                reports = self._learned_again(directory, journal, path, prompt, tell)
                 new = journal.entries[len(directory.journal) :]
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
@@ -357,7 +357,12 @@ class History:
         return path[first:]
 
     def _learned_again(
-        self, directory: KeptDirectory, journal: Journal, entries: Sequence[Entry], without: str
+        self,
+        directory: KeptDirectory,
+        journal: Journal,
+        entries: Sequence[Entry],
+        without: str,
+        tell: Callable[[EditReport], object],
     ) -> list[EditReport]:
         """Learn entries again without the requests of one prompt, and add them to a journal."""
         reports, model = [], self._learner.model
@@ -373,6 +378,7 @@ class History:
             told = [request.to_dict() for request in rest]
             self._tell(journal, "edit", {"requests": told, "report": report_dict(report)})
             reports.append(report)
+            tell(report)
         return reports
 
     def _tell(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
