@@ -128,6 +128,16 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch, capsys):
     assert "ui needs the extra 'ui'" in capsys.readouterr().err
 
 
+def test_an_address_that_is_taken_is_refused_before_a_model_is_loaded(capsys):
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["ui", "--model", "nowhere", "--port", str(taken.getsockname()[1])]) == 2
+    assert (
+        "must be an address of this machine that is free; got '127.0.0.1'"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.fixture
 def called(monkeypatch):
     """The addresses that this process connects to, or looks up."""

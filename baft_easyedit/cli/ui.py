@@ -1,6 +1,7 @@
 """The command `ui`: a page on which a kept edit is asked, changed and looked at."""
 
 import argparse
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from baft_easyedit.cli.console import note
 from baft_easyedit.cli.kept import begun
 from baft_easyedit.cli.model import add_model_options
 from baft_easyedit.cli.options import DTYPES, new, whole
+from baft_easyedit.files.messages import short
 
 
 def add_commands(commands: Any) -> None:
@@ -32,6 +34,7 @@ def _ui(arguments: argparse.Namespace) -> None:
         from baft_easyedit.page.desk import Desk
     except ImportError as error:
         raise ImportError(f"ui needs the extra 'ui' ({error}): install it by pip") from None
+    _check_address(arguments.host, arguments.port)
     with _place(arguments.directory) as directory:
         given = argparse.Namespace(**vars(arguments) | {"directory": directory})
         with begun(given) as editor:
@@ -42,6 +45,17 @@ def _ui(arguments: argparse.Namespace) -> None:
                 page.block_thread()
             finally:
                 desk.lock.acquire()
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise ValueError if nothing can listen there; Gradio would try for minutes."""
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        raise ValueError(
+            f"--host and --port must be an address of this machine that is free; got {short(host)} "
+            f"and {port}: {error.strerror}"
+        ) from None
 
 
 @contextmanager

@@ -65,8 +65,8 @@ def make_page(desk: Desk) -> gr.Blocks:
                 learn = gr.Button("Learn", variant="primary")
                 status = gr.Textbox(label="What came of it", lines=2, interactive=False)
         table, chosen, buttons = _looking_back()
-        inputs = ([asked[0], *wanted], [chosen[0]], [chosen[1]], [])
-        acts = (desk.learn, forget, desk.rollback, desk.undo)
+        inputs: tuple[list[Any], ...] = ([asked[0], *wanted], [chosen[0]], [chosen[1]], [])
+        acts: tuple[Callable[..., str], ...] = (desk.learn, forget, desk.rollback, desk.undo)
         for button, act, given in zip((learn, *buttons), acts, inputs, strict=True):
             done = button.click(_told(act), given, status)
             done.then(_told(desk.rows), None, table)
@@ -119,6 +119,6 @@ def _told(act: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return act(*values)
         except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
-            raise gr.Error(html.escape(cut(error)), print_exception=False) from None
+            raise gr.Error(html.escape(cut(error), quote=False), print_exception=False) from None
 
     return call
