@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -126,6 +127,23 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "baft_easyedit.page.blocks", raising=False)
     assert main(["ui"]) == 2
     assert "ui needs the extra 'ui'" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_its_scratch_directory(saved, tmp_path, monkeypatch, capsys):
+    desks = []
+
+    def launch(desk, host, port):
+        desks.append(desk)
+        assert desk.learn(*WATER)
+        return SimpleNamespace(local_url="http://here", block_thread=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "baft_easyedit.page.blocks", SimpleNamespace(launch=launch))
+    (tmp_path / "mine.yaml").write_text(f"model_name: {saved}\nlayers: [1, 3]\nrank: 4\n")
+    assert main(["ui", "--hparams", str(tmp_path / "mine.yaml"), "--device", "cpu"]) == 0
+    assert "a page at http://here of" in capsys.readouterr().err
+    (desk,) = desks
+    assert desk.lock.locked()
+    assert not desk.directory.exists()
 
 
 def test_an_address_that_is_taken_is_refused_before_a_model_is_loaded(capsys):
