@@ -90,6 +90,8 @@ def test_unusable_values_are_refused(change, error, message):
 def test_requests_of_another_kind_are_refused():
     with pytest.raises(TypeError, match=r"a request must be a dict .*; got str"):
         as_requests(["The capital of France is"])
+    with pytest.raises(TypeError, match=r"requests must be a dict, or a list of dicts; got 5"):
+        as_requests(5)
     with pytest.raises(ValueError, match=r"must have the key 'target_new'; got \['prompt'\]"):
         as_requests({"prompt": "x"})
     with pytest.raises(ValueError, match=r"got \['prompt', 'target'\]: rename 'target'"):

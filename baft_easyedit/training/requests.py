@@ -5,7 +5,7 @@ prompt's own belong to the target, as EasyEdit's evaluators count them.
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,8 +147,10 @@ def as_requests(requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> li
 
     Raises:
         ValueError: If the list is empty or a request breaks a rule of `EditRequest`.
-        TypeError: If a request is not a dict of strings.
+        TypeError: If there is neither a list nor a dict, or a request is not a dict of strings.
     """
+    if not isinstance(requests, Iterable):
+        raise TypeError(f"requests must be a dict, or a list of dicts; got {short(requests)}")
     dicts = [requests] if isinstance(requests, Mapping) else list(requests)
     if not dicts:
         raise ValueError("requests must hold at least one request; got an empty list")
