@@ -111,6 +111,7 @@ def generate_answers(
     device: torch.device | None = None,
     batch_size: int = 64,
     prompt_format: PromptFormat | None = None,
+    top_k: int | None = None,
 ) -> list[str]:
     """Answer prompts by greedy decoding until the model ends each answer.
 
@@ -123,6 +124,8 @@ def generate_answers(
         batch_size: Most prompts decoded together; prompts in a batch have similar lengths.
         prompt_format: Format of prompts that are texts, usually `PromptFormat.of` the
             hyper-parameters that the edit was learned with; None for plain texts.
+        top_k: If given, each token is drawn of so many of the likeliest, and no answer stops before
+            it is cut.
 
     Returns:
         The new text after each prompt, stripped.
@@ -138,7 +141,7 @@ def generate_answers(
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
             longest = max(limits[i] for i in part)
-            tokens = _continued(model, tokenizer, [rows[i] for i in part], longest, device)
+            tokens = _continued(model, tokenizer, [rows[i] for i in part], longest, device, top_k)
             for i, new in zip(part, tokens, strict=True):
                 text = tokenizer.decode(new[: limits[i]], skip_special_tokens=True)
                 answers[i] = text.strip()
@@ -152,14 +155,20 @@ def _continued(
     rows: Sequence[Sequence[int]],
     num_tokens: int,
     device: torch.device | None,
+    top_k: int | None,
 ) -> torch.Tensor:
     """Return the tokens generated after each prompt, [B, at most num_tokens]."""
     batch = padded(rows, tokenizer, "left")
     inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
+    drawing = {
+        **{"top_k": top_k, "top_p": 1.0, "temperature": 1.0, "min_new_tokens": num_tokens},
+        "remove_invalid_values": True,  # of a model that edits broke
+    }
     output = model.generate(
         **inputs,
         max_new_tokens=num_tokens,
-        do_sample=False,
+        do_sample=top_k is not None,
+        **(drawing if top_k is not None else {}),
         pad_token_id=tokenizer.pad_token_id,
     )
     return output[:, inputs["input_ids"].shape[1] :]

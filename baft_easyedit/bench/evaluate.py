@@ -10,6 +10,7 @@ from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.scores import metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
 from baft_easyedit.easyedit.learned_tokens import as_list
@@ -132,7 +133,7 @@ def pre_edit_scores(
     requests: Sequence[Request],
     with_answers: bool,
 ) -> list[dict[str, Any]]:
-    """Return `metrics` and `answers` of each case on the unedited model.
+    """Return `metrics`, `answers` and `field_scores` of each case on the unedited model.
 
     They belong to the chunk because its questions are answered together, after the edits too: in
     half precision what else is in a batch makes a difference, which is no edit's doing.
@@ -154,6 +155,7 @@ def pre_edit_scores(
         "padding": editor.tok.padding_side,
         "by_generation": editor.alg_name == "GRACE",
         "answers": with_answers,
+        "field_scores": True,  # which files of before do not have
         "batch_size": session.batch_size,
         "cases": requests,
     }
@@ -162,7 +164,11 @@ def pre_edit_scores(
         return list(read_json(file)["cases"])
     metrics = plain(session.score(requests))
     answers = answer_questions(session, requests) if with_answers else [None] * len(requests)
-    cases = [{"metrics": m, "answers": a} for m, a in zip(metrics, answers, strict=True)]
+    field = field_scores(session, requests, with_answers)
+    cases = [
+        {"metrics": m, "answers": a, "field_scores": f}
+        for m, a, f in zip(metrics, answers, field, strict=True)
+    ]
     write_json(file, {"schema": SCHEMA, "cases": cases})
     return cases
 
@@ -187,11 +193,13 @@ def score_cases(
     """
     scored = []
     after = session.score_against([p["metrics"] for p in pre], requests)
-    for request, metrics in zip(requests, map(plain, after), strict=True):
+    field = field_scores(session, requests, with_answers)
+    for request, metrics, before, now in zip(requests, map(plain, after), pre, field, strict=True):
         scores = metric_scores(metrics["post"])
         scores["any_alias_portability_acc"] = any_alias_portability(
             session, request, metrics["post"]
         )
+        scores |= now | {f"pre_{name}": value for name, value in before["field_scores"].items()}
         scored.append({"teacher_forced": metrics, "answers": None, "scores": scores})
     if with_answers:
         answers = answer_questions(session, requests)

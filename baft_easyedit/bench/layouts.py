@@ -21,7 +21,26 @@ _MOMENTS = {
     "batched": "T edit calls in a row of B records each, all scored after the T-th",
 }
 _STYLES = {"single": "; as the paper's Table 1", "continual": "; as the paper's Table 2"}
+_FIELD = {
+    "harmonic_success": Column("S"),
+    **{
+        f"{part}_{kind}": Column(f"{letter}{kind[0].upper()}")
+        for part, letter in (("rewrite", "E"), ("paraphrase", "P"), ("neighborhood", "N"))
+        for kind in ("success", "magnitude")
+    },
+    "ngram_entropy": Column("GE"),
+}
+_COUNTERFACT = "CounterFact by probability, as ROME, MEMIT and AlphaEdit score it"
 _MORE = {
+    f"{_COUNTERFACT}; after the edits": _FIELD,
+    f"{_COUNTERFACT}; before the edits": {
+        f"pre_{name}": column._replace(is_higher_better=None) for name, column in _FIELD.items()
+    },
+    "accuracy of locality prompts against the gold answers, before and after the edits; teacher "
+    "forced; Spe of AlphaEdit and UltraEdit on ZsRE": {
+        "pre_specificity_acc": Column("before", is_higher_better=None),
+        "specificity_acc": Column("Spe"),
+    },
     "T edits in a row, each scored right after itself, as EasyEdit's sequential_edit does; teacher "
     "forced; not the paper's protocol": {
         "immediate_rewrite_acc": Column("Rel"),

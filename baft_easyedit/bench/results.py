@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.scores import SCORES, row_costs, row_scores
+from baft_easyedit.bench.scores import FIELD_SCORES, SCORES, row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.validation import validated
 
@@ -95,6 +95,7 @@ Case = Mapping[str, Any]
 """The content of a case's file."""
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 _Share = Annotated[float, Field(ge=0, le=1)] | None
+_Number = Annotated[float, Field(ge=-1, allow_inf_nan=False)] | None
 
 
 _ROW: dict[str, Any] = {
@@ -102,6 +103,8 @@ _ROW: dict[str, Any] = {
     **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
     "n": (int, Field(ge=0)),
     **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
+    # Runs of before have none of these.
+    **dict.fromkeys((*FIELD_SCORES, "harmonic_success", "pre_harmonic_success"), (_Number, None)),
     **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
     "notes": (list[str], ...),
     "error": (str | None, ...),

@@ -1,12 +1,13 @@
 """Numbers from records: what a case scored, and the means of a row.
 
 Teacher-forced scores come from EasyEdit's metrics, `gen_*` from greedy generation, `immediate_*`
-from the moment after a case's own edit: never averaged with each other.
+from the moment after a case's own edit, `FIELD_SCORES` are those of other papers' tables: never
+averaged with each other.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
-from statistics import fmean, median, stdev
+from statistics import fmean, harmonic_mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,19 @@ SCORES = (
     "immediate_rephrase_acc",
 )
 """Names of the scores of a case; each is a number in [0, 1] or None."""
+
+SUCCESSES = ("rewrite_success", "paraphrase_success", "neighborhood_success")
+"""CounterFact's ES, PS and NS; their harmonic mean over a row is S."""
+FIELD_SCORES = tuple(
+    f"{moment}{name}"
+    for moment in ("", "pre_")
+    for name in (
+        *SUCCESSES,
+        *("rewrite_magnitude", "paraphrase_magnitude", "neighborhood_magnitude"),
+        *("ngram_entropy", "specificity_acc"),
+    )
+)
+"""Names of `probabilities.field_scores`, after the edits and before; a case may lack any."""
 
 
 def plain(value: Any) -> Any:
@@ -71,15 +85,21 @@ def row_scores(cases: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     """Average the scores of a row's cases.
 
     Returns:
-        For each of `SCORES` the mean over the cases that have it, and under `<name>_se` its
-        standard error; None where there are no, or less than two, such cases.
+        For each of `SCORES` and `FIELD_SCORES` the mean over the cases that have it, and under
+        `<name>_se` its standard error; None where there are no, or less than two, such cases. Under
+        `harmonic_success` CounterFact's S, the harmonic mean of the row's means as in ROME.
     """
     scored = [case["scores"] for case in cases if case.get("scores")]
     row: dict[str, float | None] = {}
-    for name in SCORES:
+    for name in (*SCORES, *FIELD_SCORES):
         values = [scores[name] for scores in scored if scores.get(name) is not None]
         row[name] = _mean(values)
         row[f"{name}_se"] = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    for moment in ("", "pre_"):
+        parts = [row[f"{moment}{name}"] for name in SUCCESSES]
+        known = [part for part in parts if part is not None]
+        is_whole = len(known) == len(parts)
+        row[f"{moment}harmonic_success"] = harmonic_mean(known) if is_whole else None
     return row
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens
+from baft_easyedit.easyedit.likelihoods import Likelihood, likelihoods
 from baft_easyedit.easyedit.peers.presets import peer_hparams
 from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
 from baft_easyedit.easyedit.peers.repairs import (
@@ -214,19 +215,38 @@ class Session:
             )
         return [float(score) for score in np.ravel(scores)]
 
+    def likelihoods(self, asked: Sequence[tuple[str, str, bool]]) -> list[Likelihood]:
+        """Return how likely the model finds answers, each a prompt, the answer, and if it is local.
+
+        Local prompts never get the chat template, as EasyEdit has it.
+        """
+        tok, form = self.editor.tok, PromptFormat.of(self.editor.hparams)
+        texts = []
+        for prompt, answer, is_local in asked:
+            shown = form.without_template() if is_local else form
+            whole = shown.whole_ids(prompt, answer, tok)
+            # Where both meet in one token, that is the answer's.
+            texts.append((whole, min(len(shown.prompt_ids(prompt, tok)), len(whole) - 1)))
+        with self._scoring():
+            return likelihoods(self.model, tok, texts, self._batch_size(), self._input_device())
+
     def answers(
-        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: Sequence[int]
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: Sequence[int],
+        top_k: int | None = None,
     ) -> list[str]:
-        """Answer prompts by greedy decoding until the model stops by itself.
+        """Answer prompts by greedy decoding until the model stops by itself, or by drawing.
 
         Args:
             prompts: Prompts, each a text or a list of token ids.
             max_new_tokens: The most tokens that each answer may have.
+            top_k: As for `generate_answers`.
         """
         size, device = self._batch_size(), self._input_device()
         with self._scoring():
             return generate_answers(
-                self.model, self.editor.tok, prompts, max_new_tokens, device, size
+                self.model, self.editor.tok, prompts, max_new_tokens, device, size, top_k=top_k
             )
 
     def _batch_size(self) -> int:

@@ -68,6 +68,7 @@ def rome(subject, case_id):
         "requested_rewrite": rewrite(subject, "Australia", "India"),
         "paraphrase_prompts": [f"Long ago. {subject} has a passport of", "Another one"],
         "neighborhood_prompts": ["Asha is a citizen of", "Ravi is a citizen of"],
+        "generation_prompts": [f"{subject}'s passport says"],
         "attribute_prompts": ["Bruce is a citizen of"],
     }
 

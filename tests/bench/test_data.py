@@ -125,6 +125,11 @@ MARS = ["Mars", "the red planet"]
                 3,
                 subject="Asha",
                 rephrase_prompt="Long ago. Asha has a passport of",
+                counterfact={
+                    "paraphrase": ["Long ago. Asha has a passport of", "Another one"],
+                    "neighborhood": ["Asha is a citizen of", "Ravi is a citizen of"],
+                    "generation": ["Asha's passport says"],
+                },
                 locality={
                     "neighborhood": probe(
                         ["Asha is a citizen of", "Ravi is a citizen of"], ["India"], ["India"]
@@ -410,6 +415,17 @@ def test_parts_that_records_lack_are_counted(load):
     notes = load("wikidata-recent", [knowedit("France"), knowedit("Spain"), less]).notes
     assert "no locality in 1 of 3 records" in notes
     assert not any(re.search(r"portability\.|locality\.", note) for note in notes)
+
+
+def test_counterfact_without_a_part_is_read_and_counted(load):
+    bare = {key: rome("Ravi", 4)[key] for key in ("case_id", "requested_rewrite")}
+    dataset = load("counterfact", [rome("Asha", 3), rome("Toko", 5), bare])
+    assert dataset.requests[2] == made(
+        "Ravi is a citizen of", "Australia", "India", 4, subject="Ravi", counterfact={}
+    )
+    for part in ("rephrase_prompt", "locality", "counterfact.generation"):
+        assert f"no {part} in 1 of 3 records" in dataset.notes
+    assert "no counterfact in 1 of 3 records" not in dataset.notes
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from baft_easyedit.bench.evaluate import (
     score_cases,
 )
 from baft_easyedit.bench.store import RunDirectory
+from baft_easyedit.easyedit.likelihoods import Likelihood
 
 CASE = {
     "prompt": "P",
@@ -49,6 +50,9 @@ class Session:
     def score_against(self, pre, requests):
         post = {"rewrite_acc": [1.0], "portability": {"hop_acc": [0.25, 0.5]}}
         return [{"pre": before, "post": post} for before in pre]
+
+    def likelihoods(self, asked):
+        return [Likelihood(1.0, 0.25)] * len(asked)
 
     def answers(self, prompts, max_new_tokens):
         pairs = zip(prompts, max_new_tokens, strict=True)
@@ -102,18 +106,21 @@ def test_each_case_gets_its_own_answers_cut_at_its_own_length():
     other = {"prompt": "Q", "target_new": "w " * 20}
     answers = answer_questions(session, [CASE, other])
     assert answers == [[f"{p} 16" for p in ("P", "R", "L1", "L2", "H1", "H2")], ["Q 24"]]
-    pre = {"metrics": {}, "answers": ["P 16", "?", "L1 16", "?", "?", "?"]}
+    answered = ["P 16", "?", "L1 16", "?", "?", "?"]
+    pre = {"metrics": {}, "answers": answered, "field_scores": {}}
     (scored,) = score_cases(session, [CASE], [pre], True)
     assert scored["answers"] == {"pre": pre["answers"], "post": answers[0]}
     assert scored["scores"]["gen_locality_acc"] == 0.5
 
 
 def test_protocols_are_not_mixed_in_a_case():
-    pre = {"metrics": {"x": 1}, "answers": None}
+    pre = {"metrics": {"x": 1}, "answers": None, "field_scores": {"specificity_acc": 0.5}}
     scored, _ = score_cases(Session(), [CASE, CASE], [pre, pre], False)
     assert scored["answers"] is None
     assert scored["scores"]["rewrite_acc"] == 1.0
     assert scored["scores"]["portability_acc"] == 0.375
+    assert scored["scores"]["specificity_acc"] == 0.25
+    assert scored["scores"]["pre_specificity_acc"] == 0.5
     assert not any(name.startswith("gen_") for name in scored["scores"])
 
 

@@ -164,4 +164,5 @@ def _parts(request: Request) -> set[str]:
     """Name the parts that a request has."""
     single = {key for key in ("subject", "rephrase_prompt", "loc_prompt") if key in request}
     sections = {key for key in ("locality", "portability") if request[key]}
+    sections |= {"counterfact"} & request.keys()  # may be empty: the edit itself is scored then
     return single | sections | {f"{key}.{kind}" for key in sections for kind in request[key]}

@@ -5,7 +5,7 @@ error.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
@@ -49,6 +49,9 @@ Probes = dict[str, tuple[Probe, ...]]
 """Probes by kind, such as `neighborhood`; a kind may be missing or empty."""
 
 
+Part = Literal["paraphrase", "neighborhood", "generation"]
+
+
 class Case(Layout):
     """One edit with its probes."""
 
@@ -61,22 +64,26 @@ class Case(Layout):
     loc_prompt: Answers | None = None
     locality: Probes | None = None
     portability: Probes | None = None
+    counterfact: dict[Part, tuple[Text, ...]] | None = None
+    """What CounterFact's scores by probability ask beside `prompt`; any part may be missing."""
 
     def as_request(self, index: int) -> dict[str, Any]:
         """Return the case as one of EasyEdit's request dicts.
 
         A probe is `{"prompt": [...], "ground_truth": [...], "aliases": [[...], ...]}`, its lists
         parallel: EasyEdit reads the first two, and `aliases` has all accepted answers. `subject`,
-        `rephrase_prompt` and `loc_prompt` are left out where there are none.
+        `rephrase_prompt`, `loc_prompt` and `counterfact` are left out where there are none.
 
         Args:
             index: The `case_id` of a case that has none.
         """
         texts = self.loc_prompt or ()
+        more = self.counterfact
         optional = {
             "subject": self.subject,
             "rephrase_prompt": self.rephrase_prompt,
             "loc_prompt": list(texts) if len(texts) > 1 else next(iter(texts), None),
+            "counterfact": None if more is None else {k: [*v] for k, v in more.items() if v},
         }
         return {
             **(self.model_extra or {}),

@@ -227,13 +227,19 @@ class _RomeCounterFact(Layout):
 
     case_id: int | str
     requested_rewrite: _Rewrite
-    paraphrase_prompts: _Texts
-    neighborhood_prompts: _Texts
+    paraphrase_prompts: tuple[Text, ...] = ()
+    neighborhood_prompts: tuple[Text, ...] = ()
+    generation_prompts: tuple[Text, ...] = ()
 
     def case(self) -> Case:
         return self.requested_rewrite.case(
             case_id=self.case_id,
-            rephrase_prompt=self.paraphrase_prompts[0],
+            rephrase_prompt=next(iter(self.paraphrase_prompts), None),
+            counterfact={
+                "paraphrase": self.paraphrase_prompts,
+                "neighborhood": self.neighborhood_prompts,
+                "generation": self.generation_prompts,
+            },
             locality=_neighbours(self.neighborhood_prompts, self.requested_rewrite.target_true),
         )
 
@@ -266,8 +272,8 @@ def read_counterfact(path: Path | None) -> Source:
     """Read CounterFact, as ROME publishes it or as EasyEdit flattens it.
 
     ROME's neighbours share the true answer, which is what the probes `neighborhood` give; the first
-    paraphrase is the rephrased prompt; other paraphrases, attributes and generation prompts are not
-    read.
+    paraphrase is the rephrased prompt. All paraphrases, neighbours and generation prompts are for
+    the scores by probability; a record may lack any. Attributes are not read.
     """
     records, file = read_records(find_file(path), _layout_of)
     return Source([record.case() for record in records], [file], [])

@@ -1,0 +1,81 @@
+"""How likely a model finds given answers, teacher forced, several prompts and answers at a time."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from baft_easyedit.method.objective import token_losses
+from baft_easyedit.model.batching import alike, padded
+from baft_easyedit.model.hooks import attached_edit
+
+Text = tuple[Sequence[int], int]
+"""The tokens of a prompt with its answer, and how many of them are the prompt's."""
+
+
+class Likelihood(NamedTuple):
+    """How a model finds one answer."""
+
+    nll: float
+    """Mean negative log-likelihood of the answer's tokens, in nats; inf from a broken model."""
+    accuracy: float
+    """Share of its tokens that the model finds likeliest."""
+
+
+def likelihoods(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batch_size: int,
+    device: torch.device | None = None,
+) -> list[Likelihood]:
+    """Return how likely the answer of each text is.
+
+    Args:
+        model: A causal language model, edited or not, or what a method of EasyEdit made of it. An
+            edit of ours, and GRACE, are told where the prompts end.
+        tokenizer: Gives the padding token.
+        texts: Prompts with their answers.
+        batch_size: Most texts of a forward pass; those are of about one length. 1 for GRACE.
+        device: Where the model wants its tokens; its own `device` if None.
+    """
+    found: dict[int, Likelihood] = {}
+    for group in alike([len(ids) for ids, _ in texts]):
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            scored = _of_batch(model, tokenizer, [texts[i] for i in part], device)
+            found |= zip(part, scored, strict=True)
+    return [found[i] for i in range(len(texts))]
+
+
+@torch.no_grad()
+def _of_batch(
+    model: Any, tokenizer: Any, texts: Sequence[Text], device: torch.device | None
+) -> list[Likelihood]:
+    """Score the answers of one forward pass; padding behind a text changes nothing before it."""
+    batch = padded([ids for ids, _ in texts], tokenizer, "right")
+    inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
+    output = _told(model, [length for _, length in texts], inputs)
+    logits = output if isinstance(output, Tensor) else output.logits
+    scored = []
+    for row, (ids, length) in zip(logits, texts, strict=True):
+        predicted = row[length - 1 : len(ids) - 1]  # [A, V]
+        answer = torch.tensor(ids[length:], device=row.device)
+        hits = (predicted.argmax(-1) == answer).float()
+        nll = token_losses(predicted, answer).mean().nan_to_num(torch.inf, torch.inf)
+        scored.append(Likelihood(nll.item(), hits.mean().item()))
+    return scored
+
+
+def _told(model: Any, lengths: list[int], inputs: dict[str, Tensor]) -> Any:
+    """Call a model that is told how long its prompts are, if it wants to know."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    for module in modules:
+        if type(module).__name__ == "GRACEAdapter":  # else it asks the answer's last token
+            module.key_id = lengths[0] - 1  # type: ignore[assignment]
+    edit = attached_edit(model) if modules else None
+    if edit is None:
+        return model(**inputs)
+    with edit.prompt_lengths(lengths):
+        return model(**inputs)
