@@ -33,6 +33,23 @@ def test_answers_do_not_depend_on_the_batch(saved):
     assert all(answer == answer.strip() for answer in together)
 
 
+def test_drawn_answers_are_those_of_the_seed_and_go_on_to_the_limit(saved):
+    model, tokenizer = load_model(saved)
+    greedy = generate_answers(model, tokenizer, ["Ice"], 8)
+
+    def drawn(seed, top_k):
+        torch.manual_seed(seed)
+        return generate_answers(model, tokenizer, ["Ice"], 8, top_k=top_k)
+
+    model.generation_config.eos_token_id = tokenizer(greedy[0])["input_ids"][-1]
+    assert drawn(0, 1)[0] != ""
+    assert drawn(0, 5) == drawn(0, 5)
+    assert len({drawn(seed, 5)[0] for seed in range(4)}) > 1
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)  # as destructive edits leave it
+    assert len(drawn(0, 5)) == 1
+
+
 def test_model_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"the directory of a model; there is none at .*nowh"

@@ -24,7 +24,8 @@ Question = tuple[str, str, bool]
 """A prompt, an answer, and whether it is about other facts than the edit."""
 Found = Mapping[Question, Likelihood]
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w+(?:[-./]\w+|[,:]\d+)*|'\w+|[^\w\s]")
+"""As NLTK's `word_tokenize` parts English, which needs files of its own."""
 _TEXT_LENGTH, _TOP_K = 100, 5
 """Tokens of a text whose fluency is measured, its prompt among them, and what each is drawn of."""
 
@@ -120,8 +121,7 @@ def _texts(session: Session, prompts: Sequence[str]) -> list[str]:
 def ngram_entropy(text: str) -> float:
     """Return ROME's fluency of a text: entropies of its bigrams and trigrams, weighted, in bits.
 
-    Low where a text repeats itself. Words and punctuation marks are counted; ROME has NLTK part
-    them, which needs files of its own and parts contractions too.
+    Low where a text repeats itself.
     """
     words = _WORD.findall(text)
     return fmean(weight * _entropy(words, n) for n, weight in ((2, 2 / 3), (3, 4 / 3)))

@@ -122,6 +122,20 @@ def test_downstream_table_has_the_protocols_after_which_the_task_was_asked(title
     assert table.rows["ReFT"] == "killed"
 
 
+def test_counterfacts_scores_and_specificity_have_tables_of_their_own(titled):
+    scores = {"harmonic_success": 0.6, "rewrite_success": 0.9, "neighborhood_magnitude": -0.25}
+    texts = {"ngram_entropy": 6.25, "pre_ngram_entropy": 6.5}
+    rows = {("BaFT", "single"): {**scores, **texts}}
+    table = titled("by probability", "after the edits", rows=rows)
+    assert headings(table) == [("", ["S", "ES", "NM", "GE"])]
+    assert values(table) == [0.6, 0.9, -0.25, 6.25]
+    assert values(titled("by probability", "before the edits", rows=rows)) == [6.5]
+    spe = {("BaFT", "single"): {"pre_specificity_acc": 0.5, "specificity_acc": 0.25}}
+    assert values(titled("against the gold answers", rows=spe)) == [0.5, 0.25]
+    made = titled("teacher forced", "Table 1", rows=rows | spe)
+    assert headings(made) == [("", SCORES)]
+
+
 def test_method_that_did_not_run_says_so_in_every_table_and_in_a_note(results):
     made = results(methods=("BaFT", "WISE"), rows={"WISE": {"error": "no memory"}})
     assert {table.rows["WISE"] for table in make_tables(made, PaperNumbers())} == {"no memory"}

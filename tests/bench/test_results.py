@@ -5,6 +5,7 @@ from synthetic import write_json, write_run
 
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.results import gate_records, merge_results, read_run
+from baft_easyedit.bench.scores import FIELD_SCORES
 
 FEW = {"methods": ("BaFT", "+ss-w&lr"), "protocols": ("single", "batched-B2-T2"), "num_cases": 4}
 
@@ -26,6 +27,18 @@ def test_run_is_read_with_its_results_and_their_protocols(run_dir):
     first = run.results[0]
     assert first.number("rewrite_acc") == first.values["rewrite_acc"]
     assert first.values["notes"] == ["scored in eval mode"]
+
+
+def test_summary_of_before_lacks_the_fields_scores_and_is_read(run_dir):
+    rows = json.loads((run_dir / "summary.json").read_text())
+    new = [name for name in rows[0] if name.removesuffix("_se") in FIELD_SCORES]
+    assert len(new) == 2 * len(FIELD_SCORES)
+    kept = [{k: v for k, v in row.items() if k not in new and "harmonic" not in k} for row in rows]
+    write_json(run_dir / "summary.json", kept)
+    assert read_run(run_dir).results[0].number("specificity_acc") is None
+    write_json(run_dir / "summary.json", [{**rows[0], "paraphrase_magnitude": -1.5}])
+    with pytest.raises(ValueError, match="paraphrase_magnitude: Input should be greater than"):
+        read_run(run_dir)
 
 
 def test_result_with_an_error_has_no_numbers(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from dataset_files import rome, write_records
 
 from baft_easyedit.bench import config as config_module
 from baft_easyedit.bench import process, provenance, run
 from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.protocol import Chunk, Protocol
+from baft_easyedit.bench.report import write_report
 from baft_easyedit.bench.run import run_bench
+from baft_easyedit.bench.scores import FIELD_SCORES
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.worker import _MethodRun
 from baft_easyedit.files import resources
@@ -232,6 +236,27 @@ def test_a_downstream_task_is_asked_before_and_after_the_edits(settings, tmp_pat
     (tmp_path / "task/piqa.jsonl").open("a").write("\n")
     with pytest.raises(ValueError, match="other content under the same name: the downstream task"):
         run_bench(make_config({**settings, **change}), tmp_path / "run")
+
+
+FIELD = ["method", "S", "ES", "EM", "PS", "PM", "NS", "NM", "GE"]
+
+
+def test_counterfact_has_its_scores_before_and_after_the_edits(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Worker", WorkerHere)
+    file = write_records(tmp_path, [rome("Asha", 3), rome("Toko", 4)])
+    change = {"T": [1], "methods": [settings["methods"][0]], "basis": False}
+    config = make_config({**settings, **change, "data": {"kind": "counterfact", "path": str(file)}})
+    (row,) = run_bench(config, tmp_path / "run")
+    assert row["rewrite_success"] == 1.0
+    assert row["rewrite_magnitude"] > 0.5 > row["pre_rewrite_magnitude"]
+    assert 1 < row["ngram_entropy"] < 10
+    assert None not in [row[name] for name in FIELD_SCORES]
+    write_report([tmp_path / "run"], tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert [re.findall(r"\w+", line) for line in report.splitlines()].count(FIELD) == 2
+    for chunk in (tmp_path / "run/chunks").rglob("*1.json"):  # the other is kept
+        chunk.unlink()
+    assert scores(run_bench(config, tmp_path / "run")) == scores([row])
 
 
 def test_a_downstream_task_has_an_accuracy(monkeypatch):

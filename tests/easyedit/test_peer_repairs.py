@@ -47,6 +47,9 @@ def test_a_method_edits_in_a_row_and_is_restored(make_quick, complete, name):
     alone = [score for request in complete for score in session.score([request])]
     assert session.score(complete) == alone
     assert 0 <= alone[0]["rewrite_acc"][0] <= 1
+    asked = [(r["prompt"], r["target_new"], False) for r in complete]
+    one_by_one = [session.likelihoods([question])[0].nll for question in asked]
+    assert [found.nll for found in session.likelihoods(asked)] == pytest.approx(one_by_one, 1e-4)
     assert session.restore() is True
     if name == "AlphaEdit":  # which adds up what it was told before
         module = sys.modules[editor.apply_algo.__module__]
