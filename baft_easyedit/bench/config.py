@@ -146,7 +146,7 @@ class BenchConfig(_Strict):
     `learn_end`, EasyEdit's methods by an end-of-sequence token behind their targets (a note names
     those that cannot). If false, BaFT and ReFT do as their hyper-parameters say."""
     generation: bool = True
-    """Score by generation too: greedy, natural stop, exact match."""
+    """Score by generation too: greedy, natural stop, exact match; CounterFact's fluency."""
     immediate: bool = True
     """Score each continual edit right after it too."""
     basis: bool = True

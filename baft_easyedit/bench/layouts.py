@@ -30,7 +30,10 @@ _FIELD = {
     },
     "ngram_entropy": Column("GE"),
 }
-_COUNTERFACT = "CounterFact by probability, as ROME, MEMIT and AlphaEdit score it"
+_COUNTERFACT = (
+    "CounterFact by probability, as ROME, MEMIT and AlphaEdit score it: success S and magnitude M "
+    "of efficacy E, paraphrases P and neighbours N; S alone, harmonic mean; GE, fluency in bits"
+)
 _MORE = {
     f"{_COUNTERFACT}; after the edits": _FIELD,
     f"{_COUNTERFACT}; before the edits": {

@@ -116,6 +116,12 @@ class Session:
         return self._edits[-1][0] if self._edits else self.editor.model
 
     @property
+    def _called(self) -> Any:
+        """What computes logits: MELO's wrapper cannot be called, as EasyEdit's evaluators know."""
+        is_wrapped = self.editor.alg_name == "MELO" and self._edits
+        return self.model.model if is_wrapped else self.model
+
+    @property
     def verifies(self) -> bool:
         """Whether restores are checked."""
         return self._unedited is not None
@@ -211,7 +217,7 @@ class Session:
         h, tok = self.editor.hparams, self._scoring_tokenizer()
         with self._scoring():
             scores = module.test_prediction_acc(
-                self.model, tok, h, list(prompts), list(targets), h.device
+                self._called, tok, h, list(prompts), list(targets), h.device
             )
         return [float(score) for score in np.ravel(scores)]
 
@@ -228,7 +234,7 @@ class Session:
             # Where both meet in one token, that is the answer's.
             texts.append((whole, min(len(shown.prompt_ids(prompt, tok)), len(whole) - 1)))
         with self._scoring():
-            return likelihoods(self.model, tok, texts, self._batch_size(), self._input_device())
+            return likelihoods(self._called, tok, texts, self._batch_size(), self._input_device())
 
     def answers(
         self,
@@ -258,7 +264,7 @@ class Session:
         from baft_easyedit.harness import EditedLM
 
         with self._scoring():
-            lm = EditedLM(self.editor.model, self.editor.tok, self._batch_size(), self.model)
+            lm = EditedLM(self.editor.model, self.editor.tok, self._batch_size(), self._called)
             return tasks.scores(lm)
 
     def restore(self) -> bool | None:

@@ -50,6 +50,8 @@ def test_a_method_edits_in_a_row_and_is_restored(make_quick, complete, name):
     asked = [(r["prompt"], r["target_new"], False) for r in complete]
     one_by_one = [session.likelihoods([question])[0].nll for question in asked]
     assert [found.nll for found in session.likelihoods(asked)] == pytest.approx(one_by_one, 1e-4)
+    prompts, answers, _ = zip(*asked, strict=True)
+    assert len(session.token_accuracies(prompts[:1], answers[:1])) == 1
     assert session.restore() is True
     if name == "AlphaEdit":  # which adds up what it was told before
         module = sys.modules[editor.apply_algo.__module__]
