@@ -8,6 +8,7 @@ call Spe on ZsRE: not agreement with the unedited model.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from math import exp, log2
 from statistics import fmean
 from typing import Any
@@ -69,18 +70,15 @@ def _questions(request: Request) -> Iterator[Question]:
         if part != "generation":
             for answer in (request["target_new"], request["ground_truth"]):
                 yield from ((prompt, answer, part == "neighborhood") for prompt in prompts)
-    for probes in _locality(request):
-        yield from probes
+    yield from chain.from_iterable(_locality(request))
 
 
 def _locality(request: Request) -> list[list[Question]]:
     """Return the locality probes of each kind with their gold answers."""
     return [
         [
-            (prompt, truth, True)
-            for prompt, truth in zip(
-                as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True
-            )
+            (*pair, True)
+            for pair in zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
         ]
         for probe in (request.get("locality") or {}).values()
     ]
