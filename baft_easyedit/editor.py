@@ -303,7 +303,7 @@ class BaFTEditor:
         directory: str | os.PathLike[str],
         allow_other_model: bool = False,
     ) -> "BaFTEditor":
-        """Attach a kept edit and continue it in memory; the directory is only read, and only now.
+        """Continue a kept edit in memory, attached if it was kept so; the directory is only read.
 
         Args:
             model: The model that the edit was learned on.

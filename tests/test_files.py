@@ -15,7 +15,7 @@ from baft_easyedit.files.messages import MAX_MESSAGE, cut, short
 from baft_easyedit.files.paths import check_own, expanded, open_regular, read_regular, read_text
 from baft_easyedit.files.reading import parse_json, read_yaml, taken
 from baft_easyedit.files.resources import model_location
-from baft_easyedit.files.writing import written_whole
+from baft_easyedit.files.writing import directory_made_whole, written_whole
 from baft_easyedit.hparams import read_hparams
 from baft_easyedit.storage.journal import read_lines
 from baft_easyedit.storage.lock import LOCK, DirectoryLock
@@ -136,6 +136,23 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
     assert file.read_bytes() == b"first"
     assert os.listdir(file.parent) == ["b"]
+
+
+def test_directory_is_on_the_disk_with_all_that_is_in_it(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def noted(descriptor):
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with directory_made_whole(tmp_path / "it", 1) as unfinished:
+        (unfinished / "a").mkdir()
+        (unfinished / "a/b").write_text("c")
+    assert os.listdir(tmp_path) == ["it"]
+    expected = [tmp_path / name for name in ("it", "it/a", "it/a/b")]
+    assert sorted(flushed[:-1]) == sorted(path.stat().st_ino for path in expected)
+    assert flushed[-1] == tmp_path.stat().st_ino  # last, after the rename
 
 
 # ---- JSON and YAML

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import torch
 from baft_easyedit import BaFTEditor, attach, attached_edit
 from baft_easyedit import editor as editor_module
 from baft_easyedit.cli import main
+from baft_easyedit.files import paths
 from baft_easyedit.storage import directory as directory_module
+from baft_easyedit.storage import journal as journal_module
 from baft_easyedit.storage import lock as lock_module
 from baft_easyedit.storage.reading import read_history
 from baft_easyedit.storage.state import state_hash
@@ -222,6 +225,26 @@ def test_save_brings_an_earlier_save_up_to_date(opened, kept, tmp_path):
         editor.save(saved)
     with pytest.raises(ValueError, match="must be open in this process to take a change, and is"):
         editor.save(kept)
+
+
+def test_save_takes_new_hparams_along(opened, quick, kept, tokenizer, tmp_path):
+    new = replace(quick, num_steps=3)
+    with opened() as editor:
+        editor.edit(fact(0))
+        other = BaFTEditor.load(make_model(), tokenizer, kept)
+        for saving, path in ((editor, tmp_path / "saved"), (other, tmp_path / "of a loaded one")):
+            saving.save(path)
+            saving.hparams = new
+            saving.save(path)
+            assert BaFTEditor.load(make_model(), tokenizer, path).hparams.num_steps == 3
+            assert (path / "journal.jsonl").read_text().splitlines() == lines_of(path)
+        editor.save(kept)
+    with opened(hparams=None) as again:
+        assert again.hparams.num_steps == 3
+    with opened(tmp_path / "saved", None) as again:
+        assert again.hparams.num_steps == 3
+        again.edit(fact(1))
+        assert [e.kind for e in of(again).entries] == ["start", "edit", "settings", "edit"]
 
 
 def lines_of(path):
@@ -842,6 +865,91 @@ def test_newest_whole_state_is_gone_on_from(opened, three, lost):
     with opened(hparams=None) as editor:
         editor.rollback(to=0)
         assert now(editor) == expected[3 if lost == "journal" else 2].state_hash
+
+
+class Past(datetime):
+    """A clock that was set back."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(2001, 1, 1, tzinfo=tz)
+
+
+def misplace_config(path):
+    """Puts a folder in the place of the configuration, so that the directory needs a repair."""
+    (path / "baft_config.json").unlink()
+    (path / "baft_config.json").mkdir()
+
+
+def test_clock_that_was_set_back_does_not_roll_back(opened, three, monkeypatch):
+    monkeypatch.setattr(journal_module, "datetime", Past)
+    with opened(hparams=None) as editor:
+        editor.edit(fact(3))
+        last = now(editor)
+    expected = read_history(three)
+    assert expected[4].time < expected[2].time
+    misplace_config(three)
+    with opened(hparams=None, repair=True) as editor:
+        assert now(editor) == last
+        assert of(editor).entries[:-1] == expected
+        assert of(editor).entries[-1].to == 4
+
+
+@pytest.mark.parametrize("num_lines", [0, 1])
+def test_repair_completes_the_journal_by_the_state(opened, kept, num_lines):
+    opened().close()
+    with opened(hparams=None) as editor:
+        for i in range(num_lines):
+            editor.edit(fact(i))
+    expected = read_history(kept)
+    cut = "".join(f"{entry.line}\n" for entry in expected[:num_lines]) + expected[-1].line[:50]
+    (kept / "journal.jsonl").write_text(cut)
+    misplace_config(kept)
+    with opened(hparams=None, repair=True) as editor:
+        assert of(editor).entries[:-1] == expected
+        assert now(editor) == expected[-1].state_hash
+    assert (kept / "journal.jsonl").read_text().splitlines() == lines_of(kept)
+    assert (kept / "before-repair-1/journal.jsonl").read_text() == cut
+
+
+@pytest.mark.parametrize("damaged", ["journal.jsonl", "baft_config.json"])
+def test_passing_error_is_no_damage(opened, three, monkeypatch, damaged):
+    text = (three / damaged).read_text()
+    (three / damaged).write_text("".join(text.splitlines(keepends=True)[:3]))
+    full, failures = OSError(errno.ENOSPC, "No space left on device"), []
+    for at in range(100):
+        path = shutil.copytree(three, three.parent / f"copy {at}")
+        use = lambda path=path: opened(path, None, repair=True).close()  # noqa: E731
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, at, failing(full))
+            failures.append(attempt(use))
+        if fault.count <= at:
+            break
+        use()
+        assert (path / damaged).read_text() == text
+        assert not list(path.glob("before-repair-*"))
+    assert {*failures} == {full, None}
+
+
+@pytest.mark.parametrize("name", ["baft.safetensors", "journal.jsonl"])
+def test_file_that_cannot_be_opened_now_is_no_damage(opened, three, monkeypatch, name):
+    def refused(file, *args):
+        if Path(file).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return open(file, *args)
+
+    for is_damaged in (False, True):
+        if is_damaged:
+            misplace_config(three)
+        with monkeypatch.context() as patch:
+            patch.setattr(paths, "open", refused, raising=False)
+            for use in (
+                lambda: opened(hparams=None, repair=True),
+                lambda: read_history(three),
+            ):
+                with pytest.raises(PermissionError, match=name):
+                    use()
+        assert not list(three.glob("before-repair-*"))
 
 
 def test_crash_during_a_repair_is_repaired(opened, kept, monkeypatch):

@@ -33,7 +33,7 @@ def check_regular(file: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: If the path does not exist.
     """
-    _check(os.stat(file), file)
+    _check(os.stat(file) if os.path.exists(file) else os.lstat(file), file)  # links may loop
 
 
 def check_own(file: str | os.PathLike[str]) -> None:

@@ -43,9 +43,16 @@ def written_whole(file: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def sync_directory(directory: Path) -> None:
-    """Flush a directory to the disk, so that new and replaced names in it outlive a crash."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def write_durably(file: Path, data: bytes) -> None:
+    """Write a file to the disk atomically: after a crash it is there as a whole or not at all."""
+    with written_whole(file) as stream:
+        stream.write(data)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the new and replaced names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -74,12 +81,12 @@ def directory_made_whole(directory: Path, num_bytes: int) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb+") as stream:  # the content must be on the disk before the rename
-                os.fsync(stream.fileno())
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)  # the content must be on the disk before the rename
         if directory.is_dir():
             directory.rmdir()  # raises if it is not empty
         os.rename(temporary, directory)
+        sync(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -17,7 +17,7 @@ from typing import Any
 
 from baft_easyedit.files.paths import check_own, expanded, read_regular
 from baft_easyedit.files.reading import parse_object
-from baft_easyedit.files.writing import TEMPORARY, sync_directory, written_whole
+from baft_easyedit.files.writing import TEMPORARY, sync, write_durably, written_whole
 from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.journal import Entry, Journal, parse_lines, read_lines
 from baft_easyedit.storage.lock import DirectoryLock
@@ -72,7 +72,7 @@ class KeptDirectory:
         """Committed entries that the journal file does not have yet."""
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
-            sync_directory(self.path.parent)
+            sync(self.path.parent)
         self._lock = DirectoryLock(self.path)
         try:
             self._recover(repair)
@@ -130,10 +130,10 @@ class KeptDirectory:
         config: KeptConfig,
         replaceable: Container[str] | None = (),
     ) -> None:
-        """Write the missing entries of a journal, and its state, at once; see `reading.lacking`."""
+        """Write what is missing of a journal, state and configuration; see `reading.lacking`."""
         missing = lacking(self.path, self.journal.entries, entries, replaceable)
-        if missing:
-            self._write(missing, state, config)
+        if missing or self.latest is None or config != self.latest.config:
+            self._write(missing or entries[-1:], state, config)
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint if there is none: `save` writes none, and `rollback` needs one."""
@@ -194,7 +194,7 @@ class KeptDirectory:
                 "writable, then repeat it",
             ) from error
         try:
-            sync_directory(self.path)
+            sync(self.path)
             self._write_journal()
         except (OSError, ValueError) as error:
             logger.warning(
@@ -221,10 +221,11 @@ class KeptDirectory:
         """Update the journal in memory after a commit."""
         first = content.entries[0].id
         if first == 0:
-            self.journal = Journal()
-        for entry in content.entries[len(self.journal) - first :]:
+            self.journal, self._pending = Journal(), ()
+        new = content.entries[len(self.journal) - first :]
+        for entry in new:
             self.journal.append(entry)
-        self.latest, self._pending = content, content.entries
+        self.latest, self._pending = content, (*self._pending, *new)
 
     def _write_journal(self) -> None:
         """Append the committed entries to the journal file; entry 0 begins a new file."""
@@ -234,7 +235,7 @@ class KeptDirectory:
         data = _text(entry.line for entry in self._pending)
         if self._pending[0].id == 0:
             self._size = 0
-            _write_durably(file, data)
+            write_durably(file, data)
         else:
             check_own(file)
             with open(file, "r+b") as stream:
@@ -248,15 +249,15 @@ class KeptDirectory:
     def _write_config(self, config: KeptConfig) -> None:
         """Write the readable copy of the configuration."""
         text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
-        _write_durably(self.path / CONFIG, text.encode())
+        write_durably(self.path / CONFIG, text.encode())
 
     def _write_checkpoint(self, entry_id: int, data: bytes) -> None:
         """Write the bytes of a state file as the checkpoint of an entry."""
         folder = self.path / CHECKPOINTS
         if not folder.exists():
             folder.mkdir()
-            sync_directory(self.path)
-        _write_durably(folder / f"{entry_id:08d}.safetensors", data)
+            sync(self.path)
+        write_durably(folder / f"{entry_id:08d}.safetensors", data)
 
     # ---- recovery
 
@@ -269,7 +270,7 @@ class KeptDirectory:
             return
         try:
             self._read()
-        except (ValueError, OSError):
+        except ValueError:  # an OSError may pass: it is no damage
             if not repair:
                 raise
             self._repair()
@@ -300,32 +301,24 @@ class KeptDirectory:
         self.latest = latest
         self._write_journal()
         with contextlib.suppress(ValueError, OSError):
-            file = self.path / CONFIG
-            if (
-                file.exists()
-                and parse_object(read_regular(file), CONFIG) == latest.config.to_json()
-            ):
+            if parse_object(read_regular(self.path / CONFIG), CONFIG) == latest.config.to_json():
                 return
         self._write_config(latest.config)
 
     def _repair(self) -> None:
         """Go on from the newest intact state; keep all other files aside."""
-        file = self.path / JOURNAL
-        lines: list[str] = []
-        rest = ""
-        with contextlib.suppress(ValueError, OSError):
-            check_own(file)
-            lines, rest = read_lines(file)
-            self.journal = parse_lines(lines, str(file))
-        found = self._newest()
+        file, state = self.path / JOURNAL, read_whole(self.path / STATE)
+        is_file_whole = self._read_left(state)
+        found = self._newest(state)
         is_known, entry = self._knows(found), found.entries[-1]
         old = [f for f in checkpoint_files(self.path) if self._read_known(f) is None]
         aside = {self.path / STATE, *self._misplaced(), *old}
-        folder = _keep_aside(self.path, aside if is_known and not rest else {*aside, file})
+        folder = _keep_aside(self.path, aside if is_known and is_file_whole else {*aside, file})
         if is_known:
-            self._size = len(_text(lines))
-            if rest:  # a new file: the old one is kept aside, perhaps as a hard link
-                _write_durably(file, _text(lines))
+            data = _text(entry.line for entry in self.journal.entries)
+            if not is_file_whole:  # a new file: the old one is kept aside, perhaps as a hard link
+                write_durably(file, data)
+            self._size = len(data)
             self.commit("rollback", found.state, found.config, {"to": entry.id})
         else:
             why = f"{JOURNAL}, now in {folder.name}, could not be read, or did not lead to it"
@@ -337,6 +330,18 @@ class KeptDirectory:
             if id_of(checkpoint) != len(self.journal) - 1:  # that one was just written anew
                 checkpoint.unlink(missing_ok=True)
 
+    def _read_left(self, state: StateFile | None) -> bool:
+        """Read the journal, completed by the state; return whether its file holds just that."""
+        file, lines, rest = self.path / JOURNAL, list[str](), ""
+        with contextlib.suppress(ValueError):
+            check_own(file)
+            lines, rest = read_lines(file)
+            self.journal = parse_lines(lines, str(file))
+        with contextlib.suppress(ValueError):
+            whole = lines if state is None else whole_history(self.path, lines, state.entries)
+            self.journal = parse_lines(whole, str(file))
+        return not rest and lines == [entry.line for entry in self.journal.entries]
+
     def _misplaced(self) -> list[Path]:
         """Return those of journal, configuration and checkpoint folder that are of a wrong kind."""
         files = (self.path / JOURNAL, self.path / CONFIG)
@@ -344,21 +349,23 @@ class KeptDirectory:
         folder = self.path / CHECKPOINTS
         return found + [folder] * (os.path.lexists(folder) and not folder.is_dir())
 
-    def _newest(self) -> StateFile:
-        """Return the newest intact state; if the journal is intact, only checkpoints in it count.
+    def _newest(self, state: StateFile | None) -> StateFile:
+        """Return the newer of the intact state and checkpoint; with a journal, of those in it.
 
         Raises:
             ValueError: If there is no intact state.
         """
         read = self._read_known if len(self.journal) else read_whole
         checkpoint = next(filter(None, map(read, checkpoint_files(self.path))), None)
-        found = [c for c in (read_whole(self.path / STATE), checkpoint) if c is not None]
+        found = [c for c in (state, checkpoint) if c is not None]
         if not found:
             raise ValueError(
                 f"{self.path} cannot be repaired: neither {STATE} nor a checkpoint is whole; "
                 "restore the directory from a backup"
             )
-        return max(found, key=lambda content: content.entries[-1].time)
+        if all(map(self._knows, found)):
+            return max(found, key=lambda content: content.entries[-1].id)
+        return max(found, key=lambda content: content.entries[-1].time)  # perhaps two histories
 
     def _read_known(self, file: Path) -> StateFile | None:
         """Read a state file; None if it is damaged, or its entry is not in the journal."""
@@ -374,13 +381,6 @@ class KeptDirectory:
 def _text(lines: Iterable[str]) -> bytes:
     """Return the bytes of a journal file with these lines."""
     return "".join(f"{line}\n" for line in lines).encode()
-
-
-def _write_durably(file: Path, data: bytes) -> None:
-    """Write a file to the disk atomically: after a crash it is there as a whole or not at all."""
-    with written_whole(file) as stream:
-        stream.write(data)
-    sync_directory(file.parent)
 
 
 def _keep_aside(directory: Path, files: Iterable[Path]) -> Path:
@@ -403,6 +403,6 @@ def _keep_aside(directory: Path, files: Iterable[Path]) -> Path:
                 os.link(file, kept)
             except OSError:  # some file systems have no links
                 shutil.copyfile(file, kept)
-        sync_directory(kept.parent)
-    sync_directory(directory)
+        sync(kept.parent)
+    sync(directory)
     return folder

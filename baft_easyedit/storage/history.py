@@ -13,7 +13,7 @@ latest change. So each history keeps a hash of the state that its change led to,
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -125,13 +125,11 @@ class History:
         own, path = self._directory, expanded(path)
         if own is not None and path.exists() and own.path.exists() and path.samefile(own.path):
             self._check_as_kept(own)
-            return  # the directory has every change already
+            self._keep_settings()  # the directory has every other change already
+            return
         entries, state = self._told()
-        target = KeptDirectory(path)
-        try:
+        with closing(KeptDirectory(path)) as target:
             target.take_over(entries, state, self.config(), None if overwrite else self._starts)
-        finally:
-            target.close()
         self._starts.add(entries[0].line)
 
     def _told(self) -> tuple[list[Entry], EditState]:

@@ -22,6 +22,9 @@ def attach(
 ) -> ModelEdit:
     """Make a model use a kept edit; no tokenizer is needed. The directory is only read.
 
+    An edit that was kept detached, such as one without any edit yet, is attached too;
+    `BaFTEditor.load` and `open`, which go on from the kept state, leave it detached.
+
     Args:
         model: The model that the edit was learned on; it must carry no edit now.
         directory: Where `BaFTEditor.save` or `BaFTEditor.open` kept the edit.

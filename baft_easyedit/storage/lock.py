@@ -1,5 +1,6 @@
 """A lock on a kept directory, so that one process at a time writes to it. POSIX systems only."""
 
+import contextlib
 import os
 import weakref
 from pathlib import Path
@@ -48,8 +49,9 @@ class DirectoryLock:
                 f"time writes to it; flock says: {error.strerror or error}: keep the edit on a "
                 "local disk, and save() it there",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{self._owner}\n".encode())
+        with contextlib.suppress(OSError):  # only told to others: a full disk can be read
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{self._owner}\n".encode())
 
     def check(self) -> None:
         """Raise ValueError unless this process holds the lock, and the lock file is in its place.

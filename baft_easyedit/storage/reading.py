@@ -39,7 +39,7 @@ def read_latest(path: Path) -> StateFile:
                 "`baft-easyedit apply`"
             ) from None
         problem = f"{path / STATE} is lost"
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         problem = str(error)
     file = next(filter(read_whole, checkpoint_files(path)), None)
     if file is None:
@@ -53,10 +53,10 @@ def read_latest(path: Path) -> StateFile:
 
 
 def read_whole(file: Path) -> StateFile | None:
-    """Read a state file; None if it is damaged."""
+    """Read a state file; None if it is damaged or absent."""
     try:
         return read_state(file)
-    except (ValueError, OSError):
+    except (ValueError, FileNotFoundError):
         return None
 
 

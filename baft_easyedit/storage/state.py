@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from baft_easyedit.files.messages import cut, short
-from baft_easyedit.files.paths import check_regular
+from baft_easyedit.files.paths import open_regular
 from baft_easyedit.files.reading import parse_object
 from baft_easyedit.storage.config import FORMAT_VERSION, KeptConfig
 from baft_easyedit.storage.journal import Entry, Journal, to_json
@@ -95,7 +95,8 @@ def read_state(file: Path) -> StateFile:
     from safetensors import SafetensorError, safe_open
 
     where = str(file)
-    check_regular(file)
+    with open_regular(file):  # safetensors calls any file that it cannot open absent
+        pass
     try:
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}
