@@ -103,6 +103,19 @@ def test_method_and_memory_travel_with_the_state(model, tokenizer, quick, reques
     assert isinstance(loaded.hparams, ReFTHyperParams)
 
 
+def test_edit_that_was_kept_detached_is_attached_only_when_asked(
+    tokenizer, quick, request_dict, tmp_path
+):
+    editor = BaFTEditor(make_model(), tokenizer, quick)
+    editor.edit(request_dict)
+    edited = logits(editor.model)
+    editor.model_edit.detach()
+    editor.save(tmp_path)
+    assert not BaFTEditor.load(make_model(), tokenizer, tmp_path).is_attached
+    attach(other := make_model(), tmp_path)
+    assert torch.equal(logits(other), edited)
+
+
 # ---- which model
 
 

@@ -1,9 +1,13 @@
 """The server, asked by OpenAI's client: its answers are those of `generate_answers`."""
 
+import asyncio
+import json
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from baft_easyedit.serving.answering import Answerer, FullError, Queue  # noqa: E402
+from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue  # noqa: E402
 from baft_easyedit.serving.app import make_app  # noqa: E402
 
 PROMPT = "The capital of France is"
@@ -194,6 +198,47 @@ def test_an_answer_ends_when_nobody_wants_it(model, tokenizer, edits):
     ids = tokenizer(PROMPT)["input_ids"]
     answer = Answerer(model, tokenizer, edits).answer(Wish((), ids, 10), lambda _: False)
     assert answer.num_tokens == 1
+
+
+@pytest.fixture
+def endless(model, tokenizer, edits):
+    """An app whose answers go on until nobody wants them, and how many tokens each then had."""
+    answerer, lengths = Answerer(model, tokenizer, edits), SimpleQueue()
+
+    def answer(wish, say):
+        length = next((n for n in range(1000) if time.sleep(0.01) or not say("x")), None)
+        lengths.put(length)
+        return Answer("", 0, is_cut=True)
+
+    answerer.answer = answer
+    return make_app(answerer, dict.fromkeys(edits.names, PromptFormat())), lengths
+
+
+def test_a_client_that_leaves_ends_its_answer(endless):
+    app, lengths = endless
+    with served(app) as address:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{address}/v1/completions", json={"model": "a", "prompt": PROMPT}, timeout=0.2
+            )
+        assert lengths.get(timeout=20) is not None
+
+
+def test_a_client_that_leaves_before_the_first_event_ends_its_answer(endless):
+    app, lengths = endless
+    body = json.dumps({"model": "a", "prompt": PROMPT, "stream": True}).encode()
+    messages = iter([{"type": "http.request", "body": body}])
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(_):
+        pass
+
+    asyncio.run(app(scope, receive, send))
+    assert lengths.get(timeout=20) is not None
 
 
 def test_the_command_says_what_it_needs(tmp_path, capsys, monkeypatch):

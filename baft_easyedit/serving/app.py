@@ -5,12 +5,15 @@ request is executed: its texts become tokens, and its other fields are numbers a
 """
 
 import json
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from queue import SimpleQueue
 from typing import Any
 
+from anyio import from_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -26,6 +29,8 @@ _MAX_QUEUE = 32
 """Longest queue: each waiting request holds one of the server's 40 threads."""
 _MAX_TOKENS = 256
 """Most tokens of an answer if the request does not say."""
+_LOOK_EVERY_S = 0.5
+"""How often to look whether the client of an answer that is not streamed is still there."""
 
 
 class Body(BaseModel, strict=True):
@@ -145,14 +150,15 @@ class _Routes:
         rows = [{"id": n, "object": "model", "created": 0, "owned_by": "local"} for n in names]
         return {"object": "list", "data": rows}
 
-    def complete(self, body: Completion) -> Any:
+    def complete(self, body: Completion, request: Request) -> Any:
         """Continue a text."""
         edits = self._edits_of(body.model)
         form = self._form(edits).without_template()
         ids = form.prompt_ids(body.prompt, self._answerer.tokenizer)
-        return self._reply(_Form(body.model, is_chat=False), body, self._wish(body, edits, ids))
+        wish = self._wish(body, edits, ids)
+        return self._reply(_Form(body.model, is_chat=False), body, wish, request)
 
-    def chat(self, body: Chat) -> Any:
+    def chat(self, body: Chat, request: Request) -> Any:
         """Write the next message of a chat."""
         edits, tokenizer = self._edits_of(body.model), self._answerer.tokenizer
         if tokenizer.chat_template is None:
@@ -167,7 +173,8 @@ class _Routes:
         except TemplateError as error:
             raise HTTPException(400, f"messages do not fit the chat template: {error}") from None
         ids = token_ids(text, tokenizer, is_templated=True)
-        return self._reply(_Form(body.model, is_chat=True), body, self._wish(body, edits, ids))
+        wish = self._wish(body, edits, ids)
+        return self._reply(_Form(body.model, is_chat=True), body, wish, request)
 
     def _edits_of(self, model: str) -> tuple[str, ...]:
         """Read a request's `model`: `base`, or names of edits with a `+` between them."""
@@ -201,34 +208,48 @@ class _Routes:
             )
         return Wish(edits, ids, most, body.temperature, body.top_p, body.seed, stop)
 
-    def _reply(self, form: "_Form", body: Body, wish: Wish) -> Any:
+    def _reply(self, form: "_Form", body: Body, wish: Wish, request: Request) -> Any:
         """Queue a request, and return its answer as a whole or as a stream of pieces."""
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        wanted = [True]
+        is_left = threading.Event()
 
         def say(piece: str) -> bool:
             pieces.put(piece)
-            return wanted[0]
+            return not is_left.is_set()
 
         try:
             future = self._queue.submit(lambda: self._answerer.answer(wish, say))
         except FullError as error:
             raise HTTPException(429, str(error)) from None
         if not body.stream:
+            while not wait([future], timeout=_LOOK_EVERY_S).done:
+                if from_thread.run(request.is_disconnected):
+                    is_left.set()
             return form.whole(future.result(), len(wish.prompt))
         future.add_done_callback(lambda _: pieces.put(None))
 
         def events() -> Iterator[str]:
-            try:
-                for piece in iter(pieces.get, None):
-                    if piece:
-                        yield _event(form.part(piece))
-                yield _event(form.part("", future.result()))
-                yield "data: [DONE]\n\n"
-            finally:
-                wanted[0] = False  # the client may have disconnected: stop generating
+            for piece in iter(pieces.get, None):
+                if piece:
+                    yield _event(form.part(piece))
+            yield _event(form.part("", future.result()))
+            yield "data: [DONE]\n\n"
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return _Stream(events(), is_left.set)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; calls `at_end` when they end, also if the client leaves before any."""
+
+    def __init__(self, events: Iterator[str], at_end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._at_end = at_end
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self._at_end()
 
 
 def _event(data: dict[str, Any]) -> str:
