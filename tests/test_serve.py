@@ -217,10 +217,13 @@ def endless(model, tokenizer, edits):
 def test_a_client_that_leaves_ends_its_answer(endless):
     app, lengths = endless
     with served(app) as address:
+        asked = {"model": "a", "prompt": PROMPT}
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                f"{address}/v1/completions", json={"model": "a", "prompt": PROMPT}, timeout=0.2
-            )
+            httpx.post(f"{address}/v1/completions", json=asked, timeout=0.2)
+        assert lengths.get(timeout=20) is not None
+        asked["stream"] = True
+        with httpx.stream("POST", f"{address}/v1/completions", json=asked) as reply:
+            next(reply.iter_lines())
         assert lengths.get(timeout=20) is not None
 
 
