@@ -7,6 +7,7 @@ from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.model.independent import IndependentEdits
+from baft_easyedit.training.settling import settle
 from tests.conftest import HIDDEN, make_model
 
 SETTLED = {
@@ -205,3 +206,34 @@ def test_an_edit_of_other_past_states_is_refused(model, tokenizer, hparams):
     other = replace(editor.hparams, past_states=0)
     with pytest.raises(ValueError, match="past_states must be 64, as in the given edit; got 0"):
         BaFTEditor(model, tokenizer, other, edit=editor.model_edit)
+
+
+def test_what_settling_unlearns_is_settled_again_and_insisted_on(tokenizer, hparams, monkeypatch):
+    model, given = make_model(), []
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED | {"num_steps": 40}))
+    editor.edit(request(0))
+
+    def wreck(edit, _own, _hparams, new):
+        given.append({layer: len(states) for layer, states in new.items()})
+        with torch.no_grad():
+            for p in edit.parameters() if not new else ():
+                p.zero_()
+
+    monkeypatch.setattr("baft_easyedit.training.learner.settle", wreck)
+    assert editor.edit(request(1)).learned == (True,)
+    assert given == [{}, dict.fromkeys(hparams.layers, 3 + len(" no"))]
+
+
+def test_new_states_count_as_much_as_all_others_together(tokenizer, hparams):
+    left = []
+    for insists in (False, True):
+        editor = BaFTEditor(make_model(), tokenizer, replace(hparams, **SETTLED))
+        editor.edit(request(0))
+        edit = editor.model_edit
+        new = {layer: edit.past(layer).kept()[0][:4].clone() for layer in edit.layers}
+        for layer in edit.layers:
+            edit.past(layer).moves[1:].zero_()  # nothing is to move there any more
+        own = editor._learner._own_states(edit)
+        settle(edit, own, editor.hparams, new if insists else None)
+        left.append(sum(edit.displacement(i, states).norm().item() for i, states in new.items()))
+    assert left[1] > 1.2 * left[0]

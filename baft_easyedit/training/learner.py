@@ -218,16 +218,21 @@ class Learner:
         if not num_past:
             return learned
         start = time.perf_counter()
-        self.edit.restore(learned.state)
-        settle(self.edit, self._own_states(self.edit), hparams)
-        losses, is_learned = answered_now(self.model, self.edit, rows, hparams)
+        own = self._own_states(self.edit)
+        for new in ({}, learned.states):  # the second time, if the first unlearns a request
+            self.edit.restore(learned.state)
+            settle(self.edit, own, hparams, new)
+            losses, is_learned = answered_now(self.model, self.edit, rows, hparams)
+            pairs = zip(learned.report.learned, is_learned, strict=True)
+            if all(after or not before for before, after in pairs):
+                break
         report = replace(
             learned.report,
             time_s=learned.report.time_s + time.perf_counter() - start,
             request_losses=losses,
             learned=is_learned,
         )
-        return Learned(self.edit.snapshot(), report)
+        return Learned(self.edit.snapshot(), report, learned.states)
 
     def _attach(self) -> None:
         """Attach the edit to the model, unless it is attached."""

@@ -84,6 +84,8 @@ class Learned(NamedTuple):
     state: Snapshot
     """The edit's state, for `ModelEdit.restore`."""
     report: EditReport
+    states: Mapping[int, Tensor]
+    """Hidden states at the edit's intervened positions, by layer, [N, D]."""
 
 
 def train(
@@ -139,13 +141,12 @@ def train(
             coordinates.follow()
         edit.zero_grad()  # a later step may overwrite the memory of the gradients
     time_s = (time.perf_counter() - start) / edit.num_edits
-    return [
-        Learned(
-            learned.state,
-            replace(learned.report, time_s=time_s, engine=engine.name, engine_note=engine.note),
-        )
-        for learned in (progress.results[i] for i in range(edit.num_edits))
-    ]
+
+    def told(report: EditReport) -> EditReport:
+        return replace(report, time_s=time_s, engine=engine.name, engine_note=engine.note)
+
+    results = [progress.results[i] for i in range(edit.num_edits)]
+    return [learned._replace(report=told(learned.report)) for learned in results]
 
 
 def answered_now(
@@ -290,20 +291,19 @@ class _Progress:
                 request_losses=tuple(losses[i]),
                 learned=tuple(missed == 0 for missed in misses[i]),
             )
-            self.results[i] = Learned(self._state(i, step, usage), report)
+            used, irrelevant = self._states(i, step)
+            state = self._edit.state_of(i, usage, used, irrelevant)
+            self.results[i] = Learned(state, report, used)
 
-    def _state(
-        self, i: int, step: StepResult, usage: Mapping[int, tuple[Tensor, Tensor]]
-    ) -> Snapshot:
-        """Return the state of edit i for later edits, which count its usage and states as past."""
-        used, irrelevant = (
+    def _states(self, i: int, step: StepResult) -> tuple[dict[int, Tensor], ...]:
+        """Return the hidden states of edit i, and those of its irrelevant prompts, by layer."""
+        return tuple(
             {
                 layer: hidden[i][at[i].to(hidden.device)]
                 for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
             }
             for at in (step.new, step.irrelevant)
         )
-        return self._edit.state_of(i, usage, used, irrelevant)
 
 
 def _gate_reports(
