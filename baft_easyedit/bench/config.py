@@ -215,7 +215,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     content = read_yaml(file, "benchmark settings")
     for owner, key in _paths(content):
         beside = file.parent / owner[key]
-        if beside.exists() or Path(f"{beside}.yaml").exists():
+        if beside.exists() or (key == "hparams" and Path(f"{beside}.yaml").exists()):
             owner[key] = str(beside)
     merged = merged_settings(content, overrides or {})
     if merged.get("model") != content.get("model"):  # presets are for the file's model

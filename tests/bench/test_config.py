@@ -121,7 +121,8 @@ def test_paths_in_a_file_are_looked_up_beside_it_then_in_the_working_directory(
     for directory in (beside, here):
         directory.mkdir()
         (directory / "records.json").touch()
-    (beside / "mine.yaml").touch()
+    for name in ("mine", "bundled"):  # the latter is no model
+        (beside / f"{name}.yaml").touch()
     (here / "texts.txt").touch()
     (beside / "bench.yaml").write_text(
         "{model: bundled, data: {kind: zsre, path: records.json}, texts: texts.txt, methods: "
