@@ -178,6 +178,7 @@ def test_scores_with_and_without_the_edit_stand_side_by_side(kept, task, capsys)
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tasks_that_generate_are_scored(model, tokenizer, task):
     random_edit().attach(model)
     folder = task("generate_until", "sol1", ANSWERS)

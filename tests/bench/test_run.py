@@ -411,7 +411,9 @@ def test_what_a_process_raised_is_told_again():
 @pytest.mark.parametrize(
     ("worker", "error"),
     [
-        (dies, "its process ended with exit code 3: out of luck"),
+        pytest.param(
+            dies, "its process ended with exit code 3: out of luck", marks=pytest.mark.slow
+        ),
         (fails, "ValueError: no such model"),
     ],
 )
@@ -422,6 +424,7 @@ def test_a_process_that_dies_is_a_row(settings, tmp_path, monkeypatch, worker, e
     assert (row["n"], row["num_failed"]) == (0, 4)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_at_a_chunk_is_followed_by_another(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_chunks", dies_at_its_second_chunk)
     moves = []

@@ -175,6 +175,7 @@ def test_peer_is_measured_and_restored(tmp_path, monkeypatch):
         peer.edit([one, other])
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_leaves_the_others_of_its_process(monkeypatch):
     original = OurMethod.edit
 
@@ -201,6 +202,7 @@ def test_model_or_device_that_is_none_is_refused(tmp_path, monkeypatch):
         run_speed(SpeedOptions(device=0))
 
 
+@pytest.mark.slow
 def test_run_fails_if_no_row_can_be_measured():
     with pytest.raises(WorkerError, match="no method could be measured: ValueError: SERAC needs"):
         run_speed(SpeedOptions(model="bundled", methods=("SERAC",), repeats=1))
