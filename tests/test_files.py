@@ -1,8 +1,10 @@
 """Files that users name: what is no file, or no JSON or YAML, is refused in a short message."""
 
+import errno
 import importlib.util
 import os
 import re
+import stat
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,20 @@ def test_directory_is_on_the_disk_with_all_that_is_in_it(tmp_path, monkeypatch):
     expected = [tmp_path / name for name in ("it", "it/a", "it/a/b")]
     assert sorted(flushed[:-1]) == sorted(path.stat().st_ino for path in expected)
     assert flushed[-1] == tmp_path.stat().st_ino  # last, after the rename
+
+
+def test_directories_that_cannot_be_flushed_are_made_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refused(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with directory_made_whole(tmp_path / "it", 1) as unfinished:
+        (unfinished / "a").write_text("b")
+    assert (tmp_path / "it/a").read_text() == "b"
 
 
 # ---- JSON and YAML

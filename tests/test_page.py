@@ -67,6 +67,15 @@ def test_one_fact_is_forgotten_and_the_later_ones_stay(desk):
     assert desk.ask(WATER[0], max_new_tokens=5)[1] == "sand"
 
 
+def test_progress_of_a_batch_counts_calls(desk):
+    keys, steps = ("prompt", "target_new"), []
+    desk.editor.edit([dict(zip(keys, texts, strict=False)) for texts in (FRANCE, WATER)])
+    desk.learn("Ice is", "hot")
+    for prompt in (FRANCE[0], WATER[0]):
+        desk.forget(prompt, lambda done, total: steps.append((done, total)))
+    assert steps == [(0, 2), (1, 2), (2, 2), (0, 1), (1, 1)]
+
+
 def test_what_was_not_learned_is_told(desk, hparams):
     desk.editor.hparams.num_steps = 1
     assert re.match(r"Made, but not learned .*: 1 steps", desk.learn(*FRANCE))

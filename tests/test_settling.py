@@ -224,6 +224,15 @@ def test_what_settling_unlearns_is_settled_again_and_insisted_on(tokenizer, hpar
     assert given == [{}, dict.fromkeys(hparams.layers, 3 + len(" no"))]
 
 
+def test_of_two_settlings_the_better_is_kept(tokenizer, hparams, monkeypatch):
+    answered = iter([((1.0, 1.0), (True, False)), ((2.0, 2.0), (False, False))])
+    editor = BaFTEditor(make_model(), tokenizer, replace(hparams, **SETTLED | {"num_steps": 40}))
+    editor.edit(request(0))
+    monkeypatch.setattr("baft_easyedit.training.learner.answered_now", lambda *_: next(answered))
+    report = editor.edit([request(1), request(2)])
+    assert (report.learned, report.request_losses) == ((True, False), (1.0, 1.0))
+
+
 def test_new_states_count_as_much_as_all_others_together(tokenizer, hparams):
     left = []
     for insists in (False, True):

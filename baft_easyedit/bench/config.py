@@ -213,12 +213,16 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     file = hparams_file(path)
     content = read_yaml(file, "benchmark settings")
+    named = content.get("model")
     for owner, key in _paths(content):
         beside = file.parent / owner[key]
-        if beside.exists() or (key == "hparams" and Path(f"{beside}.yaml").exists()):
+        is_there = beside.exists()
+        if key == "hparams":
+            is_there = beside.is_file() or Path(f"{beside}.yaml").is_file()
+        if is_there:
             owner[key] = str(beside)
     merged = merged_settings(content, overrides or {})
-    if merged.get("model") != content.get("model"):  # presets are for the file's model
+    if merged.get("model") not in (named, content.get("model")):  # presets are for the file's model
         merged |= {"preset": None, "peer_preset": None}
         merged |= {k: v for k, v in (overrides or {}).items() if k in ("preset", "peer_preset")}
     if "methods" in merged:

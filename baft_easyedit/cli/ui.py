@@ -50,7 +50,8 @@ def _ui(arguments: argparse.Namespace) -> None:
 def _check_address(host: str, port: int | None) -> None:
     """Raise ValueError if nothing can listen there; Gradio would try for minutes."""
     try:
-        socket.create_server((host, port or 0)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
         raise ValueError(
             f"--host and --port must be an address of this machine that is free; got {short(host)} "

@@ -3,6 +3,7 @@
 Each is written under a temporary name, then renamed. Modes are those of any new file or directory.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,10 +52,16 @@ def write_durably(file: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the new and replaced names in a directory, to the disk."""
+    """Flush a file, or the new and replaced names in a directory, to the disk.
+
+    Some network file systems cannot flush directories; nothing happens there.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -179,7 +179,6 @@ class Desk:
 
     def _num_later(self, prompt: str) -> int:
         """Count the edits in force that came after the first of a prompt, without others of it."""
-        rows = [row for row in reversed(self.rows()) if row[-1]]
-        prompts = [row[2] for row in rows]
-        later = rows[prompts.index(prompt) :] if prompt in prompts else []
-        return len({row[0] for row in later if row[2] != prompt})
+        rows = [row for row in self.rows() if row[-1] and row[1] != "forget"]
+        first = min((row[0] for row in rows if row[2] == prompt), default=0)
+        return len({row[0] for row in rows if row[0] >= first > 0 and row[2] != prompt})

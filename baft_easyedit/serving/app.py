@@ -217,8 +217,13 @@ class _Routes:
             pieces.put(piece)
             return not is_left.is_set()
 
+        def answer() -> Answer:
+            if is_left.is_set():  # while it waited
+                return Answer("", 0, is_cut=True)
+            return self._answerer.answer(wish, say)
+
         try:
-            future = self._queue.submit(lambda: self._answerer.answer(wish, say))
+            future = self._queue.submit(answer)
         except FullError as error:
             raise HTTPException(429, str(error)) from None
         if not body.stream:

@@ -133,6 +133,10 @@ def test_paths_in_a_file_are_looked_up_beside_it_then_in_the_working_directory(
     assert Path(config.data.path).resolve() == beside / "records.json"
     assert Path(config.methods[1].hparams).resolve() == beside / "mine"
     assert (config.model, config.texts) == ("bundled", "texts.txt")
+    (beside / "model").mkdir()
+    text = (beside / "bench.yaml").read_text().replace("bundled", "model, preset: facts-llama")
+    (beside / "bench.yaml").write_text(text)
+    assert read_config("../beside/bench.yaml", {"model": "model"}).preset == "facts-llama"
     typed = read_config("../beside/bench.yaml", {"data": {"path": "records.json"}})
     assert typed.data.path == "records.json"
 
