@@ -31,7 +31,7 @@ lint: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[easyedit,test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[easyedit,test,ui]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps easyeditor
 	touch $@
 

@@ -161,8 +161,14 @@ def _continued(
     batch = padded(rows, tokenizer, "left")
     inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
     drawing = {  # whatever the model's own settings are
-        **{"top_k": top_k, "top_p": 1.0, "temperature": 1.0, "min_new_tokens": num_tokens},
-        **{"min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+        "top_k": top_k,
+        "top_p": 1.0,
+        "min_p": None,
+        "typical_p": 1.0,
+        "temperature": 1.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_new_tokens": num_tokens,
         "remove_invalid_values": True,  # of a model that edits broke
     }
     output = model.generate(

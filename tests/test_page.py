@@ -156,13 +156,23 @@ def test_the_command_ends_with_its_scratch_directory(saved, tmp_path, monkeypatc
 
 
 def test_an_address_that_is_taken_is_refused_before_a_model_is_loaded(capsys):
-    pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["ui", "--model", "nowhere", "--port", str(taken.getsockname()[1])]) == 2
     assert (
         "must be an address of this machine that is free; got '127.0.0.1'"
         in capsys.readouterr().err
     )
+
+
+def test_the_page_has_what_the_desk_does(desk):
+    pytest.importorskip("gradio")
+    from baft_easyedit.page.blocks import make_page
+
+    parts = make_page(desk).config["components"]
+    labels = [part["props"].get("label") or part["props"].get("value") for part in parts]
+    assert {"Prompt", "Ask", "Learn", "Undo the latest", "Base model", "Edited model"} <= {
+        label for label in labels if isinstance(label, str)
+    }
 
 
 @pytest.fixture

@@ -29,12 +29,12 @@ def add_commands(commands: Any) -> None:
 
 def _ui(arguments: argparse.Namespace) -> None:
     """Serve the page until interrupted; a change that runs then is kept first."""
+    _check_address(arguments.host, arguments.port)
     try:
         from baft_easyedit.page.blocks import launch
         from baft_easyedit.page.desk import Desk
     except ImportError as error:
         raise ImportError(f"ui needs the extra 'ui' ({error}): install it by pip") from None
-    _check_address(arguments.host, arguments.port)
     with _place(arguments.directory) as directory:
         given = argparse.Namespace(**vars(arguments) | {"directory": directory})
         with begun(given) as editor:

@@ -93,7 +93,7 @@ def directory_made_whole(directory: Path, num_bytes: int) -> Iterator[Path]:
         if directory.is_dir():
             directory.rmdir()  # raises if it is not empty
         os.rename(temporary, directory)
-        sync(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    sync(directory.parent)

@@ -104,8 +104,9 @@ class _Wanted:
         ]
         self._always = []
         if new is not None:
-            now = edit.displacement(layer, new.float())
-            self._always = [(coordinates.displacement(layer, new.float()), now)]
+            new = new.float()
+            now = edit.displacement(layer, new)
+            self._always = [(coordinates.displacement(layer, new), now)]
 
     def error(self, step: int) -> Tensor:
         """Return the displacement error on this step's part of the states and on new ones, []."""
