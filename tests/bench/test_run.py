@@ -411,12 +411,11 @@ def test_what_a_process_raised_is_told_again():
 @pytest.mark.parametrize(
     ("worker", "error"),
     [
-        pytest.param(
-            dies, "its process ended with exit code 3: out of luck", marks=pytest.mark.slow
-        ),
+        (dies, "its process ended with exit code 3: out of luck"),
         (fails, "ValueError: no such model"),
     ],
 )
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_row(settings, tmp_path, monkeypatch, worker, error):
     monkeypatch.setattr(run, "run_chunks", worker)
     row = run_bench(make_config(settings), tmp_path / "run")[0]
