@@ -48,6 +48,20 @@ class PastStates(nn.Module):
         return self.states[: self.num_kept], self.moves[: self.num_kept]
 
     @torch.no_grad()
+    def want(self, states: Tensor, moves: Tensor) -> None:
+        """Change the wanted displacements of some states, those of them that are kept.
+
+        Args:
+            states: h, [N, D].
+            moves: Wanted displacements Phi(h) - h, [N, D].
+        """
+        if not len(states):
+            return
+        distances, nearest = torch.cdist(self.kept()[0], states, p=torch.inf).min(dim=1)
+        rows = distances == 0
+        self.moves[: self.num_kept][rows] = moves[nearest[rows]]
+
+    @torch.no_grad()
     def with_edit(self, states: Tensor, moves: Tensor) -> dict[str, Tensor]:
         """Return the buffers with an edit's states added; this object does not change.
 

@@ -213,6 +213,16 @@ class EditParameters(nn.Module):
         moves = self.displacement(layer, used, values)
         return torch.cat([used, worst]), torch.cat([moves, torch.zeros_like(worst)])
 
+    @torch.no_grad()
+    def accept(self, states: Mapping[int, Tensor]) -> None:
+        """Let past states want the displacement that they have now.
+
+        Args:
+            states: Past states, by layer, [N, D]; others among them count for nothing.
+        """
+        for layer, here in states.items():
+            self.past(layer).want(here.float(), self.displacement(layer, here.float()))
+
     def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
         """Return Phi(h) - h of one layer, [N, D].
 

@@ -220,9 +220,13 @@ class Learner:
         start = time.perf_counter()
         own = self._own_states(self.edit)
         passes = []
-        for new in ({}, learned.states):  # the second time, if the first unlearns a request
+        for accepted in (
+            {},
+            learned.irrelevant,
+        ):  # the second time, if the first unlearns a request
             self.edit.restore(learned.state)
-            settle(self.edit, own, hparams, new)
+            self.edit.accept(accepted)
+            settle(self.edit, own, hparams)
             losses, is_learned = answered_now(self.model, self.edit, rows, hparams)
             passes.append((self.edit.snapshot(), losses, is_learned))
             pairs = zip(learned.report.learned, is_learned, strict=True)
@@ -235,7 +239,7 @@ class Learner:
             request_losses=losses,
             learned=is_learned,
         )
-        return Learned(state, report, learned.states)
+        return Learned(state, report, learned.irrelevant)
 
     def _attach(self) -> None:
         """Attach the edit to the model, unless it is attached."""

@@ -84,8 +84,8 @@ class Learned(NamedTuple):
     state: Snapshot
     """The edit's state, for `ModelEdit.restore`."""
     report: EditReport
-    states: Mapping[int, Tensor]
-    """Hidden states at the edit's intervened positions, by layer, [N, D]."""
+    irrelevant: Mapping[int, Tensor]
+    """Hidden states of its irrelevant prompts, by layer, [M, D]."""
 
 
 def train(
@@ -293,7 +293,7 @@ class _Progress:
             )
             used, irrelevant = self._states(i, step)
             state = self._edit.state_of(i, usage, used, irrelevant)
-            self.results[i] = Learned(state, report, used)
+            self.results[i] = Learned(state, report, irrelevant)
 
     def _states(self, i: int, step: StepResult) -> tuple[dict[int, Tensor], ...]:
         """Return the hidden states of edit i, and those of its irrelevant prompts, by layer."""

@@ -6,6 +6,10 @@ the target is the displacement stored when the state's edit was learned; at stat
 own texts it is the displacement before settling. An error within a tolerance costs nothing. A step
 takes a few matrix products, and no forward of the model.
 
+Irrelevant states want no displacement. Where they hardly differ from the edited ones (prompts that
+differ by a name only), settling can undo the new edit: `learner` then lets them want what they have
+(`EditParameters.accept`), and settles again.
+
 Shapes: N states, D hidden size.
 """
 
@@ -31,12 +35,7 @@ _TOLERANCE = 0.1
 tolerance, a new edit could no longer generalise."""
 
 
-def settle(
-    edit: ModelEdit,
-    own: Mapping[int, Tensor],
-    hparams: BaFTHyperParams,
-    new: Mapping[int, Tensor] | None = None,
-) -> None:
+def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams) -> None:
     """Restore the displacements at past states, in at most `settle_steps` steps.
 
     The learning rates begin at those of training and fall linearly to 0.
@@ -45,19 +44,13 @@ def settle(
         edit: A single edit, on the devices of its layers; its parameters are changed.
         own: Hidden states of the model's own texts by layer, [N, D].
         hparams: Give the learning rates and the number of steps.
-        new: Hidden states by layer, [N, D], whose present displacements count as much as all others
-            together: those of a new edit that settling would otherwise undo, as where irrelevant
-            prompts differ from the edited one by a name only.
     """
     steps, coordinates = hparams.settle_steps, Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
     device = edit.intervention(edit.layers[0]).source_bias.device
     with torch.inference_mode(False), torch.enable_grad():
-        new = new or {}
-        wanted = [
-            _Wanted(edit, coordinates, layer, own[layer], new.get(layer)) for layer in edit.layers
-        ]
+        wanted = [_Wanted(edit, coordinates, layer, own[layer]) for layer in edit.layers]
         num_settled, has_moved = 0, False
         for step in range(steps):
             errors = [w.error(step).to(device) for w in wanted]
@@ -83,14 +76,7 @@ class _Wanted:
     """The wanted displacements of one layer: those stored with past states, and own texts' now."""
 
     @torch.no_grad()
-    def __init__(
-        self,
-        edit: ModelEdit,
-        coordinates: Coordinates,
-        layer: int,
-        own: Tensor,
-        new: Tensor | None,
-    ) -> None:
+    def __init__(self, edit: ModelEdit, coordinates: Coordinates, layer: int, own: Tensor) -> None:
         states, moves = edit.past(layer).kept()
         num_moved = moves.any(-1).sum().clamp_min(1)
         usual = (moves.square().sum() / num_moved).sqrt()
@@ -102,17 +88,8 @@ class _Wanted:
         self._turns = [
             (coordinates.displacement(layer, states[turn]), moves[turn]) for turn in turns
         ]
-        self._always = []
-        if new is not None:
-            new = new.float()
-            now = edit.displacement(layer, new)
-            self._always = [(coordinates.displacement(layer, new), now)]
 
     def error(self, step: int) -> Tensor:
-        """Return the displacement error on this step's part of the states and on new ones, []."""
-        parts = [self._turns[step % len(self._turns)], *self._always]
-        errors = [
-            displacement_error(displacement(), wanted, self._size, _TOLERANCE)
-            for displacement, wanted in parts
-        ]
-        return torch.stack(errors).sum()
+        """Return the displacement error on this step's part of the states, []."""
+        displacement, wanted = self._turns[step % len(self._turns)]
+        return displacement_error(displacement(), wanted, self._size, _TOLERANCE)
