@@ -6,7 +6,6 @@ those of the unedited model; our subclass `EditedLM` does. Needs the extra `eval
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baft_easyedit.files.messages import short
-from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.hooks import with_prompt_lengths
 
 try:
     from lm_eval.evaluator import simple_evaluate
@@ -81,7 +80,7 @@ class EditedLM(HFLM):  # type: ignore[misc]  # no types
         with tqdm(total=len(order), disable=disable_tqdm, leave=False) as bar:
             for length, group in groupby(order, lengths.__getitem__):
                 part = [*group]
-                with self._told(length):
+                with with_prompt_lengths(self.asked, [length]):
                     found = super()._loglikelihood_tokens([requests[i] for i in part], True, **more)
                 answers |= zip(part, found, strict=True)
                 bar.update(len(part))
@@ -90,11 +89,6 @@ class EditedLM(HFLM):  # type: ignore[misc]  # no types
     def _prompt_length(self, context: Sequence[int], continuation: Sequence[int]) -> int:
         """Return how many tokens of a context remain: long texts lose tokens at the beginning."""
         return len(context) - max(0, len(context) + len(continuation) - self.max_length - 1)
-
-    def _told(self, prompt_length: int) -> AbstractContextManager[None]:
-        """Tell the model's edit, if there is one, how long the prompts are in this context."""
-        edit = attached_edit(self.asked) if isinstance(self.asked, torch.nn.Module) else None
-        return nullcontext() if edit is None else edit.prompt_lengths([prompt_length])
 
 
 class Tasks:

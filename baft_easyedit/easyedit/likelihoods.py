@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.method.objective import token_losses
 from baft_easyedit.model.batching import alike, padded
-from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.hooks import with_prompt_lengths
 
 Text = tuple[Sequence[int], int]
 """The tokens of a prompt with its answer, and how many of them are the prompt's."""
@@ -56,7 +56,12 @@ def _of_batch(
     """Score the answers of one forward pass; padding behind a text changes nothing before it."""
     batch = padded([ids for ids, _ in texts], tokenizer, "right")
     inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
-    output = _told(model, [length for _, length in texts], inputs)
+    lengths = [length for _, length in texts]
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if type(module).__name__ == "GRACEAdapter":  # else it asks the answer's last token
+            module.key_id = lengths[0] - 1  # type: ignore[assignment]
+    with with_prompt_lengths(model, lengths):
+        output = model(**inputs)
     logits = output if isinstance(output, Tensor) else output.logits
     scored = []
     for row, (ids, length) in zip(logits, texts, strict=True):
@@ -66,16 +71,3 @@ def _of_batch(
         nll = token_losses(predicted, answer).mean().nan_to_num(torch.inf, torch.inf)
         scored.append(Likelihood(nll.item(), hits.mean().item()))
     return scored
-
-
-def _told(model: Any, lengths: list[int], inputs: dict[str, Tensor]) -> Any:
-    """Call a model that is told how long its prompts are, if it wants to know."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    for module in modules:
-        if type(module).__name__ == "GRACEAdapter":  # else it asks the answer's last token
-            module.key_id = lengths[0] - 1  # type: ignore[assignment]
-    edit = attached_edit(model) if modules else None
-    if edit is None:
-        return model(**inputs)
-    with edit.prompt_lengths(lengths):
-        return model(**inputs)

@@ -14,12 +14,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 from baft_easyedit.easyedit.compat import replace_everywhere
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens, as_list
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.hooks import attached_edit, with_prompt_lengths
 from baft_easyedit.model.prompt_format import PromptFormat
 
 Call = Mapping[str, Any]
@@ -46,7 +44,7 @@ def _bridged(
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
-        edit = attached_edit(call["model"]) if isinstance(call["model"], nn.Module) else None
+        edit = attached_edit(call["model"])
         hparams = call.get("hparams")
         if edit is None and not isinstance(hparams, BaFTHyperParams):
             return original(*args, **kwargs)
@@ -57,10 +55,7 @@ def _bridged(
         # `generate` tells the edit its prompts' lengths itself.
         if prompt_lengths is None or call.get("vanilla_generation"):
             return original(**call)
-        lengths = prompt_lengths(call)
-        if edit is None:
-            return original(**call)
-        with edit.prompt_lengths(lengths):
+        with with_prompt_lengths(call["model"], prompt_lengths(call)):
             return original(**call)
 
     score._baft_bridge = True  # type: ignore[attr-defined]

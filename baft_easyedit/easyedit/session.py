@@ -130,7 +130,7 @@ class Session:
     def num_parameters(self) -> int | None:
         """Number of parameters that the edits learned or changed; None if it is not known."""
         model, weights_copy = self.model, self._edits[0][1] if self._edits else None
-        edit = attached_edit(model) if isinstance(model, nn.Module) else None
+        edit = attached_edit(model)
         if edit is not None:
             return edit.num_parameters
         if hasattr(model, "peft_config"):

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from functools import cache, partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ from baft_easyedit.model.overrides import Override, override
 from baft_easyedit.model.positions import PromptLengths, positions_of_call, says_nothing_of_prompts
 
 logger = logging.getLogger(__name__)
+
+_UNTOLD = (
+    "A forward pass of an edited model does not say where its prompts end: each row is taken as a "
+    "prompt, and only its last %d tokens are edited. If answers are in it (log-likelihoods, "
+    "perplexity), they are scored almost without the edit: use `with "
+    "model_edit.prompt_lengths([...])`, with the number of tokens of each prompt, or pass labels. "
+    "(This is said once for each edit.)"
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -153,12 +161,12 @@ class ModelEdit(EditParameters):
                 layer does not exist in it.
         """
         with lock_of(model).changing():
+            stack = decoder_layers(model)
+            check_layers(self.layers, len(stack))
             if self.handles:
                 raise ValueError("this edit is already attached to a model: call detach() first")
             if attached_edit(model) not in (None, *self._beside):
                 raise ValueError("the model already carries an edit: detach or undo that one first")
-            stack = decoder_layers(model)
-            check_layers(self.layers, len(stack))
             try:
                 self._hook_into(model, stack)
             except BaseException:
@@ -177,7 +185,7 @@ class ModelEdit(EditParameters):
             add(owner.register_forward_hook(self._on_return, always_call=True))
             self.handles += override(self, model)
         for i in self.layers:
-            add(stack[i].register_forward_hook(_LayerHook(self, i), prepend=True))
+            add(stack[i].register_forward_hook(partial(self._on_layer, i), prepend=True))
 
     def detach(self) -> None:
         """Take this edit off its model, which then computes exactly what it did before.
@@ -190,11 +198,10 @@ class ModelEdit(EditParameters):
 
     def unhook(self) -> None:
         """Remove all hooks, even if an interrupt comes in between; the caches stay."""
-        hooks = ExitStack()
-        hooks.callback(self.handles.clear)
-        for handle in self.handles:
-            hooks.callback(handle.remove)
-        hooks.close()
+        with ExitStack() as hooks:
+            hooks.callback(self.handles.clear)
+            for handle in self.handles:
+                hooks.callback(handle.remove)
 
     def forget(self) -> None:
         """Clear the caches and the gradients."""
@@ -222,38 +229,30 @@ class ModelEdit(EditParameters):
         """Run the model without the edit inside this context and thread."""
         return self.switched(False)
 
-    @contextmanager
-    def switched(self, is_on: bool) -> Iterator[None]:
+    def switched(self, is_on: bool) -> AbstractContextManager[None]:
         """Run the model with or without the edit inside this context and thread."""
-        with self._within(enabled=is_on):
-            yield
+        return self._within(enabled=is_on)
 
-    @contextmanager
-    def prompt_lengths(self, lengths: PromptLengths | None) -> Iterator[None]:
+    def prompt_lengths(self, lengths: PromptLengths | None) -> AbstractContextManager[None]:
         """Tell the forward passes inside this context and thread where the prompts end.
 
         Args:
             lengths: Real (not padding) prompt tokens of each row; None for "not known".
         """
-        with self._within(prompt_lengths=lengths):
-            yield
+        return self._within(prompt_lengths=lengths)
 
-    @contextmanager
-    def generating(self, prompt_width: int | None) -> Iterator[None]:
+    def generating(self, prompt_width: int | None) -> AbstractContextManager[None]:
         """Treat this thread's forward passes inside this context as one generation.
 
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
         """
         outer = self.contexts.prompt_width  # known where `generate` runs inside `generate`
-        with self._within(prompt_width=prompt_width if outer is None else outer):
-            yield
+        return self._within(prompt_width=prompt_width if outer is None else outer)
 
-    @contextmanager
-    def at_positions(self, positions: Positions) -> Iterator[None]:
+    def at_positions(self, positions: Positions) -> AbstractContextManager[None]:
         """Let the forward passes inside this context and thread intervene at `positions` only."""
-        with self._within(given_positions=positions):
-            yield
+        return self._within(given_positions=positions)
 
     @contextmanager
     def recording(self) -> Iterator[GateRecord]:
@@ -298,10 +297,9 @@ class ModelEdit(EditParameters):
         """Forward pre-hook of the inner decoder, which PEFT and users call without the model."""
         if kwargs is None:
             return
-        if self._calls.is_announced:
-            self._calls.is_announced = False
-        else:
+        if not self._calls.is_announced:
             self._begin_call(decoder, args, kwargs)
+        self._calls.is_announced = False
 
     def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Wait for a change by another thread; then find the positions of a forward pass."""
@@ -321,29 +319,14 @@ class ModelEdit(EditParameters):
     ) -> Positions | None:
         """Read the positions of a forward pass from its arguments and this thread's contexts."""
         lengths, width = self.contexts.prompt_lengths, self.contexts.prompt_width
-        if lengths is None and width is None and not self._has_warned:
-            self._warn_unless_told(forward, args, kwargs)
         num = self.num_prompt_positions
+        may_warn = not self._has_warned and not torch.compiler.is_compiling()
+        if lengths is None and width is None and may_warn:
+            self._has_warned = says_nothing_of_prompts(forward, args, kwargs, num)
+            if self._has_warned:
+                logger.warning(_UNTOLD, num)
         at = positions_of_call(forward, args, kwargs, num, lengths, width)
         return None if at is None else Positions.of(at)
-
-    def _warn_unless_told(
-        self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Warn once if a forward pass is read as prompts but may hold answers."""
-        compiles = torch.compiler.is_compiling()
-        if not compiles and says_nothing_of_prompts(
-            forward, args, kwargs, self.num_prompt_positions
-        ):
-            self._has_warned = True
-            logger.warning(
-                "A forward pass of an edited model does not say where its prompts end: each row "
-                "is taken as a prompt, and only its last %d tokens are edited. If answers are in "
-                "it (log-likelihoods, perplexity), they are scored almost without the edit: use "
-                "`with model_edit.prompt_lengths([...])`, with the number of tokens of each "
-                "prompt, or pass labels. (This is said once for each edit.)",
-                self.num_prompt_positions,
-            )
 
     @not_compiled
     def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
@@ -353,11 +336,18 @@ class ModelEdit(EditParameters):
             if self._lock is not None and not torch.compiler.is_compiling():
                 self._lock.end_forward()
 
+    def _on_layer(self, layer: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Forward hook of a decoder layer, which returns hidden states or a tuple of them first."""
+        if isinstance(output, tuple):
+            return (self._edited(layer, output[0]), *output[1:])
+        return self._edited(layer, output)
+
     @not_compiled
-    def _on_layer_output(self, layer: int, hidden: Tensor) -> Tensor:
+    def _edited(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; other positions stay bit-equal."""
         call, contexts = self._calls.positions, self.contexts
-        if call is None and _is_repeated_by_autograd():
+        # A backward pass may repeat a forward, as gradient checkpointing does.
+        if call is None and torch._C._current_graph_task_id() != -1:
             call = self._latest_call
         if not contexts.enabled or call is None or hidden.is_meta:
             return hidden
@@ -382,44 +372,27 @@ class ModelEdit(EditParameters):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
-        return edited
+        return cast(tuple[Tensor, Tensor], self.intervention(layer)(hidden))
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""
-        intervention = self.intervention(layer)
-        if intervention.source_bias.device != device:
-            intervention.to(device)
-            self.usage(layer).to(device)
-            if self.whitens:
-                self.whitening(layer).to(device)
-            if self._past:
-                self.past(layer).to(device)
+        if self.intervention(layer).source_bias.device != device:
+            for parts in (self._interventions, self._usage, self._whitening, self._past):
+                if str(layer) in parts:
+                    parts[str(layer)].to(device)
 
 
-class _LayerHook:
-    """Forward hook of a decoder layer, which returns hidden states or a tuple with them first."""
-
-    def __init__(self, edit: ModelEdit, layer: int) -> None:
-        self.edit = edit
-        self.layer = layer
-
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.edit._on_layer_output(self.layer, output[0]), *output[1:])
-        return self.edit._on_layer_output(self.layer, output)
-
-
-def _is_repeated_by_autograd() -> bool:
-    """Tell whether a backward pass repeats a forward, as gradient checkpointing does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def attached_edit(model: nn.Module) -> ModelEdit | None:
+def attached_edit(model: object) -> ModelEdit | None:
     """Return the edit attached to a model (or to a model inside it, such as PEFT's), if any."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         for hook in module._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, ModelEdit):
                 return owner
     return None
+
+
+def with_prompt_lengths(model: object, lengths: PromptLengths) -> AbstractContextManager[None]:
+    """Tell the edit that a model carries, if any, where prompts end: `ModelEdit.prompt_lengths`."""
+    edit = attached_edit(model)
+    return nullcontext() if edit is None else edit.prompt_lengths(lengths)
