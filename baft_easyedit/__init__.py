@@ -10,10 +10,11 @@ EasyEdit or transformers.
 """
 
 from baft_easyedit.easyedit import register
-from baft_easyedit.editor import BaFTEditor, EditReport
+from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.storage.loading import attach, attach_named
+from baft_easyedit.training.loop import EditReport
 
 __version__ = "0.2.0"
 

@@ -6,6 +6,7 @@ kept edit without editing, see `storage.loading.attach`.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,25 +21,19 @@ from baft_easyedit.model.inspect import check_layers, decoder_layers
 from baft_easyedit.storage.config import new_edit
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.history import History
-from baft_easyedit.storage.loading import (
-    check_carries_no_other,
-    check_same_shape,
-    edit_of,
-    latest_for,
-)
+from baft_easyedit.storage.journal import edit_content
+from baft_easyedit.storage.loading import check_carried, check_same_shape, edit_of, latest_for
 from baft_easyedit.storage.reading import holds_edit
 from baft_easyedit.storage.state import StateFile
 from baft_easyedit.training.learner import Learner
-from baft_easyedit.training.loop import EditReport, Learned, StepLosses
+from baft_easyedit.training.loop import EditReport, Learned
 from baft_easyedit.training.requests import as_requests
 
 _LEARNING = torch.inference_mode(False)
 """Turns inference mode off, whose tensors cannot be trained."""
 
-__all__ = ["BaFTEditor", "EditReport", "Learned", "StepLosses"]
 
-
-class BaFTEditor:
+class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     """Edits a causal language model by hooks; the weights stay as they are.
 
     Several edit calls train the same parameters one after another (continual editing). A new
@@ -71,38 +66,27 @@ class BaFTEditor:
         if undo_depth < 1:
             raise ValueError(f"undo_depth must be at least 1; got {undo_depth}")
         check_layers(hparams.layers, len(decoder_layers(model)))
-        carried = attached_edit(model)
-        if carried is not None and carried.is_named:
-            raise ValueError("the model carries named edits, which are only used: detach() them")
+        carried, where = attached_edit(model), "the given edit"
         if carried is not None:
-            check_same_shape(carried, hparams, "the edit that the model already carries")
-        elif edit is not None:
-            check_same_shape(edit, hparams, "the given edit")
+            if carried.is_named:
+                raise ValueError(
+                    "the model carries named edits, which are only used: detach() them"
+                )
+            edit, where = carried, "the edit that the model already carries"
+        if edit is not None:
+            check_same_shape(edit, hparams, where)
+        self.model: Any = model
+        """The model that is edited."""
+        self.tokenizer = tokenizer
+        """The model's tokenizer."""
         seeded = hparams if seed is None else replace(hparams, seed=seed)
-        edit = carried or edit or new_edit(seeded, model)
-        self._learner = Learner(model, tokenizer, edit)
+        self.model_edit = edit or new_edit(seeded, model)
+        """The edit that is trained."""
+        self._learner = Learner(model, tokenizer, self.model_edit)
         self._history = History(self._learner, hparams, undo_depth)
-
-    def __enter__(self) -> "BaFTEditor":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def model(self) -> Any:
-        """The model that is edited."""
-        return self._learner.model
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._learner.tokenizer
-
-    @property
-    def model_edit(self) -> ModelEdit:
-        """The edit that is trained."""
-        return self._learner.edit
 
     @property
     def hparams(self) -> BaFTHyperParams:
@@ -138,7 +122,7 @@ class BaFTEditor:
         checked = as_requests(requests)
         with self._history.change("edit", checked):
             report = self._learner.learn(checked, self.hparams)
-            self._history.keep("edit", checked, report)
+            self._history.commit("edit", edit_content(checked, report))
             return report
 
     @_LEARNING
@@ -182,7 +166,7 @@ class BaFTEditor:
         checked = [] if requests is None else as_requests(requests)
         with self._history.change("install", checked):
             self._learner.install(learned, checked, self.hparams)
-            self._history.keep("install", checked, learned.report)
+            self._history.commit("install", edit_content(checked, learned.report))
 
     @_LEARNING
     def undo(self) -> None:
@@ -272,22 +256,19 @@ class BaFTEditor:
                 damaged, or a new edit has no `hparams`; the message says what to do.
         """
         directory = expanded(directory)
-        missing = (
-            f"hparams must be given to begin an edit in {directory}, for nothing was begun there; "
-            "got None"
-        )
         if hparams is None and not holds_edit(directory):
-            raise ValueError(missing)
+            raise ValueError(
+                f"hparams must be given to begin an edit in {directory}, for nothing was begun "
+                "there; got None"
+            )
         kept = KeptDirectory(directory, checkpoint_every, repair)
+        where, latest = str(kept.path), kept.latest
         try:
-            if kept.latest is not None:
-                kept.latest.config.check_model(model, str(kept.path))
-                editor = cls._holding(
-                    kept.latest, str(kept.path), model, tokenizer, hparams, undo_depth
-                )
+            if latest is not None:
+                latest.config.check_model(model, where)
+                editor = cls._holding(latest, where, model, tokenizer, hparams, undo_depth)
             else:
-                if hparams is None:  # another process has just emptied the directory
-                    raise ValueError(missing)
+                assert hparams is not None  # checked above
                 editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             editor._history.open(kept)
         except BaseException:
@@ -316,10 +297,10 @@ class BaFTEditor:
             ValueError: If the model is another one or carries another edit, or the state file is
                 damaged.
         """
-        directory = expanded(directory)
-        latest = latest_for(model, str(directory), allow_other_model)
-        editor = cls._holding(latest, str(directory), model, tokenizer)
-        editor._history.go_on(latest, directory)
+        path = expanded(directory)
+        latest = latest_for(model, str(path), allow_other_model)
+        editor = cls._holding(latest, str(path), model, tokenizer)
+        editor._history.go_on(latest, path)
         return editor
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -369,8 +350,8 @@ class BaFTEditor:
         """
         from baft_easyedit.storage.hub import HubEdit
 
-        hub = HubEdit(self._history.config(), self.save)
-        return hub.push_to_hub(repo_id, commit_message=commit_message, **options)
+        edit = HubEdit(self._history.config(), self.save)
+        return edit.push_to_hub(repo_id, commit_message=commit_message, **options)
 
     @classmethod
     def from_pretrained(
@@ -394,8 +375,8 @@ class BaFTEditor:
         """
         from baft_easyedit.storage.hub import local_directory
 
-        directory = local_directory(repo_or_directory, **options)
-        return cls.load(model, tokenizer, directory, allow_other_model)
+        found = local_directory(repo_or_directory, **options)
+        return cls.load(model, tokenizer, found, allow_other_model)
 
     @classmethod
     def _holding(
@@ -409,10 +390,10 @@ class BaFTEditor:
     ) -> "BaFTEditor":
         """Make an editor for a kept edit, and attach the edit if it was attached when kept."""
         edit, own = edit_of(kept, model, where)
-        if hparams is not None:
-            check_same_shape(edit, hparams, f"the edit in {where}")
-        check_carries_no_other(model, kept, where)
-        editor = cls(model, tokenizer, hparams or own, undo_depth=undo_depth, edit=edit)
+        hparams = hparams or own
+        check_same_shape(edit, hparams, f"the edit in {where}")
+        check_carried(model, kept, where)
+        editor = cls(model, tokenizer, hparams, undo_depth=undo_depth, edit=edit)
         editor._history.origin = kept.config
         editor._learner.restore(kept.state)
         return editor

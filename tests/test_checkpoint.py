@@ -376,8 +376,3 @@ def test_a_state_of_another_shape_is_refused(model, quick):
     for other in (random_edit(layers=(1, 3), rank=6), random_edit(layers=(1, 2))):
         with pytest.raises(ValueError, match=r"the edit in here cannot be used: .* rank and gate;"):
             edit_of(content_of(model, quick, other), model, "here")
-
-
-def test_hyper_parameters_that_are_gone_may_be_named(model, hparams):
-    kept = {**method_of(hparams), "consolidate_every": 0, "rehearsal_cache_mib": 256}
-    assert method_of(hparams_of(kept, model, "kept")) == method_of(hparams)

@@ -5,21 +5,21 @@ from dataclasses import fields
 import pytest
 
 from baft_easyedit import EditReport
-from baft_easyedit.editor import StepLosses
 from baft_easyedit.storage.journal import (
     MAX_LINE,
     Entry,
     Journal,
+    edit_content,
     parse_lines,
     read_lines,
-    report_dict,
     to_json,
 )
+from baft_easyedit.training.loop import StepLosses
 from baft_easyedit.training.requests import EditRequest
 
 SETTINGS = {"hparams": {"rank": 4}, "environment": {}}
 LOSSES = (StepLosses(3.0, 0.5), StepLosses(1.0, 0.25), StepLosses(0.5, 0.125))
-REPORT = report_dict(EditReport(1, 2, LOSSES, False, 0.1))
+REPORT = edit_content([], EditReport(1, 2, LOSSES, False, 0.1))["report"]
 EDIT = {"requests": [{"prompt": "a", "target_new": "b"}], "report": REPORT}
 
 
@@ -65,7 +65,7 @@ def edit_line(**report):
 
 def test_summary_tells_what_was_not_learned():
     missed = dataclasses.replace(EditReport(3, 2, LOSSES, False, 0.1), learned=(True, False, True))
-    assert edit_line(**report_dict(missed)).endswith("0.10 s, 1 of 3 not learned]")
+    assert edit_line(**edit_content([], missed)["report"]).endswith("0.10 s, 1 of 3 not learned]")
     for learned in ([True] * 3, [], None):  # journals of earlier versions have no such key
         assert edit_line(learned=learned).endswith(" 0.10 s]")
     for damaged in ({"learned": 3}, {"losses": {"answer": ["x"]}}, {"time_s": 10**400}):

@@ -7,11 +7,12 @@ from typing import Any
 from baft_easyedit.cli.console import UNLEARNED, note, silence_loading, told_what_is_kept
 from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, hparams_of
 from baft_easyedit.cli.options import DTYPES, existing, new, positive, whole
-from baft_easyedit.editor import BaFTEditor, EditReport
+from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.reading import check_target, holds_edit
+from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import as_requests
 
 

@@ -25,9 +25,6 @@ _OF_EASYEDIT = {
 }
 """Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""
 
-_GONE = ("consolidate_every", "consolidate_steps", "rehearsal_cache_mib")
-"""Former hyper-parameters that directories may still name; they are ignored."""
-
 
 @dataclass(frozen=True)
 class KeptConfig:
@@ -120,7 +117,6 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
     forbidden = sorted(_OF_EASYEDIT & set(method))
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
-    method = {name: value for name, value in method.items() if name not in _GONE}
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return hparams_from({**method, **own})

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.files.paths import check_own, expanded, read_regular
-from baft_easyedit.files.reading import parse_object
 from baft_easyedit.files.writing import TEMPORARY, sync, write_durably, written_whole
 from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.journal import Entry, Journal, parse_lines, read_lines
@@ -73,7 +72,7 @@ class KeptDirectory:
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
             sync(self.path.parent)
-        self._lock = DirectoryLock(self.path)
+        self.lock = DirectoryLock(self.path)
         try:
             self._recover(repair)
         except BaseException:
@@ -82,11 +81,7 @@ class KeptDirectory:
 
     def close(self) -> None:
         """Unlock the directory."""
-        self._lock.release()
-
-    def check_usable(self) -> None:
-        """Raise ValueError if changes can no longer be committed."""
-        self._lock.check()
+        self.lock.release()
 
     def commit(
         self, kind: str, state: EditState, config: KeptConfig, content: Mapping[str, Any]
@@ -103,15 +98,13 @@ class KeptDirectory:
             OSError: If the disk did not take the change; the directory is then as before.
             ValueError: If the state is not the one that the journal names, or cannot be kept.
         """
-        self.check_usable()
         entry = self.journal.next(kind, state_hash(state), content)
         if entry.to is not None and not is_after(state, self.journal, entry.to):
             raise ValueError(
                 f"the state after entry {entry.to} of {self.path} must have the hash in the "
                 "journal, and has not: roll back to an entry with a checkpoint"
             )
-        has_checkpoint = kind in ("start", "install") or entry.id % self._checkpoint_every == 0
-        self._write([entry], state, config, has_checkpoint)
+        self.commit_all([entry], state, config)
 
     def commit_all(self, entries: Sequence[Entry], state: EditState, config: KeptConfig) -> None:
         """Write several changes, and the state after the last of them, in one commit.
@@ -119,8 +112,11 @@ class KeptDirectory:
         Raises:
             OSError: If the disk did not take the changes; the directory is then as before.
         """
-        self.check_usable()
-        has_checkpoint = any(entry.id % self._checkpoint_every == 0 for entry in entries)
+        self.lock.check()
+        has_checkpoint = any(
+            entry.kind in ("start", "install") or entry.id % self._checkpoint_every == 0
+            for entry in entries
+        )
         self._write(entries, state, config, has_checkpoint)
 
     def take_over(
@@ -183,8 +179,7 @@ class KeptDirectory:
         try:
             if has_checkpoint:
                 self._write_checkpoint(entries[-1].id, data)
-            if self.latest is None or config != self.latest.config:
-                self._write_config(config)
+            self._write_config(config)
             self._replace_state(data, content)
         except OSError as error:
             raise OSError(
@@ -212,7 +207,7 @@ class KeptDirectory:
             with written_whole(file) as stream:
                 stream.write(data)
                 new = os.fstat(stream.fileno())
-                self.check_usable()
+                self.lock.check()
         finally:
             if new is not None and file.exists() and os.path.samestat(new, os.stat(file)):
                 self._take_note(content)
@@ -247,9 +242,12 @@ class KeptDirectory:
         self._size, self._pending = self._size + len(data), ()
 
     def _write_config(self, config: KeptConfig) -> None:
-        """Write the readable copy of the configuration."""
-        text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
-        write_durably(self.path / CONFIG, text.encode())
+        """Write the readable copy of the configuration, unless it is there."""
+        text = f"{json.dumps(config.to_json(), indent=2, sort_keys=True)}\n".encode()
+        with contextlib.suppress(ValueError, OSError):
+            if read_regular(self.path / CONFIG) == text:
+                return
+        write_durably(self.path / CONFIG, text)
 
     def _write_checkpoint(self, entry_id: int, data: bytes) -> None:
         """Write the bytes of a state file as the checkpoint of an entry."""
@@ -300,9 +298,6 @@ class KeptDirectory:
             self._pending = latest.entries
         self.latest = latest
         self._write_journal()
-        with contextlib.suppress(ValueError, OSError):
-            if parse_object(read_regular(self.path / CONFIG), CONFIG) == latest.config.to_json():
-                return
         self._write_config(latest.config)
 
     def _repair(self) -> None:
@@ -384,12 +379,9 @@ def _text(lines: Iterable[str]) -> bytes:
 
 
 def _keep_aside(directory: Path, files: Iterable[Path]) -> Path:
-    """Keep copies (hard links, where possible) of files in a new folder, under the same names.
+    """Keep copies (hard links, where possible) of files in a new folder `before-repair-N`.
 
     Anything that is not a regular file is moved there, to make room for the regular one.
-
-    Returns:
-        The folder, `before-repair-1` or the next that is free.
     """
     folders = (directory / f"before-repair-{n}" for n in count(1))
     folder = next(folder for folder in folders if not os.path.lexists(folder))

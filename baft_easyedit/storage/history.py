@@ -26,7 +26,7 @@ from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
-from baft_easyedit.storage.journal import Entry, Journal, report_dict
+from baft_easyedit.storage.journal import Entry, Journal, edit_content
 from baft_easyedit.storage.reading import read_history
 from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
@@ -127,48 +127,47 @@ class History:
             self._check_as_kept(own)
             self._keep_settings()  # the directory has every other change already
             return
-        entries, state = self._told()
+        entries, state = self._to_save()
         with closing(KeptDirectory(path)) as target:
             target.take_over(entries, state, self.config(), None if overwrite else self._starts)
         self._starts.add(entries[0].line)
 
-    def _told(self) -> tuple[list[Entry], EditState]:
+    def _to_save(self) -> tuple[list[Entry], EditState]:
         """Return the entries that led to the state, or a snapshot's only entry; and the state."""
         state, journal, snapshot_of = self._learner.state(), self.journal, self._snapshot_of
         if journal is not None:
-            as_told = present(state, journal)
-            if as_told is not None:
-                return journal.entries, as_told
+            as_kept = present(state, journal)
+            if as_kept is not None:
+                return journal.entries, as_kept
             snapshot_of = f"{journal.entries[-1].reference}; {_CHANGED}"
         content = {**self._settings(), "snapshot_of": snapshot_of}
         return [Journal().next("start", state_hash(state), content)], state
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, method: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return what the result of an edit depends on beside the state and the requests."""
-        model = self._learner.model
-        return {"hparams": method_of(self.hparams), "environment": environment(model)}
+        method = method or method_of(self.hparams)
+        return {"hparams": method, "environment": environment(self._learner.model)}
 
     def _keep_settings(self) -> None:
-        """Add an entry with the hyper-parameters and the environment if they have changed."""
+        """Add an entry with the settings if they have changed."""
         journal, settings = self.journal, self._settings()
-        if journal is None or (len(journal) and journal.settings_of(len(journal) - 1) == settings):
-            return
-        self.origin = self.config()
-        self._commit("settings" if len(journal) else "start", settings)
+        if journal is not None and not journal.ends_with(settings):
+            self.origin = self.config()
+            self.commit("settings" if len(journal) else "start", settings)
 
-    def _commit(self, kind: str, content: Mapping[str, Any]) -> None:
+    def commit(self, kind: str, content: Mapping[str, Any]) -> None:
         """Add the change that led to the present state to the journal, if there is one."""
         state = self._learner.state()
         if self._directory is not None:
             self._directory.commit(kind, state, self.config(), content)
         elif self._journal is not None:
-            self._tell(self._journal, kind, content)
+            self._append(self._journal, kind, content)
 
     # ---- whether the present state is this history's
 
     def _check_as_kept(self, directory: KeptDirectory) -> None:
         """Raise ValueError if the directory is closed, or its latest state is not the edit's."""
-        directory.check_usable()
+        directory.lock.check()
         self._check_present(
             present(self._learner.state(), directory.journal) is not None,
             f"the edit must be as {directory.path} keeps it",
@@ -176,13 +175,7 @@ class History:
         )
 
     def _check_present(self, is_as_left: bool, rule: str, remedy: str = "") -> None:
-        """Raise ValueError, and name the latest change, unless the present state is this history's.
-
-        Args:
-            is_as_left: Whether the edit is as the latest change of this history left it.
-            rule: The rule, for the message.
-            remedy: What the user can do, for the message.
-        """
+        """Raise ValueError by a rule, and name the latest change, unless this history made it."""
         is_other = attached_edit(self._learner.model) not in (None, self._learner.edit)
         if is_as_left and not is_other:
             return
@@ -209,7 +202,7 @@ class History:
 
     @contextmanager
     def change(self, kind: str, requests: Sequence[EditRequest] = ()) -> Iterator[None]:
-        """Make a change in this context, which must call `keep`; an error before that undoes it."""
+        """Make a change in this context, which must call `commit`; an error before undoes it."""
         with self._learner.lock.changing():
             journal = self._journal
             if self._directory is not None:
@@ -221,20 +214,6 @@ class History:
         more = f" and {len(requests) - 1} more" if len(requests) > 1 else ""
         with self._noted(f"the {kind}{about}{more}"):
             yield
-
-    def keep(
-        self,
-        kind: str,
-        requests: Sequence[EditRequest] = (),
-        report: EditReport | None = None,
-        to: int | None = None,
-    ) -> None:
-        """Commit a change to the open directory, or add it to the journal of a loaded edit."""
-        content: dict[str, Any] = {"to": to}
-        if report is not None:
-            told = [request.to_dict() for request in requests]
-            content = {"requests": told, "report": report_dict(report)}
-        self._commit(kind, content)
 
     @contextmanager
     def _noted(self, what: str) -> Iterator[None]:
@@ -269,13 +248,10 @@ class History:
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        if self._directory is None:
+        directory = self._directory
+        if directory is None:
             self._undo_in_memory()  # nothing may follow: an interrupt there would come too late
-        else:
-            self._undo_on_disk(self._directory)
-
-    def _undo_on_disk(self, directory: KeptDirectory) -> None:
-        """Go back to the state from which the latest change in the journal began."""
+            return
         with self._learner.lock.changing():
             parent = directory.journal.entries[directory.journal.position].parent
             if parent is None:
@@ -299,7 +275,7 @@ class History:
             self._learner.edit.latest_change = step.previous
             if self._journal is not None:
                 if is_after(step.before, self._journal, step.position):
-                    self._commit("undo", {"to": step.position})
+                    self.commit("undo", {"to": step.position})
                 else:
                     self._end_journal(self._journal.entries[-1], _CHANGED)
             self.recent.pop()
@@ -313,10 +289,8 @@ class History:
         """Go to the state after an entry of the journal."""
         directory = self._open_directory("rollback")
         if not 0 <= to < len(directory.journal):
-            raise ValueError(
-                f"to must be in [0, {len(directory.journal) - 1}], the journal's ids; got "
-                f"{short(to)}"
-            )
+            ids = f"[0, {len(directory.journal) - 1}], the journal's ids"
+            raise ValueError(f"to must be in {ids}; got {short(to)}")
         self._return(directory, "rollback", to)
 
     def forget(self, prompt: str, tell: Callable[[EditReport], object]) -> list[EditReport]:
@@ -329,8 +303,11 @@ class History:
                 to = path[0].parent or 0
                 self._restore_entry(directory, to)
                 journal = Journal(directory.journal.entries)
-                self._tell(journal, "rollback", {"to": to, "forgotten": prompt})
-                reports = self._learned_again(directory, journal, path, prompt, tell)
+                self._append(journal, "rollback", {"to": to, "forgotten": prompt})
+                reports = []
+                for report in self._learned_again(journal, path, prompt):
+                    reports.append(report)
+                    tell(report)
                 new = journal.entries[len(directory.journal) :]
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
@@ -338,7 +315,7 @@ class History:
     def _path_without(self, directory: KeptDirectory, prompt: str) -> list[Entry]:
         """Return the entries that led to the present state, from the first edit of a prompt on."""
         journal = directory.journal
-        path = [journal.entries[i] for i in reversed(list(journal.ancestors(journal.position)))]
+        path = [journal.entries[i] for i in sorted(journal.ancestors(journal.position))]
         prompts = [{request["prompt"] for request in entry.requests} for entry in path]
         first = next((n for n, known in enumerate(prompts) if prompt in known), None)
         if first is None:
@@ -355,31 +332,23 @@ class History:
         return path[first:]
 
     def _learned_again(
-        self,
-        directory: KeptDirectory,
-        journal: Journal,
-        entries: Sequence[Entry],
-        without: str,
-        tell: Callable[[EditReport], object],
-    ) -> list[EditReport]:
+        self, journal: Journal, entries: Sequence[Entry], without: str
+    ) -> Iterator[EditReport]:
         """Learn entries again without the requests of one prompt, and add them to a journal."""
-        reports, model = [], self._learner.model
         for entry in entries:
             rest = [r for r in as_requests(entry.requests) if r.prompt != without]
             if not rest:
                 continue
-            method = directory.journal.settings_of(entry.id)["hparams"]
-            settings = {"hparams": method, "environment": environment(model)}
-            if journal.settings_of(len(journal) - 1) != settings:
-                self._tell(journal, "settings", settings)
-            report = self._learner.learn(rest, hparams_of(method, model, str(directory.path)))
-            told = [request.to_dict() for request in rest]
-            self._tell(journal, "edit", {"requests": told, "report": report_dict(report)})
-            reports.append(report)
-            tell(report)
-        return reports
+            method = journal.settings_of(entry.id)["hparams"]
+            settings = self._settings(method)
+            if not journal.ends_with(settings):
+                self._append(journal, "settings", settings)
+            hparams = hparams_of(method, self._learner.model, f"entry {entry.id}")
+            report = self._learner.learn(rest, hparams)
+            self._append(journal, "edit", edit_content(rest, report))
+            yield report
 
-    def _tell(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
+    def _append(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
         """Append an entry to a journal for the change that led to the present state."""
         journal.append(journal.next(kind, state_hash(self._learner.state()), content))
 
@@ -394,11 +363,11 @@ class History:
 
     def _return(self, directory: KeptDirectory, kind: str, to: int) -> None:
         """Go to the state after an entry from any other state, and commit that as a change."""
-        directory.check_usable()
+        directory.lock.check()
         self._check_present(True, f"the model must carry no edit but that of {directory.path}")
         with self._noted(f"the {kind} to entry {to}"):
             self._restore_entry(directory, to)
-            self.keep(kind, to=to)
+            self.commit(kind, {"to": to})
 
     def _restore_entry(self, directory: KeptDirectory, to: int) -> None:
         """Restore the nearest known state before an entry, and learn the edits up to it again."""
@@ -412,22 +381,20 @@ class History:
                 f"after entries {directory.exact_ids()} are kept"
             )
         self._learner.restore(found[1])
-        path = [i for i in journal.ancestors(to) if i > found[0]]
-        for i in reversed(path):
+        for i in sorted(i for i in journal.ancestors(to) if i > found[0]):
             self._repeat(directory, journal.entries[i], journal.settings_of(i))
 
     def _repeat(self, directory: KeptDirectory, entry: Entry, settings: dict[str, Any]) -> None:
         """Learn one entry again; raise ValueError unless the state has the journal's hash."""
-        model, where = self._learner.model, str(directory.path)
         if entry.kind == "edit":
-            hparams = hparams_of(settings["hparams"], model, where)
+            hparams = hparams_of(settings["hparams"], self._learner.model, f"entry {entry.id}")
             self._learner.learn(as_requests(entry.requests), hparams)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
-        then, now = settings["environment"], environment(model)
+        then, now = settings["environment"], self._settings()["environment"]
         different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
         raise ValueError(
-            f"entry {entry.id} of {where} ({entry.kind}) could not be learned again bit for bit "
-            f"({'; '.join(different) or 'the environment looks the same'}); the states after "
-            f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one of them"
+            f"entry {entry.id} of {directory.path} ({entry.kind}) could not be learned again bit "
+            f"for bit ({'; '.join(different) or 'the environment looks the same'}); the states "
+            f"after entries {directory.exact_ids()} are kept as checkpoints: roll back to one"
         )

@@ -20,6 +20,7 @@ from baft_easyedit.files.messages import cut, printable, short
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.reading import parse_object, taken
 from baft_easyedit.training.loop import EditReport
+from baft_easyedit.training.requests import EditRequest
 
 MAX_LINE = 16 * 2**20
 """Longest line, in bytes."""
@@ -142,11 +143,11 @@ class Entry:
             more = f" (and {len(requests) - 1} more)" if len(requests) > 1 else ""
             parts.append(f"{request.get('prompt')} -> {request.get('target_new')}{more}")
         if report := content.get("report"):
-            parts.append(_told(report))
+            parts.append(_in_words(report))
         return printable(" ".join(parts))
 
 
-def _told(report: Mapping[str, Any]) -> str:
+def _in_words(report: Mapping[str, Any]) -> str:
     """Return a report in a few words; a journal may come from anybody, so nothing is trusted."""
     try:
         loss, learned = float(report["losses"]["answer"][-1]), list(report.get("learned", ()))
@@ -243,6 +244,10 @@ class Journal:
         entry = self.entries[self._settings[bisect_right(self._settings, entry_id) - 1]]
         return {key: value for key, value in entry.content.items() if key in _SETTINGS}
 
+    def ends_with(self, settings: Mapping[str, Any]) -> bool:
+        """Tell whether these are the settings of the last entry."""
+        return bool(self.entries) and self.settings_of(len(self) - 1) == settings
+
 
 def read_lines(file: Path) -> tuple[list[str], str]:
     """Read the complete lines of a journal file, and an incomplete last line ("" if none).
@@ -276,12 +281,12 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
     return journal
 
 
-def report_dict(report: EditReport) -> dict[str, Any]:
-    """Return a report as the journal keeps it, with the first and last value of each loss term."""
+def edit_content(requests: Sequence[EditRequest], report: EditReport) -> dict[str, Any]:
+    """Return what an edit's entry holds; of each loss term, the first and the last value."""
     first, last = report.losses[0], report.losses[-1]
     terms = ("answer", "rehearsal", "balance", "locality")
     used = [name for name in terms if getattr(first, name) is not None]
-    return {
+    told = {
         "num_requests": report.num_requests,
         "num_steps": report.num_steps,
         "stopped_early": report.stopped_early,
@@ -290,3 +295,4 @@ def report_dict(report: EditReport) -> dict[str, Any]:
         "learned": list(report.learned),
         "engine": report.engine,
     }
+    return {"requests": [request.to_dict() for request in requests], "report": told}

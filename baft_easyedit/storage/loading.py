@@ -108,7 +108,7 @@ def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, B
     return edit, hparams
 
 
-def check_carries_no_other(model: nn.Module, kept: StateFile, where: str) -> None:
+def check_carried(model: nn.Module, kept: StateFile, where: str) -> None:
     """Raise ValueError if a model carries another edit than the kept one."""
     carried = attached_edit(model)
     if carried is None:
