@@ -26,8 +26,9 @@ def test_edits_are_shown_with_their_rephrasings_and_neighbours(bundled_hparams):
     edited = [line for line in lines if line.startswith("  edited")]
     assert len(edited) == 3
     for headline, line in zip(lines[::5], edited, strict=True):
-        old, _, new = headline.split(": ", 1)[1].split("   ")[0].partition(" -> ")
-        assert line.endswith(f"... {old} -> {new}")
+        prompt, _, new = headline.strip().split("   ")[0].partition(" -> ")
+        assert line.startswith(f"  edited     {prompt} ... ")
+        assert line.endswith(f" -> {new}")
     assert sum(line.endswith("(as before)") for line in lines if "neighbour" in line) >= 2
 
 

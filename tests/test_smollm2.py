@@ -5,7 +5,6 @@ import importlib
 import io
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,11 +97,6 @@ def test_a_full_disk_leaves_nothing(package, cache, monkeypatch):
     with pytest.raises(OSError, match="needs 34 MB, and 1 MB are free there"):
         load_model("smollm2")
     assert made(cache) == []
-
-
-def test_without_locks_it_is_made_all_the_same(package, cache, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    assert model_depth("smollm2") == 4
 
 
 def test_a_missing_package_is_told_how_to_get(cache, monkeypatch):

@@ -37,7 +37,7 @@ def silence_loading() -> None:
 
 
 @contextmanager
-def told_what_is_kept(directory: Path | None) -> Iterator[None]:
+def on_interrupt(directory: Path | None) -> Iterator[None]:
     """Tell what was kept on Ctrl-C in this context; hide the learner's warnings, which repeat ours.
 
     Args:

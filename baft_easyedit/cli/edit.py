@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from baft_easyedit.cli.console import UNLEARNED, note, silence_loading, told_what_is_kept
+from baft_easyedit.cli.console import UNLEARNED, note, on_interrupt, silence_loading
 from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, hparams_of
 from baft_easyedit.cli.options import DTYPES, existing, new, positive, whole
 from baft_easyedit.editor import BaFTEditor
@@ -66,7 +66,7 @@ def _edit(arguments: argparse.Namespace) -> int:
     if arguments.hparams is None:
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
-    with told_what_is_kept(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
+    with on_interrupt(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
         form = PromptFormat.of(editor.hparams)
         before = generate_answers(model, tokenizer, prompts, prompt_format=form)
         report = editor.edit(request)

@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.cli.console import UNLEARNED, Bar, note, silence_loading, told_what_is_kept
+from baft_easyedit.cli.console import UNLEARNED, Bar, note, on_interrupt, silence_loading
 from baft_easyedit.cli.edits_file import read_benchmark, read_requests
 from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, default_device, hparams_of
 from baft_easyedit.cli.options import DTYPES, device, existing, names, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import printable, short
-from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location, own_preset
-from baft_easyedit.hparams import BaFTHyperParams, scaled_layers
+from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
@@ -128,7 +127,7 @@ def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Pr
             "--chat needs a tokenizer with a chat template; that of the model has none: leave it "
             "away"
         )
-    return PromptFormat.of(kept_hparams(arguments.directory, model)).put(arguments.chat)
+    return PromptFormat.of(kept_hparams(arguments.directory, model)).with_template(arguments.chat)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -185,7 +184,7 @@ def _edit_each(
 ) -> list[EditRequest]:
     """Make edits, the rest of `total`; return the requests that were not learned."""
     unlearned = []
-    with told_what_is_kept(arguments.directory), begun(arguments) as editor, Bar() as bar:
+    with on_interrupt(arguments.directory), begun(arguments) as editor, Bar() as bar:
         move = bar.start(total, total - len(rest))
         for request in rest:
             report = editor.edit(request.to_dict())
@@ -212,7 +211,7 @@ def _rollback(arguments: argparse.Namespace) -> None:
 def _forget(arguments: argparse.Namespace) -> int:
     """Take the edits of one prompt back; print how many later requests are no longer learned."""
     before = read_history(arguments.directory)
-    with told_what_is_kept(arguments.directory), _opened(arguments) as editor:
+    with on_interrupt(arguments.directory), _opened(arguments) as editor:
         reports = editor.forget(arguments.prompt)
     unlearned = sum(report.learned.count(False) for report in reports)
     print(f"later edits learned again: {len(reports)}; requests of them not learned: {unlearned}")
@@ -266,7 +265,7 @@ def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
         with _opened(arguments) as editor:
             yield editor
         return
-    hparams = _settings(arguments)
+    hparams = hparams_of(arguments, in_a_row=True)
     given = {"model": hparams.model_name, "device": hparams.device}
     model, tokenizer = load(argparse.Namespace(**vars(arguments) | given))
     if arguments.hparams is None:
@@ -275,23 +274,6 @@ def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     with BaFTEditor.open(model, tokenizer, arguments.directory, hparams) as editor:
         yield editor
-
-
-def _settings(arguments: argparse.Namespace) -> BaFTHyperParams:
-    """Return the settings of `--hparams`; without it, a preset for many successive edits."""
-    if arguments.hparams is not None:
-        return hparams_of(arguments)
-    name = arguments.model or BUNDLED_MODEL
-    place = default_device() if arguments.device is None else arguments.device
-    own = own_preset(name)
-    if own is not None:
-        return BaFTHyperParams.from_hparams(f"BaFT/{own}-continual", model_name=name, device=place)
-    from baft_easyedit.generation import model_depth
-
-    layers = scaled_layers(model_depth(name))
-    return BaFTHyperParams.from_hparams(
-        f"BaFT/{REAL_MODEL}-continual", model_name=name, layers=layers, device=place
-    )
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:

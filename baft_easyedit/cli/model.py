@@ -8,7 +8,7 @@ from typing import Any
 from baft_easyedit.cli.console import note
 from baft_easyedit.cli.options import device
 from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, own_preset
+from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
 from baft_easyedit.model.devices import check_device, needs_missing_cuda
 
@@ -25,8 +25,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, help=f"{place} the CPU, if absent")
 
 
-def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
+def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyperParams:
     """Return the hyper-parameters of a file, of a preset, or scaled to the model's depth.
+
+    Args:
+        arguments: The options of `add_model_options`.
+        in_a_row: Without a file, take a preset for many successive edits.
 
     Raises:
         OSError: If there is no such file, or no such model.
@@ -43,11 +47,14 @@ def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
         return replace(hparams, device=usable_device(hparams.device, arguments.hparams))
     asked.setdefault("device", default_device())
     preset = own_preset(asked.setdefault("model_name", BUNDLED_MODEL))
-    if preset is not None:
-        return BaFTHyperParams.from_hparams(f"BaFT/{preset}", **asked)
-    from baft_easyedit.generation import model_depth
+    if preset is None:
+        from baft_easyedit.generation import model_depth
 
-    return BaFTHyperParams(layers=scaled_layers(model_depth(arguments.model)), **asked)
+        asked["layers"] = scaled_layers(model_depth(arguments.model))
+        if not in_a_row:
+            return BaFTHyperParams(**asked)
+    name = f"BaFT/{preset or REAL_MODEL}{'-continual' if in_a_row else ''}"
+    return BaFTHyperParams.from_hparams(name, **asked)
 
 
 def default_device() -> int | str:

@@ -9,7 +9,7 @@ from baft_easyedit.cli.console import note, silence_loading
 from baft_easyedit.cli.edits_file import read_benchmark, read_requests
 from baft_easyedit.cli.options import DTYPES, existing, new
 from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, hparams_root
+from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, presets
 from baft_easyedit.hparams import read_hparams
 
 
@@ -52,14 +52,6 @@ def _import(arguments: argparse.Namespace) -> None:
     print(import_gguf(arguments.file, arguments.directory, dtype))
 
 
-def _presets() -> Iterable[str]:
-    """Names of the package's YAML files: settings for `--hparams`, and benchmarks for `bench`."""
-    root = hparams_root()
-    return sorted(
-        file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml")
-    )
-
-
 def _methods() -> Iterable[str]:
     """Methods that a benchmark can compare."""
     from baft_easyedit.easyedit.base_editor import OUR_METHODS
@@ -75,16 +67,11 @@ def _kinds() -> Iterable[str]:
     return DATASETS
 
 
-def _models() -> Iterable[str]:
-    """Names of the package's own models; any other name is one on the Hugging Face Hub."""
-    return (BUNDLED_MODEL, REAL_MODEL)
-
-
 _LISTS: Mapping[str, Callable[[], Iterable[str]]] = {
-    "presets": _presets,
+    "presets": presets,
     "methods": _methods,
     "kinds": _kinds,
-    "models": _models,
+    "models": lambda: (BUNDLED_MODEL, REAL_MODEL),  # any other name is one on the Hub
 }
 
 

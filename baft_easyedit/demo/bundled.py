@@ -12,11 +12,12 @@ from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, Metho
 from baft_easyedit.bench.layouts import summary_table
 from baft_easyedit.bench.run import StartProgress, run_bench
 from baft_easyedit.bench.tables import to_markdown
+from baft_easyedit.demo import show_edit
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.files.resources import BUNDLED_MODEL, model_location
-from baft_easyedit.generation import generate_answers, load_model, with_usable_end
+from baft_easyedit.generation import load_model, with_usable_end
 from baft_easyedit.hparams import BaFTHyperParams
 
 DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "AdaLoRA", "MEMIT", "WISE")
@@ -60,17 +61,7 @@ def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
             "two-hop": request["portability"]["two_hop"]["prompt"],
             "neighbour": request["locality"]["neighborhood"]["prompt"],
         }
-        before = generate_answers(model, tokenizer, list(asked.values()))
-        report = editor.edit(request)
-        after = generate_answers(model, tokenizer, list(asked.values()))
-        editor.undo()
-        target = request["target_new"]
-        yield f"\n{request['subject']}: {request['ground_truth']} -> {target}   " + (
-            f"({report.num_steps} steps, {report.time_s:.2f} s)"
-        )
-        for kind, prompt, old, new in zip(asked, asked.values(), before, after, strict=True):
-            change = f"{old} -> {new}" if old != new else f"{old} (as before)"
-            yield f"  {kind:10} {prompt} ... {' '.join(change.split())}"
+        yield from show_edit(editor, request, {k: (prompt, None) for k, prompt in asked.items()})
 
 
 def compare(

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from baft_easyedit.demo import show_edit
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.resources import REAL_MODEL
-from baft_easyedit.generation import generate_answers, load_model
+from baft_easyedit.generation import load_model
 from baft_easyedit.gguf.smollm2 import ready_location
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -65,7 +66,6 @@ SHOWN = (
         ),
     ),
 )
-_NUM_TOKENS = 12
 
 
 def real_settings(device: int | str) -> BaFTHyperParams:
@@ -96,26 +96,10 @@ def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:
             "in chat": (shown.question, chat),
             "neighbour": (shown.neighbour, None),
         }
-
-        def answers(asked: dict[str, tuple[str, PromptFormat | None]] = asked) -> list[str]:
-            return [
-                generate_answers(model, tokenizer, [prompt], _NUM_TOKENS, prompt_format=form)[0]
-                for prompt, form in asked.values()
-            ]
-
-        before = answers()
-        report = editor.edit(
-            {
-                "prompt": shown.prompt,
-                "target_new": shown.target,
-                "subject": shown.subject,
-                "loc_prompt": list(shown.irrelevant),
-            }
-        )
-        after = answers()
-        editor.undo()
-        cost = f"{report.num_steps} steps, {report.time_s:.1f} s"
-        yield f"\n{shown.prompt} -> {shown.target}   ({cost})"
-        for (kind, (prompt, _)), old, new in zip(asked.items(), before, after, strict=True):
-            yield f"  {kind:10} {prompt}"
-            yield f"    {' '.join(old.split())} -> {' '.join(new.split())}"
+        request = {
+            "prompt": shown.prompt,
+            "target_new": shown.target,
+            "subject": shown.subject,
+            "loc_prompt": list(shown.irrelevant),
+        }
+        yield from show_edit(editor, request, asked)

@@ -6,7 +6,7 @@ which tokens are edited. Shapes: N tokens of a flattened batch or a part of it, 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from baft_easyedit.storage.state import StateFile
 class ServedEdit:
     """The interventions of a kept edit, and the layers and tokens that they act on."""
 
-    layers: dict[int, BaFTIntervention]
+    layers: dict[int, BaFTIntervention] = field(repr=False)
     """Interventions by the decoder layer, 0-based, whose output they edit."""
     num_prompt_positions: int
     """P: the last P tokens of a prompt, and every later token, are edited."""

@@ -20,8 +20,9 @@ from baft_easyedit.facts.tables import Fact, facts, fill, relations, two_hop_rul
 Split = Literal["train", "eval", "known", "known_train"]
 EVAL_SHARE = 0.4
 NUM_LOC_PROMPTS = 4
-MIN_OTHERS = 8
-"""Number of usable train-split facts that a relation needs for its facts to be edited."""
+MIN_TRAIN_FACTS = 8
+"""Usable train-split facts that a relation needs for its facts to be edited, a trained one itself
+included."""
 _KNOWN: Mapping[str, Literal["train", "eval"]] = MappingProxyType(
     {"known": "eval", "known_train": "train"}
 )
@@ -102,13 +103,13 @@ class _Renderer:
 
     def members(self, split: str) -> list[int]:
         """Return the indices of a split's facts whose relations have enough train-split facts."""
-        others = Counter(fact.relation for fact in self.trained)
+        counts = Counter(fact.relation for fact in self.trained)
         return [
             case
             for case, fact in enumerate(self.facts)
             if fact.key in self.prompts
             and split_of(fact) == split
-            and others[fact.relation] >= MIN_OTHERS
+            and counts[fact.relation] >= MIN_TRAIN_FACTS
         ]
 
     def record(self, case: int) -> dict[str, Any]:

@@ -41,11 +41,17 @@ def hparams_file(path: str | Path) -> Path:
     for candidate in (*own, root / name, root / name.removeprefix("hparams/")):
         if os.path.exists(candidate) and not os.path.isdir(candidate):
             return candidate
-    known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    known = presets()
     hint, names = did_you_mean(name.removesuffix(".yaml"), known), cut(", ".join(known), 1500)
     raise FileNotFoundError(
         f"no hyper-parameter file {short(str(path))}{hint}; the package brings: {names}"
     )
+
+
+def presets() -> list[str]:
+    """Return the names of the package's YAML files: settings for edits, and benchmarks."""
+    root = hparams_root()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
 def has_hparams(name: str) -> bool:

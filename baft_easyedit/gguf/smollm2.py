@@ -4,14 +4,10 @@ The package holds one GGUF file, and plug-in code that is not imported here. The
 once into the user's cache, 538 MB in fp32; other processes that need it wait until that is done.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from baft_easyedit.files.paths import open_regular
@@ -22,7 +18,7 @@ from baft_easyedit.files.resources import (
     model_location,
     real_model_path,
 )
-from baft_easyedit.files.writing import NEW_FILE, UNFINISHED
+from baft_easyedit.files.writing import UNFINISHED
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +72,12 @@ def _make() -> None:
     if directory.is_dir():
         return
     file = gguf_file()
+    from filelock import FileLock
+
     from baft_easyedit.gguf.conversion import import_gguf
 
-    with _one_at_a_time():
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_root() / _LOCK):
         if directory.is_dir():  # another process has made it meanwhile
             return
         _check_hash(file)
@@ -104,23 +103,3 @@ def _clear_unfinished() -> None:
     """Delete the remains of killed conversions; as the lock is held, none is running."""
     for left in cache_root().glob(f".{real_model_path().name}{UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Hold the cache's lock in this context, once it is free; without locks, do not wait.
-
-    Without locks two processes may convert at once; the second to end fails, as the directory is
-    there by then.
-    """
-    root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, NEW_FILE)
-    try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

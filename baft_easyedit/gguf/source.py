@@ -3,7 +3,7 @@
 import importlib.metadata
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ class GGUFSource:
     """The description of a model in a GGUF file."""
 
     file: Path
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any] = field(repr=False)
     """Plain values by key, such as `general.architecture`."""
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     """Shapes of the tensors, by name."""
 
     @property

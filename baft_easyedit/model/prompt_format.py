@@ -45,11 +45,11 @@ class PromptFormat:
             separator=getattr(hparams, "separator", None if in_template else " "),
         )
 
-    def put(self, in_chat: bool | None) -> "PromptFormat":
-        """Return this format, or, if another is wanted, one with or without the chat template."""
-        if in_chat in (None, self.use_chat_template):
+    def with_template(self, is_wanted: bool | None) -> "PromptFormat":
+        """Return a format with or without the chat template; None for this one as it is."""
+        if is_wanted in (None, self.use_chat_template):
             return self
-        return PromptFormat(use_chat_template=bool(in_chat))
+        return PromptFormat(use_chat_template=bool(is_wanted))
 
     def without_template(self) -> "PromptFormat":
         """Return this format without the chat template, as locality probes need it."""

@@ -68,11 +68,11 @@ def make_page(desk: Desk) -> gr.Blocks:
         inputs: tuple[list[Any], ...] = ([asked[0], *wanted], [chosen[0]], [chosen[1]], [])
         acts: tuple[Callable[..., str], ...] = (desk.learn, forget, desk.rollback, desk.undo)
         for button, act, given in zip((learn, *buttons), acts, inputs, strict=True):
-            done = button.click(_told(act), given, status)
-            done.then(_told(desk.rows), None, table)
-            done.success(_told(again), asked, shown)
-        gr.on([ask.click, asked[0].submit], _told(desk.ask), asked, shown)
-        page.load(_told(desk.rows), None, table)
+            done = button.click(_with_errors(act), given, status)
+            done.then(_with_errors(desk.rows), None, table)
+            done.success(_with_errors(again), asked, shown)
+        gr.on([ask.click, asked[0].submit], _with_errors(desk.ask), asked, shown)
+        page.load(_with_errors(desk.rows), None, table)
     return page
 
 
@@ -111,7 +111,7 @@ def _looking_back() -> tuple[Any, list[Any], list[Any]]:
     return table, [prompt, entry], [forget, rollback, undo]
 
 
-def _told(act: Callable[..., Any]) -> Callable[..., Any]:
+def _with_errors(act: Callable[..., Any]) -> Callable[..., Any]:
     """Let errors reach who looks at the page, as text; Gradio would show their HTML."""
 
     @wraps(act)

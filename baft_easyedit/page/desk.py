@@ -91,7 +91,7 @@ class Desk:
             ValueError: If the prompt is blank, or too long for the model.
         """
         model, tokenizer = self.editor.model, self.editor.tokenizer
-        form = PromptFormat.of(self.editor.hparams).put(in_chat)
+        form = PromptFormat.of(self.editor.hparams).with_template(in_chat)
         if not prompt.strip():
             raise ValueError("prompt must not be empty: write one")
         length = len(form.prompt_ids(prompt, tokenizer))

@@ -109,9 +109,9 @@ def make_app(
     routes = _Routes(answerer, formats, Queue(queue_size))
     app = FastAPI(title="baft_easyedit", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LimitedBody, most=max_body)
-    app.add_exception_handler(AnyHTTPException, _told)
-    app.add_exception_handler(Exception, _told)
-    app.add_exception_handler(RequestValidationError, _told_invalid)
+    app.add_exception_handler(AnyHTTPException, _as_openai)
+    app.add_exception_handler(Exception, _as_openai)
+    app.add_exception_handler(RequestValidationError, _invalid_as_openai)
     app.add_api_route("/health", lambda: {"status": "ok"})
     app.add_api_route("/v1/models", routes.models)
     app.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
@@ -119,7 +119,7 @@ def make_app(
     return app
 
 
-def _told(_request: Request, error: Exception) -> JSONResponse:
+def _as_openai(_request: Request, error: Exception) -> JSONResponse:
     """Return an error in OpenAI's form; an unexpected one is left to the server's log."""
     if not isinstance(error, AnyHTTPException):
         error = HTTPException(500, "the answer failed: see the server's log")
@@ -128,12 +128,12 @@ def _told(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": form}, error.status_code)
 
 
-def _told_invalid(request: Request, error: Exception) -> JSONResponse:
+def _invalid_as_openai(request: Request, error: Exception) -> JSONResponse:
     """Return an error that names the first wrong field, and its rule."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-    return _told(request, HTTPException(400, f"{field}: {first['msg']}"))
+    return _as_openai(request, HTTPException(400, f"{field}: {first['msg']}"))
 
 
 class _Routes:

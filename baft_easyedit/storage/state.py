@@ -7,7 +7,7 @@ of past requests; `config`; `metadata_hash`, over all the others.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ _KEYS = ("format_version", "entry_id", "entries", "state_hash", "attached", "mem
 class StateFile:
     """The content of a state file."""
 
-    state: EditState
+    state: EditState = field(repr=False)
     entries: tuple[Entry, ...]
     """Journal entries that the journal file may lack; the last one led to the state."""
     config: KeptConfig

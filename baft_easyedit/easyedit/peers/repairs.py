@@ -33,7 +33,7 @@ _TEMPLATES_IN = {
 """Modules, below `easyeditor.models`, that keep prefixes in `CONTEXT_TEMPLATES_CACHE`."""
 _WISE_LENGTHS = [[5, 5], [10, 5]]
 """As `apply_wise_to_model` has them: number of tokens, and of prefixes."""
-_TOLD = {
+_NOTES = {
     "GRACE": ("values of earlier edits stay trainable", "scored by generation, as EasyEdit does"),
     "WISE": ("sequential_edit set, which its hyper-parameters lack",),
     "MELO": ("later edits extend the same model, which is unwrapped when it is restored",),
@@ -66,7 +66,7 @@ def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
         # WISE.py re-creates its adapter at each edit, which forgets the earlier ones, unless the
         # hyper-parameters have this attribute; it is no field of WISEHyperParams.
         hparams.sequential_edit = True
-    notes = [*_TOLD.get(name, ())]
+    notes = [*_NOTES.get(name, ())]
     if getattr(hparams, "learn_end", False) and not learns_end(hparams):
         notes.append("does not learn where an answer ends")
     if name in APPEND_ANSWERS:
