@@ -54,25 +54,18 @@ def test_edit_of_every_family(family_model, tokenizer, hparams, request_dict):
     assert torch.equal(logits(family_model, tokenizer), before)
 
 
-def test_reft_has_no_regularisers(model, tokenizer, hparams, request_dict):
-    reft = ReFTHyperParams(model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4)
-    report = BaFTEditor(model, tokenizer, reft).edit(request_dict)
-    assert report.losses[0].balance is None
-    assert report.losses[0].locality is None
-
-
-@pytest.mark.parametrize("term", ["balance", "locality"])
-def test_each_term_can_be_switched_off(model, tokenizer, hparams, request_dict, term):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1, **{term: False}))
+@pytest.mark.parametrize("absent", ["balance", "locality", "loc_prompt", "both"])
+def test_each_term_can_be_switched_off(model, tokenizer, hparams, request_dict, absent):
+    if absent == "both":
+        hparams = ReFTHyperParams(model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4)
+    elif absent == "loc_prompt":
+        del request_dict["loc_prompt"]
+    else:
+        hparams = replace(hparams, **{absent: False})
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
     losses = editor.edit(request_dict).losses[0]
-    assert getattr(losses, term) is None
-    assert getattr(losses, "locality" if term == "balance" else "balance") is not None
-
-
-def test_locality_is_off_without_an_irrelevant_prompt(model, tokenizer, hparams, request_dict):
-    del request_dict["loc_prompt"]
-    report = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1)).edit(request_dict)
-    assert report.losses[0].locality is None
+    assert (losses.balance is None) is (absent in ("balance", "both"))
+    assert (losses.locality is None) is (absent != "balance")
 
 
 def test_locality_closes_the_gate_on_irrelevant_prompts(model, tokenizer, hparams, request_dict):
@@ -187,15 +180,6 @@ def test_undo_goes_back_as_far_as_its_depth(model, tokenizer, hparams, request_d
     with pytest.raises(ValueError, match="there is no edit to undo"):
         editor.undo()
     assert editor.is_attached
-
-
-def test_new_editor_goes_on_with_the_edit_of_the_model(model, tokenizer, hparams, request_dict):
-    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
-    once = logits(model, tokenizer)
-    second = BaFTEditor(model, tokenizer, hparams)
-    second.edit({"prompt": "Water freezes into", "target_new": "ice"})
-    second.undo()
-    assert torch.equal(logits(model, tokenizer), once)
 
 
 OTHER = {"prompt": "Water freezes into", "target_new": "ice"}
@@ -314,13 +298,6 @@ def test_editor_of_another_shape_is_refused(model, tokenizer, hparams, request_d
         BaFTEditor(model, tokenizer, replace(hparams, **change))
 
 
-def test_two_editors_share_nothing(tokenizer, hparams, request_dict):
-    first, second = make_model(), make_model()
-    untouched = logits(second, tokenizer)
-    BaFTEditor(first, tokenizer, hparams).edit(request_dict)
-    assert torch.equal(logits(second, tokenizer), untouched)
-
-
 def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, hparams, request_dict):
     results = []
     for seed in (1, 1, 2):
@@ -371,43 +348,6 @@ def test_model_whose_weights_accelerate_keeps_elsewhere(tokenizer, hparams, requ
     hparams = replace(hparams, num_steps=3)
     reports = [BaFTEditor(m, tokenizer, hparams).edit(request_dict) for m in (plain, offloaded)]
     assert reports[0].losses == reports[1].losses
-
-
-def test_edit_under_gradient_checkpointing_is_the_same(tokenizer, hparams, request_dict):
-    results = []
-    for checkpointing in (False, True):
-        model = make_model().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        results.append(BaFTEditor(model, tokenizer, hparams).edit(request_dict).losses)
-    assert results[0] == results[1]
-
-
-@pytest.mark.parametrize("continues", [False, True], ids=["first edit", "later edit"])
-@pytest.mark.parametrize("failure", [FloatingPointError, KeyboardInterrupt])
-def test_failed_edit_leaves_the_model_bit_equal(
-    model, tokenizer, hparams, request_dict, monkeypatch, failure, continues
-):
-    editor = BaFTEditor(model, tokenizer, hparams)
-    if continues:
-        editor.edit(request_dict)
-    before, learned = logits(model, tokenizer), editor.model_edit.snapshot()
-    step = torch.optim.AdamW.step
-
-    def failing_step(optimizer, *args, **kwargs):
-        step(optimizer, *args, **kwargs)
-        if failure is KeyboardInterrupt:
-            raise KeyboardInterrupt
-        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", failing_step)
-    with pytest.raises(failure):
-        editor.edit({"prompt": "Water freezes into", "target_new": "ice"})
-    assert torch.equal(logits(model, tokenizer), before)
-    assert editor.is_attached is continues
-    now = editor.model_edit.state_dict()
-    assert all(torch.equal(now[name], value) for name, value in learned.items())
-    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_loss_that_is_not_finite_is_named(model, tokenizer, hparams, request_dict):

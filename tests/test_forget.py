@@ -75,13 +75,6 @@ def test_later_edits_keep_their_settings(edited, quick):
     assert editor.hparams.lr == quick.lr
 
 
-def test_the_settings_of_now_are_those_of_the_next_edit(edited, quick):
-    editor = edited("kept", quick, fact(0), fact(1))
-    editor.hparams = replace(quick, num_steps=3)
-    editor.forget(fact(0)["prompt"])
-    assert editor.edit(fact(2)).num_steps == 3
-
-
 def test_one_can_return_from_it(edited, quick):
     editor = edited("kept", quick, fact(0), fact(1))
     before = now(editor)

@@ -3,10 +3,12 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import modeling_gguf_pytorch_utils
 
 from baft_easyedit.facts import bundled_model_path, questions
@@ -256,23 +258,13 @@ def test_too_little_room_is_told_before_anything_is_written(file, tmp_path, monk
     refused(file, tmp_path, "needs 34 MB, and 1 MB are free there: make room", OSError)
 
 
-def test_a_disk_that_fills_up_leaves_nothing(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_full", [True, False])
+def test_what_ends_a_conversion_leaves_nothing(is_full, file, tmp_path, monkeypatch):
     write_gguf(file)
-    real = conversion._write_weights
-    monkeypatch.setattr(
-        conversion, "_write_weights", lambda model, _: real(model, tmp_path / "no/such/place")
-    )
-    refused(file, tmp_path, "could not be written: ", OSError)
-
-
-def test_an_interrupt_leaves_nothing(file, tmp_path, monkeypatch):
-    write_gguf(file)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(conversion, "_write_weights", interrupted)
-    refused(file, tmp_path, None, KeyboardInterrupt)
+    error = SafetensorError("disk full") if is_full else KeyboardInterrupt()
+    monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=error))
+    message = "could not be written: disk full" if is_full else None
+    refused(file, tmp_path, message, OSError if is_full else KeyboardInterrupt)
 
 
 def test_files_have_the_mode_of_any_new_file(file, tmp_path):

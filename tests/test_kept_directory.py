@@ -571,22 +571,6 @@ def test_journal_that_cannot_be_written_follows_later(opened, kept, monkeypatch,
     assert now(editor) == read_history(kept)[4].state_hash
 
 
-def test_interruption_after_the_commit_keeps_the_edit(opened, kept, monkeypatch):
-    editor = opened()
-    commit = editor._history.commit
-
-    def interrupted(*args):
-        commit(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(editor._history, "commit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        editor.edit(fact(0))
-    assert now(editor) == read_history(kept)[-1].state_hash
-    monkeypatch.undo()
-    editor.undo()
-
-
 def copied_at_each_step(path, monkeypatch, use):
     """Returns copies of a directory as it is before each step to the disk, and in the end.
 
@@ -909,25 +893,6 @@ def test_repair_completes_the_journal_by_the_state(opened, kept, num_lines):
         assert now(editor) == expected[-1].state_hash
     assert (kept / "journal.jsonl").read_text().splitlines() == lines_of(kept)
     assert (kept / "before-repair-1/journal.jsonl").read_text() == cut
-
-
-@pytest.mark.parametrize("damaged", ["journal.jsonl", "baft_config.json"])
-def test_passing_error_is_no_damage(opened, three, monkeypatch, damaged):
-    text = (three / damaged).read_text()
-    (three / damaged).write_text("".join(text.splitlines(keepends=True)[:3]))
-    full, failures = OSError(errno.ENOSPC, "No space left on device"), []
-    for at in range(100):
-        path = shutil.copytree(three, three.parent / f"copy {at}")
-        use = lambda path=path: opened(path, None, repair=True).close()  # noqa: E731
-        with monkeypatch.context() as patch:
-            fault = Fault(patch, at, failing(full))
-            failures.append(attempt(use))
-        if fault.count <= at:
-            break
-        use()
-        assert (path / damaged).read_text() == text
-        assert not list(path.glob("before-repair-*"))
-    assert {*failures} == {full, None}
 
 
 @pytest.mark.parametrize("name", ["baft.safetensors", "journal.jsonl"])

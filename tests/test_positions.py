@@ -18,25 +18,24 @@ def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=No
     """Signature of a causal language model."""
 
 
-def test_plain_forward_edits_the_last_prompt_tokens():
-    assert torch.equal(edit_positions(mask("11111"), 5, 3), mask("00111"))
-
-
-def test_prompt_lengths_add_every_answer_token():
-    real = mask("1111111")
-    assert torch.equal(edit_positions(real, 7, 3, prompt_lengths=[5]), mask("0011111"))
-
-
-def test_labels_tell_where_the_answer_begins():
-    labels = torch.tensor([[-100, -100, -100, -100, 7, 8]])
-    positions = edit_positions(mask("111111"), 6, 2, labels=labels)
-    assert torch.equal(positions, mask("001111"))
-
-
-def test_labels_on_padding_do_not_count():
-    labels = torch.tensor([[9, 9, -100, -100, 7, 8]])
-    positions = edit_positions(mask("001111"), 6, 1, labels=labels)
-    assert torch.equal(positions, mask("000111"))
+@pytest.mark.parametrize(
+    ("real", "num_new", "num_prompt_positions", "options", "expected"),
+    [
+        (["11111"], 5, 3, {}, ["00111"]),
+        (["1111111"], 7, 3, {"prompt_lengths": [5]}, ["0011111"]),
+        (["111111"], 6, 2, {"labels": torch.tensor([[-100] * 4 + [7, 8]])}, ["001111"]),
+        # labels of padding do not count
+        (["001111"], 6, 1, {"labels": torch.tensor([[9, 9, -100, -100, 7, 8]])}, ["000111"]),
+        # new tokens on a cache are output; part of a prompt needs, and uses, its length
+        (["0011111", "1111111"], 2, 3, {}, ["11", "11"]),
+        (["1111111"], 3, 2, {"prompt_lengths": [7]}, ["011"]),
+        # one token, of 20, say: the cache of a window of 8 counts no further
+        (["111111111"], 1, 3, {"prompt_width": 15}, ["1"]),
+    ],
+)
+def test_the_rule(real, num_new, num_prompt_positions, options, expected):
+    found = edit_positions(mask(*real), num_new, num_prompt_positions, **options)
+    assert torch.equal(found, mask(*expected))
 
 
 @pytest.mark.parametrize("given", ["lengths", "labels", "nothing"])
@@ -54,15 +53,6 @@ def test_padding_side_does_not_matter(given):
     assert torch.equal(a[0, 2:], b[0, :5])
     assert torch.equal(a[1], b[1])
     assert not (a & ~left).any()
-
-
-def test_new_tokens_on_a_cache_are_output():
-    assert torch.equal(edit_positions(mask("0011111", "1111111"), 2, 3), mask("11", "11"))
-
-
-def test_chunk_of_a_prompt_on_a_cache_needs_and_uses_its_length():
-    positions = edit_positions(mask("1111111"), 3, 2, prompt_lengths=[7])
-    assert torch.equal(positions, mask("011"))
 
 
 def test_one_length_serves_all_rows_and_beams_repeat_each_row():
@@ -148,11 +138,6 @@ def test_width_of_the_prompts_tells_where_they_end(width, expected):
     padded = mask("001111111", "111111111")
     row = edit_positions(padded, 4, 3, prompt_width=width)[0]
     assert torch.equal(row, mask(expected)[0])
-
-
-def test_one_new_token_behind_a_cache_that_stopped_counting_is_output():
-    real = mask("111111111")  # of 20, say: the cache of a window of 8 counts no further
-    assert torch.equal(edit_positions(real, 1, 3, prompt_width=15), mask("1"))
 
 
 def test_mask_of_the_new_tokens_leaves_the_past_real():

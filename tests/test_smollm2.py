@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -89,13 +88,6 @@ def test_a_wrong_file_is_refused(package, cache):
     package.write_bytes(package.read_bytes() + b"x")
     with pytest.raises(ValueError, match=r"must have the SHA-256 .* install it again, by pip inst"):
         model_depth("smollm2")
-    assert made(cache) == []
-
-
-def test_a_full_disk_leaves_nothing(package, cache, monkeypatch):
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    with pytest.raises(OSError, match="needs 34 MB, and 1 MB are free there"):
-        load_model("smollm2")
     assert made(cache) == []
 
 

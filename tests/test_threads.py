@@ -279,26 +279,6 @@ def test_nothing_is_kept_of_threads_that_ended(model):
     assert not lock._waiting
 
 
-def test_a_call_that_failed_does_not_announce_the_next(model):
-    edit = random_edit()
-    edit.attach(model)
-
-    def fail(module, args):
-        raise KeyError("no forward")
-
-    handle = model.model.register_forward_pre_hook(fail, prepend=True)
-    with pytest.raises(KeyError, match="no forward"):
-        model(IDS)
-    handle.remove()
-    with torch.no_grad(), edit.prompt_lengths([2]):
-        found = []
-        for _ in range(2):
-            with edit.recording() as record:
-                model.model(input_ids=IDS)
-            found.append(record.positions)
-    assert torch.equal(found[0], found[1])
-
-
 def test_a_change_inside_a_forward_is_refused(model, tokenizer, short):
     edit = random_edit(layers=short.layers, rank=short.rank)
     edit.attach(model)

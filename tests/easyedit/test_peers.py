@@ -100,14 +100,6 @@ def test_hparams_are_easyedits_own(host, model_path, tmp_path):
 
 
 @pytest.mark.easyedit
-@pytest.mark.parametrize("name", ["FT-L", "WISE"])
-def test_how_to_ask_is_set_for_any_method(current, model_path, tmp_path, name):
-    asked = {"use_chat_template": True, "learn_end": True}
-    hparams, _ = peer_hparams(name, model_path, "cpu", tmp_path, "current", overrides=asked)
-    assert (hparams.use_chat_template, hparams.learn_end) == (True, True)
-
-
-@pytest.mark.easyedit
 def test_nested_values_and_paths_are_filled_in(current, model_path, tmp_path):
     hparams, _ = peer_hparams(
         "MELO", model_path, "cpu", tmp_path, "current", overrides={"grace": {"num_block": 9}}

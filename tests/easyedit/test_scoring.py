@@ -70,23 +70,6 @@ def score(evaluation, editor, prompts, targets, **options):
     )
 
 
-def by_hand(editor, prompt, target):
-    """Token accuracy of one forward in which the edit is told the prompt's length."""
-    ids = editor.tok(f"{prompt} {target}", return_tensors="pt")["input_ids"]
-    length = len(editor.tok(prompt)["input_ids"])
-    with torch.no_grad(), attached_edit(editor.model).prompt_lengths([length]):
-        predicted = editor.model(input_ids=ids).logits.argmax(-1)
-    return float((predicted[0, length - 1 : -1] == ids[0, length:]).float().mean())
-
-
-def test_scores_equal_a_forward_with_the_length_given(evaluation, edited, requests, given_lengths):
-    for r in requests:
-        given_lengths.clear()
-        scored = score(evaluation, edited, r["prompt"], r["target_new"])
-        assert given_lengths == [[len(edited.tok(r["prompt"])["input_ids"])]]
-        assert np.mean(scored) == pytest.approx(by_hand(edited, r["prompt"], r["target_new"]))
-
-
 def test_greedy_generation_agrees_with_the_scorer(evaluation, edited, requests):
     for r in requests[:2]:
         assert score(evaluation, edited, r["prompt"], r["target_new"]) == [1.0]
