@@ -212,8 +212,7 @@ class BaFTHyperParams:
             TypeError: If a value has the wrong type.
             ValueError: If a key is unknown or missing, or a value is out of range.
         """
-        file = hparams_file(path)
-        return _of_file(file, cls.from_dict, {**read_yaml(file, "hyper-parameters"), **overrides})
+        return _read(path, overrides, cls.from_dict)
 
     @classmethod
     def from_dict(cls: type[HParams], config: Mapping[str, Any]) -> HParams:
@@ -265,8 +264,7 @@ def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
         TypeError: If a value has the wrong type.
         ValueError: If `alg_name` is neither BaFT nor ReFT, or a value breaks a rule.
     """
-    file = hparams_file(path)
-    return _of_file(file, hparams_from, {**read_yaml(file, "hyper-parameters"), **overrides})
+    return _read(path, overrides, hparams_from)
 
 
 def hparams_from(config: Mapping[str, Any]) -> BaFTHyperParams:
@@ -289,12 +287,16 @@ def scaled_layers(depth: int) -> list[int]:
     return sorted({layer * depth // _PAPER_DEPTH for layer in _PAPER_LAYERS})
 
 
-def _of_file(
-    file: Path, build: Callable[[Mapping[str, Any]], HParams], content: Mapping[str, Any]
+def _read(
+    path: str | Path,
+    overrides: Mapping[str, Any],
+    build: Callable[[Mapping[str, Any]], HParams],
 ) -> HParams:
-    """Build hyper-parameters; errors name the file."""
+    """Read a YAML file, and build hyper-parameters; errors name the file."""
+    file = hparams_file(path)
+    content = read_yaml(file, "hyper-parameters")
     try:
-        return build(content)
+        return build({**content, **overrides})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (in {file})") from None
 

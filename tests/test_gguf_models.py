@@ -221,7 +221,7 @@ def test_a_missing_package_is_told_how_to_get(missing, file, tmp_path, monkeypat
         return real(name)
 
     monkeypatch.setattr(source.importlib.metadata, "version", version)
-    message = rf"needs the package '{missing}', which is not installed: pip install .*real"
+    message = rf"needs the package '{missing}' from version .*; none is installed: pip .*real"
     refused(file, tmp_path, message, ImportError)
 
 

@@ -66,7 +66,7 @@ def edit_line(**report):
 def test_summary_tells_what_was_not_learned():
     missed = dataclasses.replace(EditReport(3, 2, LOSSES, False, 0.1), learned=(True, False, True))
     assert edit_line(**edit_content([], missed)["report"]).endswith("0.10 s, 1 of 3 not learned]")
-    for learned in ([True] * 3, [], None):  # journals of earlier versions have no such key
+    for learned in ([True] * 3, []):
         assert edit_line(learned=learned).endswith(" 0.10 s]")
     for damaged in ({"learned": 3}, {"losses": {"answer": ["x"]}}, {"time_s": 10**400}):
         assert edit_line(**damaged).endswith("[its report is not one]")

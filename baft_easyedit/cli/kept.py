@@ -266,8 +266,8 @@ def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
             yield editor
         return
     hparams = hparams_of(arguments, in_a_row=True)
-    given = {"model": hparams.model_name, "device": hparams.device}
-    model, tokenizer = load(argparse.Namespace(**vars(arguments) | given))
+    arguments.model, arguments.device = hparams.model_name, hparams.device
+    model, tokenizer = load(arguments)
     if arguments.hparams is None:
         from baft_easyedit.generation import with_usable_end
 

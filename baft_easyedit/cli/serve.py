@@ -57,8 +57,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         from baft_easyedit.serving.app import make_app
     except ImportError as error:
         raise ImportError(f"serve needs the extra 'serve' ({error}): install it by pip") from None
-    (_, first), *_ = arguments.edits
-    model, tokenizer = load(argparse.Namespace(**vars(arguments), directory=first))
+    arguments.directory = arguments.edits[0][1]
+    model, tokenizer = load(arguments)
     edits = attach_named(model, directories)
     formats = {n: PromptFormat.of(kept_hparams(d, model)) for n, d in directories.items()}
     answerer = Answerer(model, tokenizer, edits)

@@ -36,8 +36,8 @@ def _ui(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"ui needs the extra 'ui' ({error}): install it by pip") from None
     with _place(arguments.directory) as directory:
-        given = argparse.Namespace(**vars(arguments) | {"directory": directory})
-        with begun(given) as editor:
+        arguments.directory = directory
+        with begun(arguments) as editor:
             desk = Desk(editor, directory)
             page = launch(desk, arguments.host, arguments.port)
             try:

@@ -14,6 +14,7 @@ from baft_easyedit.files.reading import did_you_mean
 
 MIN_GGUF = "0.16"
 """The oldest version of the package `gguf` whose reader decodes metadata."""
+MIN_ACCELERATE = "1.0"
 HOW_TO_GET = "pip install 'baft_easyedit[real]'"
 ARCHITECTURES = ("gemma3", "gpt2", "llama", "qwen2", "qwen3")
 """Architectures that transformers reads and that can be edited; Mistral's files say `llama`."""
@@ -77,17 +78,15 @@ def check_packages() -> None:
     """Raise ImportError unless the packages with which transformers reads GGUF files are there."""
     from packaging.version import Version
 
-    for name, least in (("gguf", MIN_GGUF), ("accelerate", "0")):
+    for name, least in (("gguf", MIN_GGUF), ("accelerate", MIN_ACCELERATE)):
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise ImportError(
-                f"a GGUF file needs the package {name!r}, which is not installed: {HOW_TO_GET}"
-            ) from None
+            found = "0"
         if Version(found) < Version(least):
             raise ImportError(
-                f"a GGUF file needs the package {name!r} from version {least} on; {found} is "
-                f"installed: {HOW_TO_GET}"
+                f"a GGUF file needs the package {name!r} from version {least} on; "
+                f"{found if found != '0' else 'none'} is installed: {HOW_TO_GET}"
             )
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from baft_easyedit.files.messages import short
-from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.hooks import ModelEdit
 
 
 class NamedEdits:
@@ -31,8 +31,6 @@ class NamedEdits:
 
     def __init__(self, model: nn.Module, edits: Mapping[str, ModelEdit]) -> None:
         check_names(edits)
-        if attached_edit(model) is not None:
-            raise ValueError("the model already carries an edit: detach or undo that one first")
         self._edits = dict(edits)
         try:
             for edit in reversed(self._edits.values()):  # the last attached acts first

@@ -117,14 +117,10 @@ class Answerer:
                 **(sampling if wish.temperature > 0 else {}),
             )
         text.finish()
-        is_over = text.has_stopped or text.last in self._ends()
+        ends = self.model.generation_config.eos_token_id
+        is_over = text.has_stopped or text.last in (ends if isinstance(ends, list) else [ends])
         is_cut = text.num_tokens == wish.max_tokens and not is_over
         return Answer(text.said, text.num_tokens, is_cut)
-
-    def _ends(self) -> list[int]:
-        """Return the tokens that end an answer."""
-        ends = self.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
 
 
 class _Text:

@@ -150,7 +150,7 @@ class Entry:
 def _in_words(report: Mapping[str, Any]) -> str:
     """Return a report in a few words; a journal may come from anybody, so nothing is trusted."""
     try:
-        loss, learned = float(report["losses"]["answer"][-1]), list(report.get("learned", ()))
+        loss, learned = float(report["losses"]["answer"][-1]), list(report["learned"])
         steps, time_s = int(report["num_steps"]), float(report["time_s"])
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return "[its report is not one]"
