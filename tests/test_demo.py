@@ -46,16 +46,12 @@ def test_comparison_runs_methods_through_easyedit_and_keeps_failures_as_rows(bun
     assert sum("SERAC" in line and "not run: " in line for line in lines) == 2
 
 
-def test_only_the_bundled_models_own_settings_vary_by_protocol(bundled_hparams):
-    assert is_bundled(bundled_hparams)
-    assert not is_bundled(replace(bundled_hparams, rank=3))
-
-
 @pytest.mark.parametrize("method", [BaFTHyperParams, ReFTHyperParams])
 def test_the_bundled_models_own_settings_are_so_however_it_is_loaded(method):
     own = method.from_hparams(f"{method.algorithm}/facts-llama", fp16=True, device=0)
     assert is_bundled(own)
     assert is_bundled(replace(own, fp16=False, device="cpu", model_parallel=True))
+    assert not is_bundled(replace(own, rank=3))
 
 
 @pytest.fixture(scope="module")

@@ -57,21 +57,15 @@ def test_attached_edit_changes_the_logits_and_detached_it_does_not(family_model)
     assert torch.equal(logits(family_model), before)
 
 
-def test_outputs_off_the_positions_are_bit_equal(family_model):
+def test_a_layer_is_edited_at_the_positions_and_bit_equal_off_them(family_model):
     before = layer_output(family_model)
     edit = random_edit(layers=(1,))
     edit.attach(family_model)
     after = layer_output(family_model)
     assert torch.equal(after[:, :-3], before[:, :-3])
-    assert ((after[:, -3:] - before[:, -3:]).abs().amax(-1) > 1e-3).all()
-
-
-def test_layer_output_is_the_intervention_on_the_unedited_output(family_model):
-    before = layer_output(family_model)
-    edit = random_edit(layers=(1,))
-    edit.attach(family_model)
     expected = edit.intervention(1)(before[:, -3:])[0]
-    assert torch.allclose(layer_output(family_model)[:, -3:], expected, atol=1e-5)
+    assert torch.allclose(after[:, -3:], expected, atol=1e-5)
+    assert ((after[:, -3:] - before[:, -3:]).abs().amax(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -159,16 +153,6 @@ def test_layers_may_return_a_tensor_or_a_tuple(model, returns_tuple):
     assert torch.equal(seen[0], expected)
 
 
-def test_parameters_of_the_edit_are_not_the_models(model):
-    names = set(model.state_dict())
-    edit = random_edit()
-    edit.attach(model)
-    assert set(model.state_dict()) == names
-    model.to(torch.bfloat16)
-    assert {p.dtype for p in edit.parameters()} == {torch.float32}
-    assert logits(model).dtype == torch.bfloat16
-
-
 def test_deepcopy_of_the_model_copies_the_edit(model):
     edit = random_edit()
     edit.attach(model)
@@ -183,13 +167,6 @@ def test_deepcopy_of_the_model_copies_the_edit(model):
     copied.detach()
     assert attached_edit(twin) is None
     assert attached_edit(model) is edit
-
-
-def test_attached_edit_is_found_inside_a_wrapper(model):
-    edit = random_edit()
-    assert attached_edit(model) is None
-    edit.attach(model)
-    assert attached_edit(nn.ModuleDict({"base": model})) is edit
 
 
 def test_attaching_twice_is_refused(model):

@@ -144,7 +144,7 @@ def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any
 
     place, name = str(source.file.parent), source.file.name
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             gguf_file=name,
             config=AutoConfig.from_pretrained(place, gguf_file=name),
@@ -158,7 +158,7 @@ def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any
             f"({type(error).__name__}: {short(str(error))}): its metadata and tensors must be "
             "those that llama.cpp's converter writes"
         ) from error
-    return model, loading
+    return loaded
 
 
 def _portable(config: Mapping[str, Any], model_class: str, dtype: torch.dtype) -> dict[str, Any]:

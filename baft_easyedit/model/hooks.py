@@ -58,7 +58,7 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@dataclass
+@dataclass(repr=False)
 class GateRecord:
     """Basis weights and hidden states of the latest forward inside `ModelEdit.recording`."""
 

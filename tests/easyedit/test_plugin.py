@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import edit_arguments, logits, other_generation_environment
 
-from baft_easyedit import BaFTEditor, attached_edit, register
+from baft_easyedit import attached_edit, register
 from baft_easyedit.easyedit.plugin import apply_baft_to_model, apply_reft_to_model
 
 pytestmark = pytest.mark.easyedit
@@ -101,26 +101,6 @@ def test_undo_of_an_edit_that_is_not_the_latest_is_refused(apply, requests):
         undo()  # once is enough
         assert torch.equal(logits(apply.editor, prompt), undone)
     assert torch.equal(undone, before)
-
-
-def test_undos_know_of_other_editors_and_of_edits_that_came_instead(apply, requests):
-    model, tok, hparams = apply.editor.model, apply.editor.tok, apply.editor.hparams
-    _, undo = apply(requests[0])
-    other = BaFTEditor(model, tok, hparams)
-    other.edit(requests[1])
-    with pytest.raises(ValueError, match=f"'{requests[1]['prompt']}', by another editor"):
-        undo()
-    other.undo()
-    undo()
-    _, undo = apply(requests[0])  # in the memory of the one before
-    with pytest.raises(ValueError, match=f"no edit to undo.*; .*{requests[0]['prompt']}"):
-        other.undo()
-    attached_edit(model).detach()
-    apply(requests[2])
-    edited = logits(apply.editor, "The sky is")
-    with pytest.raises(ValueError, match=f"{requests[2]['prompt']}.*or take it off: attached_edit"):
-        undo()
-    assert torch.equal(logits(apply.editor, "The sky is"), edited)
 
 
 def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
