@@ -132,8 +132,8 @@ def generate_answers(
     """
     given = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     limits = dict(enumerate(given))
-    form = prompt_format or PromptFormat()
-    rows = [form.prompt_ids(p, tokenizer) if isinstance(p, str) else p for p in prompts]
+    prompt_format = prompt_format or PromptFormat()
+    rows = [prompt_format.prompt_ids(p, tokenizer) if isinstance(p, str) else p for p in prompts]
     answers: dict[int, str] = {}
     for group in alike(
         [len(row) for row in rows], [limit.bit_length() for limit in limits.values()]

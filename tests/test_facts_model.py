@@ -141,12 +141,3 @@ def test_the_recipe_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monk
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "0.1250" in card
     assert "1.5 minutes, " in card
-
-
-def test_learning_rate_warms_up_and_decays():
-    recipe = SCRIPT.TrainingRecipe(lr=1.0, warmup_share=0.1, final_lr_share=0.02)
-    rates = [SCRIPT.learning_rate(step, 100, recipe) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == pytest.approx(1.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0.02, abs=0.001)

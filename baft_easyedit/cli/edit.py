@@ -67,10 +67,10 @@ def _edit(arguments: argparse.Namespace) -> int:
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
     with on_interrupt(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
-        form = PromptFormat.of(editor.hparams)
-        before = generate_answers(model, tokenizer, prompts, prompt_format=form)
+        prompt_format = PromptFormat.of(editor.hparams)
+        before = generate_answers(model, tokenizer, prompts, prompt_format=prompt_format)
         report = editor.edit(request)
-        after = generate_answers(model, tokenizer, prompts, prompt_format=form)
+        after = generate_answers(model, tokenizer, prompts, prompt_format=prompt_format)
         if arguments.save is not None:
             editor.save(arguments.save, arguments.overwrite)
         settings, num_parameters = editor.hparams, editor.model_edit.num_parameters

@@ -107,7 +107,7 @@ def _ask(arguments: argparse.Namespace) -> None:
         model,
         tokenizer,
         max_new_tokens=arguments.max_new_tokens,
-        prompt_format=_asked_form(arguments, model, tokenizer),
+        prompt_format=_asked_format(arguments, model, tokenizer),
     )
     for prompt in arguments.prompt or _typed():
         with edit.disabled():
@@ -116,7 +116,7 @@ def _ask(arguments: argparse.Namespace) -> None:
         print(f"{prompt}\n  base:   {before}\n  edited: {after}", flush=True)
 
 
-def _asked_form(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> PromptFormat:
+def _asked_format(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> PromptFormat:
     """Return the format of prompts: that of `--chat`, or the one that the edit was learned with.
 
     Raises:

@@ -17,8 +17,8 @@ def show_edit(editor: BaFTEditor, request: Mapping[str, Any], asked: Asked) -> I
     def answers() -> list[str]:
         model, tokenizer = editor.model, editor.tokenizer
         return [
-            generate_answers(model, tokenizer, [prompt], prompt_format=form)[0]
-            for prompt, form in asked.values()
+            generate_answers(model, tokenizer, [prompt], prompt_format=prompt_format)[0]
+            for prompt, prompt_format in asked.values()
         ]
 
     before, report, after = answers(), editor.edit(request), answers()

@@ -44,17 +44,17 @@ class LearnedTokens:
 
     def expect(self, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
         """Register prompts and targets to be scored; return the prompts' lengths in tokens."""
-        form, tok, lengths = self._format, self._tok, []
+        prompt_format, tok, lengths = self._format, self._tok, []
         for prompt, target in zip(prompts, targets, strict=True):
-            shown = form.prompt_text(prompt, tok)
-            as_easyedit_has_it = shown if form.use_chat_template else prompt
+            shown = prompt_format.prompt_text(prompt, tok)
+            as_easyedit_has_it = shown if prompt_format.use_chat_template else prompt
             self._texts[as_easyedit_has_it] = shown
-            whole = form.whole_text(prompt, target, tok)
+            whole = prompt_format.whole_text(prompt, target, tok)
             for end in ("", _RELEASES_END):
                 self._texts[f"{as_easyedit_has_it} {target}{end}"] = whole + end
-            if form.use_chat_template:
+            if prompt_format.use_chat_template:
                 self._templated.add(shown)
-            lengths.append(len(form.prompt_ids(prompt, tok)))
+            lengths.append(len(prompt_format.prompt_ids(prompt, tok)))
         return lengths
 
     def expect_answers(self, answers: Sequence[str]) -> None:

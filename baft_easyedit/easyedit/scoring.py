@@ -48,10 +48,10 @@ def _bridged(
         hparams = call.get("hparams")
         if edit is None and not isinstance(hparams, BaFTHyperParams):
             return original(*args, **kwargs)
-        form = PromptFormat() if hparams is None else PromptFormat.of(hparams)
+        prompt_format = PromptFormat() if hparams is None else PromptFormat.of(hparams)
         if call.get("locality"):  # for which EasyEdit never uses the template
-            form = form.without_template()
-        call["tok"] = LearnedTokens(call["tok"], form)
+            prompt_format = prompt_format.without_template()
+        call["tok"] = LearnedTokens(call["tok"], prompt_format)
         # `generate` tells the edit its prompts' lengths itself.
         if prompt_lengths is None or call.get("vanilla_generation"):
             return original(**call)

@@ -226,10 +226,10 @@ class Session:
 
         Local prompts never get the chat template, as EasyEdit has it.
         """
-        tok, form = self.editor.tok, PromptFormat.of(self.editor.hparams)
+        tok, prompt_format = self.editor.tok, PromptFormat.of(self.editor.hparams)
         texts = []
         for prompt, answer, is_local in asked:
-            shown = form.without_template() if is_local else form
+            shown = prompt_format.without_template() if is_local else prompt_format
             whole = shown.whole_ids(prompt, answer, tok)
             # Where both meet in one token, that is the answer's.
             texts.append((whole, min(len(shown.prompt_ids(prompt, tok)), len(whole) - 1)))

@@ -10,7 +10,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from baft_easyedit.facts.known import known_phrasings
@@ -23,9 +22,7 @@ NUM_LOC_PROMPTS = 4
 MIN_TRAIN_FACTS = 8
 """Usable train-split facts that a relation needs for its facts to be edited, a trained one itself
 included."""
-_KNOWN: Mapping[str, Literal["train", "eval"]] = MappingProxyType(
-    {"known": "eval", "known_train": "train"}
-)
+_KNOWN: Mapping[str, Literal["train", "eval"]] = {"known": "eval", "known_train": "train"}
 """The splits of facts that SmolLM2 knows, and the split that each is a part of."""
 
 

@@ -7,7 +7,6 @@ and their regular expressions.
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from baft_easyedit.files.messages import short
@@ -25,14 +24,12 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGITS = "digits"
 """Split off digits one by one, then split as GPT-2 does."""
 _GPT2 = "gpt-2"
-_SPLITS: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("gpt-2", "phi-2"), _GPT2),
-        **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _DIGITS),
-        **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
-        **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-    }
-)
+_SPLITS: Mapping[str, str] = {
+    **dict.fromkeys(("gpt-2", "phi-2"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+}
 """How texts are split before pairs are merged, for each value of `tokenizer.ggml.pre`."""
 
 _ROLES = {
@@ -175,7 +172,7 @@ def _byte_level(source: TokenizerSource) -> Any:
     Raises:
         ValueError: If there is no such list, or it does not fit.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     split = _split(source)
     merges = [tuple(pair.split(" ")) for pair in source.get("merges") or []]
@@ -184,7 +181,7 @@ def _byte_level(source: TokenizerSource) -> Any:
             f"tokenizer.ggml.merges must have a pair for each merge; {source.file} has none"
         )
     # Some of LLaMA-3's tokens cannot be reached by its list of merges.
-    backend = _of_merges(source, Tokenizer, models, merges, ignore_merges=split == _LLAMA3)
+    backend = _of_merges(source, merges, ignore_merges=split == _LLAMA3)
     by_bytes = pre_tokenizers.ByteLevel(
         add_prefix_space=bool(source.get("add_space_prefix", False)),
         use_regex=split in (_GPT2, _DIGITS),
@@ -203,12 +200,10 @@ def _byte_level(source: TokenizerSource) -> Any:
 
 def _sentencepiece(source: TokenizerSource) -> Any:
     """Build a tokenizer of the kind `llama`: pieces with scores, merged from the best score on."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import decoders, normalizers
 
     backend = _of_merges(
         source,
-        Tokenizer,
-        models,
         _merges_of_scores(source),
         unk_token=source.token("unknown_token_id"),
         fuse_unk=True,
@@ -224,20 +219,16 @@ def _sentencepiece(source: TokenizerSource) -> Any:
     return backend
 
 
-def _of_merges(
-    source: TokenizerSource,
-    tokenizer: Any,
-    models: Any,
-    merges: Sequence[tuple[str, ...]],
-    **options: Any,
-) -> Any:
+def _of_merges(source: TokenizerSource, merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
     """Build a tokenizer from a file's vocabulary and merges.
 
     Raises:
         ValueError: If the merges do not fit the vocabulary.
     """
+    from tokenizers import Tokenizer, models
+
     try:
-        return tokenizer(models.BPE(source.vocab, [*map(tuple, merges)], **options))
+        return Tokenizer(models.BPE(source.vocab, [*map(tuple, merges)], **options))
     # The backend raises plain exceptions, and its own about single merges.
     except Exception as error:
         raise ValueError(

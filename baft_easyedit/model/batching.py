@@ -86,16 +86,14 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: Any, side: str) -> dict[str
         `input_ids` and `attention_mask`, each [B, T].
     """
     width = max(map(len, rows))
-    fill = tokenizer.pad_token_id or 0
-    gaps = [width - len(row) for row in rows]
-    ids = [_beside(row, [fill] * gap, side) for row, gap in zip(rows, gaps, strict=True)]
-    mask = [_beside([1] * len(row), [0] * gap, side) for row, gap in zip(rows, gaps, strict=True)]
+
+    def beside(row: Sequence[int], fill: int) -> list[int]:
+        padding = [fill] * (width - len(row))
+        return [*padding, *row] if side == "left" else [*row, *padding]
+
+    ids = [beside(row, tokenizer.pad_token_id or 0) for row in rows]
+    mask = [beside([1] * len(row), 0) for row in rows]
     return {
         "input_ids": torch.tensor(ids, dtype=torch.long),
         "attention_mask": torch.tensor(mask, dtype=torch.long),
     }
-
-
-def _beside(row: Sequence[int], padding: list[int], side: str) -> list[int]:
-    """Join a row and its padding, which goes to `side`."""
-    return [*padding, *row] if side == "left" else [*row, *padding]

@@ -91,10 +91,10 @@ class Desk:
             ValueError: If the prompt is blank, or too long for the model.
         """
         model, tokenizer = self.editor.model, self.editor.tokenizer
-        form = PromptFormat.of(self.editor.hparams).with_template(in_chat)
+        prompt_format = PromptFormat.of(self.editor.hparams).with_template(in_chat)
         if not prompt.strip():
             raise ValueError("prompt must not be empty: write one")
-        length = len(form.prompt_ids(prompt, tokenizer))
+        length = len(prompt_format.prompt_ids(prompt, tokenizer))
         room = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
         if length + max_new_tokens > room:
             raise ValueError(
@@ -104,9 +104,9 @@ class Desk:
         answer = partial(generate_answers, model, tokenizer, [prompt], max_new_tokens)
         with self.lock:
             with self.editor.model_edit.disabled():
-                (base,) = answer(prompt_format=form)
-            (edited,) = answer(prompt_format=form)
-            ids = form.whole_ids(prompt, edited, tokenizer)[:room]
+                (base,) = answer(prompt_format=prompt_format)
+            (edited,) = answer(prompt_format=prompt_format)
+            ids = prompt_format.whole_ids(prompt, edited, tokenizer)[:room]
             weights = gate_weights(self.editor, ids, length)[:, -_MOST_SHOWN:]
         if not len(weights):
             return base, edited, None

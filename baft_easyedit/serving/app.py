@@ -124,8 +124,8 @@ def _as_openai(_request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, AnyHTTPException):
         error = HTTPException(500, "the answer failed: see the server's log")
     kind = "invalid_request_error" if error.status_code < 429 else "server_error"
-    form = {"message": str(error.detail), "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": form}, error.status_code)
+    told = {"message": str(error.detail), "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": told}, error.status_code)
 
 
 def _invalid_as_openai(request: Request, error: Exception) -> JSONResponse:
@@ -153,10 +153,10 @@ class _Routes:
     def complete(self, body: Completion, request: Request) -> Any:
         """Continue a text."""
         edits = self._edits_of(body.model)
-        form = self._form(edits).without_template()
-        ids = form.prompt_ids(body.prompt, self._answerer.tokenizer)
+        prompt_format = self._prompt_format(edits).without_template()
+        ids = prompt_format.prompt_ids(body.prompt, self._answerer.tokenizer)
         wish = self._wish(body, edits, ids)
-        return self._reply(_Form(body.model, is_chat=False), body, wish, request)
+        return self._reply(_AnswerBody(body.model, is_chat=False), body, wish, request)
 
     def chat(self, body: Chat, request: Request) -> Any:
         """Write the next message of a chat."""
@@ -168,13 +168,13 @@ class _Routes:
                 [message.model_dump() for message in body.messages],
                 add_generation_prompt=True,
                 tokenize=False,
-                **(self._form(edits).chat_template_kwargs or {}),
+                **(self._prompt_format(edits).chat_template_kwargs or {}),
             )
         except TemplateError as error:
             raise HTTPException(400, f"messages do not fit the chat template: {error}") from None
         ids = token_ids(text, tokenizer, is_templated=True)
         wish = self._wish(body, edits, ids)
-        return self._reply(_Form(body.model, is_chat=True), body, wish, request)
+        return self._reply(_AnswerBody(body.model, is_chat=True), body, wish, request)
 
     def _edits_of(self, model: str) -> tuple[str, ...]:
         """Read a request's `model`: `base`, or names of edits with a `+` between them."""
@@ -187,7 +187,7 @@ class _Routes:
             )
         return edits
 
-    def _form(self, edits: tuple[str, ...]) -> PromptFormat:
+    def _prompt_format(self, edits: tuple[str, ...]) -> PromptFormat:
         """Return the prompt format of the first edit; the plain one without edits."""
         return self._formats[edits[0]] if edits else PromptFormat()
 
@@ -208,7 +208,7 @@ class _Routes:
             )
         return Wish(edits, ids, most, body.temperature, body.top_p, body.seed, stop)
 
-    def _reply(self, form: "_Form", body: Body, wish: Wish, request: Request) -> Any:
+    def _reply(self, answer_body: "_AnswerBody", body: Body, wish: Wish, request: Request) -> Any:
         """Queue a request, and return its answer as a whole or as a stream of pieces."""
         pieces: SimpleQueue[str | None] = SimpleQueue()
         is_left = threading.Event()
@@ -230,14 +230,14 @@ class _Routes:
             while not wait([future], timeout=_LOOK_EVERY_S).done:
                 if from_thread.run(request.is_disconnected):
                     is_left.set()
-            return form.whole(future.result(), len(wish.prompt))
+            return answer_body.whole(future.result(), len(wish.prompt))
         future.add_done_callback(lambda _: pieces.put(None))
 
         def events() -> Iterator[str]:
             for piece in iter(pieces.get, None):
                 if piece:
-                    yield _event(form.part(piece))
-            yield _event(form.part("", future.result()))
+                    yield _event(answer_body.part(piece))
+            yield _event(answer_body.part("", future.result()))
             yield "data: [DONE]\n\n"
 
         return _Stream(events(), is_left.set)
@@ -262,7 +262,7 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-class _Form:
+class _AnswerBody:
     """Builds the JSON of one answer, in OpenAI's form for chats or for completions."""
 
     def __init__(self, model: str, *, is_chat: bool) -> None:

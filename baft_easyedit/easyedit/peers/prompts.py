@@ -86,10 +86,10 @@ def _first(answer: Any) -> str:
 
 def _shown(prompt: str, editor: Any) -> str:
     """Return a prompt as the model is shown it, for a method that tokenises it as any text."""
-    form, tok = PromptFormat.of(editor.hparams), editor.tok
-    if not form.use_chat_template:
+    prompt_format, tok = PromptFormat.of(editor.hparams), editor.tok
+    if not prompt_format.use_chat_template:
         return prompt
-    text = form.prompt_text(prompt, tok)
+    text = prompt_format.prompt_text(prompt, tok)
     begins_itself = tok("a")["input_ids"][0] == tok.bos_token_id
     return text.removeprefix(tok.bos_token) if begins_itself else text
 
@@ -140,15 +140,15 @@ def suited_tokenizer(
         requests: What the method is to learn, of `edited_request`.
         hparams: Its EasyEdit hyper-parameters.
     """
-    suited, form = tok, PromptFormat.of(hparams)
+    suited, prompt_format = tok, PromptFormat.of(hparams)
     if name in APPEND_ANSWERS:
         suited = copy(tok)
         suited.decode = functools.partial(_decode_with_space, tok)
-    if not form.use_chat_template:
+    if not prompt_format.use_chat_template:
         return suited
     # Methods put a space before an answer, behind a template too. Some tokenizers merge it with the
     # template's end: the edit would be learned on tokens that no prompt has in generation.
-    behind_templates = LearnedTokens(suited, form)
+    behind_templates = LearnedTokens(suited, prompt_format)
     behind_templates.expect_answers([request["target_new"] for request in requests])
     return behind_templates
 
