@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from inspect import Parameter, Signature
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -197,6 +198,11 @@ def hparams():
         gate_lr=3.0e-2,
         num_steps=60,
     )
+
+
+@pytest.fixture
+def quick(hparams):
+    return replace(hparams, num_steps=2)
 
 
 class WorkerHere(Iterator):

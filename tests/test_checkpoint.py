@@ -40,11 +40,6 @@ def write_logits(directory):
 
 
 @pytest.fixture
-def quick(hparams):
-    return replace(hparams, num_steps=2)
-
-
-@pytest.fixture
 def kept(model, tokenizer, quick, request_dict, tmp_path):
     """The directory of a saved edit of `model`."""
     editor = BaFTEditor(make_model(), tokenizer, quick)

@@ -17,11 +17,6 @@ def fact(i):
 
 
 @pytest.fixture
-def quick(hparams):
-    return replace(hparams, num_steps=2)
-
-
-@pytest.fixture
 def edited(tokenizer, tmp_path):
     """Opens an edit of a fresh model in a directory of its own, and makes edits."""
     editors = []

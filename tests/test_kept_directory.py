@@ -47,11 +47,6 @@ def of(editor):
 
 
 @pytest.fixture
-def quick(hparams):
-    return replace(hparams, num_steps=2)
-
-
-@pytest.fixture
 def opened(tokenizer, quick, tmp_path):
     """Opens an editor of a fresh model; closes all in the end."""
     editors = []
