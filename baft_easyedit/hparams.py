@@ -315,7 +315,12 @@ def _check_types(hparams: BaFTHyperParams) -> None:
             value = float(value)
             setattr(hparams, f.name, value)
         if not _has_type(value, hint):
-            raise TypeError(_type_message(f.name, value, hint))
+            wanted = str(hint) if get_args(hint) else hint.__name__
+            yaml = hint is float and isinstance(value, str)
+            raise TypeError(
+                f"{f.name} must be of type {wanted}; got {short(value)} of type "
+                f"{type(value).__name__}{' (YAML reads 1e-4 as text: write 1.0e-4)' * yaml}"
+            )
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, int) and number.bit_length() > 64 for number in numbers):
             raise ValueError(f"{f.name} must have at most 64 bits; got {short(value)}")
@@ -336,12 +341,3 @@ def _is_json(value: object) -> bool:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):
         return False
-
-
-def _type_message(name: str, value: object, hint: Any) -> str:
-    """Return the message about a wrong type, with a hint if YAML read a number as text."""
-    wanted = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-    message = f"{name} must be of type {wanted}; got {short(value)} of type {type(value).__name__}"
-    if hint is float and isinstance(value, str):
-        message += " (YAML reads 1e-4 as text: write 1.0e-4)"
-    return message

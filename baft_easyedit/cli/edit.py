@@ -50,7 +50,7 @@ def _edit(arguments: argparse.Namespace) -> int:
         "loc_prompt": arguments.loc_prompt,
     }
     as_requests(request)
-    if _is_copied(arguments):
+    if None not in (arguments.source, arguments.save) and arguments.source != arguments.save:
         check_target(arguments.save, arguments.source, arguments.overwrite)
     elif arguments.overwrite:
         raise ValueError("--overwrite needs --from, and another directory as --save")
@@ -78,11 +78,6 @@ def _edit(arguments: argparse.Namespace) -> int:
         print(f"{prompt}\n  before: {old}\n  after:  {new_answer}")
     _print_report(report, settings.alg_name, num_parameters)
     return _status(arguments, report, settings)
-
-
-def _is_copied(arguments: argparse.Namespace) -> bool:
-    """Tell whether the edit starts from one directory and is saved in another."""
-    return None not in (arguments.source, arguments.save) and arguments.source != arguments.save
 
 
 def _editor(

@@ -27,15 +27,6 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
-def check_regular(file: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a path is a regular file, or a link to one.
-
-    Raises:
-        FileNotFoundError: If the path does not exist.
-    """
-    _check(os.stat(file) if os.path.exists(file) else os.lstat(file), file)  # links may loop
-
-
 def check_own(file: str | os.PathLike[str]) -> None:
     """Raise ValueError unless a path to write to is a regular file, not a link, or is free."""
     if os.path.lexists(file):
@@ -50,7 +41,7 @@ def open_regular(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         ValueError: If the path is something else.
         OSError: If the file cannot be read; the error names it, also if reading fails later.
     """
-    check_regular(file)
+    _check(os.stat(file) if os.path.exists(file) else os.lstat(file), file)  # links may loop
     with open(file, "rb") as stream:
         try:
             yield stream

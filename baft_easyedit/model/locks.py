@@ -79,14 +79,10 @@ class ModelLock:
                 self._wait_for(lambda: not self._forwards)
             yield
         finally:
-            self._leave_change(thread)
-
-    def _leave_change(self, thread: int) -> None:
-        """Release the lock, if this thread has it."""
-        with self._news:
-            if self._owner == thread:
-                self._owner, self._next = None, set(self._waiting)
-                self._news.notify_all()
+            with self._news:
+                if self._owner == thread:
+                    self._owner, self._next = None, set(self._waiting)
+                    self._news.notify_all()
 
     def begin_forward(self) -> None:
         """Wait for a change by another thread; then keep changes out until `end_forward`."""
