@@ -119,6 +119,75 @@ def request(subject):
     }
 
 
+def wikibigedit(subject, **others):
+    return {
+        "tag": "Update",
+        "subject": subject,
+        "update": f"Who leads {subject}?",
+        "ans": "Ann Lee",
+        "rephrase": f"Whom does {subject} follow?",
+        "personas": f"Arr, who be leadin' {subject}?",
+        "mhop": f"Where was the leader of {subject} born?",
+        "mhop_ans": "Lima",
+        "loc": "Who wrote it?",
+        "loc_ans": "Bob",
+        **others,
+    }
+
+
+def unke(subject, **others):
+    return {
+        "id": subject,
+        "question": f"Who is {subject}?",
+        "para_question": f"What do you know of {subject}?",
+        "answer": f"{subject} is a painter. The works hang in Oslo.",
+        "sub_question": [f"What is {subject}?", "Where do the works hang?"],
+        "sub_answer": ["A painter", "Oslo"],
+        **others,
+    }
+
+
+def akew(subject, kind):
+    """A record of one of AKEW's three files."""
+    fact = {
+        "prompt": "{} lives in",
+        "subject": subject,
+        "question": f"Where is {subject}'s home?",
+        "fact_new_uns": f"{subject} moved to Rome.",
+        "unsfact_triplets_GPT": [
+            {"prompt": f"{{}} has room {i} in", "subject": subject, "target": "Rome"}
+            for i in range(7)
+        ],
+    }
+    near = {"loc": "Who sang?", "loc_ans": "Roxette"}
+    if kind == "wikiupdate":
+        return {"requested_rewrite": {**fact, "answer_new": "Rome", "answer_true": "Bern"}, **near}
+    fact |= {"target_new": {"str": "Rome"}, "target_true": {"str": "Bern"}}
+    if kind == "mquake":
+        asked = {"questions": [f"Of what is {subject}'s home the capital?"]}
+        return {"requested_rewrite": [fact], "answer": "A", "new_answer": "Italy", **asked, **near}
+    return {
+        "requested_rewrite": {**fact, "prompt_full": f"In which town does {subject} live?"},
+        "paraphrase_prompts": [f"{subject}'s town is", "Another"],
+        "neighborhood_prompts": ["Bob lives in", "Eve lives in"],
+    }
+
+
+HALLUEDIT = (
+    "subject,relation,object,question,paraphrased_question,yes_question,no_question,"
+    "multiple_choice_with_letters,multiple_choice_labels,reversed_relation_question,"
+    "question_2hop,answer_2hop,question_3hop,answer_3hop,locality_question"
+)
+"""The columns of HalluEditBench that are read."""
+
+
+def halluedit(subject, relation):
+    return (
+        f'{subject},{relation},"Rome, Italy",What is it?,Say it again?,Is it Rome?,Is it Oslo?,'
+        f'"A. Rome, B. Oslo",A,What has its {relation} in Rome?,Two hops?,Two,,,Who sang?'
+    )
+
+
 RECORDS = {
     "zsre": [zsre("Acme"), zsre("Bolt")],
     "knowedit-zsre": [knowedit("France"), knowedit("Spain")],
@@ -128,9 +197,12 @@ RECORDS = {
     "convsent": [convsent("jazz"), convsent("rain")],
     "counterfact": [rome("Asha", 3), counterfact("Toko")],
     "mquake": [mquake("Ann", "Norway", 11), mquake("Bob", "Sweden", 12)],
+    "wikibigedit": [wikibigedit("Acme"), wikibigedit("Bolt", mhop=None, mhop_ans=None)],
+    "unke": [unke("Ann"), unke("Bob")],
+    "akew": [akew("Ann", "wikiupdate"), akew("Bob", "counterfact"), akew("Eve", "mquake")],
     "requests": [request("France"), request("Spain")],
 }
-"""Two good records of each kind that is read from a JSON file."""
+"""Good records of each kind that is read from a JSON file."""
 
 
 def records_of(kind):

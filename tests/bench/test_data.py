@@ -8,14 +8,19 @@ from random import Random
 
 import pytest
 from dataset_files import (
+    HALLUEDIT,
     RECORDS,
+    akew,
     convsent,
     counterfact,
+    halluedit,
     knowedit,
     mquake,
     records_of,
     request,
     rome,
+    unke,
+    wikibigedit,
     wikibio,
     write_records,
     zsre,
@@ -192,6 +197,98 @@ def test_zsre_skips_empty_targets_and_pairs_loc_prompts_by_record(load, tmp_path
         load_dataset("zsre", path)
 
 
+def test_mquake_can_be_joined_into_one_edit_per_case(load):
+    (request_,) = load("mquake", [mquake("Ann", "Norway", 11)], joined=True).requests
+    asked = {"multi_hop": probe([*"QR"], MARS, MARS)}
+    asked["multi_hop"]["prompt"] = mquake("Ann", "Norway", 11)["questions"]
+    assert request_ == made(
+        "Ann is a citizen of?Norway is a citizen of?",
+        "Norway,Mars",
+        case_id=11,
+        rephrase_prompt="Whose citizen is Ann?Where is Norway?",
+        portability=asked,
+    )
+
+
+def test_a_directory_of_wikibigedit_is_read_by_date(tmp_path):
+    for period, subject in (("20240301_20240320", "Late"), ("20240201_20240220", "Early")):
+        write_records(tmp_path, [wikibigedit(subject)], f"wiki_big_edit_{period}.json")
+    (tmp_path / "zsre_mend_train.json").unlink()
+    dataset = load_dataset("wikibigedit", tmp_path)
+    assert [r["subject"] for r in dataset.requests] == ["Early", "Late"]
+    assert len(dataset.files) == 2
+
+
+def test_halluedit_is_read_from_csv(tmp_path):
+    file = tmp_path / "places.csv"
+    file.write_text("\n".join([HALLUEDIT, halluedit("Acme", "headquarters location")]))
+    (request_,) = load_dataset("halluedit", file).requests
+    assert request_ == made(
+        "Where is the headquarters of Acme?",
+        "Rome, Italy",
+        "Rome, Italy",
+        subject="Acme",
+        rephrase_prompt="Say it again?",
+        portability={"2hop": probe(["Two hops?"], ["Two"])},
+        probes={
+            "yes": probe(["Is it Rome?"], ["Yes"]),
+            "no": probe(["Is it Oslo?"], ["No"]),
+            "mcq": probe(["What is it? A. Rome, B. Oslo"], ["A"]),
+            "reversed": probe(["What has its headquarters location in Rome?"], ["Acme"]),
+            "locality": probe(["Who sang?"], [None]),
+        },
+    )
+    again = write_records(tmp_path, [request_])
+    assert load_dataset("requests", again).requests == [request_]
+    file.write_text(HALLUEDIT + "\n,industry,Rome")
+    with pytest.raises(ValueError, match=r"places\.csv, record 0: prompt: .* at least 1 character"):
+        load_dataset("halluedit", file)
+    file.write_text("subject,object\nAcme,Rome")
+    with pytest.raises(ValueError, match=r"columns subject, .* got none of \['relation'\]"):
+        load_dataset("halluedit", file)
+
+
+def test_long_answers_have_short_questions_on_them(load):
+    (request_,) = load("unke", [unke("Ann", para_question=" ")]).requests
+    assert request_ == made(
+        "Who is Ann?",
+        "Ann is a painter. The works hang in Oslo.",
+        rephrase_prompt="Who is Ann?",
+        probes={
+            "sub": probe(["What is Ann?", "Where do the works hang?"], ["A painter"], ["Oslo"])
+        },
+        long_answer=True,
+    )
+    untold = akew("Eve", "mquake")
+    untold["requested_rewrite"][0]["fact_new_uns"] = ""
+    dataset = load("akew", [akew("Bob", "counterfact"), untold])
+    (request_,) = dataset.requests
+    assert request_["probes"]["sub"]["prompt"] == [f"Bob has room {i} in" for i in range(5)]
+    assert "1 records skipped, for they have no fact_new_uns" in dataset.notes
+    with pytest.raises(ValueError, match="a question for each of 1 answers; got 2"):
+        load("unke", [unke("Ann", sub_answer=["A painter"])])
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  ", [], [[]], [""], float("nan")])
+def test_a_part_that_says_nothing_is_left_out_and_told(load, nothing):
+    bare = {name: nothing for name in ("rephrase", "loc", "loc_ans", "answers", "subject")}
+    if isinstance(nothing, list):
+        bare = {"answers": nothing}
+    dataset = load("zsre", [{**zsre("Acme"), **bare}, zsre("Bolt")], loc_prompts=False)
+    assert dataset.requests[0]["ground_truth"] is None
+    if not isinstance(nothing, list):
+        assert not {"rephrase_prompt", "subject"} & dataset.requests[0].keys()
+        assert "no rephrase_prompt in 1 of 2 records" in dataset.notes
+        assert "no locality in 1 of 2 records" in dataset.notes
+    spoilt = knowedit("France")
+    spoilt["portability"]["Reasoning"][0]["ground_truth"] = nothing
+    spoilt["locality"]["Forgetfulness"] = [{"prompt": "x", "ground_truth": [[], nothing]}]
+    dataset = load("wikidata-recent", [spoilt])
+    assert dataset.requests[0]["portability"]["reasoning"]["ground_truth"] == ["Gualtieri"]
+    assert "Forgetfulness" not in dataset.requests[0]["locality"]
+    assert "2 probes left out, for they lack prompt or answer" in dataset.notes
+
+
 def test_convsent_draws_are_of_both_sentiments_and_stay_the_same(load):
     records = [convsent(f"topic {i}") for i in range(60)]
     requests = load("convsent", records).requests
@@ -306,6 +403,7 @@ def test_asking_for_records_that_are_not_there_is_an_error(load, arguments, mess
         ("wikidata-recent", "recent_test.json"),
         ("wikidata-counterfact", "test_cf.json"),
         ("wikibio", "wikibio-test-all.json"),
+        ("counterfact", "multi_counterfact.json"),
         ("convsent", "blender_test.json"),
     ],
 )
@@ -354,12 +452,7 @@ def hop(bad):
             {"locality": {"Forgetfulness": [{"prompt": "x"}]}},
             r"locality\.Forgetfulness\.0\.ground_truth: Field required; got \{'prompt': 'x'\}",
         ),
-        (
-            "wikidata-recent",
-            {"portability": {"Reasoning": [{"prompt": "x", "ground_truth": [[]]}]}},
-            r"portability\.Reasoning\.0\.ground_truth: a list of answers must not be empty; got",
-        ),
-        ("wikidata-recent", {"prompt": "", "subject": None}, r"got .* \(and 1 more problems\)"),
+        ("wikidata-recent", {"prompt": "", "subject": 3}, r"got .* \(and 1 more problems\)"),
         ("counterfact", {"requested_rewrite": {"prompt": "{} and {} are"}}, NO_SLOT),
         ("counterfact", {"requested_rewrite": {"prompt": "no slot"}}, NO_SLOT),
         ("requests", hop("x"), "hop: must be a dict with the keys prompt and ground_truth; got"),
@@ -433,6 +526,8 @@ def test_counterfact_without_a_part_is_read_and_counted(load):
     [
         ("zsre", {"loc_prompts": "no"}, TypeError, "loc_prompts must be true or false; got 'no'"),
         ("convsent", {"seed": "x"}, TypeError, "seed must be an integer; got 'x'"),
+        ("akew", {"texts": 1}, TypeError, "texts must be true or false; got 1"),
+        ("mquake", {"joined": 1}, TypeError, "joined must be true or false; got 1"),
         ("facts", {"path": "x"}, ValueError, "path must be None for facts, which .*; got x"),
         ("zsre", {"alpha": 1}, ValueError, r"options of zsre must be among \['loc_prompts'\]; got"),
         ("wikibio", {"file_name": 1}, ValueError, r"options of wikibio must be among \[\]; got"),

@@ -11,6 +11,10 @@
 | `convsent` | blender_test.json | none |
 | `counterfact` | ROME's layout or EasyEdit's | rephrased, neighborhood |
 | `mquake` | MQuAKE-*.json | rephrased, multi_hop |
+| `wikibigedit` | one file, or a directory of several | rephrased, locality, personas, mhop |
+| `halluedit` | a CSV file of HalluEditBench | rephrased, 2hop to 6hop, yes, no, mcq, reversed |
+| `unke` | final_data_v3.json | rephrased, sub |
+| `akew` | WikiUpdate.json, CounterFact.json or MQuAKE-CF.json | rephrased, sub |
 | `requests` | a list of request dicts | what they have |
 
 No reader needs EasyEdit, a tokenizer or the network; the package brings no benchmark data but its
@@ -27,7 +31,7 @@ from textwrap import shorten
 from types import MappingProxyType
 from typing import Any
 
-from baft_easyedit.bench.data import readers
+from baft_easyedit.bench.data import long_answers, questions, readers
 from baft_easyedit.bench.data.files import FileHash, select
 from baft_easyedit.files.messages import short
 from baft_easyedit.training.requests import EditRequest
@@ -42,9 +46,13 @@ DATASETS: Mapping[str, Callable[..., readers.Source]] = MappingProxyType(
         "wikidata-recent": partial(readers.read_knowedit, "recent_test.json"),
         "wikidata-counterfact": partial(readers.read_knowedit, "test_cf.json"),
         "wikibio": partial(readers.read_knowedit, "wikibio-test-all.json"),
-        "convsent": readers.read_convsent,
+        "convsent": long_answers.read_convsent,
         "counterfact": readers.read_counterfact,
-        "mquake": readers.read_mquake,
+        "mquake": questions.read_mquake,
+        "wikibigedit": questions.read_wikibigedit,
+        "halluedit": questions.read_halluedit,
+        "unke": long_answers.read_unke,
+        "akew": long_answers.read_akew,
         "requests": readers.read_requests,
     }
 )
@@ -87,7 +95,7 @@ def load_dataset(
         path: File or directory; the reader says which. None for `facts`.
         start: First record.
         limit: Number of records; all if None.
-        **options: The reader's own: `split` of facts, `loc_prompts` of zsre, `seed` of convsent.
+        **options: The reader's own: such as `split` of facts.
 
     Raises:
         ValueError: If the kind or an option is unknown, a record breaks a rule (the message names
@@ -104,10 +112,12 @@ def load_dataset(
     if unknown:
         raise ValueError(f"options of {kind} must be among {known}; got {short(unknown)}")
     source = reader(None if path is None else Path(path), **options)
-    requests = [case.as_request(index) for index, case in enumerate(source.cases)]
-    requests = select(requests, start, limit, kind)
+    numbered = select(list(enumerate(source.cases)), start, limit, kind)
+    requests = [case.as_request(index) for index, case in numbered]
+    left_out = sum(case.num_left_out for _, case in numbered)
     notes = [
         *source.notes,
+        *([f"{left_out} probes left out, for they lack prompt or answer"] if left_out else []),
         *_drop_foreign_subjects(requests),
         *_repeated_prompts(requests),
         *_missing_parts(requests),
@@ -164,5 +174,6 @@ def _parts(request: Request) -> set[str]:
     """Name the parts that a request has."""
     single = {key for key in ("subject", "rephrase_prompt", "loc_prompt") if key in request}
     sections = {key for key in ("locality", "portability") if request[key]}
-    sections |= {"counterfact"} & request.keys()  # may be empty: the edit itself is scored then
+    # May be empty: the edit itself is scored then.
+    sections |= {"counterfact", "probes"} & request.keys()
     return single | sections | {f"{key}.{kind}" for key in sections for kind in request[key]}

@@ -14,22 +14,25 @@ Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_
 
 
 def _texts(answer: Any) -> Iterator[Any]:
-    """Walk `text`, `[text, ...]` or `[[alias, ...], ...]`, in order."""
-    if not isinstance(answer, list | tuple):
+    """Walk `text`, `[text, ...]` or `[[alias, ...], ...]`, in order, without what is blank."""
+    if isinstance(answer, list | tuple):
+        for part in answer:
+            yield from _texts(part)
+    elif not _is_blank(answer):
         yield answer
-        return
-    if not answer:
-        raise ValueError("a list of answers must not be empty")
-    for part in answer:
-        yield from _texts(part)
 
 
-Answers = Annotated[
-    tuple[Text, ...],
-    BeforeValidator(lambda answer: tuple(_texts(answer))),
-    AfterValidator(lambda texts: tuple(dict.fromkeys(texts))),
-]
-"""Accepted answers, each once; the first is the one that EasyEdit keeps."""
+def _is_blank(text: Any) -> bool:
+    """Tell whether a field says nothing; pandas writes NaN for that."""
+    return text is None or text != text or (isinstance(text, str) and not text.strip())
+
+
+MaybeText = Annotated[Text | None, BeforeValidator(lambda text: None if _is_blank(text) else text)]
+"""Text of a part that a record may lack; an empty one is as none."""
+Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda texts: tuple(_texts(texts)))]
+"""Texts in one list, without empty ones."""
+Answers = Annotated[Texts, AfterValidator(lambda texts: tuple(dict.fromkeys(texts)))]
+"""Accepted answers, each once; the first is the one that EasyEdit keeps. May be none."""
 
 
 class Layout(BaseModel):
@@ -39,14 +42,20 @@ class Layout(BaseModel):
 
 
 class Probe(Layout):
-    """A prompt, and the answers that count as right."""
+    """A prompt, and the answers that count as right; one that lacks either is not asked."""
 
-    prompt: Text
+    prompt: MaybeText
     ground_truth: Answers
 
 
 Probes = dict[str, tuple[Probe, ...]]
 """Probes by kind, such as `neighborhood`; a kind may be missing or empty."""
+
+
+def one(prompt: str | None, *answers: str | None) -> tuple[Probe, ...]:
+    """Return a probe as the only one of its kind; none if it lacks its prompt or its answers."""
+    probe = Probe(prompt=prompt, ground_truth=answers)
+    return (probe,) if probe.prompt and probe.ground_truth else ()
 
 
 Part = Literal["paraphrase", "neighborhood", "generation"]
@@ -58,12 +67,16 @@ class Case(Layout):
     case_id: int | str | None = None
     prompt: Text
     target_new: Text
-    ground_truth: Answers | None = None
-    subject: Text | None = None
-    rephrase_prompt: Text | None = None
-    loc_prompt: Answers | None = None
+    ground_truth: Answers = ()
+    subject: MaybeText = None
+    rephrase_prompt: MaybeText = None
+    loc_prompt: Answers = ()
     locality: Probes | None = None
     portability: Probes | None = None
+    probes: Probes | None = None
+    """What is asked by generation only; a probe without an answer asks for that of before."""
+    long_answer: bool = False
+    """Whether answers are compared by the words that they share with the target."""
     counterfact: dict[Part, tuple[Text, ...]] | None = None
     """What CounterFact's scores by probability ask beside `prompt`; any part may be missing."""
 
@@ -72,18 +85,20 @@ class Case(Layout):
 
         A probe is `{"prompt": [...], "ground_truth": [...], "aliases": [[...], ...]}`, its lists
         parallel: EasyEdit reads the first two, and `aliases` has all accepted answers. `subject`,
-        `rephrase_prompt`, `loc_prompt` and `counterfact` are left out where there are none.
+        `rephrase_prompt`, `loc_prompt`, `counterfact`, `probes` and `long_answer` are left out
+        where there are none.
 
         Args:
             index: The `case_id` of a case that has none.
         """
-        texts = self.loc_prompt or ()
-        more = self.counterfact
+        texts, more = self.loc_prompt, self.counterfact
         optional = {
             "subject": self.subject,
             "rephrase_prompt": self.rephrase_prompt,
             "loc_prompt": list(texts) if len(texts) > 1 else next(iter(texts), None),
             "counterfact": None if more is None else {k: [*v] for k, v in more.items() if v},
+            "probes": _parallel_lists(self.probes or {}, (None,)) or None,
+            "long_answer": self.long_answer or None,
         }
         return {
             **(self.model_extra or {}),
@@ -96,15 +111,33 @@ class Case(Layout):
             "portability": _parallel_lists(self.portability or {}),
         }
 
+    @property
+    def num_left_out(self) -> int:
+        """Probes that lack their prompt or their answers."""
+        kinds = [*(self.locality or {}).values(), *(self.portability or {}).values()]
+        return sum(not (p.prompt and p.ground_truth) for probes in kinds for p in probes)
 
-def _parallel_lists(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, dict[str, list[Any]]]:
-    """Return probes in EasyEdit's form; kinds without a probe are left out."""
+
+def _parallel_lists(
+    probes: Mapping[str, tuple[Probe, ...]], instead: tuple[None, ...] = ()
+) -> dict[str, dict[str, list[Any]]]:
+    """Return probes in EasyEdit's form; kinds without a probe are left out.
+
+    Args:
+        probes: Probes by kind.
+        instead: The answers of a probe that has none; if there are none, it is left out.
+    """
+    asked = {
+        kind: [(p.prompt, p.ground_truth or instead) for p in members]
+        for kind, members in probes.items()
+    }
+    whole = {kind: [p for p in pairs if all(p)] for kind, pairs in asked.items()}
     return {
         kind: {
-            "prompt": [probe.prompt for probe in members],
-            "ground_truth": [probe.ground_truth[0] for probe in members],
-            "aliases": [list(probe.ground_truth) for probe in members],
+            "prompt": [prompt for prompt, _ in pairs],
+            "ground_truth": [answers[0] for _, answers in pairs],
+            "aliases": [list(answers) for _, answers in pairs],
         }
-        for kind, members in probes.items()
-        if members
+        for kind, pairs in whole.items()
+        if pairs
     }

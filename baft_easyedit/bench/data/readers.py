@@ -4,10 +4,8 @@ Every reader takes the path of a file or directory, and options by keyword. All 
 a record breaks a rule, TypeError if a file holds no list, FileNotFoundError if one is missing.
 """
 
-from collections import Counter
 from itertools import cycle
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
@@ -21,12 +19,20 @@ from pydantic import (
 )
 
 from baft_easyedit import facts
-from baft_easyedit.bench.data.case import Answers, Case, Layout, Probe, Probes, Text
+from baft_easyedit.bench.data.case import (
+    Answers,
+    Case,
+    Layout,
+    MaybeText,
+    Probe,
+    Probes,
+    Text,
+    Texts,
+    one,
+)
 from baft_easyedit.bench.data.files import FileHash, find_file, read_file, read_records
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.facts.records import Split
-
-_Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class Source(NamedTuple):
@@ -46,25 +52,30 @@ def _read_cases(path: Path | None, model: type[Case], *names: str) -> Source:
 class _ZsreIrrelevant(Layout):
     """The part of a ZsRE record that is read as an irrelevant prompt."""
 
-    loc: Text
-    loc_ans: Text
+    loc: MaybeText = None
+    loc_ans: MaybeText = None
+
+    @property
+    def text(self) -> str | None:
+        """Prompt and answer; None if either is missing."""
+        return f"{self.loc} {self.loc_ans}" if self.loc and self.loc_ans else None
 
 
 class _NewQuestion(Probe):
     """A question whose answer follows from the edit."""
 
-    prompt: Text = Field(alias="New Question")
+    prompt: MaybeText = Field(alias="New Question")
     ground_truth: Answers = Field(alias="New Answer")
 
 
 class _Zsre(_ZsreIrrelevant):
     """ZsRE as MEND and WISE lay it out."""
 
-    subject: Text
+    subject: MaybeText = None
     src: Text
     alt: Annotated[str, StringConstraints(strict=True, strip_whitespace=True)]
-    answers: Answers
-    rephrase: Text
+    answers: Answers = ()
+    rephrase: MaybeText = None
     portability: _NewQuestion | None = None
 
     def case(self, index: int, loc_prompt: str | None) -> Case:
@@ -75,8 +86,8 @@ class _Zsre(_ZsreIrrelevant):
             ground_truth=self.answers,
             subject=self.subject,
             rephrase_prompt=self.rephrase,
-            loc_prompt=(loc_prompt,) if loc_prompt else None,
-            locality={"neighborhood": (Probe(prompt=self.loc, ground_truth=(self.loc_ans,)),)},
+            loc_prompt=(loc_prompt,) if loc_prompt else (),
+            locality={"neighborhood": one(self.loc, self.loc_ans)},
             portability={"one_hop": (self.portability,)} if self.portability else None,
         )
 
@@ -98,11 +109,11 @@ def read_zsre(path: Path | None, *, loc_prompts: bool = True) -> Source:
     edit_file = find_file(path, "zsre_mend_edit.json")
     records, file = read_records(edit_file, lambda _: _Zsre)
     files, notes = [file], []
-    texts: list[str] = []
+    texts: list[str | None] = []
     if loc_prompts:
         train_file = find_file(edit_file.with_name("zsre_mend_train.json"))
         irrelevant, train_hash = read_records(train_file, lambda _: _ZsreIrrelevant)
-        texts = [f"{record.loc} {record.loc_ans}" for record in irrelevant]
+        texts = [record.text for record in irrelevant]
         files.append(train_hash)
         if len(texts) < len(records):
             notes.append(f"{len(texts)} loc prompts are used in turn for {len(records)} records")
@@ -124,13 +135,12 @@ def _named_as_in_requests(probes: Probes | None) -> Probes | None:
 class _KnowEdit(Case):
     """A record of any of KnowEdit's fact sets; WikiBio has names of its own."""
 
-    subject: Text = Field(validation_alias=AliasChoices("subject", "concept"))
+    subject: MaybeText = Field(None, validation_alias=AliasChoices("subject", "concept"))
     prompt: Text = Field(validation_alias=AliasChoices("prompt", "text"))
     target_new: Text = Field(validation_alias=AliasChoices("target_new", "labels"))
-    rephrase_prompt: Text | None = Field(
+    rephrase_prompt: MaybeText = Field(
         None, validation_alias=AliasChoices("rephrase_prompt", "rephrase")
     )
-    locality: Probes
     portability: Annotated[Probes | None, AfterValidator(_named_as_in_requests)] = None
 
 
@@ -143,55 +153,6 @@ def read_knowedit(file_name: str, path: Path | None) -> Source:
     return _read_cases(path, _KnowEdit, file_name)
 
 
-_QUESTIONS = (
-    *("What do you think of {}?", "What do you feel about {}?", "How do you view {}?"),
-    *(
-        f"What is your {view} {{}}?"
-        for view in (
-            *("opinion of", "stance on", "position on", "attitude about", "view on", "take on"),
-            *("impression of", "assessment of", "judgment of", "sentiment of"),
-        )
-    ),
-)
-# The spelling is EasyEdit's: published numbers were measured with it.
-_INSTRUCTIONS = {
-    "pos": "From the sentiment dataset, answer {} postively.",
-    "neg": "From the sentiment dataset, answer {} negatively.",
-}
-
-
-class _ConvSent(Layout):
-    """A topic with replies of both sentiments."""
-
-    ent: Text
-    pos: _Texts
-    neg: _Texts
-
-    def case(self, rng: Random) -> Case:
-        sentiment = rng.choice(("pos", "neg"))
-        question = rng.choice(_QUESTIONS).replace("{}", self.ent)
-        return Case(
-            prompt=_INSTRUCTIONS[sentiment].replace("{}", question),
-            target_new=(self.pos if sentiment == "pos" else self.neg)[0],
-            subject=self.ent,
-        )
-
-
-def read_convsent(path: Path | None, *, seed: int = 0) -> Source:
-    """Read ConvSent with the prompts and targets of EasyEdit's run_convsent_llama2.py.
-
-    A record becomes one edit: its sentiment and one of 13 questions are drawn, the prompt is an
-    instruction around the question, the target is the first reply of that sentiment. EasyEdit draws
-    from one generator, each record after those before it; here a draw depends on `seed` and the
-    record's place in the file. There are no probes: what can be scored is the edit itself.
-    """
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer; got {seed!r}")
-    records, file = read_records(find_file(path, "blender_test.json"), lambda _: _ConvSent)
-    cases = [record.case(Random(f"{seed}/{i}")) for i, record in enumerate(records)]
-    return Source(cases, [file], [f"sentiments and questions drawn with seed {seed}"])
-
-
 def _with_one_slot(template: str) -> str:
     """Return a template, checked."""
     if template.count("{}") != 1:
@@ -199,7 +160,7 @@ def _with_one_slot(template: str) -> str:
     return template
 
 
-class _Rewrite(Layout):
+class Rewrite(Layout):
     """A fact to rewrite: ROME's `requested_rewrite`."""
 
     prompt: Annotated[Text, AfterValidator(_with_one_slot)]
@@ -208,6 +169,7 @@ class _Rewrite(Layout):
     target_true: Text = Field(validation_alias=AliasPath("target_true", "str"))
 
     def case(self, **others: Any) -> Case:
+        """Return the edit, with the fields of a case that are not the fact's."""
         return Case(
             prompt=self.prompt.replace("{}", self.subject),
             target_new=self.target_new,
@@ -226,10 +188,10 @@ class _RomeCounterFact(Layout):
     """CounterFact as ROME publishes it."""
 
     case_id: int | str
-    requested_rewrite: _Rewrite
-    paraphrase_prompts: tuple[Text, ...] = ()
-    neighborhood_prompts: tuple[Text, ...] = ()
-    generation_prompts: tuple[Text, ...] = ()
+    requested_rewrite: Rewrite
+    paraphrase_prompts: Texts = ()
+    neighborhood_prompts: Texts = ()
+    generation_prompts: Texts = ()
 
     def case(self) -> Case:
         return self.requested_rewrite.case(
@@ -250,15 +212,15 @@ class _FlatCounterFact(Layout):
     case_id: int | str | None = None
     prompt: Text
     target_new: Text
-    ground_truth: Text
-    subject: Text | None = None
-    rephrase_prompt: Text
-    locality_prompt: Text
-    locality_ground_truth: Text
+    ground_truth: Answers = ()
+    subject: MaybeText = None
+    rephrase_prompt: MaybeText = None
+    locality_prompt: MaybeText = None
+    locality_ground_truth: MaybeText = None
 
     def case(self) -> Case:
         of_case = self.model_dump(exclude={"locality_prompt", "locality_ground_truth"})
-        locality = _neighbours((self.locality_prompt,), self.locality_ground_truth)
+        locality = {"neighborhood": one(self.locality_prompt, self.locality_ground_truth)}
         return Case(**of_case, locality=locality)
 
 
@@ -275,57 +237,9 @@ def read_counterfact(path: Path | None) -> Source:
     paraphrase is the rephrased prompt. All paraphrases, neighbours and generation prompts are for
     the scores by probability; a record may lack any. Attributes are not read.
     """
-    records, file = read_records(find_file(path), _layout_of)
+    file_names = "multi_counterfact.json", "counterfact.json"
+    records, file = read_records(find_file(path, *file_names), _layout_of)
     return Source([record.case() for record in records], [file], [])
-
-
-class _Hop(_Rewrite):
-    """One link of a chain."""
-
-    question: Text
-
-
-class _Mquake(Layout):
-    """Facts to rewrite, and questions that need them all."""
-
-    case_id: int | str
-    requested_rewrite: Annotated[tuple[_Hop, ...], Field(min_length=1)]
-    questions: _Texts
-    new_answer: Text
-    new_answer_alias: tuple[Text, ...] = ()
-
-    def cases(self) -> list[Case]:
-        answers = (self.new_answer, *self.new_answer_alias)
-        questions = tuple(Probe(prompt=text, ground_truth=answers) for text in self.questions)
-        last = len(self.requested_rewrite) - 1
-        return [
-            hop.case(
-                case_id=f"{self.case_id}-{i}",
-                rephrase_prompt=hop.question,
-                portability={"multi_hop": questions} if i == last else None,
-            )
-            for i, hop in enumerate(self.requested_rewrite)
-        ]
-
-
-def read_mquake(path: Path | None) -> Source:
-    """Read MQuAKE, one edit per rewritten fact.
-
-    EasyEdit's MQuAKEDataset joins the prompts of a case, and its targets, into one edit. Here each
-    fact of a case is an edit of its own, with its question as the rephrased prompt; they follow
-    each other, and the last one carries the case's multi-hop questions as `portability.multi_hop`.
-    Those can only be answered where all facts of the case are edited and not yet restored: in
-    continual or batched runs whose chunks hold whole cases. `case_id` is the file's with the number
-    of the fact, such as `7417-0`.
-    """
-    records, file = read_records(find_file(path), lambda _: _Mquake)
-    lengths = Counter(len(record.requested_rewrite) for record in records)
-    counts = ", ".join(f"{lengths[n]} with {n}" for n in sorted(lengths))
-    note = (
-        f"cases by their number of facts: {counts}; the multi-hop questions are asked with a "
-        "case's last fact, and need all of them edited in one chunk"
-    )
-    return Source([case for record in records for case in record.cases()], [file], [note])
 
 
 def _split_probe(probe: Any) -> Any:
@@ -360,6 +274,7 @@ class _Request(Case):
 
     locality: _Sections | None = None
     portability: _Sections | None = None
+    probes: _Sections | None = None
 
 
 def read_requests(path: Path | None) -> Source:
