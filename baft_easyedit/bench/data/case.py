@@ -54,7 +54,7 @@ Probes = dict[str, tuple[Probe, ...]]
 
 def one(prompt: str | None, *answers: str | None) -> tuple[Probe, ...]:
     """Return a probe as the only one of its kind; none if it lacks its prompt or its answers."""
-    probe = Probe(prompt=prompt, ground_truth=answers)
+    probe = Probe.model_validate({"prompt": prompt, "ground_truth": answers})
     return (probe,) if probe.prompt and probe.ground_truth else ()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from baft_easyedit.bench.data.case import Case, Layout, MaybeText, Probe, Text, Texts, one
+from baft_easyedit.bench.data.case import Answers, Case, Layout, MaybeText, Probe, Text, Texts, one
 from baft_easyedit.bench.data.files import find_file, read_file, read_records
 from baft_easyedit.bench.data.readers import Rewrite, Source
 from baft_easyedit.bench.validation import validated
@@ -97,7 +97,7 @@ class _WikiBigEdit(Layout):
     update: Text
     ans: Text
     subject: MaybeText = None
-    ground_truth: MaybeText = None
+    ground_truth: Answers = ()
     rephrase: MaybeText = None
     personas: MaybeText = None
     mhop: MaybeText = None
