@@ -105,6 +105,19 @@ class DownstreamConfig(_Strict):
     """Number of questions; all if null."""
 
 
+class JudgeConfig(_Strict):
+    """A language model that grades answers, at any address of OpenAI's form."""
+
+    address: str = Field(pattern="^https?://.")
+    """Where it is, such as `http://localhost:8000/v1`."""
+    model: str = Field(min_length=1)
+    """Its name there."""
+    key_variable: str = Field(default="BENCH_JUDGE_KEY", min_length=1)
+    """Environment variable that holds the key; keys are never in a file."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Most seconds that an answer may take."""
+
+
 def _given(model: str) -> str:
     """Return the name of a model, checked."""
     if not model:
@@ -149,6 +162,15 @@ class BenchConfig(_Strict):
     """Score by generation too: greedy, natural stop, exact match; CounterFact's fluency."""
     immediate: bool = True
     """Score each continual edit right after it too."""
+    probes: bool = False
+    """Ask probes of our own too, by generation; see `bench.probes`."""
+    wild: bool = False
+    """Ask and score as WILD does too; see `bench.free_text`."""
+    judge: JudgeConfig | None = None
+    """Who grades the answers to WILD's questions, after the run; may be given later."""
+    similarity_model: str | None = None
+    """Directory of a model of sentence-transformers that compares long answers with their targets,
+    after the run; may be given later."""
     basis: bool = True
     """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
     downstream: DownstreamConfig | None = None
@@ -180,6 +202,15 @@ class BenchConfig(_Strict):
         if isinstance(task, Mapping) and "path" in task:  # of PIQA, before lm_eval ran it
             rest["downstream"] = {k: v for k, v in task.items() if k != "path"}
         return rest
+
+    @model_validator(mode="after")
+    def _check_generation(self) -> "BenchConfig":
+        """Check that there is what is asked for to be generated."""
+        if self.probes and not self.generation:
+            raise ValueError("probes must come with generation: true; got generation: false")
+        if self.judge is not None and not self.wild:
+            raise ValueError("judge must come with wild: true, whose answers it grades")
+        return self
 
     @field_validator("methods", "T", "batch_size")
     @classmethod
@@ -239,7 +270,10 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
     Raises:
         ValueError: If a key is unknown or missing, or a value breaks a rule.
     """
-    models: tuple[type[BaseModel], ...] = (BenchConfig, DataConfig, DownstreamConfig, MethodConfig)
+    models: tuple[type[BaseModel], ...] = (
+        *(BenchConfig, DataConfig, DownstreamConfig, JudgeConfig),
+        MethodConfig,
+    )
     known = [name for model in models for name in model.model_fields]
     return validated(BenchConfig, content, "bad benchmark setting", known)
 
@@ -261,7 +295,9 @@ def with_absolute_paths(config: BenchConfig) -> BenchConfig:
 def _paths(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """Return each setting that is, or may be, a path: the mapping that holds it, and its key."""
     rows = content.get("methods")
-    named = [(content, "model"), (content, "texts"), (content.get("data"), "path")]
+    named: list[tuple[Any, str]]
+    named = [(content, "model"), (content, "texts"), (content, "similarity_model")]
+    named += [(content.get("data"), "path")]
     named += [(content.get("downstream"), "include_path")]
     named += [(row, "hparams") for row in (rows if isinstance(rows, list | tuple) else ())]
     return [

@@ -4,14 +4,24 @@ The unedited model's scores are needed for every method: they are computed once,
 key of everything that they depend on.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
+from baft_easyedit.bench.free_text import (
+    WILD_TOKENS,
+    Question,
+    contains,
+    first_sentence,
+    long_scores,
+    section_means,
+    wild_ids,
+    wild_scores,
+)
 from baft_easyedit.bench.probabilities import field_scores
-from baft_easyedit.bench.scores import metric_scores, plain
+from baft_easyedit.bench.probes import THIRD_TURN, third_turn_ids
+from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
 from baft_easyedit.easyedit.learned_tokens import as_list
 from baft_easyedit.easyedit.session import Session
@@ -19,6 +29,7 @@ from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
 
+_GENERATED = ("rewrite", "rephrase", "locality", "portability")
 _SLACK = 4
 """Tokens that an answer may have beyond its target before it is cut: one of them is its end."""
 _SHORTEST_ANSWER = 16
@@ -29,44 +40,61 @@ _SCORED_BY = (
 """Hyper-parameters that a score depends on; some methods lack some, which is as if false."""
 
 
-class Question(NamedTuple):
-    """One prompt that a case is asked by generation."""
-
-    section: str
-    """rewrite, rephrase, locality or portability."""
-    key: str
-    prompt: str
-    answer: str
-
-
 def questions_of(request: Request) -> list[Question]:
     """Return what a case is asked: its prompt, its rephrasing and its probes."""
     target = request["target_new"]
     asked = [Question("rewrite", "", request["prompt"], target)]
     if request.get("rephrase_prompt"):
         asked.append(Question("rephrase", "", request["rephrase_prompt"], target))
-    for section in ("locality", "portability"):
+    for section in ("locality", "portability", "probes"):
         for key, probe in (request.get(section) or {}).items():
             pairs = zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
             asked += [Question(section, key, prompt, truth) for prompt, truth in pairs]
     return asked
 
 
+def wild_questions(request: Request) -> list[Question]:
+    """Return what a case is asked in WILD's context."""
+    return [question for question in questions_of(request) if question.section != "probes"]
+
+
 def answer_questions(session: Session, requests: Sequence[Request]) -> list[list[str]]:
     """Let the model answer the questions of each case by greedy generation."""
     tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
-    forms = {"locality": form.without_template()}
     prompts: list[tuple[int, ...]] = []
     limits: list[int] = []
     counts = []
     for request in requests:
         asked = questions_of(request)
-        longest = max(len(tok(q.answer, add_special_tokens=False)["input_ids"]) for q in asked)
-        prompts += [forms.get(q.section, form).prompt_ids(q.prompt, tok) for q in asked]
+        known = [q.answer for q in asked if q.answer is not None]
+        longest = max(len(tok(text, add_special_tokens=False)["input_ids"]) for text in known)
+        prompts += [_prompt_ids(q, form, tok) for q in asked]
         limits += [max(longest + _SLACK, _SHORTEST_ANSWER)] * len(asked)
         counts.append(len(asked))
-    answers = iter(session.answers(prompts, limits))
-    return [list(islice(answers, count)) for count in counts]
+    return _in_turn(session.answers(prompts, limits), counts)
+
+
+def _prompt_ids(question: Question, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of a question as it is asked for exact match."""
+    if (question.section, question.key) == ("probes", THIRD_TURN):
+        return third_turn_ids(question.prompt, form, tokenizer)
+    shown = form.without_template() if question.section == "locality" else form
+    return shown.prompt_ids(question.prompt, tokenizer)
+
+
+def _in_turn(answers: Sequence[str], counts: Sequence[int]) -> list[list[str]]:
+    """Cut a list of answers into those of each case."""
+    rest = iter(answers)
+    return [list(islice(rest, count)) for count in counts]
+
+
+def wild_answers(session: Session, requests: Sequence[Request]) -> list[list[str]]:
+    """Let the model answer the questions of each case as WILD asks them."""
+    tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
+    asked = [wild_questions(request) for request in requests]
+    prompts = [wild_ids(q.prompt, form, tok) for questions in asked for q in questions]
+    answers = session.answers(prompts, [WILD_TOKENS] * len(prompts))
+    return _in_turn([first_sentence(answer) for answer in answers], list(map(len, asked)))
 
 
 def generation_scores(
@@ -80,17 +108,29 @@ def generation_scores(
         after: Those of the edited one.
 
     Returns:
-        The `gen_*` scores; means over prompts, then over keys.
+        The `gen_*` scores, means over prompts, then over keys; and those of each kind, of probes
+        also how often an answer contains what is wanted.
     """
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for question, old, new in zip(questions_of(request), before, after, strict=True):
-        wanted = old if question.section == "locality" else question.answer.strip()
-        found[question.section][question.key].append(float(new == wanted))
+    questions = questions_of(request)
+    wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
+    pairs = list(zip(after, wanted, strict=True))
+    sections, kinds = section_means(questions, [float(new == right) for new, right in pairs])
+    _, within = section_means(questions, [float(contains(new, right)) for new, right in pairs])
+    named = {
+        f"{'probes' if section == 'probes' else 'exact'}.{_title(section, key)}": value
+        for (section, key), value in kinds.items()
+        if key
+    }
+    contained = {
+        f"contained.{key}": within[section, key]
+        for question in questions
+        for section, key in [question[:2]]
+        if section == "probes" and question.answer is not None
+    }
     return {
-        f"gen_{section}_acc": fmean(map(fmean, found[section].values()))
-        if section in found
-        else None
-        for section in ("rewrite", "rephrase", "locality", "portability")
+        **{f"gen_{section}_acc": sections.get(section) for section in _GENERATED},
+        **named,
+        **contained,
     }
 
 
@@ -132,8 +172,9 @@ def pre_edit_scores(
     session: Session,
     requests: Sequence[Request],
     with_answers: bool,
+    with_wild: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return `metrics`, `answers` and `field_scores` of each case on the unedited model.
+    """Return `metrics`, `answers`, `wild` and `field_scores` of each case on the unedited model.
 
     They belong to the chunk because its questions are answered together, after the edits too: in
     half precision what else is in a batch makes a difference, which is no edit's doing.
@@ -144,6 +185,7 @@ def pre_edit_scores(
         session: With the unedited model.
         requests: The cases of a chunk.
         with_answers: Whether they are scored by generation too.
+        with_wild: Whether they are asked as WILD asks.
     """
     editor = session.editor
     form = PromptFormat.of(editor.hparams)
@@ -158,16 +200,19 @@ def pre_edit_scores(
         "field_scores": True,  # which files of before do not have
         "batch_size": session.batch_size,
         "cases": requests,
+        **({"wild": True} if with_wild else {}),
     }
     file = directory.pre_edit(digest(content)[:16])
     if file.is_file():
         return list(read_json(file)["cases"])
     metrics = plain(session.score(requests))
-    answers = answer_questions(session, requests) if with_answers else [None] * len(requests)
+    nothing = [None] * len(requests)
+    answers = answer_questions(session, requests) if with_answers else nothing
+    wild = wild_answers(session, requests) if with_wild else nothing
     field = field_scores(session, requests, with_answers)
     cases = [
-        {"metrics": m, "answers": a, "field_scores": f}
-        for m, a, f in zip(metrics, answers, field, strict=True)
+        {"metrics": m, "answers": a, "wild": w, "field_scores": f}
+        for m, a, w, f in zip(metrics, answers, wild, field, strict=True)
     ]
     write_json(file, {"schema": SCHEMA, "cases": cases})
     return cases
@@ -178,6 +223,7 @@ def score_cases(
     requests: Sequence[Request],
     pre: Sequence[Mapping[str, Any]],
     with_answers: bool,
+    with_wild: bool = False,
 ) -> list[dict[str, Any]]:
     """Score cases after the edits.
 
@@ -186,27 +232,40 @@ def score_cases(
         requests: The cases of a chunk.
         pre: Their `pre_edit_scores`.
         with_answers: Whether to score by generation too.
+        with_wild: Whether to score as WILD does.
 
     Returns:
-        Of each `teacher_forced`: EasyEdit's metrics; `answers` before and after, or None; and
-        `scores`.
+        Of each `teacher_forced`: EasyEdit's metrics; `answers` and `wild`, those before and after,
+        or None; and `scores`.
     """
     scored = []
     after = session.score_against([p["metrics"] for p in pre], requests)
     field = field_scores(session, requests, with_answers)
     for request, metrics, before, now in zip(requests, map(plain, after), pre, field, strict=True):
-        scores = metric_scores(metrics["post"])
+        scores = metric_scores(metrics["post"]) | kind_scores(metrics["post"])
         scores["any_alias_portability_acc"] = any_alias_portability(
             session, request, metrics["post"]
         )
         scores |= now | {f"pre_{name}": value for name, value in before["field_scores"].items()}
-        scored.append({"teacher_forced": metrics, "answers": None, "scores": scores})
+        scored.append({"teacher_forced": metrics, "answers": None, "wild": None, "scores": scores})
     if with_answers:
         answers = answer_questions(session, requests)
         for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
             case["answers"] = {"pre": before["answers"], "post": new}
             case["scores"].update(generation_scores(request, before["answers"], new))
+            if request.get("long_answer"):
+                case["scores"].update(long_scores(questions_of(request), new))
+    if with_wild:
+        answers = wild_answers(session, requests)
+        for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
+            case["wild"] = {"pre": before["wild"], "post": new}
+            case["scores"].update(wild_scores(wild_questions(request), before["wild"], new))
     return scored
+
+
+def _title(section: str, key: str) -> str:
+    """Return the title of the score of a kind of probe."""
+    return key if section == "probes" else kind_title(section, key)
 
 
 def immediate_scores(session: Session, request: Request) -> dict[str, float | None]:

@@ -57,6 +57,16 @@ _MORE = {
     },
 }
 """By caption the numbers that only some protocols have."""
+_BY_KIND = {
+    "forced": "locality and portability by kind of probe; teacher forced",
+    "exact": "locality and portability by kind of probe; generated text, exact match",
+    "probes": "further probes by kind; generated text, exact match, or the same as before",
+    "contained": "further probes by kind; generated text that contains the target",
+    "wild": "generated text as WILD scores it: asked in its context, cut at the first full stop; "
+    "EM of normalised texts (Loc: same as before), target contained, or judged by a language model",
+    "long": "long answers as EasyEdit scores UnKE: recall of ROUGE, BLEU of letters",
+}
+"""Captions of the tables whose columns the records ask for, by what begins their names."""
 _COST = (
     "cost: numbers learned or weights changed, median seconds of one record's edit without "
     "scoring, peak memory; as the paper's Table 3, whose seconds are a V100's, of an unnamed T"
@@ -100,6 +110,7 @@ def make_tables(results: Sequence[Result], paper: PaperNumbers) -> list[Table]:
             "ablation; ",
             dict.fromkeys(_MOMENTS, "; as the paper's Table 4"),
         ),
+        *_tables_by_kind(results),
         _table(_COST, results, _COSTS, paper.cost),
         *(
             _table(caption, shown, columns)
@@ -170,6 +181,24 @@ def _score_tables(
         if _asked(shown, _GENERATED):
             caption = f"{prefix}{moment}; generated text: greedy, natural stop, exact match"
             made.append(_table(caption, shown, _GENERATED))
+    return made
+
+
+def _tables_by_kind(results: Sequence[Result]) -> list[Table]:
+    """Make the tables whose columns are in the records; none of kinds if each is all there is."""
+    made = []
+    for prefix, caption in _BY_KIND.items():
+        names = dict.fromkeys(
+            name
+            for result in results
+            for name in result.values.get("more", {})
+            if name.startswith(f"{prefix}.") and not name.endswith("_se")
+        )
+        sections = [name.partition(":")[0] for name in names]
+        is_told_apart = prefix not in ("forced", "exact") or len(set(sections)) < len(sections)
+        columns = {name: Column(name.removeprefix(f"{prefix}.")) for name in names}
+        if is_told_apart and (shown := _asked(results, columns)):
+            made.append(_table(caption, shown, columns))
     return made
 
 

@@ -41,7 +41,10 @@ _SAMPLE = 1 << 20
 _LARGE = 1 << 30
 _WEIGHTS = (".safetensors", ".bin")
 _USE = ("chat_template.jinja", "generation_config.json", "merges.txt", "vocab.json")
-_MAY_DIFFER = ("T", "batch_size", "methods", "device", "threads", "jobs")
+_MAY_DIFFER = (
+    *("T", "batch_size", "methods", "device", "threads", "jobs"),
+    *("judge", "similarity_model"),
+)
 """Settings that change no score already in a run; `methods` are compared row by row instead."""
 _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")
 """Entries of `run.json` that `earlier` keeps of each previous start of the run."""

@@ -105,6 +105,7 @@ _ROW: dict[str, Any] = {
     **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
     # Runs of before have none of these.
     **dict.fromkeys((*FIELD_SCORES, "harmonic_success", "pre_harmonic_success"), (_Number, None)),
+    "more": (dict[str, _Number], {}),
     **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
     "notes": (list[str], ...),
     "error": (str | None, ...),
@@ -130,7 +131,9 @@ class Result:
 
     def number(self, name: str) -> float | None:
         """Return a number of the row; None if there is none."""
-        return None if self.error is not None else self.values.get(name)
+        if self.error is not None:
+            return None
+        return self.values.get(name, self.values.get("more", {}).get(name))
 
     def cases(self) -> list[Case]:
         """Read the cases behind the result, in order; empty if there are none.

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from baft_easyedit.bench.afterwards import add_scores
 from baft_easyedit.bench.config import BenchConfig, with_absolute_paths
 from baft_easyedit.bench.data import Dataset, load_dataset
 from baft_easyedit.bench.methods import check_methods
@@ -88,6 +89,7 @@ def run_bench(
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
+    add_scores(directory)
     rows = summarise(directory, dataset.kind)
     write_json(directory.summary, rows)
     write_json(directory.run, {**read_json(directory.run), "status": "success"})

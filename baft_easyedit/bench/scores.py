@@ -65,6 +65,21 @@ def metric_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
+def kind_scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the accuracy of each kind of probe in one half of EasyEdit's metrics."""
+    return {
+        f"forced.{kind_title(section, key.removesuffix('_acc'))}": fmean(values)
+        for section in ("locality", "portability")
+        for key, score in metrics.get(section, {}).items()
+        if key.endswith("_acc") and (values := _values(score))
+    }
+
+
+def kind_title(section: str, kind: str) -> str:
+    """Return how a kind of probe is called in tables, such as `Por: reasoning`."""
+    return f"{section[:3].title()}: {kind}"
+
+
 def _values(score: Any) -> list[float]:
     """Return all numbers in a score, which EasyEdit nests in lists."""
     return [] if score is None else [float(x) for x in np.ravel(np.asarray(score, dtype=float))]
@@ -81,26 +96,38 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def row_scores(cases: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+def row_scores(cases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Average the scores of a row's cases.
 
     Returns:
         For each of `SCORES` and `FIELD_SCORES` the mean over the cases that have it, and under
         `<name>_se` its standard error; None where there are no, or less than two, such cases. Under
-        `harmonic_success` CounterFact's S, the harmonic mean of the row's means as in ROME.
+        `harmonic_success` CounterFact's S, the harmonic mean of the row's means as in ROME. Under
+        `more` likewise the means of all other scores that a case has, which are named
+        `<table>.<column>`.
     """
     scored = [case["scores"] for case in cases if case.get("scores")]
-    row: dict[str, float | None] = {}
-    for name in (*SCORES, *FIELD_SCORES):
-        values = [scores[name] for scores in scored if scores.get(name) is not None]
-        row[name] = _mean(values)
-        row[f"{name}_se"] = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    known = (*SCORES, *FIELD_SCORES)
+    others = dict.fromkeys(name for scores in scored for name in scores if "." in name)
+    row, more = _means(scored, known), _means(scored, others)
     for moment in ("", "pre_"):
         parts = [row[f"{moment}{name}"] for name in SUCCESSES]
-        known = [part for part in parts if part is not None]
-        is_whole = len(known) == len(parts)
-        row[f"{moment}harmonic_success"] = harmonic_mean(known) if is_whole else None
-    return row
+        there = [part for part in parts if part is not None]
+        is_whole = len(there) == len(parts)
+        row[f"{moment}harmonic_success"] = harmonic_mean(there) if is_whole else None
+    return {**row, "more": more}
+
+
+def _means(
+    scored: Sequence[Mapping[str, float | None]], names: Iterable[str]
+) -> dict[str, float | None]:
+    """Average the cases' scores of these names, each with its standard error."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        values = [value for scores in scored if (value := scores.get(name)) is not None]
+        found[name] = _mean(values)
+        found[f"{name}_se"] = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    return found
 
 
 def row_costs(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the sco
 chunks/<row>/<protocol>/<chunk>.json    what concerns all cases between two restores; written
                                         last: a chunk with it, and no error in it, is complete
 pre_edit/<key>.json                     scores of the unedited model on a chunk's cases
+verdicts/<key>.json                     what a judge said of one answer
 """
 
 import hashlib
@@ -49,6 +50,10 @@ class RunDirectory:
     def pre_edit(self, key: str) -> Path:
         """The unedited model's scores; the key is a hash of everything that they depend on."""
         return self.root / "pre_edit" / f"{key}.json"
+
+    def verdict(self, key: str) -> Path:
+        """What a judge said of one answer; the key is a hash of what it was asked."""
+        return self.root / "verdicts" / f"{key}.json"
 
     def case(self, chunk: Chunk, index: int) -> Path:
         """One case of a chunk."""

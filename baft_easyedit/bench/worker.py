@@ -21,6 +21,7 @@ from baft_easyedit.bench.basis import basis_record, basis_usage
 from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, score_cases
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
+from baft_easyedit.bench.probes import with_probes
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.scores import plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
@@ -152,8 +153,12 @@ class _MethodRun:
         requests = [self.requests[i] for i in chunk.indices]
         before = self._downstream_before if config.downstream else None
         seed_everything(config.seed)
-        answers = config.generation
-        pre = pre_edit_scores(self.directory, self.depends_on, session, requests, answers)
+        if config.probes:
+            requests = with_probes(
+                self.directory, self.depends_on, session, requests, self.requests
+            )
+        asked = config.generation, config.wild
+        pre = pre_edit_scores(self.directory, self.depends_on, session, requests, *asked)
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
         times: list[float] = []
@@ -171,7 +176,7 @@ class _MethodRun:
             "basis_usage": basis_usage(session.model) if config.basis else None,
             "notes": self.notes,
         }
-        cases = score_cases(session, requests, pre, answers)
+        cases = score_cases(session, requests, pre, *asked)
         for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
             content = {
                 "schema": SCHEMA,
@@ -186,6 +191,7 @@ class _MethodRun:
                 "chunk_length": len(chunk.indices),
                 "teacher_forced": case["teacher_forced"],
                 "answers": case["answers"],
+                **self._asked_too(requests[position], case),
                 "scores": plain({**case["scores"], **immediate.get(i, {})}),
                 **self._basis(self.requests[i]),
                 "edit_time_s": times[position // size],
@@ -195,6 +201,11 @@ class _MethodRun:
             after = self._downstream_accuracy()
             measured["downstream"] = {"pre_acc": before, "post_acc": after}
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
+
+    def _asked_too(self, request: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what only some runs ask: WILD's answers, and the probes of our own."""
+        wild = {"wild": case["wild"]} if self.config.wild else {}
+        return {**wild, **({"probes": request["probes"]} if self.config.probes else {})}
 
     def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
         """Edit records in one call, with some earlier ones; return the seconds per record."""

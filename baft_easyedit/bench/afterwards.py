@@ -1,0 +1,136 @@
+"""Scores that other models give to the answers of a run: a judge's, and similarity of sentences.
+
+They are added to the cases after the run, and may be asked for later: the answers are on disk.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from baft_easyedit.bench.config import BenchConfig, JudgeConfig, read_config
+from baft_easyedit.bench.evaluate import questions_of, wild_questions
+from baft_easyedit.bench.free_text import SHORT, section_means
+from baft_easyedit.bench.protocol import Chunk
+from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
+
+Scores = dict[str, float]
+Case = Mapping[str, Any]
+
+_TASK = """\
+Grade an answer to a question by the expected answer. Write A if it is correct, else B.
+An answer is correct if it has all that matters of the expected answer and nothing that \
+contradicts it; its wording, length and case do not matter. It is not correct if something is \
+missing or added that makes it another answer, or if it says the same again and again.
+
+Question: {}
+Expected answer: {}
+Answer to grade: {}
+
+Write only the letter, A or B."""
+"""WILD's criteria in words of our own."""
+_CORRECT = re.compile(r"\W*A\W*(correct)?\W*", re.IGNORECASE)
+
+
+def add_scores(directory: RunDirectory) -> None:
+    """Add to the cases of a run what its judge and its model of similarity say of their answers.
+
+    Raises:
+        ConnectionError: If the judge does not answer; verdicts so far are kept.
+    """
+    config, requests = read_config(directory.config), read_json(directory.requests)
+    if config.judge is not None:
+        judge = _Judge(directory, config.judge)
+        _add(directory, config, lambda case: judge.scores(case, requests[case["index"]]))
+    if config.similarity_model is not None:
+        scores = _similarity(config.similarity_model)
+        _add(directory, config, lambda case: scores(case, requests[case["index"]]))
+
+
+def _add(directory: RunDirectory, config: BenchConfig, made: Callable[[Case], Scores]) -> None:
+    """Add scores to each complete case."""
+    for method in config.methods:
+        for protocol in config.protocols:
+            for case in directory.cases_of(method.name, protocol):
+                scores = {**case["scores"], **made(case)}
+                if scores != case["scores"]:
+                    chunk = Chunk(method.name, protocol, case["chunk"], range(0))
+                    file = directory.case(chunk, case["index"])
+                    write_json(file, {**case, "scores": scores})
+
+
+class _Judge:
+    """Grades answers, each once: every verdict is a file of the run."""
+
+    def __init__(self, directory: RunDirectory, config: JudgeConfig) -> None:
+        from openai import OpenAI
+
+        self._directory, self._config = directory, config
+        key = os.environ.get(config.key_variable) or "none"
+        self._client = OpenAI(api_key=key, base_url=config.address, timeout=config.timeout_s)
+
+    def scores(self, case: Case, request: Mapping[str, Any]) -> Scores:
+        """Return the grades of a case's answers, without locality, where no target is wanted."""
+        pairs = zip(wild_questions(request), case["wild"]["post"], strict=True)
+        asked = [(question, answer) for question, answer in pairs if question.section != "locality"]
+        grades = [self._verdict(q.prompt, str(q.answer), answer) for q, answer in asked]
+        means, _ = section_means([question for question, _ in asked], grades)
+        return {f"wild.{SHORT[section]} judged": mean for section, mean in means.items()}
+
+    def _verdict(self, question: str, target: str, answer: str) -> float:
+        """Return 1 for a correct answer, else 0."""
+        if not answer:
+            return 0.0
+        text = _TASK.format(question, target, answer)
+        file = self._directory.verdict(digest([self._config.model, text])[:16])
+        if not file.is_file():
+            told = {"question": question, "target": target, "answer": answer}
+            reply = self._reply(text)
+            write_json(
+                file, {"schema": SCHEMA, "judge": self._config.model, **told, "reply": reply}
+            )
+        return float(_CORRECT.fullmatch(read_json(file)["reply"]) is not None)
+
+    def _reply(self, text: str) -> str:
+        """Ask the judge.
+
+        Raises:
+            ConnectionError: If it does not answer.
+        """
+        from openai import OpenAIError
+
+        name = self._config.model
+        messages: Any = [{"role": "user", "content": text}]
+        try:
+            reply = self._client.chat.completions.create(
+                model=name, messages=messages, temperature=0.0
+            )
+            return reply.choices[0].message.content or ""
+        except (OpenAIError, AttributeError, IndexError, TypeError) as error:
+            raise ConnectionError(
+                f"judge must answer as {name} at {self._config.address}, with the key in "
+                f"{self._config.key_variable} if it wants one; got "
+                f"{type(error).__name__}: {error}. What was run and graded is kept, and the same "
+                "command goes on from there"
+            ) from None
+
+
+def _similarity(model: str) -> Callable[[Case, Mapping[str, Any]], Scores]:
+    """Return what compares long answers with their targets: the cosine of their embeddings."""
+    from sentence_transformers import SentenceTransformer
+
+    encoder: Any = SentenceTransformer(model, device="cpu", local_files_only=True)
+
+    def scores(case: Case, request: Mapping[str, Any]) -> Scores:
+        if not request.get("long_answer"):
+            return {}
+        titles = {"rewrite": "original", "rephrase": "para"}
+        pairs = zip(questions_of(request), case["answers"]["post"], strict=False)
+        found = {}
+        for question, answer in pairs:
+            if question.section in titles:
+                a, b = encoder.encode([question.answer, answer], normalize_embeddings=True)
+                found[f"long.{titles[question.section]} similarity"] = float(a @ b)
+        return found
+
+    return scores

@@ -1,0 +1,142 @@
+"""Scores of generated text that other papers print: WILD's, and the words of long answers.
+
+WILD is the evaluation of Yang et al. 2025: a question is asked in a context, the answer ends where
+the model ends it or at its first full stop or line, and is compared with the whole target.
+"""
+
+import re
+import string
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from baft_easyedit.model.prompt_format import PromptFormat, token_ids
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SYSTEM = "You are a helpful assistant."
+_CONTEXT = "Please answer the question:\n\nQ: {}\nA:"
+WILD_TOKENS = 50
+"""Most tokens of an answer."""
+SHORT = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}
+"""Titles of the scores of each section."""
+
+
+class Question(NamedTuple):
+    """One prompt that a case is asked by generation."""
+
+    section: str
+    """rewrite, rephrase, locality, portability or probes."""
+    key: str
+    prompt: str
+    answer: str | None
+    """None: the answer of before the edits is wanted, as it is for locality."""
+
+    def wanted(self, before: str) -> str:
+        """Return the answer that is right, from that of the unedited model."""
+        is_kept = self.section == "locality" or self.answer is None
+        return before if is_kept else str(self.answer).strip()
+
+
+def section_means(
+    questions: Iterable[Question], values: Iterable[float]
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """Average a number of each question over kinds, then over sections.
+
+    Returns:
+        By section the mean over kinds of means over questions; and by section and kind the latter.
+    """
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for question, value in zip(questions, values, strict=True):
+        found[question.section, question.key].append(value)
+    kinds = {kind: fmean(of_kind) for kind, of_kind in found.items()}
+    sections: dict[str, list[float]] = defaultdict(list)
+    for (section, _), mean in kinds.items():
+        sections[section].append(mean)
+    return {section: fmean(means) for section, means in sections.items()}, kinds
+
+
+def normalised(text: str) -> str:
+    """Return text in lower case, without punctuation and articles, as SQuAD compares answers."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def contains(answer: str, target: str) -> bool:
+    """Tell whether an answer has the target in it, whatever case, punctuation and articles."""
+    return f" {normalised(target)} " in f" {normalised(answer)} "
+
+
+def wild_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of a question as WILD asks it.
+
+    In a chat template as EasyEdit asks, with a system message; else in WILD's own words.
+    """
+    if not form.use_chat_template:
+        return token_ids(_CONTEXT.format(prompt), tokenizer)
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
+    return chat_ids(messages, form, tokenizer)
+
+
+def chat_ids(
+    messages: Sequence[Mapping[str, str]], form: PromptFormat, tokenizer: Any
+) -> tuple[int, ...]:
+    """Return the tokens of a chat up to where the model answers."""
+    text = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **(form.chat_template_kwargs or {})
+    )
+    return token_ids(text, tokenizer, is_templated=True)
+
+
+def first_sentence(text: str) -> str:
+    """Cut an answer where WILD stops it: at its first full stop or line."""
+    return re.split(r"[.\n]", text, maxsplit=1)[0].strip()
+
+
+def wild_scores(
+    questions: Sequence[Question], before: Sequence[str], after: Sequence[str]
+) -> dict[str, float]:
+    """Score answers by exact match and containment; locality by the same answer as before.
+
+    Args:
+        questions: What was asked.
+        before: The unedited model's answers.
+        after: The edited one's.
+    """
+    wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
+    pairs = list(zip(after, wanted, strict=True))
+    equal, _ = section_means(questions, [float(normalised(a) == normalised(w)) for a, w in pairs])
+    within, _ = section_means(questions, [float(contains(a, w)) for a, w in pairs])
+    within.pop("locality", None)
+    return {
+        **{f"wild.{SHORT[section]} EM": value for section, value in equal.items()},
+        **{f"wild.{SHORT[section]} contained": value for section, value in within.items()},
+    }
+
+
+def long_scores(questions: Sequence[Question], after: Sequence[str]) -> dict[str, float]:
+    """Score long answers by the words they share with the targets, as EasyEdit scores UnKE.
+
+    ROUGE is recall. BLEU is of letters, not of words, for EasyEdit hands NLTK texts in place of
+    lists of words. The short questions on parts of the answer have no BLEU.
+    """
+    titles = {"rewrite": "original", "rephrase": "para", "probes": "sub"}
+    asked = [(q, a) for q, a in zip(questions, after, strict=True) if q.section in titles]
+    found = [_overlap(answer, str(q.answer)) for q, answer in asked]
+    scores: dict[str, float] = {}
+    for name in found[0]:
+        means, _ = section_means([q for q, _ in asked], [overlap[name] for overlap in found])
+        scores |= {f"long.{titles[section]} {name}": value for section, value in means.items()}
+    scores.pop("long.sub BLEU", None)
+    return scores
+
+
+def _overlap(answer: str, target: str) -> dict[str, float]:
+    """Return BLEU and ROUGE of an answer by the libraries that EasyEdit takes."""
+    from nltk.translate.bleu_score import sentence_bleu
+    from rouge import Rouge
+
+    shown = answer if " " in answer else f"{answer} "
+    recalls = Rouge().get_scores(shown, target)[0]
+    rouge = {f"ROUGE-{n.upper()}": recalls[f"rouge-{n}"]["r"] for n in ("1", "2", "l")}
+    return {"BLEU": float(sentence_bleu([target], shown)), **rouge}
