@@ -7,6 +7,7 @@ from baft_easyedit.bench.methods import asked_of_all, check_methods, our_hparams
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.files.resources import hparams_root
 
+JUDGE = {"address": "http://localhost:8000/v1", "model": "x"}
 SMALLEST = {"data": {"kind": "facts"}, "methods": ["BaFT"]}
 
 
@@ -34,6 +35,11 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"methods": [{"method": "BaFT"}]}, "methods.0.name: Field required"),
         ({"T": [1, 0]}, "T.1: Input should be greater than or equal to 1; got 0$"),
         ({"data": {"kind": "facts", "limit": 0}}, "data.limit: Input should be greater than or"),
+        ({"probes": True, "generation": False}, "probes must come with generation: true; got"),
+        ({"judge": JUDGE}, "judge must come with wild: true, whose answers it grades"),
+        ({"judge": {**JUDGE, "addres": "x"}}, r"judge.addres is unknown .*'address'"),
+        ({"judge": {**JUDGE, "key": "sk-1"}}, "judge.key is unknown"),
+        ({"judge": {**JUDGE, "address": "here"}}, "judge.address: String should match pattern"),
         ({"model": ""}, "model: must be given, in the file or as --model; got ''"),
     ],
 )

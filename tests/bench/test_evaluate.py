@@ -12,6 +12,7 @@ from baft_easyedit.bench.evaluate import (
     pre_edit_scores,
     questions_of,
     score_cases,
+    wild_questions,
 )
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.likelihoods import Likelihood
@@ -84,9 +85,28 @@ def test_generated_answers_match_exactly_or_agree_with_those_before():
         "gen_rephrase_acc": 0.0,
         "gen_locality_acc": 0.5,  # against the answer before, not the truth
         "gen_portability_acc": 0.5,
+        "exact.Loc: a": 0.5,
+        "exact.Por: hop": 0.5,
     }
     alone = generation_scores({"prompt": "P", "target_new": "new"}, ["old"], ["new"])
     assert alone["gen_locality_acc"] is None
+
+
+def test_probes_are_scored_by_kind_and_apart_from_the_rest():
+    probes = {
+        "yes": {"prompt": ["Y"], "ground_truth": ["Yes"]},
+        "same": {"prompt": ["S1", "S2"], "ground_truth": [None, None]},
+    }
+    request = {"prompt": "P", "target_new": "new", "probes": probes}
+    assert [q.prompt for q in wild_questions(request)] == ["P"]
+    scores = generation_scores(request, ["?", "?", "a", "b"], ["new", "yes, it is", "a", "c"])
+    assert scores["gen_rewrite_acc"] == 1.0
+    assert scores["gen_portability_acc"] is None
+    assert {k: v for k, v in scores.items() if "." in k} == {
+        "probes.yes": 0.0,
+        "probes.same": 0.5,  # as before
+        "contained.yes": 1.0,
+    }
 
 
 def test_the_best_of_the_accepted_answers_counts_beside_the_first():

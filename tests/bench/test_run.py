@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from dataset_files import rome, write_records
+from dataset_files import rome, unke, write_records
 
 from baft_easyedit.bench import config as config_module
 from baft_easyedit.bench import process, provenance, run
 from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.report import write_report
+from baft_easyedit.bench.results import read_run
 from baft_easyedit.bench.run import run_bench
 from baft_easyedit.bench.scores import FIELD_SCORES
 from baft_easyedit.bench.store import RunDirectory, read_json
@@ -257,6 +258,36 @@ def test_counterfact_has_its_scores_before_and_after_the_edits(settings, tmp_pat
     for chunk in (tmp_path / "run/chunks").rglob("*1.json"):  # the other is kept
         chunk.unlink()
     assert scores(run_bench(config, tmp_path / "run")) == scores([row])
+
+
+def test_what_only_some_runs_ask_has_tables_of_its_own(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Worker", WorkerHere)
+    file = write_records(tmp_path, [unke("Ann"), unke("Bob")])
+    change = {"T": [1], "methods": [settings["methods"][0]], "basis": False, "probes": True}
+    config = make_config(
+        {**settings, **change, "wild": True, "data": {"kind": "unke", "path": str(file)}}
+    )
+    (row,) = run_bench(config, tmp_path / "run")
+    kinds = {"probes.sub", "probes.third turn", "contained.sub", "long.sub ROUGE-L"}
+    assert kinds | {"wild.Rel EM", "wild.Gen contained", "long.original BLEU"} <= row["more"].keys()
+    assert "probes.reversal" not in row["more"]  # UnKE names no subject
+    case = read_json(tmp_path / "run/cases/BaFT/single/00001.json")
+    assert len(case["wild"]["post"]) == 2  # none of the probes
+    assert list(case["probes"])[:2] == ["sub", "third turn"]
+    assert read_run(tmp_path / "run").results[0].number("probes.sub") == row["more"]["probes.sub"]
+    write_report([tmp_path / "run"], tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert all(text in report for text in ("as WILD scores it", "as EasyEdit scores UnKE"))
+    for chunk in (tmp_path / "run/chunks").rglob("*1.json"):  # the other is kept
+        chunk.unlink()
+    assert scores(run_bench(config, tmp_path / "run")) == scores([row])
+    monkeypatch.setattr("baft_easyedit.bench.afterwards._similarity", lambda _: lambda *_: SIMILAR)
+    later = config.model_copy(update={"similarity_model": "mini"})
+    (row,) = run_bench(later, tmp_path / "run")
+    assert row["more"]["long.original similarity"] == 0.5
+
+
+SIMILAR = {"long.original similarity": 0.5}
 
 
 def test_a_downstream_task_has_an_accuracy(monkeypatch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from baft_easyedit.bench.scores import metric_scores, plain, row_costs, row_scores
+from baft_easyedit.bench.scores import kind_scores, metric_scores, plain, row_costs, row_scores
 
 
 def test_a_case_is_the_mean_over_keys_of_the_means_over_probes():
@@ -17,6 +17,25 @@ def test_a_case_is_the_mean_over_keys_of_the_means_over_probes():
         "rephrase_acc": None,
         "locality_acc": 0.75,
         "portability_acc": None,
+    }
+
+
+def test_kinds_of_probes_are_told_apart():
+    metrics = {
+        "locality": {"Forgetfulness_acc": [1.0, 0.5], "Forgetfulness_output": [[3]]},
+        "portability": {"reasoning_acc": [0.25], "none_acc": []},
+    }
+    assert kind_scores(metrics) == {
+        "forced.Loc: Forgetfulness": 0.75,
+        "forced.Por: reasoning": 0.25,
+    }
+    cases = [{"scores": {"forced.x": 1.0}}, {"scores": {"forced.x": 0.5, "wild.y": None}}]
+    row = row_scores(cases)
+    assert row["more"] == {
+        "forced.x": 0.75,
+        "forced.x_se": 0.25,
+        "wild.y": None,
+        "wild.y_se": None,
     }
 
 
