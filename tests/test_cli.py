@@ -242,7 +242,7 @@ def stop(*args, **kwargs):
 
 
 def test_interrupt_ends_with_130_and_says_what_is_kept(saved, tmp_path, monkeypatch, capsys):
-    def stop_later(config, out, start):
+    def stop_later(config, out, start, *_):
         start(40, 10)(2)
         raise KeyboardInterrupt
 
@@ -269,7 +269,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     row = {"method": "MEND", "protocol": "continual", "T": 5, "batch_size": 2, "n": 0, "error": "x"}
     monkeypatch.setattr(
         "baft_easyedit.bench.run.run_bench",
-        lambda config, out, start: seen.append((config, out)) or [row],
+        lambda config, out, *_: seen.append((config, out)) or [row],
     )
     set_cuda(monkeypatch, 2)
     monkeypatch.chdir(tmp_path)

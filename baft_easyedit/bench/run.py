@@ -6,9 +6,11 @@ are files in the run's directory, so a run that is started again skips chunks th
 chunk that failed left a file with the error, and is run again.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from baft_easyedit.model.devices import check_device
 
 Progress = Callable[[int], None]
 """Called with the number of records that are newly edited, or that never will be."""
+_LONG = 20
+"""Chunks from which on a row is tried with one before it is run."""
 StartProgress = Callable[[int, int], Progress]
 """Called with the number of records in this process's share, and of those that are complete
 already; returns the `Progress` to call."""
@@ -42,6 +46,7 @@ def run_bench(
     out: Path,
     start_progress: StartProgress | None = None,
     command: Sequence[str] = (),
+    tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run a benchmark, or continue one that was stopped.
 
@@ -50,6 +55,7 @@ def run_bench(
         out: Directory of the run; made if absent.
         start_progress: Makes a progress bar.
         command: The command line, to be recorded in `run.json`.
+        tell: Called in the main process with what to know before a long run: how long it will take.
 
     Returns:
         The rows of `summary.json`; none in processes other than the main one.
@@ -85,7 +91,8 @@ def run_bench(
     device = config.device
     if state.num_processes > 1 and state.device.type == "cuda" and not config.model_parallel:
         device = int(state.local_process_index)
-    _run_share(directory, config, mine, device, start_progress)
+    told = tell if state.is_main_process else None
+    _run_share(directory, config, mine, device, start_progress, told)
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
@@ -126,8 +133,13 @@ def _run_share(
     chunks: Sequence[Chunk],
     device: int | str,
     start_progress: StartProgress | None,
+    tell: Callable[[str], None] | None,
 ) -> None:
-    """Run this process's chunks that are not complete yet, method by method."""
+    """Run this process's chunks that are not complete yet, method by method.
+
+    Long rows are tried with one chunk each at first, if there is somebody to tell how long all will
+    take; their models are loaded twice for that.
+    """
     methods = {method.name: method.method for method in config.methods}
     todo: dict[str, list[Chunk]] = {}
     generation = find_host().generation
@@ -144,15 +156,39 @@ def _run_share(
             todo.setdefault(chunk.method, []).append(chunk)
     progress = start_progress(total, done) if start_progress is not None else lambda _: None
     share = _Share(directory, config, device, progress)
-    with ThreadPoolExecutor(config.jobs) as pool:
-        rows = [pool.submit(share.run, row) for row in todo.values()]
-        try:
-            for row in as_completed(rows):
-                row.result()
-        except BaseException:  # an interrupt, or a full disk: leave no process behind
-            share.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    if tell is not None:
+        todo = _tried(share, todo, tell)
+    share.run_all(list(todo.values()))
+
+
+def _tried(
+    share: "_Share", todo: Mapping[str, Sequence[Chunk]], tell: Callable[[str], None]
+) -> dict[str, Sequence[Chunk]]:
+    """Run one chunk of each long row, tell how long the others will take, and return these."""
+    first = {name: min(row, key=_length) for name, row in todo.items() if len(row) >= _LONG}
+    seconds = share.run_all([[chunk] for chunk in first.values()])
+    rest = {name: [c for c in row if c != first.get(name)] for name, row in todo.items()}
+    times = {
+        name: taken / _length(chunk) * sum(map(_length, rest[name]))
+        for (name, chunk), taken in zip(first.items(), seconds, strict=True)
+        if share.directory.is_complete(chunk)
+    }
+    if times:
+        whole = max(sum(times.values()) / share.config.jobs, *times.values())
+        each = ", ".join(f"{name} {_spoken(time)}" for name, time in times.items())
+        tell(f"about {_spoken(whole)} to go, by the first edit of each method: {each}")
+    return rest
+
+
+def _length(chunk: Chunk) -> int:
+    """Return the number of a chunk's records."""
+    return len(chunk.indices)
+
+
+def _spoken(seconds: float) -> str:
+    """Return a time in words, rounded up to minutes."""
+    hours, minutes = divmod(ceil(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class _Share:
@@ -161,37 +197,56 @@ class _Share:
     def __init__(
         self, directory: RunDirectory, config: BenchConfig, device: int | str, progress: Progress
     ) -> None:
-        self._directory, self._config, self._device = directory, config, device
+        self.directory, self.config, self._device = directory, config, device
         self._progress = progress
         self._workers: list[Worker] = []
         self._is_stopped = False
 
-    def run(self, chunks: Sequence[Chunk]) -> None:
+    def run_all(self, rows: Sequence[Sequence[Chunk]]) -> list[float]:
+        """Run the chunks of several methods, `jobs` at once; return the seconds of each."""
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            running = [pool.submit(self.run, row) for row in rows]
+            try:
+                for row in as_completed(running):
+                    row.result()
+            except BaseException:  # an interrupt, or a full disk: leave no process behind
+                self.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [row.result() for row in running]
+
+    def run(self, chunks: Sequence[Chunk]) -> float:
         """Run chunks of one method; those that fail get a file that says why.
 
         If the worker process dies at a chunk, a new one continues with the chunk after it.
 
+        Returns:
+            The seconds since the (latest) model was loaded.
+
         Raises:
             InterruptedError: If the run was stopped; then nothing is written.
         """
+        begun = time.monotonic()
         while chunks:
             at, num_edited = None, 0
             try:
                 with self._worker(chunks) as worker:
                     for position, count in worker:
+                        begun = time.monotonic() if at is None else begun
                         num_edited = count + (num_edited if position == at else 0)
                         at = position
                         self._progress(count)
-                return
+                    return time.monotonic() - begun
             except WorkerError as error:
                 if self._is_stopped:
                     raise InterruptedError("the run was stopped") from None
                 # If it died before the first chunk, while loading, another process would too.
                 for chunk in chunks if at is None else [chunks[at]]:
-                    if not self._directory.is_complete(chunk):  # it may have died right after it
-                        self._directory.write_chunk(chunk, error=str(error))
+                    if not self.directory.is_complete(chunk):  # it may have died right after it
+                        self.directory.write_chunk(chunk, error=str(error))
                         self._progress(len(chunk.indices) - num_edited)
             chunks = [] if at is None else chunks[at + 1 :]
+        return time.monotonic() - begun
 
     def stop(self) -> None:
         """Kill all running workers, and those that are started later."""
@@ -201,11 +256,11 @@ class _Share:
 
     def _worker(self, chunks: Sequence[Chunk]) -> Worker:
         """Start the worker process of a method."""
-        environment = {"OMP_NUM_THREADS": str(self._config.threads)}
-        if Path(model_location(self._config.model)).is_dir() and self._config.downstream is None:
+        environment = {"OMP_NUM_THREADS": str(self.config.threads)}
+        if Path(model_location(self.config.model)).is_dir() and self.config.downstream is None:
             # A peer that reaches for the Hugging Face hub anyway should fail at once.
             environment["HF_HUB_OFFLINE"] = "1"
-        directory = RunDirectory(self._directory.root.absolute())
+        directory = RunDirectory(self.directory.root.absolute())
         worker = Worker(run_chunks, directory, chunks, self._device, **environment)
         self._workers.append(worker)
         if self._is_stopped:  # `stop` did not see this one

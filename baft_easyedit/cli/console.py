@@ -77,6 +77,12 @@ class Bar:
         self._bar = tqdm(total=total, initial=done, unit=self._unit, leave=False)
         return self._bar.update
 
+    def tell(self, text: str) -> None:
+        """Print a line to standard error, above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        note(text)
+
     @property
     def position(self) -> str:
         """The progress in words, such as `at 12 of 40 edits`."""

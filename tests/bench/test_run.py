@@ -260,6 +260,22 @@ def test_counterfact_has_its_scores_before_and_after_the_edits(settings, tmp_pat
     assert scores(run_bench(config, tmp_path / "run")) == scores([row])
 
 
+def test_a_long_run_says_beforehand_how_long_it_takes(settings, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Worker", WorkerHere)
+    monkeypatch.setattr(run, "_LONG", 6)
+    clock = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    told = []
+    rows = run_bench(make_config({**settings, "jobs": 1}), tmp_path / "run", tell=told.append)
+    assert scores(rows) == scores(read_json(whole[0] / "summary.json"))
+    # Of each method the first single edit; 7 records are to go in 3 single edits and 2 pairs.
+    each = "BaFT 4 min, FT-L 4 min"
+    assert told == [f"about 7 min to go, by the first edit of each method: {each}"]
+    again = run_bench(make_config(settings), tmp_path / "run", tell=told.append)
+    assert (scores(again), len(told)) == (scores(rows), 1)
+    assert (run._spoken(3601), run._spoken(1)) == ("1 h 1 min", "1 min")
+
+
 def test_what_only_some_runs_ask_has_tables_of_its_own(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "Worker", WorkerHere)
     file = write_records(tmp_path, [unke("Ann"), unke("Bob")])
