@@ -1,4 +1,4 @@
-"""Scores that other models give to the answers of a run: a judge's, and similarity of sentences.
+"""Scores of answers by what is not the model: a judge, a model of sentences, reference texts.
 
 They are added to the cases after the run, and may be asked for later: the answers are on disk.
 """
@@ -6,9 +6,12 @@ They are added to the cases after the run, and may be asked for later: the answe
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from baft_easyedit.bench.config import BenchConfig, JudgeConfig, read_config
+from baft_easyedit.bench.data.case import Layout
+from baft_easyedit.bench.data.files import find_file, read_records
 from baft_easyedit.bench.evaluate import questions_of, wild_questions
 from baft_easyedit.bench.free_text import SHORT, section_means
 from baft_easyedit.bench.protocol import Chunk
@@ -33,10 +36,11 @@ _CORRECT = re.compile(r"\W*A\W*(correct)?\W*", re.IGNORECASE)
 
 
 def add_scores(directory: RunDirectory) -> None:
-    """Add to the cases of a run what its judge and its model of similarity say of their answers.
+    """Add to the cases of a run the scores that a judge or files of others give to their answers.
 
     Raises:
         ConnectionError: If the judge does not answer; verdicts so far are kept.
+        ValueError: If the snippets are not ROME's.
     """
     config, requests = read_config(directory.config), read_json(directory.requests)
     if config.judge is not None:
@@ -45,6 +49,10 @@ def add_scores(directory: RunDirectory) -> None:
     if config.similarity_model is not None:
         scores = _similarity(config.similarity_model)
         _add(directory, config, lambda case: scores(case, requests[case["index"]]))
+
+    if config.snippets is not None:
+        consistency = _consistency(Path(config.snippets))
+        _add(directory, config, lambda case: consistency(case, requests[case["index"]]))
 
 
 def _add(directory: RunDirectory, config: BenchConfig, made: Callable[[Case], Scores]) -> None:
@@ -132,5 +140,46 @@ def _similarity(model: str) -> Callable[[Case, Mapping[str, Any]], Scores]:
                 a, b = encoder.encode([question.answer, answer], normalize_embeddings=True)
                 found[f"long.{titles[question.section]} similarity"] = float(a @ b)
         return found
+
+    return scores
+
+
+class _Sample(Layout):
+    """A reference text."""
+
+    text: str
+
+
+class _Snippets(Layout):
+    """Texts about subjects that have the same answer to a relation."""
+
+    relation_id: str
+    target_id: str
+    samples: tuple[_Sample, ...]
+
+
+def _consistency(file: Path) -> Callable[[Case, Mapping[str, Any]], Scores]:
+    """Return what compares written texts with reference texts: ROME's RS, the cosine of TF-IDF.
+
+    The statistics are those of all snippets, as ROME collects them.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    snippets, _ = read_records(find_file(file, "attribute_snippets.json"), lambda _: _Snippets)
+    texts: dict[tuple[str, str], list[str]] = {}
+    for of_answer in snippets:
+        key = of_answer.relation_id, of_answer.target_id
+        texts.setdefault(key, []).extend(sample.text for sample in of_answer.samples)
+    counts = TfidfVectorizer().fit(text for several in texts.values() for text in several)
+
+    def scores(case: Case, request: Mapping[str, Any]) -> Scores:
+        key = tuple((request.get("counterfact") or {}).get("reference", ()))
+        written = case.get("texts") or {}
+        if key not in texts or not written.get("post"):
+            return {}
+        shown = [" ".join(written[moment]) for moment in ("post", "pre")]
+        post, pre, reference = counts.transform([*shown, " ".join(texts[key])])
+        found = {"reference_score": post, "pre_reference_score": pre}
+        return {name: float((row @ reference.T).sum()) for name, row in found.items()}
 
     return scores

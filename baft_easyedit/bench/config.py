@@ -171,6 +171,9 @@ class BenchConfig(_Strict):
     similarity_model: str | None = None
     """Directory of a model of sentence-transformers that compares long answers with their targets,
     after the run; may be given later."""
+    snippets: str | None = None
+    """ROME's attribute_snippets.json, for the consistency of CounterFact's texts with texts about
+    other subjects that have the new answer; may be given later."""
     basis: bool = True
     """Record basis weights of BaFT and ReFT for the figures and `diagnose`."""
     downstream: DownstreamConfig | None = None
@@ -297,6 +300,7 @@ def _paths(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
     rows = content.get("methods")
     named: list[tuple[Any, str]]
     named = [(content, "model"), (content, "texts"), (content, "similarity_model")]
+    named += [(content, "snippets")]
     named += [(content.get("data"), "path")]
     named += [(content.get("downstream"), "include_path")]
     named += [(row, "hparams") for row in (rows if isinstance(rows, list | tuple) else ())]

@@ -235,8 +235,8 @@ def score_cases(
         with_wild: Whether to score as WILD does.
 
     Returns:
-        Of each `teacher_forced`: EasyEdit's metrics; `answers` and `wild`, those before and after,
-        or None; and `scores`.
+        Of each `teacher_forced`: EasyEdit's metrics; `answers`, `wild` and the `texts` of fluency,
+        those before and after, or None; and `scores`.
     """
     scored = []
     after = session.score_against([p["metrics"] for p in pre], requests)
@@ -246,8 +246,11 @@ def score_cases(
         scores["any_alias_portability_acc"] = any_alias_portability(
             session, request, metrics["post"]
         )
-        scores |= now | {f"pre_{name}": value for name, value in before["field_scores"].items()}
-        scored.append({"teacher_forced": metrics, "answers": None, "wild": None, "scores": scores})
+        then = dict(before["field_scores"])
+        written = {"pre": then.pop("texts", None), "post": now.pop("texts", None)}
+        scores |= now | {f"pre_{name}": value for name, value in then.items()}
+        empty = {"answers": None, "wild": None, "texts": written if with_answers else None}
+        scored.append({"teacher_forced": metrics, "scores": scores, **empty})
     if with_answers:
         answers = answer_questions(session, requests)
         for request, case, before, new in zip(requests, scored, pre, answers, strict=True):

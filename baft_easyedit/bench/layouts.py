@@ -29,10 +29,12 @@ _FIELD = {
         for kind in ("success", "magnitude")
     },
     "ngram_entropy": Column("GE"),
+    "reference_score": Column("RS"),
 }
 _COUNTERFACT = (
     "CounterFact by probability, as ROME, MEMIT and AlphaEdit score it: success S and magnitude M "
-    "of efficacy E, paraphrases P and neighbours N; S alone, harmonic mean; GE, fluency in bits"
+    "of efficacy E, paraphrases P and neighbours N; S alone, harmonic mean; GE, fluency in bits; "
+    "RS, consistency with ROME's reference texts"
 )
 _MORE = {
     f"{_COUNTERFACT}; after the edits": _FIELD,

@@ -27,13 +27,14 @@ Found = Mapping[Question, Likelihood]
 
 _WORD = re.compile(r"\w+(?:[-./]\w+|[,:]\d+)*|'\w+|[^\w\s]")
 """As NLTK's `word_tokenize` parts English, which needs files of its own."""
+_BY_PROBABILITY = ("rewrite", "paraphrase", "neighborhood")
 _TEXT_LENGTH, _TOP_K = 100, 5
 """Tokens of a text whose fluency is measured, its prompt among them, and what each is drawn of."""
 
 
 def field_scores(
     session: Session, requests: Sequence[Request], with_texts: bool
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Score requests on the model as it is now.
 
     Args:
@@ -42,17 +43,18 @@ def field_scores(
         with_texts: Whether to let the model write texts, for their fluency.
 
     Returns:
-        The names of `scores.FIELD_SCORES` that each case has the parts for.
+        The names of `scores.FIELD_SCORES` that each case has the parts for; `texts`, those written.
     """
     asked = list(dict.fromkeys(q for request in requests for q in _questions(request)))
     found = dict(zip(asked, session.likelihoods(asked), strict=True)) if asked else {}
-    scored = [
+    scored: list[dict[str, Any]] = [
         {**_counterfact(request, found), **_specificity(request, found)} for request in requests
     ]
     for request, scores in zip(requests, scored, strict=True):
         prompts = _parts(request).get("generation")
         if with_texts and prompts:
-            scores["ngram_entropy"] = fmean(map(ngram_entropy, _texts(session, prompts)))
+            scores["texts"] = _texts(session, prompts)
+            scores["ngram_entropy"] = fmean(map(ngram_entropy, scores["texts"]))
     return scored
 
 
@@ -67,7 +69,7 @@ def _parts(request: Request) -> Mapping[str, Sequence[str]]:
 def _questions(request: Request) -> Iterator[Question]:
     """Yield what is asked for a request."""
     for part, prompts in _parts(request).items():
-        if part != "generation":
+        if part in _BY_PROBABILITY:
             for answer in (request["target_new"], request["ground_truth"]):
                 yield from ((prompt, answer, part == "neighborhood") for prompt in prompts)
     yield from chain.from_iterable(_locality(request))
@@ -88,7 +90,7 @@ def _counterfact(request: Request, found: Found) -> dict[str, float]:
     """Return success (the wanted answer is likelier) and magnitude (by how much) of each part."""
     scores = {}
     for part, prompts in _parts(request).items():
-        if part == "generation":
+        if part not in _BY_PROBABILITY:
             continue
         is_local = part == "neighborhood"
         answers = [request["target_new"], request["ground_truth"]]

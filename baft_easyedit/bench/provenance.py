@@ -43,7 +43,7 @@ _WEIGHTS = (".safetensors", ".bin")
 _USE = ("chat_template.jinja", "generation_config.json", "merges.txt", "vocab.json")
 _MAY_DIFFER = (
     *("T", "batch_size", "methods", "device", "threads", "jobs"),
-    *("judge", "similarity_model"),
+    *("judge", "similarity_model", "snippets"),
 )
 """Settings that change no score already in a run; `methods` are compared row by row instead."""
 _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")

@@ -35,10 +35,13 @@ FIELD_SCORES = tuple(
     for name in (
         *SUCCESSES,
         *("rewrite_magnitude", "paraphrase_magnitude", "neighborhood_magnitude"),
-        *("ngram_entropy", "specificity_acc"),
+        *("ngram_entropy", "reference_score", "specificity_acc"),
     )
 )
-"""Names of `probabilities.field_scores`, after the edits and before; a case may lack any."""
+"""Names of `probabilities.field_scores` and CounterFact's RS, after the edits and before.
+
+A case may lack any.
+"""
 
 
 def plain(value: Any) -> Any:

@@ -203,9 +203,10 @@ class _MethodRun:
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
 
     def _asked_too(self, request: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what only some runs ask: WILD's answers, and the probes of our own."""
+        """Return what only some runs ask: WILD's answers, fluent texts, probes of our own."""
         wild = {"wild": case["wild"]} if self.config.wild else {}
-        return {**wild, **({"probes": request["probes"]} if self.config.probes else {})}
+        texts = {"texts": case["texts"]} if request.get("counterfact") else {}
+        return {**wild, **texts, **({"probes": request["probes"]} if self.config.probes else {})}
 
     def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
         """Edit records in one call, with some earlier ones; return the seconds per record."""

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from math import log
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,6 +139,44 @@ def test_a_judge_that_does_not_answer_is_named_with_what_to_do(judge, run, monke
     nobody = {"address": "http://127.0.0.1:9/v1", "model": "j"}
     with pytest.raises(ConnectionError, match="got APIConnectionError: Connection error"):
         add_scores(run(judge=nobody))
+
+
+def test_texts_are_compared_with_reference_texts_as_in_rome(run, tmp_path):
+    samples = {"Q1": ["Ann plays piano", "Bob plays"], "Q2": ["Eve sings"]}
+    snippets = [
+        {
+            "relation_id": "P1",
+            "target_id": target,
+            "samples": [{"text": text, "name": "x"} for text in texts],
+        }
+        for target, texts in samples.items()
+    ]
+    directory = run(snippets=str(tmp_path / "attribute_snippets.json"))
+    write_json(tmp_path / "attribute_snippets.json", snippets)
+    add_scores(directory)  # of a case without texts
+    assert scores_of(directory) == {"rewrite_acc": 1.0}
+    write_json(directory.requests, [{**REQUEST, "counterfact": {"reference": ["P1", "Q1"]}}])
+    (chunk,) = chunks_of("BaFT", Protocol(), 1)
+    case = read_json(directory.case(chunk, 0))
+    case["texts"] = {"pre": ["Eve sings"], "post": ["Ann", "plays Bach"]}
+    write_json(directory.case(chunk, 0), case)
+    add_scores(directory)
+    # Inverse document frequencies of 3 texts: of plays, in two; of the others, in one.
+    plays, others = log(4 / 3) + 1, log(4 / 2) + 1
+    post, reference = np.array([others, plays, 0, 0]), np.array([others, 2 * plays, others, others])
+    cosine = post @ reference / np.linalg.norm(post) / np.linalg.norm(reference)
+    assert scores_of(directory) == {
+        "rewrite_acc": 1.0,
+        "reference_score": pytest.approx(cosine),
+        "pre_reference_score": 0.0,
+    }
+
+
+def test_snippets_of_another_form_are_refused(run, tmp_path):
+    directory = run(snippets=str(tmp_path))
+    write_json(tmp_path / "attribute_snippets.json", [{"relation_id": "P1", "samples": []}])
+    with pytest.raises(ValueError, match=r"snippets\.json, record 0: target_id: Field required"):
+        add_scores(directory)
 
 
 def test_long_answers_are_compared_by_a_local_model(run, monkeypatch):

@@ -134,6 +134,7 @@ MARS = ["Mars", "the red planet"]
                     "paraphrase": ["Long ago. Asha has a passport of", "Another one"],
                     "neighborhood": ["Asha is a citizen of", "Ravi is a citizen of"],
                     "generation": ["Asha's passport says"],
+                    "reference": ["P27", "Q1"],
                 },
                 locality={
                     "neighborhood": probe(
@@ -513,9 +514,8 @@ def test_parts_that_records_lack_are_counted(load):
 def test_counterfact_without_a_part_is_read_and_counted(load):
     bare = {key: rome("Ravi", 4)[key] for key in ("case_id", "requested_rewrite")}
     dataset = load("counterfact", [rome("Asha", 3), rome("Toko", 5), bare])
-    assert dataset.requests[2] == made(
-        "Ravi is a citizen of", "Australia", "India", 4, subject="Ravi", counterfact={}
-    )
+    named = {"subject": "Ravi", "counterfact": {"reference": ["P27", "Q1"]}}
+    assert dataset.requests[2] == made("Ravi is a citizen of", "Australia", "India", 4, **named)
     for part in ("rephrase_prompt", "locality", "counterfact.generation"):
         assert f"no {part} in 1 of 3 records" in dataset.notes
     assert "no counterfact in 1 of 3 records" not in dataset.notes

@@ -17,6 +17,7 @@ CASE = {
     "counterfact": {"paraphrase": ["A", "B"], "neighborhood": ["N"], "generation": ["G", "H I"]},
     "locality": {"n": {"prompt": ["N"], "ground_truth": ["true"]}},
 }
+CASE["counterfact"]["reference"] = ["P1", "Q1"]  # no prompts
 NLLS = {("P", "new"): 1.0, ("A", "new"): 3.0, ("N", "new"): 2.5}
 """Of the others 2.0."""
 
@@ -70,6 +71,7 @@ def test_fluency_is_that_of_drawn_texts_with_their_prompts_and_draws_nothing_fro
     (scores,) = field_scores(session, [CASE], True)
     expected = (ngram_entropy("G a b c") + ngram_entropy("H I a b c")) / 2
     assert scores["ngram_entropy"] == expected
+    assert scores["texts"] == ["G a b c", "H I a b c"]
     assert torch.equal(torch.get_rng_state(), before)
     told = session.limits
     assert told[:2] == ([99, 98], 5)  # 100 tokens in all

@@ -58,7 +58,8 @@ def one(prompt: str | None, *answers: str | None) -> tuple[Probe, ...]:
     return (probe,) if probe.prompt and probe.ground_truth else ()
 
 
-Part = Literal["paraphrase", "neighborhood", "generation"]
+Part = Literal["paraphrase", "neighborhood", "generation", "reference"]
+"""`reference` is no prompts but names the relation and the new answer in ROME's reference texts."""
 
 
 class Case(Layout):

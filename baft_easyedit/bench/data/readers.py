@@ -167,6 +167,8 @@ class Rewrite(Layout):
     subject: Text
     target_new: Text = Field(validation_alias=AliasPath("target_new", "str"))
     target_true: Text = Field(validation_alias=AliasPath("target_true", "str"))
+    relation_id: MaybeText = None
+    target_id: MaybeText = Field(None, validation_alias=AliasPath("target_new", "id"))
 
     def case(self, **others: Any) -> Case:
         """Return the edit, with the fields of a case that are not the fact's."""
@@ -194,15 +196,19 @@ class _RomeCounterFact(Layout):
     generation_prompts: Texts = ()
 
     def case(self) -> Case:
-        return self.requested_rewrite.case(
+        fact = self.requested_rewrite
+        return fact.case(
             case_id=self.case_id,
             rephrase_prompt=next(iter(self.paraphrase_prompts), None),
             counterfact={
                 "paraphrase": self.paraphrase_prompts,
                 "neighborhood": self.neighborhood_prompts,
                 "generation": self.generation_prompts,
+                "reference": (fact.relation_id, fact.target_id)
+                if fact.relation_id and fact.target_id
+                else (),
             },
-            locality=_neighbours(self.neighborhood_prompts, self.requested_rewrite.target_true),
+            locality=_neighbours(self.neighborhood_prompts, fact.target_true),
         )
 
 
@@ -235,7 +241,7 @@ def read_counterfact(path: Path | None) -> Source:
 
     ROME's neighbours share the true answer, which is what the probes `neighborhood` give; the first
     paraphrase is the rephrased prompt. All paraphrases, neighbours and generation prompts are for
-    the scores by probability; a record may lack any. Attributes are not read.
+    other papers' scores; a record may lack any. Attributes are not read.
     """
     file_names = "multi_counterfact.json", "counterfact.json"
     records, file = read_records(find_file(path, *file_names), _layout_of)
