@@ -163,7 +163,7 @@ def _run_share(
 
 def _tried(
     share: "_Share", todo: Mapping[str, Sequence[Chunk]], tell: Callable[[str], None]
-) -> dict[str, Sequence[Chunk]]:
+) -> dict[str, list[Chunk]]:
     """Run one chunk of each long row, tell how long the others will take, and return these."""
     first = {name: min(row, key=_length) for name, row in todo.items() if len(row) >= _LONG}
     seconds = share.run_all([[chunk] for chunk in first.values()])
