@@ -244,6 +244,9 @@ def test_halluedit_is_read_from_csv(tmp_path):
     file.write_text(HALLUEDIT + "\n,industry,Rome")
     with pytest.raises(ValueError, match=r"places\.csv, record 0: prompt: .* at least 1 character"):
         load_dataset("halluedit", file)
+    file.write_text(f"subject,relation,object\n{'x' * 200_000},y,z")
+    with pytest.raises(ValueError, match=r"places\.csv must be CSV, and is not: field larger than"):
+        load_dataset("halluedit", file)
     file.write_text("subject,object\nAcme,Rome")
     with pytest.raises(ValueError, match=r"columns subject, .* got none of \['relation'\]"):
         load_dataset("halluedit", file)

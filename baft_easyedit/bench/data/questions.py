@@ -152,7 +152,10 @@ def read_halluedit(path: Path | None) -> Source:
     """
     content, file = read_file(find_file(path))
     text = content.decode("utf-8-sig", "replace")
-    rows = list(csv.DictReader(StringIO(text, newline="")))
+    try:
+        rows = list(csv.DictReader(StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{file.name} must be CSV, and is not: {error}") from None
     missing = {"subject", "relation", "object"} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(
