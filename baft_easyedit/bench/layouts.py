@@ -198,7 +198,10 @@ def _tables_by_kind(results: Sequence[Result]) -> list[Table]:
         )
         sections = [name.partition(":")[0] for name in names]
         is_told_apart = prefix not in ("forced", "exact") or len(set(sections)) < len(sections)
-        columns = {name: Column(name.removeprefix(f"{prefix}.")) for name in names}
+        titles = {name: name.removeprefix(f"{prefix}.") for name in names}
+        # Rel, Gen, Loc and Por in order, whichever a record had first.
+        ordered = sorted(names, key=lambda name: "RelGenLocPor".find(titles[name][:3]))
+        columns = {name: Column(titles[name]) for name in ordered}
         if is_told_apart and (shown := _asked(results, columns)):
             made.append(_table(caption, shown, columns))
     return made

@@ -181,7 +181,7 @@ def test_the_table_after_a_run_has_scores_and_cost(results):
 
 def test_scores_that_only_some_records_have_get_tables_of_their_own(results):
     more = {"forced.Por: a": 1.0, "forced.Por: b": 0.5, "exact.Por: a": 0.5, "exact.Loc: c": 1.0}
-    more |= {"wild.Rel EM": 0.5, "wild.Rel EM_se": 0.1, "probes.yes": 0.25}
+    more |= {"wild.Gen EM": 0.0, "wild.Rel EM": 0.5, "wild.Rel EM_se": 0.1, "probes.yes": 0.25}
     made = results(rows={"BaFT": {"more": more}})
     tables = {t.caption: t for t in make_tables(made, PaperNumbers())}
     (kinds,) = [t for caption, t in tables.items() if "by kind of probe; teacher" in caption]
@@ -190,6 +190,6 @@ def test_scores_that_only_some_records_have_get_tables_of_their_own(results):
     # One kind of each says what the other table says already.
     assert not any("by kind of probe; generated" in caption for caption in tables)
     (wild,) = [t for caption, t in tables.items() if "as WILD scores it" in caption]
-    assert headings(wild) == [("", ["Rel EM"])]
+    assert headings(wild) == [("", ["Rel EM", "Gen EM"])]
     assert wild.rows["BaFT"][0].se == 0.1
     assert sum("further probes by kind" in caption for caption in tables) == 1
