@@ -116,6 +116,6 @@ def _usable(text: str, request: Request) -> str | None:
     """Return what a paraphrase is asked as; None if it is none, or tells the answer."""
     lines = text.strip().strip('"').splitlines()
     line = lines[0].partition('"')[0].strip() if lines else ""
-    is_same = line.casefold() == request["prompt"].casefold()
+    is_same = request["prompt"].casefold() in line.casefold()  # and gone on with, as an answer is
     is_about = (request.get("subject") or "") in line
     return line if line and is_about and not is_same and request["target_new"] not in line else None
