@@ -7,7 +7,6 @@ from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.model.independent import IndependentEdits
-from baft_easyedit.training.settling import settle
 from tests.conftest import HIDDEN, make_model
 
 SETTLED = {
