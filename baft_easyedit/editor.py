@@ -125,6 +125,14 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
             self._history.commit("edit", edit_content(checked, report))
             return report
 
+    def check(self, requests: Sequence[Mapping[str, Any]]) -> None:
+        """Raise what `edit` would raise for a request that it cannot take; nothing is learned."""
+        self._learner.check(as_requests(requests), self.hparams)
+
+    def holds(self, requests: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Tell of each request whether the model gives its target now, by greedy decoding."""
+        return self._learner.holds(as_requests(requests), self.hparams)
+
     @_LEARNING
     def learn_apart(
         self, requests: Sequence[Mapping[str, Any]], batch_size: int | None = None

@@ -129,11 +129,15 @@ def generate_answers(
 
     Returns:
         The new text after each prompt, stripped.
+
+    Raises:
+        ValueError: If a prompt leaves no room for an answer in the model's context.
     """
     given = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     limits = dict(enumerate(given))
     prompt_format = prompt_format or PromptFormat()
     rows = [prompt_format.prompt_ids(p, tokenizer) if isinstance(p, str) else p for p in prompts]
+    _check_room(model, rows)
     answers: dict[int, str] = {}
     for group in alike(
         [len(row) for row in rows], [limit.bit_length() for limit in limits.values()]
@@ -149,6 +153,17 @@ def generate_answers(
 
 
 @torch.no_grad()
+def _check_room(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError if a prompt fills the model's context: the model would answer nonsense."""
+    config = getattr(model, "config", None)  # a wrapper may have none
+    most = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if most is not None and longest >= most:
+        raise ValueError(
+            f"a prompt must leave room in the model's context of {most} tokens; got {longest}"
+        )
+
+
 def _continued(
     model: Any,
     tokenizer: Any,

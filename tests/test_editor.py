@@ -264,6 +264,21 @@ def test_undo_is_refused_while_another_edit_is_on_the_model(model, tokenizer, qu
     assert editor.is_attached
 
 
+def test_what_holds_is_told(model, tokenizer, hparams, request_dict):
+    editor, other = BaFTEditor(model, tokenizer, hparams), {"prompt": "Ice is", "target_new": "up"}
+    before = editor.model_edit.snapshot()
+    editor.check([request_dict, other])
+    assert editor.holds([request_dict, other]) == [False, False]
+    assert not editor.is_attached
+    assert all(torch.equal(before[k], v) for k, v in editor.model_edit.snapshot().items())
+    assert editor.edit(request_dict).learned == (True,)
+    assert editor.holds([other, request_dict]) == [False, True]
+    editor.undo()
+    assert editor.holds([request_dict]) == [False]
+    with pytest.raises(ValueError, match=r"request 'aaa.*fit the model's context"):
+        editor.check([request_dict, {"prompt": "a" * 9999, "target_new": "b"}])
+
+
 def test_editor_without_a_change_of_its_own_names_the_latest(model, tokenizer, quick, request_dict):
     BaFTEditor(model, tokenizer, quick).edit(request_dict)
     with pytest.raises(

@@ -352,6 +352,9 @@ def test_export_writes_what_an_engine_needs(name, method, kept, tmp_path, capsys
         compile(printed.out, name, "exec")
     assert main(["export", kept[method], "--to", name, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out").read_text() == printed.out
+    capsys.readouterr()
+    assert main(["export", kept[method], "--to", name, "--out", str(tmp_path / "out")]) == 2
+    assert "--out must be a new file" in capsys.readouterr().err
 
 
 def test_reading_an_edit_imports_no_transformers():

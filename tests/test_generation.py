@@ -33,6 +33,15 @@ def test_answers_do_not_depend_on_the_batch(saved):
     assert all(answer == answer.strip() for answer in together)
 
 
+def test_a_prompt_that_fills_the_context_is_refused(saved):
+    model, tokenizer = load_model(saved)
+    most = model.config.max_position_embeddings
+    with pytest.raises(
+        ValueError, match=f"room in the model's context of {most} tokens; got {most}"
+    ):
+        generate_answers(model, tokenizer, ["Ice", [5] * most], 5)
+
+
 def test_drawn_answers_are_those_of_the_seed_and_go_on_to_the_limit(saved):
     model, tokenizer = load_model(saved)
     greedy = generate_answers(model, tokenizer, ["Ice"], 8)

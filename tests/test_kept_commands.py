@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
 from baft_easyedit.cli.edits_file import read_requests
 from baft_easyedit.hparams import scaled_layers
@@ -23,7 +24,8 @@ EDITS = [
 def _settings(tmp_path, saved):
     """Settings with which the model learns in few steps."""
     text = f"model_name: {saved}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n"
-    (tmp_path / "mine.yaml").write_text(text)
+    both = "rehearsal: 2\n"  # the second edit keeps the first
+    (tmp_path / "mine.yaml").write_text(text + both)
 
 
 @pytest.fixture
@@ -74,13 +76,32 @@ def test_apply_goes_on_where_it_stopped(tmp_path, saved, edits, capsys):
 def test_apply_tells_what_was_not_learned(tmp_path, saved, edits, capsys, caplog):
     (tmp_path / "mine.yaml").open("a").write("num_steps: 1\n")
     assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
-    assert "not learned: 'The capital of France is' -> 'Rome'" in capsys.readouterr().out
+    assert "does not hold: 'The capital of France is' -> 'Rome'" in capsys.readouterr().out
     assert not caplog.text
+
+
+def test_apply_makes_no_edit_if_one_cannot_be_made(tmp_path, saved, edits, capsys):
+    (tmp_path / "long.json").write_text(json.dumps([EDITS[0], {**EDITS[1], "prompt": "a" * 999}]))
+    more = ["--hparams", tmp_path / "mine.yaml"]
+    assert run("apply", tmp_path / "kept", tmp_path / "long.json", *more) == 2
+    assert "request 'aaa" in capsys.readouterr().err
+    assert run("apply", tmp_path / "kept", edits, *more) == 0
+    assert "edits made: 2; there before: 0" in capsys.readouterr().out
+
+
+def test_apply_tells_what_later_edits_took_back(tmp_path, saved, edits, capsys, monkeypatch):
+    monkeypatch.setattr(
+        BaFTEditor, "holds", lambda _, requests: [False, *[True] * len(requests)][:-1]
+    )
+    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
+    told = capsys.readouterr().out
+    assert "does not hold: 'The capital of France is' -> 'Rome'" in told
+    assert told.count("does not hold") == 1
 
 
 def test_ask_reads_prompts_line_by_line(tmp_path, saved, edits, capsys, monkeypatch):
     assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 0
-    monkeypatch.setattr("sys.stdin", io.StringIO("Snow falls in\n\nIce is\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffSnow falls in\n\nIce is\n"))
     capsys.readouterr()
     assert run("ask", tmp_path / "kept", "--model", saved) == 0
     told = capsys.readouterr().out.splitlines()
@@ -133,7 +154,7 @@ def test_records_of_a_benchmark_are_applied(tmp_path, saved, capsys):
     assert made == [("Ice is", "cold")]
     assert len(read_history(tmp_path / "kept")) == 3
     assert run("apply", tmp_path / "kept", tmp_path / "records.json", "--kind", "books") == 2
-    assert "kind must be one of ['convsent'" in capsys.readouterr().err
+    assert "kind must be one of ['akew', 'convsent'" in capsys.readouterr().err
 
 
 def test_files_are_checked_without_a_model(tmp_path, edits, capsys):
@@ -229,6 +250,12 @@ def test_requests_are_read_from_each_format(name, text, tmp_path):
     assert [request.to_dict() for request in read_requests(tmp_path / name)] == EDITS
 
 
+def test_a_line_ends_where_json_lines_end_it(tmp_path):
+    text = json.dumps(EDITS[0] | {"loc_prompt": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{text}\r\n", encoding="utf-8", newline="")
+    assert read_requests(tmp_path / "a.jsonl")[0].loc_prompts == ("a\u2028b\x85c",)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -245,6 +272,11 @@ def test_requests_are_read_from_each_format(name, text, tmp_path):
             "a.csv",
             "prompt,target_new\na,b\na,c\n",
             "must hold one request for a prompt; 'a' has requests 1 and 2: keep one",
+        ),
+        (
+            "a.json",
+            '[{"prompt": "a", "target_new": "b"}, {"prompt": "a ", "target_new": "c"}]',
+            "must hold one request for a prompt; 'a ' has requests 1 and 2: keep one",
         ),
         ("a.json", b"\xff\xfe\x00", "must be UTF-8 text, and is not"),
     ],

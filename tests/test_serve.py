@@ -1,6 +1,7 @@
 """The server, asked by OpenAI's client: its answers are those of `generate_answers`."""
 
 import asyncio
+import copy
 import json
 import socket
 import sys
@@ -23,10 +24,18 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue  # noqa: E402
+from baft_easyedit.serving.answering import (  # noqa: E402
+    Answer,
+    Answerer,
+    FullError,
+    Queue,
+    Wish,
+    _Text,
+)
 from baft_easyedit.serving.app import make_app  # noqa: E402
 
 PROMPT = "The capital of France is"
+JSON = {"Content-Type": "application/json"}
 CHAT = [{"role": "user", "content": PROMPT}]
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -103,6 +112,7 @@ def test_answers_are_those_of_generate_answers(client, model, tokenizer, edits, 
 
 def test_models_are_listed(client, url):
     assert [model.id for model in client.models.list()] == ["base", "a", "b"]
+    assert client.models.retrieve("a+b").id == "a+b"
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
@@ -114,6 +124,47 @@ def test_an_answer_ends_before_a_stop_text(client):
     assert (stopped.text, stopped.finish_reason) == (cut, "stop")
     chunks = client.completions.create(**given, stop=[stop], stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == cut
+
+
+def test_nothing_of_a_stop_text_is_said(client):
+    given = {"model": "a", "prompt": PROMPT, "max_tokens": 10}
+    whole = client.completions.create(**given).choices[0].text
+    for start in range(5):
+        chunks = client.completions.create(**given, stop=whole[start : start + 5], stream=True)
+        said = "".join(chunk.choices[0].text for chunk in chunks)
+        assert said == whole[: whole.index(whole[start : start + 5])]
+
+
+def test_text_that_was_said_is_not_cleaned_up_later(tokenizer):
+    ids = tokenizer("so , a ' bird")["input_ids"]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.clean_up_tokenization_spaces = True
+    text = _Text(tokenizer, Wish((), (), len(ids)), lambda _: True)
+    for end in range(1, len(ids) + 1):
+        text.after_token(torch.tensor([ids[:end]]), None)
+    text.finish()
+    assert text.said == "so , a ' bird"
+
+
+def test_what_clients_leave_empty_or_send_in_parts_is_understood(client, tokenizer):
+    given = {"model": "a", "prompt": PROMPT, "max_tokens": 5}
+    expected = client.completions.create(**given).choices[0].text
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "stop", "seed"))
+    for more in (nothing, {"prompt": [PROMPT]}, {"temperature": 1e-40}):
+        assert client.completions.create(**(given | more)).choices[0].text == expected
+    parts = [{"type": "text", "text": PROMPT[:3]}, {"type": "text", "text": PROMPT[3:]}]
+    said = [
+        client.chat.completions.create(model="a", messages=[{"role": "user", "content": content}])
+        for content in (PROMPT, parts)
+    ]
+    assert said[0].choices[0].message.content == said[1].choices[0].message.content
+
+
+def test_half_a_character_is_refused(url):
+    body = '{"model": "a", "prompt": "a\\ud800b"}'
+    answer = httpx.post(f"{url}/v1/completions", content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert "prompt: " in answer.json()["error"]["message"]
 
 
 def test_sampling_is_repeated_by_its_seed(client):
@@ -193,8 +244,6 @@ def test_a_queue_runs_one_job_at_a_time():
 
 
 def test_an_answer_ends_when_nobody_wants_it(model, tokenizer, edits):
-    from baft_easyedit.serving.answering import Wish
-
     ids = tokenizer(PROMPT)["input_ids"]
     answer = Answerer(model, tokenizer, edits).answer(Wish((), ids, 10), lambda _: False)
     assert answer.num_tokens == 1

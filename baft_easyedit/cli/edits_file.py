@@ -51,7 +51,7 @@ def read_requests(file: Path) -> list[EditRequest]:
             (request,) = as_requests([one])
         except (TypeError, ValueError) as error:
             raise type(error)(f"request {number} of {file}: {error}") from None
-        first, other = by_prompt.setdefault(request.prompt, (number, request))
+        first, other = by_prompt.setdefault(request.prompt.rstrip(), (number, request))
         if other != request:
             raise ValueError(
                 f"{file} must hold one request for a prompt; {short(request.prompt)} has requests "
@@ -72,5 +72,5 @@ def _parsed(text: str, suffix: str) -> Any:
             raise ValueError("a line has more cells than there are columns")
         return found
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)

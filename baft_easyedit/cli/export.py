@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from baft_easyedit.engines.served import read_edit
     from baft_easyedit.files.writing import written_whole
 
+    if arguments.out is not None and os.path.lexists(arguments.out):
+        raise ValueError(f"--out must be a new file; {arguments.out} exists: name another")
     directory = str(arguments.directory.resolve())
     edit = read_edit(directory)
     text = _ENGINES[arguments.to](directory, edit)

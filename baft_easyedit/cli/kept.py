@@ -158,12 +158,13 @@ def _typed() -> Iterator[str]:
     if sys.stdin.isatty():
         note("a prompt a line; end with Ctrl-D")
     for line in sys.stdin:
-        if line.strip():
-            yield line.strip()
+        text = line.removeprefix("\ufeff").strip()
+        if text:
+            yield text
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    """Make the edits of a file that the directory lacks; print which were not learned."""
+    """Make the edits of a file that the directory lacks; print which do not hold."""
     kind = arguments.kind
     found = read_benchmark(kind, arguments.file) if kind else read_requests(arguments.file)
     requests = found[: arguments.limit]
@@ -172,26 +173,26 @@ def _apply(arguments: argparse.Namespace) -> int:
         journal = Journal(read_history(arguments.directory))
         made = _edits_at(journal, journal.position)
     rest = [request for request in requests if made.get(request.prompt) != request.to_dict()]
-    unlearned = _edit_each(arguments, rest, len(requests)) if rest else []
+    unlearned = _edit_each(arguments, rest, requests) if rest else []
     print(f"edits made: {len(rest)}; there before: {len(requests) - len(rest)}")
     for request in unlearned:
-        print(f"not learned: {short(request.prompt)} -> {short(request.target_new)}")
+        print(f"does not hold: {short(request.prompt)} -> {short(request.target_new)}")
     return UNLEARNED if unlearned else 0
 
 
 def _edit_each(
-    arguments: argparse.Namespace, rest: Sequence[EditRequest], total: int
+    arguments: argparse.Namespace, rest: Sequence[EditRequest], requests: Sequence[EditRequest]
 ) -> list[EditRequest]:
-    """Make edits, the rest of `total`; return the requests that were not learned."""
-    unlearned = []
+    """Make edits, the rest of requests; return those of all that do not hold at the end."""
     with on_interrupt(arguments.directory), begun(arguments) as editor, Bar() as bar:
-        move = bar.start(total, total - len(rest))
+        move = bar.start(len(requests), len(requests) - len(rest))
+        asked = [request.to_dict() for request in requests]
+        editor.check(asked)
         for request in rest:
-            report = editor.edit(request.to_dict())
-            if not all(report.learned):
-                unlearned.append(request)
+            editor.edit(request.to_dict())
             move(1)
-    return unlearned
+        held = editor.holds(asked)
+    return [request for request, holds in zip(requests, held, strict=True) if not holds]
 
 
 def _undo(arguments: argparse.Namespace) -> None:

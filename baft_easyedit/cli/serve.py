@@ -33,8 +33,10 @@ def add_commands(commands: Any) -> None:
 
 def _named(text: str) -> tuple[str, Path]:
     """Read `NAME=DIR`, or a directory whose own name is the edit's; return name and path."""
-    name, sign, directory = text.rpartition("=")
-    path = existing("directory")(directory if sign and name else text)
+    name, sign, directory = text.partition("=")
+    if not sign or not name or Path(text).is_dir():
+        name, directory = "", text
+    path = existing("directory")(directory)
     try:
         check_names([name or path.resolve().name])
     except ValueError as error:

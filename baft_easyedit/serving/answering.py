@@ -136,14 +136,17 @@ class _Text:
         """Pass on new text, as a stopping criterion: take prompt and answer [1, T], return [1]."""
         new = ids[0, len(self._wish.prompt) :].tolist()
         self.num_tokens, self.last = len(new), new[-1]
-        self._whole = self._tokenizer.decode(new, skip_special_tokens=True)
+        # Cleaning up would change what was said already.
+        self._whole = self._tokenizer.decode(
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         found = [at for stop in self._wish.stop if (at := self._whole.find(stop)) >= 0]
         self.has_stopped = bool(found)
         if found:
             self._whole = self._whole[: min(found)]
         held = 0 if found else max(map(len, self._wish.stop), default=1) - 1
-        sure = self._whole[: len(self._whole) - held].rstrip("\ufffd")  # a character's first bytes
-        is_wanted = self._speak(sure)
+        sure = self._whole[: max(0, len(self._whole) - held)]
+        is_wanted = self._speak(sure.rstrip("\ufffd"))  # a character's first bytes
         return torch.tensor([self.has_stopped or not is_wanted], device=ids.device)
 
     def finish(self) -> None:

@@ -11,14 +11,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from queue import SimpleQueue
-from typing import Any
+from typing import Annotated, Any
 
 from anyio import from_thread
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from baft_easyedit.files.messages import short
@@ -29,8 +29,32 @@ _MAX_QUEUE = 32
 """Longest queue: each waiting request holds one of the server's 40 threads."""
 _MAX_TOKENS = 256
 """Most tokens of an answer if the request does not say."""
+_COLDEST = 1e-4
+"""A lower temperature is as 0: greedy."""
 _LOOK_EVERY_S = 0.5
 """How often to look whether the client of an answer that is not streamed is still there."""
+
+
+def _encodable(text: str) -> str:
+    """Raise ValueError if a text has half of a surrogate pair, which no tokenizer takes."""
+    text.encode()
+    return text
+
+
+def _joined(content: Any) -> Any:
+    """Join the parts of a content that is a list of texts, as OpenAI's clients may send it."""
+    is_text = isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    )
+    return "".join(part["text"] for part in content) if is_text else content
+
+
+def _single(prompt: Any) -> Any:
+    """Return the only text of a list."""
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+
+_Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class Body(BaseModel, strict=True):
@@ -39,25 +63,25 @@ class Body(BaseModel, strict=True):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: str | list[str] | None = None
-    n: int = Field(1, ge=1, le=1)
-    stream: bool = False
+    n: int | None = Field(None, ge=1, le=1)
+    stream: bool | None = None
 
 
 class Completion(Body):
     """A request to continue a text."""
 
-    prompt: str
+    prompt: Annotated[_Text, BeforeValidator(_single)]
 
 
 class Message(BaseModel, strict=True):
     """A message of a chat."""
 
     role: str = Field(pattern="^(system|user|assistant)$")
-    content: str
+    content: Annotated[_Text, BeforeValidator(_joined)]
 
 
 class Chat(Body):
@@ -114,6 +138,7 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _invalid_as_openai)
     app.add_api_route("/health", lambda: {"status": "ok"})
     app.add_api_route("/v1/models", routes.models)
+    app.add_api_route("/v1/models/{model}", routes.model)
     app.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
     return app
@@ -147,8 +172,12 @@ class _Routes:
     def models(self) -> dict[str, Any]:
         """List the unedited model and the edits."""
         names = ("base", *self._answerer.edits.names)
-        rows = [{"id": n, "object": "model", "created": 0, "owned_by": "local"} for n in names]
-        return {"object": "list", "data": rows}
+        return {"object": "list", "data": [self.model(name) for name in names]}
+
+    def model(self, model: str) -> dict[str, Any]:
+        """Tell of the unedited model, or of edits."""
+        self._edits_of(model)
+        return {"id": model, "object": "model", "created": 0, "owned_by": "local"}
 
     def complete(self, body: Completion, request: Request) -> Any:
         """Continue a text."""
@@ -199,14 +228,16 @@ class _Routes:
         config = self._answerer.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", 2**31) - len(ids)
         asked = body.max_completion_tokens or body.max_tokens
-        most = asked or min(_MAX_TOKENS, room)
-        if not ids or room < max(most, 1):
+        most = asked or max(1, min(_MAX_TOKENS, room))
+        if not ids or room < most:
             raise HTTPException(
                 400,
                 f"the prompt ({len(ids)} tokens) must not be empty, and with max_tokens "
                 f"({most}) fit into the model's context of {room + len(ids)} tokens",
             )
-        return Wish(edits, ids, most, body.temperature, body.top_p, body.seed, stop)
+        heat = body.temperature or 0.0
+        greedy = heat < _COLDEST  # logits over less than that are not finite
+        return Wish(edits, ids, most, 0.0 if greedy else heat, body.top_p or 1.0, body.seed, stop)
 
     def _reply(self, answer_body: "_AnswerBody", body: Body, wish: Wish, request: Request) -> Any:
         """Queue a request, and return its answer as a whole or as a stream of pieces."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.batching import BatchSize, alike
 from baft_easyedit.model.edit import Snapshot
@@ -140,6 +141,27 @@ class Learner:
         _warn_of_unlearned(requests, [learned.report])
         self.memory.remember(requests, hparams)
         return learned.report
+
+    def check(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
+        """Raise ValueError, and name the request, if one of several could not be learned alone."""
+        for request in requests:
+            try:
+                self._rows([request], hparams)
+            except ValueError as error:
+                raise ValueError(f"request {short(request.prompt)}: {error}") from None
+
+    def holds(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[bool]:
+        """Tell of each request whether the model, edited or not, answers it now."""
+        with torch.inference_mode(), evaluating(self.model):
+            return [self._is_answered(self._rows([one], hparams)[0]) for one in requests]
+
+    def _is_answered(self, row: TextRow) -> bool:
+        """Tell whether greedy decoding gives a text's answer."""
+        ids = torch.tensor([row.ids], device=input_device(self.model))
+        with self.edit.prompt_lengths([row.prompt_length]):
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+        answered = logits.argmax(-1)[row.prompt_length - 1 : -1]
+        return torch.equal(answered, ids[0, row.prompt_length :].to(answered.device))
 
     def learn_apart(
         self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
