@@ -148,6 +148,8 @@ class BaFTHyperParams:
     """Spread the model's layers over all CUDA devices."""
     fp16: bool = False
     """Load the model in half precision; the edit itself stays fp32."""
+    bf16: bool = False
+    """The same in bfloat16, without `fp16`: EasyEdit loads fp32, and the weights are cast then."""
     use_chat_template: bool = False
     """Put prompts into the tokenizer's chat template, for editing and scoring alike."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -178,7 +180,13 @@ class BaFTHyperParams:
             for name in names:
                 value = getattr(self, name)
                 self._check(value is None or holds(value), name, rule)
+        self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that the model is loaded in."""
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
 
     def _check_chat_template(self) -> None:
         """Check the further arguments of the chat template."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import baft_easyedit
 from baft_easyedit import BaFTEditor
@@ -198,6 +199,24 @@ def test_end_of_an_answer_is_learned_unless_a_file_decides(saved, tmp_path, monk
     hparams_learned_by([*command, *kept, "--hparams", str(file)], monkeypatch)
     hparams = hparams_learned_by([*command, *kept], monkeypatch)
     assert (hparams.learn_end, hparams.num_steps, hparams.lr) == (False, 2, 0.03)
+
+
+def test_weights_are_of_the_dtype_of_the_option_or_the_file(saved, tmp_path, monkeypatch):
+    seen, original = [], BaFTEditor.edit
+    monkeypatch.setattr(
+        BaFTEditor, "edit", lambda s, r: seen.append(s.model.dtype) or original(s, r)
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text("{layers: [1, 3], bf16: true, num_steps: 1, device: cpu}")
+    command = edit_command(saved, "--target", "Rome", "--allow-unlearned")
+    given = ["--hparams", str(file)]
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text('{"prompt": "Ice is", "target_new": "hot"}')
+    applied = ["apply", str(tmp_path / "kept"), str(edits), "--model", saved]
+    for options in (command, [*command, *given], [*command, *given, "--dtype", "float16"]):
+        assert main([*options, "--device", "cpu"]) == 0
+    main([*applied, *given])
+    assert seen == [torch.float32, torch.bfloat16, torch.float16, torch.bfloat16]
 
 
 def test_tokenizer_without_an_end_is_told_and_used(tmp_path, tokenizer, monkeypatch, caplog):

@@ -68,6 +68,7 @@ def other_model(tmp_path_factory):
         {"rehearsal": 2, "rehearsal_irrelevant": 1, "rehearsal_memory": 3},
         {"past_states": 8, "use_chat_template": True},
         {"fp16": True, "batch_size": 5, "device": "cpu", "model_parallel": True},
+        {"bf16": True},
     ],
     ids=lambda change: next(iter(change), "none"),
 )
@@ -80,6 +81,7 @@ def test_rows_are_of_the_given_hyper_parameters(method, bundled, change, other_m
     for protocol in config.protocols:
         assert our_hparams(config, own, protocol) == replace(hparams, batch_size=1)
     assert (config.model, config.fp16) == (hparams.model_name, hparams.fp16)
+    assert config.bf16 == hparams.bf16
 
 
 def test_methods_are_checked():

@@ -89,6 +89,10 @@ CHAT = {"use_chat_template": True}
         ({"loc_positions": "first"}, "loc_positions must be one of all, last"),
         ({"alg_name": "LoRA"}, "alg_name must be 'BaFT'; got 'LoRA'"),
         ({"model_name": ""}, "model_name must not be empty"),
+        (
+            {"fp16": True, "bf16": True},
+            "bf16 must be false with fp16: choose one of them; got True",
+        ),
         ({"chat_template_kwargs": {"a": 1}}, "must be null without use_chat_template"),
         ({**CHAT, "chat_template_kwargs": {"tokenize": True}}, "must not set conversation"),
         ({**CHAT, "chat_template_kwargs": {"a": object}}, "must hold JSON values by name"),

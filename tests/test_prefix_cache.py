@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from baft_easyedit import BaFTEditor, attached_edit
+from baft_easyedit import BaFTEditor, BaFTHyperParams, attached_edit
 from baft_easyedit.method.objective import answer_loss, token_losses
 from baft_easyedit.model.inspect import CACHE_NAMES, cache_name
 from baft_easyedit.training.caches import FrozenPrefix
@@ -265,8 +265,36 @@ def test_attention_without_masks_for_pairs_is_not_cached(model, rows, monkeypatc
     edit = random_edit()
     edit.attach(model)
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(ValueError, match="its attention, flash_attention_2, takes no mask"):
+    with pytest.raises(ValueError, match=r"flash_attention_2, takes no mask .*: load it with attn"):
         PrefixCache(model, edit).prepare([rows])
+
+
+def flash_attention(module, query, keys, values, attention_mask, **_):
+    """What FlashAttention computes, by other means: of a mask it only reads which tokens are."""
+    assert attention_mask is None or attention_mask.dim() == 2
+    groups, width = query.shape[1] // keys.shape[1], query.shape[2]
+    seen = torch.ones(width, width, dtype=torch.bool).tril()
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None].bool()
+    keys, values = (states.repeat_interleave(groups, 1) for states in (keys, values))
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values, seen)
+    return mixed.transpose(1, 2), None
+
+
+@pytest.mark.skipif(OLD, reason="makes masks by the class of attention")
+def test_flash_attention_falls_back_to_the_full_forward(model, tokenizer, monkeypatch, caplog):
+    hparams = BaFTHyperParams("any", [1, 2], rank=4, num_steps=5)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    expected = editor.edit(REQUESTS)
+    editor.undo()
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(functions._global_mapping, "flash_attention_2", flash_attention)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    report = editor.edit(REQUESTS)
+    assert (expected.engine, report.engine) == ("cached", "full")
+    assert "flash_attention_2, takes no mask" in report.engine_note
+    assert "full forward: LlamaForCausalLM cannot use a cached prefix" in caplog.text
+    assert report.final_loss == pytest.approx(expected.final_loss, rel=1e-4)
 
 
 def add_the_mean(model):

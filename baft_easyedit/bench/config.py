@@ -184,6 +184,8 @@ class BenchConfig(_Strict):
     """EasyEdit's device; with several processes each takes the CUDA device of its rank."""
     fp16: bool = False
     """Load the model in half precision."""
+    bf16: bool = False
+    """The same in bfloat16; not with `fp16`."""
     model_parallel: bool = False
     """Spread the model over all CUDA devices."""
     verify: bool = True
@@ -213,6 +215,13 @@ class BenchConfig(_Strict):
             raise ValueError("probes must come with generation: true; got generation: false")
         if self.judge is not None and not self.wild:
             raise ValueError("judge must come with wild: true, whose answers it grades")
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> "BenchConfig":
+        """Check that the model is loaded in one precision."""
+        if self.fp16 and self.bf16:
+            raise ValueError("bf16 must be false with fp16, such as by --no-fp16; got both")
         return self
 
     @field_validator("methods", "T", "batch_size")

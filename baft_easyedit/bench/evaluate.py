@@ -35,7 +35,7 @@ _SLACK = 4
 _SHORTEST_ANSWER = 16
 _SCORED_BY = (
     *("max_length", "use_chat_template", "chat_template_kwargs"),
-    *("evaluation_type", "fp16"),
+    *("evaluation_type", "fp16", "bf16"),
 )
 """Hyper-parameters that a score depends on; some methods lack some, which is as if false."""
 

@@ -68,6 +68,7 @@ def our_hparams(
         "model_name": model_path or config.model,
         "device": config.device if device is None else device,
         "fp16": config.fp16,
+        "bf16": config.bf16,
         "model_parallel": config.model_parallel,
         "batch_size": protocol.batch_size,
         "seed": config.seed,
@@ -90,7 +91,7 @@ def our_hparams(
 
 def asked_of_all(config: BenchConfig) -> dict[str, bool]:
     """Return the hyper-parameters that a configuration sets for every method."""
-    names = ("fp16", "model_parallel", "use_chat_template", "learn_end")
+    names = ("fp16", "bf16", "model_parallel", "use_chat_template", "learn_end")
     return {name: True for name in names if getattr(config, name)}
 
 

@@ -10,7 +10,7 @@ from baft_easyedit.cli.options import counts, device, existing, names, new, whol
 
 _SETTINGS = (
     *("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device", "fp16"),
-    "jobs",
+    *("bf16", "jobs"),
 )
 """Options with the same name as the setting of the benchmark that they replace."""
 
@@ -36,6 +36,7 @@ def add_commands(commands: Any) -> None:
     add("--device", type=device, help="CUDA device number, or a name")
     half = "load the model in half precision"
     add("--fp16", action=argparse.BooleanOptionalAction, help=half)
+    add("--bf16", action=argparse.BooleanOptionalAction, help="the same in bfloat16")
     add("--jobs", type=whole(1), help="methods run at once by each process")
     add("--out", type=new("directory"), help="the run's directory; runs/NAME if absent")
     bench.set_defaults(run=_bench)

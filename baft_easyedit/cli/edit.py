@@ -6,7 +6,7 @@ from typing import Any
 
 from baft_easyedit.cli.console import UNLEARNED, note, on_interrupt, silence_loading
 from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, hparams_of
-from baft_easyedit.cli.options import DTYPES, existing, new, positive, whole
+from baft_easyedit.cli.options import existing, new, positive, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
@@ -27,7 +27,6 @@ def add_commands(commands: Any) -> None:
     add("--subject", help="what the fact is about, a part of the prompt")
     add("--loc-prompt", **again, help="irrelevant text to keep; may be repeated")
     add("--ask", **again, help="another prompt to answer; may be repeated")
-    add("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     add("--num-steps", type=whole(1), help="most steps, in place of the settings'")
     add("--lr", type=positive, help="learning rate, in place of the settings'")
     unlearned = f"end with status 0, not {UNLEARNED}, if the target was not learned"
@@ -61,7 +60,7 @@ def _edit(arguments: argparse.Namespace) -> int:
 
     from baft_easyedit.generation import generate_answers, load_model, with_usable_end
 
-    dtype = getattr(torch, arguments.dtype)
+    dtype = getattr(torch, hparams.dtype)
     model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
     if arguments.hparams is None:
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)

@@ -57,7 +57,6 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("--kind", help=kind)
     apply.add_argument("--limit", type=whole(1), help="number of edits, from the first on")
     add_model_options(apply)
-    apply.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     apply.set_defaults(run=_apply)
 
     add_model(_add(commands, "undo", _undo, "take the latest edit of a kept directory back"))
@@ -267,8 +266,9 @@ def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
             yield editor
         return
     hparams = hparams_of(arguments, in_a_row=True)
-    arguments.model, arguments.device = hparams.model_name, hparams.device
-    model, tokenizer = load(arguments)
+    dtype = arguments.dtype or hparams.dtype
+    given = {"model": hparams.model_name, "device": hparams.device, "dtype": dtype}
+    model, tokenizer = load(argparse.Namespace(**vars(arguments) | given))
     if arguments.hparams is None:
         from baft_easyedit.generation import with_usable_end
 
@@ -290,7 +290,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     silence_loading()
     name = arguments.model or _known_model(arguments.directory)
     place = default_device() if arguments.device is None else arguments.device
-    return load_model(name, place, getattr(torch, arguments.dtype))
+    return load_model(name, place, getattr(torch, arguments.dtype or "float32"))
 
 
 def _known_model(directory: Path) -> str:

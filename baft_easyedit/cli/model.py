@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from baft_easyedit.cli.console import note
-from baft_easyedit.cli.options import device
+from baft_easyedit.cli.options import DTYPES, device
 from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
@@ -23,6 +23,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{model} {BUNDLED_MODEL}, if absent")
     parser.add_argument("--hparams", help="YAML file; scaled to the model's depth if absent")
     parser.add_argument("--device", type=device, help=f"{place} the CPU, if absent")
+    weights = "of the model's weights; that of --hparams, or else float32, if absent"
+    parser.add_argument("--dtype", choices=DTYPES, help=weights)
 
 
 def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyperParams:
@@ -39,6 +41,8 @@ def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyp
     """
     given = {"model_name": arguments.model, "device": arguments.device}
     asked = {name: value for name, value in given.items() if value is not None}
+    if arguments.dtype is not None:
+        asked |= {"fp16": arguments.dtype == "float16", "bf16": arguments.dtype == "bfloat16"}
     if arguments.hparams is not None:
         content = read_yaml(hparams_file(arguments.hparams), "hyper-parameters")
         if "model_name" not in {**content, **asked}:

@@ -11,7 +11,7 @@ from typing import Any
 from baft_easyedit.cli.console import note
 from baft_easyedit.cli.kept import begun
 from baft_easyedit.cli.model import add_model_options
-from baft_easyedit.cli.options import DTYPES, new, whole
+from baft_easyedit.cli.options import new, whole
 from baft_easyedit.files.messages import short
 
 
@@ -21,7 +21,6 @@ def add_commands(commands: Any) -> None:
     where = "of the kept edit, begun if there is none; for this call only if absent"
     ui.add_argument("directory", nargs="?", type=new("directory"), metavar="DIR", help=where)
     add_model_options(ui)
-    ui.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     ui.add_argument("--port", type=whole(1), help="the first free one from 7860 on, if absent")
     ui.set_defaults(run=_ui)

@@ -26,10 +26,8 @@ NUM_IN_A_ROW = 10
 _NUM_SHOWN = 3
 _PRESET = "facts-llama"
 """Name of the bundled model's preset."""
-_DECIDED = (
-    *("model_name", "alg_name", "api_key", "batch_size", "rehearsal"),
-    *("device", "fp16", "model_parallel"),
-)
+_LOADING = ("device", "fp16", "bf16", "model_parallel")
+_DECIDED = ("model_name", "alg_name", "api_key", "batch_size", "rehearsal", *_LOADING)
 """Hyper-parameters that a benchmark decides, so that a row's `set` leaves them out."""
 
 
@@ -50,7 +48,7 @@ def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
     Args:
         hparams: Hyper-parameters; `model_name` and `device` say which model is edited and where.
     """
-    dtype = torch.float16 if hparams.fp16 else torch.float32
+    dtype = getattr(torch, hparams.dtype)
     model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
     editor = BaFTEditor(model, tokenizer, with_usable_end(hparams, tokenizer))
     with_two_hops = [r for r in edit_requests("eval") if r["portability"]]
@@ -129,6 +127,7 @@ def _config(
         basis=False,
         device=hparams.device,
         fp16=hparams.fp16,
+        bf16=hparams.bf16,
         model_parallel=hparams.model_parallel,
         jobs=jobs,
     )
@@ -136,7 +135,7 @@ def _config(
 
 def is_bundled(hparams: BaFTHyperParams) -> bool:
     """Tell whether hyper-parameters are the bundled preset, which has a variant per protocol."""
-    loading = {name: getattr(hparams, name) for name in ("device", "fp16", "model_parallel")}
+    loading = {name: getattr(hparams, name) for name in _LOADING}
     return hparams == type(hparams).from_hparams(f"{hparams.algorithm}/{_PRESET}", **loading)
 
 

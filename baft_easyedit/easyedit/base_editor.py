@@ -2,24 +2,29 @@
 
 The wrappers give arguments one meaning in both generations (see `arguments`), undo edits where
 EasyEdit would copy weights back, load the model from a path by which EasyEdit chooses the right
-classes (`model_path`), and, in the release only, honour the device. For EasyEdit's other methods
-only the device and a missing unknown token of the tokenizer are put right, both in the release.
+classes (`model_path`), cast it where `bf16` is asked for, and, in the release only, honour the
+device. For EasyEdit's other methods only `bf16` and, in the release, the device and a missing
+unknown token of the tokenizer are put right.
 """
 
 import copy
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from baft_easyedit.easyedit.arguments import read_call
 from baft_easyedit.easyedit.compat import honoured_device, usable_unknown_token
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.model.devices import check_device
+
+logger = logging.getLogger(__name__)
 
 OUR_METHODS = ("BaFT", "ReFT")
 
@@ -63,10 +68,19 @@ def _constructor(original: Callable[..., None], generation: Generation) -> Calla
                 hparams.model_name = host_model_path(hparams.model_name)
         with honoured_device(generation, getattr(hparams, "device", None)):
             original(self, hparams)
+        if getattr(hparams, "bf16", False):
+            _cast_to_bfloat16(self.model)
         if generation == "pypi":
             usable_unknown_token(self.tok)
 
     return init
+
+
+def _cast_to_bfloat16(model: nn.Module) -> None:
+    """Cast a model's weights, as if it had been loaded so: rotary frequencies stay in fp32."""
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    logger.warning("bf16: EasyEdit loads no bfloat16, so it loaded float32, and we cast the model")
 
 
 def _entry_point(original: Callable[..., Any], generation: Generation) -> Callable[..., Any]:

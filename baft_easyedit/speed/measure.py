@@ -112,7 +112,7 @@ class PeerMethod:
 
     def __init__(self, name: str, model: str, options: SpeedOptions) -> None:
         host = register()
-        half = {} if options.dtype == "float32" else {"fp16": True}
+        half = {"fp16": options.dtype == "float16", "bf16": options.dtype == "bfloat16"}
         texts = [f"{r['prompt']} {r['target_new']}" for r in edit_requests("train", _NUM_TEXTS)]
         torch.manual_seed(_SEED)
         editor, notes = make_peer(
@@ -120,8 +120,6 @@ class PeerMethod:
         )
         self._name = name
         self.notes = [f"EasyEdit {host.version} ({host.generation})", *notes]
-        if options.dtype == "bfloat16":
-            self.notes.append(f"{name}: in float16, as EasyEdit loads no bfloat16")
         self.tokenizer: Any = editor.tok
         self.device: torch.device = next(editor.model.parameters()).device
         self._session = Session(editor, "", verify=False)

@@ -20,7 +20,7 @@ from baft_easyedit.storage.fingerprint import Fingerprint
 FORMAT_VERSION = 4
 
 _OF_EASYEDIT = {
-    *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16"),
+    *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16", "bf16"),
     *("evaluation_type", "api_key"),
 }
 """Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""

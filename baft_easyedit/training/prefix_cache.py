@@ -328,7 +328,10 @@ def _check_takes_masks(config: Any) -> None:
     """
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
-        raise CannotCacheError(f"its attention, {attention}, takes no mask for each pair of tokens")
+        raise CannotCacheError(
+            f"its attention, {attention}, takes no mask for each pair of tokens: load it with "
+            "attn_implementation='sdpa' for faster edits"
+        )
 
 
 def _check_belong_to_text(

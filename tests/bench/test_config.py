@@ -40,6 +40,7 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"judge": {**JUDGE, "addres": "x"}}, r"judge.addres is unknown .*'address'"),
         ({"judge": {**JUDGE, "key": "sk-1"}}, "judge.key is unknown"),
         ({"judge": {**JUDGE, "address": "here"}}, "judge.address: String should match pattern"),
+        ({"fp16": True, "bf16": True}, "bf16 must be false with fp16, such as by --no-fp16; got"),
         ({"model": ""}, "model: must be given, in the file or as --model; got ''"),
     ],
 )
@@ -148,11 +149,11 @@ def test_paths_in_a_file_are_looked_up_beside_it_then_in_the_working_directory(
 
 
 def test_how_to_ask_is_for_all_rows():
-    how = {"use_chat_template": True, "learn_end": True}
+    how = {"bf16": True, "use_chat_template": True, "learn_end": True}
     rows = ["BaFT", {"name": "plain", "method": "BaFT", "set": {"learn_end": False}}]
     config = make_config({**SMALLEST, **how, "methods": rows})
     ours, plain = (our_hparams(config, method, Protocol()) for method in config.methods)
-    assert (ours.use_chat_template, ours.learn_end) == (True, True)
+    assert (ours.use_chat_template, ours.learn_end, ours.dtype) == (True, True, "bfloat16")
     assert (plain.use_chat_template, plain.learn_end) == (True, False)
     without = make_config(SMALLEST)
     assert not our_hparams(without, without.methods[0], Protocol()).use_chat_template

@@ -13,6 +13,7 @@ from conftest import edit_arguments, logits, other_generation_environment
 
 from baft_easyedit import attached_edit, register
 from baft_easyedit.easyedit.plugin import apply_baft_to_model, apply_reft_to_model
+from baft_easyedit.generation import load_model
 
 pytestmark = pytest.mark.easyedit
 
@@ -39,6 +40,19 @@ def test_device_that_is_missing_is_refused_or_means_the_cpu(host, make_editor, m
     else:
         with pytest.raises(ValueError, match=r"device must be on this machine.* no CUDA device"):
             make_editor(device=0)
+
+
+def test_bf16_casts_what_easyedit_loaded(host, make_editor, requests, model_path, caplog):
+    editor = make_editor(bf16=True)
+    assert "bf16: EasyEdit loads no bfloat16, so it loaded float32" in caplog.text
+    model, _ = load_model(model_path, "cpu", torch.bfloat16)
+    assert {p.dtype for p in editor.model.parameters()} == {torch.bfloat16}
+    before = logits(editor, requests[0]["prompt"])
+    batch = editor.tok(requests[0]["prompt"], return_tensors="pt")
+    assert torch.equal(before, model(**batch).logits)
+    metrics, _, _ = editor.edit(**edit_arguments(requests[:1]), sequential_edit=False)
+    assert metrics[0]["post"]["rewrite_acc"] == [1.0]
+    assert torch.equal(logits(editor, requests[0]["prompt"]), before)
 
 
 @pytest.mark.parametrize("method", ["BaFT", "ReFT"])

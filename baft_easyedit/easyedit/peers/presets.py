@@ -27,8 +27,8 @@ _DEPTH, _WIDTH = 6, 192
 """Layers and hidden size of the model that the files `facts-llama.yaml` are made for."""
 _LAYER_IN_PATH = r"(?<=[.\[])\d+(?=[.\]])"
 """The 4 of model.layers[4].mlp... or model.layers.4.mlp..."""
-_EDITORS_OWN = {"fp16", "model_parallel"}
-"""Hyper-parameters that `BaseEditor` reads, whether or not a method's class has them."""
+_EDITORS_OWN = {"fp16", "bf16", "model_parallel"}
+"""Hyper-parameters that `BaseEditor`, or our wrapper of it, reads of any method's class."""
 
 
 @dataclass(frozen=True)
