@@ -4,12 +4,15 @@ Clocks are read after the device has finished all work that it was given.
 """
 
 import gc
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +90,11 @@ class OurMethod:
             seconds, report.num_steps, (seconds - one_step_s) / more if more > 0 else None
         )
 
+    def run(self, requests: Requests) -> Callable[[], object]:
+        """Make one edit call of all steps; return what takes it back."""
+        self._editor.edit(requests)
+        return self._editor.undo
+
     def undo(self) -> None:
         """Take the edit back."""
         self._one_step.undo()
@@ -146,6 +154,11 @@ class PeerMethod:
         step_s = (times[-1] - times[0]) / between if between > 0 else None
         return Sample(seconds, len(times) or None, step_s)
 
+    def run(self, requests: Requests) -> Callable[[], object]:
+        """Make one edit call; return what takes it back."""
+        self.edit(requests)
+        return self.undo
+
     def undo(self) -> None:
         """Take the edit back."""
         self._session.restore()
@@ -174,14 +187,39 @@ def measure(method: OurMethod | PeerMethod, requests: Requests, new_tokens: int)
 
 
 def profiled(method: OurMethod | PeerMethod, requests: Requests) -> str:
-    """Edit and undo; return the edit's profile as text, with a kernel or operator on each line."""
+    """Edit once and undo; return where the time goes as text, a kernel or operator on each line."""
     on_gpu = method.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as seen:
-        method.edit(requests)
-    method.undo()
-    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return seen.key_averages().table(sort_by=order, row_limit=50, max_name_column_width=80)
+    # With the CPU's activity too, torch takes minutes to evaluate a profile of a GPU.
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        undo = method.run(requests)
+        _synchronize(method.device)
+    undo()
+    if not on_gpu:
+        averages = seen.key_averages()
+        return averages.table(sort_by="self_cpu_time_total", row_limit=50, max_name_column_width=80)
+    with TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        seen.export_chrome_trace(str(trace))  # in seconds where torch's own tables take minutes
+        return kernel_table(json.loads(trace.read_bytes())["traceEvents"])
+
+
+def kernel_table(events: Iterable[Mapping[str, Any]], most: int = 30) -> str:
+    """Return the device's kernels and copies in a trace, those with the most time first.
+
+    Args:
+        events: The events of a Chrome trace.
+        most: Lines of the table; the rest share the last one.
+    """
+    on_device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    count, total = Counter[str](), Counter[str]()
+    for event in on_device:
+        count[event["name"]] += 1
+        total[event["name"]] += event["dur"] / 1e3
+    top = [(total[name], count[name], name[:120]) for name, _ in total.most_common(most)]
+    rest = (total.total() - sum(t for t, _, _ in top), len(on_device) - sum(n for _, n, _ in top))
+    lines = [*top, (*rest, "others"), (total.total(), len(on_device), "all")]
+    return "\n".join(["      ms  kernels", *(f"{t:8.2f} {n:8} {name}" for t, n, name in lines)])
 
 
 @torch.no_grad()

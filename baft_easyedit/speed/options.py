@@ -45,7 +45,7 @@ class SpeedOptions:
     rank: int = 12  # bases per edited layer of BaFT and ReFT
     steps: int = 40  # of BaFT and ReFT; EasyEdit's methods keep their own
     repeats: int = 5  # measured edits of each row, after the first
-    dtype: str = "float32"  # of the weights; EasyEdit gets float16 for bfloat16
+    dtype: str = "float32"  # of the weights
     device: int | str = "cpu"  # CUDA device number, or a device name
     threads: int | None = None  # torch's CPU threads; its own choice if None
     new_tokens: int = 32  # generated with and without each edit; 0 leaves generation out
