@@ -491,6 +491,8 @@ def test_weights_quantised_by_bitsandbytes_can_be_edited(
     from transformers import BitsAndBytesConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (bits, device) == (4, "cpu"):
+        pytest.skip("on a CPU, 4 bits need wider layers than the test model's")
     make_model().save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     model = AutoModelForCausalLM.from_pretrained(
