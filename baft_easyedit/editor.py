@@ -276,7 +276,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
             if latest is not None:
                 latest.config.check_model(model, where)
                 editor = cls._holding(latest, where, model, tokenizer, hparams, undo_depth)
-            elif hparams is None:  # what seemed kept is no edit
+            elif hparams is None:  # another process has just emptied the directory
                 raise missing
             else:
                 editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)

@@ -152,11 +152,11 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
 def _check_room(model: Any, rows: Sequence[Sequence[int]]) -> None:
     """Raise ValueError if a prompt fills the model's context: the model would answer nonsense."""
-    config = getattr(model, "config", None)  # a wrapper may have none
-    most = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    config = getattr(model, "config", None)  # a wrapper may have none, or one of its own
+    text_config = getattr(config, "get_text_config", None)
+    most = getattr(text_config and text_config(), "max_position_embeddings", None)
     longest = max(map(len, rows), default=0)
     if most is not None and longest >= most:
         raise ValueError(
@@ -164,6 +164,7 @@ def _check_room(model: Any, rows: Sequence[Sequence[int]]) -> None:
         )
 
 
+@torch.no_grad()
 def _continued(
     model: Any,
     tokenizer: Any,

@@ -40,6 +40,9 @@ def test_a_prompt_that_fills_the_context_is_refused(saved):
         ValueError, match=f"room in the model's context of {most} tokens; got {most}"
     ):
         generate_answers(model, tokenizer, ["Ice", [5] * most], 5)
+    model.config = object()  # as that of EasyEdit's wrappers, which are asked with their generate
+    model.generate = lambda input_ids, **_: input_ids
+    assert generate_answers(model, tokenizer, ["Ice"], 5) == [""]
 
 
 def test_drawn_answers_are_those_of_the_seed_and_go_on_to_the_limit(saved):

@@ -69,7 +69,7 @@ def test_apply_goes_on_where_it_stopped(tmp_path, saved, edits, capsys):
     assert run("undo", kept, "--model", saved) == 0
     assert run("apply", kept, edits, "--model", saved) == 0  # what was taken back is made again
     assert "edits made: 1; there before: 1" in capsys.readouterr().out
-    assert run("apply", kept, edits) == 0  # nothing to do needs no model
+    assert run("apply", kept, edits, "--model", saved) == 0
     assert "edits made: 0; there before: 2" in capsys.readouterr().out
 
 
@@ -77,7 +77,18 @@ def test_apply_tells_what_was_not_learned(tmp_path, saved, edits, capsys, caplog
     (tmp_path / "mine.yaml").open("a").write("num_steps: 1\n")
     assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
     assert "does not hold: 'The capital of France is' -> 'Rome'" in capsys.readouterr().out
+    assert run("apply", tmp_path / "kept", edits, "--model", saved) == 3  # asked again
+    assert "edits made: 0; there before: 2" in capsys.readouterr().out
     assert not caplog.text
+
+
+def test_a_kept_edit_is_asked_in_the_dtype_that_it_was_learned_in(tmp_path, saved, capsys):
+    (tmp_path / "mine.yaml").open("a").write("bf16: true\n")
+    (tmp_path / "one.json").write_text(json.dumps(EDITS[:1]))
+    kept, more = tmp_path / "kept", ["--hparams", tmp_path / "mine.yaml"]
+    assert run("apply", kept, tmp_path / "one.json", *more) in (0, 3)
+    assert run("ask", kept, "--model", saved, "--prompt", "Ice is") == 0
+    assert "edited:" in capsys.readouterr().out
 
 
 def test_apply_makes_no_edit_if_one_cannot_be_made(tmp_path, saved, edits, capsys):

@@ -53,12 +53,12 @@ def test_past_states_are_kept_as_they_came():
     assert past.num_kept == 0
 
 
-def test_what_kept_states_want_can_change():
+def test_irrelevant_states_can_want_what_they_have_and_no_others():
     past, states = PastStates(3, 4), torch.eye(3)
-    past.load_state_dict(past.with_edit(states, -states))
-    past.want(torch.stack([states[2], states[0] + 1e-7]), torch.full((2, 3), 5.0))
-    assert past.kept()[1].tolist() == [[-1, 0, 0], [0, -1, 0], [5, 5, 5]]
-    past.want(torch.zeros(0, 3), torch.zeros(0, 3))
+    past.load_state_dict(past.with_edit(states, torch.diag(torch.tensor([1.0, 0.0, 0.0]))))
+    past.accept(torch.stack([states[2], states[0], states[1] + 1e-7]), torch.full((3, 3), 5.0))
+    assert past.kept()[1].tolist() == [[1, 0, 0], [0, 0, 0], [5, 5, 5]]
+    past.accept(torch.zeros(0, 3), torch.zeros(0, 3))
     assert past.num_kept == 3
 
 

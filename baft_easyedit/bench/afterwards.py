@@ -16,6 +16,7 @@ from baft_easyedit.bench.evaluate import questions_of, wild_questions
 from baft_easyedit.bench.free_text import SHORT, section_means
 from baft_easyedit.bench.protocol import Chunk
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
+from baft_easyedit.files.messages import short
 
 Scores = dict[str, float]
 Case = Mapping[str, Any]
@@ -32,7 +33,9 @@ Answer to grade: {}
 
 Write only the letter, A or B."""
 """WILD's criteria in words of our own."""
-_CORRECT = re.compile(r"\W*A\W*(correct)?\W*", re.IGNORECASE)
+_GRADE = re.compile(
+    r"(?:.*</think>)?\W*(?:answer\W+)?([AB])\W*(?:(?:in)?correct)?\W*", re.IGNORECASE | re.DOTALL
+)
 
 
 def add_scores(directory: RunDirectory) -> None:
@@ -40,7 +43,7 @@ def add_scores(directory: RunDirectory) -> None:
 
     Raises:
         ConnectionError: If the judge does not answer; verdicts so far are kept.
-        ValueError: If the snippets are not ROME's.
+        ValueError: If the judge gives no grade, or the snippets are not ROME's.
     """
     config, requests = read_config(directory.config), read_json(directory.requests)
     if config.judge is not None:
@@ -86,7 +89,11 @@ class _Judge:
         return {f"wild.{SHORT[section]} judged": mean for section, mean in means.items()}
 
     def _verdict(self, question: str, target: str, answer: str) -> float:
-        """Return 1 for a correct answer, else 0."""
+        """Return 1 for a correct answer, else 0.
+
+        Raises:
+            ValueError: If the judge gives no grade.
+        """
         if not answer:
             return 0.0
         text = _TASK.format(question, target, answer)
@@ -94,10 +101,16 @@ class _Judge:
         if not file.is_file():
             told = {"question": question, "target": target, "answer": answer}
             reply = self._reply(text)
+            if _GRADE.fullmatch(reply) is None:
+                raise ValueError(
+                    f"judge must answer with the letter A or B; {self._config.model} said "
+                    f"{short(reply)}: name another model. What was run and graded is kept"
+                )
             write_json(
                 file, {"schema": SCHEMA, "judge": self._config.model, **told, "reply": reply}
             )
-        return float(_CORRECT.fullmatch(read_json(file)["reply"]) is not None)
+        grade = _GRADE.fullmatch(read_json(file)["reply"])
+        return float(grade is not None and grade[1].upper() == "A")
 
     def _reply(self, text: str) -> str:
         """Ask the judge.

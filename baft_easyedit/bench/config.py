@@ -211,8 +211,9 @@ class BenchConfig(_Strict):
     @model_validator(mode="after")
     def _check_generation(self) -> "BenchConfig":
         """Check that there is what is asked for to be generated."""
-        if self.probes and not self.generation:
-            raise ValueError("probes must come with generation: true; got generation: false")
+        for name in ("probes", "similarity_model", "snippets"):
+            if getattr(self, name) and not self.generation:
+                raise ValueError(f"{name} must come with generation: true; got generation: false")
         if self.judge is not None and not self.wild:
             raise ValueError("judge must come with wild: true, whose answers it grades")
         return self

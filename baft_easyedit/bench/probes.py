@@ -46,7 +46,7 @@ def with_probes(
         requests: The cases of a chunk.
         everything: All records of the run; what is edited in any is no probe that must stay.
     """
-    taken = {request["prompt"] for request in everything}
+    taken = {r[key] for r in everything for key in ("prompt", "rephrase_prompt") if r.get(key)}
     paraphrases = _paraphrases(directory, depends_on, session, requests)
     made = []
     for request, paraphrase in zip(requests, paraphrases, strict=True):

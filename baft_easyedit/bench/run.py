@@ -19,6 +19,7 @@ import yaml
 from baft_easyedit.bench.afterwards import add_scores
 from baft_easyedit.bench.config import BenchConfig, with_absolute_paths
 from baft_easyedit.bench.data import Dataset, load_dataset
+from baft_easyedit.bench.data.files import find_file
 from baft_easyedit.bench.methods import check_methods
 from baft_easyedit.bench.process import Worker, WorkerError
 from baft_easyedit.bench.protocol import Chunk, chunks_of
@@ -115,6 +116,12 @@ def check(config: BenchConfig) -> Dataset:
     if config.downstream is not None:
         downstream_tasks(config)  # raises if there is no such task
     model_depth(config.model)  # raises if there is no such model
+    if config.snippets is not None:
+        find_file(Path(config.snippets), "attribute_snippets.json")
+    if config.similarity_model is not None and not Path(config.similarity_model).is_dir():
+        raise FileNotFoundError(
+            f"similarity_model must be a directory; there is none at {config.similarity_model}"
+        )
     data = config.data
     dataset = load_dataset(data.kind, data.path, start=data.start, limit=data.limit, **data.options)
     num_records = len(dataset.requests)

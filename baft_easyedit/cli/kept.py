@@ -90,7 +90,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that load the model of a kept edit."""
     parser.add_argument("--model", help="Hugging Face name or directory of the edited model")
     parser.add_argument("--device", type=device, help="CUDA device number, or a name")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="that of the kept edit if absent")
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         journal = Journal(read_history(arguments.directory))
         made = _edits_at(journal, journal.position)
     rest = [request for request in requests if made.get(request.prompt) != request.to_dict()]
-    unlearned = _edit_each(arguments, rest, requests) if rest else []
+    unlearned = _edit_each(arguments, rest, requests)
     print(f"edits made: {len(rest)}; there before: {len(requests) - len(rest)}")
     for request in unlearned:
         print(f"does not hold: {short(request.prompt)} -> {short(request.target_new)}")
@@ -290,7 +290,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     silence_loading()
     name = arguments.model or _known_model(arguments.directory)
     place = default_device() if arguments.device is None else arguments.device
-    return load_model(name, place, getattr(torch, arguments.dtype or "float32"))
+    kept = holds_edit(arguments.directory) and read_latest(arguments.directory)
+    learned = kept.config.fingerprint.dtypes if kept else "float32"
+    dtype = arguments.dtype or (learned if learned in DTYPES else "float32")
+    return load_model(name, place, getattr(torch, dtype))
 
 
 def _known_model(directory: Path) -> str:

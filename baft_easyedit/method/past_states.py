@@ -48,8 +48,8 @@ class PastStates(nn.Module):
         return self.states[: self.num_kept], self.moves[: self.num_kept]
 
     @torch.no_grad()
-    def want(self, states: Tensor, moves: Tensor) -> None:
-        """Change the wanted displacements of some states, those of them that are kept.
+    def accept(self, states: Tensor, moves: Tensor) -> None:
+        """Let states that want no displacement want another; those of them that are kept.
 
         Args:
             states: h, [N, D].
@@ -57,9 +57,10 @@ class PastStates(nn.Module):
         """
         if not len(states):
             return
-        distances, nearest = torch.cdist(self.kept()[0], states, p=torch.inf).min(dim=1)
-        rows = distances == 0
-        self.moves[: self.num_kept][rows] = moves[nearest[rows]]
+        kept, wanted = self.kept()  # views
+        distances, nearest = torch.cdist(kept, states, p=torch.inf).min(dim=1)
+        rows = (distances == 0) & ~wanted.any(-1)  # a past edit may have moved an equal state
+        wanted[rows] = moves[nearest[rows]]
 
     @torch.no_grad()
     def with_edit(self, states: Tensor, moves: Tensor) -> dict[str, Tensor]:

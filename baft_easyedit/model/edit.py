@@ -215,13 +215,13 @@ class EditParameters(nn.Module):
 
     @torch.no_grad()
     def accept(self, states: Mapping[int, Tensor]) -> None:
-        """Let past states want the displacement that they have now.
+        """Let past states that want no displacement want the one that they have now.
 
         Args:
-            states: Past states, by layer, [N, D]; others among them count for nothing.
+            states: Irrelevant states of an edit, by layer, [N, D].
         """
         for layer, here in states.items():
-            self.past(layer).want(here.float(), self.displacement(layer, here.float()))
+            self.past(layer).accept(here.float(), self.displacement(layer, here.float()))
 
     def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
         """Return Phi(h) - h of one layer, [N, D].

@@ -248,10 +248,13 @@ class History:
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        directory = self._directory
-        if directory is None:
+        if self._directory is None:
             self._undo_in_memory()  # nothing may follow: an interrupt there would come too late
-            return
+        else:
+            self._undo_on_disk(self._directory)
+
+    def _undo_on_disk(self, directory: KeptDirectory) -> None:
+        """Go back to the state from which the latest change in the journal began."""
         with self._learner.lock.changing():
             parent = directory.journal.entries[directory.journal.position].parent
             if parent is None:

@@ -114,13 +114,25 @@ def test_answers_are_graded_once_and_verdicts_kept(judge, run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("reply", "grade"),
-    [("A", 1), (" (a).\n", 1), ("A: CORRECT", 1), ("A fine answer", 0), ("B", 0), ("", 0)],
+    [
+        *(("A", 1), (" (a).\n", 1), ("A: CORRECT", 1), ("<think>B?</think>\n\nA", 1)),
+        *(("Answer: A", 1), ("B", 0), ("B, incorrect.", 0)),
+    ],
 )
 def test_only_an_a_is_a_correct_answer(judge, run, reply, grade):
     judge.reply = lambda _: (200, reply)
     directory = run(judge=asked_of(judge))
     add_scores(directory)
     assert scores_of(directory)["wild.Rel judged"] == grade
+
+
+@pytest.mark.parametrize("reply", ["A fine answer", "", "Either"])
+def test_a_judge_that_gives_no_grade_is_an_error(judge, run, reply):
+    judge.reply = lambda _: (200, reply)
+    directory = run(judge=asked_of(judge))
+    with pytest.raises(ValueError, match=r"judge must answer with the letter A or B; .* said"):
+        add_scores(directory)
+    assert not list(directory.root.glob("verdicts/*.json"))
 
 
 def test_a_judge_that_does_not_answer_is_named_with_what_to_do(judge, run, monkeypatch):

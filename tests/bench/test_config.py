@@ -36,6 +36,7 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"T": [1, 0]}, "T.1: Input should be greater than or equal to 1; got 0$"),
         ({"data": {"kind": "facts", "limit": 0}}, "data.limit: Input should be greater than or"),
         ({"probes": True, "generation": False}, "probes must come with generation: true; got"),
+        ({"snippets": "a", "generation": False}, "snippets must come with generation: true; got"),
         ({"judge": JUDGE}, "judge must come with wild: true, whose answers it grades"),
         ({"judge": {**JUDGE, "addres": "x"}}, r"judge.addres is unknown .*'address'"),
         ({"judge": {**JUDGE, "key": "sk-1"}}, "judge.key is unknown"),

@@ -247,6 +247,9 @@ def test_halluedit_is_read_from_csv(tmp_path):
     file.write_text(f"subject,relation,object\n{'x' * 200_000},y,z")
     with pytest.raises(ValueError, match=r"places\.csv must be CSV, and is not: field larger than"):
         load_dataset("halluedit", file)
+    file.write_bytes(f"{HALLUEDIT}\nM\xfcnchen,industry,Rome".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"places\.csv must be UTF-8 text, and is not"):
+        load_dataset("halluedit", file)
     file.write_text("subject,object\nAcme,Rome")
     with pytest.raises(ValueError, match=r"columns subject, .* got none of \['relation'\]"):
         load_dataset("halluedit", file)
@@ -263,9 +266,13 @@ def test_long_answers_have_short_questions_on_them(load):
         },
         long_answer=True,
     )
-    untold = akew("Eve", "mquake")
+    untold, bare = akew("Eve", "mquake"), akew("Tom", "wikiupdate")
     untold["requested_rewrite"][0]["fact_new_uns"] = ""
     dataset = load("akew", [akew("Bob", "counterfact"), untold])
+    bare["requested_rewrite"]["unsfact_triplets_GPT"] = None
+    assert "probes" not in load("akew", [bare]).requests[0]
+    with pytest.raises(ValueError, match=r"record 0: requested_rewrite"):
+        load("akew", [{**bare, "requested_rewrite": []}])
     (request_,) = dataset.requests
     assert request_["probes"]["sub"]["prompt"] == [f"Bob has room {i} in" for i in range(5)]
     assert "1 records skipped, for they have no fact_new_uns" in dataset.notes

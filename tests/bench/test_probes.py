@@ -38,6 +38,17 @@ def made(tmp_path, tokenizer):
     return make, asked
 
 
+def test_a_rephrasing_is_no_probe_that_must_stay(made):
+    make, _ = made
+    everything = [
+        {**EVERYTHING[0], "rephrase_prompt": "The currency of France is"},
+        *EVERYTHING[1:],
+    ]
+    (found,) = make(everything[:1], [""], everything)
+    asked = found["probes"].get("same subject", {"prompt": []})["prompt"]
+    assert "The currency of France is" not in asked
+
+
 def test_probes_share_words_with_the_edit_or_turn_it_around(made):
     make, _ = made
     (found,) = make(EVERYTHING[:1], ['France has the capital", he said'])

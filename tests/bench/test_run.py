@@ -20,7 +20,7 @@ from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.report import write_report
 from baft_easyedit.bench.results import read_run
-from baft_easyedit.bench.run import run_bench
+from baft_easyedit.bench.run import check, run_bench
 from baft_easyedit.bench.scores import FIELD_SCORES
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.worker import _MethodRun
@@ -298,7 +298,7 @@ def test_what_only_some_runs_ask_has_tables_of_its_own(settings, tmp_path, monke
         chunk.unlink()
     assert scores(run_bench(config, tmp_path / "run")) == scores([row])
     monkeypatch.setattr("baft_easyedit.bench.afterwards._similarity", lambda _: lambda *_: SIMILAR)
-    later = config.model_copy(update={"similarity_model": "mini"})
+    later = config.model_copy(update={"similarity_model": str(tmp_path)})
     (row,) = run_bench(later, tmp_path / "run")
     assert row["more"]["long.original similarity"] == 0.5
 
@@ -525,3 +525,13 @@ def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path
     chunks = [read_json(file) for file in tmp_path.glob("run/chunks/*/*/*")]
     assert all(chunk["error"] is None for chunk in chunks)
     assert not (tmp_path / "run/chunks/c").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("snippets", "nowhere"), ("similarity_model", "similarity_model must be a directory; there")],
+)
+def test_what_is_read_afterwards_is_looked_for_beforehand(settings, tmp_path, field, message):
+    config = make_config({**settings, field: str(tmp_path / "nowhere")})
+    with pytest.raises(FileNotFoundError, match=message):
+        check(config)

@@ -109,7 +109,7 @@ class _Triplet(Layout):
 
     prompt: Text
     subject: Text
-    target: Text
+    target: MaybeText = None
 
 
 class _AkewRewrite(Layout):
@@ -120,7 +120,9 @@ class _AkewRewrite(Layout):
     prompt_full: MaybeText = None
     question: MaybeText = None
     fact_new_uns: MaybeText = None
-    unsfact_triplets_GPT: tuple[_Triplet, ...] = ()  # noqa: N815
+    unsfact_triplets_GPT: Annotated[  # noqa: N815
+        tuple[_Triplet, ...], BeforeValidator(lambda triplets: triplets or ())
+    ] = ()
     target_new: Text = Field(
         validation_alias=AliasChoices(AliasPath("target_new", "str"), "answer_new")
     )
@@ -133,7 +135,8 @@ class _Akew(Layout):
     """A record of AKEW's WikiUpdate, CounterFact or MQuAKE-CF; of several facts the first."""
 
     requested_rewrite: Annotated[
-        _AkewRewrite, BeforeValidator(lambda facts: facts[0] if isinstance(facts, list) else facts)
+        _AkewRewrite,
+        BeforeValidator(lambda facts: facts[0] if isinstance(facts, list) and facts else facts),
     ]
     paraphrase_prompts: Texts = ()
     neighborhood_prompts: Texts = ()

@@ -151,7 +151,10 @@ def read_halluedit(path: Path | None) -> Source:
     as in EasyEdit's run_Hallueditbench.py.
     """
     content, file = read_file(find_file(path))
-    text = content.decode("utf-8-sig", "replace")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file.name} must be UTF-8 text, and is not") from None
     try:
         rows = list(csv.DictReader(StringIO(text, newline="")))
     except csv.Error as error:
