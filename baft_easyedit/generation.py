@@ -13,7 +13,7 @@ from baft_easyedit.gguf.smollm2 import ready_location
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.batching import alike, padded
 from baft_easyedit.model.devices import as_device, check_device
-from baft_easyedit.model.inspect import dtype_option
+from baft_easyedit.model.inspect import dtype_option, max_context
 from baft_easyedit.model.prompt_format import PromptFormat
 
 logger = logging.getLogger(__name__)
@@ -154,10 +154,7 @@ def generate_answers(
 
 def _check_room(model: Any, rows: Sequence[Sequence[int]]) -> None:
     """Raise ValueError if a prompt fills the model's context: the model would answer nonsense."""
-    config = getattr(model, "config", None)  # a wrapper may have none, or one of its own
-    text_config = getattr(config, "get_text_config", None)
-    most = getattr(text_config and text_config(), "max_position_embeddings", None)
-    longest = max(map(len, rows), default=0)
+    most, longest = max_context(model), max(map(len, rows), default=0)
     if most is not None and longest >= most:
         raise ValueError(
             f"a prompt must leave room in the model's context of {most} tokens; got {longest}"

@@ -23,7 +23,16 @@ def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if is_renamed else "torch_dtype": dtype}
 
 
-def text_config(model: nn.Module) -> Any:
+def max_context(model: Any) -> int | None:
+    """Return how many tokens a model takes at most; None if its configuration does not say.
+
+    A wrapper of a model may have no configuration, or one of its own kind: it does not say.
+    """
+    has_config = getattr(model, "config", None) is not None
+    return getattr(text_config(model), "max_position_embeddings", None) if has_config else None
+
+
+def text_config(model: Any) -> Any:
     """Return the configuration of a model's text decoder.
 
     Raises:

@@ -13,6 +13,7 @@ from torch import Tensor
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import printable
 from baft_easyedit.generation import generate_answers
+from baft_easyedit.model.inspect import max_context
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.reading import read_history
@@ -95,7 +96,7 @@ class Desk:
         if not prompt.strip():
             raise ValueError("prompt must not be empty: write one")
         length = len(prompt_format.prompt_ids(prompt, tokenizer))
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
+        room = max_context(model) or 2**31
         if length + max_new_tokens > room:
             raise ValueError(
                 f"prompt and answer must fit the model's context of {room} tokens; got {length} "

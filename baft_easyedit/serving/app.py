@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from baft_easyedit.files.messages import short
+from baft_easyedit.model.inspect import max_context
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish
 
@@ -225,8 +226,7 @@ class _Routes:
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         if len(stop) > 4 or not all(stop):
             raise HTTPException(400, "stop must be at most 4 texts, none of them empty")
-        config = self._answerer.model.config.get_text_config()
-        room = getattr(config, "max_position_embeddings", 2**31) - len(ids)
+        room = (max_context(self._answerer.model) or 2**31) - len(ids)
         asked = body.max_completion_tokens or body.max_tokens
         most = asked or max(1, min(_MAX_TOKENS, room))
         if not ids or room < most:

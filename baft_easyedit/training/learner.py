@@ -22,7 +22,7 @@ from baft_easyedit.model.batching import BatchSize, alike
 from baft_easyedit.model.edit import Snapshot
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
-from baft_easyedit.model.inspect import input_device, text_config
+from baft_easyedit.model.inspect import input_device, max_context, text_config
 from baft_easyedit.model.locks import lock_of
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
@@ -66,7 +66,7 @@ class Learner:
         self.edit = edit
         if edit.memory is None:
             edit.memory = RehearsalMemory()
-        self._config = text_config(model)
+        text_config(model)  # raises if the model has none
         self.lock = lock_of(model)
         """Keeps other threads out of the model while the edit changes."""
 
@@ -242,10 +242,7 @@ class Learner:
         start = time.perf_counter()
         own = self._own_states(self.edit)
         passes = []
-        for accepted in (
-            {},
-            learned.irrelevant,
-        ):  # the second time, if the first unlearns a request
+        for accepted in ({}, learned.irrelevant):  # again, if the first unlearns a request
             self.edit.restore(learned.state)
             self.edit.accept(accepted)
             settle(self.edit, own, hparams)
@@ -338,7 +335,7 @@ class Learner:
         return text_rows(
             requests,
             self.tokenizer,
-            max_context=getattr(self._config, "max_position_embeddings", None),
+            max_context=max_context(self.model),
             prompt_format=PromptFormat.of(h),
             with_irrelevant=h.locality,
             loc_positions=None if h.loc_positions == "all" else 0,
