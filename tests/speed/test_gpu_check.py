@@ -1,0 +1,46 @@
+"""The script for whoever has a GPU: its own parts, on the CPU, and its table."""
+
+import json
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return runpy.run_path(str(SCRIPTS / "gpu_parts.py"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_script_without_a_directory_says_how_it_is_called(arguments):
+    ended = subprocess.run(
+        ["bash", SCRIPTS / "gpu_check.sh", *arguments], capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "\n  gpu_check.sh OUT_DIR [SHAPE [DEVICE]]\n" in ended.stderr
+
+
+def test_parts_are_measured_and_joined(parts, tmp_path, capsys):
+    parts["apart"]("llama-2x64", "cpu", str(tmp_path / "apart-2.json"), "2")
+    parts["rehearsed"]("llama-2x64", "cpu", str(tmp_path / "rehearsed-1.json"), "1")
+    (tmp_path / "parts.txt").write_text("apart-2 0 3\nrehearsed-1 0 4\neasyedit 124 9\n")
+    parts["table"](str(tmp_path))
+    found = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert [(p["status"], p["seconds"]) for p in found.values()] == [(0, 3), (0, 4), (124, 9)]
+    names = ["BaFT, 2 side by side", "BaFT in a row, rehearsal 0", "BaFT in a row, rehearsal 1"]
+    rows = [row for p in found.values() for row in p.get("rows", [])]
+    assert [row["row"]["name"] for row in rows] == names
+    assert all(row["summary"]["edit_s"] > 0 for row in rows)
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split(" | ")[1] for line in lines] == [*names, "failed (124), see easyedit.log"]
+
+
+def test_written_weights_are_a_model(parts, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    parts["weights"]("llama-2x64", "cpu", str(tmp_path))
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 64
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token_id is not None
