@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,27 +339,6 @@ def test_import_brings_nothing_heavy():
     root = Path(baft_easyedit.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert run.stdout.split() == ["set()", "False"], run.stderr
-
-
-def test_demo_learns_the_end_where_it_shows_text_and_fails_if_nothing_ran(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(
-        "baft_easyedit.demo.bundled.show_edits", lambda h: seen.append(h) or ["shown"]
-    )
-    row = {"method": "SERAC", "T": 1, "error": "x"}
-    monkeypatch.setattr("baft_easyedit.demo.bundled.compare", lambda h, *_: seen.append(h) or [row])
-    host = SimpleNamespace(generation="current", version="1")
-    monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host)
-    monkeypatch.setattr("baft_easyedit.cli.demo._show_real_edits", lambda device: None)
-    command = ["demo", "--methods", "SERAC", "--cases", "1", "--device", "cpu"]
-    assert main(command) == 1
-    assert [hparams.learn_end for hparams in seen] == [True, False]  # the tables are the paper's
-    captured = capsys.readouterr()
-    title = "\nThe bundled model, of 3 million parameters:"
-    assert captured.out.startswith(f"{title}\nshown\n\nThrough EasyEdit (current, 1)")
-    assert "**1 single edits**\n" in captured.out
-    assert "| SERAC  | not run: x |" in captured.out
-    assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["nowhere"]])

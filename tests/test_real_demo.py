@@ -17,33 +17,24 @@ from tests.gguf_files import write_gguf
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def _short_demo(monkeypatch):
-    """Leave out what other tests are about."""
-    monkeypatch.setattr(demo, "show_edits", lambda hparams: ["bundled edits"])
-    monkeypatch.setattr(demo, "compare", lambda *_: [{"error": None, "T": 1}])
-    monkeypatch.setattr(demo, "tables", lambda *_: ["table"])
-    monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host.Host("pypi", ROOT, "0"))
-
-
-@pytest.mark.usefixtures("_short_demo")
-def test_demo_says_why_there_is_no_real_model_and_goes_on(monkeypatch, tmp_path, capsys):
+def test_demo_goes_on_without_a_real_model_and_fails_if_nothing_ran(monkeypatch, tmp_path, capsys):
+    rows = [{"method": "SERAC", "T": 1, "error": "x"}]
+    monkeypatch.setattr(demo, "show_edits", lambda device: ["bundled edits"])
+    monkeypatch.setattr(demo, "compare", lambda *_: rows)
+    monkeypatch.setattr("baft_easyedit.easyedit.find_host", lambda: host.Host("pypi", ROOT, "1"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    assert main(["demo"]) == 0
-    first, *others = capsys.readouterr().out.splitlines()
+    assert main(["demo", "--methods", "SERAC", "--cases", "1", "--device", "cpu"]) == 1
+    shown, error = capsys.readouterr()
+    first, *others = shown.splitlines()
     assert first.startswith(
         "No real model, only the bundled one: the model 'smollm2' needs the pac"
     )
-    assert others[1] == "The bundled model, of 3 million parameters:"
-    assert others[2] == "bundled edits"
-
-
-@pytest.mark.usefixtures("_short_demo")
-def test_demo_of_another_model_shows_that_one_only(monkeypatch, capsys):
-    monkeypatch.setattr(real_demo, "real_settings", lambda device: pytest.fail("asked for"))
-    assert main(["demo", "--model", "bundled", "--device", "cpu"]) == 0
-    assert "bundled edits" in capsys.readouterr().out
+    assert others[1:3] == ["The bundled model, of 3 million parameters:", "bundled edits"]
+    assert others[4].startswith("Through EasyEdit (pypi, 1)")
+    assert "**1 single edits**" in others
+    assert "| SERAC  | not run: x |" in shown
+    assert error == "baft-easyedit: no method could be run; the tables say why\n"
 
 
 @pytest.mark.slow

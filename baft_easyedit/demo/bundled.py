@@ -1,56 +1,33 @@
-"""The demo's second part: edits of the bundled facts, then a small benchmark through EasyEdit."""
+"""The demo's second part: edits of the bundled facts, then the benchmark `bench/demo`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from baft_easyedit.bench.config import REHEARSED, BenchConfig, DataConfig, MethodConfig
+from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.layouts import summary_table
+from baft_easyedit.bench.methods import check_methods
 from baft_easyedit.bench.run import StartProgress, run_bench
 from baft_easyedit.bench.tables import to_markdown
 from baft_easyedit.demo import show_edit
-from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
-from baft_easyedit.files.resources import BUNDLED_MODEL, model_location
-from baft_easyedit.generation import load_model, with_usable_end
+from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 
-DEMO_METHODS = ("BaFT", "ReFT", "FT-L", "FT-M", "ROME", "LoRA", "AdaLoRA", "MEMIT", "WISE")
 NUM_IN_A_ROW = 10
 """Number of successive edits in the demo's second table (fewer if there are fewer cases)."""
 _NUM_SHOWN = 3
-_PRESET = "facts-llama"
-"""Name of the bundled model's preset."""
-_LOADING = ("device", "fp16", "bf16", "model_parallel")
-_DECIDED = ("model_name", "alg_name", "api_key", "batch_size", "rehearsal", *_LOADING)
-"""Hyper-parameters that a benchmark decides, so that a row's `set` leaves them out."""
 
 
-def check_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the given method names, or the demo's methods if none are given.
-
-    Raises:
-        ValueError: If a name is unknown.
-    """
-    for name in names:
-        why_not(name, "current")  # raises if there is no such method
-    return tuple(names) or DEMO_METHODS
-
-
-def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
+def show_edits(device: int | str) -> Iterator[str]:
     """Edit a few facts, undo each edit, and yield lines with the answers before and after.
 
-    Args:
-        hparams: Hyper-parameters; `model_name` and `device` say which model is edited and where.
+    These answers are generated, so their end is learned, which the tables leave off as the paper.
     """
-    dtype = getattr(torch, hparams.dtype)
-    model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
-    editor = BaFTEditor(model, tokenizer, with_usable_end(hparams, tokenizer))
+    hparams = BaFTHyperParams.from_hparams("BaFT/facts-llama", device=device, learn_end=True)
+    editor = BaFTEditor(*load_model(hparams.model_name, device), hparams)
     with_two_hops = [r for r in edit_requests("eval") if r["portability"]]
     for request in with_two_hops[:_NUM_SHOWN]:
         asked = {
@@ -62,89 +39,38 @@ def show_edits(hparams: BaFTHyperParams) -> Iterator[str]:
         yield from show_edit(editor, request, {k: (prompt, None) for k, prompt in asked.items()})
 
 
-def compare(
-    hparams: BaFTHyperParams,
-    methods: Sequence[str],
-    num_cases: int,
-    num_jobs: int,
-    start_progress: StartProgress | None = None,
-) -> list[dict[str, Any]]:
-    """Run methods through EasyEdit: with single edits, and with successive edits.
+def demo_config(
+    methods: Sequence[str], num_cases: int, num_jobs: int, device: int | str
+) -> BenchConfig:
+    """Return the benchmark of the demo's tables.
 
     Args:
-        hparams: Hyper-parameters of BaFT or ReFT, with model and device.
-        methods: BaFT, ReFT, or methods of EasyEdit.
-        num_cases: Facts of the eval split to edit, at least 1.
-        num_jobs: Methods run at once, each in a process with one thread, at least 1.
-        start_progress: Starts a progress bar; None for no bar.
-
-    Returns:
-        The rows of the benchmark's summary, for `tables`.
+        methods: BaFT, ReFT, or methods of EasyEdit; those of the file if there are none.
+        num_cases: Facts of the eval split to edit.
+        num_jobs: Methods run at once, each in a process with one thread.
+        device: CUDA device number or device name.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or there is no such method.
     """
-    for name, value in (("cases", num_cases), ("jobs", num_jobs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-    config = _config(hparams, methods, num_cases, tuple(_titles(num_cases)), num_jobs)
+    in_a_row = dict.fromkeys((1, min(NUM_IN_A_ROW, num_cases)))
+    changes = {"data": {"limit": num_cases}, "T": [*in_a_row], "jobs": num_jobs, "device": device}
+    config = read_config("bench/demo", {**changes, **({"methods": methods} if methods else {})})
+    check_methods(config)
+    return config
+
+
+def compare(
+    config: BenchConfig, start_progress: StartProgress | None = None
+) -> list[dict[str, Any]]:
+    """Run the demo's benchmark in a temporary directory; return the rows of its summary."""
     with TemporaryDirectory(prefix="easyedit-") as directory:
         return run_bench(config, Path(directory), start_progress)
 
 
-def tables(rows: Sequence[Mapping[str, Any]], num_cases: int) -> Iterator[str]:
-    """Yield a table for single edits, and one for successive edits.
-
-    Args:
-        rows: The result of `compare`.
-        num_cases: The number that `compare` was given.
-    """
-    for T, title in _titles(num_cases).items():
+def tables(config: BenchConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a table for single edits, and one for successive edits, of what `compare` returned."""
+    for T in config.T:
+        title = f"the same, {T} edits in a row, scored after the last"
+        title = title if T > 1 else f"{config.data.limit} single edits"
         yield "\n" + to_markdown(summary_table(title, [row for row in rows if row["T"] == T]))
-
-
-def _titles(num_cases: int) -> dict[int, str]:
-    """Return the titles of the tables by T, the number of successive edits."""
-    in_a_row = min(NUM_IN_A_ROW, num_cases)
-    titles = {1: f"{num_cases} single edits"}
-    if in_a_row > 1:
-        titles[in_a_row] = f"the same, {in_a_row} edits in a row, scored after the last"
-    return titles
-
-
-def _config(
-    hparams: BaFTHyperParams, methods: Sequence[str], num_cases: int, T: tuple[int, ...], jobs: int
-) -> BenchConfig:
-    """Make the configuration of the demo's benchmark."""
-    return BenchConfig(
-        model=hparams.model_name,
-        data=DataConfig(kind="facts", limit=num_cases),
-        methods=tuple(_row(method, hparams) for method in methods),
-        T=T,
-        preset=_PRESET if hparams.model_name == model_location(BUNDLED_MODEL) else None,
-        generation=False,
-        immediate=False,
-        basis=False,
-        device=hparams.device,
-        fp16=hparams.fp16,
-        bf16=hparams.bf16,
-        model_parallel=hparams.model_parallel,
-        jobs=jobs,
-    )
-
-
-def is_bundled(hparams: BaFTHyperParams) -> bool:
-    """Tell whether hyper-parameters are the bundled preset, which has a variant per protocol."""
-    loading = {name: getattr(hparams, name) for name in _LOADING}
-    return hparams == type(hparams).from_hparams(f"{hparams.algorithm}/{_PRESET}", **loading)
-
-
-def _row(method: str, hparams: BaFTHyperParams) -> MethodConfig:
-    """Make a benchmark row; only the method that `hparams` are of gets their values."""
-    if method != hparams.alg_name or is_bundled(hparams):
-        return MethodConfig(name=method, method=method)
-    values = {name: value for name, value in asdict(hparams).items() if name not in _DECIDED}
-    if not hparams.rehearsal:
-        return MethodConfig(name=method, method=method, set=values)
-    name = f"{method}{REHEARSED}"
-    return MethodConfig(name=name, method=method, set=values, rehearsal=hparams.rehearsal)
