@@ -128,10 +128,6 @@ def _given(model: str) -> str:
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
-_FORMER = {"side_by_side": 1, "timeout_s": None, "report_to": "none"}
-"""Settings that were dropped, with their defaults."""
-
-
 class BenchConfig(_Strict):
     """A benchmark: every method under every protocol on the same records and model."""
 
@@ -196,31 +192,14 @@ class BenchConfig(_Strict):
     jobs: int = Field(default=1, ge=1)
     """Methods run at once by each process."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former(cls, content: Any) -> Any:
-        """Drop settings that no longer exist, if at their default, so that older runs are read."""
-        if not isinstance(content, Mapping):
-            return content
-        rest = {k: v for k, v in content.items() if k not in _FORMER or v != _FORMER[k]}
-        task = rest.get("downstream")
-        if isinstance(task, Mapping) and "path" in task:  # of PIQA, before lm_eval ran it
-            rest["downstream"] = {k: v for k, v in task.items() if k != "path"}
-        return rest
-
     @model_validator(mode="after")
-    def _check_generation(self) -> "BenchConfig":
-        """Check that there is what is asked for to be generated."""
+    def _check_together(self) -> "BenchConfig":
+        """Check settings that need, or exclude, each other."""
         for name in ("probes", "similarity_model", "snippets"):
             if getattr(self, name) and not self.generation:
                 raise ValueError(f"{name} must come with generation: true; got generation: false")
         if self.judge is not None and not self.wild:
             raise ValueError("judge must come with wild: true, whose answers it grades")
-        return self
-
-    @model_validator(mode="after")
-    def _check_precision(self) -> "BenchConfig":
-        """Check that the model is loaded in one precision."""
         if self.fp16 and self.bf16:
             raise ValueError("bf16 must be false with fp16, such as by --no-fp16; got both")
         return self
@@ -283,11 +262,7 @@ def make_config(content: Mapping[str, Any]) -> BenchConfig:
     Raises:
         ValueError: If a key is unknown or missing, or a value breaks a rule.
     """
-    models: tuple[type[BaseModel], ...] = (
-        *(BenchConfig, DataConfig, DownstreamConfig, JudgeConfig),
-        MethodConfig,
-    )
-    known = [name for model in models for name in model.model_fields]
+    known = [name for model in _Strict.__subclasses__() for name in model.model_fields]
     return validated(BenchConfig, content, "bad benchmark setting", known)
 
 
@@ -308,12 +283,12 @@ def with_absolute_paths(config: BenchConfig) -> BenchConfig:
 def _paths(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """Return each setting that is, or may be, a path: the mapping that holds it, and its key."""
     rows = content.get("methods")
-    named: list[tuple[Any, str]]
-    named = [(content, "model"), (content, "texts"), (content, "similarity_model")]
-    named += [(content, "snippets")]
-    named += [(content.get("data"), "path")]
-    named += [(content.get("downstream"), "include_path")]
-    named += [(row, "hparams") for row in (rows if isinstance(rows, list | tuple) else ())]
+    named: list[tuple[Any, str]] = [
+        *((content, key) for key in ("model", "texts", "similarity_model", "snippets")),
+        (content.get("data"), "path"),
+        (content.get("downstream"), "include_path"),
+        *((row, "hparams") for row in (rows if isinstance(rows, list | tuple) else ())),
+    ]
     return [
         (owner, key)
         for owner, key in named

@@ -32,7 +32,6 @@ from baft_easyedit.easyedit.peers import own_preset_config
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import open_regular
 from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import has_hparams, model_location
 from baft_easyedit.gguf.smollm2 import ready_location
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "lm_eval")
@@ -154,13 +153,10 @@ def run_record(
     }
 
 
-def _inputs(config: BenchConfig, model_name: str | None = None) -> dict[str, str]:
+def _inputs(config: BenchConfig) -> dict[str, str]:
     """Hash what a configuration only names: files, and each row's hyper-parameters from our YAMLs.
 
-    Args:
-        config: The benchmark.
-        model_name: `model_name` in the hashed hyper-parameters; the configuration's `model` if
-            None, so that `bundled` has the same hash in each checkout.
+    The model is hashed by its name, so that `bundled` has the same hash in each checkout.
     """
     inputs = {"the texts": digest(list(statistics_texts(config)))}
     if config.downstream is not None:
@@ -170,7 +166,7 @@ def _inputs(config: BenchConfig, model_name: str | None = None) -> dict[str, str
     for method in config.methods:
         for protocol in config.protocols if method.method in OUR_METHODS else ():
             values = asdict(our_hparams(config, method, protocol))
-            values |= {"model_name": model_name or config.model}
+            values |= {"model_name": config.model}
             values.pop("device")
             what = f"the hyper-parameters of {method.name}, {protocol.slug}"
             inputs[what] = digest(values)
@@ -210,8 +206,6 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
         if then.get(name, value) != value:
             _refuse(directory.root, f"{name} {short(then[name])}; got {short(value)}")
     run, inputs = read_json(directory.run), _inputs(config)
-    # Older versions hashed the model's path in hyper-parameters, not its name.
-    earlier = _inputs(config, model_location(config.model))
     was = {
         "records": run["data"]["sha256"] == digest(dataset.requests),
         **{
@@ -221,10 +215,7 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
             for kind, value in model_fingerprint(config.model).items()
         },
         "EasyEdit": run["easyedit"] == easyedit_version(),
-        **{
-            what: run["inputs"].get(what, value) in (value, earlier[what])
-            for what, value in inputs.items()
-        },
+        **{what: run["inputs"].get(what, value) == value for what, value in inputs.items()},
     }
     for what, is_same in was.items():
         if not is_same:
@@ -234,17 +225,7 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a run's scores depend on, among them each row by its name."""
     settings = {k: v for k, v in content.items() if k not in _MAY_DIFFER}
-    rows = [{**row, "hparams": _own_name(row.get("hparams"))} for row in content["methods"]]
-    return {**settings, **{f"the row {row['name']}": row for row in rows}}
-
-
-def _own_name(hparams: str | None) -> str | None:
-    """Return the package's name of one of its YAMLs, in whichever checkout; other paths unchanged.
-
-    A path is known by its last two parts. The content is compared apart, by its hash in `inputs`.
-    """
-    name = "/".join(Path(hparams or "").parts[-2:]).removesuffix(".yaml")
-    return name if has_hparams(name) else hparams
+    return {**settings, **{f"the row {row['name']}": row for row in content["methods"]}}
 
 
 def _refuse(root: Path, difference: str) -> None:

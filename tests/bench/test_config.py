@@ -63,13 +63,6 @@ def test_overrides_replace_values_and_name_rows_of_the_file(tmp_path):
     assert (config.data.kind, config.data.limit, config.T) == ("facts", 2, (3,))
 
 
-def test_settings_of_before_are_read_if_they_change_nothing():
-    before = {"side_by_side": 1, "timeout_s": None, "report_to": "none"}
-    assert make_config({**SMALLEST, **before}) == make_config(SMALLEST)
-    with pytest.raises(ValueError, match="bad benchmark setting: side_by_side is unknown"):
-        make_config({**SMALLEST, "side_by_side": 8})
-
-
 def test_presets_are_for_the_model_of_the_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("{model: a/b, preset: p, data: {kind: facts}, methods: [BaFT]}")
