@@ -538,6 +538,7 @@ def test_counterfact_without_a_part_is_read_and_counted(load):
         ("convsent", {"seed": "x"}, TypeError, "seed must be an integer; got 'x'"),
         ("akew", {"texts": 1}, TypeError, "texts must be true or false; got 1"),
         ("mquake", {"joined": 1}, TypeError, "joined must be true or false; got 1"),
+        ("facts", {"split": 3}, TypeError, "split must be a text; got 3"),
         ("facts", {"path": "x"}, ValueError, "path must be None for facts, which .*; got x"),
         ("zsre", {"alpha": 1}, ValueError, r"options of zsre must be among \['loc_prompts'\]; got"),
         ("wikibio", {"file_name": 1}, ValueError, r"options of wikibio must be among \[\]; got"),

@@ -106,11 +106,7 @@ def load_dataset(
     if kind not in DATASETS:
         raise ValueError(f"kind must be one of {sorted(DATASETS)}; got {short(kind)}")
     reader = DATASETS[kind]
-    parameters = signature(reader).parameters.values()
-    known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"options of {kind} must be among {known}; got {short(unknown)}")
+    _check_options(kind, reader, options)
     source = reader(None if path is None else Path(path), **options)
     numbered = select(list(enumerate(source.cases)), start, limit, kind)
     requests = [case.as_request(index) for index, case in numbered]
@@ -129,6 +125,19 @@ def load_dataset(
         except ValueError as error:
             raise ValueError(f"record {number} of {names}: {error}") from None
     return Dataset(kind, requests, source.files, notes)
+
+
+def _check_options(kind: str, reader: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Check the names and types of a reader's options, by its signature."""
+    parameters = signature(reader).parameters.values()
+    known = {p.name: type(p.default) for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(f"options of {kind} must be among {[*known]}; got {short(unknown)}")
+    for name, value in options.items():
+        if type(value) is not known[name]:
+            kinds = {bool: "true or false", int: "an integer", str: "a text"}
+            raise TypeError(f"{name} must be {kinds[known[name]]}; got {short(value)}")
 
 
 def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:

@@ -57,8 +57,6 @@ def read_convsent(path: Path | None, *, seed: int = 0) -> Source:
     from one generator, each record after those before it; here a draw depends on `seed` and the
     record's place in the file. There are no probes: what can be scored is the edit itself.
     """
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer; got {seed!r}")
     records, file = read_records(find_file(path, "blender_test.json"), lambda _: _ConvSent)
     cases = [record.case(Random(f"{seed}/{i}")) for i, record in enumerate(records)]
     return Source(cases, [file], [f"sentiments and questions drawn with seed {seed}"])
@@ -184,8 +182,6 @@ def read_akew(path: Path | None, *, texts: bool = True) -> Source:
         texts: Whether the target is the text that tells the fact, with questions on up to five of
             its parts as `probes.sub`; if not, the fact alone, with its locality and portability.
     """
-    if not isinstance(texts, bool):
-        raise TypeError(f"texts must be true or false; got {texts!r}")
     records, file = read_records(find_file(path), lambda _: _Akew)
     whole = [r for r in records if not texts or r.requested_rewrite.fact_new_uns]
     left = len(records) - len(whole)

@@ -77,8 +77,6 @@ def read_mquake(path: Path | None, *, joined: bool = False) -> Source:
         joined: Whether a case is one edit, without a subject: its prompts one behind the other,
             and its targets with commas between them, as in EasyEdit's MQuAKEDataset.
     """
-    if not isinstance(joined, bool):
-        raise TypeError(f"joined must be true or false; got {joined!r}")
     records, file = read_records(find_file(path), lambda _: _Mquake)
     if joined:
         return Source([record.joined() for record in records], [file], [])

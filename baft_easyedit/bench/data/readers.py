@@ -104,8 +104,6 @@ def read_zsre(path: Path | None, *, loc_prompts: bool = True) -> Source:
             the train file beside it.
         loc_prompts: Whether to read the train file at all.
     """
-    if not isinstance(loc_prompts, bool):
-        raise TypeError(f"loc_prompts must be true or false; got {loc_prompts!r}")
     edit_file = find_file(path, "zsre_mend_edit.json")
     records, file = read_records(edit_file, lambda _: _Zsre)
     files, notes = [file], []
