@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.easyedit.learned_tokens import as_list
+from baft_easyedit.bench.questions import questions_of
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.prefix_cache import FullForward
@@ -39,18 +39,12 @@ def basis_record(
     edit = attached_edit(model)
     if edit is None:
         return None
-    target = request["target_new"]
-    texts = {"rewrite": [(request["prompt"], target)], "rephrase": [], "locality": []}
-    if request.get("rephrase_prompt"):
-        texts["rephrase"].append((request["rephrase_prompt"], target))
-    for probe in (request.get("locality") or {}).values():
-        pairs = zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
-        texts["locality"] += [(prompt, truth) for prompt, truth in pairs if truth]
-    form = prompt_format or PromptFormat()
+    form, asked = prompt_format or PromptFormat(), questions_of(request)
     forms = {"rewrite": form, "rephrase": form, "locality": form.without_template()}
+    texts = {k: [(q.prompt, q.answer) for q in asked if q.section == k and q.answer] for k in forms}
     seen = {k: _observe(model, tok, edit, pairs, forms[k]) for k, pairs in texts.items() if pairs}
     return {
-        name: {kind: seen[kind][i] if kind in seen else None for kind in texts}
+        name: {kind: seen[kind][i] if kind in seen else None for kind in forms}
         for i, name in enumerate(("weights", "update"))
     }
 

@@ -11,19 +11,22 @@ from typing import Any
 
 from baft_easyedit.bench.free_text import (
     WILD_TOKENS,
-    Question,
     contains,
     first_sentence,
     long_scores,
-    section_means,
     wild_ids,
     wild_scores,
 )
 from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.probes import THIRD_TURN, third_turn_ids
+from baft_easyedit.bench.questions import (
+    Question,
+    questions_of,
+    section_means,
+    wild_questions,
+)
 from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores, plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
-from baft_easyedit.easyedit.learned_tokens import as_list
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
@@ -38,24 +41,6 @@ _SCORED_BY = (
     *("evaluation_type", "fp16", "bf16"),
 )
 """Hyper-parameters that a score depends on; some methods lack some, which is as if false."""
-
-
-def questions_of(request: Request) -> list[Question]:
-    """Return what a case is asked: its prompt, its rephrasing and its probes."""
-    target = request["target_new"]
-    asked = [Question("rewrite", "", request["prompt"], target)]
-    if request.get("rephrase_prompt"):
-        asked.append(Question("rephrase", "", request["rephrase_prompt"], target))
-    for section in ("locality", "portability", "probes"):
-        for key, probe in (request.get(section) or {}).items():
-            pairs = zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
-            asked += [Question(section, key, prompt, truth) for prompt, truth in pairs]
-    return asked
-
-
-def wild_questions(request: Request) -> list[Question]:
-    """Return what a case is asked in WILD's context."""
-    return [question for question in questions_of(request) if question.section != "probes"]
 
 
 def answer_questions(session: Session, requests: Sequence[Request]) -> list[list[str]]:
@@ -154,7 +139,7 @@ def any_alias_portability(
     means = []
     for key, probe in probes.items():
         best = [float(score) for score in post["portability"][f"{key}_acc"]]
-        answers = zip(as_list(probe["prompt"]), probe.get("aliases", ()), strict=False)
+        answers = zip(probe["prompt"], probe.get("aliases", ()), strict=False)
         others = [
             (i, prompt, alias) for i, (prompt, names) in enumerate(answers) for alias in names[1:]
         ]

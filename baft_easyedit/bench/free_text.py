@@ -6,11 +6,10 @@ the model ends it or at its first full stop or line, and is compared with the wh
 
 import re
 import string
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from baft_easyedit.bench.questions import Question, section_means
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -21,40 +20,6 @@ WILD_TOKENS = 50
 """Most tokens of an answer."""
 SHORT = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}
 """Titles of the scores of each section."""
-
-
-class Question(NamedTuple):
-    """One prompt that a case is asked by generation."""
-
-    section: str
-    """rewrite, rephrase, locality, portability or probes."""
-    key: str
-    prompt: str
-    answer: str | None
-    """None: the answer of before the edits is wanted, as it is for locality."""
-
-    def wanted(self, before: str) -> str:
-        """Return the answer that is right, from that of the unedited model."""
-        is_kept = self.section == "locality" or self.answer is None
-        return before if is_kept else str(self.answer).strip()
-
-
-def section_means(
-    questions: Iterable[Question], values: Iterable[float]
-) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Average a number of each question over kinds, then over sections.
-
-    Returns:
-        By section the mean over kinds of means over questions; and by section and kind the latter.
-    """
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for question, value in zip(questions, values, strict=True):
-        found[question.section, question.key].append(value)
-    kinds = {kind: fmean(of_kind) for kind, of_kind in found.items()}
-    sections: dict[str, list[float]] = defaultdict(list)
-    for (section, _), mean in kinds.items():
-        sections[section].append(mean)
-    return {section: fmean(means) for section, means in sections.items()}, kinds
 
 
 def normalised(text: str) -> str:

@@ -8,22 +8,21 @@ call Spe on ZsRE: not agreement with the unedited model.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from math import exp, log2
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from baft_easyedit.easyedit.learned_tokens import as_list
+from baft_easyedit.bench.questions import Question, questions_of, section_means
 from baft_easyedit.easyedit.likelihoods import Likelihood
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
-Question = tuple[str, str, bool]
+Asked = tuple[str, str, bool]
 """A prompt, an answer, and whether it is about other facts than the edit."""
-Found = Mapping[Question, Likelihood]
+Found = Mapping[Asked, Likelihood]
 
 _WORD = re.compile(r"\w+(?:[-./]\w+|[,:]\d+)*|'\w+|[^\w\s]")
 """As NLTK's `word_tokenize` parts English, which needs files of its own."""
@@ -66,24 +65,18 @@ def _parts(request: Request) -> Mapping[str, Sequence[str]]:
     return {"rewrite": [request["prompt"]], **parts}
 
 
-def _questions(request: Request) -> Iterator[Question]:
+def _questions(request: Request) -> Iterator[Asked]:
     """Yield what is asked for a request."""
     for part, prompts in _parts(request).items():
         if part in _BY_PROBABILITY:
             for answer in (request["target_new"], request["ground_truth"]):
                 yield from ((prompt, answer, part == "neighborhood") for prompt in prompts)
-    yield from chain.from_iterable(_locality(request))
+    yield from ((q.prompt, str(q.answer), True) for q in _locality(request))
 
 
-def _locality(request: Request) -> list[list[Question]]:
-    """Return the locality probes of each kind with their gold answers."""
-    return [
-        [
-            (*pair, True)
-            for pair in zip(as_list(probe["prompt"]), as_list(probe["ground_truth"]), strict=True)
-        ]
-        for probe in (request.get("locality") or {}).values()
-    ]
+def _locality(request: Request) -> list[Question]:
+    """Return the locality probes with their gold answers."""
+    return [question for question in questions_of(request) if question.section == "locality"]
 
 
 def _counterfact(request: Request, found: Found) -> dict[str, float]:
@@ -103,8 +96,10 @@ def _counterfact(request: Request, found: Found) -> dict[str, float]:
 
 def _specificity(request: Request, found: Found) -> dict[str, float]:
     """Return the accuracy of the locality probes, a mean over kinds; none where there are none."""
-    kinds = [fmean(found[q].accuracy for q in questions) for questions in _locality(request)]
-    return {"specificity_acc": fmean(kinds)} if kinds else {}
+    asked = _locality(request)
+    hits = [found[q.prompt, str(q.answer), True].accuracy for q in asked]
+    sections, _ = section_means(asked, hits)
+    return {"specificity_acc": sections["locality"]} if asked else {}
 
 
 def _texts(session: Session, prompts: Sequence[str]) -> list[str]:

@@ -10,10 +10,9 @@ from baft_easyedit.bench.evaluate import (
     generation_scores,
     immediate_scores,
     pre_edit_scores,
-    questions_of,
     score_cases,
-    wild_questions,
 )
+from baft_easyedit.bench.questions import questions_of, wild_questions
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.likelihoods import Likelihood
 

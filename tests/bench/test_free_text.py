@@ -10,7 +10,6 @@ import torch
 from baft_easyedit import register
 from baft_easyedit.bench.evaluate import wild_answers
 from baft_easyedit.bench.free_text import (
-    Question,
     contains,
     first_sentence,
     long_scores,
@@ -18,6 +17,7 @@ from baft_easyedit.bench.free_text import (
     wild_ids,
     wild_scores,
 )
+from baft_easyedit.bench.questions import Question
 from baft_easyedit.model.prompt_format import PromptFormat
 
 QUESTIONS = [
