@@ -24,12 +24,7 @@ def basis_record(
 ) -> dict[str, Any] | None:
     """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
 
-    Args:
-        model: A model that may carry an edit.
-        tok: Its tokenizer.
-        request: The case.
-        prompt_format: How prompts are put to the model, locality probes excepted; None for plain
-            texts.
+    Locality probes are put to the model as plain texts.
 
     Returns:
         `weights` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and

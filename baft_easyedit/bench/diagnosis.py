@@ -108,10 +108,7 @@ class Diagnosis:
 
 
 def diagnose(run_dir: Path) -> Diagnosis:
-    """Check a run.
-
-    Args:
-        run_dir: A directory that `baft-easyedit bench` has written.
+    """Check a run that `baft-easyedit bench` has written.
 
     Raises:
         ValueError: If it is not one, or one of its files cannot be read.

@@ -87,11 +87,6 @@ def generation_scores(
 ) -> dict[str, float | None]:
     """Score answers: exact match with the target, or for locality with the answer before the edit.
 
-    Args:
-        request: The case.
-        before: Answers of the unedited model to `questions_of` the case.
-        after: Those of the edited one.
-
     Returns:
         The `gen_*` scores, means over prompts, then over keys; and those of each kind, of probes
         also how often an answer contains what is wanted.
@@ -126,11 +121,6 @@ def any_alias_portability(
 
     EasyEdit scores the first answer only. None for GRACE too, whose first answer EasyEdit scores by
     generation.
-
-    Args:
-        session: With the edited model.
-        request: A case whose probes may have `aliases`, a list of answers for each prompt.
-        post: EasyEdit's metrics of it.
     """
     probes = request.get("portability") or {}
     several = any(len(names) > 1 for p in probes.values() for names in p.get("aliases", ()))
@@ -161,16 +151,9 @@ def pre_edit_scores(
 ) -> list[dict[str, Any]]:
     """Return `metrics`, `answers`, `wild` and `field_scores` of each case on the unedited model.
 
-    They belong to the chunk because its questions are answered together, after the edits too: in
-    half precision what else is in a batch makes a difference, which is no edit's doing.
-
-    Args:
-        directory: The run, which keeps them for all methods.
-        depends_on: What all of the run's scores depend on, such as the model's hash.
-        session: With the unedited model.
-        requests: The cases of a chunk.
-        with_answers: Whether they are scored by generation too.
-        with_wild: Whether they are asked as WILD asks.
+    The run keeps them for all methods, by what they depend on, such as the model's hash. They
+    belong to the chunk because its questions are answered together, after the edits too: in half
+    precision what else is in a batch makes a difference, which is no edit's doing.
     """
     editor = session.editor
     form = PromptFormat.of(editor.hparams)
@@ -211,13 +194,6 @@ def score_cases(
     with_wild: bool = False,
 ) -> list[dict[str, Any]]:
     """Score cases after the edits.
-
-    Args:
-        session: With the edited model.
-        requests: The cases of a chunk.
-        pre: Their `pre_edit_scores`.
-        with_answers: Whether to score by generation too.
-        with_wild: Whether to score as WILD does.
 
     Returns:
         Of each `teacher_forced`: EasyEdit's metrics; `answers`, `wild` and the `texts` of fluency,

@@ -45,10 +45,7 @@ _RETENTION = (
 
 
 def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
-    """Yield name, caption and figure of each figure that the results have numbers for.
-
-    Args:
-        results: Results of one model on one data set.
+    """Yield name, caption and figure of each figure that results of one model and data set make.
 
     Raises:
         ValueError: If a case's file is damaged.
@@ -72,10 +69,7 @@ def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
 def retention(cases: Iterable[Case], score: str, T: int) -> np.ndarray:
     """Return a score by the age of the edit: the number of edits made after it.
 
-    Args:
-        cases: Cases of T edits in a row.
-        score: Name of one of their scores; cases without it are skipped.
-        T: Edits in a row.
+    The cases are of T edits in a row; those without the score are skipped.
 
     Returns:
         The mean age and the mean score in equally wide bins of ages, [bins, 2].

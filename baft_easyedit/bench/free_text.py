@@ -61,13 +61,7 @@ def first_sentence(text: str) -> str:
 def wild_scores(
     questions: Sequence[Question], before: Sequence[str], after: Sequence[str]
 ) -> dict[str, float]:
-    """Score answers by exact match and containment; locality by the same answer as before.
-
-    Args:
-        questions: What was asked.
-        before: The unedited model's answers.
-        after: The edited one's.
-    """
+    """Score answers by exact match and containment; locality by the same answer as before."""
     wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
     pairs = list(zip(after, wanted, strict=True))
     equal, _ = section_means(questions, [float(normalised(a) == normalised(w)) for a, w in pairs])

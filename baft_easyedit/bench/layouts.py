@@ -92,12 +92,7 @@ Printed = Callable[[Result, str], str]
 
 
 def make_tables(results: Sequence[Result], paper: PaperNumbers) -> list[Table]:
-    """Make all tables that results have something for.
-
-    Args:
-        results: At least one; all of the same model and data set.
-        paper: What stands beside ours.
-    """
+    """Make all tables that results of one model and data set have something for."""
     variants = [r for r in results if _is_ablation(r)]
     main = [r for r in results if not _is_ablation(r)]
     varied = {result.setting for result in variants}

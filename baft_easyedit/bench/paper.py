@@ -34,11 +34,8 @@ class PaperNumbers:
     def score(self, result: Result, name: str, tables: Sequence[int]) -> str:
         """Return the paper's teacher-forced score of a cell, as printed; empty if there is none.
 
-        Args:
-            result: Determines the cell: model, data set, protocol and method.
-            name: One of `TEACHER_FORCED`.
-            tables: Numbers of the paper's tables to look in, in order. The ablation prints other
-                scores than Table 2 for the same methods and protocol.
+        The first of `tables` that has one counts: the ablation prints other scores than Table 2 for
+        the same methods and protocol.
         """
         if result.setting.batch_size > 1:
             return ""

@@ -34,12 +34,7 @@ _TEXT_LENGTH, _TOP_K = 100, 5
 def field_scores(
     session: Session, requests: Sequence[Request], with_texts: bool
 ) -> list[dict[str, Any]]:
-    """Score requests on the model as it is now.
-
-    Args:
-        session: With the model.
-        requests: The cases of a chunk.
-        with_texts: Whether to let the model write texts, for their fluency.
+    """Score requests on the model as it is now, which writes texts for their fluency if wanted.
 
     Returns:
         The names of `scores.FIELD_SCORES` that each case has the parts for; `texts`, those written.

@@ -39,12 +39,8 @@ def with_probes(
 ) -> list[dict[str, Any]]:
     """Add probes to the `probes` of requests.
 
-    Args:
-        directory: The run, which keeps the model's paraphrases for all methods.
-        depends_on: What all of the run's scores depend on, such as the model's hash.
-        session: With the unedited model.
-        requests: The cases of a chunk.
-        everything: All records of the run; what is edited in any is no probe that must stay.
+    What is edited in any record (of `everything`) is no probe that must stay. The run keeps the
+    unedited model's paraphrases for all methods.
     """
     taken = {r[key] for r in everything for key in ("prompt", "rephrase_prompt") if r.get(key)}
     paraphrases = _paraphrases(directory, depends_on, session, requests)

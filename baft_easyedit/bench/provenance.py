@@ -52,9 +52,6 @@ _OF_A_SESSION = ("date", "command", "git", "versions", "hardware")
 def model_fingerprint(model: str) -> dict[str, str]:
     """Hash a model's configuration, tokenizer and weights.
 
-    Args:
-        model: Hugging Face name or directory, `bundled` or `smollm2`.
-
     Returns:
         Hex digests: `model` (configuration and weights), `tokenizer`, and `use` (what else changes
         how texts become tokens and answers end). Of files above 1 GiB, only size, beginning and end

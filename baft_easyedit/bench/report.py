@@ -45,11 +45,7 @@ _LEGEND = (
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
-    """Write the tables and figures of runs.
-
-    Args:
-        run_dirs: Directories that `baft-easyedit bench` wrote, at least one.
-        out: Directory for `report.md`, `tables.tex` and the figures; made if absent.
+    """Write `report.md`, `tables.tex` and the figures of runs.
 
     Returns:
         The files that were written.

@@ -25,10 +25,6 @@ TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_ac
 def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
     """Average a run's cases into one row for each method and protocol that was run.
 
-    Args:
-        directory: The run.
-        dataset: Name of the data set in the rows.
-
     Raises:
         ValueError: If a file cannot be read.
     """

@@ -64,13 +64,7 @@ class RunDirectory:
         return self._of("chunks", chunk.method, chunk.protocol) / f"{chunk.number:05d}.json"
 
     def write_chunk(self, chunk: Chunk, error: str | None = None, **measured: Any) -> None:
-        """Write a chunk's file, after those of its cases.
-
-        Args:
-            chunk: The chunk.
-            error: Why it could not be run; None if it was.
-            **measured: Values for the file, if it was run.
-        """
+        """Write a chunk's file, after those of its cases: what was measured, or why nothing was."""
         content = {
             "schema": SCHEMA,
             "chunk": chunk.number,

@@ -12,13 +12,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validated(model: type[M], content: Any, place: str, known: Iterable[str] = ()) -> M:
-    """Read parsed JSON or YAML into a model.
-
-    Args:
-        model: The model that the content must fit.
-        content: The parsed content.
-        place: File and record, for errors.
-        known: Names that are suggested for a misspelt key.
+    """Read parsed JSON or YAML into a model; `known` names are suggested for a misspelt key.
 
     Raises:
         ValueError: If a rule is broken; the first problem is told, and how many others there are.

@@ -41,11 +41,6 @@ def run_chunks(
 
     A chunk that fails gets a file that says why, and the model is put back.
 
-    Args:
-        directory: The run, with its `config.yaml`, `requests.json` and `run.json`.
-        chunks: At least one.
-        device: EasyEdit's device.
-
     Yields:
         The position of the present chunk, and how many of its records have been edited since the
         last time, or never will be; 0 when the chunk begins.

@@ -40,8 +40,7 @@ def silence_loading() -> None:
 def on_interrupt(directory: Path | None) -> Iterator[None]:
     """Tell what was kept on Ctrl-C in this context; hide the learner's warnings, which repeat ours.
 
-    Args:
-        directory: The directory of the kept edit; None if the edit is not kept.
+    Without a directory, the edit is not kept.
     """
     learner = logging.getLogger("baft_easyedit.training.learner")
     level = learner.level

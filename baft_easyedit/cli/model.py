@@ -30,9 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyperParams:
     """Return the hyper-parameters of a file, of a preset, or scaled to the model's depth.
 
-    Args:
-        arguments: The options of `add_model_options`.
-        in_a_row: Without a file, take a preset for many successive edits.
+    `in_a_row` takes, without a file, a preset for many successive edits.
 
     Raises:
         OSError: If there is no such file, or no such model.
@@ -68,10 +66,6 @@ def default_device() -> int | str:
 
 def usable_device(wanted: Any, file: str) -> Any:
     """Return the device that a file names; without CUDA, the CPU in its place, with a note.
-
-    Args:
-        wanted: The device.
-        file: The name of the file, for the note.
 
     Raises:
         ValueError: If torch knows no such device, or this machine has none.

@@ -42,13 +42,7 @@ def show_edits(device: int | str) -> Iterator[str]:
 def demo_config(
     methods: Sequence[str], num_cases: int, num_jobs: int, device: int | str
 ) -> BenchConfig:
-    """Return the benchmark of the demo's tables.
-
-    Args:
-        methods: BaFT, ReFT, or methods of EasyEdit; those of the file if there are none.
-        num_cases: Facts of the eval split to edit.
-        num_jobs: Methods run at once, each in a process with one thread.
-        device: CUDA device number or device name.
+    """Return the benchmark of the demo's tables, with the methods of its file if none are given.
 
     Raises:
         ValueError: If a number is below 1, or there is no such method.

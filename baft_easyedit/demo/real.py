@@ -28,11 +28,7 @@ def real_settings(device: int | str) -> BaFTHyperParams:
 
 
 def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:
-    """Edit each fact, undo the edit, and yield lines with the answers before and after.
-
-    Args:
-        hparams: The result of `real_settings`.
-    """
+    """Edit each fact, undo the edit, and yield lines with the answers before and after."""
     model, tokenizer = load_model(hparams.model_name, hparams.device)
     editor = BaFTEditor(model, tokenizer, hparams)
     chat = PromptFormat(use_chat_template=True)

@@ -53,13 +53,6 @@ def read_call(
     Edits are kept if `sequential_edit` is true. If only `keep_original_weight` is given, they are
     kept if that is false. Without either, the release keeps them and the current EasyEdit does not.
 
-    Args:
-        original: The method of `BaseEditor`.
-        generation: EasyEdit's generation.
-        args: The caller's positional arguments.
-        kwargs: The caller's keyword arguments.
-        batch_size: The `batch_size` of the hyper-parameters.
-
     Returns:
         The calls to make instead, each as the arguments, by name, that the found EasyEdit reads;
         and whether the edits stay in the model.

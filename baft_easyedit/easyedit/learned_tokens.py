@@ -23,12 +23,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 class LearnedTokens:
-    """Wraps a tokenizer, with the interface that EasyEdit's evaluators use.
-
-    Args:
-        tok: The wrapped tokenizer, to which everything else is passed on.
-        prompt_format: How prompts are put to the model.
-    """
+    """Wraps a tokenizer, with the interface that EasyEdit's evaluators use."""
 
     def __init__(self, tok: Any, prompt_format: PromptFormat) -> None:
         while isinstance(tok, LearnedTokens):

@@ -30,15 +30,9 @@ def likelihoods(
     batch_size: int,
     device: torch.device | None = None,
 ) -> list[Likelihood]:
-    """Return how likely the answer of each text is.
+    """Return how likely the answer of each text is; texts of about one length share a batch.
 
-    Args:
-        model: A causal language model, edited or not, or what a method of EasyEdit made of it. An
-            edit of ours, and GRACE, are told where the prompts end.
-        tokenizer: Gives the padding token.
-        texts: Prompts with their answers.
-        batch_size: Most texts of a forward pass; those are of about one length. 1 for GRACE.
-        device: Where the model wants its tokens; its own `device` if None.
+    An edit of ours, and GRACE, which needs a batch size of 1, are told where the prompts end.
     """
     found: dict[int, Likelihood] = {}
     for group in alike([len(ids) for ids, _ in texts]):

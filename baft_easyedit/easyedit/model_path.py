@@ -26,9 +26,6 @@ _FAMILIES = (
 def host_model_path(path: str) -> str:
     """Return a path from which EasyEdit loads a local model with the right classes.
 
-    Args:
-        path: A model's directory, `bundled` or `smollm2`, or a Hugging Face name.
-
     Returns:
         The absolute path itself if EasyEdit reads it rightly, else a link to it in a new temporary
         directory that lives as long as the process. A Hugging Face name is returned as it is if it

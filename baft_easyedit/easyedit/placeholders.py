@@ -104,9 +104,6 @@ def vision_placeholders(packages: Sequence[str]) -> Iterator[None]:
 
     The release imports, for its vision models, names of `transformers.modeling_utils` that version
     5 moved to `transformers.pytorch_utils`, or dropped.
-
-    Args:
-        packages: Top-level names to stand in for; see `missing_vision_packages`.
     """
     _ask_before()
     from transformers import modeling_utils, pytorch_utils

@@ -61,16 +61,7 @@ def make_peer(
 ) -> tuple[Any, tuple[str, ...]]:
     """Make the editor of one of EasyEdit's other methods, with all that it needs to run fairly.
 
-    Its hyper-parameters and statistics are written to the working directory.
-
-    Args:
-        name: A name of `peers.PEERS`.
-        model_path: What `host_model_path` returned.
-        device: EasyEdit's device.
-        texts: Ordinary texts, for the statistics that some methods need.
-        overrides: As for `peer_hparams`.
-        preset: As for `peer_hparams`.
-        seed: Seed of the prefixes that some methods edit behind.
+    Its hyper-parameters (see `peer_hparams`) and statistics are written to the working directory.
 
     Returns:
         EasyEdit's `BaseEditor`, and notes to be reported beside the scores.
@@ -242,13 +233,7 @@ class Session:
         max_new_tokens: Sequence[int],
         top_k: int | None = None,
     ) -> list[str]:
-        """Answer prompts by greedy decoding until the model stops by itself, or by drawing.
-
-        Args:
-            prompts: Prompts, each a text or a list of token ids.
-            max_new_tokens: The most tokens that each answer may have.
-            top_k: As for `generate_answers`.
-        """
+        """Answer texts or token ids as `generate_answers` does; each has a limit of its own."""
         size, device = self._batch_size(), self._input_device()
         with self._scoring():
             return generate_answers(

@@ -29,10 +29,7 @@ def specification(directory: str, edit: ServedEdit) -> list[dict[str, Any]]:
 
 
 def factory(config: Mapping[str, Any]) -> Callable[[Any, tuple[Any, ...], Any], Any]:
-    """Return the forward hook of one decoder layer.
-
-    Args:
-        config: `directory` and `layer`, as `specification` writes them.
+    """Return the forward hook of one decoder layer, by a `config` of `specification`.
 
     Raises:
         FileNotFoundError: If the directory keeps no edit.

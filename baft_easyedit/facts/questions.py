@@ -65,11 +65,6 @@ def questions(kind: Kind) -> list[Question]:
 def two_hop_answer(rule: TwoHopRule, first_answer: str, known: dict[tuple[str, str], str]) -> str:
     """Return the answer to a two-hop question, given the answer to its first relation.
 
-    Args:
-        rule: The rule of the question.
-        first_answer: Answer to the first relation, true or edited.
-        known: Answers by (relation, subject).
-
     Returns:
         The value of `rule.then` for `first_answer`, or "" if the tables do not have it.
     """

@@ -24,10 +24,8 @@ NEW_FILE = 0o666
 def written_whole(file: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its name only when it is complete and on the disk.
 
-    Until then the old content stays. If several processes write the file, the last one wins.
-
-    Args:
-        file: The file; its directory is made if absent.
+    Until then the old content stays. If several processes write the file, the last one wins. Its
+    directory is made if absent.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # Not by `tempfile`, whose files only their owner can read.

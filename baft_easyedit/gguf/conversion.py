@@ -162,13 +162,7 @@ def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any
 
 
 def _portable(config: Mapping[str, Any], model_class: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a configuration that transformers 4 and 5 read alike, with the key names of both.
-
-    Args:
-        config: The configuration as either version writes it.
-        model_class: Name of the class to load the model with.
-        dtype: Type of the weights.
-    """
+    """Return a configuration that transformers 4 and 5 read alike, with the key names of both."""
     own = {key: value for key, value in config.items() if not key.startswith("_")}
     rope = own.get("rope_parameters") or {}
     if isinstance(rope.get("rope_theta"), float):

@@ -44,9 +44,6 @@ _ROLES = {
 class TokenizerSource:
     """The part of a file's metadata that describes its tokenizer.
 
-    Args:
-        source: The file.
-
     Raises:
         ValueError: If it has no list of tokens, or the list repeats one.
     """
@@ -132,10 +129,7 @@ def make_backend(source: TokenizerSource) -> Any:
 def _add_ends(backend: Any, source: TokenizerSource, begins: bool) -> None:
     """Put special tokens before and behind each text, as the file says, or else as llama.cpp does.
 
-    Args:
-        backend: A `tokenizers.Tokenizer`.
-        source: The description of it.
-        begins: Whether texts begin with a special token if the file does not say.
+    `begins` says whether texts begin with one if the file does not say.
     """
     from tokenizers import processors
 

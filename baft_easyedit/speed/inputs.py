@@ -75,11 +75,7 @@ def random_requests(
 ) -> list[dict[str, Any]]:
     """Make requests of random words with EasyEdit's keys; the same ones for the same arguments.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt_length: Tokens of each prompt, with those that begin a text; answers add four.
-        count: Number of requests.
-        seed: Seed of the words.
+    A prompt has `prompt_length` tokens, with those that begin a text; answers add four.
 
     Raises:
         ValueError: If no text of that length was found.

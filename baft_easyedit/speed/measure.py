@@ -106,11 +106,6 @@ class PeerMethod:
     It runs with its own hyper-parameters, scaled to the model, so also its own number of steps and
     early stops. Statistics and caches needed once for a model are made before the clock starts.
 
-    Args:
-        name: A name of `peers.PEERS`.
-        model: Hugging Face name or directory, or `bundled`.
-        options: Device and dtype.
-
     Raises:
         ValueError: If the method cannot be run under this EasyEdit.
         ImportError: If there is no EasyEdit.
@@ -165,13 +160,7 @@ class PeerMethod:
 
 
 def measure(method: OurMethod | PeerMethod, requests: Requests, new_tokens: int) -> Sample:
-    """Edit, generate, undo, and generate again.
-
-    Args:
-        method: What is measured; its model is unedited, before and after.
-        requests: Requests of one edit call; text is generated after the prompt of the first.
-        new_tokens: Number of tokens generated; 0 skips generation.
-    """
+    """Edit, generate (0 new tokens: not) after the first prompt, undo, and generate again."""
     bytes_read = method.step_bytes
     bound_s = None if bytes_read is None else bytes_read / copy_bandwidth(method.device)
     peak, sample = with_peak(lambda: method.edit(requests), method.device)
@@ -207,9 +196,7 @@ def profiled(method: OurMethod | PeerMethod, requests: Requests) -> str:
 def kernel_table(events: Iterable[Mapping[str, Any]], most: int = 30) -> str:
     """Return the device's kernels and copies in a trace, those with the most time first.
 
-    Args:
-        events: The events of a Chrome trace.
-        most: Lines of the table; the rest share the last one.
+    Those beyond `most` share a line.
     """
     on_device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     count, total = Counter[str](), Counter[str]()
@@ -303,10 +290,7 @@ def _peak_resident() -> int:
 def copy_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
     """Measure how many bytes per second a device copies, those read and those written together.
 
-    Args:
-        device: The device.
-        num_bytes: Size of the tensor; by default 1 GiB on CUDA and 256 MiB elsewhere, more than
-            caches hold.
+    The tensor has 1 GiB on CUDA and 256 MiB elsewhere, more than caches hold.
     """
     size = num_bytes or (1 << 30 if device.type == "cuda" else 256 << 20)
     source = torch.ones(size, dtype=torch.uint8, device=device)

@@ -33,10 +33,6 @@ is, None for random weights."""
 def run_speed(options: SpeedOptions, start_progress: StartProgress | None = None) -> SpeedReport:
     """Measure the rows of the options, and write the files that the options name.
 
-    Args:
-        options: The rows, and how they are measured.
-        start_progress: Makes a progress bar over measurements.
-
     Returns:
         All samples; a row that failed holds its error.
 
@@ -109,12 +105,6 @@ def measurements(
     options: SpeedOptions, rows: tuple[Row, ...], model: str | None, records: Requests
 ) -> Iterator[tuple[Sample | None, str | None, list[str], str | None]]:
     """Load a job's model and measure its rows in turn; one that fails is not measured again.
-
-    Args:
-        options: How the rows are measured.
-        rows: The rows of the job.
-        model: Where their model is; None for random weights.
-        records: Records to edit; if there are none, requests of random words are.
 
     Yields:
         For each measurement, the sample or None; the error or None; notes on the process so far;

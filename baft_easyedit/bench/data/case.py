@@ -82,15 +82,12 @@ class Case(Layout):
     """What CounterFact's scores by probability ask beside `prompt`; any part may be missing."""
 
     def as_request(self, index: int) -> dict[str, Any]:
-        """Return the case as one of EasyEdit's request dicts.
+        """Return the case as one of EasyEdit's request dicts; `index` is for one without `case_id`.
 
         A probe is `{"prompt": [...], "ground_truth": [...], "aliases": [[...], ...]}`, its lists
         parallel: EasyEdit reads the first two, and `aliases` has all accepted answers. `subject`,
         `rephrase_prompt`, `loc_prompt`, `counterfact`, `probes` and `long_answer` are left out
         where there are none.
-
-        Args:
-            index: The `case_id` of a case that has none.
         """
         texts, more = self.loc_prompt, self.counterfact
         optional = {
@@ -124,9 +121,7 @@ def _parallel_lists(
 ) -> dict[str, dict[str, list[Any]]]:
     """Return probes in EasyEdit's form; kinds without a probe are left out.
 
-    Args:
-        probes: Probes by kind.
-        instead: The answers of a probe that has none; if there are none, it is left out.
+    `instead` are the answers of a probe that has none; if there are none, it is left out.
     """
     asked = {
         kind: [(p.prompt, p.ground_truth or instead) for p in members]

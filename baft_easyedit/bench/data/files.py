@@ -50,11 +50,7 @@ def read_file(path: Path) -> tuple[bytes, FileHash]:
 
 
 def read_records(path: Path, model_of: Callable[[Any], type[M]]) -> tuple[list[M], FileHash]:
-    """Read a JSON list into models.
-
-    Args:
-        path: The file.
-        model_of: Says which model a record is read into.
+    """Read a JSON list, each record into the model that `model_of` says.
 
     Raises:
         ValueError: If the file is not JSON, the list is empty, or a record breaks a rule; records

@@ -64,10 +64,6 @@ _NOT_RUN = {
 def why_not(name: str, generation: Generation) -> str | None:
     """Return why a method cannot be compared under a generation of EasyEdit; None if it can.
 
-    Args:
-        name: `BaFT`, `ReFT`, one of `PEERS`, or another method of EasyEdit.
-        generation: EasyEdit's generation.
-
     Raises:
         ValueError: If there is no such method.
     """
@@ -85,10 +81,6 @@ def batchable(name: str, generation: Generation) -> bool:
     """Tell whether one call of a method edits several requests together.
 
     The answer is that of EasyEdit's `BatchEditor`.
-
-    Args:
-        name: `BaFT`, `ReFT` or one of `PEERS`.
-        generation: EasyEdit's generation.
 
     Raises:
         ValueError: If there is no such method.

@@ -134,11 +134,7 @@ def suited_tokenizer(
 ) -> Any:
     """Return a tokenizer that behaves as a method expects; for most methods, the same one.
 
-    Args:
-        name: A name of `PEERS`.
-        tok: The editor's tokenizer, which stays as it is.
-        requests: What the method is to learn, of `edited_request`.
-        hparams: Its EasyEdit hyper-parameters.
+    The requests are what the method is to learn, of `edited_request`.
     """
     suited, prompt_format = tok, PromptFormat.of(hparams)
     if name in APPEND_ANSWERS:

@@ -51,11 +51,7 @@ def method_module(path: str) -> Any:
 
 
 def fix_peer(name: str, hparams: Any) -> tuple[str, ...]:
-    """Apply the repairs that a method needs before its editor is made.
-
-    Args:
-        name: A name of `PEERS`.
-        hparams: Its EasyEdit hyper-parameters, changed in place where that is the repair.
+    """Apply the repairs that a method needs before its editor is made, to its hyper-parameters too.
 
     Returns:
         Notes on what is done, here or by `prepare_method`, to be reported beside the scores.
@@ -96,12 +92,8 @@ def _keep_grace_values_trainable() -> None:
 def prepare_method(name: str, editor: Any, seed: int) -> None:
     """Prepare a method's editor, once after it is made, so that no edit depends on the one before.
 
-    The caller seeds what a method draws during an edit (adapters, dropout, WISE's mask).
-
-    Args:
-        name: A name of `PEERS`.
-        editor: EasyEdit's `BaseEditor` of the method, with an unedited model.
-        seed: Seed of the prefixes that some methods edit behind; the random state stays as it was.
+    The seed is of the prefixes that some methods edit behind; the random state stays as it was. The
+    caller seeds what a method draws during an edit (adapters, dropout, WISE's mask).
     """
     tell_end_from_padding(editor)
     if name == "MELO":  # it wraps these modules, and leaves their weights as they are

@@ -29,10 +29,6 @@ def write_statistics(editor: Any, texts: Sequence[str]) -> None:
     Each file appears complete or not at all, so several processes may write the same ones. Does
     nothing for a method that needs none.
 
-    Args:
-        editor: EasyEdit's `BaseEditor` of the peer, with an unedited model.
-        texts: As many texts as `peer_hparams` was told.
-
     Raises:
         ValueError: If there are no texts, or no direction is below AlphaEdit's threshold.
     """
