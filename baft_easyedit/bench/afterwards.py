@@ -89,11 +89,7 @@ class _Judge:
         return {f"wild.{SHORT[section]} judged": mean for section, mean in means.items()}
 
     def _verdict(self, question: str, target: str, answer: str) -> float:
-        """Return 1 for a correct answer, else 0.
-
-        Raises:
-            ValueError: If the judge gives no grade.
-        """
+        """Return 1 for a correct answer, else 0."""
         if not answer:
             return 0.0
         text = _TASK.format(question, target, answer)
@@ -113,11 +109,7 @@ class _Judge:
         return float(grade is not None and grade[1].upper() == "A")
 
     def _reply(self, text: str) -> str:
-        """Ask the judge.
-
-        Raises:
-            ConnectionError: If it does not answer.
-        """
+        """Ask the judge."""
         from openai import OpenAIError
 
         name = self._config.model

@@ -76,11 +76,7 @@ class _MethodRun:
         }
 
     def _editor(self, protocol: Protocol) -> Any:
-        """Make EasyEdit's editor of the method, its statistics and its module-level caches.
-
-        Raises:
-            ValueError: If a chat template is asked for, and this EasyEdit cannot score with it.
-        """
+        """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
         method, config = self.method, self.config
         self.notes: tuple[str, ...] = ()
         asked: Mapping[str, Any] = {**asked_of_all(config), **method.set}
@@ -107,11 +103,7 @@ class _MethodRun:
         return editor
 
     def _set_protocol(self, protocol: Protocol) -> None:
-        """Give the editor the hyper-parameters of a protocol; the model stays.
-
-        Raises:
-            ValueError: If the method cannot edit several requests in one call.
-        """
+        """Give the editor the hyper-parameters of a protocol; the model stays."""
         method, editor = self.method, self.session.editor
         size = protocol.batch_size + method.rehearsal
         if self.is_ours:

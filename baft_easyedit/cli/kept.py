@@ -116,11 +116,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _asked_format(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> PromptFormat:
-    """Return the format of prompts: that of `--chat`, or the one that the edit was learned with.
-
-    Raises:
-        ValueError: If `--chat` is given, and the tokenizer has no chat template.
-    """
+    """Return the format of prompts: that of `--chat`, or the one that the edit was learned with."""
     if arguments.chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "--chat needs a tokenizer with a chat template; that of the model has none: leave it "

@@ -37,11 +37,12 @@ def _named(text: str) -> tuple[str, Path]:
     if not sign or not name or Path(text).is_dir():
         name, directory = "", text
     path = existing("directory")(directory)
+    name = name or path.resolve().name
     try:
-        check_names([name or path.resolve().name])
+        check_names([name])
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
-    return name or path.resolve().name, path
+    return name, path
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -111,11 +111,7 @@ def _chunks(given: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
 def _named(
     original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return all arguments by their names.
-
-    Raises:
-        TypeError: If there are too many, or one is given twice.
-    """
+    """Return all arguments by their names."""
     positional = dict(inspect.signature(original).bind_partial(None, *args).arguments)
     del positional["self"]
     twice = [name for name in positional if name in kwargs]

@@ -70,11 +70,7 @@ def _described(host: Host) -> dict[str, str]:
 
 
 def _edited() -> str:
-    """Edit the bundled model through EasyEdit's `BaseEditor`, and say how it went.
-
-    Raises:
-        RuntimeError: If the edit was not learned, or not undone exactly.
-    """
+    """Edit the bundled model through EasyEdit's `BaseEditor`, and say how it went."""
     from easyeditor import BaseEditor
 
     start, prompt = time.perf_counter(), "The capital of Malta is"

@@ -128,11 +128,7 @@ def _package_directory(module: ModuleType) -> Path:
 
 
 def _describe(package: Path) -> Host:
-    """Tell generation and version of an `easyeditor` directory from its files.
-
-    Raises:
-        ImportError: If it is of neither supported generation.
-    """
+    """Tell generation and version of an `easyeditor` directory from its files."""
     editors = package / "editors"
     utils, editor = (
         read_text(file) if file.is_file() else ""
@@ -169,11 +165,7 @@ def git(directory: Path, *arguments: str) -> str | None:
 
 
 def _import_easyeditor(host: Host) -> None:
-    """Import the package from its directory, leaving `sys.path` as it is.
-
-    Raises:
-        ImportError: If a package that it needs is missing.
-    """
+    """Import the package from its directory, leaving `sys.path` as it is."""
     sys.path.insert(0, str(host.path.parent))
     try:
         importlib.import_module("easyeditor")

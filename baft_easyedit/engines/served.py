@@ -91,11 +91,7 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
 
 
 def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTIntervention:
-    """Make the intervention of one layer from the kept tensors.
-
-    Raises:
-        ValueError: If tensors are missing, or have other names or shapes.
-    """
+    """Make the intervention of one layer from the kept tensors."""
     prefix = f"_interventions.{layer}."
     own = {
         name.removeprefix(prefix): value

@@ -51,11 +51,7 @@ def factory(config: Mapping[str, Any]) -> Callable[[Any, tuple[Any, ...], Any], 
 
 
 def _edited_rows(edit: ServedEdit, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
-    """Return which rows of a batch are edited, [N]; None if the batch is empty.
-
-    Raises:
-        RuntimeError: If the arguments hold no ForwardBatch, or the batch has a part of a prompt.
-    """
+    """Return which rows of a batch are edited, [N]; None if the batch is empty."""
     batch = next((value for value in args if hasattr(value, "forward_mode")), None)
     if batch is None:
         raise RuntimeError("the layer was called without its ForwardBatch: edits cannot be served")

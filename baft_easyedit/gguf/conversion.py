@@ -97,12 +97,7 @@ def _generation_config(tokenizer: TokenizerSource) -> dict[str, Any]:
 
 
 def _write_model(source: GGUFSource, directory: Path, dtype: torch.dtype) -> None:
-    """Write configuration and weights.
-
-    Raises:
-        ValueError: If the file lacks tensors of its model, or has others, or of other shapes.
-        OSError: If they cannot be written.
-    """
+    """Write configuration and weights."""
     model, loading = _load(source, dtype)
     wrong = _wrong_tensors(model, loading)
     if wrong:
@@ -135,11 +130,7 @@ def _wrong_tensors(model: Any, loading: Mapping[str, Any]) -> dict[str, list[Any
 
 
 def _load(source: GGUFSource, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
-    """Load a file's model; return it and transformers' report on its tensors.
-
-    Raises:
-        ValueError: If transformers cannot make a model of the file.
-    """
+    """Load a file's model; return it and transformers' report on its tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place, name = str(source.file.parent), source.file.name
@@ -172,11 +163,7 @@ def _portable(config: Mapping[str, Any], model_class: str, dtype: torch.dtype) -
 
 
 def _write_weights(model: Any, file: Path) -> None:
-    """Write a model's weights; tied ones are written once.
-
-    Raises:
-        OSError: If the library cannot write them.
-    """
+    """Write a model's weights; tied ones are written once."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

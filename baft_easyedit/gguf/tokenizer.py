@@ -145,11 +145,7 @@ def _add_ends(backend: Any, source: TokenizerSource, begins: bool) -> None:
 
 
 def _split(source: TokenizerSource) -> str:
-    """Return how texts are split, a value of `_SPLITS`.
-
-    Raises:
-        ValueError: If the file does not say, or names a kind that is not known here.
-    """
+    """Return how texts are split, a value of `_SPLITS`."""
     kind = source.get("pre")
     if source.get("model") == "gpt2" and kind not in _SPLITS:
         raise ValueError(
@@ -161,11 +157,7 @@ def _split(source: TokenizerSource) -> str:
 
 
 def _byte_level(source: TokenizerSource) -> Any:
-    """Build a tokenizer of the kind `gpt2`: bytes, merged in pairs in the order of a list.
-
-    Raises:
-        ValueError: If there is no such list, or it does not fit.
-    """
+    """Build a tokenizer of the kind `gpt2`: bytes, merged in pairs in the order of a list."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     split = _split(source)
@@ -214,11 +206,7 @@ def _sentencepiece(source: TokenizerSource) -> Any:
 
 
 def _of_merges(source: TokenizerSource, merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
-    """Build a tokenizer from a file's vocabulary and merges.
-
-    Raises:
-        ValueError: If the merges do not fit the vocabulary.
-    """
+    """Build a tokenizer from a file's vocabulary and merges."""
     from tokenizers import Tokenizer, models
 
     try:
@@ -231,11 +219,7 @@ def _of_merges(source: TokenizerSource, merges: Sequence[tuple[str, ...]], **opt
 
 
 def _merges_of_scores(source: TokenizerSource) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that make up a piece, in the order in which they are merged.
-
-    Raises:
-        ValueError: If some tokens have no score.
-    """
+    """Return all pairs of pieces that make up a piece, in the order in which they are merged."""
     scores, vocab = source.get("scores") or [], source.vocab
     if len(scores) != len(source.tokens):
         raise ValueError(

@@ -75,11 +75,7 @@ class SpeedOptions:
 
 
 def _rows_of(name: str) -> Sequence[Row]:
-    """Return the rows that the name of a method stands for.
-
-    Raises:
-        ValueError: If there is no such method or engine.
-    """
+    """Return the rows that the name of a method stands for."""
     method, _, engine = name.partition("-")
     if method not in OUR_METHODS:
         why_not(name, "current")  # raises if there is no such method

@@ -105,11 +105,7 @@ def own_preset_config(name: str, preset: str) -> dict[str, Any] | None:
 
 
 def _shipped_presets(name: str) -> dict[str, Path]:
-    """Return the files of hyper-parameters that EasyEdit ships for a peer, by model name.
-
-    Raises:
-        ValueError: If this EasyEdit ships no hyper-parameters at all, as the release does not.
-    """
+    """Return the files of hyper-parameters that EasyEdit ships for a peer, by model name."""
     root = load_host().path.parent / "hparams"
     if not root.is_dir():
         raise ValueError(

@@ -154,11 +154,7 @@ def _put_right(name: str, apply: Callable[..., tuple[Any, Any]]) -> Callable[...
 
 
 def _check_free_block(model: Any, num_blocks: int) -> None:
-    """Refuse an edit for which MELO has no LoRA block left; it would train none, and say nothing.
-
-    Raises:
-        ValueError: If there have been as many edits as blocks.
-    """
+    """Refuse an edit for which MELO has no LoRA block left: it would silently train none."""
     edited_before = hasattr(model, "grace_layer")
     if edited_before and model.model.get_submodule(model.grace_layer).block_id >= num_blocks:
         raise ValueError(
