@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.facts import edit_requests, facts, questions, relations
 from baft_easyedit.facts import known as known_module
 from baft_easyedit.facts.known import known_phrasings, prompts_to_complete
@@ -57,14 +56,6 @@ def test_targets_are_known_values_of_the_relation():
         values.setdefault(known[case].relation, set()).add(known[case].answer)
     for record in edit_requests("known"):
         assert record["target_new"] in values[known[record["case_id"]].relation]
-
-
-def test_benchmarks_take_the_split():
-    data = load_dataset("facts", split="known", limit=7)
-    assert [request["prompt"] for request in data.requests] == [
-        record["prompt"] for record in edit_requests("known", 7)
-    ]
-    assert "known.json" in {file.name for file in data.files}
 
 
 def test_numbers_are_refused_for_other_tables(monkeypatch):

@@ -9,9 +9,11 @@ from baft_easyedit.facts.tables import SUBJECT_SLOT
 
 
 def test_facts_are_many_and_unique():
-    known = facts()
-    assert len(known) >= 1500
-    assert len({fact.key for fact in known}) == len(known)
+    known, counts = facts(), Counter(fact.relation for fact in facts())
+    assert len({fact.key for fact in known}) == len(known) >= 1500
+    assert counts["element_symbol"] == 118
+    assert counts["currency_code"] >= 130
+    assert counts["country_capital"] >= 180
 
 
 def test_facts_have_short_clean_text():
@@ -39,19 +41,6 @@ def test_facts_state_what_is_known(relation, subject, answer):
     assert {fact.answer for fact in facts() if fact.key == (relation, subject)} == {answer}
 
 
-def test_repeated_answers_are_a_minority():
-    counts = Counter((fact.relation, fact.answer) for fact in facts())
-    rare = sum(count for count in counts.values() if count <= 5)
-    assert rare > sum(counts.values()) / 2
-
-
-def test_elements_and_states_are_complete():
-    counts = Counter(fact.relation for fact in facts())
-    assert counts["element_symbol"] == 118
-    assert counts["currency_code"] >= 130
-    assert counts["country_capital"] >= 180
-
-
 def test_relations_have_five_phrasings_and_one_held_out():
     for relation in relations():
         assert len(relation.trained) >= 4, relation.name
@@ -64,12 +53,6 @@ def test_relations_have_five_phrasings_and_one_held_out():
             any(phrasing.startswith(SUBJECT_SLOT) for phrasing in phrasings)
             or len({phrasing.index(SUBJECT_SLOT) for phrasing in phrasings}) > 2
         )
-
-
-def test_relations_all_have_facts_with_two_answers():
-    known = facts()
-    for relation in relations():
-        assert len({fact.answer for fact in known if fact.relation == relation.name}) >= 2
 
 
 def test_two_hop_rules_chain_known_relations():

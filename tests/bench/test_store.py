@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 from baft_easyedit.bench.protocol import Chunk, Protocol, chunks_of
@@ -25,20 +23,6 @@ def test_cases_of_finished_chunks_are_read_in_order(tmp_path):
         run.write_chunk(other, error)
         assert run.is_complete(other) == (error is None)
     assert [case["index"] for case in run.cases_of("+ss-w", CHUNK.protocol)] == [3, 22]
-
-
-def test_a_record_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "a" / "record.json"
-    write_json(file, {"x": 1})
-
-    def full(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_json(file, {"x": 2})
-    assert read_json(file) == {"x": 1}
-    assert os.listdir(file.parent) == ["record.json"]
 
 
 def test_unreadable_records_are_named(tmp_path):
