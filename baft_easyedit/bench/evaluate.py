@@ -165,10 +165,9 @@ def pre_edit_scores(
         "padding": editor.tok.padding_side,
         "by_generation": editor.alg_name == "GRACE",
         "answers": with_answers,
-        "field_scores": True,  # which files of before do not have
+        "wild": with_wild,
         "batch_size": session.batch_size,
         "cases": requests,
-        **({"wild": True} if with_wild else {}),
     }
     file = directory.pre_edit(digest(content)[:16])
     if file.is_file():

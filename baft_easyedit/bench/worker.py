@@ -165,35 +165,39 @@ class _MethodRun:
         }
         cases = score_cases(session, requests, pre, *asked)
         for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
-            content = {
-                "schema": SCHEMA,
-                "index": i,
-                "case_id": self.requests[i]["case_id"],
-                "method": chunk.method,
-                "protocol": chunk.protocol.name,
-                "T": chunk.protocol.T,
-                "batch_size": size,
-                "chunk": chunk.number,
-                "position": position,
-                "chunk_length": len(chunk.indices),
-                "teacher_forced": case["teacher_forced"],
-                "answers": case["answers"],
-                **self._asked_too(requests[position], case),
-                "scores": plain({**case["scores"], **immediate.get(i, {})}),
-                **self._basis(self.requests[i]),
-                "edit_time_s": times[position // size],
-            }
+            case["scores"] = plain({**case["scores"], **immediate.get(i, {})})
+            time = {"edit_time_s": times[position // size]}
+            content = self._case(chunk, position, requests[position], case) | time
             write_json(self.directory.case(chunk, i), content)
         if before is not None:
             after = self._downstream_accuracy()
             measured["downstream"] = {"pre_acc": before, "post_acc": after}
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
 
-    def _asked_too(self, request: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what only some runs ask: WILD's answers, fluent texts, probes of our own."""
-        wild = {"wild": case["wild"]} if self.config.wild else {}
-        texts = {"texts": case["texts"]} if request.get("counterfact") else {}
-        return {**wild, **texts, **({"probes": request["probes"]} if self.config.probes else {})}
+    def _case(
+        self, chunk: Chunk, position: int, request: Mapping[str, Any], case: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the content of a case's file; some parts are in those of some runs only."""
+        config, index = self.config, chunk.indices[position]
+        return {
+            "schema": SCHEMA,
+            "index": index,
+            "case_id": request["case_id"],
+            "method": chunk.method,
+            "protocol": chunk.protocol.name,
+            "T": chunk.protocol.T,
+            "batch_size": chunk.protocol.batch_size,
+            "chunk": chunk.number,
+            "position": position,
+            "chunk_length": len(chunk.indices),
+            "teacher_forced": case["teacher_forced"],
+            "answers": case["answers"],
+            **({"wild": case["wild"]} if config.wild else {}),
+            **({"texts": case["texts"]} if request.get("counterfact") else {}),
+            **({"probes": request["probes"]} if config.probes else {}),
+            "scores": case["scores"],
+            **self._basis(self.requests[index]),
+        }
 
     def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
         """Edit records in one call, with some earlier ones; return the seconds per record."""
