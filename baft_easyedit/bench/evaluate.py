@@ -97,15 +97,14 @@ def generation_scores(
     sections, kinds = section_means(questions, [float(new == right) for new, right in pairs])
     _, within = section_means(questions, [float(contains(new, right)) for new, right in pairs])
     named = {
-        f"{'probes' if section == 'probes' else 'exact'}.{_title(section, key)}": value
+        f"probes.{key}" if section == "probes" else f"exact.{kind_title(section, key)}": value
         for (section, key), value in kinds.items()
         if key
     }
     contained = {
-        f"contained.{key}": within[section, key]
-        for question in questions
-        for section, key in [question[:2]]
-        if section == "probes" and question.answer is not None
+        f"contained.{q.key}": within[q.section, q.key]
+        for q in questions
+        if q.section == "probes" and q.answer is not None
     }
     return {
         **{f"gen_{section}_acc": sections.get(section) for section in _GENERATED},
@@ -224,11 +223,6 @@ def score_cases(
             case["wild"] = {"pre": before["wild"], "post": new}
             case["scores"].update(wild_scores(wild_questions(request), before["wild"], new))
     return scored
-
-
-def _title(section: str, key: str) -> str:
-    """Return the title of the score of a kind of probe."""
-    return key if section == "probes" else kind_title(section, key)
 
 
 def immediate_scores(session: Session, request: Request) -> dict[str, float | None]:

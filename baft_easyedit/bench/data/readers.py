@@ -4,7 +4,7 @@ Every reader takes the path of a file or directory, and options by keyword. All 
 a record breaks a rule, TypeError if a file holds no list, FileNotFoundError if one is missing.
 """
 
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -179,11 +179,6 @@ class Rewrite(Layout):
         )
 
 
-def _neighbours(prompts: tuple[str, ...], answer: str) -> Probes:
-    """Return probes that share an answer which the edit must leave."""
-    return {"neighborhood": tuple(Probe(prompt=p, ground_truth=(answer,)) for p in prompts)}
-
-
 class _RomeCounterFact(Layout):
     """CounterFact as ROME publishes it."""
 
@@ -195,6 +190,7 @@ class _RomeCounterFact(Layout):
 
     def case(self) -> Case:
         fact = self.requested_rewrite
+        near = (one(prompt, fact.target_true) for prompt in self.neighborhood_prompts)
         return fact.case(
             case_id=self.case_id,
             rephrase_prompt=next(iter(self.paraphrase_prompts), None),
@@ -206,7 +202,7 @@ class _RomeCounterFact(Layout):
                 if fact.relation_id and fact.target_id
                 else (),
             },
-            locality=_neighbours(self.neighborhood_prompts, fact.target_true),
+            locality={"neighborhood": tuple(chain.from_iterable(near))},
         )
 
 
