@@ -10,6 +10,7 @@ With T 1 and batch_size 1 these are single edits; with batch_size 1 and a larger
 editing; with a larger batch_size, batched editing.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -238,7 +239,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     content = read_yaml(file, "benchmark settings")
     named = content.get("model")
     for owner, key in _paths(content):
-        beside = file.parent / owner[key]
+        beside = file.parent / os.path.expanduser(owner[key])
         is_there = beside.exists()
         if key == "hparams":
             is_there = beside.is_file() or Path(f"{beside}.yaml").is_file()

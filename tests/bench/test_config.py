@@ -142,6 +142,15 @@ def test_paths_in_a_file_are_looked_up_beside_it_then_in_the_working_directory(
     assert typed.data.path == "records.json"
 
 
+def test_home_is_expanded_in_a_files_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "it").mkdir()
+    rest = "similarity_model: ~/it, downstream: {include_path: ~/it}}"
+    (tmp_path / "bench.yaml").write_text("{data: {kind: facts}, methods: [BaFT], " + rest)
+    config = read_config(tmp_path / "bench.yaml")
+    assert config.similarity_model == config.downstream.include_path == str(tmp_path / "it")
+
+
 def test_how_to_ask_is_for_all_rows():
     how = {"bf16": True, "use_chat_template": True, "learn_end": True}
     rows = ["BaFT", {"name": "plain", "method": "BaFT", "set": {"learn_end": False}}]
