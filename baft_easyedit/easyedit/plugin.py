@@ -88,16 +88,9 @@ def apply_baft_to_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Write requests into a model with BaFT, or with ReFT if the hyper-parameters are ReFT's.
 
-    Args:
-        model: The model to edit, in place. One that carries an edit is edited further.
-        tok: Its tokenizer.
-        requests: EasyEdit's request dicts, learned together.
-        hparams: Hyper-parameters of the method.
-        copy: Edit a copy of the model instead.
-        return_orig_weights: Whether the caller may want to undo the edit.
-        keep_original_weight: Not used: the caller undoes what it does not want to keep.
-        train_ds: Not used: EasyEdit passes it to in-context methods.
-        kwargs: Not used: options of other methods.
+    EasyEdit's requests are learned together, in the model itself unless a copy is asked for; one
+    that carries an edit is edited further. The caller undoes what it does not want to keep; what
+    else EasyEdit passes is for other methods.
 
     Returns:
         The edited model, and an `Undo`; an empty dict without `return_orig_weights`.
