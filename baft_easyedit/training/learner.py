@@ -152,16 +152,8 @@ class Learner:
 
     def holds(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[bool]:
         """Tell of each request whether the model, edited or not, answers it now."""
-        with torch.inference_mode(), evaluating(self.model):
-            return [self._is_answered(self._rows([one], hparams)[0]) for one in requests]
-
-    def _is_answered(self, row: TextRow) -> bool:
-        """Tell whether greedy decoding gives a text's answer."""
-        ids = torch.tensor([row.ids], device=input_device(self.model))
-        with self.edit.prompt_lengths([row.prompt_length]):
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
-        answered = logits.argmax(-1)[row.prompt_length - 1 : -1]
-        return torch.equal(answered, ids[0, row.prompt_length :].to(answered.device))
+        rows = [self._rows([request], hparams) for request in requests]
+        return [answered_now(self.model, self.edit, each)[1] == (True,) for each in rows]
 
     def learn_apart(
         self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
@@ -246,7 +238,7 @@ class Learner:
             self.edit.restore(learned.state)
             self.edit.accept(accepted)
             settle(self.edit, own, hparams)
-            losses, is_learned = answered_now(self.model, self.edit, rows, hparams)
+            losses, is_learned = answered_now(self.model, self.edit, rows)
             passes.append((self.edit.snapshot(), losses, is_learned))
             pairs = zip(learned.report.learned, is_learned, strict=True)
             if all(after or not before for before, after in pairs):
@@ -270,8 +262,10 @@ class Learner:
         edit = self.edit
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
-            for layer, states in self._own_states(edit).items():
-                edit.whitening(layer).measure(states)
+            with edit.disabled(), evaluating(self.model):
+                known = own_states(self.model).whitenings(self.model, edit.layers)
+            for layer, whitening in known.items():
+                edit.whitening(layer).load_state_dict(whitening.state_dict())
 
     def _own_states(self, attached: ModelEdit) -> dict[int, Tensor]:
         """Return the hidden states of the model's own texts at the edited layers.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.method.gate_report import GateReport, LayerGates
+from baft_easyedit.method.objective import token_losses
 from baft_easyedit.model.edit import Snapshot
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import input_device
@@ -23,7 +24,7 @@ from baft_easyedit.training.cuda_graph import KnownSteps
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal
 from baft_easyedit.training.requests import TextRow
-from baft_easyedit.training.step import Objective, StepResult, TrainingStep
+from baft_easyedit.training.step import StepResult, TrainingStep, row_scores
 
 _CHECK_EVERY = 4
 """Steps between two looks at the losses on a GPU, where each look waits for the device."""
@@ -149,24 +150,24 @@ def train(
     return [learned._replace(report=told(learned.report)) for learned in results]
 
 
+@torch.no_grad()
 def answered_now(
-    model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow], hparams: BaFTHyperParams
+    model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]
 ) -> tuple[tuple[float, ...], tuple[bool, ...]]:
     """Return the answer loss of each request, in nats per token, and whether it is answered.
 
     Args:
-        model: The model that `edit` is attached to.
-        edit: A single edit.
-        rows: The texts that the edit was learned from; irrelevant prompts are skipped.
-        hparams: Hyper-parameters of the edit call.
+        model: The model, edited or not.
+        edit: The edit that it carries, if any.
+        rows: The texts that are asked together; irrelevant prompts are skipped.
     """
     from baft_easyedit.training.prefix_cache import FullForward  # it imports transformers
 
-    requests = [row for row in rows if row.is_edit]
+    forward = FullForward(model, edit).prepare([[row for row in rows if row.is_edit]])
     with evaluating(model):
-        step = Objective(edit, hparams).value(FullForward(model, edit).prepare([requests]))
-    misses = step.row_misses.tolist()
-    return tuple(step.row_losses.tolist()), tuple(missed == 0 for missed in misses)
+        logits = forward()
+    losses, misses = row_scores(logits, token_losses(logits, forward.layout.labels), forward.layout)
+    return tuple(losses.tolist()), tuple(missed == 0 for missed in misses.tolist())
 
 
 def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:

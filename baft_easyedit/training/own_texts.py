@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import (
     cache_name,
     decoder_layers,
@@ -39,6 +40,7 @@ class OwnStates:
         self._version: Hashable = None
         self._texts = torch.zeros(0, LENGTH, dtype=torch.long)
         self._states: dict[int, Tensor] = {}
+        self._whitenings: dict[int, Whitening] = {}
 
     def __reduce__(self) -> Any:
         return OwnStates, ()
@@ -54,10 +56,20 @@ class OwnStates:
         """
         version = model_version(model)
         if version != self._version or not self._are_as_they_were(model):
-            self._version, self._texts, self._states = version, own_texts(model), {}
+            self._version, self._texts = version, own_texts(model)
+            self._states, self._whitenings = {}, {}
         if not self._states.keys() >= set(layers):
             self._states |= _states(model, layers, self._texts)
         return {layer: self._states[layer] for layer in layers}
+
+    def whitenings(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Whitening]:
+        """Return the whitening of some layers by these states, which is measured once."""
+        for layer, states in self.of(model, layers).items():
+            if layer not in self._whitenings:
+                new = Whitening(states.shape[1]).to(states.device)
+                new.measure(states)
+                self._whitenings[layer] = new
+        return {layer: self._whitenings[layer] for layer in layers}
 
     def _are_as_they_were(self, model: nn.Module) -> bool:
         """Tell whether the beginning of a text still gives the known states, up to rounding.

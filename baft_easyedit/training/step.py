@@ -73,6 +73,19 @@ _MOST_CAPTURED = 2048
 """Most tokens of a step that is captured: longer steps keep a GPU busy by themselves."""
 
 
+def row_scores(logits: Tensor, losses: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return `row_losses` and `row_misses` (see `StepResult`), [R] each.
+
+    Args:
+        logits: The logits of the answer tokens, [A, V].
+        losses: Their losses, [A].
+        layout: Says which row each answer token belongs to.
+    """
+    misses = (logits.argmax(-1) != layout.labels).to(losses.dtype)  # [A]
+    rows, number = layout.label_rows, len(layout.rows)
+    return answer_loss(losses, rows, number), answer_loss(misses, rows, number)
+
+
 class Objective:
     """The objective L = L1 + R_bal + R_loc of an edit (Eq. 4).
 
@@ -150,12 +163,8 @@ class Objective:
             locality.append(torch.stack(closed).view(len(closed), edit.num_edits))
         if locality:
             terms["locality"] = torch.stack(locality).sum(0).mean(0)  # of [L, E] each
-        misses = (logits.detach().argmax(-1) != layout.labels).to(losses.dtype)  # [A]
-        row_losses, row_misses = (
-            answer_loss(values, layout.label_rows, len(layout.rows))
-            for values in (losses.detach(), misses)
-        )
-        return StepResult(terms, loss, weights, hidden, new, irrelevant, row_losses, row_misses)
+        scores = row_scores(logits.detach(), losses.detach(), layout)
+        return StepResult(terms, loss, weights, hidden, new, irrelevant, *scores)
 
     def _total(self, step: StepResult) -> Tensor:
         """Return L of Eq. 4, summed over the edits, which share no parameter, []."""
