@@ -30,11 +30,12 @@ its past, A answer tokens, R rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.requests import TextRow
@@ -43,6 +44,14 @@ _LINEAR_COST = 6
 """Cost of a token in a layer's weights (12 D^2 multiplications) over the cost of one column that
 the token attends to (2 D), divided by D. The ratio weighs wider bins against more bins. A rough
 value is enough, as all layouts give the same results."""
+
+_PADDING = {
+    **{"input_ids": 0, "position_ids": 0, "row_of": -1},
+    **{"edited": False, "irrelevant": False, "is_new": False},
+}
+"""The fields of a layout that are [B, W], and what stands in their padding."""
+_PAST_PADDING = {"past_position_ids": 0, "past_row_of": -1}
+"""Likewise of those that are [B, S]."""
 
 
 class Piece(NamedTuple):
@@ -70,15 +79,15 @@ class Layout:
     bins: tuple[tuple[int, ...], ...]
     """Indices of the rows in each bin, in the order of their columns."""
     input_ids: Tensor
-    """[B, W], int64; 0 in padding."""
+    """[B, W], int64."""
     position_ids: Tensor
     """[B, W], int64, the position of each token in its own text."""
     row_of: Tensor
-    """[B, W], int64, the index of each token's row; -1 in padding."""
+    """[B, W], int64, the index of each token's row."""
     past_position_ids: Tensor
     """[B, S], int64."""
     past_row_of: Tensor
-    """[B, S], int64; -1 in padding."""
+    """[B, S], int64."""
     edited: Tensor
     """[B, W], True where the intervention applies to an edit."""
     is_new: Tensor
@@ -135,22 +144,21 @@ def lay_out(
         device: Device of the tensors.
     """
     pieces = [piece for edit in edits for piece in edit]
-    bins = []
-    first = 0
+    bins: list[tuple[int, ...]] = []
     for loads in _bins(edits, hidden_size):
-        bins += [tuple(first + i for i in load) for load in loads]
-        first += sum(len(load) for load in loads)
-    tokens = _Columns(pieces, bins, num_prompt_positions)
-    width = max(map(len, tokens.ids))
-    past_width = max(map(len, tokens.past_rows))
+        before = sum(map(len, bins))
+        bins += [tuple(before + i for i in load) for load in loads]
+    columns = [[_columns(i, pieces[i], num_prompt_positions) for i in load] for load in bins]
 
-    def tensor(values: list[list[int]], columns: int, padding: int = 0) -> Tensor:
-        padded = [row + [padding] * (columns - len(row)) for row in values]
-        return torch.tensor(padded, dtype=torch.long).view(len(bins), columns).to(device)
+    def tensor(name: str, padding: int) -> Tensor:
+        rows = [[value for row in parts for value in row[name]] for parts in columns]
+        dtype = torch.bool if padding is False else torch.long
+        values = [torch.tensor(row, dtype=dtype) for row in rows]
+        return pad_sequence(values, batch_first=True, padding_value=padding).to(device)
 
-    answers = [(b * width + t, label, i) for i, t, b, label in sorted(tokens.answers)]
-    columns = torch.tensor(answers, dtype=torch.long).view(-1, 3).to(device)
-    predicting, labels, label_rows = columns.unbind(1)
+    tensors = {name: tensor(name, padding) for name, padding in (_PADDING | _PAST_PADDING).items()}
+    width = tensors["input_ids"].shape[1]
+    predicting, labels, label_rows = _answers(pieces, bins, width).to(device)
     owners = [
         e if piece.is_new else len(edits) + e for e, edit in enumerate(edits) for piece in edit
     ]
@@ -158,14 +166,7 @@ def lay_out(
         num_edits=len(edits),
         rows=tuple(piece.row for piece in pieces),
         bins=tuple(bins),
-        input_ids=tensor(tokens.ids, width),
-        position_ids=tensor(tokens.positions, width),
-        row_of=tensor(tokens.rows, width, -1),
-        past_position_ids=tensor(tokens.past_positions, past_width),
-        past_row_of=tensor(tokens.past_rows, past_width, -1),
-        edited=tensor(tokens.edited, width).bool(),
-        irrelevant=tensor(tokens.irrelevant, width).bool(),
-        is_new=tensor(tokens.is_new, width).bool(),
+        **tensors,
         predicting=predicting,
         labels=labels,
         label_rows=label_rows,
@@ -173,6 +174,42 @@ def lay_out(
         num_new=sum(piece.row.is_edit for piece in edits[0] if piece.is_new),
         num_rehearsed=sum(piece.row.is_edit for piece in edits[0] if not piece.is_new),
     )
+
+
+def _columns(i: int, piece: Piece, num_prompt_positions: int) -> dict[str, Sequence[int]]:
+    """Return the contents of row i's columns by the names of `Layout`'s fields."""
+    row, start, is_new = piece
+    places = range(start, len(row.ids))
+    nowhere = [False] * len(places)
+    first = first_edited(row.prompt_length, num_prompt_positions)
+    here = [place >= first for place in places]
+    return {
+        "input_ids": row.ids[start:],
+        "position_ids": places,
+        "row_of": [i] * len(places),
+        "edited": here if row.is_edit else nowhere,
+        "irrelevant": nowhere if row.is_edit else here,
+        "is_new": [is_new] * len(places),
+        "past_position_ids": range(start),
+        "past_row_of": [i] * start,
+    }
+
+
+def _answers(pieces: Sequence[Piece], bins: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Return `predicting`, `labels` and `label_rows` of a layout of W columns, [3, A]."""
+    first = {}  # flat index in [B, W] of each row's token 0, which may lie in the past
+    for b, load in enumerate(bins):
+        column = b * width
+        for i in load:
+            first[i] = column - pieces[i].start
+            column += pieces[i].length
+    answers = [
+        (first[i] + t - 1, row.ids[t], i)
+        for i, (row, *_) in enumerate(pieces)
+        if row.is_edit
+        for t in range(row.prompt_length, len(row.ids))
+    ]
+    return torch.tensor(answers, dtype=torch.long).view(-1, 3).mT
 
 
 class Multiples(NamedTuple):
@@ -200,16 +237,14 @@ def rounded(layout: Layout, to: Multiples) -> Layout:
     def again(values: Tensor) -> Tensor:  # repeats a column whose loss is surely finite
         return torch.cat([values, values[:1].expand(answers)])
 
+    padded: dict[str, Any] = {
+        name: F.pad(getattr(layout, name), (0, width), value=padding)
+        for width, fields in ((columns, _PADDING), (past, _PAST_PADDING))
+        for name, padding in fields.items()
+    }
     return replace(
         layout,
-        input_ids=F.pad(layout.input_ids, (0, columns)),
-        position_ids=F.pad(layout.position_ids, (0, columns)),
-        row_of=F.pad(layout.row_of, (0, columns), value=-1),
-        past_position_ids=F.pad(layout.past_position_ids, (0, past)),
-        past_row_of=F.pad(layout.past_row_of, (0, past), value=-1),
-        edited=F.pad(layout.edited, (0, columns)),
-        is_new=F.pad(layout.is_new, (0, columns)),
-        irrelevant=F.pad(layout.irrelevant, (0, columns)),
+        **padded,
         predicting=again(layout.predicting + bins * columns),
         labels=again(layout.labels),
         label_rows=F.pad(layout.label_rows, (0, answers), value=len(layout.rows)),
@@ -223,46 +258,6 @@ def _round_up(size: int, least: int, parts: int) -> int:
         return 0
     step = max(least, 2 ** (size.bit_length() - 1) // parts)
     return -(-size // step) * step
-
-
-class _Columns:
-    """The contents of each column of each bin, as lists."""
-
-    def __init__(
-        self, pieces: Sequence[Piece], bins: Sequence[Sequence[int]], num_prompt_positions: int
-    ) -> None:
-        self.ids: list[list[int]] = [[] for _ in bins]
-        self.positions: list[list[int]] = [[] for _ in bins]
-        self.rows: list[list[int]] = [[] for _ in bins]
-        self.edited: list[list[int]] = [[] for _ in bins]
-        self.irrelevant: list[list[int]] = [[] for _ in bins]
-        self.is_new: list[list[int]] = [[] for _ in bins]
-        self.past_positions: list[list[int]] = [[] for _ in bins]
-        self.past_rows: list[list[int]] = [[] for _ in bins]
-        self.answers: list[tuple[int, int, int, int]] = []  # row, column, bin, label
-        for b, load in enumerate(bins):
-            for i in load:
-                self._add(b, i, pieces[i], num_prompt_positions)
-
-    def _add(self, b: int, i: int, piece: Piece, num_prompt_positions: int) -> None:
-        """Append row i to bin b."""
-        row, start, is_new = piece
-        length, first_column = piece.length, len(self.ids[b]) - start
-        if row.is_edit:
-            self.answers += [
-                (i, first_column + t - 1, b, row.ids[t])
-                for t in range(row.prompt_length, len(row.ids))
-            ]
-        before = max(0, first_edited(row.prompt_length, num_prompt_positions) - start)
-        here = [0] * before + [1] * (length - before)
-        self.edited[b] += here if row.is_edit else [0] * length
-        self.irrelevant[b] += [0] * length if row.is_edit else here
-        self.ids[b] += row.ids[start:]
-        self.positions[b] += range(start, len(row.ids))
-        self.rows[b] += [i] * length
-        self.is_new[b] += [int(is_new)] * length
-        self.past_positions[b] += range(start)
-        self.past_rows[b] += [i] * start
 
 
 def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[list[list[int]]]:
