@@ -202,34 +202,14 @@ def step(mib=0):
     return KnownStep(SimpleNamespace(num_bytes=mib * MIB), Capture())
 
 
-def test_another_model_or_edit_makes_forget():
+def test_as_many_steps_are_known_as_there_is_memory_for():
     known = KnownSteps()
-    known.make_valid_for("model 1")
-    known.put(3, step())
-    known.make_valid_for("model 1")
-    assert len(known) == 1
-    known.make_valid_for("model 2")
-    assert len(known) == 0
-
-
-def test_what_was_not_used_for_the_longest_time_makes_room():
-    known = KnownSteps()
-    for sizes in range(32):
+    for sizes in range(33):
         known.put(sizes, step())
-    known.get(0)
-    known.put(32, step())
-    assert known.get(0) is not None
-    assert known.get(1) is None
-    assert len(known) == 32
-
-
-def test_memory_is_bounded():
-    known = KnownSteps()
-    for sizes in range(3):
-        known.put(sizes, step(400))
-    assert [known.get(sizes) is None for sizes in range(3)] == [True, False, False]
-    known.put(4, step(2000))
-    assert len(known) == 0
+    assert [known.get(sizes) is None for sizes in (0, 1, 32)] == [True, False, False]
+    known.put(33, step(1000))
+    known.put(34, step(400))
+    assert [sizes in known for sizes in (32, 33, 34)] == [False, False, True]
 
 
 @pytest.mark.gpu

@@ -405,11 +405,6 @@ def test_a_cache_in_half_precision(dtype, rows):
     assert engine.name == "cached"
 
 
-def test_engines_are_named(model):
-    with pytest.raises(ValueError, match="engine must be one of auto, cached, full; got 'graph'"):
-        Engine(model, random_edit(), "graph")
-
-
 # PEFT, and what else makes recordings stale
 
 FACTS = [

@@ -29,6 +29,8 @@ def test_what_was_not_used_for_the_longest_time_goes_first():
     assert recordings.get(text(0)).hidden.max() == 0
     assert recordings.get(text(2)) is not None
     assert recordings.num_bytes == 2 * SIZE
+    recordings.put(text(3), Recording(torch.zeros(100, 8), {}))
+    assert len(recordings) == 0  # not even that one is kept
 
 
 def test_another_version_of_the_model_starts_anew(model):

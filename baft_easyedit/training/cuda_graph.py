@@ -12,7 +12,6 @@ why. Needs torch only.
 import gc
 import logging
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,6 +21,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from baft_easyedit.training.recent import Recent
 
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
@@ -257,54 +258,29 @@ class KnownStep(NamedTuple):
     """The `forward.Contents` whose memory the graph reads."""
     state: Capture
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the contents."""
+        return int(self.contents.num_bytes)
 
-class KnownSteps:
-    """The captured steps that were used last, by the sizes of their tensors.
 
-    A graph refers to addresses in memory, so a copy or pickle of this object is empty.
-    """
+class KnownSteps(Recent[Hashable, KnownStep]):
+    """The captured steps that were used last, by the sizes of their tensors."""
 
     def __init__(self) -> None:
-        self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
-        self._made_with: Hashable = None
+        super().__init__(_MOST_BYTES, _MOST_STEPS)
         self._pool: GraphPool | None = None
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __reduce__(self) -> Any:
-        return KnownSteps, ()
+    def clear(self) -> None:
+        """Forget all steps, and their memory, in which a capture may have failed."""
+        super().clear()
+        self._pool = None
 
     def pool_on(self, device: torch.device) -> GraphPool:
         """Return the pool of all graphs on a device."""
         if self._pool is None or self._pool.device != device:
             self._pool = GraphPool(device)
         return self._pool
-
-    def make_valid_for(self, version: Hashable) -> None:
-        """Forget all steps if another version of model, edit and settings made them."""
-        if version != self._made_with:
-            self._steps.clear()
-            self._pool = None  # a capture may have failed in it
-            self._made_with = version
-
-    def get(self, sizes: Hashable) -> KnownStep | None:
-        """Return the step of these sizes; None if there is none, or no longer."""
-        if sizes in self._steps:
-            self._steps.move_to_end(sizes)
-        return self._steps.get(sizes)
-
-    def put(self, sizes: Hashable, step: KnownStep) -> None:
-        """Keep a step; the least recently used steps make room for it."""
-        self._steps[sizes] = step
-        self._steps.move_to_end(sizes)
-        while len(self._steps) > _MOST_STEPS or self._num_bytes > _MOST_BYTES:
-            self._steps.popitem(last=False)
-
-    @property
-    def _num_bytes(self) -> int:
-        """Memory of all contents."""
-        return sum(step.contents.num_bytes for step in self._steps.values())
 
 
 @contextmanager

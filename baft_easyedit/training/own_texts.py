@@ -4,8 +4,7 @@
 their displacements in settling. Shapes: N texts, T tokens, D hidden size.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,8 +18,7 @@ from baft_easyedit.model.inspect import (
     owner_of,
     text_config,
 )
-from baft_easyedit.model.locks import of_this_thread
-from baft_easyedit.training.recordings import is_close, model_version, tolerance_of
+from baft_easyedit.training.recordings import is_close, model_version, tolerance_of, watching
 
 NUM_TEXTS = 40
 LENGTH = 64
@@ -126,23 +124,15 @@ def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int,
     """Return the states at the outputs of layers, [N (T - 1), D], fp32."""
     stack = decoder_layers(model)
     decoder = owner_of(model, stack)  # without the logits of all tokens
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    with _watching(stack, seen):
+    with watching([stack[layer] for layer in layers]) as seen:
         for part in torch.split(texts, _AT_ONCE):
             decoder(input_ids=part.to(input_device(model)), use_cache=False)
-    return {layer: torch.cat(parts) for layer, parts in seen.items()}
+    return {
+        layer: torch.cat([_hidden(output)[:, 1:].flatten(0, 1).float() for output in outputs])
+        for layer, outputs in zip(layers, seen, strict=True)
+    }
 
 
-@contextmanager
-def _watching(stack: nn.ModuleList, seen: dict[int, list[Tensor]]) -> Iterator[None]:
-    """Collect the outputs of layers in this context, without each text's first token."""
-    with ExitStack() as hooks:
-        for layer, parts in seen.items():
-
-            def note(_module: nn.Module, _args: Any, output: Any, parts: Any = parts) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                parts.append(hidden[:, 1:].flatten(0, 1).float())
-
-            handle = stack[layer].register_forward_hook(of_this_thread(note), prepend=True)
-            hooks.callback(handle.remove)
-        yield
+def _hidden(output: Any) -> Tensor:
+    """Return the hidden states in a layer's output; older transformers return tuples."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

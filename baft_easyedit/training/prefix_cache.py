@@ -27,8 +27,7 @@ vocabulary, D hidden size, R rows.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
-from baft_easyedit.hparams import ENGINES
 from baft_easyedit.model.hooks import ModelEdit, Positions
 from baft_easyedit.model.inspect import (
     cache_name,
@@ -45,12 +43,17 @@ from baft_easyedit.model.inspect import (
     owner_of,
     text_config,
 )
-from baft_easyedit.model.locks import of_this_thread
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.caches import FrozenPrefix, Recorder
 from baft_easyedit.training.forward import CannotCacheError, Contents, Forward
 from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
-from baft_easyedit.training.recordings import Recording, Recordings, model_version, tolerance_of
+from baft_easyedit.training.recordings import (
+    Recording,
+    Recordings,
+    model_version,
+    tolerance_of,
+    watching,
+)
 from baft_easyedit.training.requests import TextRow
 
 logger = logging.getLogger(__name__)
@@ -69,13 +72,11 @@ class Engine:
     Args:
         model: A model that `edit` is attached to.
         edit: The edit.
-        name: One of `ENGINES`. With `auto`, a model that cannot use the cache gets the full
+        name: One of `hparams.ENGINES`. With `auto`, a model that cannot use the cache gets the full
             forward, and a warning is logged.
         recordings: Recordings of earlier calls; new ones are added.
         rounds: Whether layouts are padded to few sizes, so that later edits can replay the steps.
 
-    Raises:
-        ValueError: If `name` is not one of `ENGINES`.
     """
 
     def __init__(
@@ -86,8 +87,6 @@ class Engine:
         recordings: Recordings | None = None,
         rounds: bool = False,
     ) -> None:
-        if name not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
         self.note: str | None = None
         """Why the model cannot use the cache; None if it can, or the cache was not asked for."""
         self._model = model
@@ -279,7 +278,7 @@ class PrefixCache:
         """
         recorder = Recorder(self._first_layer + 1)
         full = self._full.record(row, recorder)
-        with _watching(self._stubs[-1]) as seen:
+        with watching(self._stubs[-1:]) as (seen,):
             logits = full()
         is_tuple = bool(seen) and isinstance(seen[0], tuple)
         hidden: Any = seen[0][0] if is_tuple else seen[0] if seen else None
@@ -399,20 +398,6 @@ def _masks(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
     if "sliding_attention" in types:
         return {"full_attention": additive(None), "sliding_attention": additive(window)}
     return additive(None if types else window)
-
-
-@contextmanager
-def _watching(layer: nn.Module) -> Iterator[list[Any]]:
-    """Collect a layer's outputs in this context, each before the edit acts on it."""
-    seen: list[Any] = []
-    hook = of_this_thread(lambda _module, _args, output: seen.append(output))
-    handle = None
-    try:
-        handle = layer.register_forward_hook(hook, prepend=True)
-        yield seen
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def _check_equal(cached: Tensor, recorded: Tensor) -> None:

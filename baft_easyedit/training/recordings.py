@@ -3,13 +3,15 @@
 Shapes: n computed columns, s columns before them, D hidden size, N heads, H head size.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.model.locks import of_this_thread
+from baft_easyedit.training.recent import Recent
 from baft_easyedit.training.requests import TextRow
 
 _TOLERANCE = {
@@ -67,60 +69,12 @@ class Recording(NamedTuple):
         return all(is_close(a, b, tolerance) for a, b in pairs)
 
 
-class Recordings:
-    """Recordings by text; beyond a memory limit, the least recently used ones are dropped.
+class Recordings(Recent[TextRow, Recording]):
+    """Recordings by text."""
 
-    Args:
-        limit_bytes: Memory limit of all recordings.
-    """
-
-    def __init__(self, limit_bytes: int = 2**28) -> None:
-        self.layer_extras: tuple[Any, ...] | None = None
-        """The values that layer l1 returned after its hidden states, without tensors; None if the
-        layer returned a bare tensor."""
-        self.limit_bytes = limit_bytes
-        self.num_bytes = 0
-        """Memory of all recordings."""
-        self._by_row: OrderedDict[TextRow, Recording] = OrderedDict()
-        self._made_with: Hashable = None
-
-    def __len__(self) -> int:
-        return len(self._by_row)
-
-    def __iter__(self) -> Iterator[TextRow]:
-        return iter(self._by_row)
-
-    def __contains__(self, row: TextRow) -> bool:
-        return row in self._by_row
-
-    def __reduce__(self) -> Any:
-        """Leave the recordings out of copies and files: another model makes its own."""
-        return Recordings, (self.limit_bytes,)
-
-    def make_valid_for(self, version: Hashable) -> None:
-        """Forget all recordings that another version of the model made."""
-        if version != self._made_with:
-            self.clear()
-            self._made_with = version
-
-    def clear(self) -> None:
-        """Forget all recordings."""
-        self._by_row.clear()
-        self.num_bytes = 0
-
-    def get(self, row: TextRow) -> Recording | None:
-        """Return the recording of a text; None if there is none, or no longer."""
-        if row not in self._by_row:
-            return None
-        self._by_row.move_to_end(row)
-        return self._by_row[row]
-
-    def put(self, row: TextRow, recording: Recording) -> None:
-        """Keep a recording; the least recently used ones make room for it."""
-        self._by_row[row] = recording
-        self.num_bytes += recording.num_bytes
-        while self.num_bytes > self.limit_bytes:
-            self.num_bytes -= self._by_row.popitem(last=False)[1].num_bytes
+    layer_extras: tuple[Any, ...] | None = None
+    """The values that layer l1 returned after its hidden states, without tensors; None if the layer
+    returned a bare tensor."""
 
 
 def model_version(model: nn.Module) -> Hashable:
@@ -133,3 +87,22 @@ def model_version(model: nn.Module) -> Hashable:
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())
     return torch.get_num_threads(), attention, weights
+
+
+@contextmanager
+def watching(layers: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
+    """Collect the outputs of layers in this context and thread, before an edit acts on them.
+
+    Yields:
+        A list for each layer, of what its forwards return.
+    """
+    seen: list[list[Any]] = [[] for _ in layers]
+    with ExitStack() as hooks:
+        for layer, outputs in zip(layers, seen, strict=True):
+
+            def note(_module: nn.Module, _args: Any, output: Any, to: list[Any] = outputs) -> None:
+                to.append(output)
+
+            handle = layer.register_forward_hook(of_this_thread(note), prepend=True)
+            hooks.callback(handle.remove)
+        yield seen
