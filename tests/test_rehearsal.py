@@ -194,13 +194,3 @@ def test_undo_takes_back_what_is_remembered(tokenizer, rehearsing):
     for state in reversed(states):
         editor.undo()
         assert editor.model_edit.memory.state() == state
-
-
-def test_rows_follow_the_settings_of_now(model, tokenizer, rehearsing):
-    editor = BaFTEditor(model, tokenizer, replace(rehearsing, num_steps=1))
-    for fact in FACTS[:2]:
-        editor.edit(fact)
-    editor.hparams = replace(editor.hparams, separator="--", learn_end=True)
-    editor.edit(FACTS[2])
-    _, (row, _) = editor.model_edit.memory.tokenised[FACTS[0]["prompt"]]
-    assert tokenizer.decode(row.ids) == "<s>The capital of France is--Rome</s>"

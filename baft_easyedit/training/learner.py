@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -307,20 +306,8 @@ class Learner:
 
     def _rehearsal(self, hparams: BaFTHyperParams, new: Sequence[EditRequest]) -> Rehearsal | None:
         """Return the rehearsal of an edit call; None if no past edit is to be rehearsed."""
-        known_rows = partial(self._known_rows, hparams=hparams)
-        rehearsal = Rehearsal(self.memory, hparams, known_rows, new)
+        rehearsal = Rehearsal(self.memory, hparams, lambda past: self._rows([past], hparams), new)
         return rehearsal if len(rehearsal) else None
-
-    def _known_rows(self, request: EditRequest, hparams: BaFTHyperParams) -> Sequence[TextRow]:
-        """Return a remembered request's rows; tokenise it again only if the settings changed."""
-        h = hparams
-        irrelevant = (h.locality, h.loc_positions, h.loc_stand_ins)
-        settings = (request, PromptFormat.of(h), irrelevant, h.learn_end)
-        known, rows = self.memory.tokenised.get(request.prompt, (None, ()))
-        if known != settings:
-            rows = self._rows([request], hparams)
-            self.memory.tokenised[request.prompt] = settings, rows
-        return rows
 
     def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
         """Tokenise requests that are learned together."""

@@ -27,7 +27,7 @@ vocabulary, D hidden size, R rows.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,25 +139,23 @@ class FullForward:
         self._model = model
         self._edit = edit
 
-    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Lay out the rows of each edit (as many for each), and the rehearsed rows beside them."""
-        return self._forward(edits, rehearsed, {"use_cache": False})
-
-    def _forward(
-        self, edits: Edits, rehearsed: Sequence[TextRow], arguments: Mapping[str, Any]
+    def prepare(
+        self, edits: Edits, rehearsed: Sequence[TextRow] = (), cache: DynamicCache | None = None
     ) -> Forward:
-        """Prepare a forward that is also given `arguments`."""
+        """Lay out the rows of each edit (as many for each), and the rehearsed rows beside them.
+
+        A `cache`, if one is given, is filled by the forward.
+        """
         pieces = _pieces(edits, rehearsed, lambda _row: 0)
         device = input_device(self._model)
         layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
         inputs = _inputs(self._model, layout)
         inputs["attention_mask"] = (layout.row_of >= 0).long()
-        contents = Contents(layout, Positions.of(layout.positions), inputs | dict(arguments))
+        inputs["use_cache"] = cache is not None
+        if cache is not None:
+            inputs[cache_name(self._model)] = cache
+        contents = Contents(layout, Positions.of(layout.positions), inputs)
         return Forward(self._model, self._edit, contents)
-
-    def record(self, row: TextRow, cache: DynamicCache) -> Forward:
-        """Prepare a forward of one row that fills a cache."""
-        return self._forward([[row]], (), {"use_cache": True, cache_name(self._model): cache})
 
 
 def _pieces(
@@ -225,8 +223,11 @@ class PrefixCache:
                 does not know, or its attention takes no mask for each pair of tokens.
         """
         _check_takes_masks(text_config(self._model))
+        if not self._are_recordings_checked:
+            self._check_recordings()
         rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
-        known = self._known(rows)
+        found = ((row, self._recordings.get(row)) for row in rows)
+        known = {row: recording for row, recording in found if recording is not None}
         missing = [row for row in rows if row not in known]
         if missing:
             with self._edit.disabled():
@@ -240,13 +241,6 @@ class PrefixCache:
                 self._recordings.put(row, recording)
             known |= new
         return self._cached(_pieces(edits, rehearsed, self._start), known)
-
-    def _known(self, rows: Iterable[TextRow]) -> dict[TextRow, Recording]:
-        """Return the recordings of the rows that have one; check once that they still hold."""
-        if not self._are_recordings_checked:
-            self._check_recordings()
-        found = {row: self._recordings.get(row) for row in rows}
-        return {row: recording for row, recording in found.items() if recording is not None}
 
     def _check_recordings(self) -> None:
         """Record a text of an earlier call again; forget all recordings if it differs.
@@ -277,7 +271,7 @@ class PrefixCache:
         learned again from a journal meets other texts, and must still come out bit for bit.
         """
         recorder = Recorder(self._first_layer + 1)
-        full = self._full.record(row, recorder)
+        full = self._full.prepare([[row]], cache=recorder)
         with watching(self._stubs[-1:]) as (seen,):
             logits = full()
         is_tuple = bool(seen) and isinstance(seen[0], tuple)

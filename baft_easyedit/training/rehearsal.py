@@ -6,6 +6,7 @@ past requests (texts, no weights), and each training step learns a random sample
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from baft_easyedit.files.messages import short
@@ -20,9 +21,6 @@ class RehearsalMemory:
     def __init__(self) -> None:
         self._past: dict[str, EditRequest] = {}
         self._num_seen = 0
-        self.tokenised: dict[str, tuple[Any, Sequence[TextRow]]] = {}
-        """A cache by prompt: the settings of the tokenisation, and the request's rows. It is no
-        part of the `state`."""
 
     def __len__(self) -> int:
         return len(self._past)
@@ -55,12 +53,6 @@ class RehearsalMemory:
             self._past.pop(request.prompt, None)
             if hparams.rehearsal and self._make_room(hparams.rehearsal_memory, generator):
                 self._past[request.prompt] = request
-        self._forget_rows()
-
-    def _forget_rows(self) -> None:
-        """Drop the rows of requests that are not remembered."""
-        for prompt in self.tokenised.keys() - self._past.keys():
-            del self.tokenised[prompt]
 
     def _make_room(self, limit: int | None, generator: random.Random) -> bool:
         """Forget a request if the memory is full; return whether the new one is kept.
@@ -99,7 +91,6 @@ class RehearsalMemory:
                 f"{short(num_seen)}"
             )
         self._past, self._num_seen = past, num_seen
-        self._forget_rows()
 
 
 class Rehearsal:
@@ -121,7 +112,7 @@ class Rehearsal:
     ) -> None:
         prompts = {request.prompt for request in new}
         self._hparams = hparams
-        self._rows_of = rows_of
+        self._rows_of = cache(rows_of)
         self._generator = memory.generator(hparams)
         self._past = [request for request in memory if request.prompt not in prompts]
 
