@@ -7,9 +7,8 @@ import torch
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.method.gates import GATES
-from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.training import learner
-from tests.conftest import make_model, random_edit
+from tests.conftest import make_model
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -141,5 +140,3 @@ def test_short_memory_halves_the_batch(model, tokenizer, hparams, monkeypatch):
 def test_bad_numbers_are_refused(model, tokenizer, hparams):
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         BaFTEditor(model, tokenizer, hparams).learn_apart(REQUESTS, batch_size=0)
-    with pytest.raises(ValueError, match="num_edits must be at least 1; got 0"):
-        IndependentEdits(random_edit(), 0)

@@ -122,17 +122,3 @@ def test_parameter_counts_are_those_of_table_3(hidden_size, gate, count):
 def test_rank_outside_the_hidden_size_is_refused(rank):
     with pytest.raises(ValueError, match=rf"rank must be in \[1, {D}\].*got {rank}"):
         BaFTIntervention(D, rank)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((5, D + 1), (5, R), (5, R)), "hidden has size 17, but the basis has 16"),
-        (((5, D), (5, R + 1), (5, R)), "step has 5 coordinates, but the basis has 4"),
-        (((5, D), (5, R), (5, 1)), "weights has 1 entries, but the basis has 4"),
-    ],
-)
-def test_basis_edit_refuses_shapes_that_disagree(shapes, message):
-    h, step, weights = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=message):
-        basis_edit(h, orthonormal_rows(torch.randn(R, D)), step, weights)

@@ -154,14 +154,3 @@ GATES: dict[str, Callable[[int, int], Gate]] = {
     "subspace": SubspaceGate,
     "one": OneGate,
 }
-
-
-def make_gate(name: str, hidden_size: int, rank: int) -> Gate:
-    """Build the gate called `name`.
-
-    Raises:
-        ValueError: If `name` is not one of `GATES`.
-    """
-    if name not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}; got {name!r}")
-    return GATES[name](hidden_size, rank)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baft_easyedit.method.gates import make_gate
+from baft_easyedit.method.gates import GATES
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
@@ -62,17 +62,7 @@ def basis_edit(hidden: Tensor, basis: Tensor, step: Tensor, weights: Tensor) -> 
 
     Returns:
         Edited hidden states h', [..., D].
-
-    Raises:
-        ValueError: If a last dimension disagrees with `basis`.
     """
-    rank, hidden_size = basis.shape
-    if hidden.shape[-1] != hidden_size:
-        raise ValueError(f"hidden has size {hidden.shape[-1]}, but the basis has {hidden_size}")
-    if step.shape[-1] != rank:
-        raise ValueError(f"step has {step.shape[-1]} coordinates, but the basis has {rank}")
-    if weights.shape[-1] != rank:
-        raise ValueError(f"weights has {weights.shape[-1]} entries, but the basis has {rank}")
     return hidden + (weights * step) @ basis  # [..., D]
 
 
@@ -95,7 +85,7 @@ class BaFTIntervention(nn.Module):
         generator: Random generator of the initial basis; None for torch's default one.
 
     Raises:
-        ValueError: If the rank is outside [1, D] or the gate is unknown.
+        ValueError: If the rank is outside [1, D].
     """
 
     def __init__(
@@ -112,7 +102,7 @@ class BaFTIntervention(nn.Module):
         self.basis = nn.Parameter(columns.mT.contiguous())
         self.difference = nn.Parameter(torch.zeros(rank, hidden_size))
         self.source_bias = nn.Parameter(torch.zeros(rank))
-        self.gate = make_gate(gate, hidden_size, rank)
+        self.gate = GATES[gate](hidden_size, rank)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the parameters; they stay trainable even if inference mode is on."""

@@ -21,14 +21,9 @@ class IndependentEdits(ModelEdit):
         start: The edit that is copied; it does not change. The copies can be attached to the model
             that carries it already; disable it while they are in use.
         num_edits: E, at least 1.
-
-    Raises:
-        ValueError: If E is below 1.
     """
 
     def __init__(self, start: ModelEdit, num_edits: int) -> None:
-        if num_edits < 1:
-            raise ValueError(f"num_edits must be at least 1; got {num_edits}")
         basis = start.intervention(start.layers[0]).basis  # [r, D]
         super().__init__(
             basis.shape[1],

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -26,8 +26,6 @@ from baft_easyedit.training.recent import Recent
 
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
-
-Given = TypeVar("Given", covariant=True)
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +41,6 @@ _MOST_STEPS = 32
 
 _MOST_BYTES = 2**30
 """Most memory of the kept steps' inputs in bytes; the graphs' own memory is in the pool."""
-
-
-class Graph(Protocol[Given]):
-    """A captured computation."""
-
-    @property
-    def result(self) -> Given | None:
-        """The latest result."""
-        ...
-
-    def run(self) -> Given:
-        """Compute again on the present inputs; the result overwrites the latest one."""
-        ...
 
 
 class GraphPool:
@@ -158,15 +143,15 @@ def _never_waiting() -> Iterator[None]:
             raise RuntimeError(f"it waits for the device ({warning.filename}:{warning.lineno})")
 
 
-class NotTheSameError(ValueError):
-    """A graph's result differs from the computation's."""
+class CannotRepeatError(ValueError):
+    """A computation cannot be captured, or its graph gives another result."""
 
 
 class Capture:
     """The state of a computation's capture; it holds no reference to the computation."""
 
     def __init__(self) -> None:
-        self.graph: Graph[Any] | None = None
+        self.graph: CudaGraph[Any] | None = None
         self.has_run = False
         self.has_failed = False
         """Whether the capture failed, or the graph gave other results."""
@@ -185,7 +170,7 @@ class Repeated(Generic[Result]):
     Args:
         compute: The computation.
         capture: Captures the computation, or raises RuntimeError; None to compute at each call.
-        check: Raises NotTheSameError if a result is wrong, at less cost than the computation. It
+        check: Raises CannotRepeatError if a result is wrong, at less cost than the computation. It
             checks a graph on new contents; a new graph is compared with the whole computation.
         state: The state of an earlier object for the same computation in the same memory, if any.
     """
@@ -193,7 +178,7 @@ class Repeated(Generic[Result]):
     def __init__(
         self,
         compute: Callable[[], Result],
-        capture: Callable[[], Graph[Result]] | None,
+        capture: Callable[[], CudaGraph[Result]] | None,
         check: Callable[[Result], None],
         state: Capture | None = None,
     ) -> None:
@@ -217,38 +202,31 @@ class Repeated(Generic[Result]):
             return self._compute()
         try:
             return self._checked(state.graph) if state.graph else self._captured(self._capture)
-        except _CannotRepeatError as error:
+        except CannotRepeatError as error:
             reason = str(error)
         # Outside of the except block, as the error would keep the failed computation's memory.
         logger.warning("steps are computed one by one: they cannot be repeated (%s)", reason)
         state.graph, state.has_failed = None, True
         return self._compute()
 
-    def _captured(self, capture: Callable[[], Graph[Result]]) -> Result:
+    def _captured(self, capture: Callable[[], CudaGraph[Result]]) -> Result:
         """Capture the graph, and return the result of the computation that preceded the capture."""
         try:
             graph = self._state.graph = capture()
         except RuntimeError as error:  # torch's error for what CUDA cannot capture
-            raise _CannotRepeatError(f"{type(error).__name__}: {error}") from error
+            raise CannotRepeatError(f"{type(error).__name__}: {error}") from error
         return self._compute() if graph.result is None else graph.result
 
-    def _checked(self, graph: Graph[Result]) -> Result:
+    def _checked(self, graph: CudaGraph[Result]) -> Result:
         """Check the graph on the present inputs, and return the result."""
-        try:
-            if self._state.has_new_contents:
-                result = graph.run()
-                self._check(result)
-            else:
-                result = self._compute()
-                _check_same(result, graph.run())
-        except NotTheSameError as error:
-            raise _CannotRepeatError(str(error)) from error
+        if self._state.has_new_contents:
+            result = graph.run()
+            self._check(result)
+        else:
+            result = self._compute()
+            _check_same(result, graph.run())
         self._state.is_checked = True
         return result
-
-
-class _CannotRepeatError(Exception):
-    """A computation cannot be repeated by a graph."""
 
 
 class KnownStep(NamedTuple):
@@ -296,7 +274,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _check_same(computed: Any, repeated: Any) -> None:
-    """Raise NotTheSameError unless two results are equal up to rounding."""
+    """Raise CannotRepeatError unless two results are equal up to rounding."""
     if isinstance(computed, tuple):
         check_equal(computed[0], repeated[0])
         check_equal(computed[1:], repeated[1:], _TOLERANCE_BEYOND)
@@ -305,20 +283,20 @@ def _check_same(computed: Any, repeated: Any) -> None:
 
 
 def check_equal(computed: Any, repeated: Any, tolerance: float = _TOLERANCE) -> None:
-    """Raise NotTheSameError unless all tensors in two results are equal, numbers up to rounding."""
+    """Raise CannotRepeatError unless all tensors of two results are equal, up to rounding."""
     values, others = tree_leaves(computed), tree_leaves(repeated)
     if len(values) != len(others):
-        raise NotTheSameError(f"it has {len(others)} values instead of {len(values)}")
+        raise CannotRepeatError(f"it has {len(others)} values instead of {len(values)}")
     for a, b in zip(values, others, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():
             _check_close(a, b, tolerance)
         elif isinstance(a, Tensor) and not torch.equal(a, b):
-            raise NotTheSameError(f"it has other {a.dtype} values")
+            raise CannotRepeatError(f"it has other {a.dtype} values")
 
 
 def _check_close(computed: Tensor, repeated: Tensor, tolerance: float) -> None:
-    """Raise NotTheSameError unless two results are equal up to rounding."""
+    """Raise CannotRepeatError unless two results are equal up to rounding."""
     largest = float(computed.abs().max()) if computed.numel() else 0.0
     difference = float((computed - repeated).abs().max()) if computed.numel() else 0.0
     if not difference <= tolerance * largest:
-        raise NotTheSameError(f"it is off by {difference:.2g}, of values up to {largest:.2g}")
+        raise CannotRepeatError(f"it is off by {difference:.2g}, of values up to {largest:.2g}")

@@ -28,7 +28,6 @@ from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.training.cuda_graph import (
     Capture,
     CudaGraph,
-    Graph,
     GraphPool,
     KnownStep,
     KnownSteps,
@@ -116,7 +115,7 @@ class Objective:
         return self._terms(forward)
 
     def check(self, forward: "Forward", computed: _Computed) -> None:
-        """Raise NotTheSameError unless a step's values (not its gradients) are right."""
+        """Raise CannotRepeatError unless a step's values (not its gradients) are right."""
         check_equal(self.value(forward), computed[0])
 
     def gradients(self, forward: "Forward") -> _Computed:
@@ -251,7 +250,7 @@ class TrainingStep:
 # No method: a reference to `TrainingStep` would be a cycle, and keep the model alive.
 def _graph(
     compute: Callable[[], _Computed], device: torch.device, known: KnownSteps | None
-) -> Graph[_Computed]:
+) -> CudaGraph[_Computed]:
     """Capture a step as a CUDA graph."""
     return CudaGraph(compute, GraphPool(device) if known is None else known.pool_on(device))
 
