@@ -38,6 +38,7 @@ class IndependentEdits(ModelEdit):
         self.restore(start.snapshot())
         self._num_edits = num_edits
         self._beside = (start,)
+        self.caches = start.caches
         self._values = {
             name: p.detach().repeat(num_edits, *[1] * p.dim()).requires_grad_()
             for name, p in self.named_parameters()

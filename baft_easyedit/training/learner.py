@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
@@ -25,9 +25,15 @@ from baft_easyedit.model.inspect import input_device, max_context, text_config
 from baft_easyedit.model.locks import lock_of
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
-from baft_easyedit.training.loop import EditReport, Learned, answered_now, evaluating, train
+from baft_easyedit.training.loop import (
+    EditReport,
+    Learned,
+    answered_now,
+    evaluating,
+    train,
+    unedited_states,
+)
 from baft_easyedit.training.own_texts import own_states
-from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.settling import settle
@@ -133,9 +139,8 @@ class Learner:
         self._attach()
         self._condition()
         rehearsal = self._rehearsal(hparams, requests)
-        num_past = self.edit.num_past_states
-        (learned,) = self._learned(self.edit, [rows], hparams, rehearsal)
-        learned = self._settled(learned, rows, num_past, hparams)
+        (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
+        learned = self._settled(learned, rows, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
         self.memory.remember(requests, hparams)
@@ -163,14 +168,12 @@ class Learner:
         """
         edits = [self._rows([request], hparams) for request in requests]
         before, was_attached = self.edit.snapshot(), self.is_attached
-        num_past = self.edit.num_past_states
         self._condition()
         try:
             in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
             self._attach()
             in_order = [
-                self._settled(one, rows, num_past, hparams)
-                for one, rows in zip(in_order, edits, strict=True)
+                self._settled(one, rows, hparams) for one, rows in zip(in_order, edits, strict=True)
             ]
         finally:
             self.edit.restore(before)
@@ -218,20 +221,19 @@ class Learner:
         self.memory.remember(requests, hparams)
 
     def _settled(
-        self, learned: Learned, rows: Sequence[TextRow], num_past: int, hparams: BaFTHyperParams
+        self, learned: Learned, rows: Sequence[TextRow], hparams: BaFTHyperParams
     ) -> Learned:
         """Settle a new edit among past ones, if past states are kept; see `settling`.
 
         Args:
             learned: The new edit.
             rows: Its rows; the report says how they are answered after settling.
-            num_past: How many hidden states of past edits were kept before this edit.
             hparams: Hyper-parameters of the edit call.
         """
-        if not num_past:
+        if not self.edit.num_past_states:
             return learned
         start = time.perf_counter()
-        own = self._own_states(self.edit)
+        own = unedited_states(self.model, self.edit)
         passes = []
         for accepted in ({}, learned.irrelevant):  # again, if the first unlearns a request
             self.edit.restore(learned.state)
@@ -266,15 +268,6 @@ class Learner:
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
 
-    def _own_states(self, attached: ModelEdit) -> dict[int, Tensor]:
-        """Return the hidden states of the model's own texts at the edited layers.
-
-        Args:
-            attached: The attached edit; it is off while the states are computed.
-        """
-        with attached.disabled(), evaluating(self.model):
-            return own_states(self.model).of(self.model, self.edit.layers)
-
     def _learn_side_by_side(
         self,
         edits: Sequence[Sequence[TextRow]],
@@ -287,27 +280,13 @@ class Learner:
         with self.edit.disabled():
             try:
                 copies.attach(self.model)
-                return self._learned(copies, edits, hparams, rehearsal)
+                return train(self.model, copies, edits, hparams, rehearsal)
             finally:
-                copies.detach()
+                copies.unhook()
 
-    def _learned(
-        self,
-        into: ModelEdit,
-        edits: Sequence[Sequence[TextRow]],
-        hparams: BaFTHyperParams,
-        rehearsal: Rehearsal | None,
-    ) -> list[Learned]:
-        """Train an edit on tokenised rows."""
-        caches = self.edit.caches
-        recordings = caches.setdefault(Recordings, Recordings()) if hparams.rehearsal else None
-        own = self._own_states(into) if hparams.locality and hparams.loc_own_texts else None
-        return train(self.model, into, edits, hparams, rehearsal, recordings, own)
-
-    def _rehearsal(self, hparams: BaFTHyperParams, new: Sequence[EditRequest]) -> Rehearsal | None:
-        """Return the rehearsal of an edit call; None if no past edit is to be rehearsed."""
-        rehearsal = Rehearsal(self.memory, hparams, lambda past: self._rows([past], hparams), new)
-        return rehearsal if len(rehearsal) else None
+    def _rehearsal(self, hparams: BaFTHyperParams, new: Sequence[EditRequest]) -> Rehearsal:
+        """Return the rehearsal of an edit call."""
+        return Rehearsal(self.memory, hparams, lambda past: self._rows([past], hparams), new)
 
     def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
         """Tokenise requests that are learned together."""

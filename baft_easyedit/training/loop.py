@@ -21,6 +21,7 @@ from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import input_device
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.cuda_graph import KnownSteps
+from baft_easyedit.training.own_texts import own_states
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal
 from baft_easyedit.training.requests import TextRow
@@ -94,9 +95,7 @@ def train(
     edit: ModelEdit,
     edits: Sequence[Sequence[TextRow]],
     hparams: BaFTHyperParams,
-    rehearsal: Rehearsal | None = None,
-    recordings: Recordings | None = None,
-    own: Mapping[int, Tensor] | None = None,
+    rehearsal: Rehearsal,
 ) -> list[Learned]:
     """Train an attached edit, or E independent ones, on tokenised texts.
 
@@ -105,9 +104,7 @@ def train(
         edit: The edit to train, from its present parameters, which are changed.
         edits: The rows of each of the E edits, equally many for each, the requests first.
         hparams: Hyper-parameters of the edit call.
-        rehearsal: Draws the past requests that each step learns again.
-        recordings: Texts that the prefix cache recorded in earlier calls; new ones are added.
-        own: Hidden states of the model's own texts, for R_loc; see `step.Objective`.
+        rehearsal: Draws the past requests that each step learns again, if any.
 
     Returns:
         For each of the E edits, its state at the step where it stopped, and its report.
@@ -118,22 +115,24 @@ def train(
     """
     from baft_easyedit.training.prefix_cache import Engine  # it imports transformers
 
+    own = unedited_states(model, edit) if hparams.locality and hparams.loc_own_texts else None
     start = time.perf_counter()
     edit.follow(model)
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
     progress = _Progress(edit, edits, hparams)
-    known = None
-    if rehearsal is None and _repeats_steps(model, edit):
+    known = recordings = None
+    if hparams.rehearsal:
+        recordings = edit.caches.setdefault(Recordings, Recordings())
+    if not rehearsal and _repeats_steps(model, edit):
         known = edit.caches.setdefault(KnownSteps, KnownSteps())
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         training_step = TrainingStep(edit, hparams, known, own)
         forward = None
         while True:
-            if forward is None or rehearsal is not None:  # each step rehearses other texts
-                past = () if rehearsal is None else rehearsal.draw()
-                forward = engine.prepare(edits, past)
+            if forward is None or rehearsal:  # each step rehearses other texts
+                forward = engine.prepare(edits, rehearsal.draw())
             step = training_step.run(forward)
             if progress.is_over_after(step):
                 break
@@ -148,6 +147,12 @@ def train(
 
     results = [progress.results[i] for i in range(edit.num_edits)]
     return [learned._replace(report=told(learned.report)) for learned in results]
+
+
+def unedited_states(model: nn.Module, edit: ModelEdit) -> dict[int, Tensor]:
+    """Return hidden states of the model's own texts, without the edit; see `OwnStates.of`."""
+    with edit.disabled(), evaluating(model):
+        return own_states(model).of(model, edit.layers)
 
 
 @torch.no_grad()
