@@ -29,8 +29,7 @@ from baft_easyedit.training.learner import Learner
 from baft_easyedit.training.loop import EditReport, Learned
 from baft_easyedit.training.requests import as_requests
 
-_LEARNING = torch.inference_mode(False)
-"""Turns inference mode off, whose tensors cannot be trained."""
+_LEARNING = torch.inference_mode(False)  # its tensors could not be trained
 
 
 class BaFTEditor(AbstractContextManager["BaFTEditor"]):
@@ -139,8 +138,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     ) -> list[Learned]:
         """Learn each request on its own from the present state, many at once in a batch.
 
-        The results are those of `edit` and `undo` for one request after another, up to rounding,
-        but much faster; the model stays as it is. `install` makes it use one of the results.
+        The results are those of `edit` and `undo` for one after another, up to rounding, but come
+        much faster. The model stays as it is; `install` makes it use one of the results.
 
         Args:
             requests: EasyEdit's request dicts.
@@ -180,8 +179,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     def undo(self) -> None:
         """Go back to the state before the latest edit call, bit for bit.
 
-        With an open directory, all edits in it can be undone, one after another, also those of
-        earlier processes.
+        With an open directory, all edits in it can be undone, those of earlier processes too.
 
         Raises:
             ValueError: If no edit call is left to undo, or another change came after it; the
@@ -336,11 +334,11 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         self._history.close()
 
     def save_pretrained(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the edit as for the Hub: as `save` does, with a model card."""
+        """Write the edit as `save` does, with a model card for the Hub."""
         from baft_easyedit.storage.hub import HubEdit
 
-        save = partial(self.save, overwrite=overwrite)
-        HubEdit(self._history.config(), save).save_pretrained(str(expanded(directory)))
+        edit = HubEdit(self._history.config(), partial(self.save, overwrite=overwrite))
+        edit.save_pretrained(str(expanded(directory)))
 
     def push_to_hub(
         self, repo_id: str, commit_message: str = "Push an edit", **options: Any
@@ -373,13 +371,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     ) -> "BaFTEditor":
         """Make an editor of an edit from the Hub, or from a directory, as `load` does.
 
-        Args:
-            repo_or_directory: A repository, or a directory of `save` or `save_pretrained`.
-            model: The model that the edit was learned on.
-            tokenizer: The model's tokenizer.
-            allow_other_model: Use the edit on another model of the same shape.
-            **options: Options of `huggingface_hub.snapshot_download`: `revision`, `token`,
-                `cache_dir`, `local_files_only`.
+        The options are those of `huggingface_hub.snapshot_download`: `revision`, `token`,
+        `cache_dir`, `local_files_only`.
         """
         from baft_easyedit.storage.hub import local_directory
 

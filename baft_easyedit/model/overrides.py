@@ -35,10 +35,6 @@ class Override:
     """A method of one model that replaces the model's own until `remove`.
 
     A deep copy of the model gets an override for the copy. Neither model nor edit is kept alive.
-
-    Args:
-        edit: The edit that the model carries.
-        model: The model.
     """
 
     name: str

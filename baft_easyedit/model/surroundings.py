@@ -27,12 +27,7 @@ _METHODS = ("forward", *(kind.name for kind in OVERRIDES))
 
 
 class Surroundings:
-    """A copy of the present modes, hooks and methods of a model's modules, and of torch's modes.
-
-    Args:
-        model: The model.
-        edit: An edit that may be attached to it.
-    """
+    """A copy of the present modes, hooks and methods of a model's modules, and of torch's modes."""
 
     def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
         self._handles = (edit.handles, list(edit.handles))

@@ -86,13 +86,7 @@ class KeptDirectory:
     def commit(
         self, kind: str, state: EditState, config: KeptConfig, content: Mapping[str, Any]
     ) -> None:
-        """Write a change to the disk; it outlives a crash once this returns.
-
-        Args:
-            kind: The kind of the journal entry; see `journal`.
-            state: The state after the change.
-            config: The configuration after the change.
-            content: The fields of the entry that only its kind has.
+        """Write a change to the disk, with what is after it; it outlives a crash once this returns.
 
         Raises:
             OSError: If the disk did not take the change; the directory is then as before.

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import cut, short
 from baft_easyedit.files.paths import expanded
-from baft_easyedit.files.reading import did_you_mean
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
@@ -50,16 +49,11 @@ class Step(NamedTuple):
 
 
 class History:
-    """Makes, keeps and undoes the changes of one edit.
-
-    Args:
-        learner: Holds and trains the edit.
-        hparams: Hyper-parameters of the next edits; may be replaced.
-        undo_depth: How many states are kept in memory.
-    """
+    """Makes, keeps and undoes the changes of one edit; `undo_depth` states are kept in memory."""
 
     def __init__(self, learner: Learner, hparams: BaFTHyperParams, undo_depth: int) -> None:
         self.hparams = hparams
+        """Hyper-parameters of the next edits; may be replaced."""
         self.origin: KeptConfig | None = None
         """The configuration that a kept edit came with; None for an edit begun on this model."""
         self.recent: deque[Step] = deque(maxlen=undo_depth)
@@ -301,7 +295,7 @@ class History:
         directory = self._open_directory("forget")
         with self._learner.lock.changing():
             self._check_as_kept(directory)
-            path = self._path_without(directory, prompt)
+            path = directory.journal.path_from(prompt, str(directory.path))
             with self._noted(f"the forgetting of {cut(repr(prompt), 82)}"):
                 to = path[0].parent or 0
                 self._restore_entry(directory, to)
@@ -315,25 +309,6 @@ class History:
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
 
-    def _path_without(self, directory: KeptDirectory, prompt: str) -> list[Entry]:
-        """Return the entries that led to the present state, from the first edit of a prompt on."""
-        journal = directory.journal
-        path = [journal.entries[i] for i in sorted(journal.ancestors(journal.position))]
-        prompts = [{request["prompt"] for request in entry.requests} for entry in path]
-        first = next((n for n, known in enumerate(prompts) if prompt in known), None)
-        if first is None:
-            hint = did_you_mean(prompt, sorted(set().union(*prompts)))
-            raise ValueError(
-                f"prompt must be that of an edit in {directory.path}; got {short(prompt)}{hint}"
-            )
-        for entry in path[first:]:
-            if entry.kind != "edit":
-                raise ValueError(
-                    f"entry {entry.id} of {directory.path} must be an edit to be learned again; it "
-                    f"is an {entry.kind}: roll back to before it"
-                )
-        return path[first:]
-
     def _learned_again(
         self, journal: Journal, entries: Sequence[Entry], without: str
     ) -> Iterator[EditReport]:
@@ -342,14 +317,19 @@ class History:
             rest = [r for r in as_requests(entry.requests) if r.prompt != without]
             if not rest:
                 continue
-            method = journal.settings_of(entry.id)["hparams"]
-            settings = self._settings(method)
+            settings = self._settings(journal.settings_of(entry.id)["hparams"])
             if not journal.ends_with(settings):
                 self._append(journal, "settings", settings)
-            hparams = hparams_of(method, self._learner.model, f"entry {entry.id}")
-            report = self._learner.learn(rest, hparams)
+            report = self._learn(rest, settings, entry)
             self._append(journal, "edit", edit_content(rest, report))
             yield report
+
+    def _learn(
+        self, requests: Sequence[EditRequest], settings: Mapping[str, Any], entry: Entry
+    ) -> EditReport:
+        """Learn requests of an entry with its settings."""
+        hparams = hparams_of(settings["hparams"], self._learner.model, f"entry {entry.id}")
+        return self._learner.learn(requests, hparams)
 
     def _append(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
         """Append an entry to a journal for the change that led to the present state."""
@@ -385,13 +365,13 @@ class History:
             )
         self._learner.restore(found[1])
         for i in sorted(i for i in journal.ancestors(to) if i > found[0]):
-            self._repeat(directory, journal.entries[i], journal.settings_of(i))
+            self._repeat(directory, journal.entries[i])
 
-    def _repeat(self, directory: KeptDirectory, entry: Entry, settings: dict[str, Any]) -> None:
+    def _repeat(self, directory: KeptDirectory, entry: Entry) -> None:
         """Learn one entry again; raise ValueError unless the state has the journal's hash."""
+        settings = directory.journal.settings_of(entry.id)
         if entry.kind == "edit":
-            hparams = hparams_of(settings["hparams"], self._learner.model, f"entry {entry.id}")
-            self._learner.learn(as_requests(entry.requests), hparams)
+            self._learn(as_requests(entry.requests), settings, entry)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
         then, now = settings["environment"], self._settings()["environment"]

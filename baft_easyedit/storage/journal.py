@@ -18,7 +18,7 @@ from typing import Any
 
 from baft_easyedit.files.messages import cut, printable, short
 from baft_easyedit.files.paths import read_regular
-from baft_easyedit.files.reading import parse_object, taken
+from baft_easyedit.files.reading import did_you_mean, parse_object, taken
 from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import EditRequest
 
@@ -238,6 +238,28 @@ class Journal:
         while (parent := self.entries[position].parent) is not None:
             position = self._positions[parent]
             yield position
+
+    def path_from(self, prompt: str, where: str) -> list[Entry]:
+        """Return the entries that led to the present state, from the first edit of a prompt on.
+
+        Raises:
+            ValueError: If there is no such edit, or one of these entries is no edit.
+        """
+        path = [self.entries[i] for i in sorted(self.ancestors(self.position))]
+        prompts = [{request["prompt"] for request in entry.requests} for entry in path]
+        first = next((n for n, known in enumerate(prompts) if prompt in known), None)
+        if first is None:
+            hint = did_you_mean(prompt, sorted(set().union(*prompts)))
+            raise ValueError(
+                f"prompt must be that of an edit in {where}; got {short(prompt)}{hint}"
+            )
+        for entry in path[first:]:
+            if entry.kind != "edit":
+                raise ValueError(
+                    f"entry {entry.id} of {where} must be an edit to be learned again; it is an "
+                    f"{entry.kind}: roll back to before it"
+                )
+        return path[first:]
 
     def settings_of(self, entry_id: int) -> dict[str, Any]:
         """Return the hyper-parameters and the environment that an entry was made in."""

@@ -78,12 +78,7 @@ def read_history(path: str | os.PathLike[str]) -> list[Entry]:
 
 
 def whole_history(path: Path, lines: list[str], entries: Sequence[Entry]) -> list[str]:
-    """Return the lines of a journal file, completed by entries that only the state file holds.
-
-    Args:
-        path: The directory.
-        lines: The complete lines of the journal file.
-        entries: The entries in the state file.
+    """Return the complete lines of a journal file, completed by the entries of the state file.
 
     Raises:
         ValueError: If the two files are not of one history.

@@ -125,11 +125,7 @@ class _Whitened:
 
 
 class Coordinates:
-    """The leaves that an optimiser moves to train an edit, or E independent ones.
-
-    Args:
-        edit: The edit; training starts from its present parameters.
-    """
+    """The leaves that an optimiser moves to train an edit, or E independent ones, from now on."""
 
     def __init__(self, edit: ModelEdit) -> None:
         self._edit = edit

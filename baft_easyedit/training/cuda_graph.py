@@ -44,11 +44,7 @@ _MOST_BYTES = 2**30
 
 
 class GraphPool:
-    """A stream and memory that the CUDA graphs of a device share, as they run one after another.
-
-    Args:
-        device: The CUDA device.
-    """
+    """A stream and memory that the CUDA graphs of a device share, as they run one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -78,13 +78,9 @@ class Contents(NamedTuple):
 
 
 class Forward:
-    """A model's forward on given contents.
+    """A forward of an edited model on given contents.
 
-    Args:
-        model: A causal language model that `edit` is attached to.
-        edit: The edit.
-        contents: The inputs.
-        stubs: Decoder layers that return `contents.output` instead of computing.
+    Decoder layers in `stubs` return `contents.output` instead of computing.
     """
 
     def __init__(

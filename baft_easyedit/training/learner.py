@@ -57,13 +57,7 @@ class EditState(NamedTuple):
 
 
 class Learner:
-    """Trains one edit of one model, and attaches it.
-
-    Args:
-        model: A decoder-only Hugging Face model.
-        tokenizer: The model's tokenizer.
-        edit: The edit to train.
-    """
+    """Trains one edit of one decoder-only Hugging Face model, and attaches it."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, edit: ModelEdit) -> None:
         self.model: Any = model
@@ -167,7 +161,7 @@ class Learner:
         `batch_size` requests are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
-        before, was_attached = self.edit.snapshot(), self.is_attached
+        before = self.state()
         self._condition()
         try:
             in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
@@ -176,9 +170,7 @@ class Learner:
                 self._settled(one, rows, hparams) for one, rows in zip(in_order, edits, strict=True)
             ]
         finally:
-            self.edit.restore(before)
-            if not was_attached:
-                self.edit.unhook()
+            self.restore(before)
         _warn_of_unlearned(requests, [one.report for one in in_order])
         return in_order
 
@@ -225,10 +217,7 @@ class Learner:
     ) -> Learned:
         """Settle a new edit among past ones, if past states are kept; see `settling`.
 
-        Args:
-            learned: The new edit.
-            rows: Its rows; the report says how they are answered after settling.
-            hparams: Hyper-parameters of the edit call.
+        The report then says how its rows are answered after settling.
         """
         if not self.edit.num_past_states:
             return learned

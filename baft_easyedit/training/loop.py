@@ -272,14 +272,7 @@ class _Progress:
         misses: Sequence[Sequence[float]],
         step: StepResult,
     ) -> None:
-        """Take the states and reports of edits that stop now.
-
-        Args:
-            stopped: Indices of these edits.
-            losses: The answer losses of each edit's requests.
-            misses: The share of wrong answer tokens, likewise.
-            step: The last step.
-        """
+        """Take the states and reports of the edits that stop now, after a step."""
         num_steps = len(self._terms) - 1
         total, count = self._edit.joint_usage().with_current(step.weights, step.new)
         usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}

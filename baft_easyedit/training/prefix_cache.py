@@ -70,8 +70,8 @@ class Engine:
     """Prepares forwards: on the prefix cache, or in full where the model cannot use the cache.
 
     Args:
-        model: A model that `edit` is attached to.
-        edit: The edit.
+        model: A model.
+        edit: The edit that is attached to it.
         name: One of `hparams.ENGINES`. With `auto`, a model that cannot use the cache gets the full
             forward, and a warning is logged.
         recordings: Recordings of earlier calls; new ones are added.
@@ -100,11 +100,7 @@ class Engine:
         return "full" if self._cache is None else "cached"
 
     def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Prepare a forward of a model in eval mode, and check the cache before it is used.
-
-        Args:
-            edits: The rows of each edit.
-            rehearsed: Rows that each edit learns again beside its own.
+        """Prepare a forward of a model in eval mode on each edit's rows, and rehearsed ones.
 
         Raises:
             ValueError: If the engine is `cached`, and the model cannot use the cache.
@@ -128,12 +124,7 @@ class Engine:
 
 
 class FullForward:
-    """Prepares forwards on all columns: each bin holds one row, padded on the right.
-
-    Args:
-        model: A causal language model that `edit` is attached to.
-        edit: The edit.
-    """
+    """Prepares forwards on all columns: each bin holds one row, padded on the right."""
 
     def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
         self._model = model
@@ -187,11 +178,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 class PrefixCache:
     """Prepares forwards that compute only what the edit can change (see the module's text).
 
-    Args:
-        model: A causal language model of transformers that `edit` is attached to.
-        edit: The edit.
-        recordings: Recordings of earlier calls; new ones are added.
-        rounds: Whether layouts are padded to few sizes.
+    The arguments are those of `Engine`.
     """
 
     def __init__(
@@ -345,16 +332,7 @@ def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _scatter(values: Sequence[Tensor], row_of: Tensor, places: Tensor) -> Tensor:
-    """Put the tokens' values, [n, ...] for each row, to the columns that the layout gives them.
-
-    Args:
-        values: The rows' values, in the order of bins and columns.
-        row_of: [B, W]; -1 in padding, which gets zeros.
-        places: See `_places`.
-
-    Returns:
-        [B, W, ...].
-    """
+    """Put the values of rows, [n, ...] each in order, to their `_places` in [B, W, ...]."""
     joined = torch.cat(list(values))
     padded = joined.new_zeros(row_of.numel(), *joined.shape[1:])
     padded[places.to(joined.device)] = joined

@@ -41,12 +41,7 @@ class RehearsalMemory:
         return random.Random(f"{hparams.seed} {self._num_seen}")
 
     def remember(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
-        """Add learned requests; a request replaces an earlier one with the same prompt.
-
-        Args:
-            requests: The learned requests.
-            hparams: Say whether requests are remembered, and how many at most.
-        """
+        """Add learned requests; a request replaces an earlier one with the same prompt."""
         generator = self.generator(hparams)
         for request in requests:
             self._num_seen += 1
@@ -96,11 +91,8 @@ class RehearsalMemory:
 class Rehearsal:
     """Draws the past requests that each step of one edit call learns again.
 
-    Args:
-        memory: The past requests.
-        hparams: Say how many are drawn for a step.
-        rows_of: Tokenises one request: its edit first, then its irrelevant prompts.
-        new: The requests of the edit call; past requests with the same prompts are left out.
+    `rows_of` tokenises one request: its edit first, then its irrelevant prompts. Past requests with
+    the prompt of a `new` one are left out.
     """
 
     def __init__(

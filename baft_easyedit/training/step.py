@@ -86,12 +86,9 @@ def row_scores(logits: Tensor, losses: Tensor, layout: Layout) -> tuple[Tensor, 
 
 
 class Objective:
-    """The objective L = L1 + R_bal + R_loc of an edit (Eq. 4).
+    """The objective L = L1 + R_bal + R_loc of an edit, or of E independent ones (Eq. 4).
 
-    Args:
-        edit: The edit, or E independent ones.
-        hparams: Says which terms are in use, and their coefficients.
-        own: Hidden states of the model's own texts by layer, [N, D], for R_loc; empty for none.
+    R_loc also sees the hidden states `own` of the model's own texts, by layer, [N, D], if any.
     """
 
     def __init__(
@@ -176,12 +173,8 @@ class Objective:
 class TrainingStep:
     """Computes training steps: the losses, and the gradients, left in `.grad` for the optimiser.
 
-    Args:
-        edit: The edit, or E independent ones.
-        hparams: Hyper-parameters of the edit call.
-        known: Captured steps of earlier calls on the same model, by size; new ones are added. None
-            to keep none.
-        own: See `Objective`.
+    `known` are captured steps of earlier calls on the same model, to which new ones are added; None
+    to keep none. For `own` see `Objective`.
     """
 
     def __init__(
