@@ -59,6 +59,7 @@ FAMILIES = {
     "gpt2": ("GPT2Config", GPT_SIZES),
     "gptj": ("GPTJConfig", {**GPT_SIZES, "rotary_dim": 8}),
 }
+IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
 
 
 def pytest_addoption(parser):
@@ -84,6 +85,16 @@ def make_model(family="llama", dtype=torch.float32, seed=0, **options):
             if p.dim() == 2:
                 p.mul_(20 if "lm_head" in name else 5)
     return model.to(dtype).eval()
+
+
+def logits(model, input_ids=IDS, **arguments):
+    with torch.no_grad():
+        return model(input_ids=input_ids, **arguments).logits
+
+
+def first_of(output):
+    """Layers return hidden states, or (older transformers) a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def call_cache(model, name):

@@ -19,15 +19,10 @@ from baft_easyedit.storage.state import (
     read_state,
     state_hash,
 )
-from tests.conftest import make_model, random_edit
+from tests.conftest import logits, make_model, random_edit
 from tests.new_process import new_processes
 
 KINDS = [("llama", "float32"), ("gemma", "bfloat16"), ("gpt2", "float32")]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(torch.tensor([[256, 84, 104, 101, 32, 99, 97, 112]])).logits
 
 
 def write_logits(directory):

@@ -278,10 +278,6 @@ def test_statistics_are_measured_once_and_without_the_edit(
 WHITENED = {"parametrisation": "whitened", "gate": "sigmoid", "loc_own_texts": True}
 
 
-def logits(model):
-    return model(torch.tensor([[256, 84, 104, 101, 32, 99]])).logits
-
-
 def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
     weights = []
     for sees in (False, True):

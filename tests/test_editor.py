@@ -6,14 +6,9 @@ import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams, attached_edit
 from baft_easyedit.method.gates import GATES
-from tests.conftest import HIDDEN, LAYERS, make_model, random_edit
+from tests.conftest import HIDDEN, LAYERS, logits, make_model, random_edit
 
 TEXT = "The capital of France is"
-
-
-def logits(model, tokenizer, text=TEXT):
-    with torch.no_grad():
-        return model(**tokenizer(text, return_tensors="pt")).logits
 
 
 def answer(model, tokenizer, prompt=TEXT, num_tokens=5):
@@ -46,12 +41,12 @@ def test_every_gate_learns_an_edit(model, tokenizer, hparams, request_dict, gate
 
 
 def test_edit_of_every_family(family_model, tokenizer, hparams, request_dict):
-    before = logits(family_model, tokenizer)
+    before = logits(family_model)
     editor = BaFTEditor(family_model, tokenizer, hparams)
     report = editor.edit(request_dict)
     assert report.final_loss < report.losses[0].answer - 0.5
     editor.undo()
-    assert torch.equal(logits(family_model, tokenizer), before)
+    assert torch.equal(logits(family_model), before)
 
 
 @pytest.mark.parametrize("absent", ["balance", "locality", "loc_prompt", "both"])
@@ -76,7 +71,7 @@ def test_locality_closes_the_gate_on_irrelevant_prompts(model, tokenizer, hparam
         editor = BaFTEditor(twin, tokenizer, settings)
         editor.edit(request_dict)
         with editor.model_edit.recording() as record:
-            logits(twin, tokenizer, request_dict["loc_prompt"])
+            logits(twin, **tokenizer(request_dict["loc_prompt"], return_tensors="pt"))
         open_gate[locality] = record.weights_of(slice(None))[1].mean()
     assert open_gate[True] < 0.5 * open_gate[False]
 
@@ -106,13 +101,13 @@ def test_batch_is_learned_at_once(model, tokenizer, hparams, request_dict):
 def test_edits_continue_from_what_is_learned(model, tokenizer, hparams, request_dict):
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)
-    once = logits(model, tokenizer)
+    once = logits(model)
     used = editor.model_edit.usage(1).count.item()
     editor.edit({"prompt": "Water freezes into", "target_new": "ice"})
-    assert not torch.equal(logits(model, tokenizer), once)
+    assert not torch.equal(logits(model), once)
     assert editor.model_edit.usage(1).count.item() == used + 3 + 4  # P, and " ice"
     editor.undo()
-    assert torch.equal(logits(model, tokenizer), once)
+    assert torch.equal(logits(model), once)
     assert editor.model_edit.usage(1).count.item() == used
 
 
@@ -158,17 +153,17 @@ def test_every_way_of_learning_leaves_an_orthonormal_basis(learn, model, tokeniz
 
 
 def test_undo_is_bit_equal_and_the_next_edit_starts_afresh(model, tokenizer, hparams, request_dict):
-    before, weights = logits(model, tokenizer), copy.deepcopy(model.state_dict())
+    before, weights = logits(model), copy.deepcopy(model.state_dict())
     editor = BaFTEditor(model, tokenizer, hparams)
     first = editor.edit(request_dict)
-    edited = logits(model, tokenizer)
+    edited = logits(model)
     assert editor.is_attached
     editor.undo()
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     assert attached_edit(model) is None
     assert all(torch.equal(model.state_dict()[k], v) for k, v in weights.items())
     assert editor.edit(request_dict).losses == first.losses
-    assert torch.equal(logits(model, tokenizer), edited)
+    assert torch.equal(logits(model), edited)
 
 
 def test_undo_goes_back_as_far_as_its_depth(model, tokenizer, hparams, request_dict):
@@ -191,11 +186,11 @@ def quick(hparams):
 
 
 def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, quick, request_dict):
-    before = logits(model, tokenizer)
+    before = logits(model)
     first, second = (BaFTEditor(model, tokenizer, quick) for _ in range(2))
     first.edit(request_dict)
     second = BaFTEditor(model, tokenizer, quick)
-    once = logits(model, tokenizer)
+    once = logits(model)
     changes = {
         "the edit of 'Water freezes into'": lambda: second.edit(OTHER),
         "the edit of 'Water freezes into' and 1 more": lambda: second.edit([OTHER, request_dict]),
@@ -206,20 +201,20 @@ def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, qu
     }
     for name, change in changes.items():
         change()
-        changed, state = logits(model, tokenizer), first.model_edit.snapshot()
+        changed, state = logits(model), first.model_edit.snapshot()
         with pytest.raises(
             ValueError,
             match=f"an undo must take back the latest change of the model, but .* is {name}, by "
             "another editor: undo that first, .* or take the whole edit off",
         ):
             first.undo()
-        assert torch.equal(logits(model, tokenizer), changed)
+        assert torch.equal(logits(model), changed)
         now = first.model_edit.state_dict()
         assert all(torch.equal(now[key], value) for key, value in state.items())
         second.undo()
-        assert torch.equal(logits(model, tokenizer), once)
+        assert torch.equal(logits(model), once)
     first.undo()
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     assert not len(first.model_edit.memory)
 
 
@@ -229,10 +224,10 @@ def test_undo_is_refused_after_a_change_by_other_means(model, tokenizer, quick, 
     learned = editor.model_edit.snapshot()
     with torch.no_grad():
         editor.model_edit.intervention(1).source_bias.add_(1)
-    changed = logits(model, tokenizer)
+    changed = logits(model)
     with pytest.raises(ValueError, match=r"latest .*, but it was changed by other means than this"):
         editor.undo()
-    assert torch.equal(logits(model, tokenizer), changed)
+    assert torch.equal(logits(model), changed)
     editor.model_edit.restore(learned)
     editor.undo()
     assert not editor.is_attached
@@ -250,10 +245,10 @@ def test_undo_is_refused_while_another_edit_is_on_the_model(model, tokenizer, qu
     editor.model_edit.detach()
     other = BaFTEditor(model, tokenizer, quick)
     other.edit(OTHER)
-    edited = logits(model, tokenizer)
+    edited = logits(model)
     with pytest.raises(ValueError, match="'Water freezes into', by another editor: undo that fir"):
         editor.undo()
-    assert torch.equal(logits(model, tokenizer), edited)
+    assert torch.equal(logits(model), edited)
     assert all(torch.equal(editor.model_edit.state_dict()[k], v) for k, v in own.items())
     other.undo()
     random_edit(layers=quick.layers).attach(model)
@@ -288,17 +283,17 @@ def test_editor_without_a_change_of_its_own_names_the_latest(model, tokenizer, q
 
 
 def test_copies_of_a_model_are_undone_apart(model, tokenizer, quick, request_dict):
-    before = logits(model, tokenizer)
+    before = logits(model)
     editor = BaFTEditor(model, tokenizer, quick)
     editor.edit(request_dict)
     twin = copy.deepcopy(model)
-    once = logits(twin, tokenizer)
+    once = logits(twin)
     other = BaFTEditor(twin, tokenizer, quick)
     other.edit(OTHER)
     editor.undo()
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     other.undo()
-    assert torch.equal(logits(twin, tokenizer), once)
+    assert torch.equal(logits(twin), once)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +314,7 @@ def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, hpara
         model = make_model()
         torch.manual_seed(len(results))  # the global generator plays no part
         BaFTEditor(model, tokenizer, hparams, seed=seed).edit(request_dict)
-        results.append(logits(model, tokenizer))
+        results.append(logits(model))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
@@ -345,14 +340,14 @@ def test_gradients_reach_only_our_parameters_and_none_is_left(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_model_gets_an_fp32_edit(tokenizer, hparams, request_dict, dtype):
     model = make_model(dtype=dtype)
-    before = logits(model, tokenizer)
+    before = logits(model)
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)
     assert answer(model, tokenizer) == " Rome"
     assert {p.dtype for p in editor.model_edit.parameters()} == {torch.float32}
-    assert logits(model, tokenizer).dtype == dtype
+    assert logits(model).dtype == dtype
     editor.undo()
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_model_whose_weights_accelerate_keeps_elsewhere(tokenizer, hparams, request_dict):
@@ -473,10 +468,10 @@ def test_a_batch_does_not_stop_while_one_of_its_requests_is_far_from_learned(
 
 def test_one_prompt_with_two_targets_is_refused(model, tokenizer, hparams):
     editor = BaFTEditor(model, tokenizer, hparams)
-    before = logits(model, tokenizer)
+    before = logits(model)
     pair = [{"prompt": "Ice is", "target_new": "hot"}, {"prompt": "Ice is", "target_new": "wet"}]
     with pytest.raises(ValueError, match="one prompt two targets; 'Ice is' has 'hot' and 'wet'"):
         editor.edit(pair)
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     assert len(editor.learn_apart(pair)) == 2
     editor.edit([pair[0], pair[0]])

@@ -7,19 +7,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from baft_easyedit import attached_edit
 from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
-from tests.conftest import LAYERS, make_model, random_edit
-
-IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(5))
-
-
-def logits(model, input_ids=IDS, **kwargs):
-    with torch.no_grad():
-        return model(input_ids=input_ids, **kwargs).logits
-
-
-def first_of(output):
-    """Layers return hidden states, or (older transformers) a tuple that begins with them."""
-    return output[0] if isinstance(output, tuple) else output
+from tests.conftest import IDS, LAYERS, first_of, logits, make_model, random_edit
 
 
 def layer_output(model, layer=1):

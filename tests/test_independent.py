@@ -8,7 +8,7 @@ import torch
 from baft_easyedit import BaFTEditor
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.training import learner
-from tests.conftest import make_model
+from tests.conftest import logits, make_model
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -16,11 +16,6 @@ REQUESTS = [
     {"prompt": "Once upon a time there was a king in", "target_new": "Oslo", "loc_prompt": "a b"},
     {"prompt": "No irrelevant prompt is", "target_new": "here"},
 ]
-
-
-def logits(model, tokenizer, text="The capital of France is"):
-    with torch.no_grad():
-        return model(**tokenizer(text, return_tensors="pt")).logits
 
 
 def one_by_one(model, tokenizer, hparams, requests=REQUESTS, earlier=None):
@@ -62,9 +57,9 @@ def test_side_by_side_equals_one_by_one(gate, whitens, tokenizer, hparams):
     # The largest weight, in R_loc, is that of any basis as long as only rounding tells them apart.
     earlier = {"prompt": "Snow is", "target_new": "red", "loc_prompt": "Tea is hot"}
     editor.edit(earlier)
-    before = logits(model, tokenizer)
+    before = logits(model)
     apart = editor.learn_apart(REQUESTS)
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     assert_same(apart, one_by_one(make_model(), tokenizer, hparams, earlier=earlier))
 
 
@@ -77,28 +72,28 @@ def test_edits_stop_each_at_its_own_step(engine, model, tokenizer, hparams):
 
 
 def test_what_is_learned_can_be_installed_and_undone(model, tokenizer, hparams):
-    before = logits(model, tokenizer)
+    before = logits(model)
     editor = BaFTEditor(model, tokenizer, hparams)
     first, *_ = editor.learn_apart(REQUESTS)
     assert not editor.is_attached
     editor.install(first)
-    installed = logits(model, tokenizer)
+    installed = logits(model)
     editor.undo()
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     editor.edit(REQUESTS[0])
-    assert torch.allclose(logits(model, tokenizer), installed, atol=1e-2)
+    assert torch.allclose(logits(model), installed, atol=1e-2)
     assert not torch.allclose(installed, before, atol=1e-2)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(model, tokenizer, hparams):
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(REQUESTS[0])
-    before = logits(model, tokenizer)
+    before = logits(model)
     other = BaFTEditor(make_model(), tokenizer, replace(hparams, rank=2))
     (learned,) = other.learn_apart(REQUESTS[:1])
     with pytest.raises(ValueError, match=r"same layers, rank and gate; _interventions\.1\.basis"):
         editor.install(learned)
-    assert torch.equal(logits(model, tokenizer), before)
+    assert torch.equal(logits(model), before)
     editor.undo()
     with pytest.raises(ValueError, match="there is no edit to undo"):
         editor.undo()

@@ -7,14 +7,7 @@ import torch
 
 from baft_easyedit import BaFTEditor, attach, attach_named
 from baft_easyedit.model.named import NamedEdits
-from tests.conftest import make_model, random_edit
-
-IDS = torch.tensor([[3, 17, 88, 140, 9, 61]])
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
+from tests.conftest import IDS, logits, make_model, random_edit
 
 
 def test_each_edit_acts_as_if_it_were_alone(model):

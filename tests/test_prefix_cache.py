@@ -1,6 +1,5 @@
 """The prefix cache against the full forward, which it must equal in loss and gradient."""
 
-import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,10 +9,9 @@ import torch
 import transformers
 from packaging.version import Version
 
-from baft_easyedit import BaFTEditor, BaFTHyperParams, attached_edit
+from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.method.objective import answer_loss, token_losses
 from baft_easyedit.model.inspect import CACHE_NAMES, cache_name
-from baft_easyedit.training.caches import FrozenPrefix
 from baft_easyedit.training.prefix_cache import (
     Engine,
     FullForward,
@@ -22,8 +20,7 @@ from baft_easyedit.training.prefix_cache import (
 )
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.requests import as_requests, text_rows
-from baft_easyedit.training.step import Objective
-from tests.conftest import FAMILIES, call_cache, make_model, random_edit
+from tests.conftest import FAMILIES, call_cache, first_of, make_model, random_edit
 
 REQUESTS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "loc_prompt": "Ice is cold"},
@@ -51,11 +48,6 @@ def make_model_with(family, attention):
         return make_model(family, attn_implementation=attention)
     except ValueError as error:  # this version has no such attention for the architecture
         pytest.skip(str(error))
-
-
-def hidden_of(output):
-    """A layer's hidden states; older transformers return tuples."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def with_edit(model, **options):
@@ -118,7 +110,7 @@ def test_a_cached_forward_computes_no_more_tokens_than_an_edit_can_change(model,
     edit = with_edit(model)
     seen, scored = [], []
     model.model.layers[3].register_forward_hook(
-        lambda m, a, out: seen.append(hidden_of(out).shape[:2])
+        lambda m, a, out: seen.append(first_of(out).shape[:2])
     )
     model.lm_head.register_forward_hook(lambda m, a, out: scored.append(out.shape[:2]))
     forward = PrefixCache(model, edit).prepare([rows])
@@ -141,20 +133,8 @@ def test_a_recording_is_the_same_beside_any_other_texts(model, rows):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_old_versions_need_the_full_forward(family, rows, caplog):
-    model = make_model(family)
-    edit = with_edit(model)
-    with caplog.at_level(logging.WARNING):
-        engine = Engine(model, edit, "auto")
-        engine.prepare([rows])
-    assert (engine.name == "cached") == (family not in NOT_CACHED)
-    assert Engine(model, edit, "full").name == "full"
-    assert ("full forward" in caplog.text) == (family in NOT_CACHED)
-
-
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_a_model_is_cacheded_whatever_it_calls_its_cache(model, name, rows):
+def test_a_model_is_cached_whatever_it_calls_its_cache(model, name, rows):
     edit = with_edit(model)
     expected = PrefixCache(model, edit).prepare([rows])()
     call_cache(model, name)
@@ -179,7 +159,7 @@ def no_cache_here(model):
     model.forward = no_cache
 
 
-def test_reports_say_what_ran_and_why(model, tokenizer, hparams, request_dict):
+def test_reports_say_what_ran_and_why(model, tokenizer, hparams, request_dict, caplog):
     hparams = replace(hparams, num_steps=1)
     report = BaFTEditor(make_model(), tokenizer, hparams).edit(request_dict)
     assert (report.engine, report.engine_note) == ("cached", None)
@@ -192,6 +172,7 @@ def test_reports_say_what_ran_and_why(model, tokenizer, hparams, request_dict):
     for report in reports:
         assert report.engine == "full"
         assert "LlamaForCausalLM cannot use a cached prefix (NotImplemented" in report.engine_note
+        assert f"full forward: {report.engine_note}" in caplog.text
 
 
 def test_a_cache_that_is_asked_for_is_refused_where_it_cannot_be(
@@ -301,7 +282,7 @@ def add_the_mean(model):
     """Let a layer look at more than its mask: it adds the mean over columns."""
 
     def add_mean(module, arguments, output):
-        hidden = hidden_of(output)
+        hidden = first_of(output)
         hidden = hidden + hidden.mean(1, keepdim=True)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -320,19 +301,6 @@ def test_a_cache_that_gives_other_logits_is_refused(model, rows):
     assert engine.name == "full"
 
 
-def started(model, rows, hparams, is_cached=True):
-    """A first step by the engine, and by the full forward."""
-    edit = attached_edit(model) or with_edit(model)
-    engine, objective = Engine(model, edit, "auto"), Objective(edit, hparams)
-    forward, full = engine.prepare([rows]), FullForward(model, edit).prepare([rows])
-    step, expected = objective.value(forward), objective.value(full)
-    assert (engine.name == "cached") is is_cached
-    assert forward.is_cached is is_cached
-    assert torch.allclose(step.row_losses, expected.row_losses, atol=1e-5)
-    assert torch.equal(full().argmax(-1), forward()[: len(full())].argmax(-1))
-    return engine
-
-
 @pytest.mark.parametrize("known", [(), (1,), (0,), (0, 1)])
 def test_only_new_texts_are_recorded_and_checked(known, model, rows):
     """If something was known, a forward of one text finds out whether it is still right."""
@@ -348,21 +316,6 @@ def test_only_new_texts_are_recorded_and_checked(known, model, rows):
     assert len(full) == num_new + num_asked_again
     assert len(all_calls) == len(full) + (num_new > 0)
     assert all(row in recordings for row in rows)
-
-
-def test_a_model_that_cannot_be_cached_gets_the_full_forward(model, rows, hparams, caplog):
-    forward = model.forward
-
-    def no_past(*args, **kwargs):
-        if any(isinstance(value, FrozenPrefix) for value in kwargs.values()):
-            raise NotImplementedError("no past here")
-        return forward(*args, **kwargs)
-
-    model.forward = no_past
-    with caplog.at_level(logging.WARNING):
-        started(model, rows, hparams, is_cached=False)
-    assert "full forward: LlamaForCausalLM cannot use a cached prefix" in caplog.text
-    assert "no past here" in caplog.text
 
 
 @pytest.mark.parametrize("engine", [PrefixCache, FullForward])
@@ -456,15 +409,7 @@ def nothing(model):
     pass
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        nothing,
-        write_data_above,
-        switch_adapter_off,
-        add_hook,
-    ],
-)
+@pytest.mark.parametrize("change", [nothing, write_data_above, switch_adapter_off, add_hook])
 def test_recordings_of_a_model_that_changed_are_not_used(change, tokenizer, hparams):
     losses = {}
     for engine in ("cached", "full"):

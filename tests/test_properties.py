@@ -21,9 +21,8 @@ from hypothesis.stateful import (
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.storage.reading import read_history
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import logits, make_model, make_tokenizer
 
-IDS = torch.tensor([[256, 84, 104, 101, 32, 99]])
 TOKENIZER = make_tokenizer()
 HPARAMS = BaFTHyperParams(
     model_name="tiny", layers=[1, 3], device="cpu", rank=2, lr=3e-2, num_steps=2, rehearsal=1
@@ -39,11 +38,6 @@ UNUSABLE = st.sampled_from(
         [{"prompt": "A is", "target_new": "x"}, {"prompt": "A is", "target_new": "y"}],
     ]
 )
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
 
 
 class State(NamedTuple):

@@ -108,10 +108,10 @@ def test_a_row_holds_the_target_after_its_space(tokenizer):
         assert tokenizer.decode(row.ids[row.prompt_length :]) == text
 
 
-@pytest.mark.parametrize(("loc_positions", "length"), [(None, 0), (0, 13), (4, 9)])
-def test_irrelevant_prompts_follow_the_edits(tokenizer, loc_positions, length):
+@pytest.mark.parametrize(("last_only", "length"), [(False, 0), (True, 13)])
+def test_irrelevant_prompts_follow_the_edits(tokenizer, last_only, length):
     requests = as_requests({**REQUEST, "loc_prompt": ["Water is wet", "Snow is cold"]})
-    rows = text_rows(requests, tokenizer, loc_positions=loc_positions)
+    rows = text_rows(requests, tokenizer, last_only=last_only)
     assert [row.is_edit for row in rows] == [True, False, False]
     assert [row.prompt_length for row in rows] == [25, length, length]
     assert len(text_rows(requests, tokenizer, with_irrelevant=False)) == 1

@@ -12,18 +12,12 @@ import torch
 
 from baft_easyedit import BaFTEditor, attached_edit
 from baft_easyedit.model.locks import ModelLock, _has_left, _is_ours, lock_of
-from tests.conftest import make_model, random_edit
+from tests.conftest import IDS, logits, make_model, random_edit
 
-IDS = torch.tensor([[256, 7, 9, 11, 13, 15]])
 REQUESTS = [
     {"prompt": f"The capital of {country} is", "target_new": city, "loc_prompt": "Ice is cold"}
     for country, city in (("Fiji", "Rome"), ("Iran", "Oslo"), ("Cuba", "Bern"))
 ]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture
@@ -93,7 +87,7 @@ def stress(tokenizer, hparams, duration_s):
         assert torch.equal(found, states[0])
 
     def generate():
-        assert model.generate(**ids, **options).shape == (1, 10)
+        assert model.generate(**ids, **options).shape == (2, IDS.shape[1] + 4)
 
     def edit():
         editor, request = draw.choice(editors), draw.choice(REQUESTS)

@@ -16,9 +16,8 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 from baft_easyedit import BaFTEditor, attached_edit
 from baft_easyedit.model.inspect import cache_name, decoder_layers
-from tests.conftest import make_model, random_edit
+from tests.conftest import IDS, logits, make_model, random_edit
 
-IDS = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(6))
 ONES = torch.ones_like(IDS)
 since_5 = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5"),
@@ -37,11 +36,6 @@ def edited_model(seed=0):
 @pytest.fixture
 def edited():
     return edited_model()
-
-
-def logits(model, input_ids=IDS, **kwargs):
-    with torch.no_grad():
-        return model(input_ids=input_ids, **kwargs).logits
 
 
 def generate(model, input_ids=IDS, **kwargs):
