@@ -46,8 +46,8 @@ class Gate(nn.Module):
         return unit_rms(hidden)
 
     def activate(self, logits: Tensor) -> Tensor:
-        """Return w, [..., r], of the logits W x + c, [..., n]."""
-        raise NotImplementedError
+        """Return w, [..., r], of the logits W x + c, [..., n]: their sigmoid, unless overridden."""
+        return torch.sigmoid(logits)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return w(h), [..., r]."""
@@ -65,10 +65,6 @@ class RMSSigmoidGate(Gate):
     def inputs(self, hidden: Tensor) -> Tensor:
         """Return g * h / rms(h), [..., D]."""
         return unit_rms(hidden) * self.scale
-
-    def activate(self, logits: Tensor) -> Tensor:
-        """Return w, [..., r]."""
-        return torch.sigmoid(logits)
 
 
 class SoftmaxNullGate(Gate):
@@ -115,10 +111,6 @@ class SigmoidGate(Gate):
         super().__init__(hidden_size, rank)
         self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
         self.bias = nn.Parameter(torch.zeros(rank))
-
-    def activate(self, logits: Tensor) -> Tensor:
-        """Return w, [..., r]."""
-        return torch.sigmoid(logits)
 
 
 class SubspaceGate(Gate):

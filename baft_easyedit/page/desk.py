@@ -148,14 +148,15 @@ class Desk:
             tell: Is called with how many of how many are learned again.
         """
         with self.lock:
-            before = self._journal().entries[-1].id
-            done, total = count(1), self._num_later(prompt)
+            journal = self._journal()
+            path, done = journal.path_from(prompt, str(self.directory)), count(1)
+            total = sum(any(r["prompt"] != prompt for r in entry.requests) for entry in path)
             tell(0, total)
             reports = self.editor.forget(prompt, lambda _: tell(next(done), total))
         unlearned = sum(report.learned.count(False) for report in reports)
         return (
             f"Forgotten; later edits learned again: {len(reports)}, not learned: {unlearned}. To "
-            f"bring it back, go to entry {before}."
+            f"bring it back, go to entry {journal.entries[-1].id}."
         )
 
     def rows(self) -> list[list[Any]]:
@@ -177,9 +178,3 @@ class Desk:
     def _journal(self) -> Journal:
         """Read the journal, which needs no lock."""
         return Journal(read_history(self.directory))
-
-    def _num_later(self, prompt: str) -> int:
-        """Count the edits in force that came after the first of a prompt, without others of it."""
-        rows = [row for row in self.rows() if row[-1] and row[1] != "forget"]
-        first = min((row[0] for row in rows if row[2] == prompt), default=0)
-        return len({row[0] for row in rows if row[0] >= first > 0 and row[2] != prompt})

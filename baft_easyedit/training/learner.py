@@ -21,7 +21,7 @@ from baft_easyedit.model.batching import BatchSize, alike
 from baft_easyedit.model.edit import Snapshot
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
-from baft_easyedit.model.inspect import input_device, max_context, text_config
+from baft_easyedit.model.inspect import input_device, max_context
 from baft_easyedit.model.locks import lock_of
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
@@ -65,7 +65,6 @@ class Learner:
         self.edit = edit
         if edit.memory is None:
             edit.memory = RehearsalMemory()
-        text_config(model)  # raises if the model has none
         self.lock = lock_of(model)
         """Keeps other threads out of the model while the edit changes."""
 
@@ -287,7 +286,7 @@ class Learner:
             max_context=max_context(self.model),
             prompt_format=PromptFormat.of(h),
             with_irrelevant=h.locality,
-            loc_positions=None if h.loc_positions == "all" else 0,
+            last_only=h.loc_positions == "last",
             with_end=h.learn_end,
             stand_ins=[p for request in requests for p in stand_ins(request, h.loc_stand_ins)],
         )

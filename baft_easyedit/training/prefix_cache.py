@@ -265,7 +265,9 @@ class PrefixCache:
         hidden: Any = seen[0][0] if is_tuple else seen[0] if seen else None
         layout, start = full.layout, self._start(row)
         _check_belong_to_text(layout, hidden, recorder.seen)
-        self._recordings.layer_extras = _without_tensors(seen[0][1:]) if is_tuple else None
+        # Tensors among them (attentions, say) are of this text only.
+        extras = tuple(tree_map_only(Tensor, lambda _: None, seen[0][1:])) if is_tuple else None
+        self._recordings.layer_extras = extras
         past = {
             i: (keys[0, :, :start].clone(), values[0, :, :start].clone())
             for i, (keys, values) in recorder.seen.items()
@@ -324,11 +326,6 @@ def _check_belong_to_text(
     for layer, pair in states.items():
         if any(t.dim() != 4 or (t.shape[0], t.shape[2]) != shape for t in pair):
             raise CannotCacheError(f"layer {layer} stores no keys and values for each token")
-
-
-def _without_tensors(extras: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Replace the tensors in a layer's extras (attentions, say, of one text) by None."""
-    return tuple(tree_map_only(Tensor, lambda _: None, extras))
 
 
 def _scatter(values: Sequence[Tensor], row_of: Tensor, places: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def text_rows(
     max_context: int | None = None,
     prompt_format: PromptFormat | None = None,
     with_irrelevant: bool = True,
-    loc_positions: int | None = None,
+    last_only: bool = False,
     with_end: bool = False,
     stand_ins: Sequence[str] = (),
 ) -> list[TextRow]:
@@ -190,8 +190,7 @@ def text_rows(
         prompt_format: Format of the prompts; None for plain texts. It does not apply to irrelevant
             prompts.
         with_irrelevant: Add the irrelevant prompts.
-        loc_positions: How many of the last tokens of an irrelevant prompt count as its answer; None
-            for all.
+        last_only: Of an irrelevant prompt, let only the last P tokens count, not all.
         with_end: Append the tokenizer's end-of-sequence token to each target.
         stand_ins: Irrelevant prompts in the format of the prompts (see the module `stand_ins`);
             those longer than `max_context` are left out.
@@ -210,7 +209,7 @@ def text_rows(
         ids = [token_ids(text, tokenizer) for text in texts]
         others = [form.prompt_ids(prompt, tokenizer) for prompt in stand_ins]
         ids += [one for one in others if max_context is None or len(one) <= max_context]
-        rows += [_irrelevant_row(one, loc_positions) for one in ids]
+        rows += [TextRow(one, len(one) if last_only else 0, is_edit=False) for one in ids]
     longest = max(len(row.ids) for row in rows)
     if max_context is not None and longest > max_context:
         raise ValueError(
@@ -261,9 +260,3 @@ def _edit_row(
             "spaces, or set separator in the hyper-parameters to what stands between them"
         )
     return TextRow(ids + end, len(before), is_edit=True)
-
-
-def _irrelevant_row(ids: tuple[int, ...], loc_positions: int | None) -> TextRow:
-    """Return the row of an irrelevant prompt."""
-    length = 0 if loc_positions is None else max(0, len(ids) - loc_positions)
-    return TextRow(ids, length, is_edit=False)
