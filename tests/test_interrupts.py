@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor
-from tests.conftest import make_model
+from tests.conftest import logits, make_model
 
-IDS = torch.tensor([[256, 7, 9, 11, 13, 15]])
 PAST = {"prompt": "Ice is", "target_new": "hot", "loc_prompt": "Fire burns"}
 NEW = {"prompt": "The capital of Cuba is", "target_new": "Rome", "loc_prompt": "Water boils"}
 NEXT = {"prompt": "Snow is", "target_new": "black"}
@@ -92,10 +91,8 @@ def hooks_of(model):
 
 def all_of(model):
     """Everything around a model that an edit may change for a while."""
-    with torch.no_grad():
-        logits = model(IDS).logits
     return {
-        "logits": logits,
+        "logits": logits(model),
         "hooks": hooks_of(model),
         "forwards": [vars(module).get("forward") for module in model.modules()],
         "training": [module.training for module in model.modules()],
@@ -146,7 +143,7 @@ def failures(setting, tokenizer, hparams, every):
     with Interrupts() as noted:
         act(editor)
     editor.edit(NEXT)
-    expected = model(IDS).logits.detach()
+    expected = logits(model)
     model, editor, act = prepared(setting, tokenizer, hparams)
     found, numbers = [], numbers_of(noted.places)[::every]
     for tried, number in enumerate(numbers):
@@ -180,8 +177,7 @@ def next_is_right(editor, act, expected):
     """Whether it can be done now, and an edit after it, and gives what it would have given."""
     act(editor)
     editor.edit(NEXT)
-    with torch.no_grad():
-        return torch.allclose(editor.model(IDS).logits, expected, atol=1e-3)
+    return torch.allclose(logits(editor.model), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -7,7 +7,7 @@ from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.model.independent import IndependentEdits
-from tests.conftest import HIDDEN, make_model
+from tests.conftest import HIDDEN, logits, make_model
 
 SETTLED = {
     "parametrisation": "whitened",
@@ -20,10 +20,6 @@ SETTLED = {
 
 def request(k):
     return {"prompt": f"Fact {k} is", "target_new": "no", "loc_prompt": f"Ice {k} is cold"}
-
-
-def logits(model):
-    return model(torch.tensor([[256, 84, 104, 101, 32, 99]])).logits
 
 
 def same(state, other):
@@ -49,8 +45,6 @@ def test_past_states_are_kept_as_they_came():
     states, moves = past.kept()
     assert states[:, 0].tolist() == [1, 2, 3, 4]
     assert torch.equal(moves, -states)
-    past.forget()
-    assert past.num_kept == 0
 
 
 def test_irrelevant_states_can_want_what_they_have_and_no_others():

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
-from baft_easyedit import BaFTEditor, attached_edit
+from baft_easyedit import BaFTEditor, ModelEdit, attached_edit
 from baft_easyedit.model.inspect import cache_name, decoder_layers
 from tests.conftest import IDS, logits, make_model, random_edit
 
@@ -603,10 +603,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_what_moves_in_inference_mode_can_be_learned_afterwards(edited):
-    _, edit = edited
-    with torch.inference_mode():
-        edit.to("meta")  # the way to a GPU makes new tensors, too
+@pytest.mark.parametrize("by", ["itself", "a forward"])
+def test_what_moves_in_inference_mode_can_be_learned_afterwards(by):
+    edit = ModelEdit(8, (1, 2), 4, "one", 3, parametrisation="whitened", past_states=2)
+    with torch.inference_mode():  # the way to a GPU makes new tensors, too
+        if by == "itself":
+            edit.to("meta")
+        for layer in edit.layers if by == "a forward" else ():
+            edit._move(layer, torch.device("meta"))
     tensors = [*edit.parameters(), *edit.buffers()]
     assert all(tensor.is_meta for tensor in tensors)
     assert not any(tensor.is_inference() for tensor in tensors)

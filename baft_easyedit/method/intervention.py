@@ -4,8 +4,6 @@ Other modules decide where it applies (`model.positions`), attach it to a model 
 train it (`objective`, `training`). Shapes: B batch, T tokens, D hidden size, r rank.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,11 +101,6 @@ class BaFTIntervention(nn.Module):
         self.difference = nn.Parameter(torch.zeros(rank, hidden_size))
         self.source_bias = nn.Parameter(torch.zeros(rank))
         self.gate = GATES[gate](hidden_size, rank)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast the parameters; they stay trainable even if inference mode is on."""
-        with torch.inference_mode(False):
-            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def step(self, hidden: Tensor) -> Tensor:
         """Return A h + b - R h, [..., r], of hidden states [..., D]."""

@@ -6,7 +6,6 @@ Shapes: B rows of T tokens, A answer tokens, V vocabulary, E edits, L layers, r 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +78,6 @@ class BasisUsage(nn.Module):
         joined.total = torch.stack([usage.total.to(device) for usage in layers])[:, None]
         joined.count = torch.stack([usage.count.to(device) for usage in layers])[:, None]
         return joined
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast the buffers; they can be updated even if inference mode is on."""
-        with torch.inference_mode(False):
-            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def with_current(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return `total` [..., r] and `count` [...] with the current edit added.

@@ -32,12 +32,6 @@ class PastStates(nn.Module):
         self.register_buffer("moves", torch.zeros(most, hidden_size))  # [m, D] Phi(h) - h
         self.register_buffer("count", torch.zeros(()))  # number of states seen so far
 
-    @torch.no_grad()
-    def forget(self) -> None:
-        """Forget all states."""
-        for value in self.buffers():
-            value.zero_()
-
     @property
     def num_kept(self) -> int:
         """N, the number of kept states."""

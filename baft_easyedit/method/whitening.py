@@ -69,12 +69,6 @@ class Whitening(nn.Module):
         return bool(self.deviation.any())
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Forget all statistics."""
-        for value in self.buffers():
-            value.zero_()
-
-    @torch.no_grad()
     def measure(self, states: Tensor) -> None:
         """Measure the statistics of irrelevant states, [N, D], in place of earlier ones.
 

@@ -90,6 +90,11 @@ class EditParameters(nn.Module):
         self.latest_change: Change | None = None
         """The change that led to the present state; None if there was none or it is unknown."""
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the tensors; they can be learned even if inference mode is on."""
+        with torch.inference_mode(False):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The edited layers, 0-based."""
@@ -137,14 +142,10 @@ class EditParameters(nn.Module):
 
     def start_afresh(self, seed: int = 0) -> None:
         """Reset all tensors to those of a new edit; they keep their place in memory."""
-        generator = torch.Generator().manual_seed(seed)
-        rank, size = self.intervention(self.layers[0]).basis.shape
-        for layer in self.layers:
-            new = BaFTIntervention(size, rank, self.gate, generator)
-            self.intervention(layer).load_state_dict(new.state_dict())
-            self.usage(layer).load_state_dict(BasisUsage(rank).state_dict())
-        for known in (*self._whitening.values(), *self._past.values()):
-            cast(Whitening | PastStates, known).forget()
+        size = self.intervention(self.layers[0]).basis.shape[1]
+        shape = (size, self.layers, self.rank, self.gate, self.num_prompt_positions)
+        new = EditParameters(*shape, seed, self.parametrisation, self.past_states)
+        self.restore(new.snapshot())
 
     @property
     def num_edits(self) -> int:

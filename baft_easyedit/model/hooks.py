@@ -377,9 +377,10 @@ class ModelEdit(EditParameters):
     def _move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""
         if self.intervention(layer).source_bias.device != device:
-            for parts in (self._interventions, self._usage, self._whitening, self._past):
-                if str(layer) in parts:
-                    parts[str(layer)].to(device)
+            with torch.inference_mode(False):  # whose tensors could not be learned
+                for parts in (self._interventions, self._usage, self._whitening, self._past):
+                    if str(layer) in parts:
+                        parts[str(layer)].to(device)
 
 
 def attached_edit(model: object) -> ModelEdit | None:
