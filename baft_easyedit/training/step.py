@@ -130,15 +130,13 @@ class Objective:
         with edit.recording() as record:
             logits = forward()
         losses = token_losses(logits, layout.labels)  # [A]
-        device = record.weights[edit.layers[0]].device
-        weights = torch.stack([record.weights[i].to(device) for i in edit.layers])  # [L, E b, W, r]
-        weights = weights.view(len(weights), edit.num_edits, -1, *weights.shape[2:])
-        hidden = tuple(
-            h.view(edit.num_edits, -1, *h.shape[1:])
-            for h in (record.hidden[i] for i in edit.layers)
-        )
+        device, num_edits = record.weights[edit.layers[0]].device, edit.num_edits
+        weights = torch.stack(
+            [_by_edit(record.weights[i].to(device), num_edits) for i in edit.layers]
+        )  # [L, E, b, W, r]
+        hidden = tuple(_by_edit(record.hidden[i], num_edits) for i in edit.layers)
         edited, irrelevant, is_new = (
-            at.to(device).view(edit.num_edits, -1, at.shape[1])  # [E, b, W]
+            _by_edit(at.to(device), num_edits)  # [E, b, W]
             for at in (layout.edited, layout.irrelevant, layout.is_new)
         )
         new = edited & is_new
@@ -147,20 +145,26 @@ class Objective:
             # R_bal of Eq. 4, [L, E]
             balance = load_balance(edit.joint_usage().mean_with(weights, new))
             terms["balance"] = balance.mean(0)
-        locality = []  # R_loc of Eq. 4
-        if h.locality and not all(row.is_edit for row in layout.rows):
-            margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
-            locality.append(locality_margin(weights, edited, weights, irrelevant, **margins))
-        if self._own:
-            closed = [
-                closed_gate(edit.gate_weights(layer, states), h.alpha).to(device)
-                for layer, states in self._own.items()
-            ]
-            locality.append(torch.stack(closed).view(len(closed), edit.num_edits))
-        if locality:
-            terms["locality"] = torch.stack(locality).sum(0).mean(0)  # of [L, E] each
+        if h.locality and (self._own or not all(row.is_edit for row in layout.rows)):
+            terms["locality"] = self._locality(weights, edited, irrelevant, layout).mean(0)
         scores = row_scores(logits.detach(), losses.detach(), layout)
         return StepResult(terms, loss, weights, hidden, new, irrelevant, *scores)
+
+    def _locality(
+        self, weights: Tensor, edited: Tensor, irrelevant: Tensor, layout: Layout
+    ) -> Tensor:
+        """Return R_loc of Eq. 4 of each layer, [L, E], on irrelevant prompts and own texts."""
+        h, terms = self._hparams, []
+        if not all(row.is_edit for row in layout.rows):
+            margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
+            terms.append(locality_margin(weights, edited, weights, irrelevant, **margins))
+        if self._own:
+            closed = [
+                closed_gate(self._edit.gate_weights(layer, states), h.alpha).to(weights.device)
+                for layer, states in self._own.items()
+            ]
+            terms.append(torch.stack(closed).view(len(closed), self._edit.num_edits))
+        return torch.stack(terms).sum(0)
 
     def _total(self, step: StepResult) -> Tensor:
         """Return L of Eq. 4, summed over the edits, which share no parameter, []."""
@@ -257,3 +261,8 @@ def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Te
         return {"answer": new}, new
     terms = {"answer": new, "rehearsal": rehearsed}
     return terms, joint_loss(new, rehearsed, layout.num_new, num_rehearsed)
+
+
+def _by_edit(rows: Tensor, num_edits: int) -> Tensor:
+    """Split the rows of the batch among the edits: [E b, ...] becomes [E, b, ...]."""
+    return rows.view(num_edits, -1, *rows.shape[1:])
