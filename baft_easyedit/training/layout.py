@@ -30,6 +30,7 @@ its past, A answer tokens, R rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -144,10 +145,7 @@ def lay_out(
         device: Device of the tensors.
     """
     pieces = [piece for edit in edits for piece in edit]
-    bins: list[tuple[int, ...]] = []
-    for loads in _bins(edits, hidden_size):
-        before = sum(map(len, bins))
-        bins += [tuple(before + i for i in load) for load in loads]
+    bins = _bins(edits, hidden_size)
     columns = [[_columns(i, pieces[i], num_prompt_positions) for i in load] for load in bins]
 
     def tensor(name: str, padding: int) -> Tensor:
@@ -165,7 +163,7 @@ def lay_out(
     return Layout(
         num_edits=len(edits),
         rows=tuple(piece.row for piece in pieces),
-        bins=tuple(bins),
+        bins=bins,
         **tensors,
         predicting=predicting,
         labels=labels,
@@ -260,11 +258,12 @@ def _round_up(size: int, least: int, parts: int) -> int:
     return -(-size // step) * step
 
 
-def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[list[list[int]]]:
-    """Distribute each edit's pieces (by index) over equally many bins, at the lowest cost."""
-    most = max(map(len, edits))
+def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> tuple[tuple[int, ...], ...]:
+    """Distribute all pieces (by index) over equally many bins for each edit, at the lowest cost."""
+    firsts = [0, *accumulate(map(len, edits))]
     if hidden_size is None:
-        return [[[i] for i in range(len(edit))] for edit in edits]
+        return tuple((i,) for i in range(firsts[-1]))
+    most = max(map(len, edits))
     counts = {most, *(2**i for i in range(most.bit_length()) if 2**i < most)}
     layouts = [[_distribute(edit, count) for edit in edits] for count in sorted(counts)]
 
@@ -274,7 +273,9 @@ def _bins(edits: Sequence[Sequence[Piece]], hidden_size: int | None) -> list[lis
         past = max(sum(edit[i].start for i in load) for edit, load in loads)
         return len(loads) * width * (_LINEAR_COST * hidden_size + past + width)
 
-    return min(layouts, key=cost)
+    best = min(layouts, key=cost)
+    at = zip(firsts, best, strict=False)
+    return tuple(tuple(first + i for i in load) for first, loads in at for load in loads)
 
 
 def _distribute(pieces: Sequence[Piece], num_bins: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,11 +121,7 @@ def train(
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
     progress = _Progress(edit, edits, hparams)
-    known = recordings = None
-    if hparams.rehearsal:
-        recordings = edit.caches.setdefault(Recordings, Recordings())
-    if not rehearsal and _repeats_steps(model, edit):
-        known = edit.caches.setdefault(KnownSteps, KnownSteps())
+    known, recordings = _caches(model, edit, hparams, rehearsal)
     with _frozen(model):
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         training_step = TrainingStep(edit, hparams, known, own)
@@ -141,12 +137,21 @@ def train(
             coordinates.follow()
         edit.zero_grad()  # a later step may overwrite the memory of the gradients
     time_s = (time.perf_counter() - start) / edit.num_edits
-
-    def told(report: EditReport) -> EditReport:
-        return replace(report, time_s=time_s, engine=engine.name, engine_note=engine.note)
-
+    told: dict[str, Any] = dict(time_s=time_s, engine=engine.name, engine_note=engine.note)
     results = [progress.results[i] for i in range(edit.num_edits)]
-    return [learned._replace(report=told(learned.report)) for learned in results]
+    return [one._replace(report=replace(one.report, **told)) for one in results]
+
+
+def _caches(
+    model: nn.Module, edit: ModelEdit, hparams: BaFTHyperParams, rehearsal: Rehearsal
+) -> tuple[KnownSteps | None, Recordings | None]:
+    """Return what edit calls use again: captured steps, or (of rehearsed texts) recordings."""
+    known = recordings = None
+    if hparams.rehearsal:
+        recordings = edit.caches.setdefault(Recordings, Recordings())
+    if not rehearsal and _repeats_steps(model, edit):
+        known = edit.caches.setdefault(KnownSteps, KnownSteps())
+    return known, recordings
 
 
 def unedited_states(model: nn.Module, edit: ModelEdit) -> dict[int, Tensor]:
