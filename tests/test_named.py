@@ -1,5 +1,6 @@
 """Several edits on one model: each as if it were alone, and nothing of them outside."""
 
+import asyncio
 import threading
 
 import pytest
@@ -59,6 +60,44 @@ def test_a_thread_has_its_own_edits(model):
         thread.join()
         assert not torch.equal(logits(model), before)
     assert torch.equal(found[0], before)
+
+
+def test_a_task_has_its_own_edits_and_takes_them_into_its_threads(model):
+    edits = NamedEdits(model, {"a": random_edit(seed=3), "b": random_edit(seed=4)})
+    expected = {}
+    for names in ((), ("a",), ("b",)):
+        with edits.active(*names):
+            expected[names] = logits(model)
+
+    async def ask(names, pauses):
+        with edits.active(*names):
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+                assert torch.equal(logits(model), expected[names])
+            assert torch.equal(await asyncio.to_thread(logits, model), expected[names])
+
+    async def ask_all():
+        await asyncio.gather(*(ask(names, i) for i, names in enumerate((*expected, *expected))))
+
+    asyncio.run(ask_all())
+    assert torch.equal(logits(model), expected[()])
+
+
+def test_contexts_that_do_not_end_in_their_order_are_an_error(model):
+    edits = NamedEdits(model, {"a": random_edit(seed=3), "b": random_edit(seed=4)})
+    before = logits(model)
+
+    def asked(name):
+        with edits.active(name):
+            yield
+
+    first, second = asked("a"), asked("b")
+    next(first)
+    next(second)
+    for generator in (first, second):
+        with pytest.raises(RuntimeError, match="must end in the reverse order of their beginning"):
+            next(generator)
+    assert torch.equal(logits(model), before)
 
 
 def test_generation_is_that_of_the_active_edit(model):

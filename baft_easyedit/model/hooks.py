@@ -12,14 +12,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache, partial, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from baft_easyedit.model.contexts import Contexts, GateRecord, Positions
 from baft_easyedit.model.edit import EditParameters
 from baft_easyedit.model.inspect import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.model.locks import ModelLock, lock_of
@@ -58,57 +58,6 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@dataclass(repr=False)
-class GateRecord:
-    """Basis weights and hidden states of the latest forward inside `ModelEdit.recording`."""
-
-    positions: Tensor | None = None
-    """True where the intervention applies, [B, T]."""
-    weights: dict[int, Tensor] = field(default_factory=dict)
-    """Basis weights w(h) of each edited layer, [B, T, r], fp32, with their autograd graph."""
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    """Hidden states h at each edited layer, before the edit, [B, T, D], without their graph."""
-
-    def weights_of(self, rows: slice) -> dict[int, Tensor]:
-        """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
-        if self.positions is None:
-            return {}
-        return {
-            layer: weights[rows][self.positions[rows].to(weights.device)]
-            for layer, weights in self.weights.items()
-        }
-
-
-class Positions(NamedTuple):
-    """The intervened positions of one forward pass."""
-
-    at: Tensor
-    """True where the intervention applies, [B, T]."""
-    is_everywhere: bool
-    """Whether all positions are known to be intervened on, as in most steps of a generation."""
-
-    @classmethod
-    def of(cls, at: Tensor) -> "Positions":
-        """Set `is_everywhere` by a look at `at`, or to False where that would wait for a device."""
-        looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
-        return cls(at, looks and bool(at.all()))
-
-
-class _Contexts(threading.local):
-    """What a thread set by the contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...)."""
-
-    def __init__(self, is_on: bool = True) -> None:
-        self.enabled = self.is_on = is_on
-        self.prompt_lengths: PromptLengths | None = None
-        self.prompt_width: int | None = None
-        """Columns of the prompts in the thread's present generation; None outside one."""
-        self.given_positions: Positions | None = None
-        self.record: GateRecord | None = None
-
-    def __reduce__(self) -> Any:
-        return _Contexts, (self.is_on,)
-
-
 class _Calls(threading.local):
     """A thread's present or latest forward pass since the edit was attached."""
 
@@ -137,8 +86,8 @@ class ModelEdit(EditParameters):
         """Caches of training (recordings, captured steps), by type; all can be made again."""
         self.handles: list[RemovableHandle | Override] = []
         """Handles of the hooks and of the overridden methods; empty unless attached."""
-        self.contexts = _Contexts()
-        """What the present thread set by the contexts below."""
+        self.contexts = Contexts()
+        """What the present thread or task set by the contexts below."""
         self._lock: ModelLock | None = None
         self._beside: tuple[ModelEdit, ...] = ()
         self._calls = _Calls()
@@ -154,7 +103,7 @@ class ModelEdit(EditParameters):
         made of the model before, until `torch.compiler.reset()`. PEFT's forward hides labels from a
         model that was edited before PEFT wrapped it: attach to PEFT's model, or give
         `prompt_lengths`. Forwards may run side by side in threads; a context of this class
-        (`disabled`, `prompt_lengths`, `recording`) holds for the thread that entered it.
+        (`disabled`, `prompt_lengths`, `recording`) holds for its thread or asyncio task.
 
         Raises:
             ValueError: If this edit is attached already, `model` carries another edit, or an edited
@@ -223,7 +172,7 @@ class ModelEdit(EditParameters):
 
     def share(self, others: Iterable["ModelEdit"]) -> None:
         """Allow other edits on the same model, and be off in all threads outside `switched`."""
-        self._beside, self.contexts = tuple(others), _Contexts(is_on=False)
+        self._beside, self.contexts = tuple(others), Contexts(is_on=False)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the model without the edit inside this context and thread."""
@@ -231,7 +180,7 @@ class ModelEdit(EditParameters):
 
     def switched(self, is_on: bool) -> AbstractContextManager[None]:
         """Run the model with or without the edit inside this context and thread."""
-        return self._within(enabled=is_on)
+        return self.contexts.within(enabled=is_on)
 
     def prompt_lengths(self, lengths: PromptLengths | None) -> AbstractContextManager[None]:
         """Tell the forward passes inside this context and thread where the prompts end.
@@ -239,7 +188,7 @@ class ModelEdit(EditParameters):
         Args:
             lengths: Real (not padding) prompt tokens of each row; None for "not known".
         """
-        return self._within(prompt_lengths=lengths)
+        return self.contexts.within(prompt_lengths=lengths)
 
     def generating(self, prompt_width: int | None) -> AbstractContextManager[None]:
         """Treat this thread's forward passes inside this context as one generation.
@@ -247,30 +196,19 @@ class ModelEdit(EditParameters):
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
         """
-        outer = self.contexts.prompt_width  # known where `generate` runs inside `generate`
-        return self._within(prompt_width=prompt_width if outer is None else outer)
+        outer = self.contexts.now.prompt_width  # known where `generate` runs inside `generate`
+        return self.contexts.within(prompt_width=prompt_width if outer is None else outer)
 
     def at_positions(self, positions: Positions) -> AbstractContextManager[None]:
         """Let the forward passes inside this context and thread intervene at `positions` only."""
-        return self._within(given_positions=positions)
+        return self.contexts.within(given_positions=positions)
 
     @contextmanager
     def recording(self) -> Iterator[GateRecord]:
         """Record the basis weights of the forward passes inside this context and thread."""
         record = GateRecord()
-        with self._within(record=record):
+        with self.contexts.within(record=record):
             yield record
-
-    @contextmanager
-    def _within(self, **settings: Any) -> Iterator[None]:
-        """Set attributes of this thread's `contexts` until this context ends."""
-        contexts = vars(self.contexts)
-        before = {name: contexts[name] for name in settings}
-        try:
-            contexts.update(settings)
-            yield
-        finally:
-            contexts.update(before)
 
     @not_compiled
     def _on_model_call(
@@ -307,7 +245,7 @@ class ModelEdit(EditParameters):
             self._lock.begin_forward()
             if not self.handles:  # detached meanwhile, so `_on_return` will not be called
                 self._lock.end_forward()
-        contexts, calls = self.contexts, self._calls
+        contexts, calls = self.contexts.now, self._calls
         calls.begun_by = id(module)
         positions = contexts.given_positions
         if positions is None and contexts.enabled:
@@ -318,8 +256,8 @@ class ModelEdit(EditParameters):
         self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Positions | None:
         """Read the positions of a forward pass from its arguments and this thread's contexts."""
-        lengths, width = self.contexts.prompt_lengths, self.contexts.prompt_width
-        num = self.num_prompt_positions
+        now, num = self.contexts.now, self.num_prompt_positions
+        lengths, width = now.prompt_lengths, now.prompt_width
         may_warn = not self._has_warned and not torch.compiler.is_compiling()
         if lengths is None and width is None and may_warn:
             self._has_warned = says_nothing_of_prompts(forward, args, kwargs, num)
@@ -345,7 +283,7 @@ class ModelEdit(EditParameters):
     @not_compiled
     def _edited(self, layer: int, hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; other positions stay bit-equal."""
-        call, contexts = self._calls.positions, self.contexts
+        call, contexts = self._calls.positions, self.contexts.now
         # A backward pass may repeat a forward, as gradient checkpointing does.
         if call is None and torch._C._current_graph_task_id() != -1:
             call = self._latest_call

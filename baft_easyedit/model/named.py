@@ -1,7 +1,8 @@
 """Several named edits of one model, each of which acts only where a caller turns it on.
 
-All of them are attached, but off. A context turns some of them on for its thread, so threads may
-use different edits side by side. An edit that is off leaves every hidden state bit-equal.
+All of them are attached, but off. A context turns some of them on for its thread or asyncio task,
+so these may use different edits side by side. An edit that is off leaves every hidden state
+bit-equal.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,13 +48,14 @@ class NamedEdits:
 
     @contextmanager
     def active(self, *names: str) -> Iterator[None]:
-        """Run the model with these edits, and no other, inside this context and thread.
+        """Run the model with these edits, and no other, inside this context and thread (or task).
 
         Args:
             names: Names of edits; none of them for the unedited model.
 
         Raises:
             ValueError: If there is no edit of a name.
+            RuntimeError: At the end, if it is not the innermost one; see `Contexts`.
         """
         for name in names:
             if name not in self._edits:

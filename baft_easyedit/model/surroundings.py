@@ -31,7 +31,7 @@ class Surroundings:
 
     def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
         self._handles = (edit.handles, list(edit.handles))
-        self._contexts = (vars(edit.contexts), dict(vars(edit.contexts)))
+        self._contexts = (edit.contexts, edit.contexts.now)
         self._modules = [(m, m.training, _own_methods(m)) for m in model.modules()]
         self._hooks = [(hooks, list(hooks.items())) for hooks in _hooks_of(model)]
         self._trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -42,7 +42,8 @@ class Surroundings:
         """Restore what has changed since."""
         handles, before = self._handles
         handles[:] = before
-        self._contexts[0].update(self._contexts[1])
+        contexts, settings = self._contexts
+        contexts.now = settings
         torch.set_grad_enabled(self._is_grad_enabled)
         if self._has_cudnn:  # else another thread may be about to enable it
             torch.backends.cuda.enable_cudnn_sdp(True)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.model.hooks import ModelEdit, Positions
+from baft_easyedit.model.contexts import Positions
+from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.locks import of_this_thread
 from baft_easyedit.training.caches import FrozenPrefix
 from baft_easyedit.training.layout import Layout

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
-from baft_easyedit.model.hooks import ModelEdit, Positions
+from baft_easyedit.model.contexts import Positions
+from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import (
     cache_name,
     decoder_layers,

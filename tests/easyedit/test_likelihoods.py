@@ -45,7 +45,7 @@ def test_likelihoods_are_transformers_own_before_an_edit_and_after(
         session.edit(complete[:1])
     assert found[0].nll > session.likelihoods(ASKED)[0].nll
     assert session.likelihoods(ASKED)[0].accuracy == 1.0
-    assert attached_edit(session.model).contexts.prompt_lengths is None
+    assert attached_edit(session.model).contexts.now.prompt_lengths is None
 
 
 def test_local_prompts_are_asked_without_the_chat_template(current, make_editor):

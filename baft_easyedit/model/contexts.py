@@ -1,0 +1,106 @@
+"""What callers set for the forward passes of an edited model, each in their own thread or task.
+
+The settings are in a context variable, so that asyncio tasks do not see each other's, and
+`asyncio.to_thread` takes them along. Shapes: B batch, T tokens of a forward, D hidden size, r rank.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baft_easyedit.model.positions import PromptLengths
+
+
+@dataclass(repr=False)
+class GateRecord:
+    """Basis weights and hidden states of the latest forward inside `ModelEdit.recording`."""
+
+    positions: Tensor | None = None
+    """True where the intervention applies, [B, T]."""
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    """Basis weights w(h) of each edited layer, [B, T, r], fp32, with their autograd graph."""
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """Hidden states h at each edited layer, before the edit, [B, T, D], without their graph."""
+
+    def weights_of(self, rows: slice) -> dict[int, Tensor]:
+        """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
+        if self.positions is None:
+            return {}
+        return {
+            layer: weights[rows][self.positions[rows].to(weights.device)]
+            for layer, weights in self.weights.items()
+        }
+
+
+class Positions(NamedTuple):
+    """The intervened positions of one forward pass."""
+
+    at: Tensor
+    """True where the intervention applies, [B, T]."""
+    is_everywhere: bool
+    """Whether all positions are known to be intervened on, as in most steps of a generation."""
+
+    @classmethod
+    def of(cls, at: Tensor) -> "Positions":
+        """Set `is_everywhere` by a look at `at`, or to False where that would wait for a device."""
+        looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
+        return cls(at, looks and bool(at.all()))
+
+
+@dataclass(frozen=True, repr=False)
+class Settings:
+    """What the contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...) set together."""
+
+    enabled: bool
+    prompt_lengths: PromptLengths | None = None
+    prompt_width: int | None = None
+    """Columns of the prompts in the present generation; None outside one."""
+    given_positions: Positions | None = None
+    record: GateRecord | None = None
+
+
+class Contexts:
+    """The settings of each thread, and of each of its asyncio tasks."""
+
+    def __init__(self, is_on: bool = True) -> None:
+        self.is_on = is_on
+        self._outside = Settings(is_on)
+        self._present = ContextVar("settings", default=self._outside)
+
+    def __reduce__(self) -> Any:
+        return Contexts, (self.is_on,)
+
+    @property
+    def now(self) -> Settings:
+        """The present settings; whoever sets them ends contexts that are open."""
+        return self._present.get()
+
+    @now.setter
+    def now(self, settings: Settings) -> None:
+        self._present.set(settings)
+
+    @contextmanager
+    def within(self, **changed: Any) -> Iterator[None]:
+        """Change settings until this context ends.
+
+        Raises:
+            RuntimeError: At the end, if a context that began inside it is still open.
+        """
+        before = self.now
+        inside = replace(before, **changed)
+        try:
+            self.now = inside
+            yield
+            if self.now is not inside:
+                raise RuntimeError(
+                    "contexts of an edit (active, disabled, prompt_lengths, ...) must end in the "
+                    "reverse order of their beginning, in the thread or task where they began; one "
+                    "did not, and the edit is as it is outside of all: use nested `with` statements"
+                )
+        finally:
+            self.now = before if self.now is inside else self._outside
