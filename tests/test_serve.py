@@ -158,6 +158,13 @@ def test_what_clients_leave_empty_or_send_in_parts_is_understood(client, tokeniz
         for content in (PROMPT, parts)
     ]
     assert said[0].choices[0].message.content == said[1].choices[0].message.content
+    prompts = [
+        client.chat.completions.create(model="a", messages=[{"role": role, "content": "B"}, *CHAT])
+        for role in ("system", "developer")
+    ]
+    assert prompts[0].usage == prompts[1].usage
+    with pytest.raises(openai.BadRequestError, match="role: Input should be 'system', 'user' or"):
+        client.chat.completions.create(model="a", messages=[{"role": "tool", "content": "B"}])
 
 
 def test_half_a_character_is_refused(url):

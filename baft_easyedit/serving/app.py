@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from anyio import from_thread
 from fastapi import FastAPI, HTTPException, Request
@@ -55,6 +55,11 @@ def _single(prompt: Any) -> Any:
     return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
 
 
+def _role(role: Any) -> Any:
+    """Return `system` for `developer`, OpenAI's newer name of it, which no chat template has."""
+    return "system" if role == "developer" else role
+
+
 _Text = Annotated[str, AfterValidator(_encodable)]
 
 
@@ -81,7 +86,7 @@ class Completion(Body):
 class Message(BaseModel, strict=True):
     """A message of a chat."""
 
-    role: str = Field(pattern="^(system|user|assistant)$")
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
     content: Annotated[_Text, BeforeValidator(_joined)]
 
 
