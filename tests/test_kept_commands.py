@@ -96,6 +96,9 @@ def test_apply_makes_no_edit_if_one_cannot_be_made(tmp_path, saved, edits, capsy
     more = ["--hparams", tmp_path / "mine.yaml"]
     assert run("apply", tmp_path / "kept", tmp_path / "long.json", *more) == 2
     assert "request 'aaa" in capsys.readouterr().err
+    one = ["edit", *more, "--prompt", "a" * 999, "--target", "b"]
+    assert run(*one, "--save", tmp_path / "kept") == 2
+    assert not (tmp_path / "kept").exists()
     assert run("apply", tmp_path / "kept", edits, *more) == 0
     assert "edits made: 2; there before: 0" in capsys.readouterr().out
 

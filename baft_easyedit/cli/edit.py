@@ -65,6 +65,8 @@ def _edit(arguments: argparse.Namespace) -> int:
     if arguments.hparams is None:
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
+    if arguments.save is not None and not holds_edit(arguments.save):
+        BaFTEditor(model, tokenizer, hparams).check([request])  # before a directory is begun
     with on_interrupt(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
         prompt_format = PromptFormat.of(editor.hparams)
         before = generate_answers(model, tokenizer, prompts, prompt_format=prompt_format)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -179,9 +179,9 @@ def _edit_each(
     arguments: argparse.Namespace, rest: Sequence[EditRequest], requests: Sequence[EditRequest]
 ) -> list[EditRequest]:
     """Make edits, the rest of requests; return those of all that do not hold at the end."""
-    with on_interrupt(arguments.directory), begun(arguments) as editor, Bar() as bar:
+    asked = [request.to_dict() for request in requests]
+    with on_interrupt(arguments.directory), begun(arguments, asked) as editor, Bar() as bar:
         move = bar.start(len(requests), len(requests) - len(rest))
-        asked = [request.to_dict() for request in requests]
         editor.check(asked)
         for request in rest:
             editor.edit(request.to_dict())
@@ -255,8 +255,13 @@ def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
 
 
 @contextmanager
-def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
-    """Open a kept edit with its model, or begin one with settings for many successive edits."""
+def begun(
+    arguments: argparse.Namespace, asked: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[BaFTEditor]:
+    """Open a kept edit with its model, or begin one with settings for many successive edits.
+
+    None is begun if one of the requests that are `asked` for could not be learned.
+    """
     if arguments.hparams is None and holds_edit(arguments.directory):
         with _opened(arguments) as editor:
             yield editor
@@ -269,6 +274,8 @@ def begun(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
         from baft_easyedit.generation import with_usable_end
 
         hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
+    if asked:
+        BaFTEditor(model, tokenizer, hparams).check(asked)
     with BaFTEditor.open(model, tokenizer, arguments.directory, hparams) as editor:
         yield editor
 
