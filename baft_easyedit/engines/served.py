@@ -32,6 +32,8 @@ class ServedEdit:
     """Name of the gate, one of `gates.GATES`."""
     base_model: str
     """The model that the edit was learned on; see `KeptConfig`."""
+    is_local: bool
+    """Whether that came from a directory (whose path is not kept) and not from the Hub."""
     dtypes: str
     """Dtypes of that model's weights during learning, such as `float32`."""
     use_chat_template: bool
@@ -85,6 +87,7 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
         taken(settings, "num_prompt_positions", int, where),
         gate,
         kept.config.base_model,
+        kept.config.revision is None,
         kept.config.fingerprint.dtypes,
         taken(settings, "use_chat_template", bool, where),
     )
