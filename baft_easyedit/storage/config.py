@@ -162,3 +162,12 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "attention": text_config(model)._attn_implementation,
     }
+
+
+def environment_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say what differs between two results of `environment`; if nothing, what else may."""
+    changed = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+    return "; ".join(changed) or (
+        "versions and device are the same: this package's code within its version, the processor "
+        "or a library's build may be another"
+    )

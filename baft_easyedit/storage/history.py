@@ -22,7 +22,13 @@ from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
-from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of
+from baft_easyedit.storage.config import (
+    KeptConfig,
+    environment,
+    environment_change,
+    hparams_of,
+    method_of,
+)
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, edit_content
@@ -374,10 +380,9 @@ class History:
             self._learn(as_requests(entry.requests), settings, entry)
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
-        then, now = settings["environment"], self._settings()["environment"]
-        different = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+        why = environment_change(settings["environment"], self._settings()["environment"])
         raise ValueError(
             f"entry {entry.id} of {directory.path} ({entry.kind}) could not be learned again bit "
-            f"for bit ({'; '.join(different) or 'the environment looks the same'}); the states "
-            f"after entries {directory.exact_ids()} are kept as checkpoints: roll back to one"
+            f"for bit ({why if entry.kind == 'edit' else 'only an edit can'}); the states after "
+            f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one"
         )

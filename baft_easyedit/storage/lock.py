@@ -47,7 +47,7 @@ class DirectoryLock:
                 error.errno,
                 f"{directory} must be on a file system with locks, so that one editor at a "
                 f"time writes to it; flock says: {error.strerror or error}: keep the edit on a "
-                "local disk, and save() it there",
+                "local disk; to read one needs no lock",
             ) from None
         with contextlib.suppress(OSError):  # only told to others: a full disk can be read
             os.ftruncate(descriptor, 0)
