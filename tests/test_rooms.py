@@ -19,6 +19,7 @@ ROOMS = [
     "storage",
     "engines",
     "editor",
+    "theorem",
     "harness",
     "easyedit",
     "bench",
