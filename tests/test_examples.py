@@ -22,7 +22,7 @@ def run(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["edit_and_undo", "many_edits"])
+@pytest.mark.parametrize("name", ["edit_and_undo", "many_edits", "theorem"])
 def test_code_runs(name, tmp_path):
     run(name, tmp_path)
 
@@ -33,7 +33,9 @@ def test_code_that_needs_easyedit_runs(tmp_path):
     run("side_by_side_easyedit", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["edit_and_undo", "many_edits", "side_by_side_easyedit"])
+@pytest.mark.parametrize(
+    "name", ["edit_and_undo", "many_edits", "side_by_side_easyedit", "theorem"]
+)
 def test_outputs_are_plain_and_name_no_path(name):
     notebook = json.loads((ROOT / f"examples/{name}.ipynb").read_text(encoding="utf-8"))
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
