@@ -26,8 +26,17 @@ def add_commands(commands: Any) -> None:
     add("--rephrase", **again, help="the prompt in other words; may be repeated")
     add("--loc", **again, help="irrelevant prompt to measure; may be repeated")
     add("--loc-prompt", **again, help="irrelevant text that BaFT learns to keep; may be repeated")
-    add("--device", type=device, help="CUDA device number, or a name; a CUDA device if absent")
-    add("--out", type=new("directory"), metavar="DIR", help="for JSON, the table and the figure")
+    add(
+        "--device",
+        type=device,
+        help="CUDA device number, or a name; the first, or the CPU, if absent",
+    )
+    add(
+        "--out",
+        type=new("directory"),
+        metavar="DIR",
+        help="for JSON, the table and (by matplotlib) the figure",
+    )
     theorem.set_defaults(run=_theorem)
 
 

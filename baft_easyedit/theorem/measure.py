@@ -145,7 +145,7 @@ class LastState:
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits of the next token, [N, V], with other states [N, D] in its place."""
         parts = []
-        for part in torch.split(states, _BATCH):  # type: ignore[no-untyped-call]
+        for part in torch.split(states, _BATCH):
             with self._at_output(part):
                 parts.append(self._forward(len(part)).float())
         return torch.cat(parts)
