@@ -59,7 +59,7 @@ def figure(states: Sequence[State], sigmas: Mapping[str, float]) -> "Figure":
     drawn = Figure(figsize=(10, 4), layout="constrained")
     farthest = 1.05 * max(state.distance for state in states) or 1.0
     for ax, method in zip(drawn.subplots(1, 2, sharey=True), sigmas, strict=True):
-        own = states[0].edits[method].step
+        own, ends = states[0].edits[method].step, []
         if method == "ReFT":  # only a linear edit's steps must lie in the cone
             ends = [own - sigmas[method] * farthest, own + sigmas[method] * farthest]
             ax.fill([0, farthest, farthest], [own, *ends], color="0.9", zorder=0)
@@ -71,7 +71,7 @@ def figure(states: Sequence[State], sigmas: Mapping[str, float]) -> "Figure":
             face = colour if is_new else "white"
             ax.plot(state.distance, moved.step, "o", color=colour, mfc=face, ms=6)
         top = 1.15 * max(m.step for state in states for m in state.edits.values()) or 1.0
-        ax.set(title=f"{method}, $\\sigma_{{max}}(H)$ = {sigmas[method]:.2f}")
+        ax.set_title(f"ReFT, $\\sigma_{{max}}(H)$ = {sigmas[method]:.2f}" if ends else method)
         ax.set(xlabel="distance d from the edited state", xlim=(-2, farthest), ylim=(-2, top))
         ax.spines[["top", "right"]].set_visible(False)
     drawn.axes[0].set_ylabel("length of the step |u(h)|, radius of the ball")
