@@ -40,11 +40,14 @@ def editor_of(model: Any, tokenizer: Any, **options: Any) -> BaFTEditor:
     return BaFTEditor(model, tokenizer, hparams)
 
 
-def measured(edit: Callable[[int], object], device: torch.device, count: int) -> dict[str, Any]:
+def measured(
+    edit: Callable[[Any], object], model: Any, tokenizer: Any, count: int
+) -> dict[str, Any]:
     """Time the first call of an edit and the third; `count` edits share a call's time."""
-    seconds, peaks = [], []
+    seconds, peaks, device = [], [], model.device
     for seed in range(3):
-        peak, (spent, _) = with_peak(lambda s=seed: timed(lambda: edit(s), device), device)
+        asked = random_requests(tokenizer, PROMPT_LENGTH, count, seed)
+        peak, (spent, _) = with_peak(lambda a=asked: timed(lambda: edit(a), device), device)
         seconds.append(spent / count)
         peaks.append(peak or 0)
     return {"first_s": seconds[0], "edit_s": seconds[-1], "peak_bytes": max(peaks)}
@@ -54,11 +57,8 @@ def apart(shape: str, device: str, file: str, count: str) -> None:
     """Measure edits that are learned side by side."""
     model, tokenizer = model_on(shape, device)
     editor, size = editor_of(model, tokenizer), int(count)
-
-    def edit(seed: int) -> None:
-        editor.learn_apart(random_requests(tokenizer, PROMPT_LENGTH, size, seed), size)
-
-    write(file, {f"BaFT, {count} side by side": measured(edit, model.device, size)})
+    row = measured(lambda asked: editor.learn_apart(asked, size), model, tokenizer, size)
+    write(file, {f"BaFT, {count} side by side": row})
 
 
 def rehearsed(shape: str, device: str, file: str, count: str) -> None:
@@ -69,11 +69,7 @@ def rehearsed(shape: str, device: str, file: str, count: str) -> None:
         editor = editor_of(model, tokenizer, rehearsal=rehearsal)
         for request in random_requests(tokenizer, PROMPT_LENGTH, int(count), 99):
             editor.edit(request)
-
-        def edit(seed: int, editor: BaFTEditor = editor) -> None:
-            editor.edit(random_requests(tokenizer, PROMPT_LENGTH, 1, seed))
-
-        rows[f"BaFT in a row, rehearsal {rehearsal}"] = measured(edit, model.device, 1)
+        rows[f"BaFT in a row, rehearsal {rehearsal}"] = measured(editor.edit, model, tokenizer, 1)
         editor.model_edit.detach()
     write(file, rows)
 

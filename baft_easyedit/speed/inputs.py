@@ -16,6 +16,8 @@ _LLAMA_3_8B = {"vocab_size": 128_256, "intermediate_size": 14_336, "num_key_valu
 _SHAPES: dict[str, dict[str, int]] = {"llama-2-7b": {}, "llama-3-8b": _LLAMA_3_8B, "gemma-7b": {}}
 """Sizes that differ from the defaults of the family's configuration in transformers."""
 _ANSWER_LENGTH = 4
+_NUM_FACTS = 100
+"""Facts that random words are taken from."""
 _MAX_TRIES = 200
 
 
@@ -81,7 +83,9 @@ def random_requests(
         ValueError: If no text of that length was found.
     """
     rng = random.Random(seed)
-    words = sorted({word for r in edit_requests("eval") for word in r["prompt"].split()})
+    words = sorted(
+        {word for r in edit_requests("eval", _NUM_FACTS) for word in r["prompt"].split()}
+    )
 
     def num_tokens(text: str) -> int:
         return len(tokenizer(text)["input_ids"])

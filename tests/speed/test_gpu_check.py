@@ -1,7 +1,7 @@
 """The script for whoever has a GPU: its own parts, on the CPU, and its table."""
 
+import importlib
 import json
-import runpy
 import subprocess
 from pathlib import Path
 
@@ -10,9 +10,13 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.fixture(scope="module")
-def parts():
-    return runpy.run_path(str(SCRIPTS / "gpu_parts.py"))
+@pytest.fixture
+def parts(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    module = importlib.import_module("gpu_parts")
+    monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(module, "PROMPT_LENGTH", 8)
+    return module
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
@@ -25,10 +29,10 @@ def test_the_script_without_a_directory_says_how_it_is_called(arguments):
 
 
 def test_parts_are_measured_and_joined(parts, tmp_path, capsys):
-    parts["apart"]("llama-2x64", "cpu", str(tmp_path / "apart-2.json"), "2")
-    parts["rehearsed"]("llama-2x64", "cpu", str(tmp_path / "rehearsed-1.json"), "1")
+    parts.apart("llama-2x64", "cpu", str(tmp_path / "apart-2.json"), "2")
+    parts.rehearsed("llama-2x64", "cpu", str(tmp_path / "rehearsed-1.json"), "1")
     (tmp_path / "parts.txt").write_text("apart-2 0 3\nrehearsed-1 0 4\neasyedit 124 9\n")
-    parts["table"](str(tmp_path))
+    parts.table(str(tmp_path))
     found = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert [(p["status"], p["seconds"]) for p in found.values()] == [(0, 3), (0, 4), (124, 9)]
     names = ["BaFT, 2 side by side", "BaFT in a row, rehearsal 0", "BaFT in a row, rehearsal 1"]
@@ -41,6 +45,6 @@ def test_parts_are_measured_and_joined(parts, tmp_path, capsys):
 
 def test_written_weights_are_a_model(parts, tmp_path):
     transformers = pytest.importorskip("transformers")
-    parts["weights"]("llama-2x64", "cpu", str(tmp_path))
+    parts.weights("llama-2x64", "cpu", str(tmp_path))
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 64
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token_id is not None
