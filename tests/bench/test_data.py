@@ -159,6 +159,14 @@ MARS = ["Mars", "the red planet"]
             ),
         ),
         ("requests", {"prompt": "A is ", "target_new": " b", "locality": None}, made("A is", "b")),
+        (
+            "requests",
+            {
+                **{"prompt": "A is", "target_new": "b"},
+                "probes": {"in French": {"prompt": "A est", "ground_truth": "b"}},
+            },
+            made("A is", "b", probes={"in French": probe(["A est"], ["b"])}),
+        ),
     ],
 )
 def test_a_record_becomes_a_request(load, kind, record, expected):
