@@ -89,7 +89,8 @@ class BaFTHyperParams:
     `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
     past_states: int = 0
     """Most hidden states of past edits that each layer keeps; 0 for none (the paper). Each new edit
-    is then adjusted to keep the past ones (ours): see `training.settling`."""
+    is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about ten;
+    of more than these, a random sample is kept, with a warning."""
     settle_steps: int = 100
     """Most steps of that adjustment, at least 1; they need no forward pass of the model."""
     weight_decay: float = 0.0

@@ -203,6 +203,20 @@ def test_a_report_says_what_is_answered_after_settling(tokenizer, hparams, monke
     assert learned == [(True,), (False,)]
 
 
+def test_more_edits_than_past_states_hold_are_told_once(model, tokenizer, hparams, caplog):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **{**SETTLED, "past_states": 20}))
+    told = []
+    for k in range(5):
+        editor.edit(request(k))
+        told.append(sum("all 20 past_states are taken" in r.getMessage() for r in caplog.records))
+    assert told[0] == 0
+    assert told[-1] == 1
+    assert editor.model_edit.has_dropped_states
+    editor.undo()
+    editor.edit(request(4))
+    assert sum("past_states are taken" in r.getMessage() for r in caplog.records) == 1
+
+
 def test_an_edit_of_other_past_states_is_refused(model, tokenizer, hparams):
     editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
     other = replace(editor.hparams, past_states=0)

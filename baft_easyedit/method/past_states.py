@@ -37,6 +37,11 @@ class PastStates(nn.Module):
         """N, the number of kept states."""
         return min(int(self.count), len(self.states))
 
+    @property
+    def has_dropped(self) -> bool:
+        """Whether there were more states than are kept."""
+        return int(self.count) > len(self.states)
+
     def kept(self) -> tuple[Tensor, Tensor]:
         """Return the kept states and their wanted displacements, [N, D] each."""
         return self.states[: self.num_kept], self.moves[: self.num_kept]

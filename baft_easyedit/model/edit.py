@@ -132,6 +132,11 @@ class EditParameters(nn.Module):
         """How many hidden states of past edits each layer keeps now."""
         return self.past(self.layers[0]).num_kept if self._past else 0
 
+    @property
+    def has_dropped_states(self) -> bool:
+        """Whether there were more hidden states of past edits than each layer keeps."""
+        return bool(self._past) and self.past(self.layers[0]).has_dropped
+
     def past(self, layer: int) -> PastStates:
         """Return the past states of one layer, in an edit that keeps them."""
         return cast(PastStates, self._past[str(layer)])

@@ -41,6 +41,11 @@ from baft_easyedit.training.stand_ins import stand_ins
 
 logger = logging.getLogger(__name__)
 
+_PAST_STATES_ARE_FULL = (
+    "all %d past_states are taken: from now on a random sample of past edits' hidden states is "
+    "kept, and edits begin to be forgotten; to make so many edits, begin with more past_states"
+)
+
 _MOST_NAMED = 3
 """Most requests that a warning names."""
 
@@ -128,7 +133,7 @@ class Learner:
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together, rehearsing past ones, and settle."""
-        rows = self._rows(requests, hparams)
+        rows, had_dropped = self._rows(requests, hparams), self.edit.has_dropped_states
         self._attach()
         self._condition()
         rehearsal = self._rehearsal(hparams, requests)
@@ -136,6 +141,8 @@ class Learner:
         learned = self._settled(learned, rows, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
+        if self.edit.has_dropped_states and not had_dropped:
+            logger.warning(_PAST_STATES_ARE_FULL, hparams.past_states)
         self.memory.remember(requests, hparams)
         return learned.report
 
