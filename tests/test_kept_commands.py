@@ -292,6 +292,9 @@ def test_a_line_ends_where_json_lines_end_it(tmp_path):
             '[{"prompt": "a", "target_new": "b"}, {"prompt": "a ", "target_new": "c"}]',
             "must hold one request for a prompt; 'a ' has requests 1 and 2: keep one",
         ),
+        ("a.json", "[" * 10**5, "a.json must be a JSON list, .*: its text must be JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{', "a.jsonl must be a JSON list, .*: line 2 must be JSON"),
+        ("a.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' comes twice"),
         ("a.json", b"\xff\xfe\x00", "must be UTF-8 text, and is not"),
     ],
 )

@@ -310,8 +310,12 @@ def test_the_command_says_what_it_needs(tmp_path, capsys, monkeypatch):
     assert main(["serve", f"a={tmp_path}", f"a={tmp_path}"]) == 2
     assert "each edit must have a name of its own, as in NAME=DIR" in capsys.readouterr().err
     monkeypatch.setattr("baft_easyedit.cli.serve.read_latest", lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (str(taken.getsockname()[1]), "99999"):
+            assert main(["serve", str(tmp_path), "--port", port]) == 2
+            assert "must be an address of this machine that is free" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(["serve", str(tmp_path)]) == 2
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert "serve needs the extra 'serve'" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """Theorem 2.3 in our reading: on operators and linear models with known answers, and on models."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -194,6 +195,8 @@ def test_command_writes_numbers_table_and_figure(saved, tmp_path, capsys):
         (["--model", "nowhere"], "for a model other than bundled and smollm2"),
         (["--prompt", "Ice is", "--target", ""], "target_new must not be empty"),
         (["--layer", "99", "--device", "cpu"], "layers must be below 6"),
+        (["--prompt", "Ice is", "--target", "a", "--loc", ""], "--loc-prompt must not be blank"),
+        (["--prompt", "a", "--target", "b", "--loc", "a " * 999], "must fit the model's context"),
         (["--layer", "-1"], "argument --layer: must be a whole number of at least 0"),
     ],
 )
@@ -204,3 +207,10 @@ def test_bad_input_is_told(options, message, capsys):
         status = stop.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_draws_is_asked_for_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = ["theorem", "--model", "nowhere", "--prompt", "a", "--target", "b"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "--out needs matplotlib" in capsys.readouterr().err

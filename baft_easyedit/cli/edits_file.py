@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from baft_easyedit.cli.console import note
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import read_text
+from baft_easyedit.files.reading import parse_json
 from baft_easyedit.training.requests import EditRequest, as_requests
 
 
@@ -72,5 +72,6 @@ def _parsed(text: str, suffix: str) -> Any:
             raise ValueError("a line has more cells than there are columns")
         return found
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return json.loads(text)
+        lines = enumerate(text.split("\n"), 1)
+        return [parse_json(line, f"line {i}", is_strict=True) for i, line in lines if line.strip()]
+    return parse_json(text, "its text", is_strict=True)

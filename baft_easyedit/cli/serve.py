@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.cli.kept import add_model, load
-from baft_easyedit.cli.options import existing, whole
+from baft_easyedit.cli.options import check_address, existing, whole
 from baft_easyedit.model.named import check_names
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.loading import attach_named, kept_hparams
@@ -53,6 +53,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise ValueError(f"each edit must have a name of its own, as in NAME=DIR; got {names}")
     for directory in directories.values():
         read_latest(directory)  # an error if nothing is kept there
+    check_address(arguments.host, arguments.port)
     try:
         import uvicorn
 

@@ -43,6 +43,11 @@ def add_commands(commands: Any) -> None:
 def _theorem(arguments: argparse.Namespace) -> None:
     """Measure, print the table and the counts, and write the files."""
     case = _case(arguments)
+    if arguments.out is not None:
+        try:
+            import matplotlib.figure  # noqa: F401 - needed after minutes
+        except ImportError as error:
+            raise ImportError(f"--out needs matplotlib ({error}): install it by pip") from None
     silence_loading()
     from baft_easyedit.generation import load_model, model_depth
     from baft_easyedit.theorem import measure, show
@@ -86,6 +91,8 @@ def _case(arguments: argparse.Namespace) -> Any:
             "--prompt and --target must both be given with --rephrase, --loc or --loc-prompt, and "
             f"for a model other than bundled and smollm2; got {given}: give both"
         )
+    if not all(map(str.strip, texts)):
+        raise ValueError("--rephrase, --loc and --loc-prompt must not be blank; got a blank one")
     request = {"prompt": given[0], "target_new": given[1], "loc_prompt": arguments.loc_prompt}
     as_requests(request)
     return Case(*given, arguments.rephrase, arguments.loc, arguments.loc_prompt)

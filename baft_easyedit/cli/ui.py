@@ -1,7 +1,6 @@
 """The command `ui`: a page on which a kept edit is asked, changed and looked at."""
 
 import argparse
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 from baft_easyedit.cli.console import note
 from baft_easyedit.cli.kept import begun
 from baft_easyedit.cli.model import add_model_options
-from baft_easyedit.cli.options import new, whole
-from baft_easyedit.files.messages import short
+from baft_easyedit.cli.options import check_address, new, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -28,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
 def _ui(arguments: argparse.Namespace) -> None:
     """Serve the page until interrupted; a change that runs then is kept first."""
-    _check_address(arguments.host, arguments.port)
+    check_address(arguments.host, arguments.port)
     try:
         from baft_easyedit.page.blocks import launch
         from baft_easyedit.page.desk import Desk
@@ -44,18 +42,6 @@ def _ui(arguments: argparse.Namespace) -> None:
                 page.block_thread()
             finally:
                 desk.lock.acquire()
-
-
-def _check_address(host: str, port: int | None) -> None:
-    """Raise ValueError if nothing can listen there; Gradio would try for minutes."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port or 0), family=family).close()
-    except OSError as error:
-        raise ValueError(
-            f"--host and --port must be an address of this machine that is free; got {short(host)} "
-            f"and {port}: {error.strerror}"
-        ) from None
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from torch import Tensor
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests, facts
 from baft_easyedit.facts.known import prompts_to_complete
+from baft_easyedit.files.messages import short
 from baft_easyedit.files.resources import REAL_MODEL, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.method.intervention import BaFTIntervention
-from baft_easyedit.model.inspect import cache_name, decoder_layers, input_device
+from baft_easyedit.model.inspect import cache_name, decoder_layers, input_device, max_context
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.theorem import balls
 
@@ -219,15 +220,31 @@ def measure(
         ValueError: If a layer is beyond the model's depth, or a text cannot be edited.
     """
     layer, prompt_format = hparams[0].layers[0], PromptFormat.of(hparams[0])
+    asked = _tokens(model, tokenizer, case, prompt_format)
     learned = {h.algorithm: _learned(model, tokenizer, case, h) for h in hparams}
     states: list[State] = []
     edited = None
     for kind, prompt in case.prompts():
-        found = LastState(model, prompt_format.prompt_ids(prompt, tokenizer), layer)
+        found = LastState(model, asked[prompt], layer)
         edited = found.hidden if edited is None else edited
         states.append(_measured(found, edited, learned, (kind, prompt), tokenizer))
         tell(1)
     return {name: balls.sigma_max(edit) for name, edit in learned.items()}, states
+
+
+def _tokens(
+    model: Any, tokenizer: Any, case: Case, prompt_format: PromptFormat
+) -> dict[str, list[int]]:
+    """Return the tokens of each prompt; raise ValueError for one beyond the model's context."""
+    asked = {text: prompt_format.prompt_ids(text, tokenizer) for _, text in case.prompts()}
+    context = max_context(model)
+    for text, ids in asked.items():
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"a prompt must fit the model's context of {context} tokens; {short(text)} has "
+                f"{len(ids)}: shorten it"
+            )
+    return asked
 
 
 def _learned(model: Any, tokenizer: Any, case: Case, hparams: BaFTHyperParams) -> BaFTIntervention:
