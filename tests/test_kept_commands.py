@@ -245,6 +245,8 @@ def test_a_directory_without_an_edit_is_refused(command, model, tmp_path, capsys
 def test_a_blank_prompt_is_not_asked(tmp_path, capsys):
     assert run("ask", tmp_path, "--prompt", " ") == 2
     assert "--prompt must not be empty" in capsys.readouterr().err
+    assert run("ask", tmp_path, "--prompt", "a\udcff") == 2
+    assert "a prompt must be UTF-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

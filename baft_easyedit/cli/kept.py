@@ -99,6 +99,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     if arguments.prompt and not all(map(str.strip, arguments.prompt)):
         raise ValueError("--prompt must not be empty; got a blank one")
+    _check_utf8(*arguments.prompt or ())
     model, tokenizer = load(arguments)
     edit = attach(model, arguments.directory)
     answer = partial(
@@ -155,7 +156,15 @@ def _typed() -> Iterator[str]:
     for line in sys.stdin:
         text = line.removeprefix("\ufeff").strip()
         if text:
+            _check_utf8(text)
             yield text
+
+
+def _check_utf8(*prompts: str) -> None:
+    """Raise ValueError for bytes that were no UTF-8, which Python reads as half surrogate pairs."""
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"a prompt must be UTF-8 text; got {short(prompt)}")
 
 
 def _apply(arguments: argparse.Namespace) -> int:

@@ -234,7 +234,7 @@ def measure(
 
 def _tokens(
     model: Any, tokenizer: Any, case: Case, prompt_format: PromptFormat
-) -> dict[str, list[int]]:
+) -> dict[str, tuple[int, ...]]:
     """Return the tokens of each prompt; raise ValueError for one beyond the model's context."""
     asked = {text: prompt_format.prompt_ids(text, tokenizer) for _, text in case.prompts()}
     context = max_context(model)
