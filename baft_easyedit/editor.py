@@ -262,19 +262,19 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
                 damaged, or a new edit has no `hparams`; the message says what to do.
         """
         directory = expanded(directory)
+        rule = "hparams must be given to begin an edit in"
+        missing = ValueError(f"{rule} {directory}, for nothing was begun there; got None")
         if hparams is None and not holds_edit(directory):
-            raise ValueError(
-                f"hparams must be given to begin an edit in {directory}, for nothing was begun "
-                "there; got None"
-            )
+            raise missing
         kept = KeptDirectory(directory, checkpoint_every, repair)
         where, latest = str(kept.path), kept.latest
         try:
             if latest is not None:
                 latest.config.check_model(model, where)
                 editor = cls._holding(latest, where, model, tokenizer, hparams, undo_depth)
+            elif hparams is None:  # another process has just emptied the directory
+                raise missing
             else:
-                assert hparams is not None  # as `holds_edit` told
                 editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             editor._history.open(kept)
         except BaseException:

@@ -10,13 +10,20 @@ case "${1:--}" in -*) sed -n '2,/^set/s/^# //p' "$0" >&2; exit 2 ;; esac
 out=$1 shape=${2:-llama-2-7b} device=${3:-0} seconds=$((360 * ${TIMES:-1}))
 python=${PYTHON:-python} here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+trap 'kill $! 2> /dev/null; exit 130' INT TERM
 mkdir -p "$out" && : > "$out/parts.txt" || exit
 
 part() { # NAME LIMIT COMMAND...: run one part for so many seconds at most
   local name=$1 limit=$(($2 * ${TIMES:-1})) rc=0 start=$SECONDS
   shift 2
+  rm -f "$out/$name.json"
   [ "$limit" -le $((seconds - SECONDS)) ] || limit=$((seconds - SECONDS))
-  if [ "$limit" -le 0 ]; then rc=124; else timeout --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1 || rc=$?; fi
+  if [ "$limit" -le 0 ]; then
+    rc=124
+  else
+    timeout --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1 & # so that an interrupt is seen at once
+    wait $! || rc=$?
+  fi
   echo "$name $rc $((SECONDS - start))" | tee -a "$out/parts.txt"
 }
 speed() { # NAME LIMIT OPTIONS...
@@ -35,8 +42,9 @@ for count in 8 64; do
 done
 part rehearsed-16 45 "$python" "$here/gpu_parts.py" rehearsed "$shape" "$device" "$out/rehearsed-16.json" 16
 if [ -n "${EASYEDIT_HOME:-}" ]; then
-  part weights 40 "$python" "$here/gpu_parts.py" weights "$shape" "$device" "$out/weights"
-  speed easyedit 120 --model "$out/weights" --dtype bfloat16 --methods BaFT-cached,FT-M,UltraEdit,ROME --repeats 1 --new-tokens 0
-  rm -rf "$out/weights"
+  weights=$(mktemp -d "$out/weights.XXXX")
+  trap 'rm -rf "$weights"' EXIT
+  part weights 40 "$python" "$here/gpu_parts.py" weights "$shape" "$device" "$weights"
+  speed easyedit 120 --model "$weights" --dtype bfloat16 --methods BaFT-cached,FT-M,UltraEdit,ROME --repeats 1 --new-tokens 0
 fi
 "$python" "$here/gpu_parts.py" table "$out"

@@ -100,7 +100,10 @@ def table(directory: str) -> None:
     print(f"{gpu()}\n| part | row | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}")
     for name, part in parts.items():
         told = "done" if part["status"] == 0 else f"failed ({part['status']}), see {name}.log"
-        for row in part.get("rows", [{"row": {"name": told}, "summary": {}}]):
+        rows = part.get("rows", [])
+        if part["status"] or not rows:
+            rows = [*rows, {"row": {"name": told}, "summary": {}}]
+        for row in rows:
             cells = [cell(row["summary"].get(column)) for column in COLUMNS]
             print(f"| {name} | {row['row']['name']} | {' | '.join(cells)} |")
 

@@ -122,3 +122,8 @@ def test_parameter_counts_are_those_of_table_3(hidden_size, gate, count):
 def test_rank_outside_the_hidden_size_is_refused(rank):
     with pytest.raises(ValueError, match=rf"rank must be in \[1, {D}\].*got {rank}"):
         BaFTIntervention(D, rank)
+
+
+def test_an_unknown_gate_is_refused():
+    with pytest.raises(ValueError, match=r"gate must be one of rms-sigmoid, .*; got 'relu'"):
+        BaFTIntervention(8, 2, "relu")

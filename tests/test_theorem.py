@@ -194,7 +194,7 @@ def test_command_writes_numbers_table_and_figure(saved, tmp_path, capsys):
         (["--loc", "Snow is"], "--prompt and --target must both be given"),
         (["--model", "nowhere"], "for a model other than bundled and smollm2"),
         (["--prompt", "Ice is", "--target", ""], "target_new must not be empty"),
-        (["--layer", "99", "--device", "cpu"], "layers must be below 6"),
+        (["--layer", "99", "--device", "cpu"], "--layer must be below 6, the model's depth"),
         (["--prompt", "Ice is", "--target", "a", "--loc", ""], "--loc-prompt must not be blank"),
         (["--prompt", "a", "--target", "b", "--loc", "a " * 999], "must fit the model's context"),
         (["--layer", "-1"], "argument --layer: must be a whole number of at least 0"),

@@ -42,7 +42,7 @@ def _export(arguments: argparse.Namespace) -> None:
     model = f"{edit.base_model} in {edit.dtypes}"
     note(f"the edit was learned on {model}, prompts {form}: serve and ask it so")
     if edit.is_local:
-        note(f"{edit.base_model} is not from the Hub: give the engine the path of the model")
+        note(f"{edit.base_model} may not be on the Hub: give the engine the path of the model")
     note("the engine's process needs baft_easyedit; compare its answers with those of `ask`")
 
 

@@ -52,8 +52,10 @@ def _theorem(arguments: argparse.Namespace) -> None:
     from baft_easyedit.generation import load_model, model_depth
     from baft_easyedit.theorem import measure, show
 
-    layer = arguments.layer
-    layer = 3 * model_depth(arguments.model) // 4 if layer is None else layer
+    depth = model_depth(arguments.model)
+    layer = 3 * depth // 4 if arguments.layer is None else arguments.layer
+    if layer >= depth:
+        raise ValueError(f"--layer must be below {depth}, the model's depth (0-based); got {layer}")
     place = default_device() if arguments.device is None else arguments.device
     hparams = measure.settings(arguments.model, layer, place)
     model, tokenizer = load_model(arguments.model, place)

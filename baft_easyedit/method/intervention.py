@@ -83,7 +83,7 @@ class BaFTIntervention(nn.Module):
         generator: Random generator of the initial basis; None for torch's default one.
 
     Raises:
-        ValueError: If the rank is outside [1, D].
+        ValueError: If the rank is outside [1, D], or there is no such gate.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class BaFTIntervention(nn.Module):
         super().__init__()
         if not 1 <= rank <= hidden_size:
             raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
         columns = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
         self.basis = nn.Parameter(columns.mT.contiguous())
         self.difference = nn.Parameter(torch.zeros(rank, hidden_size))

@@ -6,7 +6,7 @@ The settings are in a context variable, so that asyncio tasks do not see each ot
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Positions(NamedTuple):
         return cls(at, looks and bool(at.all()))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """What the contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...) set together."""
 
@@ -62,6 +62,14 @@ class Settings:
     """Columns of the prompts in the present generation; None outside one."""
     given_positions: Positions | None = None
     record: GateRecord | None = None
+    outer: "Settings | None" = None
+    """Those of the context around this one."""
+
+    def are_in(self, other: "Settings | None") -> bool:
+        """Tell whether these are other settings, or those of a context around them."""
+        while other is not None and other is not self:
+            other = other.outer
+        return other is self
 
 
 class Contexts:
@@ -69,15 +77,15 @@ class Contexts:
 
     def __init__(self, is_on: bool = True) -> None:
         self.is_on = is_on
-        self._outside = Settings(is_on)
-        self._present = ContextVar("settings", default=self._outside)
+        outside = Settings(is_on)
+        self._present = ContextVar("settings", default=outside)
 
     def __reduce__(self) -> Any:
         return Contexts, (self.is_on,)
 
     @property
     def now(self) -> Settings:
-        """The present settings; whoever sets them ends contexts that are open."""
+        """The present settings; whoever sets them ends the contexts that are open."""
         return self._present.get()
 
     @now.setter
@@ -86,21 +94,32 @@ class Contexts:
 
     @contextmanager
     def within(self, **changed: Any) -> Iterator[None]:
-        """Change settings until this context ends.
+        """Change settings until this context ends, and with it those that began inside.
+
+        One that ends elsewhere, such as a half-read stream that another thread drops, changes
+        nothing there.
 
         Raises:
-            RuntimeError: At the end, if a context that began inside it is still open.
+            RuntimeError: At the end, if it is not the innermost context.
         """
         before = self.now
-        inside = replace(before, **changed)
+        inside = replace(before, outer=before, **changed)
+        token = self._present.set(inside)
         try:
-            self.now = inside
             yield
             if self.now is not inside:
                 raise RuntimeError(
                     "contexts of an edit (active, disabled, prompt_lengths, ...) must end in the "
                     "reverse order of their beginning, in the thread or task where they began; one "
-                    "did not, and the edit is as it is outside of all: use nested `with` statements"
+                    "did not, and has ended those inside it: use nested `with` statements"
                 )
         finally:
-            self.now = before if self.now is inside else self._outside
+            if inside.are_in(self.now):
+                self._reset(token, before)
+
+    def _reset(self, token: Token[Settings], before: Settings) -> None:
+        """Set what was before; by the token, which leaves nothing behind, where it is of use."""
+        try:
+            self._present.reset(token)
+        except ValueError:  # a task that began inside the context has a copy of its own
+            self.now = before

@@ -175,15 +175,15 @@ class ModelEdit(EditParameters):
         self._beside, self.contexts = tuple(others), Contexts(is_on=False)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Run the model without the edit inside this context and thread."""
+        """Run the model without the edit inside this context."""
         return self.switched(False)
 
     def switched(self, is_on: bool) -> AbstractContextManager[None]:
-        """Run the model with or without the edit inside this context and thread."""
+        """Run the model with or without the edit inside this context."""
         return self.contexts.within(enabled=is_on)
 
     def prompt_lengths(self, lengths: PromptLengths | None) -> AbstractContextManager[None]:
-        """Tell the forward passes inside this context and thread where the prompts end.
+        """Tell the forward passes inside this context where the prompts end.
 
         Args:
             lengths: Real (not padding) prompt tokens of each row; None for "not known".
@@ -191,7 +191,7 @@ class ModelEdit(EditParameters):
         return self.contexts.within(prompt_lengths=lengths)
 
     def generating(self, prompt_width: int | None) -> AbstractContextManager[None]:
-        """Treat this thread's forward passes inside this context as one generation.
+        """Treat the forward passes inside this context as one generation.
 
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
@@ -200,12 +200,12 @@ class ModelEdit(EditParameters):
         return self.contexts.within(prompt_width=prompt_width if outer is None else outer)
 
     def at_positions(self, positions: Positions) -> AbstractContextManager[None]:
-        """Let the forward passes inside this context and thread intervene at `positions` only."""
+        """Let the forward passes inside this context intervene at `positions` only."""
         return self.contexts.within(given_positions=positions)
 
     @contextmanager
     def recording(self) -> Iterator[GateRecord]:
-        """Record the basis weights of the forward passes inside this context and thread."""
+        """Record the basis weights of the forward passes inside this context."""
         record = GateRecord()
         with self.contexts.within(record=record):
             yield record

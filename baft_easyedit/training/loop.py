@@ -18,6 +18,7 @@ from baft_easyedit.method.gate_report import GateReport, LayerGates
 from baft_easyedit.method.objective import token_losses
 from baft_easyedit.model.edit import Snapshot
 from baft_easyedit.model.hooks import ModelEdit
+from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.cuda_graph import KnownSteps
@@ -185,7 +186,8 @@ def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
 
     Those of independent edits are not: they are long, so padding them to few sizes costs more.
     """
-    return edit.num_edits == 1 and input_device(model).type == "cuda"
+    is_alone = not isinstance(edit, IndependentEdits)
+    return is_alone and input_device(model).type == "cuda"
 
 
 def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
