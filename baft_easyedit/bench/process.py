@@ -10,6 +10,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -101,8 +103,16 @@ class Worker(Iterator[Any]):
         self.close()
 
 
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone: killed, it could not, and a step may take hours."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Run the generator that is pickled on standard input, one step for each byte that follows."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     asked = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints go to standard error, the log

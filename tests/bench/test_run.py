@@ -450,6 +450,43 @@ def fails(*_):
     yield
 
 
+COUNTS = """
+import pathlib, time
+def counts(file):
+    for k in range(3000):
+        pathlib.Path(file).write_text(str(k))
+        time.sleep(0.1)
+    yield
+"""
+
+
+def test_a_process_ends_with_the_one_that_was_killed(tmp_path):
+    (tmp_path / "counting.py").write_text(COUNTS)
+    code = "import counting, sys; from baft_easyedit.bench.process import Worker; "
+    code += "next(Worker(counting.counts, sys.argv[1]))"
+    file, paths = tmp_path / "count", os.pathsep.join([str(ROOT), str(tmp_path)])
+    command = [sys.executable, "-c", code, str(file)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}) as killed:
+        until(file.exists)
+        killed.kill()
+    until(lambda: stands_still(file))
+
+
+def stands_still(file):
+    before = file.read_text()
+    time.sleep(1)
+    return before == file.read_text()
+
+
+def until(holds):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came to hold")
+
+
 def test_what_a_process_raised_is_told_again():
     with process.Worker(fails) as worker:
         for _ in range(2):
