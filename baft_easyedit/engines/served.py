@@ -33,7 +33,7 @@ class ServedEdit:
     base_model: str
     """The model that the edit was learned on; see `KeptConfig`."""
     is_local: bool
-    """Whether that came from a directory (whose path is not kept) and not from the Hub."""
+    """Whether no commit of the Hub is known of it, as of one from a directory."""
     dtypes: str
     """Dtypes of that model's weights during learning, such as `float32`."""
     use_chat_template: bool
