@@ -42,12 +42,6 @@ def test_sigma_max_is_that_of_the_operator():
     torch.testing.assert_close(moved[0] - moved[1], H @ (states(2)[0] - states(2)[1]))
 
 
-def test_step_is_what_the_edit_adds():
-    for gate in ("one", "rms-sigmoid"):
-        edit, h = linear_edit(gate=gate), states(5)
-        torch.testing.assert_close(balls.step(edit, h), edit(h)[0] - h)
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_steps_of_a_linear_edit_lie_in_the_cone(seed):
     edit, h = linear_edit(seed), states(50, seed)

@@ -191,7 +191,6 @@ def _edit_each(
     asked = [request.to_dict() for request in requests]
     with on_interrupt(arguments.directory), begun(arguments, asked) as editor, Bar() as bar:
         move = bar.start(len(requests), len(requests) - len(rest))
-        editor.check(asked)
         for request in rest:
             editor.edit(request.to_dict())
             move(1)
@@ -269,10 +268,12 @@ def begun(
 ) -> Iterator[BaFTEditor]:
     """Open a kept edit with its model, or begin one with settings for many successive edits.
 
-    None is begun if one of the requests that are `asked` for could not be learned.
+    The requests that are `asked` for are checked first, so that none is begun for a bad one.
     """
     if arguments.hparams is None and holds_edit(arguments.directory):
         with _opened(arguments) as editor:
+            if asked:
+                editor.check(asked)
             yield editor
         return
     hparams = hparams_of(arguments, in_a_row=True)

@@ -58,7 +58,8 @@ def sigma_max(intervention: BaFTIntervention) -> float:
 def step(intervention: BaFTIntervention, hidden: Tensor) -> Tensor:
     """Return u(h) = Phi(h) - h of hidden states [..., D], in fp32; exactly 0 where w(h) is 0."""
     h = hidden.float()
-    return (intervention.gate(h) * intervention.step(h)) @ intervention.basis
+    edited: Tensor = intervention(h)[0]
+    return edited - h
 
 
 def least_step(step_at_edited: float, sigma: float, distance: float) -> float:
