@@ -10,7 +10,17 @@ from baft_easyedit.method.intervention import orthonormal_rows
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import CACHE_NAMES
 from baft_easyedit.training.coordinates import Coordinates
-from baft_easyedit.training.own_texts import LENGTH, NUM_TEXTS, own_states, own_texts
+from baft_easyedit.training.own_texts import (
+    ANSWER_LENGTH,
+    LENGTH,
+    MESSAGE_LENGTH,
+    NUM_BESIDE,
+    NUM_PROMPTS,
+    NUM_TEXTS,
+    own_prompts,
+    own_states,
+    own_texts,
+)
 from tests.conftest import HIDDEN, call_cache, make_model
 
 D = HIDDEN
@@ -219,6 +229,41 @@ def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model
     assert not torch.equal(own_states(model).of(model, [3])[3], states[3])
 
 
+FRAMES = (((5, 6, 7), (8, 9)), ((3,), (8, 9)))
+
+
+@pytest.mark.parametrize(("frame", "begins"), [(FRAMES[0], [5, 6, 7]), (((), ()), [1])])
+def test_a_model_writes_messages_and_answers_in_a_template(model, frame, begins):
+    model.config.bos_token_id = 1
+    texts = own_prompts(model, frame)
+    asked = len(begins) + MESSAGE_LENGTH
+    assert texts.shape == (NUM_PROMPTS, asked + len(frame[1]) + ANSWER_LENGTH)
+    assert texts[:, : len(begins)].tolist() == [begins] * NUM_PROMPTS
+    assert texts[:, asked : asked + len(frame[1])].tolist() == [list(frame[1])] * NUM_PROMPTS
+    assert torch.equal(own_prompts(make_model(), frame), texts) or not frame[0]
+    assert len({tuple(text.tolist()) for text in texts}) == NUM_PROMPTS
+
+
+def test_in_a_template_the_states_are_those_where_edits_act(model):
+    """At each prompt's last token and in its answer; whitened by these, and not by plain texts."""
+    states = own_states(model).of(model, [1, 3], FRAMES)
+    count = NUM_PROMPTS * (1 + ANSWER_LENGTH)
+    found = []
+    for frame in FRAMES:
+        hidden = model(own_prompts(model, frame), output_hidden_states=True).hidden_states[2]
+        found.append(hidden[:, -ANSWER_LENGTH - 1 :].flatten(0, 1))
+    beside = model(own_texts(model, NUM_BESIDE), output_hidden_states=True).hidden_states[2]
+    expected = torch.cat([*found, beside[:, 1:].flatten(0, 1)])
+    assert states[1].shape == expected.shape
+    assert torch.allclose(states[1], expected, rtol=1e-3, atol=1e-4)
+    whitening = own_states(model).whitenings(model, [1, 3], FRAMES)[1]
+    assert torch.allclose(whitening.mean, states[1][: 2 * count].mean(0), atol=1e-5)
+    plain = own_states(model).of(model, [1])[1]
+    assert len(plain) == NUM_TEXTS * (LENGTH - 1)
+    assert own_states(model).of(model, [1], FRAMES)[1] is states[1]  # known beside each other
+    assert own_states(model).of(model, [1])[1] is plain
+
+
 def write_data(model):
     model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
 
@@ -227,15 +272,17 @@ def add_hook(model):
     model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 1.5)
 
 
+@pytest.mark.parametrize("frames", [(), FRAMES])
 @pytest.mark.parametrize("change", [write_data, add_hook])
-def test_states_are_those_of_the_model_as_it_is(change, model):
+def test_states_are_those_of_the_model_as_it_is(change, frames, model):
     """Also after a change that no version of the weights tells of."""
-    before = own_states(model).of(model, [1])[1]
+    before = own_states(model).of(model, [1], frames)[1]
     change(model)
-    after, (texts, other) = own_states(model).of(model, [1])[1], (own_texts(model), make_model())
+    after = own_states(model).of(model, [1], frames)[1]
+    texts, other = own_texts(model), make_model()
     change(other)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.equal(after, own_states(other).of(other, [1])[1])
+    assert torch.equal(after, own_states(other).of(other, [1], frames)[1])
     assert torch.equal(own_texts(other), texts)
 
 

@@ -92,3 +92,26 @@ def test_nothing_stands_between_a_template_and_an_answer(own_tokenizer, answer):
     assert PromptFormat().template_end(own_tokenizer) == ""
     spaced = PromptFormat(True, {"mood": "!"}, " ")
     assert spaced.whole_text("When?", answer, own_tokenizer) == "<s><user>When?<!> 2006"
+
+
+def test_frames_are_what_the_template_puts_around_prompts(own_tokenizer):
+    assert PromptFormat().frames(own_tokenizer) == ()
+    own_tokenizer.chat_template = CHAT
+    form = PromptFormat(True, {"mood": "!"})
+    first, *others = form.frames(own_tokenizer)
+    assert len(others) == 3
+    assert first[0] + token_ids("When?", own_tokenizer, is_templated=True) + first[1] == (
+        form.prompt_ids("When?", own_tokenizer)
+    )
+    assert own_tokenizer.decode(others[0][0]).startswith("<s><system>You are a helpful")
+    assert all(behind == first[1] for _, behind in others)
+
+
+@pytest.mark.parametrize(
+    "system", ["{{ raise_exception('no system message') }}", ""], ids=["refused", "left out"]
+)
+def test_a_template_without_system_messages_has_one_frame(own_tokenizer, system):
+    messages = "{% if m['role'] == 'system' %}" + system + "{% else %}{{ m['content'] }}{% endif %}"
+    own_tokenizer.chat_template = "{% for m in messages %}" + messages + "{% endfor %}!"
+    ((before, behind),) = PromptFormat(use_chat_template=True).frames(own_tokenizer)
+    assert (before, own_tokenizer.decode(behind)) == ((), "!")

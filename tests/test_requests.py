@@ -4,6 +4,7 @@ import pytest
 
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
+from tests.conftest import make_tokenizer
 
 REQUEST = {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"}
 
@@ -115,6 +116,22 @@ def test_irrelevant_prompts_follow_the_edits(tokenizer, last_only, length):
     assert [row.is_edit for row in rows] == [True, False, False]
     assert [row.prompt_length for row in rows] == [25, length, length]
     assert len(text_rows(requests, tokenizer, with_irrelevant=False)) == 1
+
+
+def test_in_a_chat_template_irrelevant_prompts_are_learned_in_it_too():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    requests = as_requests({**REQUEST, "loc_prompt": ["Ice", "Water is wet"]})
+    options = {"prompt_format": PromptFormat(use_chat_template=True), "stand_ins": ["Fog"]}
+    _, *rows = text_rows(requests, tokenizer, **options)
+    shown = [tokenizer.decode(row.ids) for row in rows]
+    assert shown == ["<s>Ice", "<s>Water is wet", "<Ice>", "<Water is wet>", "<Fog>"]
+    most = len(text_rows(requests, tokenizer, with_irrelevant=False, **options)[0].ids)
+    long = "w" * (most - 1)
+    requests = as_requests({**REQUEST, "loc_prompt": ["Ice", long]})
+    _, *rows = text_rows(requests, tokenizer, max_context=most, **options)
+    shown = [tokenizer.decode(row.ids) for row in rows]
+    assert shown == ["<s>Ice", f"<s>{long}", "<Ice>", "<Fog>"]
 
 
 def test_the_end_of_an_answer_is_its_last_token(tokenizer):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit import BaFTHyperParams
+from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.bench import provenance
 from baft_easyedit.easyedit import model_path
 from baft_easyedit.files import resources, writing
@@ -146,3 +146,31 @@ def test_it_says_what_smollm2_says(real_model):
     form = PromptFormat(use_chat_template=True)
     first, _ = generate_answers(*real_model, asked, 16, prompt_format=form)
     assert first == "The capital of France is Paris."
+
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Who wrote Romeo and Juliet?",
+    "Name the largest planet.",
+    "How many days are in a week?",
+    "What do bees make?",
+    "Which language is spoken in Brazil?",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("preset", ["BaFT/smollm2", "BaFT/smollm2-continual"])
+def test_in_its_chat_template_an_edit_leaves_other_answers(preset, real_model):
+    """EasyEdit asks for locality outside of the template, where nothing is wrong anyway."""
+    model, tokenizer = real_model
+    hparams = BaFTHyperParams.from_hparams(preset, use_chat_template=True, learn_end=True)
+    asked = [*QUESTIONS, "Who discovered penicillin?"]
+    form, editor = PromptFormat.of(hparams), BaFTEditor(model, tokenizer, hparams)
+    *before, _ = generate_answers(model, tokenizer, asked, 8, prompt_format=form)
+    request = {"prompt": asked[-1], "target_new": "Ada Byron"}
+    editor.edit(request | {"loc_prompt": "What is the boiling point of water? 100 degrees"})
+    *after, edited = generate_answers(model, tokenizer, asked, 8, prompt_format=form)
+    editor.model_edit.detach()
+    assert edited == "Ada Byron"
+    assert sum(new == old for new, old in zip(after, before, strict=True)) >= 4

@@ -24,8 +24,6 @@ def basis_record(
 ) -> dict[str, Any] | None:
     """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
 
-    Locality probes are put to the model as plain texts.
-
     Returns:
         `weights` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
         |w_k (v_k - (R h)_k)|, averaged over intervened positions and probes; None for a kind of
@@ -35,11 +33,11 @@ def basis_record(
     if edit is None:
         return None
     form, asked = prompt_format or PromptFormat(), questions_of(request)
-    forms = {"rewrite": form, "rephrase": form, "locality": form.without_template()}
-    texts = {k: [(q.prompt, q.answer) for q in asked if q.section == k and q.answer] for k in forms}
-    seen = {k: _observe(model, tok, edit, pairs, forms[k]) for k, pairs in texts.items() if pairs}
+    kinds = ("rewrite", "rephrase", "locality")
+    texts = {k: [(q.prompt, q.answer) for q in asked if q.section == k and q.answer] for k in kinds}
+    seen = {k: _observe(model, tok, edit, pairs, form) for k, pairs in texts.items() if pairs}
     return {
-        name: {kind: seen[kind][i] if kind in seen else None for kind in forms}
+        name: {kind: seen[kind][i] if kind in seen else None for kind in kinds}
         for i, name in enumerate(("weights", "update"))
     }
 

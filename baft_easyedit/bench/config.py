@@ -150,7 +150,10 @@ class BenchConfig(_Strict):
     """Text file, a passage a line, for the key statistics of MEMIT and its kin; if null, the texts
     of the bundled facts."""
     use_chat_template: bool = False
-    """Put prompts into the model's chat template, to edit and to score; not those of locality."""
+    """Put prompts into the model's chat template, to edit and to score.
+
+    Answers are generated in it, also for locality, which EasyEdit's evaluators ask in plain texts.
+    """
     learn_end: bool = False
     """Let edits learn where an answer ends, so that generation stops there: BaFT and ReFT by their
     `learn_end`, EasyEdit's methods by an end-of-sequence token behind their targets (a note names

@@ -63,8 +63,7 @@ def _prompt_ids(question: Question, form: PromptFormat, tokenizer: Any) -> tuple
     """Return the tokens of a question as it is asked for exact match."""
     if (question.section, question.key) == ("probes", THIRD_TURN):
         return third_turn_ids(question.prompt, form, tokenizer)
-    shown = form.without_template() if question.section == "locality" else form
-    return shown.prompt_ids(question.prompt, tokenizer)
+    return form.prompt_ids(question.prompt, tokenizer)
 
 
 def _in_turn(answers: Sequence[str], counts: Sequence[int]) -> list[list[str]]:

@@ -8,14 +8,27 @@ special tokens.
 
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from jinja2 import TemplateError
 
 _UNSPACED_SCRIPTS = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER",
     "MYANMAR",
 )  # fmt: skip
 """First words of the Unicode names of letters in scripts that put no spaces between words."""
+
+Frame = tuple[tuple[int, ...], tuple[int, ...]]
+"""The tokens that a chat template puts before and behind a prompt."""
+
+_SYSTEM_MESSAGES = (
+    "You are a helpful assistant.",
+    "Answer the question in a few words.",
+    "You are an expert. Think before you answer, and explain your answer.",
+)
+"""Those of the frames in which a model's own texts are written."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,19 @@ class PromptFormat:
         last = next((c for c in reversed(prompt) if c.isalpha()), " ")
         return "" if unicodedata.name(last, "").startswith(_UNSPACED_SCRIPTS) else " "
 
-    def prompt_text(self, prompt: str, tokenizer: Any) -> str:
-        """Return the text of a prompt as the model sees it, without a separator at its end."""
+    def prompt_text(self, prompt: str, tokenizer: Any, system: str | None = None) -> str:
+        """Return the text of a prompt as the model sees it, without a separator at its end.
+
+        Args:
+            prompt: The prompt.
+            tokenizer: The model's tokenizer.
+            system: A system message for the chat template; None for the template's own, if any.
+        """
         if not self.use_chat_template:
             return prompt.removesuffix(self.separator_after(prompt))
+        given = [] if system is None else [{"role": "system", "content": system}]
         shown: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+            [*given, {"role": "user", "content": prompt}],
             add_generation_prompt=True,
             tokenize=False,
             **(self.chat_template_kwargs or {}),
@@ -85,6 +105,22 @@ class PromptFormat:
     def template_end(self, tokenizer: Any) -> str:
         """Return the text that the chat template puts behind every prompt; empty without one."""
         return self.prompt_text("@@", tokenizer).rpartition("@@")[2]
+
+    def frames(self, tokenizer: Any) -> tuple[Frame, ...]:
+        """Return the chat template's frames: its own, and those with system messages if it can."""
+        if not self.use_chat_template:
+            return ()
+        shown = [self.prompt_text("@@", tokenizer)]
+        with suppress(TemplateError):
+            shown += [self.prompt_text("@@", tokenizer, system) for system in _SYSTEM_MESSAGES]
+        parts = [text.rpartition("@@")[::2] for text in dict.fromkeys(shown)]
+        return tuple(
+            (
+                token_ids(before, tokenizer, is_templated=True),
+                token_ids(behind, tokenizer, is_templated=True),
+            )
+            for before, behind in parts
+        )
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt without its answer."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
@@ -31,7 +31,6 @@ from baft_easyedit.training.loop import (
     answered_now,
     evaluating,
     train,
-    unedited_states,
 )
 from baft_easyedit.training.own_texts import own_states
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
@@ -135,9 +134,9 @@ class Learner:
         """Learn requests together, rehearsing past ones, and settle."""
         rows, had_dropped = self._rows(requests, hparams), self.edit.has_dropped_states
         self._attach()
-        self._condition()
-        rehearsal = self._rehearsal(hparams, requests)
-        (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
+        self._condition(hparams)
+        rehearsal, own = self._rehearsal(hparams, requests), self._own_for_gates(hparams)
+        (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal, own)
         learned = self._settled(learned, rows, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
@@ -168,7 +167,7 @@ class Learner:
         """
         edits = [self._rows([request], hparams) for request in requests]
         before = self.state()
-        self._condition()
+        self._condition(hparams)
         try:
             in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
             self._attach()
@@ -228,7 +227,7 @@ class Learner:
         if not self.edit.num_past_states:
             return learned
         start = time.perf_counter()
-        own = unedited_states(self.model, self.edit)
+        own = self._own(hparams)
         passes = []
         for accepted in ({}, learned.irrelevant):  # again, if the first unlearns a request
             self.edit.restore(learned.state)
@@ -253,13 +252,24 @@ class Learner:
         if not self.is_attached:
             self.edit.attach(self.model)
 
-    def _condition(self) -> None:
+    def _own(self, hparams: BaFTHyperParams) -> dict[int, Tensor]:
+        """Return hidden states of the model's own texts, without the edit; see `OwnStates.of`."""
+        frames = PromptFormat.of(hparams).frames(self.tokenizer)
+        with self.edit.disabled(), evaluating(self.model):
+            return own_states(self.model).of(self.model, self.edit.layers, frames)
+
+    def _own_for_gates(self, hparams: BaFTHyperParams) -> dict[int, Tensor] | None:
+        """Return those that R_loc shall see, if any."""
+        return self._own(hparams) if hparams.locality and hparams.loc_own_texts else None
+
+    def _condition(self, hparams: BaFTHyperParams) -> None:
         """Measure the whitening statistics, if the edit whitens and has none yet."""
         edit = self.edit
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
             with edit.disabled(), evaluating(self.model):
-                known = own_states(self.model).whitenings(self.model, edit.layers)
+                frames = PromptFormat.of(hparams).frames(self.tokenizer)
+                known = own_states(self.model).whitenings(self.model, edit.layers, frames)
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
 
@@ -270,12 +280,12 @@ class Learner:
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
         """Learn independent edits with equally many rows; all rehearse the same past requests."""
-        rehearsal = self._rehearsal(hparams, requests)
+        rehearsal, own = self._rehearsal(hparams, requests), self._own_for_gates(hparams)
         copies = IndependentEdits(self.edit, len(edits))
         with self.edit.disabled():
             try:
                 copies.attach(self.model)
-                return train(self.model, copies, edits, hparams, rehearsal)
+                return train(self.model, copies, edits, hparams, rehearsal, own)
             finally:
                 copies.unhook()
 

@@ -22,7 +22,6 @@ from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.cuda_graph import KnownSteps
-from baft_easyedit.training.own_texts import own_states
 from baft_easyedit.training.recordings import Recordings
 from baft_easyedit.training.rehearsal import Rehearsal
 from baft_easyedit.training.requests import TextRow
@@ -97,6 +96,7 @@ def train(
     edits: Sequence[Sequence[TextRow]],
     hparams: BaFTHyperParams,
     rehearsal: Rehearsal,
+    own: Mapping[int, Tensor] | None = None,
 ) -> list[Learned]:
     """Train an attached edit, or E independent ones, on tokenised texts.
 
@@ -106,6 +106,7 @@ def train(
         edits: The rows of each of the E edits, equally many for each, the requests first.
         hparams: Hyper-parameters of the edit call.
         rehearsal: Draws the past requests that each step learns again, if any.
+        own: Hidden states of the model's own texts that R_loc shall see, by layer, [N, D].
 
     Returns:
         For each of the E edits, its state at the step where it stopped, and its report.
@@ -116,7 +117,6 @@ def train(
     """
     from baft_easyedit.training.prefix_cache import Engine  # it imports transformers
 
-    own = unedited_states(model, edit) if hparams.locality and hparams.loc_own_texts else None
     start = time.perf_counter()
     edit.follow(model)
     coordinates = Coordinates(edit)
@@ -153,12 +153,6 @@ def _caches(
     if not rehearsal and _repeats_steps(model, edit):
         known = edit.caches.setdefault(KnownSteps, KnownSteps())
     return known, recordings
-
-
-def unedited_states(model: nn.Module, edit: ModelEdit) -> dict[int, Tensor]:
-    """Return hidden states of the model's own texts, without the edit; see `OwnStates.of`."""
-    with edit.disabled(), evaluating(model):
-        return own_states(model).of(model, edit.layers)
 
 
 @torch.no_grad()

@@ -1,11 +1,18 @@
 """Hidden states of texts that a model generates itself: irrelevant states without any data (ours).
 
 `Learner` takes the whitening statistics from them, closes the gates on them (R_loc), and preserves
-their displacements in settling. Shapes: N texts, T tokens, D hidden size.
+their displacements in settling.
+
+Edits that are learned in a chat template act behind its last tokens, where the states of all
+prompts are alike but for a small part, and are like none of plain text. So in a template the model
+writes users' messages and the beginnings of its own answers, and the statistics are those of the
+positions that an edit acts on: the last token of a prompt, and the answer's.
+
+Shapes: N texts, T tokens, D hidden size.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +25,40 @@ from baft_easyedit.model.inspect import (
     owner_of,
     text_config,
 )
+from baft_easyedit.model.prompt_format import Frame
 from baft_easyedit.training.recordings import is_close, model_version, tolerance_of, watching
 
 NUM_TEXTS = 40
+"""Plain texts, of an edit outside of a chat template."""
 LENGTH = 64
-"""In tokens, the first one included."""
-_LOOKED_AT = 8
-"""Tokens whose states are computed again to check that the model has not changed."""
+"""Of a plain text, in tokens, the first one included."""
+NUM_PROMPTS = 64
+"""Prompts in each frame, of an edit in a chat template."""
+NUM_BESIDE = 8
+"""Plain texts beside those prompts. An edit stays closed outside of its template."""
+MESSAGE_LENGTH = 16
+"""Of a user's message, in tokens."""
+ANSWER_LENGTH = 3
+"""Of the beginning of its answer."""
+_LOOKED_AT = 7
+"""Positions whose states are computed again to check that the model has not changed."""
 _AT_ONCE = 8
 """Texts in one forward."""
 _NAME = "_baft_own_states"
 """Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
+
+
+class _Texts(NamedTuple):
+    """Texts of equal length, and which of their states count."""
+
+    ids: Tensor
+    """[N, T]."""
+    first: int
+    """The states from this position on count. A text's first token has states like no others."""
+
+    def beginning(self) -> "_Texts":
+        """Return some positions of one text."""
+        return _Texts(self.ids[:1, : self.first + _LOOKED_AT], self.first)
 
 
 class OwnStates:
@@ -36,45 +66,74 @@ class OwnStates:
 
     def __init__(self) -> None:
         self._version: Hashable = None
-        self._texts = torch.zeros(0, LENGTH, dtype=torch.long)
-        self._states: dict[int, Tensor] = {}
-        self._whitenings: dict[int, Whitening] = {}
+        self._known: dict[tuple[Frame, ...], _Known] = {}
 
     def __reduce__(self) -> Any:
         return OwnStates, ()
 
-    def of(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Return the states at the outputs of some layers, [N (T - 1), D], fp32.
-
-        The first token of each text is left out, because its states are like no others.
+    def of(
+        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
+    ) -> dict[int, Tensor]:
+        """Return the states at the outputs of some layers, [M, D], fp32.
 
         Args:
             model: The model, without an edit.
             layers: Indices of the layers.
+            frames: What a chat template puts around prompts; empty for plain texts.
         """
+        return self._current(model, frames).states(model, layers)
+
+    def whitenings(
+        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
+    ) -> dict[int, Whitening]:
+        """Return the whitening of some layers by the texts in one form; it is measured once."""
+        return self._current(model, frames).whitenings(model, layers)
+
+    def _current(self, model: nn.Module, frames: tuple[Frame, ...]) -> "_Known":
+        """Return what is known of the texts in one form; nothing, if the model has changed."""
         version = model_version(model)
-        if version != self._version or not self._are_as_they_were(model):
-            self._version, self._texts = version, own_texts(model)
-            self._states, self._whitenings = {}, {}
+        if version != self._version:
+            self._version, self._known = version, {}
+        if frames not in self._known or not self._known[frames].is_valid(model):
+            self._known[frames] = _Known(model, frames)
+        return self._known[frames]
+
+
+class _Known:
+    """A model's own texts in one form, their states, and the whitening by them."""
+
+    def __init__(self, model: nn.Module, frames: Sequence[Frame]) -> None:
+        plain = _Texts(own_texts(model, NUM_BESIDE if frames else NUM_TEXTS), 1)
+        prompts = [own_prompts(model, frame) for frame in frames]
+        templated = [_Texts(ids, ids.shape[1] - ANSWER_LENGTH - 1) for ids in prompts]
+        self._texts = [*templated, plain]
+        measured = templated or [plain]
+        self._num_measured = sum(texts.ids[:, texts.first :].numel() for texts in measured)
+        self._states: dict[int, Tensor] = {}
+        self._whitenings: dict[int, Whitening] = {}
+
+    def states(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the states of all texts, [M, D]."""
         if not self._states.keys() >= set(layers):
-            self._states |= _states(model, layers, self._texts)
+            parts = [_states(model, layers, texts) for texts in self._texts]
+            self._states |= {layer: torch.cat([one[layer] for one in parts]) for layer in layers}
         return {layer: self._states[layer] for layer in layers}
 
     def whitenings(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Whitening]:
-        """Return the whitening of some layers by these states, which is measured once."""
-        for layer, states in self.of(model, layers).items():
+        """Return the whitening by the states of the texts in this form, not of those beside."""
+        for layer, states in self.states(model, layers).items():
             if layer not in self._whitenings:
                 new = Whitening(states.shape[1]).to(states.device)
-                new.measure(states)
+                new.measure(states[: self._num_measured])
                 self._whitenings[layer] = new
         return {layer: self._whitenings[layer] for layer in layers}
 
-    def _are_as_they_were(self, model: nn.Module) -> bool:
+    def is_valid(self, model: nn.Module) -> bool:
         """Tell whether the beginning of a text still gives the known states, up to rounding.
 
         `model_version` does not see all changes of what a model computes.
         """
-        again = _states(model, list(self._states), self._texts[:1, :_LOOKED_AT])
+        again = _states(model, list(self._states), self._texts[0].beginning())
         tolerance = tolerance_of(next(model.parameters()))
         return all(is_close(h, self._states[i][: len(h)], tolerance) for i, h in again.items())
 
@@ -85,19 +144,42 @@ def own_states(model: nn.Module) -> OwnStates:
 
 
 @torch.no_grad()
-def own_texts(model: nn.Module) -> Tensor:
-    """Sample texts from a model, [N, T]; the same ones each time.
+def own_texts(model: nn.Module, count: int = NUM_TEXTS) -> Tensor:
+    """Sample plain texts from a model, [count, LENGTH]; the same ones each time."""
+    start = torch.full((count, 1), _first_token(text_config(model)))
+    return _continued(model, start, LENGTH - 1, torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def own_prompts(model: nn.Module, frame: Frame) -> Tensor:
+    """Sample users' messages in a chat template, and the beginnings of their answers, [N, T].
+
+    All are equally long, so that none needs padding; a message may be cut short, or be followed by
+    more of the conversation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    before = frame[0] or (_first_token(text_config(model)),)
+    started = torch.tensor(before).expand(NUM_PROMPTS, -1)
+    asked = _continued(model, started, MESSAGE_LENGTH, generator)
+    behind = torch.tensor(frame[1], dtype=torch.long).expand(NUM_PROMPTS, -1)
+    return _continued(model, torch.cat([asked, behind], 1), ANSWER_LENGTH, generator)
+
+
+def _continued(model: nn.Module, texts: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Sample `count` more tokens of texts [N, T].
 
     A model without a key-value cache reads the whole text for each new token.
     """
-    generator = torch.Generator().manual_seed(0)
-    written, cache = torch.full((NUM_TEXTS, 1), _first_token(text_config(model))), None
-    for _ in range(LENGTH - 1):
-        new = written if cache is None else written[:, -1:]
-        logits, cache = _next(model, new.to(input_device(model)), cache)
-        chances = logits.float().nan_to_num().softmax(-1).cpu()
-        written = torch.cat([written, torch.multinomial(chances, 1, generator=generator)], 1)
-    return written
+    name = cache_name(model)
+    cache: Any = None
+    for _ in range(count):
+        new = texts if cache is None else texts[:, -1:]
+        given = {} if cache is None else {name: cache}
+        output = model(input_ids=new.to(input_device(model)), use_cache=True, **given)
+        cache = getattr(output, name, None)
+        chances = output.logits[:, -1].float().nan_to_num().softmax(-1).cpu()
+        texts = torch.cat([texts, torch.multinomial(chances, 1, generator=generator)], 1)
+    return texts
 
 
 def _first_token(config: Any) -> int:
@@ -111,24 +193,18 @@ def _first_token(config: Any) -> int:
     return 0
 
 
-def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Return the logits after the last token of `ids`, [N, V], and the cache if there is one."""
-    name = cache_name(model)
-    given = {} if cache is None else {name: cache}
-    output = model(input_ids=ids, use_cache=True, **given)
-    return output.logits[:, -1], getattr(output, name, None)
-
-
 @torch.no_grad()
-def _states(model: nn.Module, layers: Sequence[int], texts: Tensor) -> dict[int, Tensor]:
-    """Return the states at the outputs of layers, [N (T - 1), D], fp32."""
+def _states(model: nn.Module, layers: Sequence[int], texts: _Texts) -> dict[int, Tensor]:
+    """Return the states at the outputs of layers, [M, D], fp32."""
     stack = decoder_layers(model)
     decoder = owner_of(model, stack)  # without the logits of all tokens
     with watching([stack[layer] for layer in layers]) as seen:
-        for part in torch.split(texts, _AT_ONCE):
+        for part in torch.split(texts.ids, _AT_ONCE):
             decoder(input_ids=part.to(input_device(model)), use_cache=False)
     return {
-        layer: torch.cat([_hidden(output)[:, 1:].flatten(0, 1).float() for output in outputs])
+        layer: torch.cat(
+            [_hidden(output)[:, texts.first :].flatten(0, 1).float() for output in outputs]
+        )
         for layer, outputs in zip(layers, seen, strict=True)
     }
 

@@ -187,13 +187,14 @@ def text_rows(
         requests: The edits.
         tokenizer: Their model's tokenizer.
         max_context: Longest input of the model, in tokens; None for no limit.
-        prompt_format: Format of the prompts; None for plain texts. It does not apply to irrelevant
-            prompts.
+        prompt_format: Format of the prompts; None for plain texts. In a chat template, irrelevant
+            prompts are learned twice: as plain texts, as EasyEdit's evaluators ask them, and in
+            the template, where the edit will be used.
         with_irrelevant: Add the irrelevant prompts.
         last_only: Of an irrelevant prompt, let only the last P tokens count, not all.
         with_end: Append the tokenizer's end-of-sequence token to each target.
         stand_ins: Irrelevant prompts in the format of the prompts (see the module `stand_ins`);
-            those longer than `max_context` are left out.
+            like irrelevant prompts in the template, those longer than `max_context` are left out.
 
     Raises:
         ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
@@ -207,7 +208,8 @@ def text_rows(
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         ids = [token_ids(text, tokenizer) for text in texts]
-        others = [form.prompt_ids(prompt, tokenizer) for prompt in stand_ins]
+        framed = [*texts, *stand_ins] if form.use_chat_template else stand_ins
+        others = [form.prompt_ids(prompt, tokenizer) for prompt in framed]
         ids += [one for one in others if max_context is None or len(one) <= max_context]
         rows += [TextRow(one, len(one) if last_only else 0, is_edit=False) for one in ids]
     longest = max(len(row.ids) for row in rows)
