@@ -126,6 +126,7 @@ def test_in_a_chat_template_irrelevant_prompts_are_learned_in_it_too():
     _, *rows = text_rows(requests, tokenizer, **options)
     shown = [tokenizer.decode(row.ids) for row in rows]
     assert shown == ["<s>Ice", "<s>Water is wet", "<Ice>", "<Water is wet>", "<Fog>"]
+    assert [row.prompt_length for row in rows] == [0, 0, 5, 14, 5]
     most = len(text_rows(requests, tokenizer, with_irrelevant=False, **options)[0].ids)
     long = "w" * (most - 1)
     requests = as_requests({**REQUEST, "loc_prompt": ["Ice", long]})

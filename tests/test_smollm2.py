@@ -160,10 +160,10 @@ QUESTIONS = (
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("preset", ["BaFT/smollm2", "BaFT/smollm2-continual"])
-def test_in_its_chat_template_an_edit_leaves_other_answers(preset, real_model):
+def test_in_its_chat_template_an_edit_leaves_other_answers(real_model):
     """EasyEdit asks for locality outside of the template, where nothing is wrong anyway."""
     model, tokenizer = real_model
+    preset = "BaFT/smollm2-continual"
     hparams = BaFTHyperParams.from_hparams(preset, use_chat_template=True, learn_end=True)
     asked = [*QUESTIONS, "Who discovered penicillin?"]
     form, editor = PromptFormat.of(hparams), BaFTEditor(model, tokenizer, hparams)

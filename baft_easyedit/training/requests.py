@@ -189,7 +189,7 @@ def text_rows(
         max_context: Longest input of the model, in tokens; None for no limit.
         prompt_format: Format of the prompts; None for plain texts. In a chat template, irrelevant
             prompts are learned twice: as plain texts, as EasyEdit's evaluators ask them, and in
-            the template, where the edit will be used.
+            the template, where the edit will be used, and only the last P tokens count.
         with_irrelevant: Add the irrelevant prompts.
         last_only: Of an irrelevant prompt, let only the last P tokens count, not all.
         with_end: Append the tokenizer's end-of-sequence token to each target.
@@ -207,11 +207,13 @@ def text_rows(
     _check_agree(requests, rows)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
-        ids = [token_ids(text, tokenizer) for text in texts]
+        plain = [token_ids(text, tokenizer) for text in texts]
         framed = [*texts, *stand_ins] if form.use_chat_template else stand_ins
         others = [form.prompt_ids(prompt, tokenizer) for prompt in framed]
-        ids += [one for one in others if max_context is None or len(one) <= max_context]
-        rows += [TextRow(one, len(one) if last_only else 0, is_edit=False) for one in ids]
+        others = [one for one in others if max_context is None or len(one) <= max_context]
+        ends = last_only or form.use_chat_template  # before them is the template's beginning
+        rows += [TextRow(one, len(one) if last_only else 0, is_edit=False) for one in plain]
+        rows += [TextRow(one, len(one) if ends else 0, is_edit=False) for one in others]
     longest = max(len(row.ids) for row in rows)
     if max_context is not None and longest > max_context:
         raise ValueError(
