@@ -122,10 +122,12 @@ class BaFTHyperParams:
     rescaling: str = "match"
     """How the terms are brought to one magnitude, a name of `objective.RESCALINGS` (ours)."""
     loc_positions: str = "all"
-    """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours)."""
+    """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours), as always
+    of its copy in a chat template."""
     loc_own_texts: bool = False
     """Let R_loc also see hidden states of texts that the model generates itself (ours), so that
-    gates close on unedited texts even if a request has no `loc_prompt`."""
+    gates close on unedited texts even if a request has no `loc_prompt`. With a chat template it
+    writes them in it."""
     engine: str = "auto"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
     rounding. If a model cannot use a cached prefix, `auto` runs the full forward, with a warning in
@@ -152,7 +154,8 @@ class BaFTHyperParams:
     bf16: bool = False
     """The same in bfloat16, without `fp16`: EasyEdit loads fp32, and the weights are cast then."""
     use_chat_template: bool = False
-    """Put prompts into the tokenizer's chat template, for editing and scoring alike."""
+    """Put prompts into the tokenizer's chat template, for editing and scoring alike. Other
+    prompts in it stay as they are only with `loc_own_texts` and whitened coordinates."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of the chat template, such as `enable_thinking: false` for Qwen3; null for
     none."""

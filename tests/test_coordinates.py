@@ -9,6 +9,7 @@ from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import orthonormal_rows
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import CACHE_NAMES
+from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.own_texts import (
     ANSWER_LENGTH,
@@ -17,11 +18,12 @@ from baft_easyedit.training.own_texts import (
     NUM_BESIDE,
     NUM_PROMPTS,
     NUM_TEXTS,
+    own_length,
     own_prompts,
     own_states,
     own_texts,
 )
-from tests.conftest import HIDDEN, call_cache, make_model
+from tests.conftest import GPT_SIZES, HIDDEN, call_cache, make_model, make_tokenizer
 
 D = HIDDEN
 
@@ -262,6 +264,21 @@ def test_in_a_template_the_states_are_those_where_edits_act(model):
     assert len(plain) == NUM_TEXTS * (LENGTH - 1)
     assert own_states(model).of(model, [1], FRAMES)[1] is states[1]  # known beside each other
     assert own_states(model).of(model, [1])[1] is plain
+
+
+@pytest.mark.parametrize(("most", "count"), [(70, 3), (512, 4)])
+def test_a_model_writes_where_its_context_has_room(most, count, monkeypatch, hparams, request_dict):
+    """GPT-2's positions end with its context: frames that are too long for it are left out."""
+    monkeypatch.setitem(GPT_SIZES, "n_positions", most)
+    model, tokenizer = make_model("gpt2"), make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    hparams = replace(
+        hparams, use_chat_template=True, loc_own_texts=True, parametrisation="whitened"
+    )
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit(request_dict)
+    room = [own_length(one) <= most for one in PromptFormat.of(hparams).frames(tokenizer)]
+    assert (len(room), sum(room)) == (4, count)
 
 
 def write_data(model):

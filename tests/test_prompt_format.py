@@ -108,10 +108,25 @@ def test_frames_are_what_the_template_puts_around_prompts(own_tokenizer):
 
 
 @pytest.mark.parametrize(
-    "system", ["{{ raise_exception('no system message') }}", ""], ids=["refused", "left out"]
+    "system",
+    ["{{ raise_exception('no system message') }}", "{{ 1 + 'a' }}", ""],
+    ids=["refused", "failing", "left out"],
 )
 def test_a_template_without_system_messages_has_one_frame(own_tokenizer, system):
     messages = "{% if m['role'] == 'system' %}" + system + "{% else %}{{ m['content'] }}{% endif %}"
     own_tokenizer.chat_template = "{% for m in messages %}" + messages + "{% endfor %}!"
     ((before, behind),) = PromptFormat(use_chat_template=True).frames(own_tokenizer)
     assert (before, own_tokenizer.decode(behind)) == ((), "!")
+
+
+def test_frames_have_the_tokens_of_real_prompts_where_words_begin_with_a_mark(own_tokenizer):
+    """As those of SentencePiece, which mark the first word of what is tokenised alone."""
+    own_tokenizer.chat_template = "[{% for m in messages %}{{ m['content'] }}{% endfor %} ]"
+
+    def marking(text, **_):
+        return {"input_ids": [256, *map(ord, text)]}
+
+    tokenizer = type("Marking", (), {"__call__": staticmethod(marking)})()
+    tokenizer.apply_chat_template = own_tokenizer.apply_chat_template
+    frame, *_ = PromptFormat(use_chat_template=True).frames(tokenizer)
+    assert frame == ((256, ord("[")), (ord(" "), ord("]")))

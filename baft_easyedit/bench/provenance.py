@@ -133,6 +133,7 @@ def run_record(
         "command": list(command) or sys.argv,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": config.seed,
+        "locality_in_template": config.use_chat_template,  # generated; asked outside before 0.2
         "git": git_state(),
         "versions": versions(),
         "easyedit": easyedit_version(),
@@ -212,6 +213,8 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
             for kind, value in model_fingerprint(config.model).items()
         },
         "EasyEdit": run["easyedit"] == easyedit_version(),
+        "answers for locality, asked outside of the template": not config.use_chat_template
+        or run.get("locality_in_template", False),
         **{what: run["inputs"].get(what, value) == value for what, value in inputs.items()},
     }
     for what, is_same in was.items():

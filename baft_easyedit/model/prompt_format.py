@@ -10,9 +10,8 @@ import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
-
-from jinja2 import TemplateError
 
 _UNSPACED_SCRIPTS = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER",
@@ -110,17 +109,19 @@ class PromptFormat:
         """Return the chat template's frames: its own, and those with system messages if it can."""
         if not self.use_chat_template:
             return ()
-        shown = [self.prompt_text("@@", tokenizer)]
-        with suppress(TemplateError):
-            shown += [self.prompt_text("@@", tokenizer, system) for system in _SYSTEM_MESSAGES]
-        parts = [text.rpartition("@@")[::2] for text in dict.fromkeys(shown)]
-        return tuple(
-            (
-                token_ids(before, tokenizer, is_templated=True),
-                token_ids(behind, tokenizer, is_templated=True),
-            )
-            for before, behind in parts
-        )
+        found = [self._frame(tokenizer, None)]
+        for system in _SYSTEM_MESSAGES:
+            with suppress(Exception):  # each template refuses system messages in its own way
+                found.append(self._frame(tokenizer, system))
+        return tuple(dict.fromkeys(found))
+
+    def _frame(self, tokenizer: Any, system: str | None) -> Frame:
+        """Return the tokens that two prompts have in common at their beginning and end."""
+        shown = [self.prompt_text(prompt, tokenizer, system) for prompt in ("who", "Name a city")]
+        one, other = (token_ids(text, tokenizer, is_templated=True) for text in shown)
+        before = _shared(one, other)
+        behind = _shared(one[len(before) :][::-1], other[len(before) :][::-1])
+        return before, behind[::-1]
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt without its answer."""
@@ -131,6 +132,12 @@ class PromptFormat:
         """Return the tokens of a prompt and its answer."""
         text = self.whole_text(prompt, answer, tokenizer)
         return token_ids(text, tokenizer, is_templated=self.use_chat_template)
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the tokens with which both begin."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return tuple(token for token, _ in pairs)
 
 
 def token_ids(text: str, tokenizer: Any, *, is_templated: bool = False) -> tuple[int, ...]:

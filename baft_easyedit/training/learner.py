@@ -23,7 +23,7 @@ from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device, max_context
 from baft_easyedit.model.locks import lock_of
-from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.model.prompt_format import Frame, PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
 from baft_easyedit.training.loop import (
     EditReport,
@@ -32,7 +32,7 @@ from baft_easyedit.training.loop import (
     evaluating,
     train,
 )
-from baft_easyedit.training.own_texts import own_states
+from baft_easyedit.training.own_texts import own_length, own_states
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.settling import settle
@@ -254,9 +254,14 @@ class Learner:
 
     def _own(self, hparams: BaFTHyperParams) -> dict[int, Tensor]:
         """Return hidden states of the model's own texts, without the edit; see `OwnStates.of`."""
-        frames = PromptFormat.of(hparams).frames(self.tokenizer)
+        frames = self._frames(hparams)
         with self.edit.disabled(), evaluating(self.model):
             return own_states(self.model).of(self.model, self.edit.layers, frames)
+
+    def _frames(self, hparams: BaFTHyperParams) -> tuple[Frame, ...]:
+        """Return the chat template's frames in which the model has room to write, if any."""
+        frames, most = PromptFormat.of(hparams).frames(self.tokenizer), max_context(self.model)
+        return tuple(one for one in frames if most is None or own_length(one) <= most)
 
     def _own_for_gates(self, hparams: BaFTHyperParams) -> dict[int, Tensor] | None:
         """Return those that R_loc shall see, if any."""
@@ -268,8 +273,9 @@ class Learner:
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
             with edit.disabled(), evaluating(self.model):
-                frames = PromptFormat.of(hparams).frames(self.tokenizer)
-                known = own_states(self.model).whitenings(self.model, edit.layers, frames)
+                known = own_states(self.model).whitenings(
+                    self.model, edit.layers, self._frames(hparams)
+                )
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
 

@@ -12,6 +12,7 @@ Shapes: N texts, T tokens, D hidden size.
 """
 
 from collections.abc import Hashable, Sequence
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,11 +40,13 @@ NUM_BESIDE = 8
 MESSAGE_LENGTH = 16
 """Of a user's message, in tokens."""
 ANSWER_LENGTH = 3
-"""Of the beginning of its answer."""
+"""Of the beginning of its answer, in tokens."""
 _LOOKED_AT = 7
 """Positions whose states are computed again to check that the model has not changed."""
 _AT_ONCE = 8
 """Texts in one forward."""
+_MOST_FORMS = 2
+"""Forms of texts that are known at once, of each model: plain ones, and those in a template."""
 _NAME = "_baft_own_states"
 """Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
 
@@ -94,9 +97,13 @@ class OwnStates:
         version = model_version(model)
         if version != self._version:
             self._version, self._known = version, {}
-        if frames not in self._known or not self._known[frames].is_valid(model):
-            self._known[frames] = _Known(model, frames)
-        return self._known[frames]
+        known = self._known.pop(frames, None)
+        if known is None or not known.is_valid(model):
+            known = _Known(model, frames)
+        for oldest in [*self._known][: 1 - _MOST_FORMS]:
+            del self._known[oldest]
+        self._known[frames] = known
+        return known
 
 
 class _Known:
@@ -147,7 +154,7 @@ def own_states(model: nn.Module) -> OwnStates:
 def own_texts(model: nn.Module, count: int = NUM_TEXTS) -> Tensor:
     """Sample plain texts from a model, [count, LENGTH]; the same ones each time."""
     start = torch.full((count, 1), _first_token(text_config(model)))
-    return _continued(model, start, LENGTH - 1, torch.Generator().manual_seed(0))
+    return _Writer(model).continued(start, LENGTH - 1)
 
 
 @torch.no_grad()
@@ -157,29 +164,54 @@ def own_prompts(model: nn.Module, frame: Frame) -> Tensor:
     All are equally long, so that none needs padding; a message may be cut short, or be followed by
     more of the conversation.
     """
-    generator = torch.Generator().manual_seed(0)
-    before = frame[0] or (_first_token(text_config(model)),)
-    started = torch.tensor(before).expand(NUM_PROMPTS, -1)
-    asked = _continued(model, started, MESSAGE_LENGTH, generator)
-    behind = torch.tensor(frame[1], dtype=torch.long).expand(NUM_PROMPTS, -1)
-    return _continued(model, torch.cat([asked, behind], 1), ANSWER_LENGTH, generator)
+    first = frame[0] or (_first_token(text_config(model)),)
+    before, behind = (
+        torch.tensor(ids, dtype=torch.long).expand(NUM_PROMPTS, -1) for ids in (first, frame[1])
+    )
+    writer = _Writer(model)
+    asked = writer.continued(before, MESSAGE_LENGTH)
+    return writer.continued(torch.cat([asked, behind], 1), ANSWER_LENGTH)
 
 
-def _continued(model: nn.Module, texts: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Sample `count` more tokens of texts [N, T].
+def own_length(frame: Frame) -> int:
+    """Return the length T of prompts in a frame, in tokens."""
+    before, behind = frame
+    return max(1, len(before)) + MESSAGE_LENGTH + len(behind) + ANSWER_LENGTH
 
-    A model without a key-value cache reads the whole text for each new token.
-    """
-    name = cache_name(model)
-    cache: Any = None
-    for _ in range(count):
-        new = texts if cache is None else texts[:, -1:]
-        given = {} if cache is None else {name: cache}
-        output = model(input_ids=new.to(input_device(model)), use_cache=True, **given)
-        cache = getattr(output, name, None)
-        chances = output.logits[:, -1].float().nan_to_num().softmax(-1).cpu()
-        texts = torch.cat([texts, torch.multinomial(chances, 1, generator=generator)], 1)
-    return texts
+
+class _Writer:
+    """Samples the next tokens of texts. A model without a key-value cache reads all each time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._num_read = model, 0
+        self._cache: Any = None
+        self._options = _only_last(model)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def continued(self, texts: Tensor, count: int) -> Tensor:
+        """Append tokens to texts [N, T], which begin as those of the last call did."""
+        for _ in range(count):
+            chances = self._next(texts).float().nan_to_num().softmax(-1).cpu()
+            new = torch.multinomial(chances, 1, generator=self._generator)
+            texts = torch.cat([texts, new], 1)
+        return texts
+
+    def _next(self, texts: Tensor) -> Tensor:
+        """Return the logits after the last token, [N, V]."""
+        name, unread = cache_name(self._model), texts
+        given = dict(self._options)
+        if self._cache is not None:
+            unread, given[name] = texts[:, self._num_read :], self._cache
+        device = input_device(self._model)
+        output = self._model(input_ids=unread.to(device), use_cache=True, **given)
+        self._cache, self._num_read = getattr(output, name, None), texts.shape[1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def _only_last(model: nn.Module) -> dict[str, Any]:
+    """Return the argument that spares the logits of all positions but the last, if there is one."""
+    return {n: 1 for n in ("logits_to_keep",) if n in signature(model.forward).parameters}
 
 
 def _first_token(config: Any) -> int:

@@ -189,7 +189,7 @@ def text_rows(
         max_context: Longest input of the model, in tokens; None for no limit.
         prompt_format: Format of the prompts; None for plain texts. In a chat template, irrelevant
             prompts are learned twice: as plain texts, as EasyEdit's evaluators ask them, and in
-            the template, where the edit will be used, and only the last P tokens count.
+            the template, where the edit will be used; there only the last P tokens count.
         with_irrelevant: Add the irrelevant prompts.
         last_only: Of an irrelevant prompt, let only the last P tokens count, not all.
         with_end: Append the tokenizer's end-of-sequence token to each target.

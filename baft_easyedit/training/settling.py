@@ -81,7 +81,8 @@ class _Wanted:
         num_moved = moves.any(-1).sum().clamp_min(1)
         usual = (moves.square().sum() / num_moved).sqrt()
         self._size = usual.clamp_min(torch.finfo(moves.dtype).tiny)
-        rest = own[:: max(1, len(own) // _OWN_STATES)].to(states.device)
+        stride = len(own) // _OWN_STATES | 1  # odd: own prompts have four states each, all wanted
+        rest = own[::stride].to(states.device)
         states = torch.cat([states, rest])  # [N, D]
         moves = torch.cat([moves, edit.displacement(layer, rest)])  # [N, D]
         turns = [slice(k, None, _TURNS) for k in range(min(_TURNS, len(states)))]

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from baft_easyedit.bench.basis import basis_record, basis_usage
-from tests.conftest import random_edit
+from baft_easyedit.model.prompt_format import PromptFormat
+from tests.conftest import make_tokenizer, random_edit
 
 CASE = {
     "prompt": "The capital of France is",
@@ -45,3 +46,14 @@ def test_usage_is_the_mean_weight_of_past_positions(model):
     edit.usage(1).total += torch.tensor([1.0, 1.0, 0, 0])
     edit.usage(1).count += 2
     assert basis_usage(model) == {"1": [0.5, 0.5, 0.0, 0.0]}
+
+
+def test_locality_is_looked_at_in_the_form_of_the_edit(model):
+    tokenizer, edit = make_tokenizer(), random_edit()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    edit.attach(model)
+    own = {**CASE, "rephrase_prompt": "The sky is", "locality": {}}
+    probe = {"x": {"prompt": ["The sky is"], "ground_truth": ["Rome"]}}
+    form = PromptFormat(use_chat_template=True)
+    in_template = basis_record(model, tokenizer, {**own, "locality": probe}, form)["weights"]
+    assert in_template["locality"] == in_template["rephrase"]

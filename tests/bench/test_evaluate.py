@@ -15,6 +15,7 @@ from baft_easyedit.bench.evaluate import (
 from baft_easyedit.bench.questions import questions_of, wild_questions
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.likelihoods import Likelihood
+from tests.conftest import make_tokenizer
 
 CASE = {
     "prompt": "P",
@@ -130,6 +131,18 @@ def test_each_case_gets_its_own_answers_cut_at_its_own_length():
     (scored,) = score_cases(session, [CASE], [pre], True)
     assert scored["answers"] == {"pre": pre["answers"], "post": answers[0]}
     assert scored["scores"]["gen_locality_acc"] == 0.5
+
+
+def test_locality_is_asked_in_the_chat_template_too():
+    """`Session` answers with the prompt as it is asked."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    session = Session()
+    session.editor.tok = tokenizer
+    session.editor.hparams = SimpleNamespace(use_chat_template=True)
+    session.answers = lambda prompts, limits: [tokenizer.decode(ids) for ids in prompts]
+    (answers,) = answer_questions(session, [CASE])
+    assert answers == ["<P>", "<R>", "<L1>", "<L2>", "<H1>", "<H2>"]
 
 
 def test_protocols_are_not_mixed_in_a_case():

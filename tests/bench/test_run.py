@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,6 +358,22 @@ def test_other_hyper_parameters_of_a_method_under_the_same_name_are_refused(
     monkeypatch.setattr(provenance, "own_preset_config", lambda name, preset: {"lr": 1.0})
     with pytest.raises(ValueError, match="same name: the hyper-parameters of FT-M"):
         run_bench(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("in_template", [False, True])
+def test_runs_that_asked_for_locality_outside_of_the_template_do_not_go_on(
+    settings, tmp_path, monkeypatch, in_template
+):
+    monkeypatch.setattr(run._Share, "run", lambda *a: None)
+    content = {**settings, "use_chat_template": in_template, "methods": ["BaFT"], "T": [1]}
+    run_bench(make_config(content), tmp_path / "run")
+    run_bench(make_config(content), tmp_path / "run")
+    former = json.loads((tmp_path / "run" / "run.json").read_text())
+    del former["locality_in_template"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(former))
+    outcome = pytest.raises(ValueError, match="same name: answers for locality, asked outside")
+    with outcome if in_template else nullcontext():
+        run_bench(make_config(content), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
