@@ -266,10 +266,9 @@ def test_in_a_template_the_states_are_those_where_edits_act(model):
     assert own_states(model).of(model, [1])[1] is plain
 
 
-@pytest.mark.parametrize(("most", "count"), [(70, 3), (512, 4)])
-def test_a_model_writes_where_its_context_has_room(most, count, monkeypatch, hparams, request_dict):
+def test_a_model_writes_where_its_context_has_room(monkeypatch, hparams, request_dict):
     """GPT-2's positions end with its context: frames that are too long for it are left out."""
-    monkeypatch.setitem(GPT_SIZES, "n_positions", most)
+    monkeypatch.setitem(GPT_SIZES, "n_positions", 70)
     model, tokenizer = make_model("gpt2"), make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     hparams = replace(
@@ -277,8 +276,8 @@ def test_a_model_writes_where_its_context_has_room(most, count, monkeypatch, hpa
     )
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)
-    room = [own_length(one) <= most for one in PromptFormat.of(hparams).frames(tokenizer)]
-    assert (len(room), sum(room)) == (4, count)
+    room = [own_length(one) <= 70 for one in PromptFormat.of(hparams).frames(tokenizer)]
+    assert room == [True, True, True, False]
 
 
 def write_data(model):
@@ -289,8 +288,9 @@ def add_hook(model):
     model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 1.5)
 
 
-@pytest.mark.parametrize("frames", [(), FRAMES])
-@pytest.mark.parametrize("change", [write_data, add_hook])
+@pytest.mark.parametrize(
+    ("change", "frames"), [(write_data, ()), (add_hook, ()), (add_hook, FRAMES[:1])]
+)
 def test_states_are_those_of_the_model_as_it_is(change, frames, model):
     """Also after a change that no version of the weights tells of."""
     before = own_states(model).of(model, [1], frames)[1]
