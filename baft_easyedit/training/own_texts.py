@@ -211,7 +211,8 @@ class _Writer:
 
 def _only_last(model: nn.Module) -> dict[str, Any]:
     """Return the argument that spares the logits of all positions but the last, if there is one."""
-    return {n: 1 for n in ("logits_to_keep",) if n in signature(model.forward).parameters}
+    name = "logits_to_keep"
+    return {name: 1} if name in signature(model.forward).parameters else {}
 
 
 def _first_token(config: Any) -> int:
