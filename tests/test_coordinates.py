@@ -196,19 +196,30 @@ def test_bases_have_a_learning_rate_of_their_own(model, tokenizer, hparams, requ
 
 def test_a_model_writes_the_same_texts_each_time(model):
     state = torch.random.get_rng_state()
-    texts = own_texts(model)
+    texts = own_texts(model).ids
     assert texts.shape == (NUM_TEXTS, LENGTH)
-    assert torch.equal(own_texts(make_model()), texts)
+    assert torch.equal(own_texts(make_model()).ids, texts)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len({tuple(text.tolist()) for text in texts}) == NUM_TEXTS
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
 def test_a_model_writes_with_its_cache_whatever_it_calls_it(model, name):
-    texts = own_texts(model)
+    texts = own_texts(model, layers=[1])
     widths = call_cache(model, name)
-    assert torch.equal(own_texts(model), texts)
-    assert widths == [1] * (LENGTH - 1)
+    again = own_texts(model, layers=[1])
+    assert torch.equal(again.ids, texts.ids)
+    assert torch.equal(again.states[1], texts.states[1])
+    assert widths == [1] * LENGTH
+
+
+def test_a_model_without_a_cache_writes_the_same(model):
+    texts = own_texts(model, layers=[1])
+    widths = call_cache(model, "of_no_known_name")
+    again = own_texts(model, layers=[1])
+    assert widths == [*range(1, LENGTH + 1)]
+    assert torch.equal(again.ids, texts.ids)
+    assert torch.allclose(again.states[1], texts.states[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -216,12 +227,12 @@ def test_a_model_writes_with_its_cache_whatever_it_calls_it(model, name):
 )
 def test_own_texts_begin_with_the_models_first_token(model, bos, eos, first):
     model.config.bos_token_id, model.config.eos_token_id = bos, eos
-    assert own_texts(model)[:, 0].tolist() == [first] * NUM_TEXTS
+    assert own_texts(model).ids[:, 0].tolist() == [first] * NUM_TEXTS
 
 
 def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model):
     states = own_states(model).of(model, [1, 3])
-    texts = own_texts(model)
+    texts = own_texts(model).ids
     hidden = model(texts[:4], output_hidden_states=True).hidden_states[2][:, 1:]
     count = 4 * (LENGTH - 1)
     assert torch.allclose(states[1][:count], hidden.flatten(0, 1), rtol=1e-3, atol=1e-4)
@@ -237,12 +248,12 @@ FRAMES = (((5, 6, 7), (8, 9)), ((3,), (8, 9)))
 @pytest.mark.parametrize(("frame", "begins"), [(FRAMES[0], [5, 6, 7]), (((), ()), [1])])
 def test_a_model_writes_messages_and_answers_in_a_template(model, frame, begins):
     model.config.bos_token_id = 1
-    texts = own_prompts(model, frame)
+    texts = own_prompts(model, frame).ids
     asked = len(begins) + MESSAGE_LENGTH
     assert texts.shape == (NUM_PROMPTS, asked + len(frame[1]) + ANSWER_LENGTH)
     assert texts[:, : len(begins)].tolist() == [begins] * NUM_PROMPTS
     assert texts[:, asked : asked + len(frame[1])].tolist() == [list(frame[1])] * NUM_PROMPTS
-    assert torch.equal(own_prompts(make_model(), frame), texts) or not frame[0]
+    assert torch.equal(own_prompts(make_model(), frame).ids, texts) or not frame[0]
     assert len({tuple(text.tolist()) for text in texts}) == NUM_PROMPTS
 
 
@@ -252,9 +263,9 @@ def test_in_a_template_the_states_are_those_where_edits_act(model):
     count = NUM_PROMPTS * (1 + ANSWER_LENGTH)
     found = []
     for frame in FRAMES:
-        hidden = model(own_prompts(model, frame), output_hidden_states=True).hidden_states[2]
+        hidden = model(own_prompts(model, frame).ids, output_hidden_states=True).hidden_states[2]
         found.append(hidden[:, -ANSWER_LENGTH - 1 :].flatten(0, 1))
-    beside = model(own_texts(model, NUM_BESIDE), output_hidden_states=True).hidden_states[2]
+    beside = model(own_texts(model, NUM_BESIDE).ids, output_hidden_states=True).hidden_states[2]
     expected = torch.cat([*found, beside[:, 1:].flatten(0, 1)])
     assert states[1].shape == expected.shape
     assert torch.allclose(states[1], expected, rtol=1e-3, atol=1e-4)
@@ -296,11 +307,11 @@ def test_states_are_those_of_the_model_as_it_is(change, frames, model):
     before = own_states(model).of(model, [1], frames)[1]
     change(model)
     after = own_states(model).of(model, [1], frames)[1]
-    texts, other = own_texts(model), make_model()
+    texts, other = own_texts(model).ids, make_model()
     change(other)
     assert not torch.allclose(after, before, atol=1e-3)
     assert torch.equal(after, own_states(other).of(other, [1], frames)[1])
-    assert torch.equal(own_texts(other), texts)
+    assert torch.equal(own_texts(other).ids, texts)
 
 
 @pytest.mark.parametrize("parametrisation", ["direct", "whitened"])

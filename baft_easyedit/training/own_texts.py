@@ -8,7 +8,7 @@ prompts are alike but for a small part, and are like none of plain text. So in a
 writes users' messages and the beginnings of its own answers, and the statistics are those of the
 positions that an edit acts on: the last token of a prompt, and the answer's.
 
-Shapes: N texts, T tokens, D hidden size.
+Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
@@ -43,25 +43,19 @@ ANSWER_LENGTH = 3
 """Of the beginning of its answer, in tokens."""
 _LOOKED_AT = 7
 """Positions whose states are computed again to check that the model has not changed."""
-_AT_ONCE = 8
-"""Texts in one forward."""
 _MOST_FORMS = 2
 """Forms of texts that are known at once, of each model: plain ones, and those in a template."""
 _NAME = "_baft_own_states"
 """Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
 
 
-class _Texts(NamedTuple):
-    """Texts of equal length, and which of their states count."""
+class OwnTexts(NamedTuple):
+    """Texts of equal length, and the hidden states of their last tokens."""
 
     ids: Tensor
     """[N, T]."""
-    first: int
-    """The states from this position on count. A text's first token has states like no others."""
-
-    def beginning(self) -> "_Texts":
-        """Return some positions of one text."""
-        return _Texts(self.ids[:1, : self.first + _LOOKED_AT], self.first)
+    states: dict[int, Tensor]
+    """The states of the last K tokens at the outputs of layers, [N, K, D] each, fp32."""
 
 
 class OwnStates:
@@ -84,22 +78,25 @@ class OwnStates:
             layers: Indices of the layers.
             frames: What a chat template puts around prompts; empty for plain texts.
         """
-        return self._current(model, frames).states(model, layers)
+        return self._current(model, layers, frames).states(layers)
 
     def whitenings(
         self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
     ) -> dict[int, Whitening]:
         """Return the whitening of some layers by the texts in one form; it is measured once."""
-        return self._current(model, frames).whitenings(model, layers)
+        return self._current(model, layers, frames).whitenings(layers)
 
-    def _current(self, model: nn.Module, frames: tuple[Frame, ...]) -> "_Known":
-        """Return what is known of the texts in one form; nothing, if the model has changed."""
+    def _current(
+        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...]
+    ) -> "_Known":
+        """Return what is known of the texts in one form; written anew if the model has changed."""
         version = model_version(model)
         if version != self._version:
             self._version, self._known = version, {}
         known = self._known.pop(frames, None)
-        if known is None or not known.is_valid(model):
-            known = _Known(model, frames)
+        if known is None or not known.holds(model, layers):
+            before = () if known is None else known.layers
+            known = _Known(model, sorted({*before, *layers}), frames)
         for oldest in [*self._known][: 1 - _MOST_FORMS]:
             del self._known[oldest]
         self._known[frames] = known
@@ -109,40 +106,56 @@ class OwnStates:
 class _Known:
     """A model's own texts in one form, their states, and the whitening by them."""
 
-    def __init__(self, model: nn.Module, frames: Sequence[Frame]) -> None:
-        plain = _Texts(own_texts(model, NUM_BESIDE if frames else NUM_TEXTS), 1)
-        prompts = [own_prompts(model, frame) for frame in frames]
-        templated = [_Texts(ids, ids.shape[1] - ANSWER_LENGTH - 1) for ids in prompts]
-        self._texts = [*templated, plain]
+    def __init__(self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame]) -> None:
+        templated = [own_prompts(model, frame, layers) for frame in frames]
+        plain = own_texts(model, NUM_BESIDE if frames else NUM_TEXTS, layers)
+        parts = [*templated, plain]
         measured = templated or [plain]
-        self._num_measured = sum(texts.ids[:, texts.first :].numel() for texts in measured)
-        self._states: dict[int, Tensor] = {}
+        self._first = parts[0]
+        self._num_measured = sum(one.states[layers[0]][..., 0].numel() for one in measured)
+        self._states = {
+            i: torch.cat([one.states[i].flatten(0, 1) for one in parts]) for i in layers
+        }
         self._whitenings: dict[int, Whitening] = {}
 
-    def states(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Tensor]:
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states are known."""
+        return tuple(self._states)
+
+    def states(self, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return the states of all texts, [M, D]."""
-        if not self._states.keys() >= set(layers):
-            parts = [_states(model, layers, texts) for texts in self._texts]
-            self._states |= {layer: torch.cat([one[layer] for one in parts]) for layer in layers}
         return {layer: self._states[layer] for layer in layers}
 
-    def whitenings(self, model: nn.Module, layers: Sequence[int]) -> dict[int, Whitening]:
+    def whitenings(self, layers: Sequence[int]) -> dict[int, Whitening]:
         """Return the whitening by the states of the texts in this form, not of those beside."""
-        for layer, states in self.states(model, layers).items():
+        for layer, states in self.states(layers).items():
             if layer not in self._whitenings:
                 new = Whitening(states.shape[1]).to(states.device)
                 new.measure(states[: self._num_measured])
                 self._whitenings[layer] = new
         return {layer: self._whitenings[layer] for layer in layers}
 
-    def is_valid(self, model: nn.Module) -> bool:
-        """Tell whether the beginning of a text still gives the known states, up to rounding.
+    @torch.no_grad()
+    def holds(self, model: nn.Module, layers: Sequence[int]) -> bool:
+        """Tell whether states of the layers are known, and still those of the model.
 
-        `model_version` does not see all changes of what a model computes.
+        `model_version` does not see all changes of what a model computes, so the beginning of a
+        text is read again. Its states must be the known ones up to rounding.
         """
-        again = _states(model, list(self._states), self._texts[0].beginning())
+        if not self._states.keys() >= {*layers}:
+            return False
+        (ids, states), stack = self._first, decoder_layers(model)
+        first = ids.shape[1] - states[self.layers[0]].shape[1]
+        decoder = owner_of(model, stack)  # without the logits
+        with watching([stack[layer] for layer in self.layers]) as seen:
+            decoder(
+                input_ids=ids[:1, : first + _LOOKED_AT].to(input_device(model)), use_cache=False
+            )
+        again = [_hidden(output)[0, first:] for (output,) in seen]
         tolerance = tolerance_of(next(model.parameters()))
-        return all(is_close(h, self._states[i][: len(h)], tolerance) for i, h in again.items())
+        pairs = zip(again, states.values(), strict=True)
+        return all(is_close(h, known[0, : len(h)], tolerance) for h, known in pairs)
 
 
 def own_states(model: nn.Module) -> OwnStates:
@@ -150,27 +163,30 @@ def own_states(model: nn.Module) -> OwnStates:
     return cast(OwnStates, vars(decoder_layers(model)).setdefault(_NAME, OwnStates()))
 
 
-@torch.no_grad()
-def own_texts(model: nn.Module, count: int = NUM_TEXTS) -> Tensor:
-    """Sample plain texts from a model, [count, LENGTH]; the same ones each time."""
-    start = torch.full((count, 1), _first_token(text_config(model)))
-    return _Writer(model).continued(start, LENGTH - 1)
+def own_texts(model: nn.Module, count: int = NUM_TEXTS, layers: Sequence[int] = ()) -> OwnTexts:
+    """Sample plain texts from a model, [count, LENGTH]; the same ones each time.
+
+    The states are those of all tokens but the first, which has states like no others.
+    """
+    writer = _Writer(model, layers, [_first_token(text_config(model))], count)
+    writer.write(LENGTH - 1)
+    return writer.texts(LENGTH - 1)
 
 
-@torch.no_grad()
-def own_prompts(model: nn.Module, frame: Frame) -> Tensor:
+def own_prompts(model: nn.Module, frame: Frame, layers: Sequence[int] = ()) -> OwnTexts:
     """Sample users' messages in a chat template, and the beginnings of their answers, [N, T].
 
     All are equally long, so that none needs padding; a message may be cut short, or be followed by
-    more of the conversation.
+    more of the conversation. The states are those of the last token of each prompt, and of its
+    answer.
     """
-    first = frame[0] or (_first_token(text_config(model)),)
-    before, behind = (
-        torch.tensor(ids, dtype=torch.long).expand(NUM_PROMPTS, -1) for ids in (first, frame[1])
-    )
-    writer = _Writer(model)
-    asked = writer.continued(before, MESSAGE_LENGTH)
-    return writer.continued(torch.cat([asked, behind], 1), ANSWER_LENGTH)
+    before, behind = frame
+    writer = _Writer(model, layers, before or [_first_token(text_config(model))], NUM_PROMPTS)
+    writer.write(MESSAGE_LENGTH)
+    for token in behind:
+        writer.append(torch.full((NUM_PROMPTS, 1), token))
+    writer.write(ANSWER_LENGTH)
+    return writer.texts(1 + ANSWER_LENGTH)
 
 
 def own_length(frame: Frame) -> int:
@@ -180,33 +196,73 @@ def own_length(frame: Frame) -> int:
 
 
 class _Writer:
-    """Samples the next tokens of texts. A model without a key-value cache reads all each time."""
+    """Writes texts with one beginning, token by token; a model without a cache reads all again."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._num_read = model, 0
-        self._cache: Any = None
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], beginning: Sequence[int], count: int
+    ) -> None:
+        self._model, self._layers = model, layers
         self._options = _only_last(model)
         self._generator = torch.Generator().manual_seed(0)
+        self._states: list[list[Tensor]] = []
+        """Of each token read after the beginning, by layer, [N, D]."""
+        self._ids = torch.tensor([[*beginning]])
+        output, _ = self._read(self._ids)  # one for all
+        self._ids = self._ids.repeat(count, 1)
+        self._chances = _chances(output).repeat(count, 1)
+        self._cache = _repeated(getattr(output, cache_name(model), None), count)
 
-    def continued(self, texts: Tensor, count: int) -> Tensor:
-        """Append tokens to texts [N, T], which begin as those of the last call did."""
+    def write(self, count: int) -> None:
+        """Sample the next tokens."""
         for _ in range(count):
-            chances = self._next(texts).float().nan_to_num().softmax(-1).cpu()
-            new = torch.multinomial(chances, 1, generator=self._generator)
-            texts = torch.cat([texts, new], 1)
-        return texts
+            self.append(torch.multinomial(self._chances, 1, generator=self._generator))
 
-    def _next(self, texts: Tensor) -> Tensor:
-        """Return the logits after the last token, [N, V]."""
-        name, unread = cache_name(self._model), texts
-        given = dict(self._options)
-        if self._cache is not None:
-            unread, given[name] = texts[:, self._num_read :], self._cache
-        device = input_device(self._model)
-        output = self._model(input_ids=unread.to(device), use_cache=True, **given)
-        self._cache, self._num_read = getattr(output, name, None), texts.shape[1]
-        logits: Tensor = output.logits[:, -1]
-        return logits
+    def append(self, tokens: Tensor) -> None:
+        """Read the next token of each text, [N, 1]."""
+        self._ids = torch.cat([self._ids, tokens], 1)
+        name = cache_name(self._model)
+        if self._cache is None:
+            output, states = self._read(self._ids)
+        else:
+            output, states = self._read(tokens, **{name: self._cache})
+        self._cache = getattr(output, name, None)
+        self._chances = _chances(output)
+        self._states.append(states)
+
+    def texts(self, last: int) -> OwnTexts:
+        """Return the texts, and the states of their `last` tokens."""
+        reads = self._states[-last:]
+        return OwnTexts(
+            self._ids,
+            {
+                layer: torch.stack([states[i] for states in reads], 1)
+                for i, layer in enumerate(self._layers)
+            },
+        )
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, **past: Any) -> tuple[Any, list[Tensor]]:
+        """Run the model; return its output, and the last states at the layers' outputs, [N, D]."""
+        stack = decoder_layers(self._model)
+        with watching([stack[layer] for layer in self._layers]) as seen:
+            output = self._model(
+                input_ids=ids.to(input_device(self._model)), use_cache=True, **past, **self._options
+            )
+        return output, [_hidden(outputs[0])[:, -1].float() for outputs in seen]
+
+
+def _chances(output: Any) -> Tensor:
+    """Return the probabilities of the next tokens, [N, V], on the CPU."""
+    logits: Tensor = output.logits[:, -1]
+    return logits.float().nan_to_num().softmax(-1).cpu()
+
+
+def _repeated(cache: Any, count: int) -> Any:
+    """Return a key-value cache of one text for `count` of them; None if it cannot be repeated."""
+    if not hasattr(cache, "reorder_cache"):
+        return None
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+    return cache
 
 
 def _only_last(model: nn.Module) -> dict[str, Any]:
@@ -224,22 +280,6 @@ def _first_token(config: Any) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-@torch.no_grad()
-def _states(model: nn.Module, layers: Sequence[int], texts: _Texts) -> dict[int, Tensor]:
-    """Return the states at the outputs of layers, [M, D], fp32."""
-    stack = decoder_layers(model)
-    decoder = owner_of(model, stack)  # without the logits of all tokens
-    with watching([stack[layer] for layer in layers]) as seen:
-        for part in torch.split(texts.ids, _AT_ONCE):
-            decoder(input_ids=part.to(input_device(model)), use_cache=False)
-    return {
-        layer: torch.cat(
-            [_hidden(output)[:, texts.first :].flatten(0, 1).float() for output in outputs]
-        )
-        for layer, outputs in zip(layers, seen, strict=True)
-    }
 
 
 def _hidden(output: Any) -> Tensor:
