@@ -7,6 +7,7 @@ The method reads most fields. EasyEdit's `BaseEditor` reads `model_name`, `devic
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -50,6 +51,12 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
 }  # fmt: skip
 """The numeric fields by the rule that their values must follow."""
+
+_OPEN_IN_TEMPLATE = (
+    "with use_chat_template, an edit with these settings changes most other answers in the "
+    "template, too: the states at its last tokens are alike, and the gates stay open there. Set "
+    "parametrisation: whitened and loc_own_texts: true, as BaFT/smollm2-continual has them"
+)
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -186,11 +193,17 @@ class BaFTHyperParams:
                 self._check(value is None or holds(value), name, rule)
         self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()
+        if self.use_chat_template and self.gate != "one" and not self._closes_in_template():
+            warnings.warn(_OPEN_IN_TEMPLATE, stacklevel=3)
 
     @property
     def dtype(self) -> str:
         """Name of the dtype that the model is loaded in."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+    def _closes_in_template(self) -> bool:
+        """Tell whether the gates learn to stay closed on other prompts in a chat template."""
+        return self.parametrisation == "whitened" and self.locality and self.loc_own_texts
 
     def _check_chat_template(self) -> None:
         """Check the further arguments of the chat template."""
