@@ -47,6 +47,25 @@ def test_past_states_are_kept_as_they_came():
     assert torch.equal(moves, -states)
 
 
+def test_past_states_take_the_memory_of_those_that_are_there():
+    past, new = PastStates(3, 4), torch.ones(3, 3)
+    with torch.inference_mode():
+        past.load_state_dict(past.with_edit(new, -new))
+    assert past.states.shape == past.moves.shape == (3, 3)
+    assert not past.states.is_inference()
+    grown = past.with_edit(new, -new)
+    assert grown["states"].shape == (4, 3)
+    assert past.states.shape == (3, 3)
+    wide = {"states": torch.eye(4)[:, :3], "moves": torch.zeros(4, 3), "count": torch.tensor(3.0)}
+    past.load_state_dict(wide)  # with room, as states were kept until now
+    assert torch.equal(past.kept()[0], torch.eye(3))
+    assert torch.equal(
+        past.with_edit(new[:1], new[:1])["states"], torch.cat([torch.eye(3), new[:1]])
+    )
+    with pytest.raises(RuntimeError, match="size mismatch for states"):
+        past.load_state_dict(wide | {"states": torch.zeros(5, 3)})
+
+
 def test_irrelevant_states_can_want_what_they_have_and_no_others():
     past, states = PastStates(3, 4), torch.eye(3)
     past.load_state_dict(past.with_edit(states, torch.diag(torch.tensor([1.0, 0.0, 0.0]))))

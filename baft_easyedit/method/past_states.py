@@ -9,9 +9,11 @@ Needs torch only. Shapes: N states, D hidden size, m states at most.
 """
 
 import random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class PastStates(nn.Module):
@@ -19,7 +21,7 @@ class PastStates(nn.Module):
 
     Args:
         hidden_size: D.
-        most: m. Of more states than m, a uniform random sample is kept.
+        most: m. The buffers grow up to it; of more states, a uniform random sample is kept.
     """
 
     states: Tensor
@@ -28,8 +30,9 @@ class PastStates(nn.Module):
 
     def __init__(self, hidden_size: int, most: int) -> None:
         super().__init__()
-        self.register_buffer("states", torch.zeros(most, hidden_size))  # [m, D] h
-        self.register_buffer("moves", torch.zeros(most, hidden_size))  # [m, D] Phi(h) - h
+        self.most = most
+        self.register_buffer("states", torch.zeros(0, hidden_size))  # [N, D] h
+        self.register_buffer("moves", torch.zeros(0, hidden_size))  # [N, D] Phi(h) - h
         self.register_buffer("count", torch.zeros(()))  # number of states seen so far
 
     @property
@@ -40,11 +43,26 @@ class PastStates(nn.Module):
     @property
     def has_dropped(self) -> bool:
         """Whether there were more states than are kept."""
-        return int(self.count) > len(self.states)
+        return int(self.count) > self.most
+
+    def takes(self, name: str, value: Tensor) -> bool:
+        """Tell whether a buffer can have a value: the states have as many rows as are known."""
+        own = self.get_buffer(name)
+        rows = value.shape[: own.dim() - 1]
+        return value.shape == (*rows, *own.shape[1:]) and all(n <= self.most for n in rows)
 
     def kept(self) -> tuple[Tensor, Tensor]:
         """Return the kept states and their wanted displacements, [N, D] each."""
         return self.states[: self.num_kept], self.moves[: self.num_kept]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        """Let the buffers have the sizes of those that are loaded."""
+        for name, own in [*self.named_buffers()]:
+            value = state.get(prefix + name)
+            if value is not None and self.takes(name, value):
+                with torch.inference_mode(False):  # whose tensors take no part in learning
+                    setattr(self, name, own.new_zeros(value.shape))
+        super()._load_from_state_dict(state, prefix, *args)
 
     @torch.no_grad()
     def accept(self, states: Tensor, moves: Tensor) -> None:
@@ -69,8 +87,12 @@ class PastStates(nn.Module):
             states: h, [N, D].
             moves: Wanted displacements Phi(h) - h, [N, D].
         """
-        kept = {name: value.clone() for name, value in self.named_buffers()}
-        most, seen = len(self.states), int(self.count)
+        most, seen = self.most, int(self.count)
+        missing = max(0, min(most, seen + len(states)) - len(self.states))
+        kept = {
+            name: F.pad(value, (0, 0, 0, missing)) if value.dim() else value.clone()
+            for name, value in self.named_buffers()
+        }
         generator = random.Random(seen)
         for state, move in zip(states, moves, strict=True):
             place = seen if seen < most else generator.randrange(seen + 1)

@@ -264,7 +264,7 @@ class EditParameters(nn.Module):
         different = [
             name
             for name in {*own, *snapshot}
-            if name not in own or name not in snapshot or own[name].shape != snapshot[name].shape
+            if name not in own or name not in snapshot or not self._takes(name, snapshot[name])
         ]
         if different:
             raise ValueError(
@@ -272,6 +272,14 @@ class EditParameters(nn.Module):
                 f"{min(different)} differs"
             )
         self.load_state_dict(dict(snapshot))
+
+    def _takes(self, name: str, value: Tensor) -> bool:
+        """Tell whether a tensor of a `snapshot` has a shape that this edit's can have."""
+        module, _, own = name.rpartition(".")
+        owner = self.get_submodule(module)
+        if isinstance(owner, PastStates):
+            return owner.takes(own, value)
+        return bool(value.shape == getattr(owner, own).shape)
 
     def gate_weights(self, layer: int, states: Tensor) -> Tensor:
         """Return one layer's basis weights w(h), [N, r], for hidden states [N, D]."""
