@@ -64,7 +64,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     ) -> None:
         if undo_depth < 1:
             raise ValueError(f"undo_depth must be at least 1; got {undo_depth}")
-        check_layers(hparams.layers, len(decoder_layers(model)))
+        depth = len(decoder_layers(model))
+        hparams = hparams.at_depth(depth)
         carried, where = attached_edit(model), "the given edit"
         if carried is not None:
             if carried.is_named:
@@ -81,6 +82,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         seeded = hparams if seed is None else replace(hparams, seed=seed)
         self.model_edit = edit or new_edit(seeded, model)
         """The edit that is trained."""
+        check_layers(self.model_edit.layers, depth)
         self._learner = Learner(model, tokenizer, self.model_edit)
         self._history = History(self._learner, hparams, undo_depth)
 
@@ -94,7 +96,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
     @hparams.setter
     def hparams(self, hparams: BaFTHyperParams) -> None:
-        self._history.hparams = hparams
+        self._history.hparams = hparams.at_depth(len(decoder_layers(self.model)))
 
     @property
     def is_attached(self) -> bool:
@@ -391,7 +393,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     ) -> "BaFTEditor":
         """Make an editor for a kept edit, and attach the edit if it was attached when kept."""
         edit, own = edit_of(kept, model, where)
-        hparams = hparams or own
+        hparams = (hparams or own).at_depth(len(decoder_layers(model)))
         check_same_shape(edit, hparams, f"the edit in {where}")
         check_carried(model, kept, where)
         editor = cls(model, tokenizer, hparams, undo_depth=undo_depth, edit=edit)

@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ from baft_easyedit.method.objective import RESCALINGS
 
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
+_AUTO = "auto"
 
 ENGINES = ("auto", "cached", "full")
 """How the model is run in each training step: `cached` computes only what the edit can change (see
@@ -69,8 +70,9 @@ class BaFTHyperParams:
 
     model_name: str
     """Hugging Face name or directory of the model that EasyEdit loads; `bundled` for our own."""
-    layers: list[int]
-    """Decoder layers whose output is edited, 0-based, each below the model's depth."""
+    layers: list[int] | str
+    """Decoder layers whose output is edited, 0-based, each below the model's depth; `auto` for the
+    paper's, scaled to that depth (see `at_depth`)."""
     alg_name: str = ""
     """Name of the method in EasyEdit; set by the class."""
     device: int | str = 0
@@ -181,9 +183,7 @@ class BaFTHyperParams:
         self.model_name = model_location(self.model_name)
         self._check(self.alg_name == self.algorithm, "alg_name", f"be {self.algorithm!r}")
         self._check(bool(self.model_name), "model_name", "not be empty")
-        self._check(bool(self.layers), "layers", "name at least one layer")
-        self._check(min(self.layers) >= 0, "layers", "not be negative (they are 0-based)")
-        self._check(len({*self.layers}) == len(self.layers), "layers", "not repeat a layer")
+        self._check_layers()
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             self._check(value is None or value in allowed, name, f"be one of {', '.join(allowed)}")
@@ -200,6 +200,20 @@ class BaFTHyperParams:
     def dtype(self) -> str:
         """Name of the dtype that the model is loaded in."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+    def at_depth(self: HParams, depth: int) -> HParams:
+        """Return these hyper-parameters with the layers of a model of `depth` layers for `auto`."""
+        return replace(self, layers=scaled_layers(depth)) if self.layers == _AUTO else self
+
+    def _check_layers(self) -> None:
+        """Check the layers, as far as can be told without a model."""
+        layers, name = self.layers, "layers"
+        if isinstance(layers, str):
+            self._check(layers == _AUTO, name, f"be {_AUTO}, or a list of layers")
+            return
+        self._check(bool(layers), name, f"name at least one layer, or be {_AUTO}")
+        self._check(min(layers) >= 0, name, "not be negative (they are 0-based)")
+        self._check(len({*layers}) == len(layers), name, "not repeat a layer")
 
     def _closes_in_template(self) -> bool:
         """Tell whether the gates learn to stay closed on other prompts in a chat template."""
@@ -355,9 +369,9 @@ def _check_types(hparams: BaFTHyperParams) -> None:
 
 def _has_type(value: object, hint: Any) -> bool:
     """Tell whether a value fits one of the plain annotations used above."""
-    if hint == list[int]:
-        return isinstance(value, list) and all(type(item) is int for item in value)
-    return type(value) in [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+    kinds = [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+    whole = not isinstance(value, list) or all(type(item) is int for item in value)
+    return type(value) in kinds and whole
 
 
 def _is_json(value: object) -> bool:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, ReFTHyperParams, attached_edit
+from baft_easyedit.hparams import scaled_layers
 from baft_easyedit.method.gates import GATES
 from tests.conftest import HIDDEN, LAYERS, logits, make_model, random_edit
 
@@ -388,6 +389,21 @@ def test_unusable_request_changes_nothing(model, tokenizer, hparams, request_dic
 def test_hparams_that_do_not_fit_the_model_are_refused(model, tokenizer, hparams, change, message):
     with pytest.raises(ValueError, match=message):
         BaFTEditor(model, tokenizer, replace(hparams, **change))
+
+
+def test_automatic_layers_are_those_of_the_models_depth(
+    model, tokenizer, quick, request_dict, tmp_path
+):
+    auto = replace(quick, layers="auto")
+    with BaFTEditor.open(model, tokenizer, tmp_path / "kept", auto) as editor:
+        editor.edit(request_dict)
+        assert editor.model_edit.layers == tuple(scaled_layers(4)) == (1, 2, 3)
+        editor.hparams = replace(auto, num_steps=1)
+        assert editor.hparams.layers == [1, 2, 3]
+    editor.model_edit.detach()
+    with BaFTEditor.open(model, tokenizer, tmp_path / "kept", auto) as editor:
+        assert editor.hparams.layers == [1, 2, 3]
+    assert BaFTEditor(model, tokenizer, auto).model_edit is editor.model_edit  # goes on with it
 
 
 def test_undo_depth_below_one_is_refused(model, tokenizer, hparams):

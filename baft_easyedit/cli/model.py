@@ -9,7 +9,7 @@ from baft_easyedit.cli.console import note
 from baft_easyedit.cli.options import DTYPES, device
 from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, own_preset
-from baft_easyedit.hparams import BaFTHyperParams, read_hparams, scaled_layers
+from baft_easyedit.hparams import BaFTHyperParams, read_hparams
 from baft_easyedit.model.devices import check_device, needs_missing_cuda
 
 WITHOUT_FILE: Mapping[str, Any] = {"learn_end": True, "loc_stand_ins": 4}
@@ -50,9 +50,7 @@ def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyp
     asked.setdefault("device", default_device())
     preset = own_preset(asked.setdefault("model_name", BUNDLED_MODEL))
     if preset is None:
-        from baft_easyedit.generation import model_depth
-
-        asked["layers"] = scaled_layers(model_depth(arguments.model))
+        asked["layers"] = "auto"
         if not in_a_row:
             return BaFTHyperParams(**asked)
     name = f"BaFT/{preset or REAL_MODEL}{'-continual' if in_a_row else ''}"

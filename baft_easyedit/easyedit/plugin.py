@@ -17,6 +17,7 @@ from baft_easyedit.easyedit.scoring import wrap_scoring
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.inspect import decoder_layers
 from baft_easyedit.storage.loading import check_same_shape
 from baft_easyedit.training.rehearsal import RehearsalMemory
 
@@ -67,7 +68,8 @@ def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None
     if undone is None:
         return None
     try:
-        check_same_shape(undone.edit, hparams, "the edit before")
+        fitting = hparams.at_depth(len(decoder_layers(model)))
+        check_same_shape(undone.edit, fitting, "the edit before")
     except ValueError:
         return None
     undone.edit.start_afresh(hparams.seed)

@@ -28,7 +28,7 @@ from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_peer, prepare_requests
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
-from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
+from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.model.inspect import decoder_layers
 from baft_easyedit.speed.options import Row, SpeedOptions
 
@@ -64,11 +64,10 @@ class OurMethod:
     """
 
     def __init__(self, model: Any, tokenizer: Any, row: Row, options: SpeedOptions) -> None:
-        layers = scaled_layers(len(decoder_layers(model)))
         hparams_class = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}[row.method]
         hparams = hparams_class(
             model_name=type(model).__name__,  # it is loaded already
-            layers=layers,
+            layers="auto",
             rank=options.rank,
             num_steps=options.steps,
             early_stop_loss=0.0,
@@ -76,8 +75,9 @@ class OurMethod:
         )
         self.model, self.tokenizer = model, tokenizer
         self.device: torch.device = model.device
-        self.step_bytes: int | None = bytes_per_step(model, layers[0])
         self._editor = BaFTEditor(model, tokenizer, hparams)
+        first = self._editor.model_edit.layers[0]
+        self.step_bytes: int | None = bytes_per_step(model, first)
         self._one_step = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
 
     def edit(self, requests: Requests) -> Sample:

@@ -20,6 +20,7 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.resources import REAL_MODEL, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.method.intervention import BaFTIntervention
+from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import cache_name, decoder_layers, input_device, max_context
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.theorem import balls
@@ -219,9 +220,11 @@ def measure(
     Raises:
         ValueError: If a layer is beyond the model's depth, or a text cannot be edited.
     """
-    layer, prompt_format = hparams[0].layers[0], PromptFormat.of(hparams[0])
+    prompt_format = PromptFormat.of(hparams[0])
     asked = _tokens(model, tokenizer, case, prompt_format)
-    learned = {h.algorithm: _learned(model, tokenizer, case, h) for h in hparams}
+    edits = {h.algorithm: _learned(model, tokenizer, case, h) for h in hparams}
+    layer = next(iter(edits.values())).layers[0]
+    learned = {name: edit.intervention(layer) for name, edit in edits.items()}
     states: list[State] = []
     edited = None
     for kind, prompt in case.prompts():
@@ -247,13 +250,13 @@ def _tokens(
     return asked
 
 
-def _learned(model: Any, tokenizer: Any, case: Case, hparams: BaFTHyperParams) -> BaFTIntervention:
+def _learned(model: Any, tokenizer: Any, case: Case, hparams: BaFTHyperParams) -> ModelEdit:
     """Learn the fact, take the edit off the model, and return it."""
     editor = BaFTEditor(model, tokenizer, hparams)
     request = {"prompt": case.prompt, "target_new": case.target}
     editor.edit({**request, "loc_prompt": list(case.loc_prompts)})
     editor.model_edit.detach()
-    return editor.model_edit.intervention(hparams.layers[0])
+    return editor.model_edit
 
 
 def _measured(
