@@ -14,7 +14,6 @@ import baft_easyedit
 from baft_easyedit import BaFTHyperParams
 from baft_easyedit.cli import main
 from baft_easyedit.files.resources import hparams_file
-from baft_easyedit.hparams import scaled_layers
 
 ROOT = Path(__file__).parent.parent
 README, STORAGE = ROOT / "README.md", ROOT / "docs/storage.md"
@@ -74,7 +73,7 @@ def test_settings_are_read(tmp_path):
     file.write_text(mine, encoding="utf-8")
     hparams = BaFTHyperParams.from_hparams(file)
     assert len(yaml.safe_load(mine)) == len(mine.splitlines()) == 3
-    assert hparams.layers == scaled_layers(24)
+    assert hparams.at_depth(24).layers == [6, 13, 18, 21]
     (rehearsed,) = fenced(text_of(ROOT / "docs/many_edits.md"), "python")
     scope = {}
     exec(compile(rehearsed, "many_edits.md", "exec"), scope)
