@@ -57,6 +57,7 @@ BENCH = ["bench", "bench/facts"]
         ([*ROME, "--from", __file__], "argument --from: must be a directory"),
         ([*ROME, "--save", __file__], "argument --save: must be a directory"),
         ([*ROME, "--save", f"{__file__}/x"], "argument --save: must lie in a directory"),
+        ([*ROME, "--save", ""], "argument --save: must be a directory, and is empty: name one"),
         ([*ROME, "--overwrite"], "--overwrite needs --from, and another directory as --save"),
         ([*ROME, "--device", "gpu"], "argument --device: device must be a CUDA device number"),
         ([*ROME, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),

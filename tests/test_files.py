@@ -106,6 +106,8 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert expanded("~/a") == expanded("a") == tmp_path / "a"
+    with pytest.raises(ValueError, match="a path must not be empty: name a file or directory"):
+        expanded("")
     assert model_location("~/a") == str(tmp_path / "a")
     assert model_location("me/a-model") == "me/a-model"
     (tmp_path / "h.yaml").write_text("{model_name: '~/m', layers: [1]}")

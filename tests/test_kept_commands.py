@@ -186,6 +186,11 @@ def test_files_are_checked_without_a_model(tmp_path, edits, capsys):
     assert "rnak" in capsys.readouterr().err
     assert run("validate", tmp_path) == 2
     assert "is a directory: give --kind" in capsys.readouterr().err
+    for name in ("edits.txt", "edits.tsv"):
+        edits.rename(tmp_path / name)
+        assert run("validate", tmp_path / name) == 2
+        assert "says otherwise: convert or rename it" in capsys.readouterr().err
+        (tmp_path / name).rename(edits)
 
 
 def test_what_there_is_is_listed(capsys):
@@ -284,6 +289,7 @@ def test_a_line_ends_where_json_lines_end_it(tmp_path):
         ("a.json", '[{"prompt": "a", "target": "b"}]', "request 1 of .*: rename 'target'"),
         ("a.json", '[{"prompt": 1, "target_new": "b"}]', "request 1 of .*prompt must be a string"),
         ("a.csv", "prompt,prompt,target_new\na,b,c\n", "a column is there twice"),
+        ("a.csv", "prompt;target_new\na;b\n", "save it with commas between columns; got 'prompt;"),
         (
             "a.csv",
             "prompt,target_new\na,b\na,c\n",

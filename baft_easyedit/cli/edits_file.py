@@ -65,6 +65,8 @@ def _parsed(text: str, suffix: str) -> Any:
     if suffix == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         columns = rows.fieldnames or ()
+        if len(columns) == 1 and any(sign in columns[0] for sign in ";\t"):
+            raise ValueError(f"save it with commas between columns; got {short(columns[0])}")
         if len(set(columns)) < len(columns):
             raise ValueError("a column is there twice")
         found = [{key: value for key, value in row.items() if value} for row in rows]

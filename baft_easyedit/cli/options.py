@@ -76,10 +76,9 @@ def existing(kind: str = "file or directory") -> Callable[[str], Path]:
     """Return a function that reads the path of an existing, readable `file` or `directory`."""
 
     def read(text: str) -> Path:
-        path = expanded(text)
+        path = _path(text, kind)
         if not path.exists():
             raise ArgumentTypeError(f"must be a {kind}; there is none at {text!r}")
-        _check_kind(path, text, kind)
         if not os.access(path, os.R_OK):
             raise ArgumentTypeError(f"must be readable; {text!r} is not: check its permissions")
         return path
@@ -91,9 +90,7 @@ def new(kind: str) -> Callable[[str], Path]:
     """Return a function that reads the path of a `file` or `directory` to write; it may exist."""
 
     def read(text: str) -> Path:
-        path = expanded(text)
-        _check_kind(path, text, kind)
-        found = path
+        found = path = _path(text, kind)
         while not os.path.lexists(found):
             found = found.parent
         if found != path and not found.is_dir():
@@ -121,8 +118,12 @@ def check_address(host: str, port: int | None) -> None:
         ) from None
 
 
-def _check_kind(path: Path, text: str, kind: str) -> None:
-    """Raise ArgumentTypeError if a path exists and is of another kind."""
+def _path(text: str, kind: str) -> Path:
+    """Read a path; ArgumentTypeError if it is empty, or exists and is of another kind."""
+    if not text:
+        raise ArgumentTypeError(f"must be a {kind}, and is empty: name one")
+    path = expanded(text)
     is_there = "directory" if path.is_dir() else "file"
     if path.exists() and is_there not in kind:
         raise ArgumentTypeError(f"must be a {kind}; {text!r} is a {is_there}")
+    return path

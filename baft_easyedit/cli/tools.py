@@ -83,15 +83,22 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 def _validate(arguments: argparse.Namespace) -> None:
     """Check a file of settings, of a benchmark, or of edits; print what it holds."""
-    if arguments.kind is None and Path(arguments.file).is_dir():
+    file = Path(arguments.file)
+    if arguments.kind is None and file.is_dir():
         raise ValueError(
             f"FILE must be a file, or with --kind a benchmark's directory; {arguments.file!r} is a "
             "directory: give --kind, one of `baft-easyedit ls kinds`"
         )
+    suffix = file.suffix.lower()
     if arguments.kind is not None:
-        print(f"{len(read_benchmark(arguments.kind, Path(arguments.file)))} edits, all usable")
-    elif Path(arguments.file).suffix.lower() in (".json", ".jsonl", ".csv"):
-        print(f"{len(read_requests(Path(arguments.file)))} edits, all usable")
+        print(f"{len(read_benchmark(arguments.kind, file))} edits, all usable")
+    elif suffix in (".json", ".jsonl", ".csv"):
+        print(f"{len(read_requests(file))} edits, all usable")
+    elif file.is_file() and suffix not in ("", ".yaml", ".yml"):
+        raise ValueError(
+            "FILE must be YAML (.yaml), or edits as JSON (.json), JSON lines (.jsonl) or CSV "
+            f"with commas (.csv); the name {arguments.file!r} says otherwise: convert or rename it"
+        )
     elif "methods" in read_yaml(hparams_file(arguments.file), "settings"):
         _validate_bench(arguments)
     else:

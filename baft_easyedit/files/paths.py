@@ -23,7 +23,9 @@ _KINDS = {
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return an absolute path, with the home directory in place of `~`."""
+    """Return an absolute path, with the home directory in place of `~`; ValueError if empty."""
+    if not os.fspath(path):
+        raise ValueError("a path must not be empty: name a file or directory, '.' for this one")
     return Path(os.path.expanduser(path)).absolute()
 
 

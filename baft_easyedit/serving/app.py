@@ -218,7 +218,8 @@ class _Routes:
         if not set(edits) <= set(known):
             raise HTTPException(
                 404,
-                f"model must be one of {('base', *known)}, or several with '+'; got {short(model)}",
+                f"model must be 'base', or one or several of {known} with '+' between them; got "
+                f"{short(model)}",
             )
         return edits
 
