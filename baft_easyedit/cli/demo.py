@@ -26,7 +26,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from baft_easyedit.demo import bundled
     from baft_easyedit.easyedit import find_host
 
-    place = default_device() if arguments.device is None else arguments.device
+    place = default_device(arguments.device)
     config = bundled.demo_config(arguments.methods, arguments.cases, arguments.jobs, place)
     silence_loading()
     host = find_host()

@@ -1,17 +1,19 @@
 """The command `edit`: make one edit, and show the answers before and after."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from baft_easyedit.cli.console import UNLEARNED, note, on_interrupt, silence_loading
-from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, hparams_of
+from baft_easyedit.cli.console import UNLEARNED, note, on_interrupt
+from baft_easyedit.cli.model import add_model_options, begun, given, load_to_edit
 from baft_easyedit.cli.options import existing, new, positive, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
-from baft_easyedit.storage.reading import check_target, holds_edit
+from baft_easyedit.storage.reading import check_target
 from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import as_requests
 
@@ -53,25 +55,17 @@ def _edit(arguments: argparse.Namespace) -> int:
         check_target(arguments.save, arguments.source, arguments.overwrite)
     elif arguments.overwrite:
         raise ValueError("--overwrite needs --from, and another directory as --save")
-    silence_loading()
-    hparams = hparams_of(arguments)
+    from baft_easyedit.generation import generate_answers
 
-    import torch
-
-    from baft_easyedit.generation import generate_answers, load_model, with_usable_end
-
-    dtype = getattr(torch, hparams.dtype)
-    model, tokenizer = load_model(hparams.model_name, hparams.device, dtype)
-    if arguments.hparams is None:
-        hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
     prompts = [arguments.prompt, *arguments.ask]
-    if arguments.save is not None and not holds_edit(arguments.save):
-        BaFTEditor(model, tokenizer, hparams).check([request])  # before a directory is begun
-    with on_interrupt(arguments.save), _editor(arguments, model, tokenizer, hparams) as editor:
+    with on_interrupt(arguments.save), _editor(arguments, request) as editor:
         prompt_format = PromptFormat.of(editor.hparams)
-        before = generate_answers(model, tokenizer, prompts, prompt_format=prompt_format)
+        answers = partial(
+            generate_answers, editor.model, editor.tokenizer, prompts, prompt_format=prompt_format
+        )
+        before = answers()
         report = editor.edit(request)
-        after = generate_answers(model, tokenizer, prompts, prompt_format=prompt_format)
+        after = answers()
         if arguments.save is not None:
             editor.save(arguments.save, arguments.overwrite)
         settings, num_parameters = editor.hparams, editor.model_edit.num_parameters
@@ -81,25 +75,18 @@ def _edit(arguments: argparse.Namespace) -> int:
     return _status(arguments, report, settings)
 
 
-def _editor(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, hparams: BaFTHyperParams
-) -> BaFTEditor:
+def _editor(arguments: argparse.Namespace, request: Mapping[str, Any]) -> BaFTEditor:
     """Make the editor that `--save` and `--from` ask for; a kept edit has its own settings."""
-    asked = {
-        name: value
-        for name in ("num_steps", "lr")
-        if (value := getattr(arguments, name)) is not None
-    }
-    hparams = replace(hparams, **asked)
-    if arguments.source is not None and arguments.source != arguments.save:
-        editor = BaFTEditor.load(model, tokenizer, arguments.source)
-    elif arguments.save is None:
-        return BaFTEditor(model, tokenizer, hparams)
+    arguments.directory = arguments.source or arguments.save
+    if arguments.directory == arguments.save and arguments.save is not None:
+        editor = begun(arguments, [request], in_a_row=False)
     else:
-        is_new = not holds_edit(arguments.save)
-        given = hparams if is_new or arguments.hparams else None
-        editor = BaFTEditor.open(model, tokenizer, arguments.save, given)
-    editor.hparams = replace(editor.hparams, **asked)
+        model, tokenizer, hparams = load_to_edit(arguments, in_a_row=False)
+        if arguments.source is not None:
+            editor = BaFTEditor.load(model, tokenizer, arguments.source)
+        else:
+            editor = BaFTEditor(model, tokenizer, hparams)
+    editor.hparams = replace(editor.hparams, **given(arguments, "num_steps", "lr"))
     return editor
 
 

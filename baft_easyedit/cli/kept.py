@@ -3,20 +3,16 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from baft_easyedit.cli.console import UNLEARNED, Bar, note, on_interrupt, silence_loading
+from baft_easyedit.cli.console import UNLEARNED, Bar, note, on_interrupt
 from baft_easyedit.cli.edits_file import read_benchmark, read_requests
-from baft_easyedit.cli.model import WITHOUT_FILE, add_model_options, default_device, hparams_of
-from baft_easyedit.cli.options import DTYPES, device, existing, names, new, whole
+from baft_easyedit.cli.model import add_model_options, begun, load
+from baft_easyedit.cli.options import existing, names, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import printable, short
-from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, model_location
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
@@ -34,7 +30,6 @@ def add_commands(commands: Any) -> None:
     ask.add_argument("--chat", action=argparse.BooleanOptionalAction, help=chat)
     longest = "most tokens of an answer (%(default)s)"
     ask.add_argument("--max-new-tokens", type=whole(1), default=32, help=longest)
-    add_model(ask)
 
     score = _add(commands, "eval", _eval, "ask tasks of a kept edit, and without it")
     tasks = "of lm-evaluation-harness, such as piqa,mmlu,gsm8k"
@@ -45,7 +40,6 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--num-fewshot", type=whole(0), help="examples before a question")
     score.add_argument("--batch-size", type=whole(1), default=8, help="(%(default)s)")
     score.add_argument("--json", action="store_true", help="the scores, for machines")
-    add_model(score)
 
     apply = commands.add_parser(
         "apply", help="make the edits of a file, and go on where an earlier call stopped"
@@ -59,38 +53,33 @@ def add_commands(commands: Any) -> None:
     add_model_options(apply)
     apply.set_defaults(run=_apply)
 
-    add_model(_add(commands, "undo", _undo, "take the latest edit of a kept directory back"))
-    rollback = _add(commands, "rollback", _rollback, "go to the state after an entry of `history`")
+    _add(commands, "undo", _go_back, "take the latest edit of a kept directory back")
+    rollback = _add(commands, "rollback", _go_back, "go to the state after an entry of `history`")
     rollback.add_argument("--to", type=whole(0), required=True, metavar="ID", help="of the entry")
-    add_model(rollback)
 
     forget = _add(commands, "forget", _forget, "take one fact back, and keep the later ones")
     forget.add_argument("--prompt", required=True, help="of the edit")
-    add_model(forget)
 
-    history = _add(commands, "history", _history, "list what a kept edit went through")
+    history = _add(commands, "history", _history, "list what a kept edit went through", False)
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
 
-    diff = _add(commands, "diff", _diff, "compare the edits at two entries of `history`")
+    diff = _add(commands, "diff", _diff, "compare the edits at two entries of `history`", False)
     diff.add_argument("a", type=whole(0), metavar="A", help="id of an entry")
     diff.add_argument(
         "b", type=whole(0), metavar="B", help="of another; the present if absent", nargs="?"
     )
 
 
-def _add(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+def _add(
+    commands: Any, name: str, run: Any, help_text: str, needs_model: bool = True
+) -> argparse.ArgumentParser:
     """Add a command on a directory that holds a kept edit."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help_text)
     parser.add_argument("directory", type=existing("directory"), metavar="DIR")
+    if needs_model:
+        add_model_options(parser, begins=False)
     parser.set_defaults(run=run)
     return parser
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options that load the model of a kept edit."""
-    parser.add_argument("--model", help="Hugging Face name or directory of the edited model")
-    parser.add_argument("--device", type=device, help="CUDA device number, or a name")
-    parser.add_argument("--dtype", choices=DTYPES, help="that of the kept edit if absent")
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -198,17 +187,13 @@ def _edit_each(
     return [request for request, holds in zip(requests, held, strict=True) if not holds]
 
 
-def _undo(arguments: argparse.Namespace) -> None:
-    """Take the latest edit back."""
+def _go_back(arguments: argparse.Namespace) -> None:
+    """Take the latest edit back, or go to the state after the entry that is given."""
     with _opened(arguments) as editor:
-        editor.undo()
-    print(read_history(arguments.directory)[-1].summary())
-
-
-def _rollback(arguments: argparse.Namespace) -> None:
-    """Go to the state after an entry."""
-    with _opened(arguments) as editor:
-        editor.rollback(to=arguments.to)
+        if "to" in arguments:
+            editor.rollback(to=arguments.to)
+        else:
+            editor.undo()
     print(read_history(arguments.directory)[-1].summary())
 
 
@@ -253,66 +238,7 @@ def _edits_at(journal: Journal, entry: int) -> dict[str, dict[str, Any]]:
     return {request["prompt"]: request for i in ids for request in journal.entries[i].requests}
 
 
-@contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[BaFTEditor]:
+def _opened(arguments: argparse.Namespace) -> BaFTEditor:
     """Open a kept edit with its model."""
-    read_latest(arguments.directory)  # an error if nothing is kept there
     model, tokenizer = load(arguments)
-    with BaFTEditor.open(model, tokenizer, arguments.directory) as editor:
-        yield editor
-
-
-@contextmanager
-def begun(
-    arguments: argparse.Namespace, asked: Sequence[Mapping[str, Any]] = ()
-) -> Iterator[BaFTEditor]:
-    """Open a kept edit with its model, or begin one with settings for many successive edits.
-
-    The requests that are `asked` for are checked first, so that none is begun for a bad one.
-    """
-    if arguments.hparams is None and holds_edit(arguments.directory):
-        with _opened(arguments) as editor:
-            if asked:
-                editor.check(asked)
-            yield editor
-        return
-    hparams = hparams_of(arguments, in_a_row=True)
-    dtype = arguments.dtype or hparams.dtype
-    given = {"model": hparams.model_name, "device": hparams.device, "dtype": dtype}
-    model, tokenizer = load(argparse.Namespace(**vars(arguments) | given))
-    if arguments.hparams is None:
-        from baft_easyedit.generation import with_usable_end
-
-        hparams = with_usable_end(replace(hparams, **WITHOUT_FILE), tokenizer)
-    if asked:
-        BaFTEditor(model, tokenizer, hparams).check(asked)
-    with BaFTEditor.open(model, tokenizer, arguments.directory, hparams) as editor:
-        yield editor
-
-
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Load the model of a kept edit, and the model's tokenizer.
-
-    Raises:
-        ValueError: If `--model` is absent, and the edit is not of one of the package's own models.
-    """
-    import torch
-
-    from baft_easyedit.generation import load_model
-
-    silence_loading()
-    name = arguments.model or _known_model(arguments.directory)
-    place = default_device() if arguments.device is None else arguments.device
-    kept = holds_edit(arguments.directory) and read_latest(arguments.directory)
-    learned = kept.config.fingerprint.dtypes if kept else "float32"
-    dtype = arguments.dtype or (learned if learned in DTYPES else "float32")
-    return load_model(name, place, getattr(torch, dtype))
-
-
-def _known_model(directory: Path) -> str:
-    """Return `bundled` or `smollm2` if the edit is of that model; no other name is trusted."""
-    base = read_latest(directory).config.base_model
-    for name in (BUNDLED_MODEL, REAL_MODEL):
-        if base == Path(model_location(name)).name:
-            return name
-    raise ValueError(f"--model must be given; the edit in {directory} is of {short(base)}")
+    return BaFTEditor.open(model, tokenizer, arguments.directory)

@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.cli.kept import add_model, load
+from baft_easyedit.cli.model import add_model_options, load
 from baft_easyedit.cli.options import check_address, existing, whole
 from baft_easyedit.model.named import check_names
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     serve.add_argument(
         "edits", nargs="+", type=_named, metavar="[NAME=]DIR", help="kept edits of one model"
     )
-    add_model(serve)
+    add_model_options(serve, begins=False)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     serve.add_argument("--port", type=whole(0), default=8000, help="(%(default)s); 0: any")
     serve.add_argument(

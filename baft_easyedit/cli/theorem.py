@@ -56,7 +56,7 @@ def _theorem(arguments: argparse.Namespace) -> None:
     layer = 3 * depth // 4 if arguments.layer is None else arguments.layer
     if layer >= depth:
         raise ValueError(f"--layer must be below {depth}, the model's depth (0-based); got {layer}")
-    place = default_device() if arguments.device is None else arguments.device
+    place = default_device(arguments.device)
     hparams = measure.settings(arguments.model, layer, place)
     model, tokenizer = load_model(arguments.model, place)
     with Bar("state") as bar:

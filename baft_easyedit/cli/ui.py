@@ -8,8 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from baft_easyedit.cli.console import note
-from baft_easyedit.cli.kept import begun
-from baft_easyedit.cli.model import add_model_options
+from baft_easyedit.cli.model import add_model_options, begun
 from baft_easyedit.cli.options import check_address, new, whole
 
 
