@@ -282,7 +282,7 @@ def test_loaded_edit_is_saved_with_the_journal_that_led_to_it(opened, kept, toke
 
 def start_of(path):
     (entry,) = read_history(path)
-    return entry.snapshot_of
+    return entry.content["snapshot_of"]
 
 
 def test_snapshot_says_of_what_it_is(opened, kept, tokenizer, quick, tmp_path, capsys):
@@ -766,7 +766,7 @@ def test_split_journal_is_repaired(opened, kept, tokenizer):
         assert now(editor) == expected.state_hash
         assert (kept / "before-repair-1/journal.jsonl").read_bytes() == split
         start = read_history(kept)[0]
-        assert start.snapshot_of == (
+        assert start.content["snapshot_of"] == (
             f"{expected.reference}; journal.jsonl, now in before-repair-1, could not be read, or "
             "did not lead to it"
         )

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -77,10 +77,6 @@ class KeptConfig:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
-
-    def with_settings(self, hparams: BaFTHyperParams) -> "KeptConfig":
-        """Return a copy with other hyper-parameters and the versions now installed."""
-        return replace(self, hparams=method_of(hparams), versions=versions())
 
     def check_model(self, model: nn.Module, where: str) -> None:
         """Raise ValueError unless this is the model that the edit was learned on."""

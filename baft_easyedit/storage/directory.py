@@ -100,18 +100,51 @@ class KeptDirectory:
             )
         self.commit_all([entry], state, config)
 
-    def commit_all(self, entries: Sequence[Entry], state: EditState, config: KeptConfig) -> None:
+    def commit_all(
+        self,
+        entries: Sequence[Entry],
+        state: EditState,
+        config: KeptConfig,
+        with_checkpoint: bool = True,
+    ) -> None:
         """Write several changes, and the state after the last of them, in one commit.
+
+        A checkpoint is written if it is due and wanted.
 
         Raises:
             OSError: If the disk did not take the changes; the directory is then as before.
         """
         self.lock.check()
-        has_checkpoint = any(
+        pending = () if entries[0].id == 0 else self._pending
+        content = StateFile(state, (*pending, *entries), config)
+        data = encode(content)
+        is_due = any(
             entry.kind in ("start", "install") or entry.id % self._checkpoint_every == 0
             for entry in entries
         )
-        self._write(entries, state, config, has_checkpoint)
+        try:
+            if is_due and with_checkpoint:
+                self._write_checkpoint(entries[-1].id, data)
+            self._write_config(config)
+            self._replace_state(data, content)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path} could not take journal entry {entries[-1].id}: "
+                f"{error.strerror or error}; the change was undone: free space or make it "
+                "writable, then repeat it",
+            ) from error
+        try:
+            sync(self.path)
+            self._write_journal()
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "%s holds the change, but %s could not be brought up to date (%s); the next change "
+                "or opening does that",
+                self.path / STATE,
+                JOURNAL,
+                error,
+            )
 
     def take_over(
         self,
@@ -123,7 +156,7 @@ class KeptDirectory:
         """Write what is missing of a journal, state and configuration; see `reading.lacking`."""
         missing = lacking(self.path, self.journal.entries, entries, replaceable)
         if missing or self.latest is None or config != self.latest.config:
-            self._write(missing or entries[-1:], state, config)
+            self.commit_all(missing or entries[-1:], state, config, with_checkpoint=False)
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint if there is none: `save` writes none, and `rollback` needs one."""
@@ -158,41 +191,6 @@ class KeptDirectory:
         return sorted(id_of(f) for f in checkpoint_files(self.path) if self._read_known(f))
 
     # ---- writing
-
-    def _write(
-        self,
-        entries: Sequence[Entry],
-        state: EditState,
-        config: KeptConfig,
-        has_checkpoint: bool = False,
-    ) -> None:
-        """Commit entries, and the state after the last of them; on an error, nothing changes."""
-        pending = () if entries[0].id == 0 else self._pending
-        content = StateFile(state, (*pending, *entries), config)
-        data = encode(content)
-        try:
-            if has_checkpoint:
-                self._write_checkpoint(entries[-1].id, data)
-            self._write_config(config)
-            self._replace_state(data, content)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{self.path} could not take journal entry {entries[-1].id}: "
-                f"{error.strerror or error}; the change was undone: free space or make it "
-                "writable, then repeat it",
-            ) from error
-        try:
-            sync(self.path)
-            self._write_journal()
-        except (OSError, ValueError) as error:
-            logger.warning(
-                "%s holds the change, but %s could not be brought up to date (%s); the next change "
-                "or opening does that",
-                self.path / STATE,
-                JOURNAL,
-                error,
-            )
 
     def _replace_state(self, data: bytes, content: StateFile) -> None:
         """Replace the state file, which is the commit; update memory even if interrupted then."""
@@ -297,16 +295,14 @@ class KeptDirectory:
     def _repair(self) -> None:
         """Go on from the newest intact state; keep all other files aside."""
         file, state = self.path / JOURNAL, read_whole(self.path / STATE)
-        is_file_whole = self._read_left(state)
+        self._read_left(state)
         found = self._newest(state)
-        is_known, entry = self._knows(found), found.entries[-1]
+        entry = found.entries[-1]
         old = [f for f in checkpoint_files(self.path) if self._read_known(f) is None]
-        aside = {self.path / STATE, *self._misplaced(), *old}
-        folder = _keep_aside(self.path, aside if is_known and is_file_whole else {*aside, file})
-        if is_known:
+        folder = _keep_aside(self.path, {self.path / STATE, file, *self._misplaced(), *old})
+        if self._knows(found):
             data = _text(entry.line for entry in self.journal.entries)
-            if not is_file_whole:  # a new file: the old one is kept aside, perhaps as a hard link
-                write_durably(file, data)
+            write_durably(file, data)  # a new file, as a hard link may keep the old one aside
             self._size = len(data)
             self.commit("rollback", found.state, found.config, {"to": entry.id})
         else:
@@ -319,17 +315,17 @@ class KeptDirectory:
             if id_of(checkpoint) != len(self.journal) - 1:  # that one was just written anew
                 checkpoint.unlink(missing_ok=True)
 
-    def _read_left(self, state: StateFile | None) -> bool:
-        """Read the journal, completed by the state; return whether its file holds just that."""
-        file, lines, rest = self.path / JOURNAL, list[str](), ""
+    def _read_left(self, state: StateFile | None) -> None:
+        """Read the journal as far as it is intact, completed by the state."""
+        file, lines = self.path / JOURNAL, list[str]()
         with contextlib.suppress(ValueError):
             check_own(file)
-            lines, rest = read_lines(file)
+            lines, _ = read_lines(file)
             self.journal = parse_lines(lines, str(file))
-        with contextlib.suppress(ValueError):
-            whole = lines if state is None else whole_history(self.path, lines, state.entries)
-            self.journal = parse_lines(whole, str(file))
-        return not rest and lines == [entry.line for entry in self.journal.entries]
+        if state is not None:
+            with contextlib.suppress(ValueError):
+                whole = whole_history(self.path, lines, state.entries)
+                self.journal = parse_lines(whole, str(file))
 
     def _misplaced(self) -> list[Path]:
         """Return those of journal, configuration and checkpoint folder that are of a wrong kind."""

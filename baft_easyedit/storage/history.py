@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,6 +29,7 @@ from baft_easyedit.storage.config import (
     environment_change,
     hparams_of,
     method_of,
+    versions,
 )
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
@@ -82,7 +84,7 @@ class History:
     def config(self) -> KeptConfig:
         """Return the configuration to keep with the edit: its method, model, and versions."""
         config = self.origin or KeptConfig.of(self._learner.model, self.hparams)
-        return config.with_settings(self.hparams)
+        return replace(config, hparams=method_of(self.hparams), versions=versions())
 
     # ---- the directory
 

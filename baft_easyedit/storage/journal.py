@@ -9,7 +9,6 @@ that produced the present state.
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -122,11 +121,6 @@ class Entry:
     def requests(self) -> list[dict[str, Any]]:
         """The requests of an edit, as EasyEdit's dicts; empty for other kinds."""
         return self.content.get("requests", [])
-
-    @property
-    def snapshot_of(self) -> str | None:
-        """Where the state of an entry 0 came from; None if the edit began there."""
-        return self.content.get("snapshot_of")
 
     def summary(self) -> str:
         """Return the entry as a line of text for people, without control characters."""
@@ -263,7 +257,7 @@ class Journal:
 
     def settings_of(self, entry_id: int) -> dict[str, Any]:
         """Return the hyper-parameters and the environment that an entry was made in."""
-        entry = self.entries[self._settings[bisect_right(self._settings, entry_id) - 1]]
+        entry = self.entries[max(i for i in self._settings if i <= entry_id)]
         return {key: value for key, value in entry.content.items() if key in _SETTINGS}
 
     def ends_with(self, settings: Mapping[str, Any]) -> bool:

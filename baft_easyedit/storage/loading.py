@@ -38,8 +38,7 @@ def attach(
         ValueError: If the model is another one, does not fit, or carries an edit; or the state
             file is damaged.
     """
-    where = str(expanded(directory))
-    edit, _ = edit_of(latest_for(model, where, allow_other_model), model, where)
+    edit = _read_edit(model, directory, allow_other_model)
     edit.attach(model)
     return edit
 
@@ -64,11 +63,17 @@ def attach_named(
         ValueError: If a name is unusable; and where `attach` raises it.
     """
     check_names(directories)
-    edits = {}
-    for name, directory in directories.items():
-        where = str(expanded(directory))
-        edits[name], _ = edit_of(latest_for(model, where, allow_other_model), model, where)
+    edits = {n: _read_edit(model, d, allow_other_model) for n, d in directories.items()}
     return NamedEdits(model, edits)
+
+
+def _read_edit(
+    model: nn.Module, directory: str | os.PathLike[str], allow_other_model: bool
+) -> ModelEdit:
+    """Return a kept edit, not yet attached; errors are those of `attach`."""
+    where = str(expanded(directory))
+    edit, _ = edit_of(latest_for(model, where, allow_other_model), model, where)
+    return edit
 
 
 def kept_hparams(directory: str | os.PathLike[str], model: nn.Module) -> BaFTHyperParams:
