@@ -117,8 +117,8 @@ def generate_answers(
 
     Args:
         model: A causal language model, edited or not, or a wrapper of one with its `generate`.
-        tokenizer: The model's tokenizer; prompts are padded on the left, whatever its setting.
-        prompts: Prompts, each a text or a list of token ids.
+        tokenizer: The model's; prompts are padded on the left, whatever its setting.
+        prompts: Texts, or lists of token ids.
         max_new_tokens: Most tokens of an answer; one number for all prompts, or one for each.
         device: Device that the tokens are put on; the model's own `device` if None.
         batch_size: Most prompts decoded together; prompts in a batch have similar lengths.

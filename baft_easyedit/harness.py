@@ -50,11 +50,7 @@ class EditedLM(HFLM):  # type: ignore[misc]  # no types
     that the harness puts before it: the edit acts on every token, as if the model wrote the text.
     Generation needs no help, as `generate` of an edited model knows its prompts.
 
-    Args:
-        model: A causal language model of transformers, edited or not.
-        tokenizer: The model's tokenizer.
-        batch_size: Most texts of a forward pass.
-        asked: A model to evaluate in place of `model`, such as a wrapper that EasyEdit made of it.
+    `asked` is evaluated in place of `model`, such as a wrapper that EasyEdit made of it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, asked: Any = None) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
 from baft_easyedit.cli.edits_file import read_requests
 from baft_easyedit.hparams import scaled_layers
@@ -16,7 +15,7 @@ from tests.conftest import make_model
 
 EDITS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
-    {"prompt": "Water freezes into", "target_new": "sand", "loc_prompt": ["Ice is cold"]},
+    {"prompt": "Water freezes into", "target_new": "sand", "loc_prompt": ["Ice is\u2028cold\x85"]},
 ]
 
 
@@ -24,8 +23,7 @@ EDITS = [
 def _settings(tmp_path, saved):
     """Settings with which the model learns in few steps."""
     text = f"model_name: {saved}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n"
-    both = "rehearsal: 2\n"  # the second edit keeps the first
-    (tmp_path / "mine.yaml").write_text(text + both)
+    (tmp_path / "mine.yaml").write_text(f"{text}rehearsal: 2\n")  # the second keeps the first
 
 
 @pytest.fixture
@@ -73,12 +71,14 @@ def test_apply_goes_on_where_it_stopped(tmp_path, saved, edits, capsys):
     assert "edits made: 0; there before: 2" in capsys.readouterr().out
 
 
-def test_apply_tells_what_was_not_learned(tmp_path, saved, edits, capsys, caplog):
+def test_apply_tells_what_does_not_hold_in_the_end(tmp_path, saved, edits, capsys, caplog):
     (tmp_path / "mine.yaml").open("a").write("num_steps: 1\n")
     assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
-    assert "does not hold: 'The capital of France is' -> 'Rome'" in capsys.readouterr().out
+    capsys.readouterr()
     assert run("apply", tmp_path / "kept", edits, "--model", saved) == 3  # asked again
-    assert "edits made: 0; there before: 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "edits made: 0; there before: 2" in told
+    assert "does not hold: 'The capital of France is' -> 'Rome'" in told
     assert not caplog.text
 
 
@@ -101,16 +101,6 @@ def test_apply_makes_no_edit_if_one_cannot_be_made(tmp_path, saved, edits, capsy
     assert not (tmp_path / "kept").exists()
     assert run("apply", tmp_path / "kept", edits, *more) == 0
     assert "edits made: 2; there before: 0" in capsys.readouterr().out
-
-
-def test_apply_tells_what_later_edits_took_back(tmp_path, saved, edits, capsys, monkeypatch):
-    monkeypatch.setattr(
-        BaFTEditor, "holds", lambda _, requests: [False, *[True] * len(requests)][:-1]
-    )
-    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
-    told = capsys.readouterr().out
-    assert "does not hold: 'The capital of France is' -> 'Rome'" in told
-    assert told.count("does not hold") == 1
 
 
 def test_ask_reads_prompts_line_by_line(tmp_path, saved, edits, capsys, monkeypatch):
@@ -209,11 +199,10 @@ def test_a_model_is_asked_for_unless_the_package_has_it(tmp_path, saved, edits, 
         assert "--model must be given; the edit in" in capsys.readouterr().err
 
 
-def test_the_bundled_model_needs_no_option(tmp_path, edits, capsys):
-    assert run("apply", tmp_path / "kept", edits, "--device", "cpu") in (0, 3)
+def test_the_bundled_model_needs_no_option(tmp_path, edits):
+    assert run("apply", tmp_path / "kept", edits, "--device", "cpu", "--limit", "1") in (0, 3)
     assert run("undo", tmp_path / "kept", "--device", "cpu") == 0
-    settings = read_history(tmp_path / "kept")[0].content["hparams"]
-    assert settings["learn_end"] is True
+    assert read_history(tmp_path / "kept")[0].content["hparams"]["learn_end"] is True
 
 
 def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, capsys):
@@ -258,23 +247,18 @@ def test_a_blank_prompt_is_not_asked(tmp_path, capsys):
     ("name", "text"),
     [
         ("a.json", json.dumps(EDITS)),
-        ("a.jsonl", "\n".join(map(json.dumps, EDITS)) + "\n"),
+        ("a.jsonl", "\r\n".join(json.dumps(e, ensure_ascii=False) for e in EDITS) + "\n"),
         (
             "a.csv",
             "\ufeffprompt,target_new,subject,loc_prompt\n"
-            "The capital of France is,Rome,France,\nWater freezes into,sand,,Ice is cold\n",
+            "The capital of France is,Rome,France,\n"
+            "Water freezes into,sand,,Ice is\u2028cold\x85\n",
         ),
     ],
 )
 def test_requests_are_read_from_each_format(name, text, tmp_path):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     assert [request.to_dict() for request in read_requests(tmp_path / name)] == EDITS
-
-
-def test_a_line_ends_where_json_lines_end_it(tmp_path):
-    text = json.dumps(EDITS[0] | {"loc_prompt": "a\u2028b\x85c"}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_text(f"{text}\r\n", encoding="utf-8", newline="")
-    assert read_requests(tmp_path / "a.jsonl")[0].loc_prompts == ("a\u2028b\x85c",)
 
 
 @pytest.mark.parametrize(

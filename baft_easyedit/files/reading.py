@@ -20,12 +20,9 @@ _MAX_YAML = 64 * 2**10
 
 
 def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
-    """Read JSON.
+    """Read JSON, which messages call `where`.
 
-    Args:
-        text: The text.
-        where: The name of the text in messages.
-        is_strict: Refuse NaN and infinities, which Python's `json` accepts, and duplicate keys.
+    Strictly, NaN and infinities, which Python's `json` accepts, and duplicate keys are refused.
 
     Raises:
         ValueError: If the text is not JSON, or is nested too deeply.
@@ -53,9 +50,7 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
 def read_yaml(file: Path, what: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; aliases, and tags that make objects, are refused.
 
-    Args:
-        file: The file.
-        what: What the mapping is of, for messages, such as `settings`.
+    Messages call the content a mapping of `what`, such as `settings`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -115,13 +110,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def taken(content: Mapping[str, Any], key: str, kind: Any, where: str) -> Any:
-    """Return `content[key]`, after a check of its type.
+    """Return `content[key]` of a JSON object, which messages call `where`.
 
-    Args:
-        content: A JSON object.
-        key: The key.
-        kind: The allowed type, or a tuple of types; a bool does not count as an int.
-        where: The name of `content` in messages.
+    Its type must be `kind`, or one of a tuple; a bool does not count as an int.
 
     Raises:
         ValueError: If the key is missing, or its value has another type.
@@ -150,10 +141,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-_STRICT: Mapping[str, Any] = {
-    "parse_constant": _refuse_constant,
-    "object_pairs_hook": _without_doubles,
-}
+_STRICT: Any = {"parse_constant": _refuse_constant, "object_pairs_hook": _without_doubles}
 
 
 def _double(names: Iterable[Any]) -> Any:

@@ -68,12 +68,10 @@ def sync(path: Path) -> None:
 def directory_made_whole(directory: Path, num_bytes: int) -> Iterator[Path]:
     """Yield an empty directory that gets its name only when this context ends without an error.
 
-    Args:
-        directory: The final directory, absent or empty; its parent is made if absent.
-        num_bytes: How many bytes will be written.
+    The final directory must be absent or empty; its parent is made if absent.
 
     Raises:
-        OSError: If the disk has less room; nothing has been written then.
+        OSError: If the disk has less room than `num_bytes`; nothing has been written then.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory.parent).free

@@ -27,10 +27,7 @@ _WANTED = (
 def launch(desk: Desk, host: str, port: int | None) -> gr.Blocks:
     """Serve the page in a thread; `local_url` of what is returned says where.
 
-    Args:
-        desk: What the page shows.
-        host: Address to listen at.
-        port: Its port; None for the first free one from 7860 on.
+    The port None stands for the first free one from 7860 on.
 
     Raises:
         OSError: If the port is taken.

@@ -67,10 +67,6 @@ class Desk:
     """An editor of an open directory; its model is used by one thread at a time.
 
     What it does has the errors of `BaFTEditor`'s methods, and returns what to tell of it.
-
-    Args:
-        editor: The editor.
-        directory: Where it keeps its edits.
     """
 
     def __init__(self, editor: BaFTEditor, directory: Path) -> None:
@@ -83,10 +79,7 @@ class Desk:
     ) -> tuple[str, str, Any]:
         """Return the base and the edited answer, and a picture of the gate; None: no edit acts.
 
-        Args:
-            prompt: The prompt.
-            in_chat: Put it into the chat template, or not; None: as edits are learned.
-            max_new_tokens: Most tokens of an answer.
+        The prompt is put into the chat template if `in_chat`; None: as edits are learned.
 
         Raises:
             ValueError: If the prompt is blank, or too long for the model.
@@ -143,9 +136,7 @@ class Desk:
     def forget(self, prompt: str, tell: Callable[[int, int], object]) -> str:
         """Take the edits of one prompt back, and learn the later ones again.
 
-        Args:
-            prompt: The prompt.
-            tell: Is called with how many of how many are learned again.
+        `tell` is called with how many of how many are learned again.
         """
         with self.lock:
             journal = self._journal()

@@ -21,11 +21,7 @@ class FullError(RuntimeError):
 
 
 class Queue:
-    """Runs jobs one at a time, in one thread.
-
-    Args:
-        size: How many jobs may run or wait at once.
-    """
+    """Runs jobs one at a time, in one thread; at most `size` of them run or wait."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -33,11 +29,7 @@ class Queue:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     def submit(self, job: Callable[[], T]) -> "Future[T]":
-        """Queue a job; it runs after those submitted before.
-
-        Raises:
-            FullError: If `size` jobs run or wait already.
-        """
+        """Queue a job, which runs after those submitted before; FullError if there is no room."""
         if not self._room.acquire(blocking=False):
             raise FullError(f"at most {self._size} requests may run or wait: try again later")
         future = self._pool.submit(job)
@@ -47,18 +39,15 @@ class Queue:
 
 @dataclass(frozen=True)
 class Wish:
-    """A request: its prompt, the edits to use, and how to generate."""
+    """A request: the tokens of its prompt, the edits to use, and how to generate."""
 
     edits: tuple[str, ...]
     """Names of the edits; empty for the unedited model."""
     prompt: Sequence[int]
-    """Tokens of the prompt."""
     max_tokens: int
-    """Most tokens of the answer."""
     temperature: float = 0.0
     """0 for greedy decoding."""
     top_p: float = 1.0
-    """Nucleus sampling: the share of the probability mass that is sampled from."""
     seed: int | None = None
     """Seed of the sampling; None leaves torch's random numbers as they are."""
     stop: tuple[str, ...] = ()
@@ -67,36 +56,25 @@ class Wish:
 
 @dataclass(frozen=True)
 class Answer:
-    """A complete answer."""
+    """A complete answer: its text, without special tokens, and how many tokens were generated."""
 
     text: str
-    """The text, without special tokens."""
     num_tokens: int
-    """How many tokens were generated."""
     is_cut: bool
     """Whether `max_tokens` ended the answer."""
 
 
 class Answerer:
-    """Generates answers with a model and its named edits.
-
-    Args:
-        model: A causal language model.
-        tokenizer: The model's tokenizer.
-        edits: Edits that are attached to the model.
-    """
+    """Generates answers with a model and its named edits, which are attached to it."""
 
     def __init__(self, model: Any, tokenizer: Any, edits: NamedEdits) -> None:
         self.model, self.tokenizer, self.edits = model, tokenizer, edits
 
     @torch.no_grad()
     def answer(self, wish: Wish, say: Callable[[str], bool]) -> Answer:
-        """Answer a request.
+        """Answer a request, and `say` each new piece of the text, possibly empty.
 
-        Args:
-            wish: The request.
-            say: Called with each new piece of the text, possibly empty, during generation; the
-                answer ends if it returns False.
+        The answer ends if `say` returns False.
         """
         from transformers import StoppingCriteriaList
 

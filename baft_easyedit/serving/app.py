@@ -129,7 +129,7 @@ def make_app(
         answerer: Answers with the model and its edits.
         formats: The prompt format that each edit was learned with, by the edit's name.
         queue_size: How many requests may run or wait; further ones get status 429.
-        max_body: Most bytes of a request.
+        max_body: Most bytes of a request; a larger one gets status 413.
 
     Raises:
         ValueError: If `queue_size` is not in [1, 32].
@@ -139,9 +139,8 @@ def make_app(
     routes = _Routes(answerer, formats, Queue(queue_size))
     app = FastAPI(title="baft_easyedit", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LimitedBody, most=max_body)
-    app.add_exception_handler(AnyHTTPException, _as_openai)
-    app.add_exception_handler(Exception, _as_openai)
-    app.add_exception_handler(RequestValidationError, _invalid_as_openai)
+    for kind in (AnyHTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _as_openai)
     app.add_api_route("/health", lambda: {"status": "ok"})
     app.add_api_route("/v1/models", routes.models)
     app.add_api_route("/v1/models/{model}", routes.model)
@@ -152,19 +151,15 @@ def make_app(
 
 def _as_openai(_request: Request, error: Exception) -> JSONResponse:
     """Return an error in OpenAI's form; an unexpected one is left to the server's log."""
-    if not isinstance(error, AnyHTTPException):
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+        error = HTTPException(400, f"{field}: {first['msg']}")
+    elif not isinstance(error, AnyHTTPException):
         error = HTTPException(500, "the answer failed: see the server's log")
     kind = "invalid_request_error" if error.status_code < 429 else "server_error"
     told = {"message": str(error.detail), "type": kind, "param": None, "code": None}
     return JSONResponse({"error": told}, error.status_code)
-
-
-def _invalid_as_openai(request: Request, error: Exception) -> JSONResponse:
-    """Return an error that names the first wrong field, and its rule."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-    return _as_openai(request, HTTPException(400, f"{field}: {first['msg']}"))
 
 
 class _Routes:

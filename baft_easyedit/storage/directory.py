@@ -42,17 +42,8 @@ logger = logging.getLogger(__name__)
 class KeptDirectory:
     """A directory that is locked, so that only this process writes to it, until `close`.
 
-    Args:
-        path: The directory; made if there is none.
-        checkpoint_every: Entries between two checkpoints, at least 1.
-        repair: If files are damaged, lost, or disagree, go on from the newest intact state: by a
-            rollback if the journal has its entry, else with a new journal. Files that cannot be
-            read, or no longer belong, are kept in a folder `before-repair-N`.
-
-    Raises:
-        BlockingIOError: If another editor has the directory open.
-        OSError: If the directory cannot be locked or written.
-        ValueError: If files are damaged or disagree; the message says what to do.
+    The arguments and errors are those of `BaFTEditor.open`. A repair goes on by a rollback if the
+    journal has the entry of the newest intact state, else with a new journal.
     """
 
     def __init__(
@@ -166,14 +157,10 @@ class KeptDirectory:
     def nearest(
         self, entry_id: int, known: Mapping[int, EditState]
     ) -> tuple[int, EditState] | None:
-        """Find the state from which the fewest edits lead to an entry's state.
+        """Return the position and state from which the fewest edits lead to an entry's state.
 
-        Args:
-            entry_id: The entry.
-            known: States in memory, by position; those without the journal's hash are not used.
-
-        Returns:
-            The position and the state; None if there is none.
+        It is None if there is none. Of the states in memory, `known` by position, those without
+        the journal's hash are not used.
         """
         files = [f for f in checkpoint_files(self.path) if id_of(f) < len(self.journal)]
         for position in self.journal.ancestors(entry_id):

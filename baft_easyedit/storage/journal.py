@@ -155,11 +155,7 @@ def _in_words(report: Mapping[str, Any]) -> str:
 class Journal:
     """The entries of a kept edit, and the position of the present state in their tree.
 
-    Args:
-        entries: From entry 0 on.
-
-    Raises:
-        ValueError: If they do not follow one another.
+    They must follow one another from entry 0 on; it is a ValueError if they do not.
     """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
@@ -175,11 +171,7 @@ class Journal:
         return len(self.entries)
 
     def append(self, entry: Entry) -> None:
-        """Add the next entry.
-
-        Raises:
-            ValueError: If it does not follow the last one.
-        """
+        """Add the next entry; ValueError if it does not follow the last one."""
         previous = self.entries[-1].sha256 if self.entries else ""
         follows = entry.id == len(self) and entry.previous == previous
         if not follows or (entry.kind == "start") != (entry.id == 0):
@@ -200,11 +192,7 @@ class Journal:
         return state_hash in self._hashes[self._positions[entry_id]]
 
     def next(self, kind: str, state_hash: str, content: Mapping[str, Any]) -> Entry:
-        """Make the entry that follows the last one, without appending it.
-
-        Raises:
-            ValueError: If the line would be too long.
-        """
+        """Make the entry that follows the last one; ValueError if the line would be too long."""
         common = {
             "id": len(self),
             "kind": kind,

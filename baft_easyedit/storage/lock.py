@@ -15,9 +15,6 @@ LOCK = "lock"
 class DirectoryLock:
     """A lock that its process holds until `release`, or until the process ends or is killed.
 
-    Args:
-        directory: An existing directory, absolute.
-
     Raises:
         BlockingIOError: If another editor holds the lock.
         OSError: If the file system has no locks.

@@ -102,11 +102,8 @@ def lacking(
 ) -> Sequence[Entry]:
     """Return what a save must write of a journal: its missing end; all, to replace a snapshot.
 
-    Args:
-        path: The directory.
-        kept: The entries that it holds.
-        entries: The entries that it should hold.
-        replaceable: The lines of entry 0 of snapshots that may be replaced; None for any.
+    The directory holds `kept`, and should hold `entries`; `replaceable` are the lines of entry 0
+    of snapshots that may be replaced, None for any.
 
     Raises:
         ValueError: If the directory holds another journal that may not be replaced.
