@@ -1,7 +1,7 @@
 """The commands `ls`, `validate` and `doctor`, which list and check, and `import-gguf`."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from baft_easyedit.cli.options import DTYPES, existing, new
 from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, presets
 from baft_easyedit.hparams import read_hparams
+
+_LISTS = ("presets", "methods", "kinds", "models")
+_OWN_MODELS = (BUNDLED_MODEL, REAL_MODEL)  # any other name is one on the Hub
 
 
 def add_commands(commands: Any) -> None:
@@ -52,33 +55,16 @@ def _import(arguments: argparse.Namespace) -> None:
     print(import_gguf(arguments.file, arguments.directory, dtype))
 
 
-def _methods() -> Iterable[str]:
-    """Methods that a benchmark can compare."""
+def _ls(arguments: argparse.Namespace) -> None:
+    """Print one list, or all."""
+    from baft_easyedit.bench.data import DATASETS
     from baft_easyedit.easyedit.base_editor import OUR_METHODS
     from baft_easyedit.easyedit.peers import PEERS
 
-    return (*OUR_METHODS, *PEERS)
-
-
-def _kinds() -> Iterable[str]:
-    """Kinds of benchmark records."""
-    from baft_easyedit.bench.data import DATASETS
-
-    return DATASETS
-
-
-_LISTS: Mapping[str, Callable[[], Iterable[str]]] = {
-    "presets": presets,
-    "methods": _methods,
-    "kinds": _kinds,
-    "models": lambda: (BUNDLED_MODEL, REAL_MODEL),  # any other name is one on the Hub
-}
-
-
-def _ls(arguments: argparse.Namespace) -> None:
-    """Print one list, or all."""
-    for name in [arguments.list] if arguments.list else _LISTS:
-        print(f"{name}:", *_LISTS[name](), sep="\n  ")
+    found: list[Iterable[str]] = [presets(), [*OUR_METHODS, *PEERS], DATASETS, _OWN_MODELS]
+    for name, content in zip(_LISTS, found, strict=True):
+        if arguments.list in (None, name):
+            print(f"{name}:", *content, sep="\n  ")
 
 
 def _validate(arguments: argparse.Namespace) -> None:

@@ -250,19 +250,16 @@ class History:
 
     def undo(self) -> None:
         """Go back to before the latest change."""
-        if self._directory is None:
+        directory = self._directory
+        if directory is None:
             self._undo_in_memory()  # nothing may follow: an interrupt there would come too late
         else:
-            self._undo_on_disk(self._directory)
-
-    def _undo_on_disk(self, directory: KeptDirectory) -> None:
-        """Go back to the state from which the latest change in the journal began."""
-        with self._learner.lock.changing():
-            parent = directory.journal.entries[directory.journal.position].parent
-            if parent is None:
-                self._refuse_undo("the state is that of entry 0")
-            self._check_as_kept(directory)
-            self._return(directory, "undo", parent)
+            with self._learner.lock.changing():
+                parent = directory.journal.entries[directory.journal.position].parent
+                if parent is None:
+                    self._refuse_undo("the state is that of entry 0")
+                self._check_as_kept(directory)
+                self._return(directory, "undo", parent)
 
     def _undo_in_memory(self) -> None:
         """Take back the latest change of this history, which must be the model's latest."""

@@ -11,7 +11,6 @@ from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.lock import LOCK
 from baft_easyedit.storage.reading import CONFIG, JOURNAL, STATE
 
-_URL = "https://github.com/zjunlp/EasyEdit"
 _CARD = """---
 {{ card_data }}
 ---
@@ -36,7 +35,7 @@ class HubEdit(
     ModelHubMixin,
     library_name="baft_easyedit",
     tags=["knowledge-editing", "baft"],
-    repo_url=_URL,
+    repo_url="https://github.com/zjunlp/EasyEdit",
     model_card_template=_CARD,
 ):
     """Adapts an edit to `ModelHubMixin`: its configuration, and a function that writes it."""
