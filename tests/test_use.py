@@ -38,10 +38,15 @@ def edited():
     return edited_model()
 
 
-def generate(model, input_ids=IDS, **kwargs):
-    return model.generate(
-        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **GREEDY, **kwargs
-    )
+def generate(model, input_ids=IDS, mask=None, **kwargs):
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    return model.generate(input_ids=input_ids, attention_mask=mask, **GREEDY, **kwargs)
+
+
+def padded_on_the_left(num=4):
+    mask = ONES.clone()
+    mask[0, :num] = 0
+    return mask
 
 
 def cached(model, input_ids=IDS, **kwargs):
@@ -80,9 +85,7 @@ def test_sampling_is_a_loop_over_forwards_with_a_cache(edited):
 )
 def test_row_of_a_batch_padded_on_the_left_is_the_row_alone(edited, options):
     model, _ = edited
-    mask = ONES.clone()
-    mask[0, :4] = 0
-    together = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY, **options)
+    together = generate(model, mask=padded_on_the_left(), **options)
     alone = generate(model, IDS[:1, 4:], **options)
     num = options.get("num_return_sequences", 1)
     width = alone.shape[1] - 5
@@ -116,19 +119,16 @@ def test_assisted_generation_gives_the_greedy_tokens(edited, assistant):
         assert torch.equal(generate(model, ids, **options), generate(model, ids))
 
 
-def padded_on_the_left(num=4):
-    mask = ONES.clone()
-    mask[0, :num] = 0
-    return mask
-
-
-@since_5
-def test_prompt_in_chunks_gives_the_same_tokens(edited):
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, pytest.param({"prefill_chunk_size": 4}, marks=since_5)],
+    ids=["uncached", "chunked"],
+)
+def test_prompt_that_a_forward_does_not_show_whole_gives_the_same_tokens(edited, options):
     model, _ = edited
     for mask in (ONES, padded_on_the_left()):
-        expected = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY)
-        chunked = model.generate(input_ids=IDS, attention_mask=mask, prefill_chunk_size=4, **GREEDY)
-        assert torch.equal(chunked, expected)
+        expected = generate(model, mask=mask)
+        assert torch.equal(generate(model, mask=mask, **options), expected)
 
 
 @pytest.mark.parametrize("known", [4, 7, 8])
@@ -136,12 +136,11 @@ def test_prompt_in_chunks_gives_the_same_tokens(edited):
 def test_prompt_whose_beginning_is_in_a_cache_gives_the_same_tokens(edited, known, padding):
     model, edit = edited
     mask = padded_on_the_left(padding)
-    expected = model.generate(input_ids=IDS, attention_mask=mask, **GREEDY)
+    expected = generate(model, mask=mask)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :known]
     with edit.prompt_lengths(mask.sum(-1)):
         past = cached(model, IDS[:, :known], attention_mask=mask[:, :known], position_ids=positions)
-    rest = model.generate(input_ids=IDS, attention_mask=mask, **past, **GREEDY)
-    assert torch.equal(rest, expected)
+    assert torch.equal(generate(model, mask=mask, **past), expected)
 
 
 @since_5
@@ -149,16 +148,8 @@ def test_new_tokens_behind_a_cache_go_with_the_mask_of_all(edited):
     model, edit = edited
     with edit.disabled():
         past = cached(model, IDS[:, :4])
-    continued = model.generate(input_ids=IDS[:, 4:], attention_mask=ONES, **past, **GREEDY)
+    continued = generate(model, IDS[:, 4:], ONES, **past)
     assert torch.equal(continued[:, 5:], generate(model)[:, 9:])
-
-
-def test_generation_without_a_cache_gives_the_same_tokens(edited):
-    model, _ = edited
-    assert torch.equal(generate(model, use_cache=False), generate(model))
-    mask = padded_on_the_left()
-    uncached = model.generate(input_ids=IDS, attention_mask=mask, use_cache=False, **GREEDY)
-    assert torch.equal(uncached, model.generate(input_ids=IDS, attention_mask=mask, **GREEDY))
 
 
 def test_given_lengths_win_over_the_prompts_of_generate(edited):
@@ -172,23 +163,15 @@ def test_generations_side_by_side_know_their_own_prompts(edited):
     model, _ = edited
     prompts = [IDS, IDS[:, 2:], IDS[:1, 5:]]
     expected = [generate(model, ids, use_cache=False) for ids in prompts]
-    results = run_in_threads(
-        [lambda ids=ids: generate(model, ids, use_cache=False) for ids in prompts]
-    )
+    results = run_in_threads(lambda ids: generate(model, ids, use_cache=False), prompts)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize(
     ("options_of", "message"),
     [
-        (
-            lambda _: {"use_cache": False},
-            r"given to generate with use_cache=False: each forward repeats",
-        ),
-        (
-            lambda model: cached(model, IDS[:, :4]),
-            r"5 new tokens after 4 may be a later part of a prompt",
-        ),
+        (lambda _: {"use_cache": False}, "with use_cache=False: each forward repeats"),
+        (lambda model: cached(model, IDS[:, :4]), "5 new tokens after 4 may be a later part of a"),
     ],
     ids=["uncached", "cached"],
 )
@@ -246,21 +229,13 @@ def test_generate_that_was_replaced_before_comes_back():
     assert model.generate is replaced
 
 
-@pytest.mark.parametrize(
-    "packing",
-    [
-        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)},
-        {"cu_seq_lens_q": torch.tensor([0, 4, 9])},
-    ],
-    ids=["position_ids", "flash"],
-)
-def test_packed_rows_are_refused(edited, packing):
-    with pytest.raises(ValueError, match="each row must hold one sequence, but position_ids start"):
-        logits(edited[0], **packing)
-
-
-def test_position_ids_of_padding_are_not_packing(edited):
+def test_packed_rows_are_refused_and_padded_ones_are_not(edited):
     model, _ = edited
+    packings = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}
+    packings |= {"cu_seq_lens_q": torch.tensor([0, 4, 9])}  # of flash attention
+    for name, packing in packings.items():
+        with pytest.raises(ValueError, match="row must hold one sequence, but position_ids start"):
+            logits(model, **{name: packing})
     mask = ONES.clone()
     mask[:, :3] = 0
     positions = torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4, 5]] * 2)
@@ -394,10 +369,14 @@ def test_learning_does_not_warn(tokenizer, hparams, request_dict, caplog):
 # PEFT
 
 
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="LoRA is peft's")
+
+
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("first", ["edit", "lora"])
-def test_lora_and_the_edit_live_on_one_model(task, first):
-    peft = pytest.importorskip("peft", reason="LoRA is peft's")
+def test_lora_and_the_edit_live_on_one_model(task, first, peft):
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task)
     reference, model, edit = edited_model()[0], make_model(), random_edit()
     if first == "edit":
@@ -408,8 +387,7 @@ def test_lora_and_the_edit_live_on_one_model(task, first):
         edit.attach(wrapped)
     for ids in (IDS, IDS[:, 2:]):  # another shape: no positions of an earlier call
         assert torch.equal(logits(wrapped, ids), logits(reference, ids))
-    assert torch.equal(wrapped.generate(input_ids=IDS, attention_mask=ONES, **GREEDY),
-                       generate(reference))  # fmt: skip
+    assert torch.equal(generate(wrapped), generate(reference))
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
             if "lora_B" in name:
@@ -429,8 +407,7 @@ def test_lora_and_the_edit_live_on_one_model(task, first):
     assert torch.equal(logits(merged), unedited)
 
 
-def test_labels_are_seen_through_peft_if_the_edit_is_attached_to_its_model():
-    peft = pytest.importorskip("peft", reason="LoRA is peft's")
+def test_labels_are_seen_through_peft_if_the_edit_is_attached_to_its_model(peft):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     labels = IDS.clone()
     labels[:, :6] = -100
@@ -440,9 +417,8 @@ def test_labels_are_seen_through_peft_if_the_edit_is_attached_to_its_model():
 
 
 def test_editing_through_peft_goes_on_with_the_edit_and_undo_is_bit_equal(
-    tokenizer, hparams, request_dict
+    tokenizer, hparams, request_dict, peft
 ):
-    peft = pytest.importorskip("peft", reason="LoRA is peft's")
     model = make_model()
     hparams.num_steps = 3
     BaFTEditor(model, tokenizer, hparams).edit(request_dict)
@@ -632,17 +608,14 @@ def test_editing_works_in_every_gradient_mode(tokenizer, hparams, request_dict, 
     assert torch.equal(logits(model), before)
 
 
-def run_in_threads(functions):
-    with ThreadPoolExecutor(len(functions)) as pool:
-        futures = [pool.submit(function) for function in functions]
-        return [future.result(timeout=60) for future in futures]
+def run_in_threads(function, inputs):
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        return list(pool.map(function, inputs, timeout=60))
 
 
 def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
     model, _ = edited
-    mask = ONES.clone()
-    mask[:, :2] = 0
-    inputs = [{"attention_mask": ONES}, {"attention_mask": mask}, {"input_ids": IDS[:, 4:]}]
+    inputs = [{}, {"attention_mask": padded_on_the_left(2)}, {"input_ids": IDS[:, 4:]}]
     expected = [logits(model, **kwargs) for kwargs in inputs]
     barrier = threading.Barrier(len(inputs), timeout=30)
 
@@ -650,27 +623,22 @@ def test_forwards_of_one_model_side_by_side_keep_their_own_positions(edited):
         barrier.wait()
 
     wait = decoder_layers(model)[0].register_forward_hook(meet)
-    results = run_in_threads([lambda kwargs=kwargs: logits(model, **kwargs) for kwargs in inputs])
+    results = run_in_threads(lambda kwargs: logits(model, **kwargs), inputs)
     wait.remove()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_models_edited_in_threads_are_those_edited_one_by_one(tokenizer, hparams, request_dict):
     hparams.num_steps = 5
-
-    def edit(seed):
-        model = make_model(seed=seed)
-        BaFTEditor(model, tokenizer, hparams).edit(request_dict)
-        return model
-
-    models = [make_model(seed=seed) for seed in (0, 1)]  # the global seed is not for threads
+    models, twins = ([make_model(seed=seed) for seed in (0, 1)] for _ in range(2))
     # MKL may take a less exact cos if two threads want the first one of a process at the same time:
     # github.com/pytorch/pytorch/issues/188792
     logits(models[0])
     editors = [BaFTEditor(model, tokenizer, hparams) for model in models]
-    run_in_threads([lambda editor=editor: editor.edit(request_dict) for editor in editors])
-    for seed, model in enumerate(models):
-        assert torch.equal(logits(model), logits(edit(seed)))
+    run_in_threads(lambda editor: editor.edit(request_dict), editors)
+    for model, twin in zip(models, twins, strict=True):
+        BaFTEditor(twin, tokenizer, hparams).edit(request_dict)
+        assert torch.equal(logits(model), logits(twin))
 
 
 def test_replica_of_data_parallel_is_refused(edited):
