@@ -9,10 +9,10 @@ from baft_easyedit.hparams import scaled_layers
 from baft_easyedit.method.gates import GATES
 from tests.conftest import HIDDEN, LAYERS, logits, make_model, random_edit
 
-TEXT = "The capital of France is"
+OTHER = {"prompt": "Water freezes into", "target_new": "ice"}
 
 
-def answer(model, tokenizer, prompt=TEXT, num_tokens=5):
+def answer(model, tokenizer, prompt="The capital of France is", num_tokens=5):
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
@@ -90,10 +90,9 @@ def test_report_tells_what_the_gates_did(model, tokenizer, hparams, request_dict
 
 
 def test_batch_is_learned_at_once(model, tokenizer, hparams, request_dict):
-    other = {"prompt": "Water freezes into", "target_new": "glass"}
-    report = BaFTEditor(model, tokenizer, replace(hparams, num_steps=150)).edit(
-        [request_dict, other]
-    )
+    other = {**OTHER, "target_new": "glass"}
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=150))
+    report = editor.edit([request_dict, other])
     assert report.num_requests == 2
     assert answer(model, tokenizer) == " Rome"
     assert answer(model, tokenizer, "Water freezes into", 6) == " glass"
@@ -104,12 +103,17 @@ def test_edits_continue_from_what_is_learned(model, tokenizer, hparams, request_
     editor.edit(request_dict)
     once = logits(model)
     used = editor.model_edit.usage(1).count.item()
-    editor.edit({"prompt": "Water freezes into", "target_new": "ice"})
+    editor.edit(OTHER)
     assert not torch.equal(logits(model), once)
     assert editor.model_edit.usage(1).count.item() == used + 3 + 4  # P, and " ice"
     editor.undo()
     assert torch.equal(logits(model), once)
     assert editor.model_edit.usage(1).count.item() == used
+
+
+@pytest.fixture
+def quick(quick):
+    return replace(quick, rehearsal=1)
 
 
 def bases(editor):
@@ -178,19 +182,11 @@ def test_undo_goes_back_as_far_as_its_depth(model, tokenizer, hparams, request_d
     assert editor.is_attached
 
 
-OTHER = {"prompt": "Water freezes into", "target_new": "ice"}
-
-
-@pytest.fixture
-def quick(hparams):
-    return replace(hparams, num_steps=2, rehearsal=1)
-
-
 def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, quick, request_dict):
     before = logits(model)
-    first, second = (BaFTEditor(model, tokenizer, quick) for _ in range(2))
+    first = BaFTEditor(model, tokenizer, quick)
     first.edit(request_dict)
-    second = BaFTEditor(model, tokenizer, quick)
+    second = BaFTEditor(model, tokenizer, quick)  # goes on with the edit of the first
     once = logits(model)
     changes = {
         "the edit of 'Water freezes into'": lambda: second.edit(OTHER),
@@ -203,11 +199,9 @@ def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, qu
     for name, change in changes.items():
         change()
         changed, state = logits(model), first.model_edit.snapshot()
-        with pytest.raises(
-            ValueError,
-            match=f"an undo must take back the latest change of the model, but .* is {name}, by "
-            "another editor: undo that first, .* or take the whole edit off",
-        ):
+        rule = "an undo must take back the latest change of the model, but .* is"
+        remedy = "by another editor: undo that first, .* or take the whole edit off"
+        with pytest.raises(ValueError, match=f"{rule} {name}, {remedy}"):
             first.undo()
         assert torch.equal(logits(model), changed)
         now = first.model_edit.state_dict()
@@ -277,9 +271,7 @@ def test_what_holds_is_told(model, tokenizer, hparams, request_dict):
 
 def test_editor_without_a_change_of_its_own_names_the_latest(model, tokenizer, quick, request_dict):
     BaFTEditor(model, tokenizer, quick).edit(request_dict)
-    with pytest.raises(
-        ValueError, match=r"no edit to undo: .*; the latest change of the model is the edit of 'Th"
-    ):
+    with pytest.raises(ValueError, match=r"no edit to undo: .*; the latest .* is the edit of 'The"):
         BaFTEditor(model, tokenizer, quick).undo()
 
 
@@ -302,19 +294,19 @@ def test_copies_of_a_model_are_undone_apart(model, tokenizer, quick, request_dic
     [{"layers": [1]}, {"rank": 2}, {"gate": "sigmoid"}, {"num_prompt_positions": 1}],
     ids=lambda change: next(iter(change)),
 )
-def test_editor_of_another_shape_is_refused(model, tokenizer, hparams, request_dict, change):
-    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
+def test_editor_of_another_shape_is_refused(model, tokenizer, hparams, change):
+    random_edit(hparams.layers, hparams.rank, hparams.gate).attach(model)
     name = next(iter(change))
     with pytest.raises(ValueError, match=f"{name} must be .*, as in the edit that the model"):
         BaFTEditor(model, tokenizer, replace(hparams, **change))
 
 
-def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, hparams, request_dict):
+def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, quick, request_dict):
     results = []
     for seed in (1, 1, 2):
         model = make_model()
         torch.manual_seed(len(results))  # the global generator plays no part
-        BaFTEditor(model, tokenizer, hparams, seed=seed).edit(request_dict)
+        BaFTEditor(model, tokenizer, quick, seed=seed).edit(request_dict)
         results.append(logits(model))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -380,15 +372,16 @@ def test_unusable_request_changes_nothing(model, tokenizer, hparams, request_dic
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "options", "message"),
     [
-        ({"layers": [LAYERS]}, f"layers must be below {LAYERS}"),
-        ({"rank": HIDDEN + 1}, rf"rank must be in \[1, {HIDDEN}\]"),
+        ({"layers": [LAYERS]}, {}, f"layers must be below {LAYERS}"),
+        ({"rank": HIDDEN + 1}, {}, rf"rank must be in \[1, {HIDDEN}\]"),
+        ({}, {"undo_depth": 0}, "undo_depth must be at least 1; got 0"),
     ],
 )
-def test_hparams_that_do_not_fit_the_model_are_refused(model, tokenizer, hparams, change, message):
+def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change, options, message):
     with pytest.raises(ValueError, match=message):
-        BaFTEditor(model, tokenizer, replace(hparams, **change))
+        BaFTEditor(model, tokenizer, replace(hparams, **change), **options)
 
 
 def test_automatic_layers_are_those_of_the_models_depth(
@@ -404,11 +397,6 @@ def test_automatic_layers_are_those_of_the_models_depth(
     with BaFTEditor.open(model, tokenizer, tmp_path / "kept", auto) as editor:
         assert editor.hparams.layers == [1, 2, 3]
     assert BaFTEditor(model, tokenizer, auto).model_edit is editor.model_edit  # goes on with it
-
-
-def test_undo_depth_below_one_is_refused(model, tokenizer, hparams):
-    with pytest.raises(ValueError, match="undo_depth must be at least 1; got 0"):
-        BaFTEditor(model, tokenizer, hparams, undo_depth=0)
 
 
 def test_an_editor_learns_into_a_given_edit_of_its_shape(model, tokenizer, hparams, request_dict):
@@ -446,14 +434,9 @@ def test_what_greedy_decoding_gives_is_learned_whatever_its_loss(model, tokenize
     assert report.num_steps == hparams.num_steps
     assert report.learned == (True,)
     assert answer(model, tokenizer, "Ice is", 4) == " hot"
-    editor.hparams = replace(unsure, num_steps=1, lr=1e-9)
+    editor.hparams = replace(unsure, num_steps=1, lr=1e-9, early_stop_loss=100.0)
     assert editor.edit({"prompt": "Ice is", "target_new": "hot"}).learned == (True,)
     assert editor.edit({"prompt": "Ice is", "target_new": "wet"}).learned == (False,)
-
-
-def test_a_low_loss_alone_is_not_learned(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=100.0, num_steps=1))
-    assert editor.edit({"prompt": "Ice is", "target_new": "hot"}).learned == (False,)
 
 
 def test_many_unlearned_requests_are_counted(model, tokenizer, hparams, caplog):
