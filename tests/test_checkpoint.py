@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,7 @@ from baft_easyedit.storage.config import KeptConfig, hparams_of, method_of, mode
 from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import edit_of
-from baft_easyedit.storage.state import (
-    EditState,
-    StateFile,
-    encode,
-    read_state,
-    state_hash,
-)
+from baft_easyedit.storage.state import EditState, StateFile, encode, read_state, state_hash
 from tests.conftest import logits, make_model, random_edit
 from tests.new_process import new_processes
 
@@ -74,8 +69,6 @@ def test_loaded_editor_goes_on_as_the_saved_one(model, tokenizer, quick, request
     again = {"prompt": "Water freezes into", "target_new": "ice"}
     assert first.edit(again).losses == second.edit(again).losses
     assert torch.equal(logits(twin), logits(model))
-    with pytest.raises(ValueError, match="rollback needs the journal of a directory, and none is"):
-        second.rollback(to=0)
 
 
 def test_method_and_memory_travel_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
@@ -116,9 +109,8 @@ def test_other_model_is_refused_by_what_differs(tokenizer, kept):
         (make_model("qwen2"), r"other names or shapes \(39 tensors then, 51 now"),
     ]:
         for use in (lambda m: attach(m, kept), lambda m: BaFTEditor.load(m, tokenizer, kept)):
-            with pytest.raises(ValueError, match=difference) as error:
+            with pytest.raises(ValueError, match=f"{difference}.*pass allow_other_model=True"):
                 use(other)
-            assert "pass allow_other_model=True" in str(error.value)
         assert attached_edit(other) is None
     with pytest.raises(ValueError, match=r"the model must be the one that .* was learned on"):
         BaFTEditor.open(other, tokenizer, kept)
@@ -152,9 +144,7 @@ def test_fingerprint_of_weights_that_accelerate_keeps_elsewhere():
     model = make_model()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert Fingerprint.of(model) == Fingerprint.of(make_model())
-    with pytest.raises(
-        ValueError, match=r"weights must be in memory; model.embed_tokens.weight is"
-    ):
+    with pytest.raises(ValueError, match=r"must be in memory; model.embed_tokens.weight is"):
         Fingerprint.of(make_model().to("meta"))
 
 
@@ -208,10 +198,7 @@ def test_config_that_is_not_one_is_refused(model, quick, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"alg_name": "ROME"},
-            "in here cannot be used: alg_name must be one of BaFT, ReFT;",
-        ),
+        ({"alg_name": "ROME"}, "in here cannot be used: alg_name must be one of BaFT, ReFT;"),
         ({"model_name": "/etc"}, "the hyper-parameters in here must not have 'model_name'"),
         ({"unheard": 1}, "in here cannot be used: unknown hyper-parameter 'unheard'"),
     ],
@@ -268,10 +255,12 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
     tensors = load(data)
     name = min(tensors)
     half = {key: value.half() for key, value in random_edit().snapshot().items()}
+    torch.save({"a": torch.ones(1)}, pickled := BytesIO())
     for damaged, message in [
         (encode(content_of(model, quick, half)), "must hold float32 tensors; .* is torch.float16"),
         (b"\xff" * 64, "is damaged: "),
-        (save(tensors), "its metadata are not of one"),
+        (pickled.getvalue(), "is damaged: "),
+        (save(tensors), "must be a state of baft_easyedit; its metadata are not of one"),
         (save(tensors, {"format_version": "4"}), "metadata do not have the hash that they name"),
         (rewritten(data, {"format_version": "9"}), "must have format_version 4; got '9'"),
         (rewritten(data, {"memory": "[]"}), "memory in .* must be a JSON object; got list"),
@@ -291,15 +280,12 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
             read_state(file)
 
 
-def test_values_that_are_not_finite_are_refused(model, quick, tmp_path):
+def test_what_cannot_be_kept_is_refused(model, quick, monkeypatch):
     edit = random_edit()
     with torch.no_grad():
         edit.intervention(1).source_bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"finite; _interventions.1.source_bias holds NaN"):
         encode(content_of(model, quick, edit))
-
-
-def test_too_much_memory_is_refused(model, quick, monkeypatch):
     monkeypatch.setattr(state_module, "_MAX_HEADER", 10_000)
     with pytest.raises(ValueError, match=r"must be below 5000 bytes; got .*smaller batches"):
         encode(content_of(model, quick, memory={"a": "x" * 5_000}))
@@ -350,16 +336,6 @@ def test_edit_is_pushed_and_comes_back_from_the_hub(
     )
     assert torch.equal(logits(twin), logits(model))
     assert method_of(loaded.hparams) == method_of(quick)
-
-
-def test_no_pickle_is_read(kept, model):
-    file = kept / "baft.safetensors"
-    torch.save({"a": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match="damaged"):
-        attach(model, kept)
-    save_file({"a": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match="must be a state of baft_easyedit"):
-        attach(model, kept)
 
 
 def test_a_state_of_another_shape_is_refused(model, quick):

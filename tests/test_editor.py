@@ -465,8 +465,8 @@ def test_a_batch_does_not_stop_while_one_of_its_requests_is_far_from_learned(
     assert report.request_losses[1] < 2.5
 
 
-def test_one_prompt_with_two_targets_is_refused(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, hparams)
+def test_one_prompt_with_two_targets_is_refused(model, tokenizer, quick):
+    editor = BaFTEditor(model, tokenizer, quick)
     before = logits(model)
     pair = [{"prompt": "Ice is", "target_new": "hot"}, {"prompt": "Ice is", "target_new": "wet"}]
     with pytest.raises(ValueError, match="one prompt two targets; 'Ice is' has 'hot' and 'wet'"):

@@ -79,14 +79,10 @@ def test_size_is_bounded(tmp_path):
         read_regular("/proc/self/status")
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path):
+def test_error_of_a_read_names_the_file(tmp_path):
     (tmp_path / "it").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="it must be UTF-8 text, and is not: "):
         read_text(tmp_path / "it")
-
-
-def test_error_of_a_read_names_the_file(tmp_path):
-    (tmp_path / "it").touch()
     with pytest.raises(OSError, match=r"Input/output error: '.*it'"), open_regular(tmp_path / "it"):
         raise OSError(5, "Input/output error")
 

@@ -24,15 +24,9 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from baft_easyedit.serving.answering import (  # noqa: E402
-    Answer,
-    Answerer,
-    FullError,
-    Queue,
-    Wish,
-    _Text,
-)
-from baft_easyedit.serving.app import make_app  # noqa: E402
+# ruff: noqa: E402
+from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish, _Text
+from baft_easyedit.serving.app import make_app
 
 PROMPT = "The capital of France is"
 JSON = {"Content-Type": "application/json"}
@@ -116,23 +110,16 @@ def test_models_are_listed(client, url):
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
-def test_an_answer_ends_before_a_stop_text(client):
-    given = {"model": "a", "prompt": PROMPT, "max_tokens": 10}
-    whole = client.completions.create(**given).choices[0].text
-    stop, cut = whole[3:5], whole[: whole.index(whole[3:5])]
-    stopped = client.completions.create(**given, stop=stop).choices[0]
-    assert (stopped.text, stopped.finish_reason) == (cut, "stop")
-    chunks = client.completions.create(**given, stop=[stop], stream=True)
-    assert "".join(chunk.choices[0].text for chunk in chunks) == cut
-
-
 def test_nothing_of_a_stop_text_is_said(client):
     given = {"model": "a", "prompt": PROMPT, "max_tokens": 10}
     whole = client.completions.create(**given).choices[0].text
     for start in range(5):
-        chunks = client.completions.create(**given, stop=whole[start : start + 5], stream=True)
-        said = "".join(chunk.choices[0].text for chunk in chunks)
-        assert said == whole[: whole.index(whole[start : start + 5])]
+        stop = whole[start : start + 5]
+        cut = whole[: whole.index(stop)]
+        stopped = client.completions.create(**given, stop=[stop]).choices[0]
+        assert (stopped.text, stopped.finish_reason) == (cut, "stop")
+        chunks = client.completions.create(**given, stop=stop, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == cut
 
 
 def test_text_that_was_said_is_not_cleaned_up_later(tokenizer):
@@ -213,38 +200,15 @@ def test_messages_must_fit_the_template(client, tokenizer, monkeypatch):
         client.chat.completions.create(model="a", messages=CHAT)
 
 
-def test_a_full_queue_refuses(model, tokenizer, edits):
-    answerer, go, begun = Answerer(model, tokenizer, edits), threading.Event(), threading.Event()
-
-    def answer(wish, say):
-        begun.set()
-        go.wait(10)
-        return Answerer.answer(answerer, wish, say)
-
-    answerer.answer = answer
-    formats = dict.fromkeys(edits.names, PromptFormat())
-    with served(make_app(answerer, formats, queue_size=1)) as address:
-        asked = {"model": "a", "prompt": PROMPT, "max_tokens": 2}
-        replies = []
-
-        def ask():
-            replies.append(httpx.post(f"{address}/v1/completions", json=asked, timeout=20))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        assert begun.wait(10)
-        ask()
-        go.set()
-        thread.join()
-    assert [reply.status_code for reply in replies] == [429, 200]
-    assert "at most 1 requests may run or wait" in replies[0].json()["error"]["message"]
-
-
-def test_a_queue_runs_one_job_at_a_time():
+def test_a_queue_runs_one_job_at_a_time_and_refuses_when_full(client, monkeypatch):
     queue, go = Queue(2), threading.Event()
     first, second = queue.submit(go.wait), queue.submit(lambda: 2)
     with pytest.raises(FullError, match="at most 2 requests may run or wait"):
         queue.submit(lambda: 3)
+    submit = Queue.submit
+    monkeypatch.setattr(Queue, "submit", lambda _, job: submit(queue, job))  # the server's, too
+    with pytest.raises(openai.RateLimitError, match="at most 2 requests may run or wait"):
+        client.completions.create(model="a", prompt=PROMPT)
     assert not second.done()
     go.set()
     assert (first.result(10), second.result(10)) == (True, 2)
