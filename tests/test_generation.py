@@ -6,12 +6,7 @@ import torch
 from tokenizers import processors
 
 from baft_easyedit import BaFTEditor
-from baft_easyedit.generation import (
-    generate_answers,
-    load_model,
-    model_depth,
-    with_usable_end,
-)
+from baft_easyedit.generation import generate_answers, load_model, model_depth, with_usable_end
 from baft_easyedit.model.prompt_format import PromptFormat
 from tests.conftest import make_tokenizer
 
@@ -23,6 +18,7 @@ def test_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(saved, dtype):
     assert not model.training
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id is not None
+    assert model_depth(saved) == 4
 
 
 def test_answers_do_not_depend_on_the_batch(saved):
@@ -36,9 +32,7 @@ def test_answers_do_not_depend_on_the_batch(saved):
 def test_a_prompt_that_fills_the_context_is_refused(saved):
     model, tokenizer = load_model(saved)
     most = model.config.max_position_embeddings
-    with pytest.raises(
-        ValueError, match=f"room in the model's context of {most} tokens; got {most}"
-    ):
+    with pytest.raises(ValueError, match=f"in the model's context of {most} tokens; got {most}"):
         generate_answers(model, tokenizer, ["Ice", [5] * most], 5)
     model.config = object()  # as that of EasyEdit's wrappers, which are asked with their generate
     model.generate = lambda input_ids, **_: input_ids
@@ -63,20 +57,12 @@ def test_drawn_answers_are_those_of_the_seed_and_go_on_to_the_limit(saved):
 
 
 def test_model_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"the directory of a model; there is none at .*nowh"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"directory of a model; there is none at .*nowh"):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(OSError, match=f"{tmp_path}' has no config.json"):
         model_depth(str(tmp_path))
-    with pytest.raises(
-        OSError, match=r"model 'a/b/c' could not be loaded .*name that can be reach"
-    ):
+    with pytest.raises(OSError, match=r"model 'a/b/c' could not be loaded .*name that can be re"):
         model_depth("a/b/c")
-
-
-def test_depth_is_that_of_the_decoder(saved):
-    assert model_depth(saved) == 4
 
 
 def test_tokenizer_without_an_end_pads_all_the_same(saved, tokenizer, caplog, hparams):

@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from baft_easyedit.harness import EditedLM, Tasks
+from baft_easyedit.harness import EditedLM, Score, Tasks
 
 TEXTS = [
     ("How to open a jar", " turn the lid"),
@@ -65,28 +65,31 @@ def one_by_one(model, tokenizer):
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_log_likelihoods_are_those_of_the_edited_model(model, tokenizer, batch_size):
+@pytest.fixture
+def edit(model):
     edit = random_edit()
     edit.attach(model)
+    return edit
+
+
+@pytest.mark.usefixtures("edit")
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_log_likelihoods_are_those_of_the_edited_model(model, tokenizer, batch_size):
     lm = EditedLM(model, tokenizer, batch_size)
     torch.testing.assert_close(loglikelihoods(lm), one_by_one(model, tokenizer))
 
 
-def test_without_the_edit_scores_are_exactly_those_of_the_harness_class(model, tokenizer):
+def test_without_the_edit_scores_are_exactly_those_of_the_harness_class(model, tokenizer, edit):
     # Its cache takes wrong tokens of a text that is there twice, parted elsewhere.
     lm = HFLM(model, tokenizer=tokenizer, batch_size=1, logits_cache=False)
-    plain = loglikelihoods(lm)
-    edit = random_edit()
-    edit.attach(model)
     with edit.disabled():
+        plain = loglikelihoods(lm)
         assert torch.equal(loglikelihoods(EditedLM(model, tokenizer, 1)), plain)
         torch.testing.assert_close(loglikelihoods(EditedLM(model, tokenizer, 16)), plain)
 
 
+@pytest.mark.usefixtures("edit")
 def test_a_context_that_is_cut_is_a_shorter_prompt(model, tokenizer):
-    edit = random_edit()
-    edit.attach(model)
     lm = EditedLM(model, tokenizer)
     ids = tokenizer("How to open a jar that is closed")["input_ids"]
     answer = tokenizer(" turn", add_special_tokens=False)["input_ids"]
@@ -97,9 +100,8 @@ def test_a_context_that_is_cut_is_a_shorter_prompt(model, tokenizer):
     assert found == same
 
 
+@pytest.mark.usefixtures("edit")
 def test_a_text_of_its_own_is_an_answer_to_the_first_token(model, tokenizer):
-    edit = random_edit()
-    edit.attach(model)
     lm = EditedLM(model, tokenizer)
     text = "cool it"
     (found,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]), True)
@@ -111,9 +113,8 @@ def test_a_text_of_its_own_is_an_answer_to_the_first_token(model, tokenizer):
     assert found == pytest.approx(-loss.item() * (ids.shape[1] - 1), rel=1e-5)
 
 
+@pytest.mark.usefixtures("edit")
 def test_generated_answers_do_not_depend_on_their_batch(model, tokenizer):
-    edit = random_edit()
-    edit.attach(model)
     asked = [(text or "a", {"until": [], "max_gen_toks": 5}) for text, _ in TEXTS]
     one, many = (
         EditedLM(model, tokenizer, size).generate_until(requests("generate_until", asked), True)
@@ -155,27 +156,25 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-def test_scores_with_and_without_the_edit_stand_side_by_side(kept, task, capsys):
+def test_scores_with_and_without_the_edit_stand_side_by_side(kept, task, capsys, monkeypatch):
     directory, model = kept
     options = ["--tasks", "mine", "--include-path", task(), "--model", model, "--limit", 3]
     assert run("eval", directory, *options) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["base", "edited"]
     assert re.fullmatch(r"mine acc  \d\.\d{3} ± \d\.\d{3}    \d\.\d{3} ± \d\.\d{3}", row)
+    monkeypatch.setattr(Tasks, "scores", lambda *_: {"mine acc": Score(0.5, 0.25)})
     assert run("eval", directory, *options, "--json") == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert {name: list(found) for name, found in scores.items()} == {
-        "base": ["mine acc"], "edited": ["mine acc"],
-    }  # fmt: skip
+    scores = {"mine acc": [0.5, 0.25]}
+    assert json.loads(capsys.readouterr().out) == {"base": scores, "edited": scores}
 
 
 @pytest.mark.slow
-def test_tasks_that_generate_are_scored(model, tokenizer, task):
-    random_edit().attach(model)
+def test_tasks_that_generate_are_scored(model, tokenizer, task, edit):
     folder = task("generate_until", "sol1", ANSWERS)
     scores = Tasks(["mine"], folder).scores(EditedLM(model, tokenizer))
     assert scores["mine exact_match"].value == 0
-    assert attached_edit(model) is not None
+    assert attached_edit(model) is edit
 
 
 def test_an_unknown_task_is_refused_before_a_model_is_loaded(kept, capsys):

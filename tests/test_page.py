@@ -36,15 +36,10 @@ def test_an_edit_is_learned_listed_and_taken_back(desk):
     base, edited, gates = desk.ask(FRANCE[0], max_new_tokens=5)
     assert (base, gates) == (edited, None)
     assert desk.learn(*FRANCE).startswith("Learned: ")
-    assert read_history(desk.directory)[-1].requests[0]["loc_prompt"] == [
-        "Water boils",
-        "Ice is cold",
-    ]
+    (request,) = read_history(desk.directory)[-1].requests
+    assert request["loc_prompt"] == ["Water boils", "Ice is cold"]
     assert desk.ask(FRANCE[0], max_new_tokens=5)[:2] == (base, "Rome")
-    assert desk.rows() == [
-        [1, "edit", *FRANCE[:2], "yes"],
-        [0, "start", "", "", "yes"],
-    ]
+    assert desk.rows() == [[1, "edit", *FRANCE[:2], "yes"], [0, "start", "", "", "yes"]]
     assert desk.undo() == "Now the state is that after entry 0."
     assert desk.ask(FRANCE[0], max_new_tokens=5) == (base, base, None)
     assert desk.rows()[:2] == [[2, "undo to 0", "", "", ""], [1, "edit", *FRANCE[:2], ""]]
@@ -60,10 +55,8 @@ def test_one_fact_is_forgotten_and_the_later_ones_stay(desk):
     assert steps == [(0, 1), (1, 1)]
     assert told.startswith("Forgotten; later edits learned again: 1, not learned: 0.")
     assert told.endswith("go to entry 2.")
-    assert [row[1:] for row in desk.rows()[:2]] == [
-        ["edit", *WATER, "yes"],
-        ["forget", FRANCE[0], "", ""],
-    ]
+    rows = [row[1:] for row in desk.rows()]
+    assert rows[:2] == [["edit", *WATER, "yes"], ["forget", FRANCE[0], "", ""]]
     assert desk.ask(WATER[0], max_new_tokens=5)[1] == "sand"
 
 
@@ -76,7 +69,7 @@ def test_progress_of_a_batch_counts_calls(desk):
     assert steps == [(0, 2), (1, 2), (2, 2), (0, 1), (1, 1)]
 
 
-def test_what_was_not_learned_is_told(desk, hparams):
+def test_what_was_not_learned_is_told(desk):
     desk.editor.hparams.num_steps = 1
     assert re.match(r"Made, but not learned .*: 1 steps", desk.learn(*FRANCE))
 
@@ -158,10 +151,7 @@ def test_the_command_ends_with_its_scratch_directory(saved, tmp_path, monkeypatc
 def test_an_address_that_is_taken_is_refused_before_a_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["ui", "--model", "nowhere", "--port", str(taken.getsockname()[1])]) == 2
-    assert (
-        "must be an address of this machine that is free; got '127.0.0.1'"
-        in capsys.readouterr().err
-    )
+    assert "must be an address of this machine that is free" in capsys.readouterr().err
 
 
 def test_the_page_has_what_the_desk_does(desk):
@@ -170,9 +160,8 @@ def test_the_page_has_what_the_desk_does(desk):
 
     parts = make_page(desk).config["components"]
     labels = [part["props"].get("label") or part["props"].get("value") for part in parts]
-    assert {"Prompt", "Ask", "Learn", "Undo the latest", "Base model", "Edited model"} <= {
-        label for label in labels if isinstance(label, str)
-    }
+    for name in ("Prompt", "Ask", "Learn", "Undo the latest", "Base model", "Edited model"):
+        assert name in labels
 
 
 @pytest.fixture
@@ -260,8 +249,6 @@ def test_an_edit_is_made_seen_and_taken_back_in_a_browser(page, desk):
     press("Go to the state after it")
     shows(page, "What came of it", "Now the state is that after entry 1.")
     press("Forget it")
-    told = (
-        "Forgotten; later edits learned again: 0, not learned: 0. To bring it back, go to entry 3."
-    )
-    shows(page, "What came of it", told)
+    told = "Forgotten; later edits learned again: 0, not learned: 0. To bring it back, go to entry"
+    shows(page, "What came of it", f"{told} 3.")
     assert not desk.editor.is_attached
