@@ -108,6 +108,14 @@ def set_cuda(monkeypatch, count):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
 
 
+def test_files_that_the_system_refuses_are_named(monkeypatch, capsys):
+    def refuse(path, overrides):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("baft_easyedit.bench.config.read_config", refuse)
+    refused(["bench", "mine.yaml"], "baft-easyedit: mine.yaml: Permission denied", capsys)
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read and write anything")
 def test_files_without_permission_are_refused(tmp_path, capsys):
     tmp_path.chmod(0o500)
@@ -117,14 +125,6 @@ def test_files_without_permission_are_refused(tmp_path, capsys):
     (tmp_path / "texts").touch(0o000)
     command = ["bench", "bench/facts", "--texts", str(tmp_path / "texts")]
     refused(command, "argument --texts: must be readable;", capsys)
-
-
-def test_files_that_the_system_refuses_are_named(monkeypatch, capsys):
-    def refuse(path, overrides):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr("baft_easyedit.bench.config.read_config", refuse)
-    refused(["bench", "mine.yaml"], "baft-easyedit: mine.yaml: Permission denied", capsys)
 
 
 def test_version_is_told(capsys):
@@ -307,11 +307,8 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     ((config, out),) = seen
     assert str(out) == "runs/mine"
     assert [(m.name, m.method) for m in config.methods] == [("MEND", "MEND"), ("+x", "BaFT")]
-    assert (config.model, config.data.path, config.data.limit) == (
-        "m",
-        str(tmp_path / "d"),
-        3,
-    )
+    data = (str(tmp_path / "d"), 3)
+    assert (config.model, config.data.path, config.data.limit) == ("m", *data)
     assert (config.T, config.batch_size, config.device, config.jobs) == ((5,), (2,), 1, 2)
     assert (config.texts, config.fp16) == (str(tmp_path / "t"), False)
     assert (config.preset, config.peer_preset) == (None, "llama-7b")

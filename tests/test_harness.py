@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,7 +164,8 @@ def test_scores_with_and_without_the_edit_stand_side_by_side(kept, task, capsys,
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["base", "edited"]
     assert re.fullmatch(r"mine acc  \d\.\d{3} ± \d\.\d{3}    \d\.\d{3} ± \d\.\d{3}", row)
-    monkeypatch.setattr(Tasks, "scores", lambda *_: {"mine acc": Score(0.5, 0.25)})
+    known = SimpleNamespace(scores=lambda *_: {"mine acc": Score(0.5, 0.25)})  # seconds sooner
+    monkeypatch.setattr("baft_easyedit.harness.Tasks", lambda *_: known)
     assert run("eval", directory, *options, "--json") == 0
     scores = {"mine acc": [0.5, 0.25]}
     assert json.loads(capsys.readouterr().out) == {"base": scores, "edited": scores}

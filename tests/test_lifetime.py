@@ -51,46 +51,42 @@ def graphs(monkeypatch):
     monkeypatch.setattr(step, "check_equal", lambda *_: None)
 
 
-def is_alive_after(use, tokenizer, hparams):
-    """Whether a model is there after it was used and let go."""
+def is_alive_after(use, tokenizer, hparams, request):
+    """Whether a model is there after an editor of it was used and let go, and what is kept."""
     model = make_model()
     reference = weakref.ref(model)
-    kept = use(model, tokenizer, hparams)
+    kept = use(BaFTEditor(model, tokenizer, hparams), request)
     del model
     return reference() is not None, kept
 
 
-def edit(model, tokenizer, hparams, request):
-    BaFTEditor(model, tokenizer, hparams).edit(request)
+def edit(editor, request):
+    editor.edit(request)
 
 
-def edit_and_undo(model, tokenizer, hparams, request):
-    editor = BaFTEditor(model, tokenizer, hparams)
+def edit_and_undo(editor, request):
     editor.edit(request)
     editor.undo()
     return editor.model_edit
 
 
-def edit_twice(model, tokenizer, hparams, request):
-    editor = BaFTEditor(model, tokenizer, hparams)
+def edit_twice(editor, request):
     editor.edit(request)
     editor.edit(OTHER)
 
 
-def edit_side_by_side(model, tokenizer, hparams, request):
-    editor = BaFTEditor(model, tokenizer, hparams)
+def edit_side_by_side(editor, request):
     editor.edit(request)
     return editor.learn_apart([request, OTHER])
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("engine", ["cached", "full"])
 @pytest.mark.parametrize("rehearsal", [0, 1])
 @pytest.mark.parametrize("use", [edit, edit_and_undo, edit_twice, edit_side_by_side])
-def test_an_edited_model_is_freed(
-    use, engine, rehearsal, tokenizer, short, request_dict, uncollected
-):
+def test_an_edited_model_is_freed(use, engine, rehearsal, tokenizer, short, request_dict):
     hparams = replace(short, engine=engine, rehearsal=rehearsal)
-    is_alive, _ = is_alive_after(lambda *args: use(*args, request_dict), tokenizer, hparams)
+    is_alive, _ = is_alive_after(use, tokenizer, hparams, request_dict)
     assert not is_alive
 
 
@@ -98,17 +94,10 @@ def test_an_edited_model_is_freed(
 def test_a_model_whose_steps_were_captured_is_freed(
     use, tokenizer, short, request_dict, uncollected, graphs
 ):
-    known = []
-
-    def used(model, tokenizer, hparams):
-        model_edit = use(model, tokenizer, hparams, request_dict)
-        if model_edit is not None:
-            known.append(len(model_edit.caches[KnownSteps]))
-        return model_edit
-
-    is_alive, kept = is_alive_after(used, tokenizer, short)
+    is_alive, kept = is_alive_after(use, tokenizer, short, request_dict)
     assert not is_alive
-    assert kept is None or known == [1]  # an undo keeps what later edits can use
+    # An undo keeps what later edits can use.
+    assert kept is None or len(kept.caches[KnownSteps]) == 1
 
 
 def test_detach_drops_what_was_recorded(model, tokenizer, short, request_dict, graphs):

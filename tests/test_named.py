@@ -83,23 +83,6 @@ def test_a_task_has_its_own_edits_and_takes_them_into_its_threads(model):
     assert torch.equal(logits(model), expected[()])
 
 
-def test_contexts_that_do_not_end_in_their_order_are_an_error(model):
-    edits = NamedEdits(model, {"a": random_edit(seed=3), "b": random_edit(seed=4)})
-    before = logits(model)
-
-    def asked(name):
-        with edits.active(name):
-            yield
-
-    first, second = asked("a"), asked("b")
-    next(first)
-    next(second)
-    for generator in (first, second):
-        with pytest.raises(RuntimeError, match="must end in the reverse order of their beginning"):
-            next(generator)
-    assert torch.equal(logits(model), before)
-
-
 def test_generation_is_that_of_the_active_edit(model):
     only = make_model()
     random_edit(seed=4).attach(only)
