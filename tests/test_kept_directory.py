@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -340,15 +341,19 @@ def test_snapshot_of_another_edit_is_replaced_only_when_asked(tokenizer, quick, 
         editors[0].save(tmp_path, overwrite=True)
 
 
+def refuses_changes(editor, match):
+    before = now(editor)
+    for use in (lambda: editor.edit(fact(1)), editor.undo, lambda: editor.rollback(to=0)):
+        with pytest.raises(ValueError, match=match):
+            use()
+        assert now(editor) == before
+
+
 def test_closed_editor_takes_no_edit_and_the_model_keeps_its_own(opened):
     model = make_model()
     with opened(model=model) as editor:
         editor.edit(fact(0))
-    before = now(editor)
-    for use in (lambda: editor.edit(fact(1)), editor.undo, lambda: editor.rollback(0)):
-        with pytest.raises(ValueError, match="is closed: open it again"):
-            use()
-    assert now(editor) == before
+    refuses_changes(editor, "is closed: open it again")
     assert attached_edit(model) is editor.model_edit
     with opened(model=model, hparams=None) as again:
         assert again.model_edit is editor.model_edit
@@ -394,7 +399,6 @@ def files_under(path):
 def test_directory_that_is_another_one_is_not_written(opened, kept, becomes):
     editor = opened()
     editor.edit(fact(0))
-    before = now(editor)
     moved = kept.rename(kept.parent / "moved")
     if becomes == "a copy":
         shutil.copytree(moved, kept)
@@ -406,11 +410,7 @@ def test_directory_that_is_another_one_is_not_written(opened, kept, becomes):
         (kept / "lock").unlink()
         opened(hparams=None).close()
     content = files_under(kept.parent)
-    match = r"kept must be what it was when this editor opened .* open the directory again where it"
-    for use in (lambda: editor.edit(fact(1)), editor.undo, lambda: editor.rollback(to=0)):
-        with pytest.raises(ValueError, match=match):
-            use()
-        assert now(editor) == before
+    refuses_changes(editor, "kept must be what it was when this .* open the directory again where")
     assert files_under(kept.parent) == content
     editor.save(kept.parent / "rescued")
     assert lines_of(kept.parent / "rescued") == lines_of(moved)
@@ -459,24 +459,19 @@ def test_fork_of_the_owner_does_not_write(opened, monkeypatch):
 class Fault:
     """Counts what goes to the disk, and does something before one of these steps, or each."""
 
-    STEPS = ("replace", "fsync", "open", "link", "unlink", "ftruncate")
-
     def __init__(self, monkeypatch, at, what):
-        self.count, self.at, self.what = 0, at, what
-        for name in self.STEPS:
-            monkeypatch.setattr(os, name, self._wrapped(getattr(os, name)))
+        self.count, self.at, self.what, self.is_doing = 0, at, what, False
+        for name in ("replace", "fsync", "open", "link", "unlink", "ftruncate"):
+            monkeypatch.setattr(os, name, partial(self._step, getattr(os, name)))
 
-    def _wrapped(self, function):
-        def step(*args, **kwargs):
+    def _step(self, function, *args, **kwargs):
+        if not self.is_doing:
             self.count += 1
             if self.at in (None, self.count - 1):
+                self.is_doing = True
                 self.what()
-            return function(*args, **kwargs)
-
-        return step
-
-
-TRUE = {name: getattr(os, name) for name in Fault.STEPS}
+                self.is_doing = False
+        return function(*args, **kwargs)
 
 
 def attempt(use):
@@ -560,15 +555,12 @@ def copied_at_each_step(path, monkeypatch, use):
     """
     copies, contents = [], []
 
-    def copy():  # with the true functions, which the fault counts too
-        with monkeypatch.context() as patch:
-            for name, function in TRUE.items():
-                patch.setattr(os, name, function)
-            content = files_under(path) if path.exists() else None
-            if content is not None and content not in contents[-1:]:
-                contents.append(content)
-                to = path.parent / f"copy {len(list(path.parent.iterdir()))}"
-                copies.append(shutil.copytree(path, to))
+    def copy():
+        content = files_under(path) if path.exists() else None
+        if content is not None and content not in contents[-1:]:
+            contents.append(content)
+            to = path.parent / f"copy {len(list(path.parent.iterdir()))}"
+            copies.append(shutil.copytree(path, to))
 
     with monkeypatch.context() as patch:
         Fault(patch, None, copy)
