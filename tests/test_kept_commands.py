@@ -33,14 +33,19 @@ def edits(tmp_path):
     return file
 
 
+@pytest.fixture
+def kept(tmp_path, edits):
+    """A directory to which the edits were applied."""
+    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 0
+    return tmp_path / "kept"
+
+
 def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-def test_a_file_of_edits_is_applied_asked_and_taken_back(tmp_path, saved, edits, capsys):
-    kept, model = tmp_path / "kept", ["--model", saved]
-    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
-    assert "edits made: 2; there before: 0" in capsys.readouterr().out
+def test_a_file_of_edits_is_applied_asked_and_taken_back(saved, kept, capsys):
+    model = ["--model", saved]
     assert run("ask", kept, *model, "--prompt", "Water freezes into") == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "Water freezes into"
@@ -52,8 +57,6 @@ def test_a_file_of_edits_is_applied_asked_and_taken_back(tmp_path, saved, edits,
     assert run("rollback", kept, *model, "--to", "0") == 0
     assert run("undo", kept, *model) == 2
     assert "there is no edit to undo: the state is that of entry 0" in capsys.readouterr().err
-    assert run("history", kept) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
     kinds = [entry.kind for entry in read_history(kept)]
     assert kinds == ["start", "edit", "edit", "undo", "rollback"]
 
@@ -103,19 +106,17 @@ def test_apply_makes_no_edit_if_one_cannot_be_made(tmp_path, saved, edits, capsy
     assert "edits made: 2; there before: 0" in capsys.readouterr().out
 
 
-def test_ask_reads_prompts_line_by_line(tmp_path, saved, edits, capsys, monkeypatch):
-    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 0
+def test_ask_reads_prompts_line_by_line(saved, kept, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffSnow falls in\n\nIce is\n"))
     capsys.readouterr()
-    assert run("ask", tmp_path / "kept", "--model", saved) == 0
+    assert run("ask", kept, "--model", saved) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[::3] == ["Snow falls in", "Ice is"]
 
 
-def test_ask_uses_the_chat_template_that_is_asked_for(tmp_path, saved, edits, capsys):
-    kept, model = tmp_path / "kept", ["--model", saved, "--max-new-tokens", "12"]
+def test_ask_uses_the_chat_template_that_is_asked_for(saved, kept, capsys):
+    model = ["--model", saved, "--max-new-tokens", "12"]
     prompt = ["--prompt", "Water freezes into"]
-    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
     assert run("ask", kept, *model, *prompt, "--chat") == 2
     assert "--chat needs a tokenizer with a chat template" in capsys.readouterr().err
     settings = json.loads((Path(saved) / "tokenizer_config.json").read_text())
@@ -129,9 +130,7 @@ def test_ask_uses_the_chat_template_that_is_asked_for(tmp_path, saved, edits, ca
     assert not told[0].startswith("  edited: sand")
 
 
-def test_entries_are_compared(tmp_path, saved, edits, capsys):
-    kept = tmp_path / "kept"
-    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
+def test_entries_are_compared(tmp_path, saved, kept, capsys):
     assert run("undo", kept, "--model", saved) == 0
     (tmp_path / "other.json").write_text(json.dumps([{**EDITS[0], "target_new": "Oslo"}]))
     assert run("apply", kept, tmp_path / "other.json", "--model", saved) == 0
@@ -154,9 +153,8 @@ def test_records_of_a_benchmark_are_applied(tmp_path, saved, capsys):
     assert run("apply", tmp_path / "kept", tmp_path / "records.json", *more) == 0
     told = capsys.readouterr()
     assert "1 prompts are in several records with different targets: records 0, 1" in told.err
-    made = [(r["prompt"], r["target_new"]) for r in read_history(tmp_path / "kept")[1].requests]
-    assert made == [("Ice is", "cold")]
-    assert len(read_history(tmp_path / "kept")) == 3
+    _, first, _ = read_history(tmp_path / "kept")
+    assert [(r["prompt"], r["target_new"]) for r in first.requests] == [("Ice is", "cold")]
     assert run("apply", tmp_path / "kept", tmp_path / "records.json", "--kind", "books") == 2
     assert "kind must be one of ['akew', 'convsent'" in capsys.readouterr().err
 
@@ -191,9 +189,7 @@ def test_what_there_is_is_listed(capsys):
     assert capsys.readouterr().out.splitlines() == ["models:", "  bundled", "  smollm2"]
 
 
-def test_a_model_is_asked_for_unless_the_package_has_it(tmp_path, saved, edits, capsys):
-    kept = tmp_path / "kept"
-    assert run("apply", kept, edits, "--hparams", tmp_path / "mine.yaml") == 0
+def test_a_model_is_asked_for_unless_the_package_has_it(kept, capsys):
     for command in (["ask"], ["undo"], ["rollback", "--to", "0"]):
         assert run(command[0], kept, *command[1:]) == 2
         assert "--model must be given; the edit in" in capsys.readouterr().err
@@ -296,10 +292,9 @@ def test_bad_files_of_requests_are_refused(name, text, message, tmp_path):
         read_requests(tmp_path / name)
 
 
-def test_eval_says_how_to_get_the_harness(tmp_path, saved, edits, capsys, monkeypatch):
-    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 0
+def test_eval_says_how_to_get_the_harness(kept, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "baft_easyedit.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
-    assert run("eval", tmp_path / "kept", "--tasks", "piqa") == 2
+    assert run("eval", kept, "--tasks", "piqa") == 2
     assert "pip install 'baft_easyedit[eval]'" in capsys.readouterr().err
