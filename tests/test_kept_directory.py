@@ -205,6 +205,7 @@ def test_save_brings_an_earlier_save_up_to_date(opened, kept, tmp_path):
             editor.save(saved)
             assert read_history(saved) == read_history(kept)
             assert (saved / "journal.jsonl").read_bytes() == (kept / "journal.jsonl").read_bytes()
+            editor.save_pretrained(kept)  # beside its lock
         editor.save(kept)
     with opened(saved, None) as other:
         assert now(other) == now(editor)

@@ -47,9 +47,11 @@ class HubEdit(
         self._hub_mixin_config = {"library_name": "baft_easyedit"}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the edit, without the lock file; `ModelHubMixin` calls this."""
+        """Write the edit, without a new lock file; `ModelHubMixin` calls this."""
+        is_locked = (save_directory / LOCK).exists()  # perhaps by the editor itself
         self._save(save_directory)
-        (save_directory / LOCK).unlink(missing_ok=True)
+        if not is_locked:
+            (save_directory / LOCK).unlink()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the model card of the repository; `ModelHubMixin` calls this."""
