@@ -182,7 +182,7 @@ def next_is_right(editor, act, expected):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_interrupt_leaves_everything_as_it_was(setting, tokenizer, hparams):
-    found, tried = failures(setting, tokenizer, hparams, every=SAMPLED.get(setting, 151))
+    found, tried = failures(setting, tokenizer, hparams, every=SAMPLED.get(setting, 251))
     assert tried > 2
     assert not [failure for failure in found if not is_clean_up(failure)]
 

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from baft_easyedit.storage.reading import (
     checkpoint_files,
     holds_edit,
     id_of,
-    lacking,
     read_latest,
     read_whole,
     whole_history,
@@ -136,18 +135,6 @@ class KeptDirectory:
                 JOURNAL,
                 error,
             )
-
-    def take_over(
-        self,
-        entries: Sequence[Entry],
-        state: EditState,
-        config: KeptConfig,
-        replaceable: Container[str] | None = (),
-    ) -> None:
-        """Write what is missing of a journal, state and configuration; see `reading.lacking`."""
-        missing = lacking(self.path, self.journal.entries, entries, replaceable)
-        if missing or self.latest is None or config != self.latest.config:
-            self.commit_all(missing or entries[-1:], state, config, with_checkpoint=False)
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint if there is none: `save` writes none, and `rollback` needs one."""

@@ -35,7 +35,7 @@ from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, edit_content
 from baft_easyedit.storage.loading import check_same_shape
-from baft_easyedit.storage.reading import read_history
+from baft_easyedit.storage.reading import lacking, read_history
 from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
 from baft_easyedit.training.loop import EditReport
@@ -136,8 +136,11 @@ class History:
             self._keep_settings()  # the directory has every other change already
             return
         entries, state = self._to_save()
+        config, replaceable = self.config(), None if overwrite else self._starts
         with closing(KeptDirectory(path)) as target:
-            target.take_over(entries, state, self.config(), None if overwrite else self._starts)
+            missing = lacking(target.path, target.journal.entries, entries, replaceable)
+            if missing or target.latest is None or config != target.latest.config:
+                target.commit_all(missing or entries[-1:], state, config, with_checkpoint=False)
         self._starts.add(entries[0].line)
 
     def _to_save(self) -> tuple[list[Entry], EditState]:
