@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
 from baft_easyedit.storage.reading import holds_edit, read_history, read_latest
-from baft_easyedit.training.requests import EditRequest
 
 
 def add_commands(commands: Any) -> None:
@@ -160,31 +159,23 @@ def _apply(arguments: argparse.Namespace) -> int:
     """Make the edits of a file that the directory lacks; print which do not hold."""
     kind = arguments.kind
     found = read_benchmark(kind, arguments.file) if kind else read_requests(arguments.file)
-    requests = found[: arguments.limit]
+    asked = [request.to_dict() for request in found[: arguments.limit]]
     made = {}
     if holds_edit(arguments.directory):
         journal = Journal(read_history(arguments.directory))
         made = _edits_at(journal, journal.position)
-    rest = [request for request in requests if made.get(request.prompt) != request.to_dict()]
-    unlearned = _edit_each(arguments, rest, requests)
-    print(f"edits made: {len(rest)}; there before: {len(requests) - len(rest)}")
-    for request in unlearned:
-        print(f"does not hold: {short(request.prompt)} -> {short(request.target_new)}")
-    return UNLEARNED if unlearned else 0
-
-
-def _edit_each(
-    arguments: argparse.Namespace, rest: Sequence[EditRequest], requests: Sequence[EditRequest]
-) -> list[EditRequest]:
-    """Make edits, the rest of requests; return those of all that do not hold at the end."""
-    asked = [request.to_dict() for request in requests]
+    rest = [request for request in asked if made.get(request["prompt"]) != request]
     with on_interrupt(arguments.directory), begun(arguments, asked) as editor, Bar() as bar:
-        move = bar.start(len(requests), len(requests) - len(rest))
+        move = bar.start(len(asked), len(asked) - len(rest))
         for request in rest:
-            editor.edit(request.to_dict())
+            editor.edit(request)
             move(1)
         held = editor.holds(asked)
-    return [request for request, holds in zip(requests, held, strict=True) if not holds]
+    print(f"edits made: {len(rest)}; there before: {len(asked) - len(rest)}")
+    for request, holds in zip(asked, held, strict=True):
+        if not holds:
+            print(f"does not hold: {short(request['prompt'])} -> {short(request['target_new'])}")
+    return 0 if all(held) else UNLEARNED
 
 
 def _go_back(arguments: argparse.Namespace) -> None:

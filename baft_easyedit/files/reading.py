@@ -4,6 +4,7 @@ Nothing that is read is executed. Needs the standard library and pyyaml.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -146,8 +147,7 @@ _STRICT: Any = {"parse_constant": _refuse_constant, "object_pairs_hook": _withou
 
 def _double(names: Iterable[Any]) -> Any:
     """Return the first name that comes twice; None if none does."""
-    seen: set[Any] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _check_depth(value: Any, where: str) -> None:

@@ -334,7 +334,7 @@ class KeptDirectory:
     def _knows(self, content: StateFile) -> bool:
         """Tell whether the journal has the entry of a state."""
         entry = content.entries[-1]
-        return [entry.line] == [e.line for e in self.journal.entries[entry.id : entry.id + 1]]
+        return self.journal.entries[entry.id : entry.id + 1] == [entry]
 
 
 def _text(lines: Iterable[str]) -> bytes:

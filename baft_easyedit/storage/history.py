@@ -105,7 +105,7 @@ class History:
             entries = read_history(directory)[: last.id + 1]
         except (ValueError, OSError):
             entries = []
-        if [last.line] == [entry.line for entry in entries[last.id :]]:
+        if entries[last.id :] == [last]:
             self._journal = Journal(entries)
             self._starts.add(entries[0].line)
         else:

@@ -95,11 +95,8 @@ def whole_history(path: Path, lines: list[str], entries: Sequence[Entry]) -> lis
 
 
 def lacking(
-    path: Path,
-    kept: Sequence[Entry],
-    entries: Sequence[Entry],
-    replaceable: Container[str] | None,
-) -> Sequence[Entry]:
+    path: Path, kept: list[Entry], entries: list[Entry], replaceable: Container[str] | None
+) -> list[Entry]:
     """Return what a save must write of a journal: its missing end; all, to replace a snapshot.
 
     The directory holds `kept`, and should hold `entries`; `replaceable` are the lines of entry 0
@@ -108,15 +105,14 @@ def lacking(
     Raises:
         ValueError: If the directory holds another journal that may not be replaced.
     """
-    own, lines = ([entry.line for entry in journal] for journal in (kept, entries))
-    if own == lines[: len(own)]:
-        return entries[len(own) :]
+    if kept == entries[: len(kept)]:
+        return entries[len(kept) :]
     rule = f"{path} must be new, or an earlier save of this edit; it holds"
-    if len(own) > 1:
+    if len(kept) > 1:
         raise ValueError(
-            f"{rule} another edit with a history of {len(own)} entries: choose another directory"
+            f"{rule} another edit with a history of {len(kept)} entries: choose another directory"
         )
-    if replaceable is not None and own[0] not in replaceable:
+    if replaceable is not None and kept[0].line not in replaceable:
         raise ValueError(
             f"{rule} a snapshot of another edit: choose another directory, or replace it by "
             "overwrite=True, on the command line --overwrite"
