@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from inspect import Parameter, Signature
 from tempfile import TemporaryDirectory
@@ -16,11 +17,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from baft_easyedit import BaFTHyperParams, ModelEdit
+from baft_easyedit import BaFTEditor, BaFTHyperParams, ModelEdit
 from baft_easyedit.bench import process, run
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.generation import load_model
 from baft_easyedit.model.inspect import cache_name
+from baft_easyedit.storage.state import state_hash
 
 HIDDEN, LAYERS, VOCAB = 32, 4, 260
 SIZES = {
@@ -244,6 +246,28 @@ class WorkerHere(Iterator):
 def worker_here(monkeypatch):
     """Let benchmarks run in this process."""
     monkeypatch.setattr(run, "Worker", WorkerHere)
+
+
+def fact(i):
+    return {"prompt": f"Fact number {i} is", "target_new": f"no {i}", "loc_prompt": "Tea is hot"}
+
+
+def now(editor):
+    """The hash of an editor's state."""
+    return state_hash(editor._learner.state())
+
+
+@pytest.fixture
+def opened(tokenizer, quick, tmp_path):
+    """Opens an editor of a fresh model, in `kept` if not said; closes all in the end."""
+    with ExitStack() as editors:
+
+        def open_(path=tmp_path / "kept", hparams=quick, model=None, **options):
+            model = model or make_model()
+            editor = BaFTEditor.open(model, tokenizer, path, hparams, **options)
+            return editors.enter_context(editor)
+
+        yield open_
 
 
 @pytest.fixture

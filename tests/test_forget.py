@@ -7,33 +7,21 @@ import pytest
 from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
 from baft_easyedit.storage.reading import read_history
-from baft_easyedit.storage.state import state_hash
 from baft_easyedit.training.learner import Learner
-from tests.conftest import make_model
-
-
-def fact(i):
-    return {"prompt": f"Fact number {i} is", "target_new": f"no {i}"}
+from tests.conftest import fact, now
 
 
 @pytest.fixture
-def edited(tokenizer, tmp_path):
+def edited(opened, tmp_path):
     """Opens an edit of a fresh model in a directory of its own, and makes edits."""
-    editors = []
 
     def edit(name, hparams, *edits):
-        editors.append(BaFTEditor.open(make_model(), tokenizer, tmp_path / name, hparams))
+        editor = opened(tmp_path / name, hparams)
         for requests in edits:
-            editors[-1].edit(requests)
-        return editors[-1]
+            editor.edit(requests)
+        return editor
 
-    yield edit
-    for editor in editors:
-        editor.close()
-
-
-def now(editor):
-    return state_hash(editor._learner.state())
+    return edit
 
 
 def test_what_is_forgotten_was_never_learned(edited, quick, tmp_path):
@@ -96,7 +84,7 @@ def test_if_an_edit_fails_all_is_as_it_was(edited, quick, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_kill_leaves_what_was_before(at, edited, quick, tmp_path, tokenizer, monkeypatch):
+def test_a_kill_leaves_what_was_before(at, edited, opened, quick, tmp_path, monkeypatch):
     """Until the commit of all, the directory is not written to at all."""
     editor = edited("kept", quick, fact(0), fact(1), fact(2))
     before, learn, calls = now(editor), Learner.learn, []
@@ -118,8 +106,7 @@ def test_a_kill_leaves_what_was_before(at, edited, quick, tmp_path, tokenizer, m
     monkeypatch.undo()
     editor.forget(fact(at)["prompt"])
     editor.close()
-    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "kept") as again:
-        assert now(again) == now(editor)
+    assert now(opened(hparams=None)) == now(editor)
 
 
 def test_what_cannot_be_forgotten_is_refused(edited, quick, model, tokenizer):

@@ -25,7 +25,7 @@ from baft_easyedit.storage import journal as journal_module
 from baft_easyedit.storage import lock as lock_module
 from baft_easyedit.storage.reading import read_history
 from baft_easyedit.storage.state import state_hash
-from tests.conftest import make_model
+from tests.conftest import fact, make_model, now
 from tests.new_process import new_processes
 from tests.special_files import KINDS, make_special
 
@@ -33,34 +33,9 @@ ROOT = Path(__file__).parent.parent
 CHANGED = "changed by other means than its editor since"
 
 
-def fact(i):
-    return {"prompt": f"Fact number {i} is", "target_new": f"no {i}", "loc_prompt": "Tea is hot"}
-
-
-def now(editor):
-    return state_hash(editor._learner.state())
-
-
 def of(editor):
     """The editor's journal."""
     return editor._history.journal
-
-
-@pytest.fixture
-def opened(tokenizer, quick, tmp_path):
-    """Opens an editor of a fresh model; closes all in the end."""
-    editors = []
-
-    def open_(path=None, hparams=quick, model=None, **options):
-        model = model or make_model()
-        editors.append(
-            BaFTEditor.open(model, tokenizer, path or tmp_path / "kept", hparams, **options)
-        )
-        return editors[-1]
-
-    yield open_
-    for editor in editors:
-        editor.close()
 
 
 @pytest.fixture
