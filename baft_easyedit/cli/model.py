@@ -93,7 +93,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _load(name: str, place: int | str, dtype: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, and silently."""
+    """Load a model and its tokenizer without the messages of other libraries."""
     import torch
 
     from baft_easyedit.generation import load_model
