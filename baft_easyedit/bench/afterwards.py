@@ -5,21 +5,24 @@ They are added to the cases after the run, and may be asked for later: the answe
 
 import os
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from baft_easyedit.bench.config import BenchConfig, JudgeConfig, read_config
+from baft_easyedit.bench.config import JudgeConfig, read_config
 from baft_easyedit.bench.data.case import Layout
 from baft_easyedit.bench.data.files import find_file, read_records
 from baft_easyedit.bench.free_text import SHORT
 from baft_easyedit.bench.protocol import Chunk
 from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
+from baft_easyedit.bench.store import RunDirectory, read_json, write_json
 from baft_easyedit.files.messages import short
 
 Scores = dict[str, float]
 Case = Mapping[str, Any]
+_Scorer = Callable[[Case, Mapping[str, Any]], Scores]
+"""Scores a case, given its request."""
 
 _TASK = """\
 Grade an answer to a question by the expected answer. Write A if it is correct, else B.
@@ -46,28 +49,21 @@ def add_scores(directory: RunDirectory) -> None:
         ValueError: If the judge gives no grade, or the snippets are not ROME's.
     """
     config, requests = read_config(directory.config), read_json(directory.requests)
+    scorers: list[_Scorer] = []
     if config.judge is not None:
-        judge = _Judge(directory, config.judge)
-        _add(directory, config, lambda case: judge.scores(case, requests[case["index"]]))
+        scorers.append(_Judge(directory, config.judge).scores)
     if config.similarity_model is not None:
-        scores = _similarity(config.similarity_model)
-        _add(directory, config, lambda case: scores(case, requests[case["index"]]))
-
+        scorers.append(_similarity(config.similarity_model))
     if config.snippets is not None:
-        consistency = _consistency(Path(config.snippets))
-        _add(directory, config, lambda case: consistency(case, requests[case["index"]]))
-
-
-def _add(directory: RunDirectory, config: BenchConfig, made: Callable[[Case], Scores]) -> None:
-    """Add scores to each complete case."""
-    for method in config.methods:
-        for protocol in config.protocols:
-            for case in directory.cases_of(method.name, protocol):
-                scores = {**case["scores"], **made(case)}
-                if scores != case["scores"]:
-                    chunk = Chunk(method.name, protocol, case["chunk"], range(0))
-                    file = directory.case(chunk, case["index"])
-                    write_json(file, {**case, "scores": scores})
+        scorers.append(_consistency(Path(config.snippets)))
+    rows = [(m.name, protocol) for m in config.methods for protocol in config.protocols]
+    for method, protocol in rows if scorers else ():
+        for case in directory.cases_of(method, protocol):
+            added = [scorer(case, requests[case["index"]]) for scorer in scorers]
+            scores = dict(ChainMap(*added, case["scores"]))
+            if scores != case["scores"]:
+                chunk = Chunk(method, protocol, case["chunk"], range(0))
+                write_json(directory.case(chunk, case["index"]), {**case, "scores": scores})
 
 
 class _Judge:
@@ -84,32 +80,33 @@ class _Judge:
         """Return the grades of a case's answers, without locality, where no target is wanted."""
         pairs = zip(wild_questions(request), case["wild"]["post"], strict=True)
         asked = [(question, answer) for question, answer in pairs if question.section != "locality"]
-        grades = [self._verdict(q.prompt, str(q.answer), answer) for q, answer in asked]
+        grades = [self._grade(q.prompt, str(q.answer), answer) for q, answer in asked]
         means, _ = section_means([question for question, _ in asked], grades)
         return {f"wild.{SHORT[section]} judged": mean for section, mean in means.items()}
 
-    def _verdict(self, question: str, target: str, answer: str) -> float:
+    def _grade(self, question: str, target: str, answer: str) -> float:
         """Return 1 for a correct answer, else 0."""
         if not answer:
             return 0.0
-        text = _TASK.format(question, target, answer)
-        file = self._directory.verdict(digest([self._config.model, text])[:16])
-        if not file.is_file():
-            told = {"question": question, "target": target, "answer": answer}
-            reply = self._reply(text)
-            if _GRADE.fullmatch(reply) is None:
-                raise ValueError(
-                    f"judge must answer with the letter A or B; {self._config.model} said "
-                    f"{short(reply)}: name another model. What was run and graded is kept"
-                )
-            write_json(
-                file, {"schema": SCHEMA, "judge": self._config.model, **told, "reply": reply}
-            )
-        grade = _GRADE.fullmatch(read_json(file)["reply"])
+        model, text = self._config.model, _TASK.format(question, target, answer)
+        told = {"judge": model, "question": question, "target": target, "answer": answer}
+        kept = self._directory.kept(
+            "verdicts", [model, text], lambda: {**told, "reply": self._graded_reply(text)}
+        )
+        grade = _GRADE.fullmatch(kept["reply"])
         return float(grade is not None and grade[1].upper() == "A")
 
+    def _graded_reply(self, text: str) -> str:
+        """Ask the judge for a grade."""
+        reply = self._reply(text)
+        if _GRADE.fullmatch(reply) is None:
+            raise ValueError(
+                f"judge must answer with the letter A or B; {self._config.model} said "
+                f"{short(reply)}: name another model. What was run and graded is kept"
+            )
+        return reply
+
     def _reply(self, text: str) -> str:
-        """Ask the judge."""
         from openai import OpenAIError
 
         name = self._config.model
@@ -128,7 +125,7 @@ class _Judge:
             ) from None
 
 
-def _similarity(model: str) -> Callable[[Case, Mapping[str, Any]], Scores]:
+def _similarity(model: str) -> _Scorer:
     """Return what compares long answers with their targets: the cosine of their embeddings."""
     from sentence_transformers import SentenceTransformer
 
@@ -163,7 +160,7 @@ class _Snippets(Layout):
     samples: tuple[_Sample, ...]
 
 
-def _consistency(file: Path) -> Callable[[Case, Mapping[str, Any]], Scores]:
+def _consistency(file: Path) -> _Scorer:
     """Return what compares written texts with reference texts: ROME's RS, the cosine of TF-IDF.
 
     The statistics are those of all snippets, as ROME collects them.

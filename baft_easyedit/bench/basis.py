@@ -17,28 +17,29 @@ from baft_easyedit.training.requests import TextRow
 
 LayerValues = dict[str, list[float]]
 """One number for each basis, by layer; the layers are texts, as JSON needs for keys."""
+NO_RECORD = {"basis": None, "update": None}
 
 
 def basis_record(
     model: Any, tok: Any, request: Mapping[str, Any], prompt_format: PromptFormat | None = None
-) -> dict[str, Any] | None:
+) -> Mapping[str, Any]:
     """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
 
     Returns:
-        `weights` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
+        `basis` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
         |w_k (v_k - (R h)_k)|, averaged over intervened positions and probes; None for a kind of
-        prompt that the case lacks. None if the model carries no edit.
+        prompt that the case lacks. None for both if the model carries no edit.
     """
     edit = attached_edit(model)
     if edit is None:
-        return None
+        return NO_RECORD
     form, asked = prompt_format or PromptFormat(), questions_of(request)
     kinds = ("rewrite", "rephrase", "locality")
     texts = {k: [(q.prompt, q.answer) for q in asked if q.section == k and q.answer] for k in kinds}
     seen = {k: _observe(model, tok, edit, pairs, form) for k, pairs in texts.items() if pairs}
     return {
         name: {kind: seen[kind][i] if kind in seen else None for kind in kinds}
-        for i, name in enumerate(("weights", "update"))
+        for i, name in enumerate(NO_RECORD)
     }
 
 

@@ -4,10 +4,10 @@ The unedited model's scores are needed for every method: they are computed once,
 key of everything that they depend on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from baft_easyedit.bench.free_text import (
     WILD_TOKENS,
@@ -19,14 +19,9 @@ from baft_easyedit.bench.free_text import (
 )
 from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.probes import THIRD_TURN, third_turn_ids
-from baft_easyedit.bench.questions import (
-    Question,
-    questions_of,
-    section_means,
-    wild_questions,
-)
+from baft_easyedit.bench.questions import Question, questions_of, section_means, wild_questions
 from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores, plain
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
+from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
@@ -87,8 +82,8 @@ def generation_scores(
     """Score answers: exact match with the target, or for locality with the answer before the edit.
 
     Returns:
-        The `gen_*` scores, means over prompts, then over keys; and those of each kind, of probes
-        also how often an answer contains what is wanted.
+        The `gen_*` scores, means over prompts, then over keys; those of each kind, of probes also
+        how often an answer contains what is wanted; and those of long answers.
     """
     questions = questions_of(request)
     wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
@@ -109,7 +104,23 @@ def generation_scores(
         **{f"gen_{section}_acc": sections.get(section) for section in _GENERATED},
         **named,
         **contained,
+        **(long_scores(questions, after) if request.get("long_answer") else {}),
     }
+
+
+class _Exam(NamedTuple):
+    """Questions that the model answers by generation, before the edits and after them."""
+
+    ask: Callable[[Session, Sequence[Request]], list[list[str]]]
+    score: Callable[[Request, list[str], list[str]], Mapping[str, float | None]]
+    """Scores a case, by its answers before the edits and after them."""
+
+
+_EXAMS = {
+    "answers": _Exam(answer_questions, generation_scores),
+    "wild": _Exam(wild_answers, wild_scores),
+}
+"""By their name in a case's file."""
 
 
 def any_alias_portability(
@@ -144,14 +155,20 @@ def pre_edit_scores(
     depends_on: Mapping[str, Any],
     session: Session,
     requests: Sequence[Request],
-    with_answers: bool,
-    with_wild: bool = False,
+    exams: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return `metrics`, `answers`, `wild` and `field_scores` of each case on the unedited model.
 
     The run keeps them for all methods, by what they depend on, such as the model's hash. They
     belong to the chunk because its questions are answered together, after the edits too: in half
     precision what else is in a batch makes a difference, which is no edit's doing.
+
+    Args:
+        directory: The run.
+        depends_on: What all scores of the method depend on.
+        session: The unedited model.
+        requests: The cases of a chunk.
+        exams: Which of `answers` and `wild` the run asks for.
     """
     editor = session.editor
     form = PromptFormat.of(editor.hparams)
@@ -162,65 +179,56 @@ def pre_edit_scores(
         "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
         "padding": editor.tok.padding_side,
         "by_generation": editor.alg_name == "GRACE",
-        "answers": with_answers,
-        "wild": with_wild,
+        **{exam: exam in exams for exam in _EXAMS},
         "batch_size": session.batch_size,
         "cases": requests,
     }
-    file = directory.pre_edit(digest(content)[:16])
-    if file.is_file():
-        return list(read_json(file)["cases"])
-    metrics = plain(session.score(requests))
-    nothing = [None] * len(requests)
-    answers = answer_questions(session, requests) if with_answers else nothing
-    wild = wild_answers(session, requests) if with_wild else nothing
-    field = field_scores(session, requests, with_answers)
-    cases = [
-        {"metrics": m, "answers": a, "wild": w, "field_scores": f}
-        for m, a, w, f in zip(metrics, answers, wild, field, strict=True)
-    ]
-    write_json(file, {"schema": SCHEMA, "cases": cases})
-    return cases
+
+    def make() -> dict[str, Any]:
+        found = {
+            "metrics": plain(session.score(requests)),
+            **{name: _EXAMS[name].ask(session, requests) for name in exams},
+            "field_scores": field_scores(session, requests, "answers" in exams),
+        }
+        return {
+            "cases": [{name: of[i] for name, of in found.items()} for i in range(len(requests))]
+        }
+
+    return directory.kept("pre_edit", content, make)["cases"]
 
 
 def score_cases(
     session: Session,
     requests: Sequence[Request],
     pre: Sequence[Mapping[str, Any]],
-    with_answers: bool,
-    with_wild: bool = False,
+    exams: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Score cases after the edits.
 
     Returns:
-        Of each `teacher_forced`: EasyEdit's metrics; `answers`, `wild` and the `texts` of fluency,
-        those before and after, or None; and `scores`.
+        Of each `teacher_forced`: EasyEdit's metrics; the exams' answers and the `texts` of fluency,
+        those before and after; and `scores`.
     """
     scored = []
     after = session.score_against([p["metrics"] for p in pre], requests)
-    field = field_scores(session, requests, with_answers)
+    field = field_scores(session, requests, "answers" in exams)
     for request, metrics, before, now in zip(requests, map(plain, after), pre, field, strict=True):
-        scores = metric_scores(metrics["post"]) | kind_scores(metrics["post"])
-        scores["any_alias_portability_acc"] = any_alias_portability(
-            session, request, metrics["post"]
-        )
-        then = dict(before["field_scores"])
-        written = {"pre": then.pop("texts", None), "post": now.pop("texts", None)}
-        scores |= now | {f"pre_{name}": value for name, value in then.items()}
-        empty = {"answers": None, "wild": None, "texts": written if with_answers else None}
-        scored.append({"teacher_forced": metrics, "scores": scores, **empty})
-    if with_answers:
-        answers = answer_questions(session, requests)
+        post, then = metrics["post"], dict(before["field_scores"])
+        texts = {"pre": then.pop("texts", None), "post": now.pop("texts", None)}
+        scores = {
+            **metric_scores(post),
+            **kind_scores(post),
+            "any_alias_portability_acc": any_alias_portability(session, request, post),
+            **now,
+            **{f"pre_{name}": value for name, value in then.items()},
+        }
+        case = {"teacher_forced": metrics, "answers": None, "scores": scores}
+        scored.append(case | ({"texts": texts} if request.get("counterfact") else {}))
+    for name in exams:
+        answers = _EXAMS[name].ask(session, requests)
         for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
-            case["answers"] = {"pre": before["answers"], "post": new}
-            case["scores"].update(generation_scores(request, before["answers"], new))
-            if request.get("long_answer"):
-                case["scores"].update(long_scores(questions_of(request), new))
-    if with_wild:
-        answers = wild_answers(session, requests)
-        for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
-            case["wild"] = {"pre": before["wild"], "post": new}
-            case["scores"].update(wild_scores(wild_questions(request), before["wild"], new))
+            case[name] = {"pre": before[name], "post": new}
+            case["scores"].update(_EXAMS[name].score(request, before[name], new))
     return scored
 
 

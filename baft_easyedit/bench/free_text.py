@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from baft_easyedit.bench.questions import Question, section_means
+from baft_easyedit.bench.questions import Question, section_means, wild_questions
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -59,9 +59,10 @@ def first_sentence(text: str) -> str:
 
 
 def wild_scores(
-    questions: Sequence[Question], before: Sequence[str], after: Sequence[str]
+    request: Mapping[str, Any], before: Sequence[str], after: Sequence[str]
 ) -> dict[str, float]:
     """Score answers by exact match and containment; locality by the same answer as before."""
+    questions = wild_questions(request)
     wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
     pairs = list(zip(after, wanted, strict=True))
     equal, _ = section_means(questions, [float(normalised(a) == normalised(w)) for a, w in pairs])

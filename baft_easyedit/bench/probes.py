@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from baft_easyedit.bench.free_text import chat_ids
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json, write_json
+from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
@@ -98,13 +98,14 @@ def _paraphrases(
     form, tok = PromptFormat.of(session.editor.hparams), session.editor.tok
     words = _ASKED_TO_PARAPHRASE if form.use_chat_template else _PARAPHRASED
     asked = [form.prompt_text(words.format(request["prompt"]), tok) for request in requests]
-    file = directory.pre_edit(digest({**depends_on, "paraphrases": asked})[:16])
-    if not file.is_file():
+
+    def make() -> dict[str, Any]:
         ids = [token_ids(text, tok, is_templated=form.use_chat_template) for text in asked]
         limits = [2 * len(tok(r["prompt"])["input_ids"]) + 8 for r in requests]
-        texts = session.answers(ids, limits)
-        write_json(file, {"schema": SCHEMA, "paraphrases": texts})
-    written = read_json(file)["paraphrases"]
+        return {"paraphrases": session.answers(ids, limits)}
+
+    kept = directory.kept("pre_edit", {**depends_on, "paraphrases": asked}, make)
+    written = kept["paraphrases"]
     return [_usable(text, request) for text, request in zip(written, requests, strict=True)]
 
 

@@ -1,22 +1,20 @@
 """Results: the rows of a run's summary, made from its cases and read back for reports.
 
-Reading is strict: a file that is missing, damaged or of another schema raises an error that names
-it, and never becomes a gap in a table.
+A file that is missing, damaged or of another schema raises an error that names it, and never
+becomes a gap in a table.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.scores import FIELD_SCORES, SCORES, row_costs, row_scores
+from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
-from baft_easyedit.bench.validation import validated
 
 TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 """Reliability, generality, locality and portability by EasyEdit's evaluators."""
@@ -29,47 +27,28 @@ def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
         ValueError: If a file cannot be read.
     """
     config = read_config(directory.config)
-    return [
-        {
-            "method": method.name,
-            "model": Path(config.model).name,
-            "dataset": dataset,
-            "protocol": protocol.name,
-            "T": protocol.T,
-            "batch_size": protocol.batch_size,
-            **_averages(directory, method.name, protocol),
-        }
-        for method in config.methods
-        for protocol in config.protocols
-        if any(directory.chunks_of(method.name, protocol))
-    ]
-
-
-def _averages(directory: RunDirectory, method: str, protocol: Protocol) -> dict[str, Any]:
-    """Average the cases and chunks of one row."""
-    chunks = list(directory.chunks_of(method, protocol))
-    done = [chunk for chunk in chunks if chunk["error"] is None]
-    failed = [chunk for chunk in chunks if chunk["error"] is not None]
-    cases = list(directory.cases_of(method, protocol))
-    return {
-        "n": len(cases),
-        "num_failed": sum(len(chunk["indices"]) for chunk in failed),
-        **row_scores(cases),
-        **_downstream(done),
-        **row_costs(done),
-        "notes": _notes(done, failed),
-        "error": failed[0]["error"] if failed and not done else None,
-    }
-
-
-def _downstream(chunks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Average the downstream accuracies of a row's chunks."""
-    asked = [chunk["downstream"] for chunk in chunks if chunk["downstream"] is not None]
-
-    def mean(name: str) -> float | None:
-        return sum(task[name] for task in asked) / len(asked) if asked else None
-
-    return {"downstream_acc": mean("post_acc"), "downstream_pre_acc": mean("pre_acc")}
+    rows = []
+    for method in config.methods:
+        for protocol in config.protocols:
+            chunks = list(directory.chunks_of(method.name, protocol))
+            done = [chunk for chunk in chunks if chunk["error"] is None]
+            failed = [chunk for chunk in chunks if chunk["error"] is not None]
+            cases = list(directory.cases_of(method.name, protocol))
+            row = {
+                "method": method.name,
+                "model": Path(config.model).name,
+                "dataset": dataset,
+                "protocol": protocol.name,
+                **asdict(protocol),
+                "n": len(cases),
+                "num_failed": sum(len(chunk["indices"]) for chunk in failed),
+                **row_scores(cases),
+                **row_costs(done),
+                "notes": _notes(done, failed),
+                "error": failed[0]["error"] if failed and not done else None,
+            }
+            rows += [row] if chunks else []
+    return rows
 
 
 def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -89,25 +68,6 @@ def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]
 
 Case = Mapping[str, Any]
 """The content of a case's file."""
-_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
-_Share = Annotated[float, Field(ge=0, le=1)] | None
-_Number = Annotated[float, Field(ge=-1, allow_inf_nan=False)] | None
-
-
-_ROW: dict[str, Any] = {
-    **dict.fromkeys(("method", "model", "dataset"), (str, ...)),
-    **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
-    "n": (int, Field(ge=0)),
-    **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
-    # Runs of before have none of these.
-    **dict.fromkeys((*FIELD_SCORES, "harmonic_success", "pre_harmonic_success"), (_Number, None)),
-    "more": (dict[str, _Number], {}),
-    **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
-    "notes": (list[str], ...),
-    "error": (str | None, ...),
-}
-_Row = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
-"""Fields that every row of a summary has; null for what was not measured."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +83,6 @@ class Result:
     values: Mapping[str, Any]
     """The whole row."""
     directory: RunDirectory
-    """The run's directory."""
 
     def number(self, name: str) -> float | None:
         """Return a number of the row; None if there is none."""
@@ -154,8 +113,7 @@ def read_run(directory: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        ValueError: If it is not a run directory, or a file of it is damaged, incomplete or of
-            another schema.
+        ValueError: If it is not a run directory, or a file of it is damaged or of another schema.
     """
     paths = RunDirectory(directory)
     for file in (paths.config, paths.run, paths.summary):
@@ -164,21 +122,19 @@ def read_run(directory: Path) -> Run:
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
-    info, rows = read_json(paths.run), read_json(paths.summary)
-    try:
-        validated(RootModel[dict[str, Any]], info, str(paths.run))
-        validated(RootModel[Annotated[list[Any], Field(min_length=1)]], rows, str(paths.summary))
-        for i, row in enumerate(rows):
-            validated(_Row, row, f"{paths.summary}, row {i}")
-    except ValueError as error:
-        raise ValueError(f"{error}; run the same again") from None
-    return Run(paths, info, [_result(paths, row) for row in rows])
-
-
-def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
-    """Return a row of a summary."""
-    setting = Protocol(row["T"], row["batch_size"])
-    return Result(row["method"], row["model"], row["dataset"], setting, row["error"], row, paths)
+    results = [
+        Result(
+            row["method"],
+            row["model"],
+            row["dataset"],
+            Protocol(row["T"], row["batch_size"]),
+            row["error"],
+            row,
+            paths,
+        )
+        for row in read_json(paths.summary)
+    ]
+    return Run(paths, read_json(paths.run), results)
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:

@@ -63,16 +63,24 @@ def metric_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {
         "rewrite_acc": _mean(_values(metrics.get("rewrite_acc"))),
         "rephrase_acc": _mean(_values(metrics.get("rephrase_acc"))),
-        "locality_acc": _mean(_key_means(metrics.get("locality", {}))),
-        "portability_acc": _mean(_key_means(metrics.get("portability", {}))),
+        "locality_acc": _mean(list(_kind_means(metrics, "locality").values())),
+        "portability_acc": _mean(list(_kind_means(metrics, "portability").values())),
     }
 
 
 def kind_scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the accuracy of each kind of probe in one half of EasyEdit's metrics."""
     return {
-        f"forced.{kind_title(section, key.removesuffix('_acc'))}": fmean(values)
+        f"forced.{kind_title(section, kind)}": mean
         for section in ("locality", "portability")
+        for kind, mean in _kind_means(metrics, section).items()
+    }
+
+
+def _kind_means(metrics: Mapping[str, Any], section: str) -> dict[str, float]:
+    """Return the mean accuracy of each kind of probe in a section, without kinds that have none."""
+    return {
+        key.removesuffix("_acc"): fmean(values)
         for key, score in metrics.get(section, {}).items()
         if key.endswith("_acc") and (values := _values(score))
     }
@@ -88,14 +96,7 @@ def _values(score: Any) -> list[float]:
     return [] if score is None else [float(x) for x in np.ravel(np.asarray(score, dtype=float))]
 
 
-def _key_means(section: Mapping[str, Any]) -> list[float]:
-    """Return the mean of each accuracy of a section such as locality."""
-    scores = [_values(score) for key, score in section.items() if key.endswith("_acc")]
-    return [fmean(score) for score in scores if score]
-
-
 def _mean(values: Sequence[float]) -> float | None:
-    """Average; None of nothing."""
     return fmean(values) if values else None
 
 
@@ -138,16 +139,20 @@ def row_costs(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `edit_time_s`, the median seconds of an edit call per request; `peak_memory_bytes`;
-        `trainable_parameters`; how often the model was restored, and how often exactly.
+        `trainable_parameters`; how often the model was restored, and how often exactly; and the
+        mean accuracies on a downstream task.
     """
     times = [t for chunk in chunks for t in chunk["edit_times_s"]]
     verified = [chunk["restored"] for chunk in chunks if chunk["restored"] is not None]
     counts = [c["trainable_parameters"] for c in chunks if c["trainable_parameters"] is not None]
     memory = [chunk["peak_memory_bytes"] for chunk in chunks if chunk["peak_memory_bytes"]]
+    tasks = [chunk["downstream"] for chunk in chunks if chunk["downstream"] is not None]
     return {
         "edit_time_s": median(times) if times else None,
         "peak_memory_bytes": max(memory, default=None),
         "trainable_parameters": max(counts, default=None),
         "num_restored": sum(verified) if verified else None,
         "num_restores": len(verified) if verified else None,
+        "downstream_acc": _mean([task["post_acc"] for task in tasks]),
+        "downstream_pre_acc": _mean([task["pre_acc"] for task in tasks]),
     }

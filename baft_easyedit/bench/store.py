@@ -11,7 +11,7 @@ verdicts/<key>.json                     what a judge said of one answer
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,17 @@ class RunDirectory:
         self.requests = root / "requests.json"
         self.summary = root / "summary.json"
 
-    def pre_edit(self, key: str) -> Path:
-        """The unedited model's scores; the key is a hash of everything that they depend on."""
-        return self.root / "pre_edit" / f"{key}.json"
+    def kept(
+        self, kind: str, depends_on: Any, make: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Read a file named by a hash of everything that it depends on; make it if there is none.
 
-    def verdict(self, key: str) -> Path:
-        """What a judge said of one answer; the key is a hash of what it was asked."""
-        return self.root / "verdicts" / f"{key}.json"
+        `kind` is its directory: `pre_edit` or `verdicts`.
+        """
+        file = self.root / kind / f"{digest(depends_on)[:16]}.json"
+        if not file.is_file():
+            write_json(file, {"schema": SCHEMA, **make()})
+        return read_json(file)
 
     def case(self, chunk: Chunk, index: int) -> Path:
         """One case of a chunk."""

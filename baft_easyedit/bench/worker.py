@@ -10,6 +10,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from baft_easyedit.bench.basis import basis_record, basis_usage
+from baft_easyedit.bench.basis import NO_RECORD, basis_record, basis_usage
 from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, score_cases
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
@@ -144,8 +145,8 @@ class _MethodRun:
             requests = with_probes(
                 self.directory, self.depends_on, session, requests, self.requests
             )
-        asked = config.generation, config.wild
-        pre = pre_edit_scores(self.directory, self.depends_on, session, requests, *asked)
+        exams = [*["answers"] * config.generation, *["wild"] * config.wild]
+        pre = pre_edit_scores(self.directory, self.depends_on, session, requests, exams)
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
         times: list[float] = []
@@ -163,41 +164,30 @@ class _MethodRun:
             "basis_usage": basis_usage(session.model) if config.basis else None,
             "notes": self.notes,
         }
-        cases = score_cases(session, requests, pre, *asked)
+        cases = score_cases(session, requests, pre, exams)
         for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
-            case["scores"] = plain({**case["scores"], **immediate.get(i, {})})
-            time = {"edit_time_s": times[position // size]}
-            content = self._case(chunk, position, requests[position], case) | time
+            request = requests[position]
+            content = {
+                "schema": SCHEMA,
+                "index": i,
+                "case_id": request["case_id"],
+                "method": chunk.method,
+                "protocol": chunk.protocol.name,
+                **asdict(chunk.protocol),
+                "chunk": chunk.number,
+                "position": position,
+                "chunk_length": len(chunk.indices),
+                **case,
+                "scores": plain(case["scores"] | immediate.get(i, {})),
+                **({"probes": request["probes"]} if config.probes else {}),
+                **(self._basis(self.requests[i]) if config.basis else NO_RECORD),
+                "edit_time_s": times[position // size],
+            }
             write_json(self.directory.case(chunk, i), content)
         if before is not None:
             after = self._downstream_accuracy()
             measured["downstream"] = {"pre_acc": before, "post_acc": after}
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
-
-    def _case(
-        self, chunk: Chunk, position: int, request: Mapping[str, Any], case: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the content of a case's file; some parts are in those of some runs only."""
-        config, index = self.config, chunk.indices[position]
-        return {
-            "schema": SCHEMA,
-            "index": index,
-            "case_id": request["case_id"],
-            "method": chunk.method,
-            "protocol": chunk.protocol.name,
-            "T": chunk.protocol.T,
-            "batch_size": chunk.protocol.batch_size,
-            "chunk": chunk.number,
-            "position": position,
-            "chunk_length": len(chunk.indices),
-            "teacher_forced": case["teacher_forced"],
-            "answers": case["answers"],
-            **({"wild": case["wild"]} if config.wild else {}),
-            **({"texts": case["texts"]} if request.get("counterfact") else {}),
-            **({"probes": request["probes"]} if config.probes else {}),
-            "scores": case["scores"],
-            **self._basis(self.requests[index]),
-        }
 
     def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
         """Edit records in one call, with some earlier ones; return the seconds per record."""
@@ -206,14 +196,11 @@ class _MethodRun:
         again = random.Random(f"{self.config.seed} {len(earlier)}").sample(earlier, rehearsed)
         return self.session.edit([self.requests[i] for i in (*indices, *again)]) / len(indices)
 
-    def _basis(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _basis(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the basis weights of a record's prompts, and the sizes of their updates."""
-        found = None
-        if self.config.basis:
-            editor = self.session.editor
-            form = PromptFormat.of(editor.hparams)
-            found = basis_record(self.session.model, editor.tok, request, form)
-        return {"basis": found and found["weights"], "update": found and found["update"]}
+        editor = self.session.editor
+        form = PromptFormat.of(editor.hparams)
+        return basis_record(self.session.model, editor.tok, request, form)
 
     @cached_property
     def _downstream_before(self) -> float:

@@ -14,7 +14,7 @@ CASE = {
 
 
 def test_nothing_is_recorded_without_an_edit(model, tokenizer):
-    assert basis_record(model, tokenizer, CASE) is None
+    assert basis_record(model, tokenizer, CASE) == {"basis": None, "update": None}
     assert basis_usage(model) is None
 
 
@@ -27,7 +27,7 @@ def test_weights_are_means_over_the_intervened_positions(model, tokenizer):
     with torch.no_grad(), edit.disabled():
         hidden = model(ids, output_hidden_states=True).hidden_states[2][0, n - 3 :]
     edited, weights = edit.intervention(1)(hidden)
-    assert record["weights"]["rewrite"]["1"] == pytest.approx(weights.mean(0).tolist(), abs=1e-5)
+    assert record["basis"]["rewrite"]["1"] == pytest.approx(weights.mean(0).tolist(), abs=1e-5)
     along = ((edited - hidden) @ edit.intervention(1).basis.mT).abs().mean(0)  # R (h' - h)
     assert record["update"]["rewrite"]["1"] == pytest.approx(along.tolist(), abs=1e-4)
 
@@ -35,9 +35,9 @@ def test_weights_are_means_over_the_intervened_positions(model, tokenizer):
 def test_a_kind_of_prompt_that_a_case_lacks_is_none(model, tokenizer):
     random_edit().attach(model)
     record = basis_record(model, tokenizer, {"prompt": "a b", "target_new": "c"})
-    assert record["weights"]["rephrase"] is None
+    assert record["basis"]["rephrase"] is None
     assert record["update"]["locality"] is None
-    assert set(record["weights"]["rewrite"]) == {"1", "2"}
+    assert set(record["basis"]["rewrite"]) == {"1", "2"}
 
 
 def test_usage_is_the_mean_weight_of_past_positions(model):
@@ -55,5 +55,5 @@ def test_locality_is_looked_at_in_the_form_of_the_edit(model):
     own = {**CASE, "rephrase_prompt": "The sky is", "locality": {}}
     probe = {"x": {"prompt": ["The sky is"], "ground_truth": ["Rome"]}}
     form = PromptFormat(use_chat_template=True)
-    in_template = basis_record(model, tokenizer, {**own, "locality": probe}, form)["weights"]
+    in_template = basis_record(model, tokenizer, {**own, "locality": probe}, form)["basis"]
     assert in_template["locality"] == in_template["rephrase"]

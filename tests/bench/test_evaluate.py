@@ -128,7 +128,7 @@ def test_each_case_gets_its_own_answers_cut_at_its_own_length():
     assert answers == [[f"{p} 16" for p in ("P", "R", "L1", "L2", "H1", "H2")], ["Q 24"]]
     answered = ["P 16", "?", "L1 16", "?", "?", "?"]
     pre = {"metrics": {}, "answers": answered, "field_scores": {}}
-    (scored,) = score_cases(session, [CASE], [pre], True)
+    (scored,) = score_cases(session, [CASE], [pre], ["answers"])
     assert scored["answers"] == {"pre": pre["answers"], "post": answers[0]}
     assert scored["scores"]["gen_locality_acc"] == 0.5
 
@@ -147,7 +147,7 @@ def test_locality_is_asked_in_the_chat_template_too():
 
 def test_protocols_are_not_mixed_in_a_case():
     pre = {"metrics": {"x": 1}, "answers": None, "field_scores": {"specificity_acc": 0.5}}
-    scored, _ = score_cases(Session(), [CASE, CASE], [pre, pre], False)
+    scored, _ = score_cases(Session(), [CASE, CASE], [pre, pre], [])
     assert scored["answers"] is None
     assert scored["scores"]["rewrite_acc"] == 1.0
     assert scored["scores"]["portability_acc"] == 0.375
@@ -187,8 +187,8 @@ def test_scores_before_the_edit_are_computed_once_for_all_that_they_depend_on(
     tmp_path, change, cases, model, is_new
 ):
     session, run = Session(), RunDirectory(tmp_path)
-    first = pre_edit_scores(run, {"model": "m"}, session, [CASE], False)
+    first = pre_edit_scores(run, {"model": "m"}, session, [CASE], [])
     change(session)
-    again = pre_edit_scores(run, {"model": model}, session, cases, False)
+    again = pre_edit_scores(run, {"model": model}, session, cases, [])
     assert again == first * len(cases)
     assert len(session.scored) == (1 + len(cases) if is_new else 1)

@@ -20,20 +20,22 @@ from baft_easyedit.bench.free_text import (
 from baft_easyedit.bench.questions import Question
 from baft_easyedit.model.prompt_format import PromptFormat
 
-QUESTIONS = [
-    Question("rewrite", "", "P", "Rome"),
-    Question("rephrase", "", "R", "Rome"),
-    Question("locality", "a", "L", "x"),
-    Question("portability", "hop", "H1", "one"),
-    Question("portability", "hop", "H2", "two"),
-    Question("portability", "other", "H3", "three"),
-]
+REQUEST = {
+    "prompt": "P",
+    "target_new": "Rome",
+    "rephrase_prompt": "R",
+    "locality": {"a": {"prompt": ["L"], "ground_truth": ["x"]}},
+    "portability": {
+        "hop": {"prompt": ["H1", "H2"], "ground_truth": ["one", "two"]},
+        "other": {"prompt": ["H3"], "ground_truth": ["three"]},
+    },
+}
 
 
 def test_wild_scores_exact_match_containment_and_what_stayed():
     before = ["", "", "x and y", "", "", ""]
     after = ["the Rome!", "It is Rome", "X and y", "one", "no", "thirty-three"]
-    assert wild_scores(QUESTIONS, before, after) == {
+    assert wild_scores(REQUEST, before, after) == {
         "wild.Rel EM": 1.0,
         "wild.Gen EM": 0.0,
         "wild.Loc EM": 1.0,

@@ -50,9 +50,11 @@ def test_a_row_is_the_mean_over_the_cases_that_have_the_score():
 
 def test_costs_are_collected_from_chunks():
     chunk = {"trainable_parameters": 5, "peak_memory_bytes": 100, "restored": True}
+    chunk["downstream"] = {"pre_acc": 0.5, "post_acc": 0.25}
     chunks = [
         {**chunk, "edit_times_s": [1.0, 9.0]},
-        {**chunk, "edit_times_s": [2.0], "restored": False, "peak_memory_bytes": 300},
+        {**chunk, "edit_times_s": [2.0], "restored": False, "peak_memory_bytes": 300}
+        | {"downstream": None},
     ]
     assert row_costs(chunks) == {
         "edit_time_s": 2.0,
@@ -60,6 +62,8 @@ def test_costs_are_collected_from_chunks():
         "trainable_parameters": 5,
         "num_restored": 1,
         "num_restores": 2,
+        "downstream_acc": 0.25,
+        "downstream_pre_acc": 0.5,
     }
     assert set(row_costs([]).values()) == {None}
 

@@ -10,7 +10,6 @@ def test_records_lie_where_the_layout_says(tmp_path):
     run = RunDirectory(tmp_path)
     assert run.case(CHUNK, 21) == tmp_path / "cases/+ss-w/continual-T10/00021.json"
     assert run.chunk(CHUNK) == tmp_path / "chunks/+ss-w/continual-T10/00002.json"
-    assert run.pre_edit("abc") == tmp_path / "pre_edit/abc.json"
 
 
 def test_cases_of_finished_chunks_are_read_in_order(tmp_path):

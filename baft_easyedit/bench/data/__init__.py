@@ -23,47 +23,42 @@ own facts. What is odd in the records is told in notes.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from textwrap import shorten
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from baft_easyedit.bench.data import long_answers, questions, readers
-from baft_easyedit.bench.data.files import FileHash, select
+from baft_easyedit.bench.data.files import FileHash, Source, read_cases
 from baft_easyedit.files.messages import short
 from baft_easyedit.training.requests import EditRequest
 
 Request = dict[str, Any]
 
-DATASETS: Mapping[str, Callable[..., readers.Source]] = MappingProxyType(
-    {
-        "facts": readers.read_facts,
-        "zsre": readers.read_zsre,
-        "knowedit-zsre": partial(readers.read_knowedit, "ZsRE-test-all.json"),
-        "wikidata-recent": partial(readers.read_knowedit, "recent_test.json"),
-        "wikidata-counterfact": partial(readers.read_knowedit, "test_cf.json"),
-        "wikibio": partial(readers.read_knowedit, "wikibio-test-all.json"),
-        "convsent": long_answers.read_convsent,
-        "counterfact": readers.read_counterfact,
-        "mquake": questions.read_mquake,
-        "wikibigedit": questions.read_wikibigedit,
-        "halluedit": questions.read_halluedit,
-        "unke": long_answers.read_unke,
-        "akew": long_answers.read_akew,
-        "requests": readers.read_requests,
-    }
-)
+DATASETS: Mapping[str, Callable[..., Source]] = {
+    "facts": readers.read_facts,
+    "zsre": readers.read_zsre,
+    "knowedit-zsre": partial(read_cases, readers.KnowEdit, ("ZsRE-test-all.json",)),
+    "wikidata-recent": partial(read_cases, readers.KnowEdit, ("recent_test.json",)),
+    "wikidata-counterfact": partial(read_cases, readers.KnowEdit, ("test_cf.json",)),
+    "wikibio": partial(read_cases, readers.KnowEdit, ("wikibio-test-all.json",)),
+    "convsent": long_answers.read_convsent,
+    "counterfact": readers.read_counterfact,
+    "mquake": questions.read_mquake,
+    "wikibigedit": questions.read_wikibigedit,
+    "halluedit": questions.read_halluedit,
+    "unke": partial(read_cases, long_answers.Unke, ("final_data_v3.json",)),
+    "akew": long_answers.read_akew,
+    "requests": partial(read_cases, readers.Request, ()),
+}
 """Readers by kind; each takes a path, and options by keyword."""
 
 _MAX_LIST = 400
 """Characters of a list of records in a note."""
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """Records to edit."""
 
     kind: str
@@ -71,7 +66,6 @@ class Dataset:
     requests: list[Request]
     """EasyEdit's request dicts, as `Case.as_request` gives them."""
     files: list[FileHash]
-    """The files that were read."""
     notes: list[str]
     """What to know of these records; numbers of records count from 0 in `requests`, those of
     skipped ones in the file."""
@@ -94,7 +88,7 @@ def load_dataset(
         kind: A name in `DATASETS`.
         path: File or directory; the reader says which. None for `facts`.
         start: First record.
-        limit: Number of records; all if None.
+        limit: Number of records; all if None. Fewer would not be the benchmark that was asked for.
         **options: The reader's own: such as `split` of facts.
 
     Raises:
@@ -108,9 +102,17 @@ def load_dataset(
     reader = DATASETS[kind]
     _check_options(kind, reader, options)
     source = reader(None if path is None else Path(path), **options)
-    numbered = select(list(enumerate(source.cases)), start, limit, kind)
-    requests = [case.as_request(index) for index, case in numbered]
-    left_out = sum(case.num_left_out for _, case in numbered)
+    count = len(source.cases)
+    if not 0 <= start < count:
+        raise ValueError(f"start must be in [0, {count - 1}] for {kind}; got {short(start)}")
+    if limit is not None and not 1 <= limit <= count - start:
+        raise ValueError(
+            f"limit must be in [1, {count - start}] for {kind} from {start} on, or None for all; "
+            f"got {short(limit)}"
+        )
+    cases = source.cases[start : None if limit is None else start + limit]
+    requests = [case.as_request(number) for number, case in enumerate(cases, start)]
+    left_out = sum(case.num_left_out for case in cases)
     notes = [
         *source.notes,
         *([f"{left_out} probes left out, for they lack prompt or answer"] if left_out else []),

@@ -4,7 +4,7 @@ EasyEdit scores `prompt + ' ' + target`: texts lose the blanks at their ends, an
 error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
@@ -47,15 +47,25 @@ class Probe(Layout):
     prompt: MaybeText
     ground_truth: Answers
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has both."""
+        return bool(self.prompt and self.ground_truth)
 
-Probes = dict[str, tuple[Probe, ...]]
+
+def none_is_empty(probes: Any) -> Any:
+    """Return probes, or an empty mapping for null."""
+    return {} if probes is None else probes
+
+
+Probes = Annotated[dict[str, tuple[Probe, ...]], BeforeValidator(none_is_empty)]
 """Probes by kind, such as `neighborhood`; a kind may be missing or empty."""
 
 
 def one(prompt: str | None, *answers: str | None) -> tuple[Probe, ...]:
     """Return a probe as the only one of its kind; none if it lacks its prompt or its answers."""
     probe = Probe.model_validate({"prompt": prompt, "ground_truth": answers})
-    return (probe,) if probe.prompt and probe.ground_truth else ()
+    return (probe,) if probe.is_whole else ()
 
 
 Part = Literal["paraphrase", "neighborhood", "generation", "reference"]
@@ -72,14 +82,18 @@ class Case(Layout):
     subject: MaybeText = None
     rephrase_prompt: MaybeText = None
     loc_prompt: Answers = ()
-    locality: Probes | None = None
-    portability: Probes | None = None
-    probes: Probes | None = None
+    locality: Probes = {}
+    portability: Probes = {}
+    probes: Probes = {}
     """What is asked by generation only; a probe without an answer asks for that of before."""
     long_answer: bool = False
     """Whether answers are compared by the words that they share with the target."""
     counterfact: dict[Part, tuple[Text, ...]] | None = None
     """What CounterFact's scores by probability ask beside `prompt`; any part may be missing."""
+
+    def case(self) -> "Case":
+        """Return the case of a record; other layouts make theirs."""
+        return self
 
     def as_request(self, index: int) -> dict[str, Any]:
         """Return the case as one of EasyEdit's request dicts; `index` is for one without `case_id`.
@@ -95,7 +109,7 @@ class Case(Layout):
             "rephrase_prompt": self.rephrase_prompt,
             "loc_prompt": list(texts) if len(texts) > 1 else next(iter(texts), None),
             "counterfact": None if more is None else {k: [*v] for k, v in more.items() if v},
-            "probes": _parallel_lists(self.probes or {}, (None,)) or None,
+            "probes": _parallel_lists(self.probes, needs_answer=False) or None,
             "long_answer": self.long_answer or None,
         }
         return {
@@ -103,37 +117,32 @@ class Case(Layout):
             "case_id": index if self.case_id is None else self.case_id,
             "prompt": self.prompt,
             "target_new": self.target_new,
-            "ground_truth": self.ground_truth[0] if self.ground_truth else None,
+            "ground_truth": next(iter(self.ground_truth), None),
             **{key: value for key, value in optional.items() if value is not None},
-            "locality": _parallel_lists(self.locality or {}),
-            "portability": _parallel_lists(self.portability or {}),
+            "locality": _parallel_lists(self.locality),
+            "portability": _parallel_lists(self.portability),
         }
 
     @property
     def num_left_out(self) -> int:
         """Probes that lack their prompt or their answers."""
-        kinds = [*(self.locality or {}).values(), *(self.portability or {}).values()]
-        return sum(not (p.prompt and p.ground_truth) for probes in kinds for p in probes)
+        kinds = [*self.locality.values(), *self.portability.values()]
+        return sum(not probe.is_whole for probes in kinds for probe in probes)
 
 
-def _parallel_lists(
-    probes: Mapping[str, tuple[Probe, ...]], instead: tuple[None, ...] = ()
-) -> dict[str, dict[str, list[Any]]]:
-    """Return probes in EasyEdit's form; kinds without a probe are left out.
+def _parallel_lists(probes: Probes, needs_answer: bool = True) -> dict[str, dict[str, list[Any]]]:
+    """Return probes in EasyEdit's form, without kinds that have none.
 
-    `instead` are the answers of a probe that has none; if there are none, it is left out.
+    A probe without an answer is left out, or has None in its place.
     """
-    asked = {
-        kind: [(p.prompt, p.ground_truth or instead) for p in members]
-        for kind, members in probes.items()
-    }
-    whole = {kind: [p for p in pairs if all(p)] for kind, pairs in asked.items()}
-    return {
-        kind: {
-            "prompt": [prompt for prompt, _ in pairs],
-            "ground_truth": [answers[0] for _, answers in pairs],
-            "aliases": [list(answers) for _, answers in pairs],
-        }
-        for kind, pairs in whole.items()
-        if pairs
-    }
+    lists: dict[str, dict[str, list[Any]]] = {}
+    for kind, members in probes.items():
+        asked = [p for p in members if p.prompt and (p.ground_truth or not needs_answer)]
+        answers: list[Any] = [[*p.ground_truth] or [None] for p in asked]
+        if asked:
+            lists[kind] = {
+                "prompt": [probe.prompt for probe in asked],
+                "ground_truth": [accepted[0] for accepted in answers],
+                "aliases": answers,
+            }
+    return lists

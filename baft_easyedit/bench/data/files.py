@@ -1,18 +1,17 @@
-"""Benchmark files on disk: found by name, hashed, and read as lists of records."""
+"""Benchmark files on disk: found by name, hashed, and read as lists of records or cases."""
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
+from baft_easyedit.bench.data.case import Case
 from baft_easyedit.bench.validation import M, validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded, read_regular
 from baft_easyedit.files.reading import parse_json
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,14 @@ class FileHash:
     """Name without its directory."""
     sha256: str
     bytes: int
+
+
+class Source(NamedTuple):
+    """What a reader makes of its files."""
+
+    cases: list[Case]
+    files: list[FileHash]
+    notes: list[str]
 
 
 def find_file(path: Path | None, *names: str) -> Path:
@@ -67,17 +74,7 @@ def read_records(path: Path, model_of: Callable[[Any], type[M]]) -> tuple[list[M
     return [validated(model_of(r), r, f"{file.name}, record {i}") for i, r in numbered], file
 
 
-def select(items: Sequence[T], start: int, limit: int | None, what: str) -> list[T]:
-    """Return `limit` items from `start` on, all if `limit` is None.
-
-    Raises:
-        ValueError: If there are not that many; fewer would not be the benchmark that was asked for.
-    """
-    if not 0 <= start < len(items):
-        raise ValueError(f"start must be in [0, {len(items) - 1}] for {what}; got {short(start)}")
-    if limit is not None and not 1 <= limit <= len(items) - start:
-        raise ValueError(
-            f"limit must be in [1, {len(items) - start}] for {what} from {start} on, or None for "
-            f"all; got {short(limit)}"
-        )
-    return list(items[start : None if limit is None else start + limit])
+def read_cases(layout: Any, names: tuple[str, ...], path: Path | None) -> Source:
+    """Read a file, or one of `names` in a directory, each of whose records has one case."""
+    records, file = read_records(find_file(path, *names), lambda _: layout)
+    return Source([record.case() for record in records], [file], [])

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, AliasPath, BeforeValidator, Field, model_validator
 
 from baft_easyedit.bench.data.case import Case, Layout, MaybeText, Text, Texts, one
-from baft_easyedit.bench.data.files import find_file, read_records
-from baft_easyedit.bench.data.readers import Source
+from baft_easyedit.bench.data.files import Source, find_file, read_records
 
 _Replies = Annotated[Texts, Field(min_length=1)]
 
@@ -62,8 +61,12 @@ def read_convsent(path: Path | None, *, seed: int = 0) -> Source:
     return Source(cases, [file], [f"sentiments and questions drawn with seed {seed}"])
 
 
-class _Unke(Layout):
-    """A question with a text as its answer, and short questions on the text."""
+class Unke(Layout):
+    """A record of UnKE, as EasyEdit's AKEWUnifiedDataset reads it.
+
+    `question` is taught with all of `answer`. The questions on parts of the answer become
+    `probes.sub`; a record without `para_question` is rephrased by the question itself.
+    """
 
     question: Text
     para_question: MaybeText = None
@@ -72,8 +75,7 @@ class _Unke(Layout):
     sub_answer: tuple[MaybeText, ...] = ()
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> "_Unke":
-        """Check that the short questions can be paired with their answers."""
+    def _check_pairs(self) -> "Unke":
         asked, answered = len(self.sub_question), len(self.sub_answer)
         if asked != answered:
             raise ValueError(
@@ -82,6 +84,7 @@ class _Unke(Layout):
         return self
 
     def case(self) -> Case:
+        """Return the question as an edit."""
         pairs = zip(self.sub_question, self.sub_answer, strict=True)
         return Case(
             prompt=self.question,
@@ -90,16 +93,6 @@ class _Unke(Layout):
             probes={"sub": tuple(probe for pair in pairs for probe in one(*pair))},
             long_answer=True,
         )
-
-
-def read_unke(path: Path | None) -> Source:
-    """Read UnKE as EasyEdit's AKEWUnifiedDataset does: `question` is taught with all of `answer`.
-
-    The questions on parts of the answer become `probes.sub`; a record without `para_question` is
-    rephrased by the question itself.
-    """
-    records, file = read_records(find_file(path, "final_data_v3.json"), lambda _: _Unke)
-    return Source([record.case() for record in records], [file], [])
 
 
 class _Triplet(Layout):

@@ -13,11 +13,17 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from baft_easyedit.bench.data.case import Answers, Case, Layout, MaybeText, Probe, Text, Texts, one
-from baft_easyedit.bench.data.files import find_file, read_file, read_records
-from baft_easyedit.bench.data.readers import Rewrite, Source
+from baft_easyedit.bench.data.files import (
+    Source,
+    find_file,
+    read_cases,
+    read_file,
+    read_records,
+)
+from baft_easyedit.bench.data.readers import Rewrite
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.files.messages import short
-from baft_easyedit.files.paths import expanded
+from baft_easyedit.files.paths import expanded, read_text
 
 
 class _Hop(Rewrite):
@@ -57,7 +63,7 @@ class _Mquake(Layout):
             hop.case(
                 case_id=f"{self.case_id}-{i}",
                 rephrase_prompt=hop.question,
-                portability={"multi_hop": self.asked} if i == last else None,
+                portability={"multi_hop": self.asked if i == last else ()},
             )
             for i, hop in enumerate(self.requested_rewrite)
         ]
@@ -126,9 +132,9 @@ def read_wikibigedit(path: Path | None) -> Source:
             those of the benchmark begin alike and end in their dates.
     """
     files = sorted(expanded(path).glob("*.json")) if path is not None else []
-    read = [read_records(f, lambda _: _WikiBigEdit) for f in files or [find_file(path)]]
-    cases = [record.case() for records, _ in read for record in records]
-    return Source(cases, [file for _, file in read], [])
+    read = [read_cases(_WikiBigEdit, (), file) for file in files or [find_file(path)]]
+    cases = [case for source in read for case in source.cases]
+    return Source(cases, [file for source in read for file in source.files], [])
 
 
 _ASKED = {
@@ -148,11 +154,9 @@ def read_halluedit(path: Path | None) -> Source:
     that on another fact, are `probes`. A multiple-choice question begins with the question itself,
     as in EasyEdit's run_Hallueditbench.py.
     """
-    content, file = read_file(find_file(path))
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file.name} must be UTF-8 text, and is not") from None
+    table = find_file(path)
+    _, file = read_file(table)
+    text = read_text(table).removeprefix("\ufeff")
     try:
         rows = list(csv.DictReader(StringIO(text, newline="")))
     except csv.Error as error:
@@ -170,7 +174,6 @@ def read_halluedit(path: Path | None) -> Source:
 
 
 def _halluedit(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row's case."""
     subject, relation, answer = row["subject"], row["relation"] or "", row["object"]
     other = f"What is the {relation} of {{}}?"
     template = next((text for word, text in _ASKED.items() if word in relation.lower()), other)

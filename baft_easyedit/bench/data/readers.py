@@ -6,7 +6,7 @@ a record breaks a rule, TypeError if a file holds no list, FileNotFoundError if 
 
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -28,25 +28,12 @@ from baft_easyedit.bench.data.case import (
     Probes,
     Text,
     Texts,
+    none_is_empty,
     one,
 )
-from baft_easyedit.bench.data.files import FileHash, find_file, read_file, read_records
+from baft_easyedit.bench.data.files import Source, find_file, read_file, read_records
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.facts.records import Split
-
-
-class Source(NamedTuple):
-    """What a reader makes of its files."""
-
-    cases: list[Case]
-    files: list[FileHash]
-    notes: list[str]
-
-
-def _read_cases(path: Path | None, model: type[Case], *names: str) -> Source:
-    """Read a file whose records are cases as they are."""
-    cases, file = read_records(find_file(path, *names), lambda _: model)
-    return Source([*cases], [file], [])
 
 
 class _ZsreIrrelevant(Layout):
@@ -88,7 +75,7 @@ class _Zsre(_ZsreIrrelevant):
             rephrase_prompt=self.rephrase,
             loc_prompt=(loc_prompt,) if loc_prompt else (),
             locality={"neighborhood": one(self.loc, self.loc_ans)},
-            portability={"one_hop": (self.portability,)} if self.portability else None,
+            portability={"one_hop": (self.portability,) if self.portability else ()},
         )
 
 
@@ -123,15 +110,19 @@ def read_zsre(path: Path | None, *, loc_prompts: bool = True) -> Source:
     return Source(cases, files, notes)
 
 
-def _named_as_in_requests(probes: Probes | None) -> Probes | None:
-    """Call `Reasoning` as EasyEdit's run_knowedit_llama2.py does."""
-    if probes and "Reasoning" in probes:
+def _named_as_in_requests(probes: Probes) -> Probes:
+    if "Reasoning" in probes:
         probes["reasoning"] = probes.pop("Reasoning")
     return probes
 
 
-class _KnowEdit(Case):
-    """A record of any of KnowEdit's fact sets; WikiBio has names of its own."""
+class KnowEdit(Case):
+    """A record of KnowEdit: ZsRE, WikiData_recent, WikiData_counterfact or WikiBio.
+
+    WikiBio has names of its own. Kinds of probes are called as in the requests of EasyEdit's
+    run_knowedit_llama2.py. That script asks no rephrased prompt, also where the file has one; here
+    it is read.
+    """
 
     subject: MaybeText = Field(None, validation_alias=AliasChoices("subject", "concept"))
     prompt: Text = Field(validation_alias=AliasChoices("prompt", "text"))
@@ -139,20 +130,10 @@ class _KnowEdit(Case):
     rephrase_prompt: MaybeText = Field(
         None, validation_alias=AliasChoices("rephrase_prompt", "rephrase")
     )
-    portability: Annotated[Probes | None, AfterValidator(_named_as_in_requests)] = None
-
-
-def read_knowedit(file_name: str, path: Path | None) -> Source:
-    """Read a fact set of KnowEdit: ZsRE, WikiData_recent, WikiData_counterfact or WikiBio.
-
-    Kinds of probes are called as in the requests of EasyEdit's run_knowedit_llama2.py. That script
-    asks no rephrased prompt, also where the file has one; here it is read.
-    """
-    return _read_cases(path, _KnowEdit, file_name)
+    portability: Annotated[Probes, AfterValidator(_named_as_in_requests)] = Field({})
 
 
 def _with_one_slot(template: str) -> str:
-    """Return a template, checked."""
     if template.count("{}") != 1:
         raise ValueError("must have one {} for the subject")
     return template
@@ -206,26 +187,18 @@ class _RomeCounterFact(Layout):
         )
 
 
-class _FlatCounterFact(Layout):
+class _FlatCounterFact(Case):
     """CounterFact as EasyEdit's CounterFactDataset reads it."""
 
-    case_id: int | str | None = None
-    prompt: Text
-    target_new: Text
-    ground_truth: Answers = ()
-    subject: MaybeText = None
-    rephrase_prompt: MaybeText = None
     locality_prompt: MaybeText = None
     locality_ground_truth: MaybeText = None
 
     def case(self) -> Case:
-        of_case = self.model_dump(exclude={"locality_prompt", "locality_ground_truth"})
-        locality = {"neighborhood": one(self.locality_prompt, self.locality_ground_truth)}
-        return Case(**of_case, locality=locality)
+        near = one(self.locality_prompt, self.locality_ground_truth)
+        return self.model_copy(update={"locality": {"neighborhood": near}})
 
 
 def _layout_of(record: Any) -> type[_RomeCounterFact | _FlatCounterFact]:
-    """Tell the two layouts of CounterFact apart."""
     is_romes = isinstance(record, dict) and "requested_rewrite" in record
     return _RomeCounterFact if is_romes else _FlatCounterFact
 
@@ -264,26 +237,24 @@ def _split_probe(probe: Any) -> Any:
     ]
 
 
-_Sections = dict[str, Annotated[tuple[Probe, ...], BeforeValidator(_split_probe)]]
+_Sections = Annotated[
+    dict[str, Annotated[tuple[Probe, ...], BeforeValidator(_split_probe)]],
+    BeforeValidator(none_is_empty),
+]
 
 
-class _Request(Case):
-    """A request dict of EasyEdit; keys that are not checked here are kept."""
-
-    model_config = ConfigDict(extra="allow")
-
-    locality: _Sections | None = None
-    portability: _Sections | None = None
-    probes: _Sections | None = None
-
-
-def read_requests(path: Path | None) -> Source:
-    """Read a JSON list of EasyEdit's request dicts, such as the `requests.json` of a run.
+class Request(Case):
+    """A request dict of EasyEdit, such as in the `requests.json` of a run; other keys are kept.
 
     A probe has one prompt or a list of them; its `ground_truth` is a text for each prompt, or a
     list of accepted ones. `ground_truth`, `locality` and `portability` may be missing.
     """
-    return _read_cases(path, _Request)
+
+    model_config = ConfigDict(extra="allow")
+
+    locality: _Sections = Field({})
+    portability: _Sections = Field({})
+    probes: _Sections = Field({})
 
 
 def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
@@ -300,5 +271,5 @@ def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
         raise ValueError(f"path must be None for facts, which the package brings; got {path}")
     folder = Path(facts.__file__).parent / "data"
     tables = sorted([*folder.glob("*.tsv"), *folder.glob("*.json")])
-    cases: list[Case] = [validated(_Request, r, "facts") for r in facts.edit_requests(split)]
+    cases: list[Case] = [validated(Request, r, "facts") for r in facts.edit_requests(split)]
     return Source(cases, [read_file(table)[1] for table in tables], [])
