@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.validation import validated
@@ -59,7 +59,6 @@ class MethodConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        """Accept a bare name."""
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
             return given
@@ -119,20 +118,13 @@ class JudgeConfig(_Strict):
     """Most seconds that an answer may take."""
 
 
-def _given(model: str) -> str:
-    """Return the name of a model, checked."""
-    if not model:
-        raise ValueError("must be given, in the file or as --model")
-    return model
-
-
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
 class BenchConfig(_Strict):
     """A benchmark: every method under every protocol on the same records and model."""
 
-    model: Annotated[str, AfterValidator(_given)] = BUNDLED_MODEL
+    model: str = BUNDLED_MODEL
     """Hugging Face name or directory; `bundled` for our own."""
     data: DataConfig
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
@@ -198,7 +190,8 @@ class BenchConfig(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> "BenchConfig":
-        """Check settings that need, or exclude, each other."""
+        if not self.model:
+            raise ValueError("model must be given, in the file or as --model; got ''")
         for name in ("probes", "similarity_model", "snippets"):
             if getattr(self, name) and not self.generation:
                 raise ValueError(f"{name} must come with generation: true; got generation: false")
@@ -211,7 +204,6 @@ class BenchConfig(_Strict):
     @field_validator("methods", "T", "batch_size")
     @classmethod
     def _check_repeats(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Check that no two rows or protocols are the same."""
         names = [getattr(entry, "name", entry) for entry in entries]
         if len(set(names)) < len(names):
             raise ValueError(f"must not repeat an entry; got {short(names)}")
@@ -227,8 +219,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a benchmark's YAML. Its paths are looked up beside it, then in the working directory.
 
     Args:
-        path: A file, with or without `.yaml`, or the name of one that comes with the package, such
-            as `bench/facts`.
+        path: What `hparams_file` finds, such as `bench/facts`, which comes with the package.
         overrides: Values that replace those of the file. Mappings are merged; in `methods`, the
             name of a row of the file stands for that row. If another model is given, the file's
             presets are dropped.
@@ -261,11 +252,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def make_config(content: Mapping[str, Any]) -> BenchConfig:
-    """Check a benchmark's settings.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value breaks a rule.
-    """
+    """Check a benchmark's settings; raise ValueError for the first that is wrong."""
     known = [name for model in _Strict.__subclasses__() for name in model.model_fields]
     return validated(BenchConfig, content, "bad benchmark setting", known)
 

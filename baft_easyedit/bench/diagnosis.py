@@ -6,9 +6,10 @@ prompts from irrelevant ones, and signs of failure. Shape: r bases of a layer.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import hypot, isnan, sqrt
+from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -108,11 +109,7 @@ class Diagnosis:
 
 
 def diagnose(run_dir: Path) -> Diagnosis:
-    """Check a run that `baft-easyedit bench` has written.
-
-    Raises:
-        ValueError: If it is not one, or one of its files cannot be read.
-    """
+    """Check a run that `baft-easyedit bench` has written; errors are those of `read_run`."""
     run = read_run(run_dir)
     config = read_config(run.directory.config)
     methods = {m.name: m for m in config.methods if m.method in ("BaFT", "ReFT")}
@@ -143,7 +140,6 @@ def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> list[Path]:
 
 
 def _markdown(caption: str, lines: Lines) -> str:
-    """Return the table of some lines."""
     titles = dict.fromkeys(title for line in lines.values() for title in line)
     columns = [Column(title, _DECIMALS.get(title, 2), None) for title in titles]
     rows = {row: [Cell(line.get(title)) for title in titles] for row, line in lines.items()}
@@ -152,12 +148,11 @@ def _markdown(caption: str, lines: Lines) -> str:
 
 def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
     """Summarise how a row uses its bases; warn of layers where a few carry nearly all weight."""
-    usages: dict[int, list[torch.Tensor]] = {}
+    usages: dict[int, list[torch.Tensor]] = defaultdict(list)
     for chunk in result.directory.chunks_of(result.method, result.setting):
         if chunk["error"] is None:
             for layer, weights in (chunk["basis_usage"] or {}).items():
-                usage = torch.tensor(weights, dtype=torch.float64)
-                usages.setdefault(int(layer), []).append(usage)
+                usages[int(layer)].append(torch.tensor(weights, dtype=torch.float64))
     if not usages:
         return {}, ()
     variations = {k: list(map(coefficient_of_variation, used)) for k, used in usages.items()}
@@ -186,25 +181,21 @@ def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
     counts = [len(records[layer]) for layer in layers for records in (edits, others)]
     if min(counts, default=0) < MIN_PROMPTS:
         return {}, ()
-    pairs = [
-        (a, b) for layer in layers for a, b in zip(edits[layer].T, others[layer].T, strict=True)
-    ]
-    tests = [mannwhitneyu(a, b) for a, b in pairs]
-    auc = np.array(
-        [t.statistic / (len(a) * len(b)) for t, (a, b) in zip(tests, pairs, strict=True)]
-    )
+    a, b = (np.concatenate([kind[layer].T for layer in layers]) for kind in (edits, others))
+    tests = [mannwhitneyu(*pair) for pair in zip(a, b, strict=True)]
+    auc = np.array([test.statistic for test in tests]) / (counts[0] * counts[1])
     # If all weights are equal, scipy 1.18 gives nan in place of p = 1.
-    p_values = [1.0 if isnan(test.pvalue) else test.pvalue for test in tests]
+    p_values = np.nan_to_num([test.pvalue for test in tests], nan=1.0)
     is_sure = false_discovery_control(p_values, method="bh") < SIGNIFICANCE
-    gap = np.array([a.mean() - b.mean() for a, b in pairs])
+    gap = a.mean(1) - b.mean(1)
     num_open = int((is_sure & (gap >= LEAST_GAP) & (auc > 0.5)).sum())
     num_reversed = int((is_sure & (gap <= -LEAST_GAP) & (auc < 0.5)).sum())
     by_layer = zip(layers, auc.reshape(len(layers), -1).mean(1).tolist(), strict=True)
     line = {
         "edit prompts": counts[0],
         "irrelevant": counts[1],
-        "edit weight": fmean(a.mean() for a, _ in pairs),
-        "irrelevant weight": fmean(b.mean() for _, b in pairs),
+        "edit weight": a.mean().item(),
+        "irrelevant weight": b.mean().item(),
         **{f"layer {layer}": mean for layer, mean in by_layer},
         "all layers": auc.mean().item(),
         "open": f"{num_open} of {len(auc)}",
@@ -222,7 +213,7 @@ def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
 def _collapses(cases: Sequence[Case]) -> Sequence[str]:
     """Warn of gates whose weights hardly depend on the prompt; each sequence has its own gate."""
     layers = gate_records(cases, "basis", "rewrite")
-    groups: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    groups: dict[int, list[torch.Tensor]] = defaultdict(list)
     for chunk in {case["chunk"] for case in cases}:
         own = [case for case in cases if case["chunk"] == chunk]
         kinds = [gate_records(own, "basis", prompt) for prompt in _PROMPTS]
@@ -237,11 +228,11 @@ def _collapses(cases: Sequence[Case]) -> Sequence[str]:
 
 def _sweeps(methods: Mapping[str, MethodConfig], results: Sequence[Result]) -> dict[str, Lines]:
     """Find the rows of BaFT that differ in the strength of R_loc alone, and their Pareto fronts."""
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if None not in _scores(result):
             title = ", ".join([result.setting.slug, *_other_settings(methods[result.method])])
-            found.setdefault(title, []).append(result)
+            found[title].append(result)
     sweeps = {}
     for title, rows in found.items():
         strengths = {row.method: _strength(methods[row.method]) for row in rows}
@@ -276,7 +267,6 @@ def _strength(method: MethodConfig) -> float:
 
 
 def _scores(result: Result) -> list[Any]:
-    """Return Reliability and Locality."""
     return [result.number("rewrite_acc"), result.number("locality_acc")]
 
 
@@ -288,10 +278,10 @@ def _beats(other: Result, result: Result) -> bool:
 
 def _locality_falls(results: Sequence[Result]) -> list[str]:
     """Warn of rows whose Locality is significantly worse after many edits in a row than few."""
-    scored: dict[str, list[Result]] = {}
+    scored: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if result.setting.batch_size == 1 and result.number("locality_acc_se") is not None:
-            scored.setdefault(result.method, []).append(result)
+            scored[result.method].append(result)
     falls = []
     for method, (few, *_, many) in ((m, r) for m, r in scored.items() if len(r) > 1):
         before, after = (r.values["locality_acc"] for r in (few, many))

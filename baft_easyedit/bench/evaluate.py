@@ -5,7 +5,7 @@ key of everything that they depend on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -19,13 +19,15 @@ from baft_easyedit.bench.free_text import (
 )
 from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.probes import THIRD_TURN, third_turn_ids
-from baft_easyedit.bench.questions import Question, questions_of, section_means, wild_questions
+from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
 from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores, plain
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
+_Asked = list[tuple[tuple[int, ...], int]]
+"""The tokens of a case's questions, and the most tokens of their answers."""
 
 _GENERATED = ("rewrite", "rephrase", "locality", "portability")
 _SLACK = 4
@@ -41,39 +43,38 @@ _SCORED_BY = (
 def answer_questions(session: Session, requests: Sequence[Request]) -> list[list[str]]:
     """Let the model answer the questions of each case by greedy generation."""
     tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
-    prompts: list[tuple[int, ...]] = []
-    limits: list[int] = []
-    counts = []
+    asked: list[_Asked] = []
     for request in requests:
-        asked = questions_of(request)
-        known = [q.answer for q in asked if q.answer is not None]
+        questions = questions_of(request)
+        known = [q.answer for q in questions if q.answer is not None]
         longest = max(len(tok(text, add_special_tokens=False)["input_ids"]) for text in known)
-        prompts += [_prompt_ids(q, form, tok) for q in asked]
-        limits += [max(longest + _SLACK, _SHORTEST_ANSWER)] * len(asked)
-        counts.append(len(asked))
-    return _in_turn(session.answers(prompts, limits), counts)
-
-
-def _prompt_ids(question: Question, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens of a question as it is asked for exact match."""
-    if (question.section, question.key) == ("probes", THIRD_TURN):
-        return third_turn_ids(question.prompt, form, tokenizer)
-    return form.prompt_ids(question.prompt, tokenizer)
-
-
-def _in_turn(answers: Sequence[str], counts: Sequence[int]) -> list[list[str]]:
-    """Cut a list of answers into those of each case."""
-    rest = iter(answers)
-    return [list(islice(rest, count)) for count in counts]
+        limit = max(longest + _SLACK, _SHORTEST_ANSWER)
+        asked.append([])
+        for question in questions:
+            is_third = (question.section, question.key) == ("probes", THIRD_TURN)
+            turn = third_turn_ids(question.prompt, form, tok) if is_third else None
+            asked[-1].append((turn or form.prompt_ids(question.prompt, tok), limit))
+    return _answers(session, asked)
 
 
 def wild_answers(session: Session, requests: Sequence[Request]) -> list[list[str]]:
     """Let the model answer the questions of each case as WILD asks them."""
     tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
-    asked = [wild_questions(request) for request in requests]
-    prompts = [wild_ids(q.prompt, form, tok) for questions in asked for q in questions]
-    answers = session.answers(prompts, [WILD_TOKENS] * len(prompts))
-    return _in_turn([first_sentence(answer) for answer in answers], list(map(len, asked)))
+    asked = [
+        [
+            (wild_ids(question.prompt, form, tok), WILD_TOKENS)
+            for question in wild_questions(request)
+        ]
+        for request in requests
+    ]
+    return [list(map(first_sentence, answers)) for answers in _answers(session, asked)]
+
+
+def _answers(session: Session, asked: Sequence[_Asked]) -> list[list[str]]:
+    """Let the model answer the questions of all cases together."""
+    questions = list(chain.from_iterable(asked))
+    answers = iter(session.answers([ids for ids, _ in questions], [most for _, most in questions]))
+    return [list(islice(answers, len(of_case))) for of_case in asked]
 
 
 def generation_scores(
@@ -161,14 +162,8 @@ def pre_edit_scores(
 
     The run keeps them for all methods, by what they depend on, such as the model's hash. They
     belong to the chunk because its questions are answered together, after the edits too: in half
-    precision what else is in a batch makes a difference, which is no edit's doing.
-
-    Args:
-        directory: The run.
-        depends_on: What all scores of the method depend on.
-        session: The unedited model.
-        requests: The cases of a chunk.
-        exams: Which of `answers` and `wild` the run asks for.
+    precision what else is in a batch makes a difference, which is no edit's doing. The `exams`
+    are those of `answers` and `wild` that the run asks for.
     """
     editor = session.editor
     form = PromptFormat.of(editor.hparams)

@@ -45,11 +45,7 @@ _RETENTION = (
 
 
 def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
-    """Yield name, caption and figure of each figure that results of one model and data set make.
-
-    Raises:
-        ValueError: If a case's file is damaged.
-    """
+    """Yield name, caption and figure of each figure that results of one model and data set make."""
     scored = in_order([result for result in results if result.error is None])
     looks = _looks([result.method for result in scored])
     yield from _bases(scored, "ReFT", "figure1-reft-update", _UPDATES)

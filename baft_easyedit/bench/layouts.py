@@ -85,16 +85,15 @@ _SUMMARY = {
     "trainable_parameters": Column("parameters", 0, None),
 }
 
-Columns = Mapping[str, Column]
-"""By name of a number of a result."""
 Printed = Callable[[Result, str], str]
 """What the paper prints for a number of a result; empty for nothing."""
 
 
 def make_tables(results: Sequence[Result], paper: PaperNumbers) -> list[Table]:
     """Make all tables that results of one model and data set have something for."""
-    variants = [r for r in results if _is_ablation(r)]
-    main = [r for r in results if not _is_ablation(r)]
+    # As the paper's, names of rows of an ablation begin with a plus.
+    variants = [r for r in results if r.method.startswith("+")]
+    main = [r for r in results if not r.method.startswith("+")]
     varied = {result.setting for result in variants}
     reft, baft = (
         [r for r in main if r.method == name and r.setting in varied] for name in ("ReFT", "BaFT")
@@ -157,11 +156,6 @@ def in_order(results: Sequence[Result]) -> list[Result]:
     return sorted(results, key=lambda r: (r.setting.batch_size, r.setting.T))
 
 
-def _is_ablation(result: Result) -> bool:
-    """Tell whether a row is an ablation of BaFT; the paper begins their names with a plus."""
-    return result.method.startswith("+")
-
-
 def _score_tables(
     results: Sequence[Result], printed: Printed, prefix: str, styles: Mapping[str, str]
 ) -> list[Table]:
@@ -211,18 +205,18 @@ def _asked(results: Sequence[Result], names: Iterable[str]) -> list[Result]:
 def _table(
     caption: str,
     results: Sequence[Result],
-    columns: Columns,
+    columns: Mapping[str, Column],
     printed: Printed | None = None,
 ) -> Table:
     """Make a table with a row for each method and the same columns for each protocol.
 
-    A column is left out if no result has its number.
+    A column, by the name of its number, is left out if no result has that.
     """
     columns = {name: c for name, c in columns.items() if _asked(results, [name])} or columns
     protocols = list(dict.fromkeys(result.setting for result in in_order(results)))
     found = {(result.method, result.setting): result for result in results}
     rows = {
-        method: _row([found.get((method, p)) for p in protocols], columns, printed)
+        method: _row([found.get((method, p)) for p in protocols], list(columns), printed)
         for method in dict.fromkeys(result.method for result in results)
     }
     headings = ["" if protocols == [Protocol()] else protocol_title(p) for p in protocols]
@@ -232,7 +226,7 @@ def _table(
 
 
 def _row(
-    blocks: Sequence[Result | None], columns: Columns, printed: Printed | None
+    blocks: Sequence[Result | None], names: Sequence[str], printed: Printed | None
 ) -> Sequence[Cell] | str:
     """Return the cells of a method; None stands for a protocol that was not asked for."""
     reasons = {result.error for result in blocks if result is not None}
@@ -241,10 +235,10 @@ def _row(
     cells: list[Cell] = []
     for result in blocks:
         if result is None or result.error is not None:
-            cells.append(Cell("not run" if result else None))
-            cells += [Cell()] * (len(columns) - 1)
+            told = ["not run" if result else None, *[None] * (len(names) - 1)]
+            cells += map(Cell, told)
             continue
-        for name in columns:
+        for name in names:
             paper = printed(result, name) if printed else ""
             cells.append(Cell(result.number(name), result.number(f"{name}_se"), paper))
     return cells

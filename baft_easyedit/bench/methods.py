@@ -50,14 +50,9 @@ def our_hparams(
     model_path: str | None = None,
     device: int | str | None = None,
 ) -> BaFTHyperParams:
-    """Make the hyper-parameters of BaFT or ReFT for one protocol.
+    """Make the hyper-parameters of a row of BaFT or ReFT for one protocol.
 
-    Args:
-        config: The benchmark.
-        method: A row of it, with method BaFT or ReFT.
-        protocol: The protocol that they are for.
-        model_path: Where EasyEdit finds the model; the configuration's `model` if None.
-        device: EasyEdit's device; the configuration's `device` if None.
+    `model_path` and `device` are EasyEdit's; those of the configuration if None.
     """
     rehearsal: dict[str, Any] = {}
     if method.rehearsal:

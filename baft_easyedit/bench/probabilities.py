@@ -62,15 +62,14 @@ def _parts(request: Request) -> Mapping[str, Sequence[str]]:
 
 def _questions(request: Request) -> Iterator[Asked]:
     """Yield what is asked for a request."""
-    for part, prompts in _parts(request).items():
-        if part in _BY_PROBABILITY:
-            for answer in (request["target_new"], request["ground_truth"]):
-                yield from ((prompt, answer, part == "neighborhood") for prompt in prompts)
+    parts = _parts(request)
+    for part in _BY_PROBABILITY:
+        for answer in (request["target_new"], request["ground_truth"]) if parts else ():
+            yield from ((p, answer, part == "neighborhood") for p in parts.get(part, ()))
     yield from ((q.prompt, str(q.answer), True) for q in _locality(request))
 
 
 def _locality(request: Request) -> list[Question]:
-    """Return the locality probes with their gold answers."""
     return [question for question in questions_of(request) if question.section == "locality"]
 
 

@@ -4,7 +4,6 @@ A run may be continued, also with further rows and protocols. Everything that th
 depend on must then be unchanged: settings, records, model, EasyEdit.
 """
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 import baft_easyedit
 from baft_easyedit.bench.config import BenchConfig, read_config
@@ -60,7 +60,9 @@ def model_fingerprint(model: str) -> dict[str, str]:
     """
     directory = Path(ready_location(model))
     if not directory.is_dir():
-        return dict.fromkeys(("model", "tokenizer", "use"), _cached_commit(model) or model)
+        config = try_to_load_from_cache(model, "config.json")  # in a directory named by the commit
+        known = Path(config).parent.name if isinstance(config, str) else model
+        return dict.fromkeys(("model", "tokenizer", "use"), known)
     files = sorted(file for file in directory.iterdir() if file.is_file())
     weights = [f for f in files if f.suffix in _WEIGHTS or f.name == "config.json"]
     tokenizer = [f for f in files if "token" in f.name or f.suffix == ".model"]
@@ -69,15 +71,7 @@ def model_fingerprint(model: str) -> dict[str, str]:
     return {kind: _hash_files(of_kind) for kind, of_kind in kinds.items()}
 
 
-def _cached_commit(model: str) -> str | None:
-    """Return the commit of a hub model in the cache: the name of its snapshot's directory."""
-    hub: Any = importlib.import_module("huggingface_hub")
-    config = hub.try_to_load_from_cache(model, "config.json")
-    return Path(config).parent.name if isinstance(config, str) else None
-
-
 def _hash_files(files: list[Path]) -> str:
-    """Hash names and contents of files."""
     hashed = sha256()
     for file in files:
         size = file.stat().st_size
@@ -200,9 +194,11 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
         return
     then = _settings(read_yaml(directory.config, "benchmark settings"))
     now = _settings(config.model_dump(mode="json"))
-    for name, value in now.items():
-        if then.get(name, value) != value:
-            _refuse(directory.root, f"{name} {short(then[name])}; got {short(value)}")
+    different = [
+        f"{name} {short(then[name])}; got {short(value)}"
+        for name, value in now.items()
+        if then.get(name, value) != value
+    ]
     run, inputs = read_json(directory.run), _inputs(config)
     was = {
         "records": run["data"]["sha256"] == digest(dataset.requests),
@@ -217,19 +213,16 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
         or run.get("locality_in_template", False),
         **{what: run["inputs"].get(what, value) == value for what, value in inputs.items()},
     }
-    for what, is_same in was.items():
-        if not is_same:
-            _refuse(directory.root, f"other content under the same name: {what}")
+    others = [what for what, is_same in was.items() if not is_same]
+    different += [f"other content under the same name: {what}" for what in others]
+    if different:
+        raise ValueError(
+            f"{directory.root} holds a run with {different[0]}: give another directory, or delete "
+            "that one"
+        )
 
 
 def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a run's scores depend on, among them each row by its name."""
     settings = {k: v for k, v in content.items() if k not in _MAY_DIFFER}
     return {**settings, **{f"the row {row['name']}": row for row in content["methods"]}}
-
-
-def _refuse(root: Path, difference: str) -> None:
-    """Raise a ValueError that says in what a directory's run differs."""
-    raise ValueError(
-        f"{root} holds a run with {difference}: give another directory, or delete that one"
-    )

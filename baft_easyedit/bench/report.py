@@ -45,14 +45,9 @@ _LEGEND = (
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
-    """Write `report.md`, `tables.tex` and the figures of runs.
+    """Write `report.md`, `tables.tex` and the figures of runs; return the files.
 
-    Returns:
-        The files that were written.
-
-    Raises:
-        ValueError: If one is not the directory of a run, a file of it is damaged, or two runs
-            contradict each other.
+    Errors are those of `read_run` and `merge_results`.
     """
     paper, runs = PaperNumbers(), [read_run(Path(directory)) for directory in run_dirs]
     legend = [line.format(citation=paper.citation) for line in _LEGEND]
@@ -87,19 +82,17 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     return files
 
 
-def _typed(command: Sequence[str]) -> str:
-    """Return a command as text, without the directories of the machine that ran it."""
-    names = [Path(word).name if Path(word).is_absolute() else word for word in command]
-    return shlex.join("baft-easyedit" if name == "__main__.py" else name for name in names)
-
-
 def _source(run: Run) -> list[str]:
     """Return how a run was made, as lines of text."""
     info = run.info
     data, git = info.get("data") or {}, info.get("git") or {}
     state = " with uncommitted changes" if git.get("dirty") else ""
+    words = info.get("command") or ["command not recorded"]
+    # Without the directories of the machine that ran it.
+    names = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    typed = shlex.join("baft-easyedit" if name == "__main__.py" else name for name in names)
     lines = [
-        f"{run.directory.root.name}: {_typed(info.get('command') or ['command not recorded'])}",
+        f"{run.directory.root.name}: {typed}",
         f"{info.get('date')}, status {info.get('status')}, seed {info.get('seed')}, code "
         f"{git.get('commit', 'installed')}{state}",
         f"EasyEdit {_listed(info.get('easyedit'))}; {_listed(info.get('versions'))}",
@@ -115,10 +108,8 @@ def _source(run: Run) -> list[str]:
 
 
 def _listed(values: Mapping[str, Any] | None) -> str:
-    """Return names and values as text."""
     return ", ".join(f"{name} {value}" for name, value in (values or {}).items()) or "not recorded"
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    """Return lines as a Markdown list."""
     return "\n".join(f"- {line}" for line in lines)

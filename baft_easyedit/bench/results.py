@@ -21,11 +21,7 @@ TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_ac
 
 
 def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
-    """Average a run's cases into one row for each method and protocol that was run.
-
-    Raises:
-        ValueError: If a file cannot be read.
-    """
+    """Average a run's cases into one row for each method and protocol that was run."""
     config = read_config(directory.config)
     rows = []
     for method in config.methods:
@@ -91,11 +87,7 @@ class Result:
         return self.values.get(name, self.values.get("more", {}).get(name))
 
     def cases(self) -> list[Case]:
-        """Read the cases behind the result, in order; empty if there are none.
-
-        Raises:
-            ValueError: If a file is damaged or of another schema.
-        """
+        """Read the cases behind the result, in order; empty if there are none."""
         return list(self.directory.cases_of(self.method, self.setting))
 
 

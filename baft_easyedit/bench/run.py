@@ -172,11 +172,15 @@ def _tried(
     share: "_Share", todo: Mapping[str, Sequence[Chunk]], tell: Callable[[str], None]
 ) -> dict[str, list[Chunk]]:
     """Run one chunk of each long row, tell how long the others will take, and return these."""
-    first = {name: min(row, key=_length) for name, row in todo.items() if len(row) >= _LONG}
+    first = {
+        name: min(row, key=lambda chunk: len(chunk.indices))
+        for name, row in todo.items()
+        if len(row) >= _LONG
+    }
     seconds = share.run_all([[chunk] for chunk in first.values()])
     rest = {name: [c for c in row if c != first.get(name)] for name, row in todo.items()}
     times = {
-        name: taken / _length(chunk) * sum(map(_length, rest[name]))
+        name: taken / len(chunk.indices) * sum(len(other.indices) for other in rest[name])
         for (name, chunk), taken in zip(first.items(), seconds, strict=True)
         if share.directory.is_complete(chunk)
     }
@@ -185,11 +189,6 @@ def _tried(
         each = ", ".join(f"{name} {_spoken(time)}" for name, time in times.items())
         tell(f"about {_spoken(whole)} to go, by the first edit of each method: {each}")
     return rest
-
-
-def _length(chunk: Chunk) -> int:
-    """Return the number of a chunk's records."""
-    return len(chunk.indices)
 
 
 def _spoken(seconds: float) -> str:

@@ -1,6 +1,9 @@
 """The files of a run's directory; each is there as a whole or not at all.
 
-config.yaml  run.json  requests.json  summary.json
+config.yaml                             the resolved configuration
+run.json                                how the run was made
+requests.json                           the records that are edited
+summary.json                            one row for each method and protocol
 cases/<row>/<protocol>/<index>.json     one case: EasyEdit's metrics and the scores from them
 chunks/<row>/<protocol>/<chunk>.json    what concerns all cases between two restores; written
                                         last: a chunk with it, and no error in it, is complete
@@ -30,15 +33,7 @@ _OF_A_CHUNK = (
 
 
 class RunDirectory:
-    """Paths inside a run's directory.
-
-    Attributes:
-        root: The directory itself.
-        config: The resolved configuration.
-        run: How the run was made.
-        requests: The records that are edited.
-        summary: One row for each method and protocol.
-    """
+    """Paths inside a run's directory, and what is in the files of its chunks and cases."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -96,7 +91,6 @@ class RunDirectory:
         return (case for case in cases if case["chunk"] in done)
 
     def _of(self, kind: str, method: str, protocol: Protocol) -> Path:
-        """The directory of one row's files."""
         return self.root / kind / file_name(method) / protocol.slug
 
 
@@ -106,11 +100,7 @@ def file_name(text: str) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file of a run.
-
-    Raises:
-        ValueError: If the file is not JSON, or of another schema.
-    """
+    """Read a JSON file of a run; raise ValueError if it is none, or of another schema."""
     try:
         content = parse_json(read_regular(file), str(file))
     except ValueError as error:

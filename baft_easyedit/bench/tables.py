@@ -83,7 +83,6 @@ class _Markup:
                 yield self.text(label), [self._cell(*column) for column in columns]
 
     def _cell(self, column: Column, best: str | None, cell: Cell) -> str:
-        """Return a cell's text."""
         value = _number(column, cell.value)
         form = self.best if value == best else "{}"
         extras = [f"± {cell.se:.{column.decimals}f}"] if cell.se is not None else []
@@ -102,7 +101,6 @@ def _best(column: Column, cells: Sequence[Cell]) -> str | None:
 
 
 def _number(column: Column, value: float | str | None) -> str:
-    """Return a value as text."""
     if value is None:
         return _MISSING
     return value if isinstance(value, str) else f"{value / column.unit:,.{column.decimals}f}"
@@ -147,8 +145,8 @@ def to_markdown(table: Table) -> str:
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [["method", *titles], rule]
     for label, cells in rows:
-        reason = [cells, *[""] * (len(titles) - 1)] if isinstance(cells, str) else cells
-        lines.append([label, *reason])
+        lines.append([label, *([cells] if isinstance(cells, str) else cells)])
+        lines[-1] += [""] * (len(widths) - len(lines[-1]))  # behind a reason
     padded = [
         f"| {' | '.join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])} |"
         for label, *cells in lines

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from transformers import set_seed
 
 from baft_easyedit.bench.basis import NO_RECORD, basis_record, basis_usage
 from baft_easyedit.bench.config import BenchConfig, read_config
@@ -89,7 +89,7 @@ class _MethodRun:
                 "use_chat_template must be false under the release of EasyEdit, which scores plain "
                 "texts: set EASYEDIT_HOME to a current clone"
             )
-        seed_everything(config.seed)
+        set_seed(config.seed)
         if self.is_ours:
             return make_editor(hparams)
         editor, self.notes = make_peer(
@@ -134,13 +134,12 @@ class _MethodRun:
     def _run(self, chunk: Chunk) -> Iterator[int]:
         """Edit a chunk's records in order, score them all, restore the model.
 
-        Yields:
-            The number of records edited, after each edit call.
+        It yields the number of records edited, after each edit call.
         """
         session, config, size = self.session, self.config, chunk.protocol.batch_size
         requests = [self.requests[i] for i in chunk.indices]
         before = self._downstream_before if config.downstream else None
-        seed_everything(config.seed)
+        set_seed(config.seed)
         if config.probes:
             requests = with_probes(
                 self.directory, self.depends_on, session, requests, self.requests
@@ -165,6 +164,8 @@ class _MethodRun:
             "notes": self.notes,
         }
         cases = score_cases(session, requests, pre, exams)
+        editor = session.editor
+        form = PromptFormat.of(editor.hparams)
         for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
             request = requests[position]
             content = {
@@ -180,7 +181,11 @@ class _MethodRun:
                 **case,
                 "scores": plain(case["scores"] | immediate.get(i, {})),
                 **({"probes": request["probes"]} if config.probes else {}),
-                **(self._basis(self.requests[i]) if config.basis else NO_RECORD),
+                **(
+                    basis_record(session.model, editor.tok, self.requests[i], form)
+                    if config.basis
+                    else NO_RECORD
+                ),
                 "edit_time_s": times[position // size],
             }
             write_json(self.directory.case(chunk, i), content)
@@ -195,12 +200,6 @@ class _MethodRun:
         rehearsed = 0 if self.is_ours else min(self.method.rehearsal, len(earlier))
         again = random.Random(f"{self.config.seed} {len(earlier)}").sample(earlier, rehearsed)
         return self.session.edit([self.requests[i] for i in (*indices, *again)]) / len(indices)
-
-    def _basis(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the basis weights of a record's prompts, and the sizes of their updates."""
-        editor = self.session.editor
-        form = PromptFormat.of(editor.hparams)
-        return basis_record(self.session.model, editor.tok, request, form)
 
     @cached_property
     def _downstream_before(self) -> float:
@@ -220,25 +219,13 @@ class _MethodRun:
 
 
 def downstream_tasks(config: BenchConfig) -> Any:
-    """Find the downstream task of a configuration that has one.
-
-    Raises:
-        ImportError: If the extra `eval` is not installed.
-        ValueError: If there is no such task.
-    """
+    """Find the downstream task of a configuration that has one; errors are those of `Tasks`."""
     from baft_easyedit.harness import Tasks
 
     task = config.downstream
     assert task is not None
     where = None if task.include_path is None else Path(task.include_path)
     return Tasks([task.task], where, task.limit)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the random generators that EasyEdit's methods draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 def _peak_memory() -> int:

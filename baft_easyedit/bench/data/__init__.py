@@ -88,7 +88,7 @@ def load_dataset(
         kind: A name in `DATASETS`.
         path: File or directory; the reader says which. None for `facts`.
         start: First record.
-        limit: Number of records; all if None. Fewer would not be the benchmark that was asked for.
+        limit: Number of records; all if None.
         **options: The reader's own: such as `split` of facts.
 
     Raises:

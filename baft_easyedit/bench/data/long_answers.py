@@ -170,10 +170,8 @@ class _Akew(Layout):
 def read_akew(path: Path | None, *, texts: bool = True) -> Source:
     """Read AKEW's WikiUpdate.json, CounterFact.json or MQuAKE-CF.json as EasyEdit does.
 
-    Args:
-        path: The file.
-        texts: Whether the target is the text that tells the fact, with questions on up to five of
-            its parts as `probes.sub`; if not, the fact alone, with its locality and portability.
+    With `texts`, the target is the text that tells the fact, with questions on up to five of its
+    parts as `probes.sub`; if not, the fact alone, with its locality and portability.
     """
     records, file = read_records(find_file(path), lambda _: _Akew)
     whole = [r for r in records if not texts or r.requested_rewrite.fact_new_uns]

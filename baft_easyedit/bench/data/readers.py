@@ -258,15 +258,7 @@ class Request(Case):
 
 
 def read_facts(path: Path | None, *, split: Split = "eval") -> Source:
-    """Return the package's own facts as edits, see `baft_easyedit.facts.edit_requests`.
-
-    Args:
-        path: None: the tables are a part of the package.
-        split: `train` or `eval`, or `known` or `known_train`, the parts that SmolLM2 knows.
-
-    Raises:
-        ValueError: If `path` is given, or there is no such split.
-    """
+    """Return one split of the package's own facts, see `baft_easyedit.facts.edit_requests`."""
     if path is not None:
         raise ValueError(f"path must be None for facts, which the package brings; got {path}")
     folder = Path(facts.__file__).parent / "data"
