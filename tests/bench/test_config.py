@@ -42,7 +42,7 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"judge": {**JUDGE, "key": "sk-1"}}, "judge.key is unknown"),
         ({"judge": {**JUDGE, "address": "here"}}, "judge.address: String should match pattern"),
         ({"fp16": True, "bf16": True}, "bf16 must be false with fp16, such as by --no-fp16; got"),
-        ({"model": ""}, "model: must be given, in the file or as --model; got ''"),
+        ({"model": ""}, "model must be given, in the file or as --model; got ''"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
