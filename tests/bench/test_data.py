@@ -206,19 +206,6 @@ def test_zsre_skips_empty_targets_and_pairs_loc_prompts_by_record(load, tmp_path
         load_dataset("zsre", path)
 
 
-def test_mquake_can_be_joined_into_one_edit_per_case(load):
-    (request_,) = load("mquake", [mquake("Ann", "Norway", 11)], joined=True).requests
-    asked = {"multi_hop": probe([*"QR"], MARS, MARS)}
-    asked["multi_hop"]["prompt"] = mquake("Ann", "Norway", 11)["questions"]
-    assert request_ == made(
-        "Ann is a citizen of?Norway is a citizen of?",
-        "Norway,Mars",
-        case_id=11,
-        rephrase_prompt="Whose citizen is Ann?Where is Norway?",
-        portability=asked,
-    )
-
-
 def test_a_directory_of_wikibigedit_is_read_by_date(tmp_path):
     for period, subject in (("20240301_20240320", "Late"), ("20240201_20240220", "Early")):
         write_records(tmp_path, [wikibigedit(subject)], f"wiki_big_edit_{period}.json")
@@ -232,21 +219,7 @@ def test_halluedit_is_read_from_csv(tmp_path):
     file = tmp_path / "places.csv"
     file.write_text("\n".join([HALLUEDIT, halluedit("Acme", "headquarters location")]))
     (request_,) = load_dataset("halluedit", file).requests
-    assert request_ == made(
-        "Where is the headquarters of Acme?",
-        "Rome, Italy",
-        "Rome, Italy",
-        subject="Acme",
-        rephrase_prompt="Say it again?",
-        portability={"2hop": probe(["Two hops?"], ["Two"])},
-        probes={
-            "yes": probe(["Is it Rome?"], ["Yes"]),
-            "no": probe(["Is it Oslo?"], ["No"]),
-            "mcq": probe(["What is it? A. Rome, B. Oslo"], ["A"]),
-            "reversed": probe(["What has its headquarters location in Rome?"], ["Acme"]),
-            "locality": probe(["Who sang?"], [None]),
-        },
-    )
+    assert request_["probes"]["locality"] == probe(["Who sang?"], [None])
     again = write_records(tmp_path, [request_])
     assert load_dataset("requests", again).requests == [request_]
     file.write_text(HALLUEDIT + "\n,industry,Rome")
@@ -265,15 +238,7 @@ def test_halluedit_is_read_from_csv(tmp_path):
 
 def test_long_answers_have_short_questions_on_them(load):
     (request_,) = load("unke", [unke("Ann", para_question=" ")]).requests
-    assert request_ == made(
-        "Who is Ann?",
-        "Ann is a painter. The works hang in Oslo.",
-        rephrase_prompt="Who is Ann?",
-        probes={
-            "sub": probe(["What is Ann?", "Where do the works hang?"], ["A painter"], ["Oslo"])
-        },
-        long_answer=True,
-    )
+    assert (request_["rephrase_prompt"], request_["long_answer"]) == ("Who is Ann?", True)
     untold, bare = akew("Eve", "mquake"), akew("Tom", "wikiupdate")
     untold["requested_rewrite"][0]["fact_new_uns"] = ""
     dataset = load("akew", [akew("Bob", "counterfact"), untold])

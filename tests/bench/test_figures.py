@@ -20,16 +20,6 @@ def drawn(tmp_path_factory):
     return figures
 
 
-def test_all_figures_are_drawn_that_there_are_numbers_for(drawn):
-    assert list(drawn) == [
-        "figure1-reft-update",
-        "figure2-baft-weights",
-        "figure3-batch-size-T1",
-        "figure3-batch-size-T20",
-        "retention-T20",
-    ]
-
-
 def test_legend_stands_beside_the_panels_and_in_the_picture(drawn):
     for figure in drawn.values():
         box = figure.legends[0].get_window_extent()

@@ -38,32 +38,11 @@ def test_summary_of_before_lacks_the_fields_scores_and_is_read(run_dir):
     assert read_run(run_dir).results[0].number("specificity_acc") is None
 
 
-def test_result_with_an_error_has_no_numbers(tmp_path):
-    run_dir = write_run(tmp_path / "run", rows={"BaFT": {"error": "out of memory"}}, **FEW)
-    failed, *_ = read_run(run_dir).results
-    assert failed.error == "out of memory"
-    assert failed.number("rewrite_acc") is None
-
-
-def test_cases_are_those_of_the_result_in_order(run_dir):
-    cases = read_run(run_dir).results[3].cases()
-    assert [case["index"] for case in cases] == [0, 1, 2, 3]
-    assert {(case["method"], case["T"], case["batch_size"]) for case in cases} == {
-        ("+ss-w&lr", 2, 2)
-    }
-
-
 @pytest.mark.parametrize("name", ["run.json", "summary.json", "config.yaml"])
 def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
     (run_dir / name).unlink()
     with pytest.raises(ValueError, match=rf"is not the directory of a finished run: .* {name}"):
         read_run(run_dir)
-
-
-def test_truncated_case_is_refused(run_dir):
-    (run_dir / "cases" / "BaFT" / "single" / "00002.json").write_text("{")
-    with pytest.raises(ValueError, match=r"00002\.json must be JSON, and is not"):
-        read_run(run_dir).results[0].cases()
 
 
 def test_same_results_count_once_and_contradictions_are_refused(tmp_path, run_dir):
