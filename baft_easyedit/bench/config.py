@@ -155,7 +155,7 @@ class BenchConfig(_Strict):
     immediate: bool = True
     """Score each continual edit right after it too."""
     probes: bool = False
-    """Ask probes of our own too, by generation; see `bench.probes`."""
+    """Ask probes of our own too, by generation; see `bench.questions`."""
     wild: bool = False
     """Ask and score as WILD does too; see `bench.free_text`."""
     judge: JudgeConfig | None = None

@@ -14,12 +14,10 @@ from baft_easyedit.bench.free_text import (
     contains,
     first_sentence,
     long_scores,
-    wild_ids,
     wild_scores,
 )
 from baft_easyedit.bench.probabilities import field_scores
-from baft_easyedit.bench.probes import THIRD_TURN, third_turn_ids
-from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
+from baft_easyedit.bench.questions import questions_of, section_means, wild_ids, wild_questions
 from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores, plain
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.session import Session
@@ -49,11 +47,7 @@ def answer_questions(session: Session, requests: Sequence[Request]) -> list[list
         known = [q.answer for q in questions if q.answer is not None]
         longest = max(len(tok(text, add_special_tokens=False)["input_ids"]) for text in known)
         limit = max(longest + _SLACK, _SHORTEST_ANSWER)
-        asked.append([])
-        for question in questions:
-            is_third = (question.section, question.key) == ("probes", THIRD_TURN)
-            turn = third_turn_ids(question.prompt, form, tok) if is_third else None
-            asked[-1].append((turn or form.prompt_ids(question.prompt, tok), limit))
+        asked.append([(question.ids(form, tok), limit) for question in questions])
     return _answers(session, asked)
 
 

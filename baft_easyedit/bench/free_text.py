@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from baft_easyedit.bench.questions import Question, section_means, wild_questions
-from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_SYSTEM = "You are a helpful assistant."
-_CONTEXT = "Please answer the question:\n\nQ: {}\nA:"
 WILD_TOKENS = 50
 """Most tokens of an answer."""
 SHORT = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}
@@ -30,27 +27,6 @@ def normalised(text: str) -> str:
 def contains(answer: str, target: str) -> bool:
     """Tell whether an answer has the target in it, whatever case, punctuation and articles."""
     return f" {normalised(target)} " in f" {normalised(answer)} "
-
-
-def wild_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens of a question as WILD asks it.
-
-    In a chat template as EasyEdit asks, with a system message; else in WILD's own words.
-    """
-    if not form.use_chat_template:
-        return token_ids(_CONTEXT.format(prompt), tokenizer)
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
-    return chat_ids(messages, form, tokenizer)
-
-
-def chat_ids(
-    messages: Sequence[Mapping[str, str]], form: PromptFormat, tokenizer: Any
-) -> tuple[int, ...]:
-    """Return the tokens of a chat up to where the model answers."""
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **(form.chat_template_kwargs or {})
-    )
-    return token_ids(text, tokenizer, is_templated=True)
 
 
 def first_sentence(text: str) -> str:

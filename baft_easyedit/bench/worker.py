@@ -22,8 +22,8 @@ from baft_easyedit.bench.basis import NO_RECORD, basis_record, basis_usage
 from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, score_cases
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
-from baft_easyedit.bench.probes import with_probes
 from baft_easyedit.bench.protocol import Chunk, Protocol
+from baft_easyedit.bench.questions import with_probes
 from baft_easyedit.bench.scores import plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS

@@ -14,10 +14,9 @@ from baft_easyedit.bench.free_text import (
     first_sentence,
     long_scores,
     normalised,
-    wild_ids,
     wild_scores,
 )
-from baft_easyedit.bench.questions import Question
+from baft_easyedit.bench.questions import Question, wild_ids
 from baft_easyedit.model.prompt_format import PromptFormat
 
 REQUEST = {

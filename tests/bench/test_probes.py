@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from baft_easyedit.bench.probes import third_turn_ids, with_probes
+from baft_easyedit.bench.questions import third_turn_ids, with_probes
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.model.prompt_format import PromptFormat
 
