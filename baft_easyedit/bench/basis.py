@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from baft_easyedit.bench.questions import questions_of
+from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.prefix_cache import FullForward
@@ -20,9 +21,7 @@ LayerValues = dict[str, list[float]]
 NO_RECORD = {"basis": None, "update": None}
 
 
-def basis_record(
-    model: Any, tok: Any, request: Mapping[str, Any], prompt_format: PromptFormat | None = None
-) -> Mapping[str, Any]:
+def basis_record(session: Session, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
 
     Returns:
@@ -30,29 +29,29 @@ def basis_record(
         |w_k (v_k - (R h)_k)|, averaged over intervened positions and probes; None for a kind of
         prompt that the case lacks. None for both if the model carries no edit.
     """
-    edit = attached_edit(model)
+    edit = attached_edit(session.model)
     if edit is None:
         return NO_RECORD
-    form, asked = prompt_format or PromptFormat(), questions_of(request)
-    kinds = ("rewrite", "rephrase", "locality")
-    texts = {k: [(q.prompt, q.answer) for q in asked if q.section == k and q.answer] for k in kinds}
-    seen = {k: _observe(model, tok, edit, pairs, form) for k, pairs in texts.items() if pairs}
-    return {
-        name: {kind: seen[kind][i] if kind in seen else None for kind in kinds}
-        for i, name in enumerate(NO_RECORD)
-    }
+    record: dict[str, dict[str, LayerValues | None]] = {"basis": {}, "update": {}}
+    for kind in ("rewrite", "rephrase", "locality"):
+        asked = [q for q in questions_of(request) if q.section == kind]
+        pairs = [(q.prompt, q.answer) for q in asked if q.answer]
+        seen = _observe(session, edit, pairs) if pairs else (None, None)
+        record["basis"][kind], record["update"][kind] = seen
+    return record
 
 
 @torch.no_grad()
 def _observe(
-    model: Any, tok: Any, edit: ModelEdit, pairs: list[tuple[str, str]], form: PromptFormat
+    session: Session, edit: ModelEdit, pairs: list[tuple[str, str]]
 ) -> tuple[LayerValues, LayerValues]:
     """Run texts of one kind; return mean weight and mean size of the update of each basis."""
+    tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
     rows = [
         TextRow(form.whole_ids(*pair, tok), len(form.prompt_ids(pair[0], tok)), is_edit=True)
         for pair in pairs
     ]
-    forward = FullForward(model, edit).prepare([rows])
+    forward = FullForward(session.model, edit).prepare([rows])
     with edit.recording() as record:
         forward()
     assert record.positions is not None  # a forward of tokens has set them

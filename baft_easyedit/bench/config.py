@@ -21,12 +21,7 @@ from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.validation import validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import (
-    BUNDLED_MODEL,
-    hparams_file,
-    hparams_root,
-    merged_settings,
-)
+from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, hparams_root, merged_settings
 
 
 class _Strict(BaseModel):

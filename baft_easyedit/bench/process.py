@@ -38,10 +38,7 @@ class Worker(Iterator[Any]):
     """
 
     def __init__(
-        self,
-        function: Callable[..., Iterator[Any]],
-        *arguments: Any,
-        **environment: str,
+        self, function: Callable[..., Iterator[Any]], *arguments: Any, **environment: str
     ) -> None:
         self._directory = TemporaryDirectory(prefix="easyedit-")
         self._log = Path(self._directory.name, "log.txt")

@@ -92,8 +92,9 @@ def run_bench(
     device = config.device
     if state.num_processes > 1 and state.device.type == "cuda" and not config.model_parallel:
         device = int(state.local_process_index)
-    told = tell if state.is_main_process else None
-    _run_share(directory, config, mine, device, start_progress, told)
+    _run_share(
+        directory, config, mine, device, start_progress, tell if state.is_main_process else None
+    )
     state.wait_for_everyone()
     if not state.is_main_process:
         return []

@@ -107,9 +107,7 @@ def _number(column: Column, value: float | str | None) -> str:
 
 
 _MARKDOWN = _Markup(
-    str.maketrans({character: "\\" + character for character in "\\|*<>`"}),
-    "**{}**",
-    " {}",
+    str.maketrans({character: "\\" + character for character in "\\|*<>`"}), "**{}**", " {}"
 )
 _LATEX = _Markup(
     str.maketrans(

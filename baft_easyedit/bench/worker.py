@@ -32,7 +32,6 @@ from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, make_peer, prepare_requests
 from baft_easyedit.files.messages import short
-from baft_easyedit.model.prompt_format import PromptFormat
 
 
 def run_chunks(
@@ -92,14 +91,9 @@ class _MethodRun:
         set_seed(config.seed)
         if self.is_ours:
             return make_editor(hparams)
+        texts, preset = statistics_texts(config), config.peer_preset
         editor, self.notes = make_peer(
-            method.method,
-            self.path,
-            self.device,
-            statistics_texts(config),
-            asked,
-            config.peer_preset,
-            config.seed,
+            method.method, self.path, self.device, texts, asked, preset, config.seed
         )
         return editor
 
@@ -164,10 +158,9 @@ class _MethodRun:
             "notes": self.notes,
         }
         cases = score_cases(session, requests, pre, exams)
-        editor = session.editor
-        form = PromptFormat.of(editor.hparams)
         for position, (i, case) in enumerate(zip(chunk.indices, cases, strict=True)):
             request = requests[position]
+            gates = basis_record(session, self.requests[i]) if config.basis else NO_RECORD
             content = {
                 "schema": SCHEMA,
                 "index": i,
@@ -181,11 +174,7 @@ class _MethodRun:
                 **case,
                 "scores": plain(case["scores"] | immediate.get(i, {})),
                 **({"probes": request["probes"]} if config.probes else {}),
-                **(
-                    basis_record(session.model, editor.tok, self.requests[i], form)
-                    if config.basis
-                    else NO_RECORD
-                ),
+                **gates,
                 "edit_time_s": times[position // size],
             }
             write_json(self.directory.case(chunk, i), content)

@@ -1,8 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from baft_easyedit.bench.basis import basis_record, basis_usage
-from baft_easyedit.model.prompt_format import PromptFormat
 from tests.conftest import make_tokenizer, random_edit
 
 CASE = {
@@ -13,15 +14,20 @@ CASE = {
 }
 
 
+def recorded(model, tokenizer, case, **hparams):
+    editor = SimpleNamespace(tok=tokenizer, hparams=SimpleNamespace(**hparams))
+    return basis_record(SimpleNamespace(model=model, editor=editor), case)
+
+
 def test_nothing_is_recorded_without_an_edit(model, tokenizer):
-    assert basis_record(model, tokenizer, CASE) == {"basis": None, "update": None}
+    assert recorded(model, tokenizer, CASE) == {"basis": None, "update": None}
     assert basis_usage(model) is None
 
 
 def test_weights_are_means_over_the_intervened_positions(model, tokenizer):
     edit = random_edit(layers=(1,))
     edit.attach(model)
-    record = basis_record(model, tokenizer, CASE)
+    record = recorded(model, tokenizer, CASE)
     ids = tokenizer("The capital of France is Rome", return_tensors="pt")["input_ids"]
     n = len(tokenizer("The capital of France is")["input_ids"])
     with torch.no_grad(), edit.disabled():
@@ -34,7 +40,7 @@ def test_weights_are_means_over_the_intervened_positions(model, tokenizer):
 
 def test_a_kind_of_prompt_that_a_case_lacks_is_none(model, tokenizer):
     random_edit().attach(model)
-    record = basis_record(model, tokenizer, {"prompt": "a b", "target_new": "c"})
+    record = recorded(model, tokenizer, {"prompt": "a b", "target_new": "c"})
     assert record["basis"]["rephrase"] is None
     assert record["update"]["locality"] is None
     assert set(record["basis"]["rewrite"]) == {"1", "2"}
@@ -54,6 +60,6 @@ def test_locality_is_looked_at_in_the_form_of_the_edit(model):
     edit.attach(model)
     own = {**CASE, "rephrase_prompt": "The sky is", "locality": {}}
     probe = {"x": {"prompt": ["The sky is"], "ground_truth": ["Rome"]}}
-    form = PromptFormat(use_chat_template=True)
-    in_template = basis_record(model, tokenizer, {**own, "locality": probe}, form)["basis"]
+    asked = {**own, "locality": probe}
+    in_template = recorded(model, tokenizer, asked, use_chat_template=True)["basis"]
     assert in_template["locality"] == in_template["rephrase"]

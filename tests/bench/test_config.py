@@ -101,10 +101,7 @@ def test_settings_of_rehearsal_are_those_of_the_row():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            {"name": "BaFT", "hparams": "mine"},
-            "rehearsal must be 0 in .*, as in the row 'BaFT'",
-        ),
+        ({"name": "BaFT", "hparams": "mine"}, "rehearsal must be 0 in .*, as in the row 'BaFT'"),
         ("ROME+rehearsal", "rehearsal must be 0 for ROME, which edits one request"),
     ],
 )

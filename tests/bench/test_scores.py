@@ -31,12 +31,7 @@ def test_kinds_of_probes_are_told_apart():
     }
     cases = [{"scores": {"forced.x": 1.0}}, {"scores": {"forced.x": 0.5, "wild.y": None}}]
     row = row_scores(cases)
-    assert row["more"] == {
-        "forced.x": 0.75,
-        "forced.x_se": 0.25,
-        "wild.y": None,
-        "wild.y_se": None,
-    }
+    assert row["more"] == {"forced.x": 0.75, "forced.x_se": 0.25, "wild.y": None, "wild.y_se": None}
 
 
 def test_a_row_is_the_mean_over_the_cases_that_have_the_score():
