@@ -69,8 +69,6 @@ CAPITAL = made(
         ),
     },
 )
-KNOWEDIT_ZSRE = {**knowedit("France"), "ground_truth": ["Paris"], "rephrase_prompt": "Capital:"}
-KNOWEDIT_ZSRE.pop("rephrase")
 MARS = ["Mars", "the red planet"]
 
 
@@ -92,11 +90,6 @@ MARS = ["Mars", "the red planet"]
             ),
         ),
         ("wikidata-recent", knowedit("France"), CAPITAL),
-        (
-            "knowedit-zsre",
-            KNOWEDIT_ZSRE,
-            {**CAPITAL, "ground_truth": "Paris", "rephrase_prompt": "Capital:"},
-        ),
         (
             "wikibio",
             wikibio("jo smith"),

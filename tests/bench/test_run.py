@@ -21,7 +21,7 @@ from baft_easyedit.bench.config import make_config
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.report import write_report
 from baft_easyedit.bench.results import read_run
-from baft_easyedit.bench.run import check, run_bench
+from baft_easyedit.bench.run import run_bench
 from baft_easyedit.bench.scores import FIELD_SCORES
 from baft_easyedit.bench.store import RunDirectory, read_json
 from baft_easyedit.bench.worker import _MethodRun
@@ -345,18 +345,6 @@ def unrun(monkeypatch):
 
 
 @pytest.mark.usefixtures("unrun")
-def test_other_hyper_parameters_of_a_method_under_the_same_name_are_refused(
-    settings, tmp_path, monkeypatch
-):
-    config = make_config({**settings, "methods": ["FT-M"], "T": [1], "peer_preset": "smollm2"})
-    run_bench(config, tmp_path / "run")
-    run_bench(config, tmp_path / "run")
-    monkeypatch.setattr(provenance, "own_preset_config", lambda name, preset: {"lr": 1.0})
-    with pytest.raises(ValueError, match="same name: the hyper-parameters of FT-M"):
-        run_bench(config, tmp_path / "run")
-
-
-@pytest.mark.usefixtures("unrun")
 @pytest.mark.parametrize("in_template", [False, True])
 def test_runs_that_asked_for_locality_outside_of_the_template_do_not_go_on(
     settings, tmp_path, in_template
@@ -373,16 +361,21 @@ def test_runs_that_asked_for_locality_outside_of_the_template_do_not_go_on(
 
 
 @pytest.mark.parametrize(
-    "what", ["records", "model", "tokenizer", "use", "EasyEdit", "texts", "hyper-parameters"]
+    "what",
+    [
+        *("records", "model", "tokenizer", "use", "EasyEdit", "texts"),
+        *("hyper-parameters of BaFT, single", "hyper-parameters of FT-M"),
+    ],
 )
+@pytest.mark.usefixtures("unrun")
 def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkeypatch, what):
     (tmp_path / "texts").write_text("a b")
     (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [1]\n")
     changed = changed_records(settings, tmp_path, lambda records: None)
     ours = {"name": "BaFT", "hparams": str(tmp_path / "mine.yaml")}
-    content = {**changed, "methods": [ours], "T": [1], "texts": str(tmp_path / "texts")}
+    content = {**changed, "methods": [ours, "FT-M"], "T": [1], "texts": str(tmp_path / "texts")}
+    content["peer_preset"] = "smollm2"
     fingerprint = provenance.model_fingerprint(content["model"])
-    monkeypatch.setattr(run._Share, "run", lambda *a: None)
     run_bench(make_config(content), tmp_path / "run")
     if what == "records":
         changed_records(settings, tmp_path, lambda records: records[0].pop("subject"))
@@ -393,14 +386,16 @@ def test_other_content_under_the_same_name_is_refused(settings, tmp_path, monkey
         monkeypatch.setattr(provenance, "easyedit_version", lambda: {"version": "new"})
     elif what == "texts":
         (tmp_path / "texts").write_text("c d")
+    elif what == "hyper-parameters of FT-M":
+        monkeypatch.setattr(provenance, "own_preset_config", lambda name, preset: {"lr": 1.0})
     else:
         (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [2]\n")
     with pytest.raises(ValueError, match=f"other content under the same name: .*{what}"):
         run_bench(make_config(content), tmp_path / "run")
 
 
+@pytest.mark.usefixtures("unrun")
 def test_a_run_of_the_packages_own_files_goes_on_in_another_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(run._Share, "run", lambda *a: None)
     row = {"name": "BaFT", "hparams": "BaFT/facts-llama"}
     settings = make_config({"data": {"kind": "facts", "limit": 1}, "methods": [row]})
     run_bench(settings, tmp_path / "run")
@@ -424,10 +419,12 @@ def test_a_run_of_the_packages_own_files_goes_on_in_another_checkout(tmp_path, m
         ({"data": {"kind": "news"}}, "kind must be one of .*; got 'news'"),
         ({"T": [5]}, "T times batch_size must be at most the number of records, 4; got 5 times 1"),
         ({"device": "cuda:99"}, "device must be on this machine, where torch finds .*'cuda:99'"),
+        ({"snippets": "/nowhere"}, "there is none at '/nowhere'"),
+        ({"similarity_model": "/nowhere"}, "similarity_model must be a directory; there is none"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(settings, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_bench(make_config({**settings, **change}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -568,13 +565,3 @@ def test_an_interrupt_leaves_no_process_behind_and_no_failure(settings, tmp_path
     chunks = [read_json(file) for file in tmp_path.glob("run/chunks/*/*/*")]
     assert all(chunk["error"] is None for chunk in chunks)
     assert not (tmp_path / "run/chunks/c").exists()
-
-
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [("snippets", "nowhere"), ("similarity_model", "similarity_model must be a directory; there")],
-)
-def test_what_is_read_afterwards_is_looked_for_beforehand(settings, tmp_path, field, message):
-    config = make_config({**settings, field: str(tmp_path / "nowhere")})
-    with pytest.raises(FileNotFoundError, match=message):
-        check(config)
