@@ -7,9 +7,10 @@ key of everything that they depend on.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from baft_easyedit.bench.free_text import (
+    SHORT,
     WILD_TOKENS,
     contains,
     first_sentence,
@@ -18,7 +19,7 @@ from baft_easyedit.bench.free_text import (
 )
 from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.questions import questions_of, section_means, wild_ids, wild_questions
-from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores, plain
+from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -27,7 +28,6 @@ Request = Mapping[str, Any]
 _Asked = list[tuple[tuple[int, ...], int]]
 """The tokens of a case's questions, and the most tokens of their answers."""
 
-_GENERATED = ("rewrite", "rephrase", "locality", "portability")
 _SLACK = 4
 """Tokens that an answer may have beyond its target before it is cut: one of them is its end."""
 _SHORTEST_ANSWER = 16
@@ -96,26 +96,18 @@ def generation_scores(
         if q.section == "probes" and q.answer is not None
     }
     return {
-        **{f"gen_{section}_acc": sections.get(section) for section in _GENERATED},
+        **{f"gen_{section}_acc": sections.get(section) for section in SHORT},
         **named,
         **contained,
         **(long_scores(questions, after) if request.get("long_answer") else {}),
     }
 
 
-class _Exam(NamedTuple):
-    """Questions that the model answers by generation, before the edits and after them."""
-
-    ask: Callable[[Session, Sequence[Request]], list[list[str]]]
-    score: Callable[[Request, list[str], list[str]], Mapping[str, float | None]]
-    """Scores a case, by its answers before the edits and after them."""
-
-
-_EXAMS = {
-    "answers": _Exam(answer_questions, generation_scores),
-    "wild": _Exam(wild_answers, wild_scores),
+_EXAMS: Mapping[str, tuple[Callable[..., list[list[str]]], Callable[..., Mapping[str, Any]]]] = {
+    "answers": (answer_questions, generation_scores),
+    "wild": (wild_answers, wild_scores),
 }
-"""By their name in a case's file."""
+"""By its name in a case's file, how each lets the model answer, and scores a case's answers."""
 
 
 def any_alias_portability(
@@ -174,9 +166,9 @@ def pre_edit_scores(
     }
 
     def make() -> dict[str, Any]:
-        found = {
-            "metrics": plain(session.score(requests)),
-            **{name: _EXAMS[name].ask(session, requests) for name in exams},
+        found: dict[str, Sequence[Any]] = {
+            "metrics": session.score(requests),
+            **{name: _EXAMS[name][0](session, requests) for name in exams},
             "field_scores": field_scores(session, requests, "answers" in exams),
         }
         return {
@@ -198,10 +190,10 @@ def score_cases(
         Of each `teacher_forced`: EasyEdit's metrics; the exams' answers and the `texts` of fluency,
         those before and after; and `scores`.
     """
-    scored = []
+    scored: list[dict[str, Any]] = []
     after = session.score_against([p["metrics"] for p in pre], requests)
     field = field_scores(session, requests, "answers" in exams)
-    for request, metrics, before, now in zip(requests, map(plain, after), pre, field, strict=True):
+    for request, metrics, before, now in zip(requests, after, pre, field, strict=True):
         post, then = metrics["post"], dict(before["field_scores"])
         texts = {"pre": then.pop("texts", None), "post": now.pop("texts", None)}
         scores = {
@@ -211,13 +203,14 @@ def score_cases(
             **now,
             **{f"pre_{name}": value for name, value in then.items()},
         }
-        case = {"teacher_forced": metrics, "answers": None, "scores": scores}
+        case: dict[str, Any] = {"teacher_forced": metrics, "answers": None, "scores": scores}
         scored.append(case | ({"texts": texts} if request.get("counterfact") else {}))
     for name in exams:
-        answers = _EXAMS[name].ask(session, requests)
+        ask, score = _EXAMS[name]
+        answers = ask(session, requests)
         for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
             case[name] = {"pre": before[name], "post": new}
-            case["scores"].update(_EXAMS[name].score(request, before[name], new))
+            case["scores"].update(score(request, before[name], new))
     return scored
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from baft_easyedit.bench.layouts import in_order, protocol_title
-from baft_easyedit.bench.results import TEACHER_FORCED, Case, Result, gate_records
+from baft_easyedit.bench.results import Case, Result, gate_records
+from baft_easyedit.bench.scores import TEACHER_FORCED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

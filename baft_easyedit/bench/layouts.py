@@ -9,7 +9,8 @@ from typing import Any
 
 from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.results import TEACHER_FORCED, Result
+from baft_easyedit.bench.results import Result
+from baft_easyedit.bench.scores import TEACHER_FORCED
 from baft_easyedit.bench.tables import Cell, Column, Table
 
 _SCORES = ("Rel", "Gen", "Loc", "Por")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from baft_easyedit.bench.results import TEACHER_FORCED, Result
+from baft_easyedit.bench.results import Result
+from baft_easyedit.bench.scores import TEACHER_FORCED
 
 
 class PaperNumbers:

@@ -16,9 +16,6 @@ from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
 
-TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
-"""Reliability, generality, locality and portability by EasyEdit's evaluators."""
-
 
 def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
     """Average a run's cases into one row for each method and protocol that was run."""

@@ -12,16 +12,12 @@ from typing import Any
 
 import numpy as np
 
+TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+"""Reliability, generality, locality and portability by EasyEdit's evaluators."""
 SCORES = (
-    "rewrite_acc",
-    "rephrase_acc",
-    "locality_acc",
-    "portability_acc",
+    *TEACHER_FORCED,
     "any_alias_portability_acc",
-    "gen_rewrite_acc",
-    "gen_rephrase_acc",
-    "gen_locality_acc",
-    "gen_portability_acc",
+    *(f"gen_{name}" for name in TEACHER_FORCED),
     "immediate_rewrite_acc",
     "immediate_rephrase_acc",
 )
@@ -42,15 +38,6 @@ FIELD_SCORES = tuple(
 
 A case may lack any.
 """
-
-
-def plain(value: Any) -> Any:
-    """Turn numpy and torch values inside a structure into plain ones, as JSON would give back."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def metric_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:

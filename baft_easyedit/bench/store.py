@@ -112,8 +112,12 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON that is there as a whole or not at all."""
-    write_text(file, json.dumps(content, indent=1, default=str) + "\n")
+    """Write JSON that is there as a whole or not at all, with numpy and torch values made plain."""
+    write_text(file, json.dumps(content, indent=1, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -24,7 +24,6 @@ from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, scor
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.questions import with_probes
-from baft_easyedit.bench.scores import plain
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.model_path import host_model_path
@@ -172,7 +171,7 @@ class _MethodRun:
                 "position": position,
                 "chunk_length": len(chunk.indices),
                 **case,
-                "scores": plain(case["scores"] | immediate.get(i, {})),
+                "scores": case["scores"] | immediate.get(i, {}),
                 **({"probes": request["probes"]} if config.probes else {}),
                 **gates,
                 "edit_time_s": times[position // size],

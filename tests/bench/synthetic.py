@@ -6,14 +6,13 @@
 Basis weights are small on unrelated prompts, and summary rows are the means of the cases.
 """
 
-import json
 from random import Random
 from statistics import fmean
 
 from baft_easyedit.bench.protocol import Protocol, chunks_of
 from baft_easyedit.bench.results import summarise
 from baft_easyedit.bench.scores import SCORES
-from baft_easyedit.bench.store import RunDirectory
+from baft_easyedit.bench.store import RunDirectory, write_json
 
 METHODS = (
     *("BaFT", "ReFT", "FT-L", "FT-M", "LoRA", "AdaLoRA", "ROME", "MEMIT", "WISE", "GRACE"),
@@ -64,11 +63,6 @@ def write_run(
         row |= {**rows.get(row["method"], {}), **rows.get((row["method"], slug), {})}
     write_json(run.summary, summary)
     return directory
-
-
-def write_json(file, content):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _protocol(slug):

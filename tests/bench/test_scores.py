@@ -1,7 +1,6 @@
-import numpy as np
 import pytest
 
-from baft_easyedit.bench.scores import kind_scores, metric_scores, plain, row_costs, row_scores
+from baft_easyedit.bench.scores import kind_scores, metric_scores, row_costs, row_scores
 
 
 def test_a_case_is_the_mean_over_keys_of_the_means_over_probes():
@@ -61,10 +60,3 @@ def test_costs_are_collected_from_chunks():
         "downstream_pre_acc": 0.5,
     }
     assert set(row_costs([]).values()) == {None}
-
-
-def test_numpy_values_become_plain():
-    assert plain({"a": (np.float64(1.5), [np.array([1, 2])]), 3: None}) == {
-        "a": [1.5, [[1, 2]]],
-        "3": None,
-    }

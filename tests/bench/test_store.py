@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 
 from baft_easyedit.bench.protocol import Chunk, Protocol, chunks_of
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, file_name, read_json, write_json
@@ -32,6 +34,11 @@ def test_unreadable_records_are_named(tmp_path):
     broken.write_text('{"schema": 99}')
     with pytest.raises(ValueError, match=r"broken.json must have schema 1; got 99"):
         read_json(broken)
+
+
+def test_numpy_values_become_plain(tmp_path):
+    write_json(tmp_path / "it.json", {"a": (np.float64(1.5), [np.array([1])]), "b": torch.ones(1)})
+    assert read_json(tmp_path / "it.json") == {"a": [1.5, [[1]]], "b": [1.0]}
 
 
 def test_file_names_are_safe_and_distinct():
