@@ -20,7 +20,7 @@ from baft_easyedit.bench.free_text import (
 from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.questions import questions_of, section_means, wild_ids, wild_questions
 from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores
-from baft_easyedit.bench.store import RunDirectory
+from baft_easyedit.bench.store import Kept
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
@@ -138,11 +138,7 @@ def any_alias_portability(
 
 
 def pre_edit_scores(
-    directory: RunDirectory,
-    depends_on: Mapping[str, Any],
-    session: Session,
-    requests: Sequence[Request],
-    exams: Sequence[str],
+    kept: Kept, session: Session, requests: Sequence[Request], exams: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return `metrics`, `answers`, `wild` and `field_scores` of each case on the unedited model.
 
@@ -155,7 +151,6 @@ def pre_edit_scores(
     form = PromptFormat.of(editor.hparams)
     prompts = [question.prompt for r in requests for question in questions_of(r)]
     content = {
-        **depends_on,
         **{name: getattr(editor.hparams, name, None) or None for name in _SCORED_BY},
         "separators": sorted({form.separator_after(prompt) for prompt in prompts}),
         "padding": editor.tok.padding_side,
@@ -175,7 +170,7 @@ def pre_edit_scores(
             "cases": [{name: of[i] for name, of in found.items()} for i in range(len(requests))]
         }
 
-    return directory.kept("pre_edit", content, make)["cases"]
+    return kept(content, make)["cases"]
 
 
 def score_cases(

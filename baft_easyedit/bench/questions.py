@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from baft_easyedit.bench.store import RunDirectory
+from baft_easyedit.bench.store import Kept
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
@@ -128,11 +128,7 @@ def third_turn_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int
 
 
 def with_probes(
-    directory: RunDirectory,
-    depends_on: Mapping[str, Any],
-    session: Session,
-    requests: Sequence[Request],
-    everything: Sequence[Request],
+    kept: Kept, session: Session, requests: Sequence[Request], everything: Sequence[Request]
 ) -> list[dict[str, Any]]:
     """Add probes to the `probes` of requests.
 
@@ -140,7 +136,7 @@ def with_probes(
     unedited model's paraphrases for all methods.
     """
     taken = {r[key] for r in everything for key in ("prompt", "rephrase_prompt") if r.get(key)}
-    paraphrases = _paraphrases(directory, depends_on, session, requests)
+    paraphrases = _paraphrases(kept, session, requests)
     made = []
     for request, paraphrase in zip(requests, paraphrases, strict=True):
         target = request["target_new"]
@@ -172,12 +168,7 @@ def _of_subject(
                 return
 
 
-def _paraphrases(
-    directory: RunDirectory,
-    depends_on: Mapping[str, Any],
-    session: Session,
-    requests: Sequence[Request],
-) -> list[str | None]:
+def _paraphrases(kept: Kept, session: Session, requests: Sequence[Request]) -> list[str | None]:
     """Let the unedited model say prompts in other words; None where it does not."""
     form, tok = PromptFormat.of(session.editor.hparams), session.editor.tok
     words = _ASKED_TO_PARAPHRASE if form.use_chat_template else _PARAPHRASED
@@ -188,8 +179,7 @@ def _paraphrases(
         limits = [2 * len(tok(r["prompt"])["input_ids"]) + 8 for r in requests]
         return {"paraphrases": session.answers(ids, limits)}
 
-    kept = directory.kept("pre_edit", {**depends_on, "paraphrases": asked}, make)
-    written = kept["paraphrases"]
+    written = kept({"paraphrases": asked}, make)["paraphrases"]
     return [_usable(text, request) for text, request in zip(written, requests, strict=True)]
 
 

@@ -32,6 +32,10 @@ _OF_A_CHUNK = (
 )
 
 
+Kept = Callable[[Mapping[str, Any], Callable[[], Mapping[str, Any]]], dict[str, Any]]
+"""Reads what a run keeps, given what that depends on, and what makes it if it is not there."""
+
+
 class RunDirectory:
     """Paths inside a run's directory, and what is in the files of its chunks and cases."""
 

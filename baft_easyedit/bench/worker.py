@@ -9,7 +9,7 @@ import random
 import resource
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +74,10 @@ class _MethodRun:
             "easyedit": self.host.version,
         }
 
+    def _kept(self, depends_on: Mapping[str, Any], make: Callable[[], Any]) -> dict[str, Any]:
+        """Read what the unedited model said, which the run keeps for all methods; ask it once."""
+        return self.directory.kept("pre_edit", {**self.depends_on, **depends_on}, make)
+
     def _editor(self, protocol: Protocol) -> Any:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches."""
         method, config = self.method, self.config
@@ -134,11 +138,9 @@ class _MethodRun:
         before = self._downstream_before if config.downstream else None
         set_seed(config.seed)
         if config.probes:
-            requests = with_probes(
-                self.directory, self.depends_on, session, requests, self.requests
-            )
+            requests = with_probes(self._kept, session, requests, self.requests)
         exams = [*["answers"] * config.generation, *["wild"] * config.wild]
-        pre = pre_edit_scores(self.directory, self.depends_on, session, requests, exams)
+        pre = pre_edit_scores(self._kept, session, requests, exams)
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
         times: list[float] = []

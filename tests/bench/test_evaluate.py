@@ -1,5 +1,6 @@
 """Scoring of cases, with a session that answers from a table."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -170,25 +171,24 @@ def nothing(session):
 
 
 @pytest.mark.parametrize(
-    ("change", "cases", "model", "is_new"),
+    ("change", "cases", "is_new"),
     [
-        (nothing, [CASE], "m", False),
-        (lambda s: setattr(s.editor.hparams, "use_chat_template", False), [CASE], "m", False),
-        (lambda s: setattr(s.editor.tok, "padding_side", "right"), [CASE], "m", True),
-        (lambda s: setattr(s, "batch_size", 2), [CASE], "m", True),
-        (lambda s: setattr(s.editor.hparams, "max_length", 80), [CASE], "m", True),
-        (lambda s: setattr(s.editor, "alg_name", "GRACE"), [CASE], "m", True),  # by generation
-        (nothing, [{**CASE, "target_new": "newer"}], "m", True),
-        (nothing, [CASE, CASE], "m", True),
-        (nothing, [CASE], "other", True),
+        (nothing, [CASE], False),
+        (lambda s: setattr(s.editor.hparams, "use_chat_template", False), [CASE], False),
+        (lambda s: setattr(s.editor.tok, "padding_side", "right"), [CASE], True),
+        (lambda s: setattr(s, "batch_size", 2), [CASE], True),
+        (lambda s: setattr(s.editor.hparams, "max_length", 80), [CASE], True),
+        (lambda s: setattr(s.editor, "alg_name", "GRACE"), [CASE], True),  # by generation
+        (nothing, [{**CASE, "target_new": "newer"}], True),
+        (nothing, [CASE, CASE], True),
     ],
 )
 def test_scores_before_the_edit_are_computed_once_for_all_that_they_depend_on(
-    tmp_path, change, cases, model, is_new
+    tmp_path, change, cases, is_new
 ):
-    session, run = Session(), RunDirectory(tmp_path)
-    first = pre_edit_scores(run, {"model": "m"}, session, [CASE], [])
+    session, kept = Session(), partial(RunDirectory(tmp_path).kept, "pre_edit")
+    first = pre_edit_scores(kept, session, [CASE], [])
     change(session)
-    again = pre_edit_scores(run, {"model": model}, session, cases, [])
+    again = pre_edit_scores(kept, session, cases, [])
     assert again == first * len(cases)
     assert len(session.scored) == (1 + len(cases) if is_new else 1)

@@ -1,5 +1,6 @@
 """Probes made of the records themselves."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ EVERYTHING = [
 def made(tmp_path, tokenizer):
     """Return probes of requests, and how often the model was asked."""
     asked = []
+    kept = partial(RunDirectory(tmp_path).kept, "pre_edit")
 
     def make(requests, written, everything=EVERYTHING, form=None):
         def answers(prompts, limits):
@@ -33,7 +35,7 @@ def made(tmp_path, tokenizer):
 
         editor = SimpleNamespace(tok=tokenizer, hparams=form or SimpleNamespace())
         session = SimpleNamespace(editor=editor, answers=answers)
-        return with_probes(RunDirectory(tmp_path), {"model": "x"}, session, requests, everything)
+        return with_probes(kept, session, requests, everything)
 
     return make, asked
 
