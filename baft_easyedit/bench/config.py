@@ -275,11 +275,8 @@ def _paths(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
         (content.get("downstream"), "include_path"),
         *((row, "hparams") for row in (rows if isinstance(rows, list | tuple) else ())),
     ]
-    return [
-        (owner, key)
-        for owner, key in named
-        if isinstance(owner, Mapping) and isinstance(owner.get(key), str) and owner[key]
-    ]
+    there = [(owner, key) for owner, key in named if isinstance(owner, Mapping)]
+    return [(owner, key) for owner, key in there if owner.get(key) and isinstance(owner[key], str)]
 
 
 def _rows(wanted: Any, described: Any) -> Any:

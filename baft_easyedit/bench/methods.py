@@ -21,10 +21,7 @@ _NUM_TEXTS = 500
 def check_methods(config: BenchConfig) -> None:
     """Check every row's settings, as far as that goes without loading EasyEdit or a model.
 
-    Raises:
-        ValueError: If a method is unknown, or a hyper-parameter breaks a rule.
-        TypeError: If a hyper-parameter has the wrong type.
-        FileNotFoundError: If there is no such YAML.
+    Errors are those of `our_hparams` and `why_not`, and a ValueError for a row that cannot be so.
     """
     for method in config.methods:
         why_not(method.method, "current")  # raises if there is no such method
@@ -62,11 +59,8 @@ def our_hparams(
     values: dict[str, Any] = {
         "model_name": model_path or config.model,
         "device": config.device if device is None else device,
-        "fp16": config.fp16,
-        "bf16": config.bf16,
-        "model_parallel": config.model_parallel,
         "batch_size": protocol.batch_size,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in ("fp16", "bf16", "model_parallel", "seed")},
         **asked_of_all(config),
         **rehearsal,
         **method.set,
@@ -94,22 +88,15 @@ def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> st
     """Return the YAML of a row under a protocol; None if there is none for the model."""
     if method.hparams is not None:
         return method.hparams
-    preset = config.preset
-    if preset is None:
-        own = own_preset(config.model)
-        preset = own if has_hparams(f"{method.method}/{own}") else None
-    if preset is None:
+    preset = config.preset or own_preset(config.model)
+    if config.preset is None and not has_hparams(f"{method.method}/{preset}"):
         return None
     special = f"{method.method}/{preset}{_SUFFIXES[protocol.name]}"
     return special if has_hparams(special) else f"{method.method}/{preset}"
 
 
 def statistics_texts(config: BenchConfig) -> Sequence[str]:
-    """Return the texts for the key statistics of MEMIT and its kin: a file's, or bundled facts.
-
-    Raises:
-        ValueError: If the file has no text.
-    """
+    """Return the texts for the key statistics of MEMIT and its kin: a file's, or bundled facts."""
     if config.texts is None:
         from baft_easyedit.facts import questions
 

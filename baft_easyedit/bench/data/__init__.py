@@ -21,7 +21,7 @@ No reader needs EasyEdit, a tokenizer or the network; the package brings no benc
 own facts. What is odd in the records is told in notes.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
@@ -152,15 +152,15 @@ def _drop_foreign_subjects(requests: Sequence[Request]) -> list[str]:
 
 def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
     """Name the records that share a prompt: with different targets they overwrite each other."""
-    groups: dict[str, list[int]] = {}
+    by_prompt: dict[str, dict[int, str]] = defaultdict(dict)
     for i, request in enumerate(requests):
-        groups.setdefault(request["prompt"], []).append(i)
+        by_prompt[request["prompt"]][i] = request["target_new"]
     found: dict[str, list[str]] = {"different targets": [], "the same target": []}
-    for indices in groups.values():
-        if len(indices) > 1:
-            is_one = len({requests[i]["target_new"] for i in indices}) == 1
-            what = "the same target" if is_one else "different targets"
-            found[what].append(", ".join(map(str, indices)))
+    for targets in by_prompt.values():
+        if len(targets) > 1:
+            is_one = len(set(targets.values())) == 1
+            lists = found["the same target" if is_one else "different targets"]
+            lists.append(", ".join(map(str, targets)))
     return [
         f"{len(lists)} prompts are in several records with {what}: records "
         + shorten("; ".join(lists), _MAX_LIST, placeholder=" ...")
