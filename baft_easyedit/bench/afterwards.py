@@ -14,7 +14,6 @@ from baft_easyedit.bench.config import JudgeConfig, read_config
 from baft_easyedit.bench.data.case import Layout
 from baft_easyedit.bench.data.files import find_file, read_records
 from baft_easyedit.bench.free_text import SHORT
-from baft_easyedit.bench.protocol import Chunk
 from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json
 from baft_easyedit.files.messages import short
@@ -62,8 +61,8 @@ def add_scores(directory: RunDirectory) -> None:
             added = [scorer(case, requests[case["index"]]) for scorer in scorers]
             scores = dict(ChainMap(*added, case["scores"]))
             if scores != case["scores"]:
-                chunk = Chunk(method, protocol, case["chunk"], range(0))
-                write_json(directory.case(chunk, case["index"]), {**case, "scores": scores})
+                file = directory.case(method, protocol, case["index"])
+                write_json(file, {**case, "scores": scores})
 
 
 class _Judge:

@@ -19,7 +19,7 @@ import torch
 
 from baft_easyedit.bench.config import MethodConfig, read_config
 from baft_easyedit.bench.layouts import in_order
-from baft_easyedit.bench.results import Case, Result, gate_records, read_run
+from baft_easyedit.bench.results import Case, Result, by_layer, gate_records, read_run
 from baft_easyedit.bench.store import write_json, write_text
 from baft_easyedit.bench.tables import Cell, Column, Table, markdown_text, to_markdown
 from baft_easyedit.method.gate_report import (
@@ -148,25 +148,22 @@ def _markdown(caption: str, lines: Lines) -> str:
 
 def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
     """Summarise how a row uses its bases; warn of layers where a few carry nearly all weight."""
-    usages: dict[int, list[torch.Tensor]] = defaultdict(list)
-    for chunk in result.directory.chunks_of(result.method, result.setting):
-        if chunk["error"] is None:
-            for layer, weights in (chunk["basis_usage"] or {}).items():
-                usages[int(layer)].append(torch.tensor(weights, dtype=torch.float64))
-    if not usages:
+    chunks = result.directory.chunks_of(result.method, result.setting)
+    found = by_layer(chunk["basis_usage"] for chunk in chunks if chunk["error"] is None)
+    if not found:
         return {}, ()
+    usages = {layer: torch.from_numpy(used) for layer, used in found.items()}
     variations = {k: list(map(coefficient_of_variation, used)) for k, used in usages.items()}
     shares = {layer: fmean(map(top_share, used)) for layer, used in usages.items()}
     means = [fmean(sequence) for sequence in zip(*variations.values(), strict=True)]
     line = {
         "sequences": len(means),
-        **{f"layer {layer}": fmean(variations[layer]) for layer in sorted(variations)},
+        **{f"layer {layer}": fmean(of_layer) for layer, of_layer in variations.items()},
         "all layers": fmean(means),
         "±": stdev(means) / sqrt(len(means)) if len(means) > 1 else None,
         "share of the largest quarter": fmean(shares.values()),
     }
-    rank = len(next(iter(usages.values()))[0])
-    return line, imbalance_warnings(shares, rank)
+    return line, imbalance_warnings(shares, rank=next(iter(found.values())).shape[1])
 
 
 def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
@@ -190,13 +187,13 @@ def _separation(cases: Sequence[Case]) -> tuple[dict[str, Any], Sequence[str]]:
     gap = a.mean(1) - b.mean(1)
     num_open = int((is_sure & (gap >= LEAST_GAP) & (auc > 0.5)).sum())
     num_reversed = int((is_sure & (gap <= -LEAST_GAP) & (auc < 0.5)).sum())
-    by_layer = zip(layers, auc.reshape(len(layers), -1).mean(1).tolist(), strict=True)
+    means = zip(layers, auc.reshape(len(layers), -1).mean(1).tolist(), strict=True)
     line = {
         "edit prompts": counts[0],
         "irrelevant": counts[1],
         "edit weight": a.mean().item(),
         "irrelevant weight": b.mean().item(),
-        **{f"layer {layer}": mean for layer, mean in by_layer},
+        **{f"layer {layer}": mean for layer, mean in means},
         "all layers": auc.mean().item(),
         "open": f"{num_open} of {len(auc)}",
         "reversed": f"{num_reversed} of {len(auc)}",

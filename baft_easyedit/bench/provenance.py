@@ -152,8 +152,8 @@ def _inputs(config: BenchConfig) -> dict[str, str]:
     """
     inputs = {"the texts": digest(list(statistics_texts(config)))}
     if config.downstream is not None:
-        found = Path(config.downstream.include_path or "").rglob("*")
-        files = sorted(f for f in found if config.downstream.include_path and f.is_file())
+        where = config.downstream.include_path
+        files = sorted(f for f in Path(where).rglob("*") if f.is_file()) if where else []
         inputs["the downstream task"] = digest([read_file(f)[1].sha256 for f in files])
     for method in config.methods:
         for protocol in config.protocols if method.method in OUR_METHODS else ():

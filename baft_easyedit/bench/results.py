@@ -4,6 +4,7 @@ A file that is missing, damaged or of another schema raises an error that names 
 becomes a gap in a table.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,18 +112,10 @@ def read_run(directory: Path) -> Run:
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
-    results = [
-        Result(
-            row["method"],
-            row["model"],
-            row["dataset"],
-            Protocol(row["T"], row["batch_size"]),
-            row["error"],
-            row,
-            paths,
-        )
-        for row in read_json(paths.summary)
-    ]
+    results = []
+    for row in read_json(paths.summary):
+        cell = row["method"], row["model"], row["dataset"], Protocol(row["T"], row["batch_size"])
+        results.append(Result(*cell, row["error"], row, paths))
     return Run(paths, read_json(paths.run), results)
 
 
@@ -156,8 +149,13 @@ def gate_records(cases: Iterable[Case], name: str, prompt: str) -> dict[int, np.
     Returns:
         By layer, [cases, r].
     """
-    rows: dict[int, list[list[float]]] = {}
-    for case in cases:
-        for layer, values in ((case.get(name) or {}).get(prompt) or {}).items():
-            rows.setdefault(int(layer), []).append(values)
+    return by_layer((case.get(name) or {}).get(prompt) for case in cases)
+
+
+def by_layer(records: Iterable[Mapping[str, Sequence[float]] | None]) -> dict[int, np.ndarray]:
+    """Stack one number for each basis, by layer: [records that have the layer, r]."""
+    rows: dict[int, list[Sequence[float]]] = defaultdict(list)
+    for record in records:
+        for layer, values in (record or {}).items():
+            rows[int(layer)].append(values)
     return {layer: np.array(rows[layer]) for layer in sorted(rows)}

@@ -58,9 +58,9 @@ class RunDirectory:
             write_json(file, {"schema": SCHEMA, **make()})
         return read_json(file)
 
-    def case(self, chunk: Chunk, index: int) -> Path:
-        """One case of a chunk."""
-        return self._of("cases", chunk.method, chunk.protocol) / f"{index:05d}.json"
+    def case(self, method: str, protocol: Protocol, index: int) -> Path:
+        """One case of a row."""
+        return self._of("cases", method, protocol) / f"{index:05d}.json"
 
     def chunk(self, chunk: Chunk) -> Path:
         """What concerns all cases of a chunk."""

@@ -178,7 +178,7 @@ class _MethodRun:
                 **gates,
                 "edit_time_s": times[position // size],
             }
-            write_json(self.directory.case(chunk, i), content)
+            write_json(self.directory.case(chunk.method, chunk.protocol, i), content)
         if before is not None:
             after = self._downstream_accuracy()
             measured["downstream"] = {"pre_acc": before, "post_acc": after}

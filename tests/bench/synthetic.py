@@ -85,7 +85,7 @@ def _write_chunk(run, chunk, random, portability):
             "scores": _scores(chunk.protocol.name == "continual", random, portability),
             **_basis(chunk.method, random),
         }
-        write_json(run.case(chunk, index), case)
+        write_json(run.case(chunk.method, chunk.protocol, index), case)
         cases.append(case)
     usage = {
         layer: [fmean(of_basis) for of_basis in zip(*weights, strict=True)]

@@ -70,7 +70,7 @@ def run(tmp_path):
         (chunk,) = chunks_of("BaFT", Protocol(), 1)
         texts = ["Ann", "Bob", "x", "Lima", ""]
         case = {"index": 0, "chunk": 0, "wild": {"post": texts}, "answers": {"post": texts}}
-        write_json(directory.case(chunk, 0), {**case, "scores": {"rewrite_acc": 1.0}})
+        write_json(directory.case("BaFT", Protocol(), 0), {**case, "scores": {"rewrite_acc": 1.0}})
         directory.write_chunk(chunk)
         return directory
 
@@ -168,10 +168,9 @@ def test_texts_are_compared_with_reference_texts_as_in_rome(run, tmp_path):
     add_scores(directory)  # of a case without texts
     assert scores_of(directory) == {"rewrite_acc": 1.0}
     write_json(directory.requests, [{**REQUEST, "counterfact": {"reference": ["P1", "Q1"]}}])
-    (chunk,) = chunks_of("BaFT", Protocol(), 1)
-    case = read_json(directory.case(chunk, 0))
+    case = read_json(directory.case("BaFT", Protocol(), 0))
     case["texts"] = {"pre": ["Eve sings"], "post": ["Ann", "plays Bach"]}
-    write_json(directory.case(chunk, 0), case)
+    write_json(directory.case("BaFT", Protocol(), 0), case)
     add_scores(directory)
     # Inverse document frequencies of 3 texts: of plays, in two; of the others, in one.
     plays, others = log(4 / 3) + 1, log(4 / 2) + 1

@@ -71,15 +71,6 @@ def test_presets_are_for_the_model_of_the_file(tmp_path):
     assert read_config(file, {"model": "a/c", "preset": "q"}).preset == "q"
 
 
-def test_a_file_must_hold_a_mapping(tmp_path):
-    file = tmp_path / "list.yaml"
-    file.write_text("- BaFT\n")
-    with pytest.raises(TypeError, match=r"list.yaml must hold a mapping of benchmark settings"):
-        read_config(file)
-    with pytest.raises(FileNotFoundError, match="no hyper-parameter file 'bench/none'"):
-        read_config("bench/none")
-
-
 @pytest.mark.parametrize(
     "name", sorted(file.stem for file in (hparams_root() / "bench").glob("*.yaml"))
 )

@@ -22,21 +22,16 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="session")
-def data():
-    folder = Path(__file__).parents[2].parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the benchmark files are not beside the checkout")
-    return folder
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the files are not beside the checkout")
 
 
-@pytest.fixture
-def load(data):
-    return lambda kind: load_dataset(kind, data / FILES[kind][0])
+def load(kind):
+    return load_dataset(kind, DATA / FILES[kind][0])
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_published_file_is_read_in_full(kind, load):
+def test_published_file_is_read_in_full(kind):
     _, count, repeated, without_portability = FILES[kind]
     dataset = load(kind)
     assert len(dataset.requests) == count
@@ -61,13 +56,13 @@ def host():
 @pytest.mark.parametrize(
     "kind", ["wikidata-recent", "wikidata-counterfact", "knowedit-zsre", "wikibio"]
 )
-def test_knowedit_is_read_as_easyedit_reads_it(kind, load, data, host):
+def test_knowedit_is_read_as_easyedit_reads_it(kind, host):
     if host.generation != "current":
         pytest.skip("the release has no KnowEditDataset")
     from easyeditor import KnowEditDataset
 
     ours = load(kind)
-    theirs = KnowEditDataset(str(data / FILES[kind][0] / ours.files[0].name))
+    theirs = KnowEditDataset(str(DATA / FILES[kind][0] / ours.files[0].name))
     keys = {
         "portability_r": ("portability", "reasoning"),
         "portability_s": ("portability", "Subject_Aliasing"),
@@ -87,11 +82,11 @@ def test_knowedit_is_read_as_easyedit_reads_it(kind, load, data, host):
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("name", ["zsre_mend_edit.json", "zsre_mend_train.json"])
-def test_zsre_is_read_as_easyedit_reads_it(name, data, host):
+def test_zsre_is_read_as_easyedit_reads_it(name, host):
     from easyeditor import ZsreDataset
 
-    ours = load_dataset("zsre", data / "zsre" / name)
-    theirs = ZsreDataset(str(data / "zsre" / name))
+    ours = load_dataset("zsre", DATA / "zsre" / name)
+    theirs = ZsreDataset(str(DATA / "zsre" / name))
     for request, record in zip(ours.requests, theirs, strict=True):
         for key in ("case_id", "prompt", "target_new", "ground_truth", "rephrase_prompt"):
             assert request[key] == (record[key].strip() if key != "case_id" else record[key])

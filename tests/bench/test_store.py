@@ -5,25 +5,26 @@ import torch
 from baft_easyedit.bench.protocol import Chunk, Protocol, chunks_of
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, file_name, read_json, write_json
 
-CHUNK = Chunk("+ss-w", Protocol(10, 1), 2, range(20, 30))
+ROW = "+ss-w", Protocol(10, 1)
+CHUNK = Chunk(*ROW, 2, range(20, 30))
 
 
 def test_records_lie_where_the_layout_says(tmp_path):
     run = RunDirectory(tmp_path)
-    assert run.case(CHUNK, 21) == tmp_path / "cases/+ss-w/continual-T10/00021.json"
+    assert run.case(*ROW, 21) == tmp_path / "cases/+ss-w/continual-T10/00021.json"
     assert run.chunk(CHUNK) == tmp_path / "chunks/+ss-w/continual-T10/00002.json"
 
 
 def test_cases_of_finished_chunks_are_read_in_order(tmp_path):
     run = RunDirectory(tmp_path)
-    assert list(run.chunks_of("+ss-w", CHUNK.protocol)) == []
+    assert list(run.chunks_of(*ROW)) == []
     for i, chunk in ((22, 2), (3, 2), (31, 3), (41, 4)):
-        write_json(run.case(CHUNK, i), {"schema": SCHEMA, "index": i, "chunk": chunk})
+        write_json(run.case(*ROW, i), {"schema": SCHEMA, "index": i, "chunk": chunk})
     for chunk, error in ((2, None), (3, "failed")):  # and the fourth was never finished
-        other = Chunk("+ss-w", CHUNK.protocol, chunk, CHUNK.indices)
+        other = Chunk(*ROW, chunk, CHUNK.indices)
         run.write_chunk(other, error)
         assert run.is_complete(other) == (error is None)
-    assert [case["index"] for case in run.cases_of("+ss-w", CHUNK.protocol)] == [3, 22]
+    assert [case["index"] for case in run.cases_of(*ROW)] == [3, 22]
 
 
 def test_unreadable_records_are_named(tmp_path):
