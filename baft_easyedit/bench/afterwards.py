@@ -13,8 +13,8 @@ from typing import Any
 from baft_easyedit.bench.config import JudgeConfig, read_config
 from baft_easyedit.bench.data.case import Layout
 from baft_easyedit.bench.data.files import find_file, read_records
-from baft_easyedit.bench.free_text import SHORT
 from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
+from baft_easyedit.bench.scores import SHORT
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json
 from baft_easyedit.files.messages import short
 

@@ -10,16 +10,14 @@ from statistics import fmean
 from typing import Any
 
 from baft_easyedit.bench.free_text import (
-    SHORT,
     WILD_TOKENS,
-    contains,
     first_sentence,
-    long_scores,
+    generation_scores,
     wild_scores,
 )
 from baft_easyedit.bench.probabilities import field_scores
-from baft_easyedit.bench.questions import questions_of, section_means, wild_ids, wild_questions
-from baft_easyedit.bench.scores import kind_scores, kind_title, metric_scores
+from baft_easyedit.bench.questions import questions_of, wild_ids, wild_questions
+from baft_easyedit.bench.scores import kind_scores, metric_scores
 from baft_easyedit.bench.store import Kept
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -69,38 +67,6 @@ def _answers(session: Session, asked: Sequence[_Asked]) -> list[list[str]]:
     questions = list(chain.from_iterable(asked))
     answers = iter(session.answers([ids for ids, _ in questions], [most for _, most in questions]))
     return [list(islice(answers, len(of_case))) for of_case in asked]
-
-
-def generation_scores(
-    request: Request, before: list[str], after: list[str]
-) -> dict[str, float | None]:
-    """Score answers: exact match with the target, or for locality with the answer before the edit.
-
-    Returns:
-        The `gen_*` scores, means over prompts, then over keys; those of each kind, of probes also
-        how often an answer contains what is wanted; and those of long answers.
-    """
-    questions = questions_of(request)
-    wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
-    pairs = list(zip(after, wanted, strict=True))
-    sections, kinds = section_means(questions, [float(new == right) for new, right in pairs])
-    _, within = section_means(questions, [float(contains(new, right)) for new, right in pairs])
-    named = {
-        f"probes.{key}" if section == "probes" else f"exact.{kind_title(section, key)}": value
-        for (section, key), value in kinds.items()
-        if key
-    }
-    contained = {
-        f"contained.{q.key}": within[q.section, q.key]
-        for q in questions
-        if q.section == "probes" and q.answer is not None
-    }
-    return {
-        **{f"gen_{section}_acc": sections.get(section) for section in SHORT},
-        **named,
-        **contained,
-        **(long_scores(questions, after) if request.get("long_answer") else {}),
-    }
 
 
 _EXAMS: Mapping[str, tuple[Callable[..., list[list[str]]], Callable[..., Mapping[str, Any]]]] = {

@@ -1,4 +1,4 @@
-"""Scores of generated text that other papers print: WILD's, and the words of long answers.
+"""Scores of generated text: exact match, and those that other papers print.
 
 WILD is the evaluation of Yang et al. 2025: a question is asked in a context, the answer ends where
 the model ends it or at its first full stop or line, and is compared with the whole target.
@@ -9,14 +9,13 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from baft_easyedit.bench.questions import Question, section_means, wild_questions
+from baft_easyedit.bench.questions import Question, questions_of, section_means, wild_questions
+from baft_easyedit.bench.scores import SHORT
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 WILD_TOKENS = 50
 """Most tokens of an answer."""
-SHORT = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}
-"""Titles of the scores of each section."""
 
 
 def normalised(text: str) -> str:
@@ -32,6 +31,38 @@ def contains(answer: str, target: str) -> bool:
 def first_sentence(text: str) -> str:
     """Cut an answer where WILD stops it: at its first full stop or line."""
     return re.split(r"[.\n]", text, maxsplit=1)[0].strip()
+
+
+def generation_scores(
+    request: Mapping[str, Any], before: Sequence[str], after: Sequence[str]
+) -> dict[str, float | None]:
+    """Score answers: exact match with the target, or for locality with the answer before the edit.
+
+    Returns:
+        The `gen_*` scores, means over prompts, then over keys; those of each kind, of probes also
+        how often an answer contains what is wanted; and those of long answers.
+    """
+    questions = questions_of(request)
+    wanted = [q.wanted(old) for q, old in zip(questions, before, strict=True)]
+    pairs = list(zip(after, wanted, strict=True))
+    sections, kinds = section_means(questions, [float(new == right) for new, right in pairs])
+    _, within = section_means(questions, [float(contains(new, right)) for new, right in pairs])
+    named = {
+        f"probes.{key}" if section == "probes" else f"exact.{SHORT[section]}: {key}": value
+        for (section, key), value in kinds.items()
+        if key
+    }
+    contained = {
+        f"contained.{q.key}": within[q.section, q.key]
+        for q in questions
+        if q.section == "probes" and q.answer is not None
+    }
+    return {
+        **{f"gen_{section}_acc": sections.get(section) for section in SHORT},
+        **named,
+        **contained,
+        **(long_scores(questions, after) if request.get("long_answer") else {}),
+    }
 
 
 def wild_scores(

@@ -10,11 +10,10 @@ from typing import Any
 from baft_easyedit.bench.paper import PaperNumbers
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.results import Result
-from baft_easyedit.bench.scores import TEACHER_FORCED
+from baft_easyedit.bench.scores import SHORT, TEACHER_FORCED
 from baft_easyedit.bench.tables import Cell, Column, Table
 
-_SCORES = ("Rel", "Gen", "Loc", "Por")
-_FORCED = {name: Column(title) for name, title in zip(TEACHER_FORCED, _SCORES, strict=True)}
+_FORCED = {name: Column(title) for name, title in zip(TEACHER_FORCED, SHORT.values(), strict=True)}
 _GENERATED = {f"gen_{name}": column for name, column in _FORCED.items()}
 _MOMENTS = {
     "single": "single edits, each of the unedited model",

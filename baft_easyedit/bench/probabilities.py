@@ -61,7 +61,6 @@ def _parts(request: Request) -> Mapping[str, Sequence[str]]:
 
 
 def _questions(request: Request) -> Iterator[Asked]:
-    """Yield what is asked for a request."""
     parts = _parts(request)
     for part in _BY_PROBABILITY:
         for answer in (request["target_new"], request["ground_truth"]) if parts else ():

@@ -262,7 +262,6 @@ class _Share:
             worker.process.kill()
 
     def _worker(self, chunks: Sequence[Chunk]) -> Worker:
-        """Start the worker process of a method."""
         environment = {"OMP_NUM_THREADS": str(self.config.threads)}
         if Path(model_location(self.config.model)).is_dir() and self.config.downstream is None:
             # A peer that reaches for the Hugging Face hub anyway should fail at once.

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+SHORT = {"rewrite": "Rel", "rephrase": "Gen", "locality": "Loc", "portability": "Por"}
+"""Titles of the scores of each section."""
 TEACHER_FORCED = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 """Reliability, generality, locality and portability by EasyEdit's evaluators."""
 SCORES = (
@@ -58,7 +60,7 @@ def metric_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 def kind_scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the accuracy of each kind of probe in one half of EasyEdit's metrics."""
     return {
-        f"forced.{kind_title(section, kind)}": mean
+        f"forced.{SHORT[section]}: {kind}": mean
         for section in ("locality", "portability")
         for kind, mean in _kind_means(metrics, section).items()
     }
@@ -71,11 +73,6 @@ def _kind_means(metrics: Mapping[str, Any], section: str) -> dict[str, float]:
         for key, score in metrics.get(section, {}).items()
         if key.endswith("_acc") and (values := _values(score))
     }
-
-
-def kind_title(section: str, kind: str) -> str:
-    """Return how a kind of probe is called in tables, such as `Por: reasoning`."""
-    return f"{section[:3].title()}: {kind}"
 
 
 def _values(score: Any) -> list[float]:

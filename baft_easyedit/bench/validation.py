@@ -28,7 +28,6 @@ def validated(model: type[M], content: Any, place: str, known: Iterable[str] = (
 
 
 def _told(problem: Any, known: Iterable[str]) -> str:
-    """Say what is wrong with which field."""
     field = cut(".".join(map(str, problem["loc"])), 200)
     if problem["type"] == "extra_forbidden":
         return f"{field} is unknown{did_you_mean(str(problem['loc'][-1]), known)}"

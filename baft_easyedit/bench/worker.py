@@ -193,11 +193,9 @@ class _MethodRun:
 
     @cached_property
     def _downstream_before(self) -> float:
-        """The unedited model's accuracy on the downstream task."""
         return self._downstream_accuracy()
 
     def _downstream_accuracy(self) -> float:
-        """Return the accuracy of the model as it is now on the downstream task."""
         assert self.config.downstream is not None
         wanted = f"{self.config.downstream.task} acc"
         scores = self.session.task_scores(downstream_tasks(self.config))

@@ -8,11 +8,11 @@ import pytest
 from baft_easyedit.bench.evaluate import (
     answer_questions,
     any_alias_portability,
-    generation_scores,
     immediate_scores,
     pre_edit_scores,
     score_cases,
 )
+from baft_easyedit.bench.free_text import generation_scores
 from baft_easyedit.bench.questions import questions_of, wild_questions
 from baft_easyedit.bench.store import RunDirectory
 from baft_easyedit.easyedit.likelihoods import Likelihood

@@ -130,7 +130,6 @@ def load_dataset(
 
 
 def _check_options(kind: str, reader: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Check the names and types of a reader's options, by its signature."""
     parameters = signature(reader).parameters.values()
     known = {p.name: type(p.default) for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
     unknown = sorted(options.keys() - known)
@@ -182,7 +181,6 @@ def _missing_parts(requests: Sequence[Request]) -> list[str]:
 
 
 def _parts(request: Request) -> set[str]:
-    """Name the parts that a request has."""
     single = {key for key in ("subject", "rephrase_prompt", "loc_prompt") if key in request}
     sections = {key for key in ("locality", "portability") if request[key]}
     # May be empty: the edit itself is scored then.
