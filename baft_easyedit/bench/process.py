@@ -65,7 +65,15 @@ class Worker(Iterator[Any]):
             WorkerError: If the generator raises, or the process dies; and on every later call.
         """
         if self._error is None:
-            kind, value = self._step()
+            pipes: Any = self.process
+            try:
+                pipes.stdin.write(b"\n")
+                pipes.stdin.flush()
+                kind, value = pickle.load(pipes.stdout)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                code = self.process.wait()
+                tail = self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+                kind, value = "error", f"its process ended with exit code {code}: {tail}"
             if kind == "item":
                 return value
             self.close()
@@ -73,18 +81,6 @@ class Worker(Iterator[Any]):
                 raise StopIteration
             self._error = value
         raise WorkerError(self._error)
-
-    def _step(self) -> tuple[str, Any]:
-        """Ask for a step; return the kind of answer (`item`, `end` or `error`) and its value."""
-        pipes: Any = self.process
-        try:
-            pipes.stdin.write(b"\n")
-            pipes.stdin.flush()
-            return cast(tuple[str, Any], pickle.load(pipes.stdout))
-        except (OSError, EOFError, pickle.UnpicklingError):
-            code = self.process.wait()
-            tail = self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
-            return "error", f"its process ended with exit code {code}: {tail}"
 
     def close(self) -> None:
         """Kill the process, and delete its working directory."""
