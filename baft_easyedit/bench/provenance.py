@@ -134,7 +134,7 @@ def run_record(
         "hardware": hardware(),
         "model": {"name": config.model, **model_fingerprint(config.model)},
         "data": {
-            "kind": dataset.kind,
+            "kind": config.data.kind,
             "files": [vars(file) for file in dataset.files],
             "num_records": len(dataset.requests),
             "sha256": digest(dataset.requests),

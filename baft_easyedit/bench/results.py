@@ -18,7 +18,7 @@ from baft_easyedit.bench.scores import row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
 
 
-def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
+def summarise(directory: RunDirectory) -> list[dict[str, Any]]:
     """Average a run's cases into one row for each method and protocol that was run."""
     config = read_config(directory.config)
     rows = []
@@ -31,7 +31,7 @@ def summarise(directory: RunDirectory, dataset: str) -> list[dict[str, Any]]:
             row = {
                 "method": method.name,
                 "model": Path(config.model).name,
-                "dataset": dataset,
+                "dataset": config.data.kind,
                 "protocol": protocol.name,
                 **asdict(protocol),
                 "n": len(cases),

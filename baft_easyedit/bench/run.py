@@ -99,7 +99,7 @@ def run_bench(
     if not state.is_main_process:
         return []
     add_scores(directory)
-    rows = summarise(directory, dataset.kind)
+    rows = summarise(directory)
     write_json(directory.summary, rows)
     write_json(directory.run, {**read_json(directory.run), "status": "success"})
     return rows

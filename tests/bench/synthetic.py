@@ -57,7 +57,7 @@ def write_run(
     write_json(run.config, config)  # JSON is YAML
     write_json(run.run, _run(num_cases, seed))
     write_json(run.requests, [])
-    summary = summarise(run, dataset)
+    summary = summarise(run)
     for row in summary:
         slug = Protocol(row["T"], row["batch_size"]).slug
         row |= {**rows.get(row["method"], {}), **rows.get((row["method"], slug), {})}

@@ -61,8 +61,6 @@ _MAX_LIST = 400
 class Dataset(NamedTuple):
     """Records to edit."""
 
-    kind: str
-    """A name in `DATASETS`."""
     requests: list[Request]
     """EasyEdit's request dicts, as `Case.as_request` gives them."""
     files: list[FileHash]
@@ -126,7 +124,7 @@ def load_dataset(
             EditRequest.from_dict(request)  # as an editor will
         except ValueError as error:
             raise ValueError(f"record {number} of {names}: {error}") from None
-    return Dataset(kind, requests, source.files, notes)
+    return Dataset(requests, source.files, notes)
 
 
 def _check_options(kind: str, reader: Callable[..., Any], options: Mapping[str, Any]) -> None:
