@@ -5,7 +5,6 @@ They are added to the cases after the run, and may be asked for later: the answe
 
 import os
 import re
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,9 @@ def add_scores(directory: RunDirectory) -> None:
     rows = [(m.name, protocol) for m in config.methods for protocol in config.protocols]
     for method, protocol in rows if scorers else ():
         for case in directory.cases_of(method, protocol):
-            added = [scorer(case, requests[case["index"]]) for scorer in scorers]
-            scores = dict(ChainMap(*added, case["scores"]))
+            scores = dict(case["scores"])
+            for scorer in scorers:
+                scores |= scorer(case, requests[case["index"]])
             if scores != case["scores"]:
                 file = directory.case(method, protocol, case["index"])
                 write_json(file, {**case, "scores": scores})

@@ -143,8 +143,8 @@ def to_markdown(table: Table) -> str:
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [["method", *titles], rule]
     for label, cells in rows:
-        lines.append([label, *([cells] if isinstance(cells, str) else cells)])
-        lines[-1] += [""] * (len(widths) - len(lines[-1]))  # behind a reason
+        reason = [cells, *[""] * (len(titles) - 1)] if isinstance(cells, str) else cells
+        lines.append([label, *reason])
     padded = [
         f"| {' | '.join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])} |"
         for label, *cells in lines

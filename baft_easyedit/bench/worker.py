@@ -139,7 +139,8 @@ class _MethodRun:
         set_seed(config.seed)
         if config.probes:
             requests = with_probes(self._kept, session, requests, self.requests)
-        exams = [*["answers"] * config.generation, *["wild"] * config.wild]
+        wanted = {"answers": config.generation, "wild": config.wild}
+        exams = [name for name, is_wanted in wanted.items() if is_wanted]
         pre = pre_edit_scores(self._kept, session, requests, exams)
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
