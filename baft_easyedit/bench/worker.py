@@ -25,11 +25,12 @@ from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_te
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.questions import with_probes
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
+from baft_easyedit.easyedit.arguments import prepare_requests
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.session import Session, make_editor, make_peer, prepare_requests
+from baft_easyedit.easyedit.session import Session, make_editor, make_peer
 from baft_easyedit.files.messages import short
 
 

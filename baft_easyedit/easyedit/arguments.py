@@ -7,6 +7,7 @@ generation reads. It raises, before anything is changed, if an argument cannot b
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import cycle, islice
 from typing import Any
 
@@ -79,8 +80,7 @@ def read_call(
         requests = given["requests"]
         dicts = [requests] if isinstance(requests, Mapping) else list(requests)
         as_requests(dicts)
-        defaults: dict[str, Any] = {"ground_truth": None, "locality": {}, "portability": {}}
-        given["requests"] = [{**defaults, **request} for request in dicts]
+        given["requests"] = prepare_requests(dicts)
     if generation == "current":
         return [{**given, "sequential_edit": keeps}], keeps
     given.pop("target_neg", None)  # our methods do not read it
@@ -138,6 +138,22 @@ def _check_read(name: str, generation: Generation, given: dict[str, Any]) -> Non
             f"{where} does not read {unknown[0]!r}; it reads "
             f"{', '.join((*dict.fromkeys(read), 'sequential_edit'))}"
         )
+
+
+def prepare_requests(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Complete copies of request dicts with keys that EasyEdit reads without checking for them.
+
+    Missing `ground_truth`, `case_id`, `locality` and `portability` are added; probes without a
+    prompt are dropped.
+    """
+    complete = []
+    for i, request in enumerate(requests):
+        item = {"ground_truth": None, "case_id": i, **deepcopy(dict(request))}
+        for section in ("locality", "portability"):
+            probes = item.get(section) or {}
+            item[section] = {k: v for k, v in probes.items() if v and v.get("prompt")}
+        complete.append(item)
+    return complete
 
 
 def request_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

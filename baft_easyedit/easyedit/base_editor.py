@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from baft_easyedit.easyedit.arguments import read_call
+from baft_easyedit.easyedit.arguments import prepare_requests, read_call
 from baft_easyedit.easyedit.compat import honoured_device, usable_unknown_token
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
@@ -41,17 +41,14 @@ _IN_CALL = "_baft_in_call"
 
 
 def wrap_base_editor(generation: Generation) -> None:
-    """Wrap `BaseEditor`; a second call does nothing."""
+    """Wrap `BaseEditor`."""
     base = importlib.import_module("easyeditor.editors.editor").BaseEditor
-    if hasattr(base, "_baft_wrapped"):
-        return
     base.__init__ = _constructor(base.__init__, generation)
     for name in _ENTRY_POINTS:
         if hasattr(base, name):  # each generation lacks one or two
             setattr(base, name, _entry_point(getattr(base, name), generation))
     if generation == "pypi":
         base._prepare_requests = _preparation(base._prepare_requests)
-    base._baft_wrapped = True
 
 
 def _constructor(original: Callable[..., None], generation: Generation) -> Callable[..., None]:
@@ -157,9 +154,6 @@ def _preparation(original: Callable[..., Any]) -> Callable[..., Any]:
         for i, request in enumerate(requests):
             if "loc_prompts" in kwargs:
                 request["loc_prompt"] = kwargs["loc_prompts"][i]
-            for section in ("locality", "portability"):
-                probes = request[section].items()
-                request[section] = {k: v for k, v in probes if v["prompt"] is not None}
-        return requests
+        return prepare_requests(requests)
 
     return prepare

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
-import logging
 import os
 import platform
 import tempfile
@@ -95,8 +94,7 @@ def _edited() -> str:
 @contextmanager
 def _out_of_the_way() -> Iterator[None]:
     """Work in a temporary directory, without output: EasyEdit prints and writes ./logs."""
-    log = logging.getLogger("easyeditor.editors.editor")
-    handlers, here, sink = list(log.handlers), Path.cwd(), io.StringIO()
+    here, sink = Path.cwd(), io.StringIO()
     with (
         tempfile.TemporaryDirectory(prefix="easyedit-") as directory,
         contextlib.redirect_stdout(sink),
@@ -107,6 +105,3 @@ def _out_of_the_way() -> Iterator[None]:
             yield
         finally:
             os.chdir(here)
-            for handler in set(log.handlers) - set(handlers):
-                handler.close()
-            log.handlers[:] = handlers

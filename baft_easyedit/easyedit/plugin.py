@@ -131,17 +131,17 @@ def register() -> Host:
     host = load_host()
     # Not `import easyeditor.util...`: star imports hide the real `easyeditor.util`.
     algorithms = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
-    algorithms["BaFT"] = apply_baft_to_model
-    algorithms["ReFT"] = apply_reft_to_model
+    if OUR_METHODS[0] in algorithms:
+        return host
     batch_editor = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
     original = batch_editor.is_batchable_method
-    if not original(OUR_METHODS[0]):
-        batch_editor.is_batchable_method = staticmethod(
-            lambda alg_name: alg_name in OUR_METHODS or original(alg_name)
-        )
+    batch_editor.is_batchable_method = staticmethod(
+        lambda alg_name: alg_name in OUR_METHODS or original(alg_name)
+    )
     if host.generation == "current":  # the release only knows of items to copy back
         utils = importlib.import_module("easyeditor.editors.utils")
         utils.CALLABLE_RESTORE_ALGS.update(OUR_METHODS)
     wrap_scoring()
     wrap_base_editor(host.generation)
+    algorithms.update(BaFT=apply_baft_to_model, ReFT=apply_reft_to_model)
     return host

@@ -25,11 +25,11 @@ Call = Mapping[str, Any]
 
 
 def wrap_scoring() -> None:
-    """Wrap EasyEdit's scoring functions wherever they are held; a second call does nothing."""
+    """Wrap EasyEdit's scoring functions wherever they are held."""
     module = importlib.import_module("easyeditor.evaluate.evaluate_utils")
     for name, prompt_lengths in _PROMPT_LENGTHS.items():
         original = getattr(module, name, None)  # the release lacks some of them
-        if original is not None and not hasattr(original, "_baft_bridge"):
+        if original is not None:
             replace_everywhere(original, _bridged(original, prompt_lengths))
 
 
@@ -58,7 +58,6 @@ def _bridged(
         with with_prompt_lengths(call["model"], prompt_lengths(call)):
             return original(**call)
 
-    score._baft_bridge = True  # type: ignore[attr-defined]
     return score
 
 

@@ -149,7 +149,7 @@ class Session:
         editor = self.editor
         requests = [edited_request(request, editor) for request in requests]
         with honoured_device(self.generation, editor.hparams.device):
-            _synchronize()
+            synchronize(self._input_device())
             start = time.perf_counter()
             edited, weights_copy = editor.apply_algo(
                 editor.model,
@@ -161,7 +161,7 @@ class Session:
                 keep_original_weight=self.generation == "pypi",
                 train_ds=None,
             )
-            _synchronize()
+            synchronize(self._input_device())
             seconds = time.perf_counter() - start
         self._edits.append((edited, weights_copy))
         after_edit(editor, edited)
@@ -306,10 +306,10 @@ class Session:
         )
 
 
-def _synchronize() -> None:
-    """Wait for CUDA, so that a clock read afterwards has seen the work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all its work, so that a clock read afterwards has seen it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _compare_locality(metrics: Mapping[str, Any], request: Request) -> None:
@@ -332,24 +332,3 @@ def _restore_as_the_release_does(editor: Any, edited: Any, weights_copy: Any) ->
         else:
             for name, weight in weights_copy.items():
                 nethook.get_parameter(editor.model, name)[...] = weight
-
-
-def prepare_requests(requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Complete request dicts with keys that EasyEdit reads without checking for them.
-
-    Missing `ground_truth`, `case_id`, `locality` and `portability` are added; empty probes are
-    dropped.
-
-    Raises:
-        ValueError: If there are no requests.
-    """
-    if not requests:
-        raise ValueError("requests must hold at least one request; got none")
-    complete = []
-    for i, request in enumerate(requests):
-        item = {"ground_truth": None, "case_id": i, **deepcopy(dict(request))}
-        for section in ("locality", "portability"):
-            probes = item.get(section) or {}
-            item[section] = {k: v for k, v in probes.items() if v and v.get("prompt")}
-        complete.append(item)
-    return complete

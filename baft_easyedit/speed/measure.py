@@ -21,11 +21,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
+from baft_easyedit.easyedit.arguments import prepare_requests
 from baft_easyedit.easyedit.host import loaded_generation
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.easyedit.session import Session, make_peer, prepare_requests
+from baft_easyedit.easyedit.session import Session, make_peer, synchronize
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
@@ -182,7 +183,7 @@ def profiled(method: OurMethod | PeerMethod, requests: Requests) -> str:
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profile(activities=[activity]) as seen:
         undo = method.run(requests)
-        _synchronize(method.device)
+        synchronize(method.device)
     undo()
     if not on_gpu:
         averages = seen.key_averages()
@@ -233,17 +234,11 @@ def _tokens_per_s(
 
 def timed(action: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     """Run something; return the seconds until the device was done, and its result."""
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     result = action()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, result
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -268,7 +263,7 @@ def with_peak(action: Callable[[], Result], device: torch.device) -> tuple[int |
     """
     gc.collect()
     if device.type == "cuda":
-        _synchronize(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = action()

@@ -1,7 +1,5 @@
 """EasyEdit, a tiny Llama on disk that it can load, and requests for it."""
 
-import importlib.util
-import os
 import sys
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from baft_easyedit import BaFTHyperParams, ReFTHyperParams, register
 from baft_easyedit.easyedit import session
+from baft_easyedit.easyedit.arguments import prepare_requests
 from baft_easyedit.easyedit.host import HOME_VARIABLE
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import why_not
@@ -103,7 +102,7 @@ def make_peer(host, model_path):
 
 @pytest.fixture
 def complete(requests):
-    return session.prepare_requests(requests)
+    return prepare_requests(requests)
 
 
 @pytest.fixture
@@ -121,13 +120,3 @@ def without_easyeditor(monkeypatch):
 def logits(editor, prompt):
     with torch.no_grad():
         return editor.model(**editor.tok(prompt, return_tensors="pt")).logits
-
-
-def other_generation_environment():
-    """Return an environment in which the other EasyEdit is found, None if there is none."""
-    environment = {k: v for k, v in os.environ.items() if k != HOME_VARIABLE}
-    if HOME_VARIABLE not in os.environ:
-        return None
-    search = [p for p in sys.path if p and "site-packages" in p]
-    found = importlib.machinery.PathFinder.find_spec("easyeditor", search)
-    return environment if found is not None else None

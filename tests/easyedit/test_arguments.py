@@ -7,7 +7,7 @@ import torch
 from conftest import edit_arguments, logits
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, attached_edit
-from baft_easyedit.easyedit.arguments import read_call, request_arguments
+from baft_easyedit.easyedit.arguments import prepare_requests, read_call, request_arguments
 from tests.test_readme import blocks_of
 
 PROBE = {"prompt": ["The sky is"] * 3, "ground_truth": ["blue"] * 3}
@@ -168,6 +168,13 @@ def test_every_argument_reaches_the_requests(host, quick, requests, learned, way
     assert all("rephrase_acc" in metric["post"] for metric in metrics)
     assert len(learned) == (2 if way == "batch_edit" else 3)
     assert PROBE["prompt"] == ["The sky is"] * 3
+
+
+def test_requests_are_completed():
+    probes = {"x": None, "y": {"prompt": ""}}
+    (request,) = prepare_requests([{"prompt": "a", "target_new": "b", "locality": probes}])
+    added = {"ground_truth": None, "case_id": 0, "locality": {}, "portability": {}}
+    assert request == {"prompt": "a", "target_new": "b", **added}
 
 
 def test_what_is_none_is_left_out():

@@ -91,6 +91,31 @@ def test_grace_is_asked_in_the_template_but_for_locality(requests, tok):
     assert scored_request(requests[0], editor_of("FT", tok, **BOTH)) == requests[0]
 
 
+class Merging:
+    """A tokenizer that merges a space with the word behind it."""
+
+    def encode(self, text, **_):
+        return text.replace(" ", " _").split()
+
+
+def test_graces_targets_get_the_space_of_their_tokens(requests, tok):
+    # With single bytes as tokens the target's own tokens end the text: nothing to put right.
+    for tokenizer, space in ((tok, ""), (Merging(), " ")):
+        scored = scored_request(requests[0], editor_of("GRACE", tokenizer))
+        assert scored["target_new"] == f"{space}Oslo"
+        local = {"prompt": ["The sky is"], "ground_truth": [f"{space}blue"]}
+        assert scored["locality"]["nq"] == local
+    assert requests[0]["target_new"] == "Oslo"
+
+
+def test_wise_gets_a_text_that_is_no_probe(requests, tok):
+    assert "loc_prompt" not in edited_request(requests[0], editor_of("BaFT", tok))
+    wise = editor_of("WISE", tok)
+    assert "sky" not in edited_request(requests[0], wise)["loc_prompt"]
+    for given in ("x", ["x", "y"]):
+        assert edited_request({**requests[0], "loc_prompt": given}, wise)["loc_prompt"] == "x"
+
+
 def test_answers_stand_right_behind_the_template(requests, tok):
     editor = editor_of("FT", tok, **BOTH)
     edited = edited_request({**requests[0], "target_new": " 2006"}, editor)

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from baft_easyedit.easyedit.peers import PEERS, batchable, own_preset_config, presets, why_not
 from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
-from baft_easyedit.easyedit.peers.presets import ModelShape, peer_config, peer_hparams
+from baft_easyedit.easyedit.peers.presets import peer_config, peer_hparams
 from baft_easyedit.easyedit.peers.statistics import write_null_space, write_statistics
 from baft_easyedit.files.resources import hparams_file
 
-BUNDLED = ModelShape(depth=6, width=192, tied=False)
-DEEP = ModelShape(depth=12, width=768, tied=True)
-SHALLOW = ModelShape(depth=2, width=192, tied=False)
+BUNDLED = LlamaConfig(num_hidden_layers=6, hidden_size=192)
+DEEP = LlamaConfig(num_hidden_layers=12, hidden_size=768, tie_word_embeddings=True)
+SHALLOW = LlamaConfig(num_hidden_layers=2, hidden_size=192)
 TIED = "model.embed_tokens"
 """Where EasyEdit finds an output layer that shares the input embedding's weights."""
 
@@ -156,7 +157,7 @@ def test_presets_of_ours_are_whole_and_within_the_model(name):
 
 def test_hparams_that_are_not_shipped_are_scaled_ones(shipped, model_path):
     config, notes = presets._config("FT-M", model_path, "llama-7b")
-    assert config == peer_config("FT-M", ModelShape.of(model_path))
+    assert config == peer_config("FT-M", LlamaConfig.from_pretrained(model_path))
     assert notes == (
         "FT-M: EasyEdit ships no llama-7b (it has gpt-j-6B); the bundled model's values, scaled",
     )
@@ -190,8 +191,6 @@ def test_presets_load_with_paths_and_objectives_filled_in(current, model_path, t
 @pytest.fixture
 def editor(host, model_path, tmp_path):
     """What is asked of MEMIT's editor."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     hparams, _ = peer_hparams("MEMIT", model_path, "cpu", tmp_path, host.generation, num_texts=2)
     model = AutoModelForCausalLM.from_pretrained(model_path)
     tok = AutoTokenizer.from_pretrained(model_path)

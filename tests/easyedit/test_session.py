@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import logits
 
-from baft_easyedit.easyedit.session import Session, prepare_requests
+from baft_easyedit.easyedit.session import Session
 
 pytestmark = pytest.mark.easyedit
 
@@ -80,26 +80,6 @@ def test_a_restore_that_fails_is_made_good_if_there_is_a_copy(make_editor, compl
             session.restore()
 
 
-def test_graces_targets_get_the_space_of_their_tokens(host, make_editor, requests):
-    from baft_easyedit.easyedit.peers.prompts import scored_request
-
-    editor = make_editor()
-    assert scored_request(requests[0], editor) == requests[0]
-    editor.alg_name = "GRACE"
-    scored = scored_request(requests[0], editor)
-    # With single bytes as tokens the target's own tokens end the text: nothing to put right.
-    assert scored["target_new"] == "Oslo"
-    assert scored["locality"]["nq"] == {"prompt": ["The sky is"], "ground_truth": ["blue"]}
-    merged = type(
-        "Merging", (), {"encode": lambda self, text, **_: text.replace(" ", " _").split()}
-    )
-    editor.tok = merged()
-    scored = scored_request(requests[0], editor)
-    assert scored["target_new"] == " Oslo"
-    assert scored["locality"]["nq"] == {"prompt": ["The sky is"], "ground_truth": [" blue"]}
-    assert requests[0]["target_new"] == "Oslo"
-
-
 def test_an_answer_of_grace_that_ends_early_is_scored_whole(current, make_editor):
     editor = make_editor()
     editor.alg_name = editor.hparams.alg_name = "GRACE"
@@ -117,30 +97,3 @@ def test_an_answer_of_grace_that_ends_early_is_scored_whole(current, make_editor
     config.eos_token_id = editor.model(ids).logits[0, -1].argmax().item()  # what comes first
     assert Session(editor, "a").score([request])[0]["rewrite_acc"] == wanted
     assert config.eos_token_id is not None
-
-
-def test_wise_gets_a_text_that_is_no_probe(make_editor, requests):
-    from baft_easyedit.easyedit.peers.prompts import edited_request
-
-    editor = make_editor()
-    assert "loc_prompt" not in edited_request(requests[0], editor)
-    editor.alg_name = "WISE"
-    assert "sky" not in edited_request(requests[0], editor)["loc_prompt"]
-    for given in ("x", ["x", "y"]):
-        assert edited_request({**requests[0], "loc_prompt": given}, editor)["loc_prompt"] == "x"
-
-
-def test_requests_are_completed():
-    with pytest.raises(ValueError, match="requests must hold at least one request"):
-        prepare_requests([])
-    (request,) = prepare_requests(
-        [{"prompt": "a", "target_new": "b", "locality": {"x": None, "y": {"prompt": ""}}}]
-    )
-    assert request == {
-        "ground_truth": None,
-        "case_id": 0,
-        "prompt": "a",
-        "target_new": "b",
-        "locality": {},
-        "portability": {},
-    }

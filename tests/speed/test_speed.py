@@ -267,7 +267,7 @@ def test_profile_of_a_gpu_is_of_one_edit_and_read_from_its_trace(monkeypatch):
             Path(path).write_text('{"traceEvents": [{"cat": "kernel", "name": "mm", "dur": 5e3}]}')
 
     monkeypatch.setattr("baft_easyedit.speed.measure.profile", Profile)
-    monkeypatch.setattr("baft_easyedit.speed.measure._synchronize", lambda device: None)
+    monkeypatch.setattr("baft_easyedit.speed.measure.synchronize", lambda device: None)
     run = lambda requests: calls.append(requests) or (lambda: calls.append("undone"))  # noqa: E731
     method = SimpleNamespace(device=torch.device("cuda"), run=run)
     assert "5.00        1 mm" in profiled(method, "requests")

@@ -10,7 +10,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +31,21 @@ _EDITORS_OWN = {"fp16", "bf16", "model_parallel"}
 """Hyper-parameters that `BaseEditor`, or our wrapper of it, reads of any method's class."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a model that scaled hyper-parameters depend on."""
+def peer_config(name: str, model: Any) -> dict[str, Any]:
+    """Return a peer's hyper-parameters, without paths: those for `facts-llama`, scaled.
 
-    depth: int
-    width: int
-    tied: bool
-    """Whether the output layer shares the input embedding's weights."""
-
-    @classmethod
-    def of(cls, model_path: str) -> "ModelShape":
-        """Read a model's configuration."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(model_path)
-        return cls(config.num_hidden_layers, config.hidden_size, bool(config.tie_word_embeddings))
-
-
-def peer_config(name: str, shape: ModelShape) -> dict[str, Any]:
-    """Return a peer's hyper-parameters for `facts-llama`, scaled to a shape, without paths."""
+    `model` is the configuration of the model to which they are scaled.
+    """
     config: dict[str, Any] = yaml.safe_load(read_text(hparams_file(f"peers/{name}/facts-llama")))
-    _scale_layers(config, shape.depth)
-    narrower = _WIDTH / shape.width
+    _scale_layers(config, model.num_hidden_layers)
+    narrower = _WIDTH / model.hidden_size
     if name in ("FT-L", "FT-M"):
         config["lr"] *= math.sqrt(narrower)
     elif name == "UltraEdit":
         config["lr"] *= narrower**2.2
     elif config.get("mom2_adjustment"):
         config["mom2_update_weight"] /= narrower**1.5
-    if "lm_head_module" in config and shape.tied:
+    if "lm_head_module" in config and model.tie_word_embeddings:
         # EasyEdit looks the weight up by name, and a tied output layer has none of its own.
         config["lm_head_module"] = "model.embed_tokens"
     return config
@@ -119,8 +104,10 @@ def _config(
     name: str, model_path: str, preset: str | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a preset's hyper-parameters, or scaled ones; and a note if a preset is not ours."""
+    from transformers import AutoConfig
+
     if preset is None:
-        return peer_config(name, ModelShape.of(model_path)), ()
+        return peer_config(name, AutoConfig.from_pretrained(model_path)), ()
     tuned = own_preset_config(name, preset)
     if tuned is not None:
         return tuned, ()
@@ -136,7 +123,7 @@ def _config(
         f"{name}: EasyEdit ships no {preset} (it has {', '.join(shipped) or 'none'}); the bundled "
         "model's values, scaled"
     )
-    return peer_config(name, ModelShape.of(model_path)), (note,)
+    return peer_config(name, AutoConfig.from_pretrained(model_path)), (note,)
 
 
 def peer_hparams(
