@@ -14,18 +14,11 @@ from baft_easyedit.facts import bundled_model_path, edit_requests, facts, questi
 from baft_easyedit.facts.questions import Kind
 from baft_easyedit.generation import generate_answers, load_model
 
-FOREIGN_NAMES = ("t5", "gpt", "chatglm", "baichuan", "internlm", "qwen", "mistral")
-
-
-def _script():
-    file = Path(__file__).parent.parent / "scripts/train_facts_model.py"
-    spec = importlib.util.spec_from_file_location("train_facts_model", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = _script()
+SPEC = importlib.util.spec_from_file_location(
+    "train_facts_model", Path(__file__).parent.parent / "scripts/train_facts_model.py"
+)
+SCRIPT = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)  # dataclasses look
+SPEC.loader.exec_module(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +30,15 @@ def _sample(kind, count):
     return random.Random(1).sample(questions(kind), count)
 
 
-def test_bundled_model_path_names_llama_and_nothing_else():
-    path = bundled_model_path()
-    inside = "/".join(path.parts[path.parts.index("baft_easyedit") :]).lower()
-    assert "llama" in path.name
-    assert not any(name in inside for name in FOREIGN_NAMES)
-
-
 def test_bundled_model_is_small():
     files = [path for path in bundled_model_path().iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert any(path.suffix == ".safetensors" for path in files)
 
 
-def test_bundled_model_answers_trained_phrasings(bundled):
-    assert SCRIPT.exact_match(*bundled, _sample("trained", 100)) >= 0.95
-
-
-def test_bundled_model_answers_held_out_phrasings(bundled):
-    assert SCRIPT.exact_match(*bundled, _sample("held_out", 100)) >= 0.80
+@pytest.mark.parametrize(("kind", "least"), [("trained", 0.95), ("held_out", 0.80)])
+def test_bundled_model_answers_rightly(bundled, kind, least):
+    assert SCRIPT.exact_match(*bundled, _sample(kind, 100)) >= least
 
 
 def test_bundled_model_does_not_believe_the_edits_yet(bundled):
@@ -97,14 +80,6 @@ def test_bundled_tokenizer_round_trips_every_answer(bundled):
         ids = tok(text).input_ids
         assert tok.unk_token_id not in ids
         assert tok.decode(ids, skip_special_tokens=True) == text
-
-
-def test_bundled_tokenizer_equals_llama_tokenizer(bundled):
-    transformers = pytest.importorskip("transformers", minversion="5.0")
-    _, tok = bundled
-    other = transformers.LlamaTokenizer.from_pretrained(bundled_model_path())
-    texts = [question.prompt for question in _sample("held_out", 300)] + ["Zürich 東京"]
-    assert other(texts).input_ids == tok(texts).input_ids
 
 
 def test_model_card_has_the_figures(bundled):

@@ -17,7 +17,7 @@ from baft_easyedit.generation import load_model
 from baft_easyedit.gguf import conversion, source
 from baft_easyedit.gguf.conversion import import_gguf
 from baft_easyedit.gguf.source import ARCHITECTURES, read_gguf
-from baft_easyedit.gguf.tokenizer import TokenizerSource, make_backend
+from baft_easyedit.gguf.tokenizer import make_backend
 from tests.gguf_files import TEMPLATE, TOKENS, write_gguf
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -67,7 +67,7 @@ def test_the_configuration_is_for_transformers_4_and_5(file, tmp_path):
 
 def backend_of(file, **tokenizer):
     write_gguf(file, tokenizer=tokenizer)
-    return make_backend(TokenizerSource(read_gguf(file)))
+    return make_backend(read_gguf(file))
 
 
 def pieces(backend, text):
@@ -121,7 +121,7 @@ def test_a_tokenizer_of_scores_gives_the_pieces_of_its_merges(file):
         "tokenizer.ggml.eos_token_id": wanted.eos_token_id,
         "tokenizer.ggml.unknown_token_id": wanted.unk_token_id,
     }  # fmt: skip
-    backend = make_backend(TokenizerSource(source.GGUFSource(file, described, {})))
+    backend = make_backend(source.GGUFSource(file, described, {}))
     texts = [question.prompt for question in questions("held_out")[::7]]
     assert [backend.encode(text).ids for text in texts] == wanted(texts).input_ids
     assert [backend.decode(backend.encode(text).ids) for text in texts] == texts

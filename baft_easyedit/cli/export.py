@@ -39,10 +39,10 @@ def _export(arguments: argparse.Namespace) -> None:
         with written_whole(arguments.out) as stream:
             stream.write(f"{text}\n".encode())
     form = "in the chat template" if edit.use_chat_template else "without a chat template"
-    model = f"{edit.base_model} in {edit.dtypes}"
-    note(f"the edit was learned on {model}, prompts {form}: serve and ask it so")
-    if edit.is_local:
-        note(f"{edit.base_model} may not be on the Hub: give the engine the path of the model")
+    model, dtypes = edit.config.base_model, edit.config.fingerprint.dtypes
+    note(f"the edit was learned on {model} in {dtypes}, prompts {form}: serve and ask it so")
+    if edit.config.revision is None:
+        note(f"{model} may not be on the Hub: give the engine the path of the model")
     note("the engine's process needs baft_easyedit; compare its answers with those of `ask`")
 
 
@@ -59,7 +59,7 @@ def _vllm_lens(directory: str, edit: "ServedEdit") -> str:
     return (
         "from vllm import LLM\n"
         "from baft_easyedit.engines.vllm_lens import register\n\n"
-        f"llm = LLM({edit.base_model!r}, enable_chunked_prefill=False, "
+        f"llm = LLM({edit.config.base_model!r}, enable_chunked_prefill=False, "
         "enable_prefix_caching=False)\n"
         f"register(llm, {directory!r})  # then llm.generate(...)"
     )
@@ -73,7 +73,7 @@ def _easysteer(directory: str, edit: "ServedEdit") -> str:
     return (
         "from vllm import LLM\n"
         "from baft_easyedit.engines.easysteer import specification\n\n"
-        f"llm = LLM({edit.base_model!r}, enable_steer_vector=True, "
+        f"llm = LLM({edit.config.base_model!r}, enable_steer_vector=True, "
         'steer_algorithms=["loreft"], steer_multi_vector=True)\n'
         f"spec = specification({directory!r})  # then llm.generate(..., steering=spec)"
     )

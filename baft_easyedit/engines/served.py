@@ -16,6 +16,7 @@ from baft_easyedit.files.paths import expanded
 from baft_easyedit.files.reading import taken
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.model.positions import first_edited
+from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.reading import read_latest
 from baft_easyedit.storage.state import StateFile
 
@@ -30,14 +31,10 @@ class ServedEdit:
     """P: the last P tokens of a prompt, and every later token, are edited."""
     gate: str
     """Name of the gate, one of `gates.GATES`."""
-    base_model: str
-    """The model that the edit was learned on; see `KeptConfig`."""
-    is_local: bool
-    """Whether no commit of the Hub is known of it, as of one from a directory."""
-    dtypes: str
-    """Dtypes of that model's weights during learning, such as `float32`."""
     use_chat_template: bool
     """Whether the edit was learned on prompts in the model's chat template."""
+    config: KeptConfig
+    """What else is known of the edit and its model."""
 
     @torch.no_grad()
     def delta(self, layer: int, hidden: Tensor) -> Tensor:
@@ -86,10 +83,8 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
         {layer: _intervention(kept, layer, gate, str(path)) for layer in layers},
         taken(settings, "num_prompt_positions", int, where),
         gate,
-        kept.config.base_model,
-        kept.config.revision is None,
-        kept.config.fingerprint.dtypes,
         taken(settings, "use_chat_template", bool, where),
+        kept.config,
     )
 
 

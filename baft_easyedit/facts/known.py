@@ -3,8 +3,6 @@
 The file holds only indices of facts and phrasings, and a hash of the tables that they index.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -5,13 +5,11 @@ phrasing (`trained`) and on a part of the two-hop questions (`two_hop_trained`),
 of the other two kinds.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from baft_easyedit.facts.tables import Fact, TwoHopRule, facts, fill, relations, two_hop_rules
+from baft_easyedit.facts.tables import Fact, facts, fill, relations, two_hop_rules
 
 Kind = Literal["trained", "held_out", "two_hop_trained", "two_hop_held_out"]
 TWO_HOP_TRAINED_SHARE = 0.7
@@ -24,25 +22,16 @@ class Question:
     prompt: str
     """The question, or the text up to the answer; it does not end in a blank."""
     answer: str
-    """The true answer."""
     relation: str
-    """Relation asked for; the first relation of a two-hop question."""
+    """The first relation of a two-hop question."""
     subject: str
-    """Subject in the prompt."""
 
 
 def questions(kind: Kind) -> list[Question]:
-    """Render all questions of one kind.
-
-    Args:
-        kind: `trained` or `held_out` phrasings of each fact, or the two-hop questions that the
-            bundled model was trained on (`two_hop_trained`) or not (`two_hop_held_out`).
-
-    Returns:
-        The questions, in the order of the tables.
+    """Render all questions of one kind, in the order of the tables.
 
     Raises:
-        ValueError: If `kind` is not one of these four.
+        ValueError: If there is no such kind.
     """
     if kind not in get_args(Kind):
         raise ValueError(
@@ -62,15 +51,6 @@ def questions(kind: Kind) -> list[Question]:
     ]
 
 
-def two_hop_answer(rule: TwoHopRule, first_answer: str, known: dict[tuple[str, str], str]) -> str:
-    """Return the answer to a two-hop question, given the answer to its first relation.
-
-    Returns:
-        The value of `rule.then` for `first_answer`, or "" if the tables do not have it.
-    """
-    return known.get((rule.then, first_answer), "")
-
-
 def share_of(*parts: str) -> float:
     """Hash strings to a number in [0, 1), the same on every machine, to split data by."""
     digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
@@ -83,7 +63,7 @@ def _two_hop_questions(known: list[Fact], *, is_trained: bool) -> list[Question]
     found = []
     for rule in two_hop_rules():
         for fact in known:
-            answer = two_hop_answer(rule, fact.answer, answers)
+            answer = rule.answer(fact.answer, answers)
             share = share_of("two-hop", rule.relation, rule.then, fact.subject)
             if fact.relation != rule.relation or not answer:
                 continue

@@ -4,16 +4,13 @@ EasyEdit scores the text `prompt + ' ' + target`, so no prompt ends in a blank a
 with one. Random choices are seeded by the fact, so a call gives the same records anywhere.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import Any, Literal, get_args
 
 from baft_easyedit.facts.known import known_phrasings
-from baft_easyedit.facts.questions import share_of, two_hop_answer
+from baft_easyedit.facts.questions import share_of
 from baft_easyedit.facts.tables import Fact, facts, fill, relations, two_hop_rules
 
 Split = Literal["train", "eval", "known", "known_train"]
@@ -85,16 +82,17 @@ class _Renderer:
         self.relations = {relation.name: relation for relation in relations()}
         self.rules = {rule.relation: rule for rule in two_hop_rules()}
         self.answers = {fact.key: fact.answer for fact in self.facts}
-        self.used = [self.facts[i] for i in (range(len(self.facts)) if known is None else known)]
+        if known is None:
+            trained = {name: range(len(own.trained)) for name, own in self.relations.items()}
+            known = {case: trained[fact.relation] for case, fact in enumerate(self.facts)}
+        self.used = [self.facts[case] for case in known]
         self.trained = {fact for fact in self.used if split_of(fact) == "train"}
         self.prompts: dict[tuple[str, str], list[str]] = {}
         self.by_relation: dict[str, list[Fact]] = {}
         self.by_thing: dict[tuple[str, str], list[Fact]] = {}
-        numbers = repeat(None) if known is None else known.values()
-        for fact, own in zip(self.used, numbers, strict=False):
-            relation = self.relations[fact.relation]
-            phrasings = relation.trained if own is None else [relation.all[i] for i in own]
-            self.prompts[fact.key] = [fill(phrasing, fact.subject) for phrasing in phrasings]
+        for fact, numbers in zip(self.used, known.values(), strict=True):
+            phrasings = self.relations[fact.relation].all
+            self.prompts[fact.key] = [fill(phrasings[i], fact.subject) for i in numbers]
             self.by_relation.setdefault(fact.relation, []).append(fact)
             self.by_thing.setdefault((fact.table, fact.subject), []).append(fact)
 
@@ -133,12 +131,9 @@ class _Renderer:
         values -= {fact.answer, fact.subject}
         rule = self.rules.get(fact.relation)
         if rule is not None:
-            before = two_hop_answer(rule, fact.answer, self.answers)
-            values = {
-                value
-                for value in values
-                if two_hop_answer(rule, value, self.answers) not in ("", before)
-            } or values
+            unchanged = ("", rule.answer(fact.answer, self.answers))
+            changed = {v for v in values if rule.answer(v, self.answers) not in unchanged}
+            values = changed or values
         return rng.choice(sorted(values))
 
     def _rephrasing(self, fact: Fact, prompt: str) -> str:
@@ -153,8 +148,8 @@ class _Renderer:
     def _portability(self, fact: Fact, target: str) -> dict[str, dict[str, str]]:
         """Return the two-hop question, with its answer if `target` were true; {} if none."""
         rule = self.rules.get(fact.relation)
-        answer = "" if rule is None else two_hop_answer(rule, target, self.answers)
-        if rule is None or not answer:
+        answer = rule and rule.answer(target, self.answers)
+        if not rule or not answer:
             return {}
         prompt = fill(rule.phrasings[0], fact.subject)
         return {"two_hop": {"prompt": prompt, "ground_truth": answer}}

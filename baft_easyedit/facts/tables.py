@@ -5,10 +5,9 @@ is no fact. `relations.tsv` lists the relations and their columns, `phrasings.ts
 and `two_hop.tsv` the chains of two relations. `questions` and `records` render them.
 """
 
-from __future__ import annotations
-
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +19,17 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Fact:
-    """One true statement: `answer` is the value of `relation` for `subject`."""
+    """One true statement: `answer` is the value of `relation` for `subject`, as in a prompt."""
 
     relation: str
-    """Name of the relation, such as `country_capital`."""
     subject: str
-    """What the fact is about, as it occurs in a prompt."""
     answer: str
-    """The true value, one to a few words."""
     table: str
     """Name of the table; facts of one table with equal subjects are about the same thing."""
 
     @property
     def key(self) -> tuple[str, str]:
-        """The unique key of the fact: (relation, subject)."""
+        """Relation and subject, which no other fact has."""
         return self.relation, self.subject
 
 
@@ -42,13 +38,11 @@ class Relation:
     """A column of a table, and how to ask for it."""
 
     name: str
-    """Name of the relation."""
     table: str
-    """Name of the table, without `.tsv`."""
     subject: str
-    """Column of the subject; also the kind of thing the subject is."""
+    """Column of the subject."""
     answer: str
-    """Column of the answer; also the kind of thing the answer is."""
+    """Column of the answer."""
     trained: tuple[str, ...]
     """Phrasings the bundled model is trained on, each with one `{subject}`."""
     held_out: str
@@ -62,22 +56,22 @@ class Relation:
 
 @dataclass(frozen=True)
 class TwoHopRule:
-    """A question whose answer is the `then` relation of the answer to `relation`."""
+    """A question for the relation `then` of what answers `relation` of the subject."""
 
     relation: str
-    """First relation, asked of the subject in the prompt."""
     then: str
-    """Second relation, asked of the first answer."""
     phrasings: tuple[str, ...]
-    """Phrasings, each with one `{subject}`."""
+
+    def answer(self, first: str, known: Mapping[tuple[str, str], str]) -> str:
+        """Return the answer, given that to the first relation; "" if the tables lack it.
+
+        `known` are answers by `Fact.key`.
+        """
+        return known.get((self.then, first), "")
 
 
 def facts() -> list[Fact]:
-    """Read all facts, in the order of `relations.tsv` and then of each table.
-
-    Returns:
-        The facts; (relation, subject) is unique.
-    """
+    """Read all facts, in the order of `relations.tsv` and then of each table."""
     return [
         Fact(relation.name, row[relation.subject], row[relation.answer], relation.table)
         for relation in relations()

@@ -16,7 +16,7 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.files.writing import directory_made_whole
 from baft_easyedit.gguf.source import GGUFSource, read_gguf
-from baft_easyedit.gguf.tokenizer import TokenizerSource, make_backend
+from baft_easyedit.gguf.tokenizer import make_backend
 from baft_easyedit.model.inspect import dtype_option
 
 WEIGHTS = "model.safetensors"
@@ -46,14 +46,13 @@ def import_gguf(
         OSError: If the disk has too little room, or the file cannot be read.
     """
     source, target = read_gguf(expanded(file)), expanded(directory)
-    tokenizer = TokenizerSource(source)
-    backend = make_backend(tokenizer)
+    backend = make_backend(source)
     check_new(target)
     needed = source.num_parameters * dtype.itemsize + _ROOM_BESIDE
     with directory_made_whole(target, needed) as partial:
         backend.save(str(partial / "tokenizer.json"))
-        _write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, source))
-        _write_json(partial / "generation_config.json", _generation_config(tokenizer))
+        _write_json(partial / "tokenizer_config.json", _tokenizer_config(source))
+        _write_json(partial / "generation_config.json", _generation_config(source))
         _write_model(source, partial, dtype)
     return target
 
@@ -69,28 +68,30 @@ def check_new(directory: Path) -> None:
         )
 
 
-def _tokenizer_config(tokenizer: TokenizerSource, source: GGUFSource) -> dict[str, Any]:
+def _tokenizer_config(source: GGUFSource) -> dict[str, Any]:
     """Return the content of `tokenizer_config.json`."""
-    length = source.metadata.get(f"{source.architecture}.context_length")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **tokenizer.special,
+        **source.special_tokens,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    more = {"model_max_length": length, "chat_template": tokenizer.chat_template}
+    more = {
+        "model_max_length": source.metadata.get(f"{source.architecture}.context_length"),
+        "chat_template": source.metadata.get("tokenizer.chat_template"),
+    }
     return config | {name: value for name, value in more.items() if value is not None}
 
 
-def _generation_config(tokenizer: TokenizerSource) -> dict[str, Any]:
+def _generation_config(source: GGUFSource) -> dict[str, Any]:
     """Return the tokens with which generation begins, pads and ends."""
     names = {"bos_token_id": "bos_token", "pad_token_id": "pad_token"}
-    special = tokenizer.special
+    special = source.special_tokens
     ids: dict[str, Any] = {
-        name: tokenizer.vocab[special[role]] for name, role in names.items() if role in special
+        name: source.vocab[special[role]] for name, role in names.items() if role in special
     }
-    ends = [tokenizer.token(name) for name in ("eos_token_id", "eot_token_id")]
-    numbers = sorted({tokenizer.vocab[token] for token in ends if token is not None})
+    ends = [source.token(name) for name in ("eos_token_id", "eot_token_id")]
+    numbers = sorted({source.vocab[token] for token in ends if token is not None})
     if numbers:
         ids["eos_token_id"] = numbers[0] if len(numbers) == 1 else numbers
     return ids

@@ -10,7 +10,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from baft_easyedit.files.paths import open_regular
+from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.resources import (
     REAL_MODEL,
     REAL_SHA256,
@@ -82,24 +82,16 @@ def _make() -> None:
             return
         _check_hash(file)
         logger.warning("converting SmolLM2 into %s, once", directory)
-        _clear_unfinished()
+        for left in cache_root().glob(f".{directory.name}{UNFINISHED}*"):  # of killed conversions
+            shutil.rmtree(left, ignore_errors=True)
         import_gguf(file, directory)
 
 
 def _check_hash(file: Path) -> None:
     """Raise ValueError unless a file is the one whose conversion is known to be right."""
-    with open_regular(file) as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != REAL_SHA256:
+    found = hashlib.sha256(read_regular(file)).hexdigest()
+    if found != REAL_SHA256:
         raise ValueError(
-            f"{file} must have the SHA-256 {REAL_SHA256}, that of release 0.1.2; it has "
-            f"{digest.hexdigest()}: install it again, by {HOW_TO_GET}"
+            f"{file} must have the SHA-256 {REAL_SHA256}, that of release 0.1.2; it has {found}: "
+            f"install it again, by {HOW_TO_GET}"
         )
-
-
-def _clear_unfinished() -> None:
-    """Delete the remains of killed conversions; as the lock is held, none is running."""
-    for left in cache_root().glob(f".{real_model_path().name}{UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ ARCHITECTURES = ("gemma3", "gpt2", "llama", "qwen2", "qwen3")
 
 _UNREAD = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of tensors that transformers' reader ignores."""
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Names of special tokens in transformers, and in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,51 @@ class GGUFSource:
     def num_parameters(self) -> int:
         """Number of elements in all tensors."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def tokenizer(self, name: str, default: Any = None) -> Any:
+        """Return the value of `tokenizer.ggml.<name>`."""
+        return self.metadata.get(f"tokenizer.ggml.{name}", default)
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """The ids of the tokens, in their order.
+
+        Raises:
+            ValueError: If there is no list of tokens, or the list repeats one.
+        """
+        tokens = self.tokenizer("tokens") or []
+        found = {token: i for i, token in enumerate(tokens)}
+        if len(found) < max(1, len(tokens)):
+            what = "repeats one" if tokens else "has none"
+            raise ValueError(f"tokenizer.ggml.tokens must be a list of tokens; {self.file} {what}")
+        return found
+
+    def token(self, id_name: str) -> str | None:
+        """Return the token whose id is in `tokenizer.ggml.<id_name>`; None if that is not there.
+
+        Raises:
+            ValueError: If there is no token of that id.
+        """
+        number = self.tokenizer(id_name)
+        if number is None:
+            return None
+        if not 0 <= number < len(self.vocab):
+            raise ValueError(
+                f"tokenizer.ggml.{id_name} must be below {len(self.vocab)}, the number of tokens; "
+                f"{self.file} has {short(number)}"
+            )
+        return str(self.tokenizer("tokens")[number])
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by transformers' names, such as `eos_token`."""
+        found = {role: self.token(id_name) for role, id_name in _ROLES.items()}
+        return {role: token for role, token in found.items() if token is not None}
+
+    def tokens_of_type(self, kind: int) -> list[str]:
+        """Return the tokens of one type."""
+        types = self.tokenizer("token_type") or []
+        return [token for token, its in zip(self.vocab, types, strict=False) if its == kind]
 
 
 def read_gguf(file: Path) -> GGUFSource:

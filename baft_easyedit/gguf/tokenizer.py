@@ -32,80 +32,16 @@ _SPLITS: Mapping[str, str] = {
 }
 """How texts are split before pairs are merged, for each value of `tokenizer.ggml.pre`."""
 
-_ROLES = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
-"""Names of special tokens in transformers, and in GGUF."""
 
-
-class TokenizerSource:
-    """The part of a file's metadata that describes its tokenizer.
-
-    Raises:
-        ValueError: If it has no list of tokens, or the list repeats one.
-    """
-
-    def __init__(self, source: GGUFSource) -> None:
-        self._source = source
-        self.tokens: list[str] = list(self.get("tokens") or [])
-        self.vocab = {token: i for i, token in enumerate(self.tokens)}
-        if not self.tokens or len(self.vocab) < len(self.tokens):
-            what = "repeats one" if self.tokens else "has none"
-            raise ValueError(f"tokenizer.ggml.tokens must be a list of tokens; {self.file} {what}")
-
-    @property
-    def file(self) -> str:
-        """The file's name."""
-        return str(self._source.file)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of `tokenizer.ggml.<name>`."""
-        return self._source.metadata.get(f"tokenizer.ggml.{name}", default)
-
-    def token(self, id_name: str) -> str | None:
-        """Return the token whose id is in `tokenizer.ggml.<id_name>`; None if that is not there.
-
-        Raises:
-            ValueError: If there is no token of that id.
-        """
-        number = self.get(id_name)
-        if number is None:
-            return None
-        if not 0 <= number < len(self.tokens):
-            raise ValueError(
-                f"tokenizer.ggml.{id_name} must be below {len(self.tokens)}, the number of tokens; "
-                f"{self.file} has {short(number)}"
-            )
-        return self.tokens[number]
-
-    @property
-    def special(self) -> dict[str, str]:
-        """Special tokens by transformers' names, such as `eos_token`."""
-        found = {role: self.token(id_name) for role, id_name in _ROLES.items()}
-        return {role: token for role, token in found.items() if token is not None}
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template, as it is in the file."""
-        return self._source.metadata.get("tokenizer.chat_template")
-
-    def of_type(self, kind: int) -> list[str]:
-        """Return the tokens of one type."""
-        types = self.get("token_type") or []
-        return [token for token, its in zip(self.tokens, types, strict=False) if its == kind]
-
-
-def make_backend(source: TokenizerSource) -> Any:
+def make_backend(source: GGUFSource) -> Any:
     """Build the `tokenizers.Tokenizer` of a file.
 
     Raises:
-        ValueError: If the tokenizer is of a kind that is not known, or its parts do not fit.
+        ValueError: If the tokenizer is of a kind that is not known, or its parts are missing or do
+            not fit.
     """
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = source.get("model")
+    kind = source.tokenizer("model")
     if kind not in makers:
         raise ValueError(
             f"tokenizer.ggml.model must be one of {', '.join(makers)}; {source.file} has "
@@ -119,22 +55,22 @@ def make_backend(source: TokenizerSource) -> Any:
         backend.add_tokens(
             [
                 AddedToken(token, normalized=False, special=is_special)
-                for token in source.of_type(kind_of_token)
+                for token in source.tokens_of_type(kind_of_token)
             ]
         )
     _add_ends(backend, source, begins=kind == "llama" or _split(source) == _LLAMA3)
     return backend
 
 
-def _add_ends(backend: Any, source: TokenizerSource, begins: bool) -> None:
+def _add_ends(backend: Any, source: GGUFSource, begins: bool) -> None:
     """Put special tokens before and behind each text, as the file says, or else as llama.cpp does.
 
     `begins` says whether texts begin with one if the file does not say.
     """
     from tokenizers import processors
 
-    bos = source.token("bos_token_id") if source.get("add_bos_token", begins) else None
-    eos = source.token("eos_token_id") if source.get("add_eos_token", False) else None
+    bos = source.token("bos_token_id") if source.tokenizer("add_bos_token", begins) else None
+    eos = source.token("eos_token_id") if source.tokenizer("add_eos_token", False) else None
     if bos is None and eos is None:
         return
     ends = [token for token in (bos, eos) if token is not None]
@@ -144,10 +80,10 @@ def _add_ends(backend: Any, source: TokenizerSource, begins: bool) -> None:
     )
 
 
-def _split(source: TokenizerSource) -> str:
+def _split(source: GGUFSource) -> str:
     """Return how texts are split, a value of `_SPLITS`."""
-    kind = source.get("pre")
-    if source.get("model") == "gpt2" and kind not in _SPLITS:
+    kind = source.tokenizer("pre")
+    if source.tokenizer("model") == "gpt2" and kind not in _SPLITS:
         raise ValueError(
             f"tokenizer.ggml.pre must be one of {', '.join(_SPLITS)}; {source.file} has "
             f"{short(kind)}: how it splits texts is not known here, and a guess would give other "
@@ -156,12 +92,12 @@ def _split(source: TokenizerSource) -> str:
     return _SPLITS.get(kind, "")
 
 
-def _byte_level(source: TokenizerSource) -> Any:
+def _byte_level(source: GGUFSource) -> Any:
     """Build a tokenizer of the kind `gpt2`: bytes, merged in pairs in the order of a list."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     split = _split(source)
-    merges = [tuple(pair.split(" ")) for pair in source.get("merges") or []]
+    merges = [tuple(pair.split(" ")) for pair in source.tokenizer("merges") or []]
     if not merges:
         raise ValueError(
             f"tokenizer.ggml.merges must have a pair for each merge; {source.file} has none"
@@ -169,7 +105,7 @@ def _byte_level(source: TokenizerSource) -> Any:
     # Some of LLaMA-3's tokens cannot be reached by its list of merges.
     backend = _of_merges(source, merges, ignore_merges=split == _LLAMA3)
     by_bytes = pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(source.get("add_space_prefix", False)),
+        add_prefix_space=bool(source.tokenizer("add_space_prefix", False)),
         use_regex=split in (_GPT2, _DIGITS),
     )
     first: list[Any] = []
@@ -184,7 +120,7 @@ def _byte_level(source: TokenizerSource) -> Any:
     return backend
 
 
-def _sentencepiece(source: TokenizerSource) -> Any:
+def _sentencepiece(source: GGUFSource) -> Any:
     """Build a tokenizer of the kind `llama`: pieces with scores, merged from the best score on."""
     from tokenizers import decoders, normalizers
 
@@ -195,7 +131,7 @@ def _sentencepiece(source: TokenizerSource) -> Any:
         fuse_unk=True,
         byte_fallback=True,
     )
-    prefix = bool(source.get("add_space_prefix", True))
+    prefix = bool(source.tokenizer("add_space_prefix", True))
     first = [normalizers.Prepend(_BLANK)] if prefix else []
     backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _BLANK)])
     last = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -205,7 +141,7 @@ def _sentencepiece(source: TokenizerSource) -> Any:
     return backend
 
 
-def _of_merges(source: TokenizerSource, merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
+def _of_merges(source: GGUFSource, merges: Sequence[tuple[str, ...]], **options: Any) -> Any:
     """Build a tokenizer from a file's vocabulary and merges."""
     from tokenizers import Tokenizer, models
 
@@ -218,20 +154,21 @@ def _of_merges(source: TokenizerSource, merges: Sequence[tuple[str, ...]], **opt
         ) from error
 
 
-def _merges_of_scores(source: TokenizerSource) -> list[tuple[str, str]]:
+def _merges_of_scores(source: GGUFSource) -> list[tuple[str, str]]:
     """Return all pairs of pieces that make up a piece, in the order in which they are merged."""
-    scores, vocab = source.get("scores") or [], source.vocab
-    if len(scores) != len(source.tokens):
+    scores, vocab = source.tokenizer("scores") or [], source.vocab
+    if len(scores) != len(vocab):
         raise ValueError(
-            f"tokenizer.ggml.scores must have a number for each of {len(source.tokens)} tokens; "
+            f"tokenizer.ggml.scores must have a number for each of {len(vocab)} tokens; "
             f"{source.file} has {len(scores)}"
         )
-    not_merged = {*source.of_type(_CONTROL), *source.of_type(_USER_DEFINED)}
+    not_merged = {*source.tokens_of_type(_CONTROL), *source.tokens_of_type(_USER_DEFINED)}
     found = [
         (-score, vocab[piece[:i]], vocab[piece[i:]])
-        for piece, score in zip(source.tokens, scores, strict=True)
+        for piece, score in zip(vocab, scores, strict=True)
         if piece not in not_merged
         for i in range(1, len(piece))
         if piece[:i] in vocab and piece[i:] in vocab
     ]
-    return [(source.tokens[left], source.tokens[right]) for _, left, right in sorted(found)]
+    tokens = list(vocab)
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]

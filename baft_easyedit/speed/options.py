@@ -1,9 +1,8 @@
 """What a speed run measures: its options, and the rows of its table."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from baft_easyedit.bench.data import DATASETS
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
@@ -68,10 +67,6 @@ class SpeedOptions:
     def rows(self) -> list[Row]:
         """What is measured, in order."""
         return [row for name in self.methods for row in _rows_of(name)]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the options as plain data."""
-        return {**asdict(self), "out": None if self.out is None else str(self.out)}
 
 
 def _rows_of(name: str) -> Sequence[Row]:

@@ -133,14 +133,14 @@ class SpeedReport:
             "versions": versions(),
             "hardware": {**hardware(), "torch_threads": self._threads},
             "git": git_state(),
-            "options": self.options.as_json(),
+            "options": asdict(self.options),
             "rows": [{k: v for k, v in row.items() if k != "profile"} for row in rows],
         }
 
     def write(self, out: Path) -> None:
         """Write the JSON, and beside it the profile of each row that has one."""
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(self.as_json(), indent=1, default=str) + "\n", encoding="utf-8")
         self.files = [out]
         for result in self.rows:
             if result.profile is not None:

@@ -6,7 +6,7 @@ each row has its own, as memory is counted by process.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ import torch
 
 from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.bench.process import Worker, WorkerError
+from baft_easyedit.bench.run import StartProgress
 from baft_easyedit.generation import load_model, model_depth
 from baft_easyedit.model.devices import as_device, check_device
 from baft_easyedit.speed.inputs import random_model, random_requests
@@ -23,8 +24,6 @@ from baft_easyedit.speed.measure import OurMethod, PeerMethod, Requests, Sample,
 from baft_easyedit.speed.options import Row, SpeedOptions
 from baft_easyedit.speed.report import RowResult, SpeedReport
 
-StartProgress = Callable[[int, int], Callable[[int], None]]
-"""Makes a progress bar of a total and a number done so far; returns a function that advances it."""
 Job = tuple[tuple[Row, ...], str | None]
 """The rows of one process, several of BaFT and ReFT or one of EasyEdit's; and where their model
 is, None for random weights."""

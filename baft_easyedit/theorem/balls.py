@@ -45,11 +45,6 @@ _NUM_HALVINGS = 7
 _OVERSHOOT = 1.02
 
 
-def operator(intervention: BaFTIntervention) -> Tensor:
-    """Return H = R^T (A - R), the linear part of an ungated edit, [D, D]."""
-    return intervention.basis.mT @ intervention.difference
-
-
 def sigma_max(intervention: BaFTIntervention) -> float:
     """Return the largest singular value of H; it is that of A - R, as R has orthonormal rows."""
     return torch.linalg.matrix_norm(intervention.difference.detach(), 2).item()
