@@ -10,7 +10,9 @@ import pickle
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from baft_easyedit.cli import main
 from baft_easyedit.engines import easysteer, served, sglang, vllm_lens
 from baft_easyedit.engines.served import read_edit
 from baft_easyedit.storage.loading import attach
-from tests.conftest import HIDDEN, make_model
+from tests.conftest import HIDDEN, logits, make_model
 
 STEPS = 6
 PROMPTS = ["The capital of France is", "Water boils at", "", "A"]
@@ -61,17 +63,9 @@ class Block(nn.Module):
         return torch.cat(parts)
 
 
-class Mode:
+def forward_mode(name):
     """SGLang's ForwardMode, as far as it is asked."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def is_decode(self):
-        return self.name == "decode"
-
-    def is_idle(self):
-        return self.name == "idle"
+    return SimpleNamespace(is_decode=lambda: name == "decode", is_idle=lambda: name == "idle")
 
 
 class Engine(nn.Module):
@@ -91,7 +85,7 @@ class Engine(nn.Module):
         for request, length in enumerate(lengths):
             rows[request], start = slice(start, start + length), start + length
         self.batch = batch = SimpleNamespace(
-            forward_mode=Mode(mode),
+            forward_mode=forward_mode(mode),
             extend_seq_lens_cpu=lengths if mode == "extend" else None,
             extend_prefix_lens_cpu=list(firsts) if mode == "extend" else None,
             rows=rows,
@@ -114,10 +108,6 @@ class Engine(nn.Module):
             firsts = [first + len(new) for first, new in zip(firsts, tokens, strict=True)]
             tokens, mode = [[int(best)] for best in found[-1].argmax(-1)], "decode"
         return torch.stack(found, 1)
-
-
-class Hook(SimpleNamespace):
-    """vllm_lens.Hook: `fn` and `layer_indices`."""
 
 
 def put_vllm_lens(engine, hooks):
@@ -180,7 +170,7 @@ def put_easysteer(engine, spec):
 def _engines(monkeypatch):
     """The names that the adapters import of engines which are not here."""
     lens, steer = ModuleType("vllm_lens"), ModuleType("vllm.steer_vectors")
-    lens.Hook = Hook
+    lens.Hook = SimpleNamespace
     for name in ("ApplySpec", "ReftIntervention", "SteeringSpec", "VectorSpec"):
         setattr(steer, name, SimpleNamespace)
     modules = {"vllm_lens": lens, "vllm": ModuleType("vllm"), "vllm.steer_vectors": steer}
@@ -228,18 +218,17 @@ def prompts(tokenizer):
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
-ROUTES = [
-    ("vllm-lens", "BaFT", lambda e, d: put_vllm_lens(e, vllm_lens.hooks(d))),
-    ("sglang", "BaFT", lambda e, d: put_sglang(e, sglang.specification(d, read_edit(d)))),
-    ("easysteer", "ReFT", lambda e, d: put_easysteer(e, easysteer.specification(d))),
-]
+ROUTES = {
+    "vllm-lens": ("BaFT", lambda e, d: put_vllm_lens(e, vllm_lens.hooks(d))),
+    "sglang": ("BaFT", lambda e, d: put_sglang(e, sglang.specification(d, read_edit(d)))),
+    "easysteer": ("ReFT", lambda e, d: put_easysteer(e, easysteer.specification(d))),
+}
 
 
-@pytest.mark.parametrize(
-    ("put", "method"), [(r[2], r[1]) for r in ROUTES], ids=[r[0] for r in ROUTES]
-)
-def test_an_engine_answers_as_the_model_that_carries_the_edit(put, method, kept, prompts):
+@pytest.mark.parametrize("name", ROUTES)
+def test_an_engine_answers_as_the_model_that_carries_the_edit(name, kept, prompts):
     plain, engine = Engine(make_model()), Engine(make_model())
+    method, put = ROUTES[name]
     put(engine, kept[method])
     expected = wanted(kept[method], prompts)
     answers = engine.answer(prompts)
@@ -249,28 +238,22 @@ def test_an_engine_answers_as_the_model_that_carries_the_edit(put, method, kept,
 
 
 def test_the_simulated_engine_answers_as_the_model(prompts):
-    model, ids = make_model(), torch.tensor([prompts[0]])
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits[0, -1]
+    model = make_model()
+    expected = logits(model, torch.tensor([prompts[0]]))[0, -1]
     torch.testing.assert_close(Engine(model).answer(prompts)[0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bf16_states_are_edited_in_fp32(kept):
-    edit = read_edit(kept["BaFT"])
-    hidden = torch.randn(5, HIDDEN)
-    moves = edit.delta(1, hidden.bfloat16())
-    assert moves.dtype == torch.float32
-    assert torch.equal(moves, edit.delta(1, hidden.bfloat16().float()))
-
-
-def test_an_edit_is_read_under_another_default_dtype(kept):
-    before = torch.get_default_dtype()
+def test_bf16_states_are_edited_in_fp32_under_any_default_dtype(kept):
     torch.set_default_dtype(torch.bfloat16)
     try:
         edit = read_edit(kept["BaFT"])
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(torch.float32)
     assert {p.dtype for own in edit.layers.values() for p in own.parameters()} == {torch.float32}
+    hidden = torch.randn(5, HIDDEN).bfloat16()
+    moves = edit.delta(1, hidden)
+    assert moves.dtype == torch.float32
+    assert torch.equal(moves, edit.delta(1, hidden.float()))
 
 
 def test_chunked_prefill_is_refused(kept, prompts):
@@ -286,27 +269,21 @@ def test_chunked_prefill_is_refused(kept, prompts):
         engine.step([prompts[0][9:]], [9], "extend")
 
 
-def llm(is_chunked):
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(enable_chunked_prefill=is_chunked))
-    registered = []
-    return SimpleNamespace(
-        llm_engine=SimpleNamespace(vllm_config=config),
-        register_hooks=registered.extend,
-        registered=registered,
-    )
-
-
 def test_an_llm_gets_the_hook_unless_it_cuts_prompts(kept):
-    vllm_lens.register(whole := llm(False), kept["BaFT"])
-    assert [hook.layer_indices for hook in whole.registered] == [[1, 3]]
+    llm, scheduler = Mock(), SimpleNamespace(enable_chunked_prefill=False)
+    llm.llm_engine.vllm_config.scheduler_config = scheduler
+    vllm_lens.register(llm, kept["BaFT"])
+    ((hook,),) = llm.register_hooks.call_args.args
+    assert hook.layer_indices == [1, 3]
+    scheduler.enable_chunked_prefill = True
     with pytest.raises(ValueError, match="enable_chunked_prefill must be False"):
-        vllm_lens.register(llm(True), kept["BaFT"])
+        vllm_lens.register(llm, kept["BaFT"])
 
 
 def test_sglang_needs_its_batch_and_leaves_an_idle_one(kept):
     hook = sglang.factory({"directory": kept["BaFT"], "layer": 1})
     output = (torch.zeros(0, HIDDEN), torch.zeros(0, HIDDEN))
-    assert hook(None, (SimpleNamespace(forward_mode=Mode("idle")),), output) is output
+    assert hook(None, (SimpleNamespace(forward_mode=forward_mode("idle")),), output) is output
     with pytest.raises(RuntimeError, match="without its ForwardBatch"):
         hook(None, (), output)
 
@@ -315,7 +292,9 @@ def test_rows_of_padding_are_left(kept):
     hook = sglang.factory({"directory": kept["BaFT"], "layer": 1})
     output = (torch.randn(7, HIDDEN), torch.randn(7, HIDDEN))
     batch = SimpleNamespace(
-        forward_mode=Mode("extend"), extend_seq_lens_cpu=[4, 1], extend_prefix_lens_cpu=[0, 0]
+        forward_mode=forward_mode("extend"),
+        extend_seq_lens_cpu=[4, 1],
+        extend_prefix_lens_cpu=[0, 0],
     )
     changed = (hook(None, (batch,), output)[0] != output[0]).any(-1)
     assert changed.tolist() == [False, True, True, True, True, False, False]
@@ -328,20 +307,16 @@ def test_easysteer_takes_no_gate(kept):
 
 
 def test_tensors_that_do_not_fit_are_refused(kept, monkeypatch):
-    state = served.read_latest
-    monkeypatch.setattr(served, "read_latest", lambda path: _without_bias(state(path)))
+    found = copy.deepcopy(served.read_latest(Path(kept["BaFT"])))
+    del found.state.learned["_interventions.1.source_bias"]
+    monkeypatch.setattr(served, "read_latest", lambda path: found)
     with pytest.raises(ValueError, match=r"layer 1 of the edit in .* cannot be used"):
         read_edit(kept["BaFT"])
 
 
-def _without_bias(kept):
-    kept = copy.deepcopy(kept)
-    del kept.state.learned["_interventions.1.source_bias"]
-    return kept
-
-
-@pytest.mark.parametrize(("name", "method"), [(r[0], r[1]) for r in ROUTES])
-def test_export_writes_what_an_engine_needs(name, method, kept, tmp_path, capsys):
+@pytest.mark.parametrize("name", ROUTES)
+def test_export_writes_what_an_engine_needs(name, kept, tmp_path, capsys):
+    method, _ = ROUTES[name]
     assert main(["export", kept[method], "--to", name]) == 0
     printed = capsys.readouterr()
     assert kept[method] in printed.out

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from baft_easyedit.cli import main
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.theorem import balls, show
 from baft_easyedit.theorem.measure import Case, LastState, Moved, State, measure, settings
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import logits, make_model, make_tokenizer
 
 D, RANK = 32, 4
 CASE = Case("The capital of Peru is", "Oslo", ("Peru's capital:",), ("Water is", "Ice is"))
@@ -42,7 +41,7 @@ def test_sigma_max_is_that_of_the_operator():
     torch.testing.assert_close(moved[0] - moved[1], H @ (states(2)[0] - states(2)[1]))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_steps_of_a_linear_edit_lie_in_the_cone(seed):
     edit, h = linear_edit(seed), states(50, seed)
     steps, distances = balls.step(edit, h).norm(dim=-1), (h - h[0]).norm(dim=-1)
@@ -68,29 +67,31 @@ def linear_model(seed=0, vocab=7):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_radii_of_a_linear_model_are_known(seed):
-    head, logits = linear_model(seed)
+    head, answers = linear_model(seed)
     h = states(1, seed + 10)[0]
-    answer = logits(h).argmax()
+    answer = answers(h).argmax()
     others = torch.arange(len(head)) != answer
     apart = (head[answer] - head)[others]  # the answer changes where apart @ h turns negative
     nearest = (apart @ h / apart.norm(dim=-1)).min().item()
     directions = balls.random_directions(h, 6, seed)
     lengths = apart @ h / (-directions @ apart.mT)  # where each line meets each plane
     expected = torch.where(lengths > 0, lengths, torch.inf).min(-1).values.clamp(max=50)
-    found = balls.radii(logits, h, directions, 50.0)
+    found = balls.radii(answers, h, directions, 50.0)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
-    toward = balls.adversarial_directions(logits, h, 6, 3)
-    assert balls.radii(logits, h, toward, 50.0).min().item() == pytest.approx(nearest, rel=0.02)
+    toward = balls.adversarial_directions(answers, h, 6, 3)
+    assert balls.radii(answers, h, toward, 50.0).min().item() == pytest.approx(nearest, rel=0.02)
     assert (found >= nearest * 0.999).all()  # measured radii are upper bounds
 
 
 def test_a_pair_that_must_leave_leaves():
-    _, logits = linear_model()
+    _, answers = linear_model()
     h = states(1)[0]
     near = h + 0.01 * balls.random_directions(h, 1, 0)[0]
     edit = linear_edit(scale=3.0)
     steps = balls.step(edit, torch.stack([h, near])).norm(dim=-1).tolist()
-    radius = balls.radii(logits, near, balls.adversarial_directions(logits, near, 6, 3), 50.0).min()
+    radius = balls.radii(
+        answers, near, balls.adversarial_directions(answers, near, 6, 3), 50.0
+    ).min()
     least = balls.least_step(steps[0], balls.sigma_max(edit), (near - h).norm().item())
     assert radius.item() <= least <= steps[1]
 
@@ -102,13 +103,9 @@ def test_least_sigma_is_what_lets_a_state_stay():
 
 
 def test_a_closed_gate_moves_nothing():
-    class Closed(nn.Module):
-        def forward(self, hidden):
-            return torch.zeros(*hidden.shape[:-1], RANK)
-
     edit = linear_edit(gate="rms-sigmoid")
     assert balls.step(edit, states(3)).norm() > 1
-    edit.gate = Closed()
+    edit.gate.forward = lambda hidden: torch.zeros(*hidden.shape[:-1], RANK)
     assert torch.equal(balls.step(edit, states(3)), torch.zeros(3, D))
 
 
@@ -117,8 +114,8 @@ def test_a_closed_gate_moves_nothing():
 def test_last_state_is_the_model_from_there_on(family, ids):
     model = make_model(family)
     found = LastState(model, ids, 2)
+    whole = logits(model, torch.tensor([ids]))[:, -1]
     with torch.no_grad():
-        whole = model(input_ids=torch.tensor([ids])).logits[:, -1]
         again = found.logits(found.hidden.expand(3, -1))
     torch.testing.assert_close(again, whole.expand(3, -1), rtol=1e-3, atol=1e-3)
     assert not any(module._forward_hooks for module in model.modules())

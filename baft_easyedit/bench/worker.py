@@ -123,7 +123,7 @@ class _MethodRun:
                 yield count
         except Exception as error:
             traceback.print_exc()
-            if not self.session.verifies:  # no copy to put back: a new process goes on
+            if not self.config.verify:  # no copy to put back: a new process goes on
                 raise
             self.session.restore()
             self.directory.write_chunk(chunk, error=f"{type(error).__name__}: {error}")

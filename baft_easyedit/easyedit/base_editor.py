@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from baft_easyedit.easyedit.arguments import prepare_requests, read_call
-from baft_easyedit.easyedit.compat import honoured_device, usable_unknown_token
+from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.model.devices import check_device
@@ -67,8 +67,9 @@ def _constructor(original: Callable[..., None], generation: Generation) -> Calla
             original(self, hparams)
         if getattr(hparams, "bf16", False):
             _cast_to_bfloat16(self.model)
-        if generation == "pypi":
-            usable_unknown_token(self.tok)
+        if generation == "pypi" and getattr(self.tok, "unk_token_id", 0) is None:
+            # The release's FT masks its loss by `target_ids != tok.unk_token_id`.
+            self.tok.unk_token = self.tok.eos_token
 
     return init
 

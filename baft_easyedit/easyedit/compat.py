@@ -110,15 +110,6 @@ def _repair_scoring_limit() -> None:
     replace_everywhere(original, score)
 
 
-def usable_unknown_token(tok: Any) -> None:
-    """Give a tokenizer without an unknown token one that never occurs in a target.
-
-    The release's FT makes its loss mask by `target_ids != tok.unk_token_id`, no tensor for None.
-    """
-    if getattr(tok, "unk_token_id", 0) is None:
-        tok.unk_token = tok.eos_token
-
-
 class DeviceRemap(TorchFunctionMode):
     """Replace CUDA devices that do not exist in all calls to torch inside this context.
 

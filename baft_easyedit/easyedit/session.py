@@ -24,7 +24,6 @@ from baft_easyedit.easyedit.likelihoods import Likelihood, likelihoods
 from baft_easyedit.easyedit.peers.presets import peer_hparams
 from baft_easyedit.easyedit.peers.prompts import edited_request, scored_request
 from baft_easyedit.easyedit.peers.repairs import (
-    after_edit,
     fix_peer,
     prepare_method,
     reset_method_state,
@@ -113,11 +112,6 @@ class Session:
         return self.model.model if is_wrapped else self.model
 
     @property
-    def verifies(self) -> bool:
-        """Whether restores are checked."""
-        return self._unedited is not None
-
-    @property
     def num_parameters(self) -> int | None:
         """Number of parameters that the edits learned or changed; None if it is not known."""
         model, weights_copy = self.model, self._edits[0][1] if self._edits else None
@@ -164,7 +158,8 @@ class Session:
             synchronize(self._input_device())
             seconds = time.perf_counter() - start
         self._edits.append((edited, weights_copy))
-        after_edit(editor, edited)
+        if editor.alg_name == "MELO":  # wraps a model that is not yet its wrapper, so would forget
+            editor.model = edited
         return seconds
 
     def score(self, requests: Sequence[Request]) -> list[dict[str, Any]]:

@@ -58,13 +58,7 @@ def step(intervention: BaFTIntervention, hidden: Tensor) -> Tensor:
 
 
 def least_step(step_at_edited: float, sigma: float, distance: float) -> float:
-    """Return the length that (1) demands of the step at another state; 0 if it demands none.
-
-    Args:
-        step_at_edited: |u(h_e)|.
-        sigma: sigma_max(H).
-        distance: d, from the edited state to the other one.
-    """
+    """Return the length that (1) demands of the step at another state; 0 if it demands none."""
     return max(0.0, step_at_edited - sigma * distance)
 
 

@@ -123,13 +123,7 @@ class State:
 
 
 class LastState:
-    """A model as a function of the state of a prompt's last token at one layer's output.
-
-    Args:
-        model: A causal language model without an edit.
-        ids: The prompt's tokens.
-        layer: The layer, 0-based.
-    """
+    """An unedited model as a function of the state of a prompt's last token at a layer's output."""
 
     def __init__(self, model: Any, ids: Sequence[int], layer: int) -> None:
         self._model = model
@@ -207,12 +201,7 @@ def measure(
 ) -> tuple[dict[str, float], list[State]]:
     """Edit a fact by each method, each time take the edit off again, and measure all states.
 
-    Args:
-        model: The model; afterwards it is as before.
-        tokenizer: Its tokenizer.
-        case: The fact.
-        hparams: The result of `settings`.
-        tell: Called with 1 after each state.
+    `hparams` are the result of `settings`; `tell` is called with 1 after each state.
 
     Returns:
         sigma_max(H) of each method's A - R, and the states, the edited one first.

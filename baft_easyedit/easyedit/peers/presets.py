@@ -143,9 +143,8 @@ def peer_hparams(
         name: One of `PEERS`.
         model_path: The model's directory, such as `host_model_path` returns.
         device: EasyEdit's `device`.
-        workdir: Where the filled-in YAML goes, and statistics (`write_statistics`); for one model
-            and one list of texts.
-        generation: EasyEdit's generation; its module must be imported.
+        workdir: Where the filled-in YAML and statistics go; for one model and one list of texts.
+        generation: That of the imported EasyEdit.
         num_texts: Number of texts for the statistics.
         overrides: Values that replace those of the file; nested ones (MELO) in nested mappings.
             Beside its own, any method takes those of `HOW_TO_ASK`.

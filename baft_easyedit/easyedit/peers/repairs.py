@@ -1,8 +1,8 @@
 """Repairs, in memory, of defects in EasyEdit's other methods that would falsify a comparison.
 
 Each says what is wrong; none changes a method's mathematics. In the order of a run: `fix_peer`
-before the editor is made and `prepare_method` after it; `after_edit` after each edit;
-`whole_answers` around each score; `reset_method_state` after each restore.
+before the editor is made and `prepare_method` after it; `whole_answers` around each score;
+`reset_method_state` after each restore.
 """
 
 import functools
@@ -170,16 +170,6 @@ def _weights_of_modules(model: Any, hparams: Any) -> dict[str, Tensor]:
     """
     names = [f"{path.removesuffix('.weight')}.weight" for path in hparams.inner_params]
     return {name: model.get_parameter(name).detach().clone() for name in names}
-
-
-def after_edit(editor: Any, edited: Any) -> None:
-    """Let the next edit of a sequence start from the edited model, as the method returned it.
-
-    EasyEdit passes `editor.model` to each edit. MELO wraps a model that is not yet its wrapper, and
-    so would forget earlier edits: it gets the edited model instead, until that is restored.
-    """
-    if editor.alg_name == "MELO":
-        editor.model = edited
 
 
 def reset_method_state(editor: Any) -> None:
