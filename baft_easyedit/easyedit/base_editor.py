@@ -93,27 +93,11 @@ def _entry_point(original: Callable[..., Any], generation: Generation) -> Callab
             parts, keeps = read_call(original, generation, args, kwargs, self.hparams.batch_size)
             with _in_call(self, keeps, restores_by_items):
                 results = [original(self, **arguments) for arguments in parts]
-        metrics, edited, weights_copy = results[-1]
-        if isinstance(weights_copy, _UndoneByItems):
-            weights_copy = weights_copy.weights_copy
-        if len(results) > 1:
-            metrics = [metric for result in results for metric in result[0]]
-        return metrics, edited, weights_copy
+        if len(results) == 1:
+            return results[0]
+        return [metric for result in results for metric in result[0]], *results[-1][1:]
 
     return run
-
-
-class _UndoneByItems(dict[str, Any]):
-    """Stands in for our `weights_copy` where EasyEdit restores by a loop over its `items()`."""
-
-    def __init__(self, weights_copy: Callable[[], None]) -> None:
-        super().__init__()
-        self.weights_copy = weights_copy
-
-    def items(self) -> tuple[()]:  # type: ignore[override]
-        """Undo the edit, and return no weights to copy back."""
-        self.weights_copy()
-        return ()
 
 
 @contextmanager
@@ -122,11 +106,11 @@ def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None
     apply, undos = editor.apply_algo, []
 
     def apply_noted(*args: Any, **kwargs: Any) -> Any:
-        edited, weights_copy = apply(*args, **kwargs)
-        if keeps:
-            return edited, weights_copy
-        undos.append(weights_copy)
-        return edited, _UndoneByItems(weights_copy) if restores_by_items else weights_copy
+        edited, undo = apply(*args, **kwargs)
+        if not keeps:
+            undo.is_undone_by_items = restores_by_items
+            undos.append(undo)
+        return edited, undo
 
     setattr(editor, _IN_CALL, True)
     editor.apply_algo = apply_noted
@@ -137,6 +121,8 @@ def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None
             undo()
         raise
     finally:
+        for undo in undos:
+            undo.is_undone_by_items = False
         editor.apply_algo = apply
         delattr(editor, _IN_CALL)
 

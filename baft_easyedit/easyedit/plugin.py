@@ -25,12 +25,20 @@ from baft_easyedit.training.rehearsal import RehearsalMemory
 class Undo(dict[str, Any]):
     """EasyEdit's `weights_copy` for an edit that changes no weights: calling it undoes the edit.
 
-    As a mapping it is empty, and reading it does nothing.
+    As a mapping it is empty, and reading it does nothing, but for `is_undone_by_items`.
     """
 
     def __init__(self, undo: Callable[[], None]) -> None:
         super().__init__()
         self._undo: Callable[[], None] | None = undo
+        self.is_undone_by_items = False
+        """Whether `items` undoes the edit, where EasyEdit restores by a loop over them."""
+
+    def items(self) -> Any:
+        """Return no weights to copy back."""
+        if self.is_undone_by_items:
+            self()
+        return super().items()
 
     def __call__(self) -> None:
         """Undo the edit; once that is done, another call does nothing.
