@@ -1,6 +1,6 @@
 import pytest
 
-from baft_easyedit.demo.bundled import compare, demo_config, show_edits, tables
+from baft_easyedit.demo import compare, demo_config, show_edits, tables
 
 
 def test_edits_are_shown_with_their_rephrasings_and_neighbours():

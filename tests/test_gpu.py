@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor
-from baft_easyedit.demo.bundled import compare, demo_config, show_edits, tables
+from baft_easyedit.demo import compare, demo_config, show_edits, tables
 from baft_easyedit.model.inspect import decoder_layers
 from tests.conftest import make_model
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from baft_easyedit import demo
 from baft_easyedit.cli import main
-from baft_easyedit.demo import bundled as demo
-from baft_easyedit.demo import real as real_demo
-from baft_easyedit.demo.real import show_real_edits
 from baft_easyedit.easyedit import host
 from baft_easyedit.gguf import smollm2
 from tests.gguf_files import write_gguf
@@ -40,7 +38,7 @@ def test_demo_goes_on_without_a_real_model_and_fails_if_nothing_ran(monkeypatch,
 @pytest.mark.slow
 @pytest.mark.real
 def test_real_edits_change_what_is_edited_and_are_undone(real_model):
-    _, *lines = show_real_edits(real_demo.real_settings("cpu"))
+    _, *lines = demo.show_real_edits(demo.real_settings("cpu"))
     edits = list(zip(*[iter(lines)] * 4, strict=True))
     assert len(edits) == 3
     for headline, edited, in_chat, _ in edits:

@@ -23,33 +23,33 @@ def add_commands(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     """Show a few edits, then the tables."""
-    from baft_easyedit.demo import bundled
+    from baft_easyedit import demo
     from baft_easyedit.easyedit import find_host
 
     place = default_device(arguments.device)
-    config = bundled.demo_config(arguments.methods, arguments.cases, arguments.jobs, place)
+    config = demo.demo_config(arguments.methods, arguments.cases, arguments.jobs, place)
     silence_loading()
     host = find_host()
     _show_real_edits(place)
     print("\nThe bundled model, of 3 million parameters:")
-    for line in bundled.show_edits(place):
+    for line in demo.show_edits(place):
         print(line)
     print(f"\nThrough EasyEdit ({host.generation}, {host.version}) and its own evaluators:")
     with Bar() as bar:
-        rows = bundled.compare(config, bar.start)
-    for line in bundled.tables(config, rows):
+        rows = demo.compare(config, bar.start)
+    for line in demo.tables(config, rows):
         print(line)
     return status_of(rows)
 
 
 def _show_real_edits(place: int | str) -> None:
     """Show edits of SmolLM2, or say why it cannot be used."""
-    from baft_easyedit.demo.real import real_settings, show_real_edits
+    from baft_easyedit import demo
 
     try:
-        settings = real_settings(place)
+        settings = demo.real_settings(place)
     except (ImportError, ValueError, OSError) as error:  # the rest of the demo does not need it
         print(f"No real model, only the bundled one: {error}")
         return
-    for line in show_real_edits(settings):
+    for line in demo.show_real_edits(settings):
         print(line)

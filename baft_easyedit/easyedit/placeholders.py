@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, NoReturn
 
 VISION_PACKAGES = ("av", "cv2", "fairscale", "iopath", "qwen_vl_utils", "timm", "torchvision")
@@ -53,15 +52,11 @@ def _unusable(path: str) -> _Unusable:
     return _Unusable(name, (), {"__qualname__": path, "__module__": path.partition(".")[0]})
 
 
-class _StandIn(ModuleType):
-    """A module in which every attribute exists, and none can be used."""
-
-    def __getattr__(self, name: str) -> _Unusable:
-        return _unusable(f"{self.__name__}.{name}")
-
-
 class _Finder(MetaPathFinder, Loader):
-    """Import hook that makes stand-ins for all modules of some packages."""
+    """Import hook that makes stand-ins for all modules of some packages.
+
+    Every attribute of a stand-in exists, and none can be used.
+    """
 
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = packages
@@ -70,11 +65,8 @@ class _Finder(MetaPathFinder, Loader):
         is_missing = name.split(".")[0] in self.packages
         return ModuleSpec(name, self, is_package=True) if is_missing else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _StandIn(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
+    def exec_module(self, module: Any) -> None:
+        module.__getattr__ = lambda name: _unusable(f"{module.__name__}.{name}")
 
 
 def missing_vision_packages() -> tuple[str, ...]:
@@ -118,7 +110,7 @@ def vision_placeholders(packages: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [n for n, m in sys.modules.items() if isinstance(m, _StandIn)]:
+        for name in [n for n in sys.modules if n.split(".")[0] in packages]:
             del sys.modules[name]
         for name in lent:
             delattr(modeling_utils, name)
