@@ -1,7 +1,7 @@
 """GGUF files as Hugging Face directories: the same model, the file's own tokenizer, or an error."""
 
 import json
-import shutil
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -54,6 +54,8 @@ def test_weights_are_of_the_dtype_that_is_asked_for(file, tmp_path):
     sizes = [(directory / conversion.WEIGHTS).stat().st_size for directory in (whole, half)]
     assert sizes[1] < 0.6 * sizes[0]
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    (tmp_path / "new").touch()
+    assert {p.stat().st_mode for p in whole.iterdir()} == {(tmp_path / "new").stat().st_mode}
 
 
 def test_the_configuration_is_for_transformers_4_and_5(file, tmp_path):
@@ -160,24 +162,24 @@ def refused(file, tmp_path, message, error=ValueError):
     [
         ({"llama.rope.scaling.type": "yarn"}, r"rope scaling is not supported.*type 'yarn'"),
         ({"rope_freqs.weight": np.ones(4, np.float32)}, "rope scaling is not.*rope_freqs.weight"),
-        ({"general.architecture": "mamba"}, r"architecture must be one of .*llama.*'mamba'"),
-        ({"llama.feed_forward_length": 65}, "could not be read as a llama|of another shape: .*mlp"),
     ],
 )
-def test_what_is_not_supported_is_named(more, message, file, tmp_path):
-    if "general.architecture" in more:
-        described = {"general.architecture": "mamba"}
-        with pytest.raises(ValueError, match=message):
-            source._check_architecture(source.GGUFSource(file, described, {}))
-        return
-    if "llama.feed_forward_length" in more:
-        write_gguf(file)
-        content = file.read_bytes()
-        key = b"llama.feed_forward_length"
-        at = content.index(key) + len(key) + 4  # behind the type
-        file.write_bytes(content[:at] + (65).to_bytes(4, "little") + content[at + 4 :])
-    else:
-        write_gguf(file, more=more)
+def test_scaled_position_encodings_are_refused(more, message, file, tmp_path):
+    write_gguf(file, more=more)
+    refused(file, tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "message"),
+    [
+        ("general.architecture", b"llama", b"mamba", r"must be one of .*llama.*'mamba'"),
+        ("llama.feed_forward_length", b"@", b"A", "could not be read as a llama|shape: .*mlp"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(key, old, new, message, file, tmp_path):
+    write_gguf(file)
+    before, key, behind = file.read_bytes().partition(key.encode())
+    file.write_bytes(before + key + behind.replace(old, new, 1))
     refused(file, tmp_path, message)
 
 
@@ -211,23 +213,17 @@ def test_files_that_are_no_whole_gguf_are_refused(change, file, tmp_path):
     refused(file, tmp_path, "must be a whole GGUF file; reading it failed")
 
 
-@pytest.mark.parametrize("missing", ["gguf", "accelerate"])
-def test_a_missing_package_is_told_how_to_get(missing, file, tmp_path, monkeypatch):
-    real = source.importlib.metadata.version
-
-    def version(name):
-        if name == missing:
-            raise source.importlib.metadata.PackageNotFoundError
-        return real(name)
-
-    monkeypatch.setattr(source.importlib.metadata, "version", version)
-    message = rf"needs the package '{missing}' from version .*; none is installed: pip .*real"
-    refused(file, tmp_path, message, ImportError)
-
-
-def test_an_old_package_is_told_how_to_get(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(source.importlib.metadata, "version", lambda name: "0.10.0")
-    refused(file, tmp_path, "'gguf' from version 0.16 on; 0.10.0 is installed", ImportError)
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [
+        ([PackageNotFoundError], "'gguf' from version .*; none is installed: pip .*real"),
+        (["1.0", PackageNotFoundError], "'accelerate' from version .*; none is installed: pip"),
+        (["0.10.0"], "'gguf' from version 0.16 on; 0.10.0 is installed"),
+    ],
+)
+def test_a_package_is_told_how_to_get(versions, message, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(source.importlib.metadata, "version", Mock(side_effect=versions))
+    refused(file, tmp_path, f"needs the package {message}", ImportError)
 
 
 def test_a_directory_that_holds_something_is_refused(file, tmp_path):
@@ -254,10 +250,3 @@ def test_what_ends_a_conversion_leaves_nothing(is_full, file, tmp_path, monkeypa
     monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=error))
     message = "could not be written: disk full" if is_full else None
     refused(file, tmp_path, message, OSError if is_full else KeyboardInterrupt)
-
-
-def test_files_have_the_mode_of_any_new_file(file, tmp_path):
-    write_gguf(file)
-    directory = import_gguf(file, tmp_path / "model")
-    shutil.copyfile(directory / "config.json", tmp_path / "new")
-    assert {p.stat().st_mode for p in directory.iterdir()} == {(tmp_path / "new").stat().st_mode}

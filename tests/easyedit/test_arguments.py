@@ -29,8 +29,8 @@ def learned(monkeypatch):
 
 @pytest.fixture
 def quick(make_editor):
-    def make(**overrides):
-        return make_editor(**{"num_steps": 2, **overrides})
+    def make(method="BaFT", **overrides):
+        return make_editor(method, num_steps=2, **overrides)
 
     return make
 
@@ -79,7 +79,7 @@ def test_the_readmes_script_does_what_it_says(host, make_hparams, learned, monke
 def test_edits_are_kept_or_undone_as_asked(host, quick, requests, way, options, keeps):
     if keeps is None:  # as the host does by itself
         keeps = host.generation == "pypi"
-    editor = quick(**({"batch_size": 2} if way == "batch_edit" else {}))
+    editor = quick("ReFT", **({"batch_size": 2} if way == "batch_edit" else {}))
     before = logits(editor, "The sky is")
     given = {"requests": requests} if way == "edit_requests" else edit_arguments(requests)
     metrics, _, weights_copy = getattr(editor, way)(**{**given, "verbose": False}, **options)

@@ -31,8 +31,7 @@ def alone(session, prompt, answer):
     return output.loss.item(), hits.float().mean().item()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("batch_size", "side"), [(1, "left"), (3, "right"), (3, "left")])
 def test_likelihoods_are_transformers_own_before_an_edit_and_after(
     make_editor, complete, batch_size, side
 ):

@@ -100,16 +100,6 @@ def test_hparams_are_easyedits_own(host, model_path, tmp_path):
     assert bool(notes) == (host.generation == "pypi")  # it has one objective only
 
 
-@pytest.mark.easyedit
-def test_nested_values_and_paths_are_filled_in(current, model_path, tmp_path):
-    hparams, _ = peer_hparams(
-        "MELO", model_path, "cpu", tmp_path, "current", overrides={"grace": {"num_block": 9}}
-    )
-    assert (hparams.grace.num_block, hparams.grace.name) == (9, "grace")
-    names = {hparams.model.name, hparams.model.tokenizer_name, hparams.lora.cls_name}
-    assert names == {model_path}
-
-
 # EasyEdit's hyper-parameters.
 
 

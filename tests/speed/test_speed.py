@@ -3,6 +3,7 @@ import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -238,40 +239,29 @@ def test_run_measures_in_a_process_and_writes_files(tmp_path):
     assert content["options"]["methods"] == ["BaFT-cached"]
 
 
-def test_kernels_of_a_trace_are_summed_by_name():
+def test_profile_of_a_gpu_is_of_one_edit_and_sums_its_kernels_by_name(monkeypatch):
+    """By a stand-in for torch's profiler."""
     kernel = {"cat": "kernel", "dur": 1500.0}
     events = [{**kernel, "name": name} for name in ("mm", "add", "mm", "mul")]
     copy = {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "dur": 100.0}
     events += [copy, {"cat": "cpu_op", "name": "aten::mm", "dur": 9e9}, {"ph": "M", "name": "gone"}]
-    found = [line.split() for line in kernel_table(events, 2).splitlines()]
-    assert found == [
-        ["ms", "kernels"],
-        ["3.00", "2", "mm"],
-        ["1.50", "1", "add"],
-        ["1.60", "2", "others"],
-        ["6.10", "5", "all"],
-    ]
-
-
-def test_profile_of_a_gpu_is_of_one_edit_and_read_from_its_trace(monkeypatch):
-    """By a stand-in for torch's profiler."""
-    calls = []
-
-    class Profile:
-        def __init__(self, activities):
-            calls.append([a.name for a in activities])
-
-        __enter__ = __exit__ = lambda self, *_: self
-
-        def export_chrome_trace(self, path):
-            Path(path).write_text('{"traceEvents": [{"cat": "kernel", "name": "mm", "dur": 5e3}]}')
-
-    monkeypatch.setattr("baft_easyedit.speed.measure.profile", Profile)
+    seen, calls = MagicMock(), []
+    entered = seen.return_value.__enter__.return_value
+    entered.export_chrome_trace = lambda path: Path(path).write_text(
+        json.dumps({"traceEvents": events})
+    )
+    monkeypatch.setattr("baft_easyedit.speed.measure.profile", seen)
     monkeypatch.setattr("baft_easyedit.speed.measure.synchronize", lambda device: None)
     run = lambda requests: calls.append(requests) or (lambda: calls.append("undone"))  # noqa: E731
-    method = SimpleNamespace(device=torch.device("cuda"), run=run)
-    assert "5.00        1 mm" in profiled(method, "requests")
-    assert calls == [["CUDA"], "requests", "undone"]
+    table = profiled(SimpleNamespace(device=torch.device("cuda"), run=run), "requests")
+    assert calls == ["requests", "undone"]
+    assert [a.name for a in seen.call_args.kwargs["activities"]] == ["CUDA"]
+    lines = [["3.00", "2", "mm"], ["1.50", "1", "add"], ["1.50", "1", "mul"]]
+    lines += [["0.10", "1", "Memcpy", "DtoD"], ["0.00", "0", "others"], ["6.10", "5", "all"]]
+    assert [line.split() for line in table.splitlines()] == [["ms", "kernels"], *lines]
+    assert ["1.60", "2", "others"] in [
+        line.split() for line in kernel_table(events, 2).splitlines()
+    ]
 
 
 @pytest.fixture
