@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from baft_easyedit.easyedit.peers.repairs import (
     reset_method_state,
     whole_answers,
 )
-from baft_easyedit.easyedit.peers.statistics import write_statistics
 from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.model.hooks import attached_edit
@@ -60,8 +58,6 @@ def make_peer(
 ) -> tuple[Any, tuple[str, ...]]:
     """Make the editor of one of EasyEdit's other methods, with all that it needs to run fairly.
 
-    Its hyper-parameters (see `peer_hparams`) and statistics are written to the working directory.
-
     Returns:
         EasyEdit's `BaseEditor`, and notes to be reported beside the scores.
 
@@ -69,13 +65,13 @@ def make_peer(
         ValueError: If the method cannot be run under this EasyEdit, or needs texts.
     """
     hparams, notes = peer_hparams(
-        name, model_path, device, Path.cwd(), register().generation, len(texts), overrides,
-        preset=preset,
-    )  # fmt: skip
+        name, model_path, device, register().generation, overrides, preset=preset
+    )
+    if getattr(hparams, "mom2_adjustment", False) and not texts:
+        raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
     notes += fix_peer(name, hparams)
     editor = make_editor(hparams)
-    write_statistics(editor, texts)
-    prepare_method(name, editor, seed)
+    prepare_method(name, editor, texts, seed)
     return editor, notes
 
 

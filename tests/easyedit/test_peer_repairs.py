@@ -17,7 +17,7 @@ from baft_easyedit.files.resources import bundled_model_path
 
 PREFIXES = {"context_template_length_params": [[5, 5]]}
 QUICK = {
-    "ROME": {"v_num_grad_steps": 2, **PREFIXES},
+    "ROME": {"v_num_grad_steps": 2, "mom2_adjustment": True, **PREFIXES},
     "MEMIT": {"v_num_grad_steps": 2},
     "AlphaEdit": {"v_num_grad_steps": 2},
     "UltraEdit": {},
@@ -85,7 +85,7 @@ def test_prefixes_do_not_depend_on_what_came_before(make_quick, name):
     assert len(np.ravel([text for texts in cached for text in texts])) > 5
     torch.manual_seed(7)
     state = torch.get_rng_state(), random.getstate()
-    prepare_method(name, editor, seed=0)
+    prepare_method(name, editor, ["a text"], seed=0)
     assert cached == module.CONTEXT_TEMPLATES_CACHE
     assert cached is not module.CONTEXT_TEMPLATES_CACHE
     assert torch.equal(torch.get_rng_state(), state[0])

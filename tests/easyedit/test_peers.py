@@ -3,17 +3,17 @@
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 
 from baft_easyedit.easyedit.peers import PEERS, batchable, own_preset_config, presets, why_not
-from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
 from baft_easyedit.easyedit.peers.presets import peer_config, peer_hparams
-from baft_easyedit.easyedit.peers.statistics import write_null_space, write_statistics
+from baft_easyedit.easyedit.peers.statistics import key_moments, null_space
+from baft_easyedit.easyedit.session import make_peer
 from baft_easyedit.files.resources import hparams_file
+from tests.conftest import logits, make_model, make_tokenizer
 
 BUNDLED = LlamaConfig(num_hidden_layers=6, hidden_size=192)
 DEEP = LlamaConfig(num_hidden_layers=12, hidden_size=768, tie_word_embeddings=True)
@@ -73,28 +73,24 @@ def test_melos_blocks_come_right_after_the_layer_that_routes():
         assert model["target_modules"] == [f"model.layers.{i}.mlp.down_proj" for i in blocks]
 
 
-def test_what_cannot_be_run_is_refused(model_path, tmp_path):
+def test_what_cannot_be_run_is_refused():
     with pytest.raises(ValueError, match="WISE is not in the release"):
-        peer_hparams("WISE", "unused", "cpu", tmp_path, "pypi")
+        peer_hparams("WISE", "unused", "cpu", "pypi")
     with pytest.raises(ValueError, match="SERAC needs a classifier"):
-        peer_hparams("SERAC", "unused", "cpu", tmp_path, "current")
-    for name in (*NEED_TEXTS, "ROME"):
-        with pytest.raises(ValueError, match=f"{name} needs statistics of the model on ordinary"):
-            peer_hparams(
-                name, model_path, "cpu", tmp_path, "current", overrides={"mom2_adjustment": True}
-            )
+        peer_hparams("SERAC", "unused", "cpu", "current")
 
 
 @pytest.mark.easyedit
-def test_hparams_are_easyedits_own(host, model_path, tmp_path):
-    hparams, notes = peer_hparams(
-        "FT-L",
-        model_path,
-        "cpu",
-        tmp_path,
-        host.generation,
-        overrides={"num_steps": 3, "fp16": True},
-    )
+@pytest.mark.parametrize("name", ["MEMIT", "ROME"])
+def test_statistics_need_texts(host, model_path, name):
+    with pytest.raises(ValueError, match=f"{name} needs statistics of the model on ordinary"):
+        make_peer(name, model_path, "cpu", [], {"mom2_adjustment": True})
+
+
+@pytest.mark.easyedit
+def test_hparams_are_easyedits_own(host, model_path):
+    changes = {"num_steps": 3, "fp16": True}
+    hparams, notes = peer_hparams("FT-L", model_path, "cpu", host.generation, changes)
     assert type(hparams).__name__ == "FTHyperParams"
     assert (hparams.num_steps, hparams.model_name, hparams.fp16) == (3, model_path, True)
     assert bool(notes) == (host.generation == "pypi")  # it has one objective only
@@ -162,74 +158,33 @@ def test_an_easyedit_without_hparams_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("preset", ["llama-7b", "llama3-8b", "qwen2.5-7b"])
-def test_presets_load_with_paths_and_objectives_filled_in(current, model_path, tmp_path, preset):
+def test_presets_load_with_paths_and_objectives_filled_in(current, model_path, preset):
     for name in PEERS:
-        hparams, notes = peer_hparams(
-            name, model_path, "cpu", tmp_path, "current", num_texts=9, preset=preset
-        )
+        hparams, notes = peer_hparams(name, model_path, "cpu", "current", preset=preset)
         assert (hparams.model_name, hparams.device) == (model_path, "cpu")
         assert notes[0].startswith(f"{name}: EasyEdit")
-        if name in NEED_TEXTS:
-            assert (hparams.mom2_n_samples, hparams.stats_dir) == (9, str(tmp_path / "stats"))
-    hparams, _ = peer_hparams("FT-M", model_path, "cpu", tmp_path, "current", preset=preset)
-    assert hparams.objective_optimization == "target_new"
+        if name == "FT-M":
+            assert hparams.objective_optimization == "target_new"
 
 
 # Statistics.
 
 
-@pytest.fixture
-def editor(host, model_path, tmp_path):
-    """What is asked of MEMIT's editor."""
-    hparams, _ = peer_hparams("MEMIT", model_path, "cpu", tmp_path, host.generation, num_texts=2)
-    model = AutoModelForCausalLM.from_pretrained(model_path)
-    tok = AutoTokenizer.from_pretrained(model_path)
-    return SimpleNamespace(hparams=hparams, model=model, tok=tok)
-
-
-TEXTS = ["a longer text", "short"]
-
-
-@pytest.mark.easyedit
-def test_statistics_are_the_second_moments_of_keys_and_written_once(editor, tmp_path):
-    write_statistics(editor, TEXTS)
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "stats").rglob("*.npz")}
-    assert len(files) == len(editor.hparams.layers)
-    name = editor.hparams.rewrite_module_tmp.format(editor.hparams.layers[0])
-    keys, module = [], editor.model.get_submodule(name)
-    hook = module.register_forward_pre_hook(lambda module, args: keys.append(args[0][0]))
-    with torch.no_grad():
-        for text in TEXTS:
-            editor.model(**editor.tok(text, return_tensors="pt"))
+def test_statistics_are_the_second_moments_of_keys():
+    model, tok, texts = make_model(), make_tokenizer(), ["a longer text", "short"]
+    keys, name = [], "model.layers.1.mlp.down_proj"
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: keys.append(*args))
+    for text in texts:
+        logits(model, **tok(text, return_tensors="pt"))
     hook.remove()
-    keys = torch.cat(keys)
-    saved = np.load(next(file for file in files if f"{name}_float32_mom2_2.npz" in file.name))
-    assert (int(saved["mom2.count"]), int(saved["sample_size"])) == (len(keys), 2)
-    torch.testing.assert_close(torch.from_numpy(saved["mom2.mom2"]), keys.T @ keys)
-    editor.tok = None  # not used again
-    write_statistics(editor, TEXTS)
-    assert all(file.stat().st_mtime_ns == time for file, time in files.items())
+    keys = torch.cat(keys, 1)[0]
+    found = key_moments(model, tok, texts, [name])
+    torch.testing.assert_close(found, {name: keys.T @ keys / len(keys)})
 
 
-@pytest.mark.easyedit
-def test_unfinished_statistics_leave_no_file(editor, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="texts must hold at least one text"):
-        write_statistics(editor, [])
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_statistics(editor, TEXTS)
-    assert not [path for path in (tmp_path / "stats").rglob("*") if path.is_file()]
-
-
-def test_the_null_space_holds_the_directions_least_used(tmp_path):
+def test_the_null_space_holds_the_directions_least_used():
     moment = torch.diag(torch.tensor([5.0, 0.1, 3.0, 0.2]))
     for threshold, unused in ((None, [0.0, 1.0, 1.0, 1.0]), (0.15, [0.0, 1.0, 0.0, 0.0])):
-        write_null_space([moment], tmp_path / "p.pt", threshold)
-        (projector,) = torch.load(tmp_path / "p.pt", weights_only=True)
-        torch.testing.assert_close(projector, torch.diag(torch.tensor(unused)))
+        torch.testing.assert_close(null_space(moment, threshold), torch.diag(torch.tensor(unused)))
     with pytest.raises(ValueError, match=r"nullspace_threshold must leave a direction; 0\.01 is"):
-        write_null_space([moment], tmp_path / "p.pt", threshold=0.01)
+        null_space(moment, threshold=0.01)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -130,9 +131,7 @@ def peer_hparams(
     name: str,
     model_path: str,
     device: Any,
-    workdir: Path,
     generation: Generation,
-    num_texts: int = 0,
     overrides: Mapping[str, Any] | None = None,
     *,
     preset: str | None = None,
@@ -143,9 +142,7 @@ def peer_hparams(
         name: One of `PEERS`.
         model_path: The model's directory, such as `host_model_path` returns.
         device: EasyEdit's `device`.
-        workdir: Where the filled-in YAML and statistics go; for one model and one list of texts.
         generation: That of the imported EasyEdit.
-        num_texts: Number of texts for the statistics.
         overrides: Values that replace those of the file; nested ones (MELO) in nested mappings.
             Beside its own, any method takes those of `HOW_TO_ASK`.
         preset: A file of `hparams/peers/<METHOD>`, such as `smollm2`; or else a model name of
@@ -156,48 +153,32 @@ def peer_hparams(
         The hyper-parameters, and notes to be reported beside the scores.
 
     Raises:
-        ValueError: If the method cannot be run (`why_not`), it needs texts and there are none, or a
-            preset is wanted of an EasyEdit that ships none.
+        ValueError: If the method cannot be run (`why_not`), or a preset is wanted of an EasyEdit
+            that ships none.
     """
     reason = why_not(name, generation)
     if reason is not None:
         raise ValueError(reason)
     config, notes = _config(name, model_path, preset)
     config = {**merged_settings(config, overrides or {}), **METHODS[name].given}
-    if config.get("mom2_adjustment") and num_texts == 0:
-        raise ValueError(f"{name} needs statistics of the model on ordinary text: give texts")
-    _fill_in(config, model_path, workdir / "stats", num_texts)
+    config.update({key: model_path for key in ("model_name", "tokenizer_name") if key in config})
+    if name == "MELO":
+        config["model"].update(name=model_path, tokenizer_name=model_path)
+        # A classifier's tokenizer that is loaded and never used: any will do.
+        config["lora"]["cls_name"] = model_path
     # The release counts CUDA devices only; without CUDA its device 0 is the CPU (`devices`).
     without_cuda = generation == "pypi" and not torch.cuda.is_available()
     config["device"] = 0 if without_cuda else device
     how_to_ask = {key: config.pop(key) for key in HOW_TO_ASK if key in config}
-    hparams, lacking = _loaded(name, config, workdir / name / "hparams.yaml", generation)
+    hparams, lacking = _loaded(name, config, generation)
     vars(hparams).update(how_to_ask)
     return hparams, (*notes, *lacking)
 
 
-def _fill_in(config: dict[str, Any], model_path: str, stats_dir: Path, num_texts: int) -> None:
-    """Set a configuration's keys for the model's path and for the statistics, where it has them."""
-    layers = "-".join(map(str, config.get("layers", ())))
-    null_space = f"null_space_{layers}_{num_texts}_{config.get('nullspace_threshold')}.pt"
-    values = {
-        "model_name": model_path,
-        "tokenizer_name": model_path,
-        "stats_dir": str(stats_dir),
-        "P_loc": str(stats_dir / null_space),
-        "mom2_n_samples": num_texts,
-    }
-    config.update({key: value for key, value in values.items() if key in config})
-    if config["alg_name"] == "MELO":
-        config["model"].update(name=model_path, tokenizer_name=model_path)
-        # A classifier's tokenizer that is loaded and never used: any will do.
-        config["lora"]["cls_name"] = model_path
-
-
 def _loaded(
-    name: str, config: Mapping[str, Any], file: Path, generation: Generation
+    name: str, config: Mapping[str, Any], generation: Generation
 ) -> tuple[Any, tuple[str, ...]]:
-    """Load a configuration from a file, as EasyEdit does; note the keys that its class lacks."""
+    """Let EasyEdit load a configuration from a file; note the keys that its class lacks."""
     method = METHODS[name]
     module = importlib.import_module(f"easyeditor.models.{method.module}")
     hparams_class = getattr(module, method.hparams_class)
@@ -206,9 +187,10 @@ def _loaded(
     attributes = unknown & _EDITORS_OWN
     lacking = unknown - attributes if generation == "pypi" else set()
     kept = {k: v for k, v in config.items() if k not in attributes | lacking}
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(kept), encoding="utf-8")
-    hparams = hparams_class.from_hparams(str(file))
+    with TemporaryDirectory(prefix="easyedit-") as directory:
+        file = Path(directory, "hparams.yaml")
+        file.write_text(yaml.safe_dump(kept), encoding="utf-8")
+        hparams = hparams_class.from_hparams(str(file))
     for key in attributes:
         setattr(hparams, key, config[key])
     notes = (f"this EasyEdit's {name} has no {', '.join(sorted(lacking))}",) if lacking else ()

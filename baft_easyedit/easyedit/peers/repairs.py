@@ -7,6 +7,7 @@ before the editor is made and `prepare_method` after it; `whole_answers` around 
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from baft_easyedit.easyedit.peers.prompts import (
     suited_tokenizer,
     tell_end_from_padding,
 )
+from baft_easyedit.easyedit.peers.statistics import key_moments, null_space
 
 _TEMPLATES_IN = {
     "ROME": "rome.rome_main",
@@ -89,11 +91,15 @@ def _keep_grace_values_trainable() -> None:
     grace.edit = edit
 
 
-def prepare_method(name: str, editor: Any, seed: int) -> None:
+def prepare_method(name: str, editor: Any, texts: Sequence[str], seed: int) -> None:
     """Prepare a method's editor, once after it is made, so that no edit depends on the one before.
 
-    The seed is of the prefixes that some methods edit behind; the random state stays as it was. The
-    caller seeds what a method draws during an edit (adapters, dropout, WISE's mask).
+    Of the texts are the statistics that some methods need. The seed is of the prefixes that some
+    methods edit behind; the random state stays as it was. The caller seeds what a method draws
+    during an edit (adapters, dropout, WISE's mask).
+
+    Raises:
+        ValueError: If no direction is below AlphaEdit's threshold.
     """
     tell_end_from_padding(editor)
     if name == "MELO":  # it wraps these modules, and leaves their weights as they are
@@ -103,29 +109,47 @@ def prepare_method(name: str, editor: Any, seed: int) -> None:
         editor._baft_unwrapped = (editor.model, modules)
     editor.apply_algo = _put_right(name, editor.apply_algo)
     if name in _TEMPLATES_IN:
-        _make_caches_anew(name, editor, seed)
+        _make_prefixes(name, editor, seed)
+    if getattr(editor.hparams, "mom2_adjustment", False):
+        _fill_statistics(name, editor, texts)
 
 
-def _make_caches_anew(name: str, editor: Any, seed: int) -> None:
-    """Empty the caches of a method's module, and generate the prefixes that it edits behind.
+def _make_prefixes(name: str, editor: Any, seed: int) -> None:
+    """Generate the prefixes that a method edits behind.
 
-    The caches are kept by the model's name, whatever the texts. ROME and its kin would generate the
-    prefixes at their first edit; generated here, they do not depend on which case comes first.
+    Methods would do so at their first edit; so they do not depend on which case comes first.
     """
     module, h = method_module(_TEMPLATES_IN[name]), editor.hparams
     module.CONTEXT_TEMPLATES_CACHE = None
-    getattr(module, "COV_CACHE", {}).clear()
     arguments: tuple[Any, ...] = ()
-    if name == "AlphaEdit":
-        module.P_loaded = module.cache_c_new = False
-    elif name == "ROME":
-        method_module("rome.compute_u").inv_mom2_cache.clear()
+    if name == "ROME":
         arguments = (h.context_template_length_params,)
     elif name == "WISE":
         arguments = (_WISE_LENGTHS, editor.device)
     with torch.random.fork_rng(), honoured_device(loaded_generation(), h.device):
         torch.manual_seed(seed)
         module.get_context_templates(editor.model, editor.tok, *arguments)
+
+
+def _fill_statistics(name: str, editor: Any, texts: Sequence[str]) -> None:
+    """Put the statistics of texts where a method keeps those that it has computed."""
+    h, model = editor.hparams, editor.model
+    modules = [h.rewrite_module_tmp.format(layer) for layer in h.layers]
+    moments = key_moments(model, editor.tok, texts, modules)
+    device = next(model.parameters()).device
+    module = method_module(_TEMPLATES_IN[name])
+    if name == "AlphaEdit":
+        spaces = [null_space(m.to(device), h.nullspace_threshold) for m in moments.values()]
+        module.P, module.P_loaded, module.cache_c_new = torch.stack(spaces), True, False
+        h.P_loc = os.devnull  # a file that is there, and is not read
+        return
+    place = str(model.config._name_or_path).replace("/", "_")
+    for path, moment in moments.items():
+        if name == "ROME":
+            inverse = torch.inverse(moment.to(device))
+            method_module("rome.compute_u").inv_mom2_cache[place, path] = inverse
+        else:
+            module.COV_CACHE[place, path] = moment
 
 
 def _put_right(name: str, apply: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
