@@ -1,13 +1,14 @@
 """The facts that SmolLM2 knows, as edits."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 
 from baft_easyedit.facts import edit_requests, facts, questions, relations
-from baft_easyedit.facts import known as known_module
-from baft_easyedit.facts.known import known_phrasings, prompts_to_complete
+from baft_easyedit.facts.known import known_phrasings, prompts_to_complete, tables_hash
+from baft_easyedit.facts.tables import DATA
 from baft_easyedit.generation import generate_answers, load_model
 
 SPLITS = {"known": "eval", "known_train": "train"}
@@ -58,10 +59,9 @@ def test_targets_are_known_values_of_the_relation():
         assert record["target_new"] in values[known[record["case_id"]].relation]
 
 
-def test_numbers_are_refused_for_other_tables(monkeypatch):
-    monkeypatch.setattr(known_module, "tables_hash", lambda: "0")
-    with pytest.raises(ValueError, match=r"be of these tables of facts, .* scripts/find_known_f"):
-        known_phrasings()
+def test_numbers_are_of_the_tables():
+    known = json.loads((DATA / "known.json").read_text())
+    assert known["tables"] == tables_hash(), "run scripts/find_known_facts.py"
 
 
 def test_questions_are_not_completed():
