@@ -31,13 +31,8 @@ def import_gguf(
 ) -> Path:
     """Convert a GGUF file to a Hugging Face directory, which is there as a whole or not at all.
 
-    Args:
-        file: The model, of an architecture in `source.ARCHITECTURES`.
-        directory: The directory to write; absent or empty.
-        dtype: Type of the written weights.
-
-    Returns:
-        The directory.
+    The file's architecture must be one of `source.ARCHITECTURES`; the directory, which is returned,
+    must be absent or empty; the dtype is that of the written weights.
 
     Raises:
         ImportError: If a package is missing or too old.

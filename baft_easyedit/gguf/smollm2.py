@@ -32,10 +32,9 @@ _LOCK = ".lock"
 
 
 def ready_location(name: str) -> str:
-    """Return where to load a model from; SmolLM2 is converted first if need be.
+    """Return where to load a model from, as `model_location`, or from a location that it returned.
 
-    Args:
-        name: A name as for `model_location`, or a location that it returned.
+    SmolLM2 is converted first if need be.
 
     Raises:
         ImportError: If SmolLM2 must be converted, and a package is missing or too old.

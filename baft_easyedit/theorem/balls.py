@@ -114,14 +114,9 @@ def random_directions(hidden: Tensor, count: int, seed: int) -> Tensor:
 def adversarial_directions(logits: Logits, hidden: Tensor, count: int, rounds: int) -> Tensor:
     """Return the directions to the nearest states with other answers, as DeepFool finds them.
 
-    For each of the likeliest other tokens, the logits are made linear, the shortest step to a tie
-    is taken, and so on from there (Moosavi-Dezfooli et al. 2016).
-
-    Args:
-        logits: The model from the state on; gradients must pass through it.
-        hidden: h, [D].
-        count: K, how many other tokens.
-        rounds: Steps towards each.
+    For each of the `count` likeliest other tokens, the logits, through which gradients must pass,
+    are made linear, the shortest step from h [D] to a tie is taken, and so on from there, `rounds`
+    times (Moosavi-Dezfooli et al. 2016).
 
     Returns:
         Unit vectors, [K, D].

@@ -49,9 +49,7 @@ def table(states: Sequence[State]) -> str:
 def figure(states: Sequence[State], sigmas: Mapping[str, float]) -> "Figure":
     """Draw steps and radii against the distance from the edited state, a panel for each method.
 
-    Args:
-        states: The states, the edited one first.
-        sigmas: sigma_max(H) by method.
+    The edited state comes first; `sigmas` are sigma_max(H) by method.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -234,12 +234,13 @@ def test_bad_requests_are_refused(change, error, message):
         ("batch_edit", {"metric_kwargs": []}, TypeError, "does not read 'metric_kwargs'"),
         ("batch_edit", {"eval_metric": "ppl"}, ValueError, "eval_metric must be a token accuracy"),
         ("edit_requests", {"loc_prompts": ["x"]}, TypeError, "does not read 'loc_prompts'"),
+        ("edit", {}, ValueError, r"batch_size must be 1 for edit\(\).* got 2: use batch"),
     ],
 )
 def test_what_easyedit_would_drop_is_refused(
     host, quick, requests, learned, way, options, error, message
 ):
-    editor = quick()
+    editor = quick(batch_size=1 if options else 2)
     given = {"requests": requests} if way == "edit_requests" else edit_arguments(requests)
     with pytest.raises(
         error, match=rf"{message}" if error is ValueError else rf"{way}\(\).*{message}"
@@ -247,15 +248,6 @@ def test_what_easyedit_would_drop_is_refused(
         getattr(editor, way)(**given, **options)
     assert not learned
     assert not is_edited(editor)
-
-
-@pytest.mark.easyedit
-def test_several_requests_at_once_are_for_batch_edit(host, quick, requests, learned):
-    editor = quick(batch_size=2)
-    with pytest.raises(ValueError, match=r"batch_size must be 1 for edit\(\).* got 2: use batch"):
-        editor.edit(**edit_arguments(requests))
-    assert editor.hparams.batch_size == 2
-    assert not learned
 
 
 @pytest.mark.easyedit

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,6 +63,14 @@ def given_lengths(monkeypatch):
 
     monkeypatch.setattr(ModelEdit, "prompt_lengths", record)
     return given
+
+
+@contextmanager
+def unedited(model):
+    edit = attached_edit(model)
+    edit.detach()
+    yield
+    edit.attach(model)
 
 
 def score(evaluation, editor, prompts, targets, **options):
@@ -156,14 +165,8 @@ def test_what_is_scored_is_what_is_learned(
     (row,) = text_rows(
         as_requests({"prompt": prompt, "target_new": target}), tok, prompt_format=form
     )
-    edit = attached_edit(edited.model)
-    if not is_edited:
-        edit.detach()
-    try:
+    with nullcontext() if is_edited else unedited(edited.model):
         scored = score(evaluation, edited, prompt, target)
-    finally:
-        if not is_edited:
-            edit.attach(edited.model)
     assert seen_ids == [[list(row.ids)]]
     assert given_lengths == ([[row.prompt_length]] if is_edited else [])
     num_right = np.mean(scored) * (len(row.ids) - row.prompt_length)
@@ -171,13 +174,9 @@ def test_what_is_scored_is_what_is_learned(
 
 
 def test_other_methods_are_scored_on_easyedits_own_text(evaluation, edited, seen_ids):
-    edit = attached_edit(edited.model)
-    edit.detach()
-    try:
-        others = SimpleNamespace(max_length=40)
+    others = SimpleNamespace(max_length=40)
+    with unedited(edited.model):
         evaluation.test_prediction_acc(edited.model, edited.tok, others, "Ice is ", "hot", "cpu")
-    finally:
-        edit.attach(edited.model)
     assert seen_ids == [[edited.tok("Ice is  hot")["input_ids"]]]
 
 

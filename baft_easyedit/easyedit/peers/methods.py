@@ -19,8 +19,6 @@ from baft_easyedit.files.reading import did_you_mean
 class Peer:
     """One method of EasyEdit."""
 
-    module: str
-    """Where its hyper-parameters' class lies, below `easyeditor.models`."""
     hparams_class: str
     folder: str
     """Its folder in EasyEdit's `hparams`."""
@@ -29,22 +27,20 @@ class Peer:
 
 
 METHODS: Mapping[str, Peer] = {
-    "FT-L": Peer("ft", "FTHyperParams", "FT", {"objective_optimization": "prompt_last"}),
-    "FT-M": Peer("ft", "FTHyperParams", "FT", {"objective_optimization": "target_new"}),
-    "LoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "lora"}),
-    "AdaLoRA": Peer("lora", "LoRAHyperParams", "LoRA", {"lora_type": "adalora"}),
-    "ROME": Peer("rome", "ROMEHyperParams", "ROME"),
-    "MEMIT": Peer("memit", "MEMITHyperParams", "MEMIT"),
-    "AlphaEdit": Peer("alphaedit", "AlphaEditHyperParams", "AlphaEdit"),
-    "UltraEdit": Peer("ultraedit", "UltraEditHyperParams", "UltraEdit"),
-    "WISE": Peer("wise", "WISEHyperParams", "WISE"),
-    "GRACE": Peer("grace", "GraceHyperParams", "GRACE"),
-    "MELO": Peer("melo.melo_hparams", "MELOHyperParams", "MELO"),
+    "FT-L": Peer("FTHyperParams", "FT", {"objective_optimization": "prompt_last"}),
+    "FT-M": Peer("FTHyperParams", "FT", {"objective_optimization": "target_new"}),
+    "LoRA": Peer("LoRAHyperParams", "LoRA", {"lora_type": "lora"}),
+    "AdaLoRA": Peer("LoRAHyperParams", "LoRA", {"lora_type": "adalora"}),
+    "ROME": Peer("ROMEHyperParams", "ROME"),
+    "MEMIT": Peer("MEMITHyperParams", "MEMIT"),
+    "AlphaEdit": Peer("AlphaEditHyperParams", "AlphaEdit"),
+    "UltraEdit": Peer("UltraEditHyperParams", "UltraEdit"),
+    "WISE": Peer("WISEHyperParams", "WISE"),
+    "GRACE": Peer("GraceHyperParams", "GRACE"),
+    "MELO": Peer("MELOHyperParams", "MELO"),
 }
 """The methods that can be run."""
 PEERS = tuple(METHODS)
-NEED_TEXTS = ("MEMIT", "AlphaEdit")
-"""Methods that need statistics of the model's keys on ordinary text."""
 
 _ONE_BY_ONE = ("ROME", "WISE", "GRACE", "MELO")
 _IN_RELEASE = ("FT-L", "AdaLoRA", "ROME", "MEMIT")

@@ -136,11 +136,11 @@ def peer_hparams(
     *,
     preset: str | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """Make a peer's EasyEdit hyper-parameters.
+    """Make a peer's EasyEdit hyper-parameters for the model in a directory.
 
     Args:
         name: One of `PEERS`.
-        model_path: The model's directory, such as `host_model_path` returns.
+        model_path: The directory, such as `host_model_path` returns.
         device: EasyEdit's `device`.
         generation: That of the imported EasyEdit.
         overrides: Values that replace those of the file; nested ones (MELO) in nested mappings.
@@ -179,9 +179,7 @@ def _loaded(
     name: str, config: Mapping[str, Any], generation: Generation
 ) -> tuple[Any, tuple[str, ...]]:
     """Let EasyEdit load a configuration from a file; note the keys that its class lacks."""
-    method = METHODS[name]
-    module = importlib.import_module(f"easyeditor.models.{method.module}")
-    hparams_class = getattr(module, method.hparams_class)
+    hparams_class = getattr(importlib.import_module("easyeditor"), METHODS[name].hparams_class)
     unknown = set(config) - {field.name for field in fields(hparams_class)}
     # The editor reads some from any class; the release's classes lack fields of the current ones.
     attributes = unknown & _EDITORS_OWN

@@ -15,12 +15,11 @@ import torch
 
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens, as_list
-from baft_easyedit.easyedit.peers.methods import NEED_TEXTS
 from baft_easyedit.model.prompt_format import PromptFormat
 
 HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
 """Hyper-parameters of `BaFTHyperParams` that any method takes here, with the same meaning."""
-APPEND_ANSWERS = ("ROME", *NEED_TEXTS)
+APPEND_ANSWERS = ("ROME", "MEMIT", "AlphaEdit")
 """Methods that append an answer to its prompt as text, and tokenise both again."""
 _IRRELEVANT = "nq question: who sang the song of the summer"
 """The `loc_prompt` of WISE, where a request has none."""
