@@ -58,7 +58,6 @@ def _described(host: Host) -> dict[str, str]:
         "  from": str(host.path),
         "  methods": ", ".join((*OUR_METHODS, *sorted(methods.keys() - set(OUR_METHODS)))),
         "  BaFT, ReFT": f"in edit, edit(sequential_edit=True), batch_edit, edit_requests, {last}",
-        "  stood in": f"{', '.join(host.placeholders) or 'nothing'} (vision; not needed for text)",
     }
     if not is_current:
         found["  lacks"] = (

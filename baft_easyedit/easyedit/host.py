@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -55,8 +55,6 @@ class Host:
     """The `easyeditor` package directory."""
     version: str
     """Release, or git commit, or `unknown`."""
-    placeholders: tuple[str, ...] = ()
-    """Missing vision packages that were stood in for while it was imported."""
 
 
 def find_host() -> Host:
@@ -106,10 +104,8 @@ def load_host() -> Host:
     if imported is not None and hasattr(imported, "_baft_host"):
         return imported._baft_host
     if imported is None:
-        missing = missing_vision_packages()
-        host = replace(host, placeholders=missing)
         logger.info("importing EasyEdit (%s) from %s", host.generation, host.path)
-        with _process_state_kept(), vision_placeholders(missing):
+        with _process_state_kept(), vision_placeholders(missing_vision_packages()):
             _import_easyeditor(host)
     repair(host.generation)
     sys.modules["easyeditor"].__dict__["_baft_host"] = host

@@ -28,7 +28,7 @@ def likelihoods(
     tokenizer: Any,
     texts: Sequence[Text],
     batch_size: int,
-    device: torch.device | None = None,
+    device: torch.device,
 ) -> list[Likelihood]:
     """Return how likely the answer of each text is; texts of about one length share a batch.
 
@@ -45,11 +45,11 @@ def likelihoods(
 
 @torch.no_grad()
 def _of_batch(
-    model: Any, tokenizer: Any, texts: Sequence[Text], device: torch.device | None
+    model: Any, tokenizer: Any, texts: Sequence[Text], device: torch.device
 ) -> list[Likelihood]:
     """Score the answers of one forward pass; padding behind a text changes nothing before it."""
     batch = padded([ids for ids, _ in texts], tokenizer, "right")
-    inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     lengths = [length for _, length in texts]
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if type(module).__name__ == "GRACEAdapter":  # else it asks the answer's last token

@@ -67,23 +67,15 @@ def test_edits_are_rehearsed_across_calls(make_editor, requests):
     assert (len(memory), memory.num_seen) == (3, 4)
 
 
-@pytest.fixture
-def apply(make_editor):
-    """Edits a request with the entry point; all on one model."""
-    editor = make_editor(num_steps=2)
-
-    def run(request, **options):
-        return apply_baft_to_model(editor.model, editor.tok, [request], editor.hparams, **options)
-
-    run.editor = editor
-    return run
+def apply(editor, request, **options):
+    return apply_baft_to_model(editor.model, editor.tok, [request], editor.hparams, **options)
 
 
-def test_undo_of_an_edit_that_is_not_the_latest_is_refused(apply, requests):
-    prompt = requests[0]["prompt"]
-    before = logits(apply.editor, prompt)
-    undos = [apply(request)[1] for request in requests]
-    edited = logits(apply.editor, prompt)
+def test_undo_of_an_edit_that_is_not_the_latest_is_refused(make_editor, requests):
+    editor, prompt = make_editor(num_steps=2), requests[0]["prompt"]
+    before = logits(editor, prompt)
+    undos = [apply(editor, request)[1] for request in requests]
+    edited = logits(editor, prompt)
     for undo in undos[:2]:
         with pytest.raises(
             ValueError,
@@ -91,14 +83,14 @@ def test_undo_of_an_edit_that_is_not_the_latest_is_refused(apply, requests):
             rf"'{requests[2]['prompt']}', by another editor: undo that first, with its .*weights_c",
         ):
             undo()
-        assert torch.equal(logits(apply.editor, prompt), edited)
+        assert torch.equal(logits(editor, prompt), edited)
     assert [*undos[0].items(), *undos[0]] == []  # reading one does nothing
-    assert type(apply(requests[0], copy=True, return_orig_weights=False)[1]) is dict
+    assert type(apply(editor, requests[0], copy=True, return_orig_weights=False)[1]) is dict
     for undo in reversed(undos):
         undo()
-        undone = logits(apply.editor, prompt)
+        undone = logits(editor, prompt)
         undo()  # once is enough
-        assert torch.equal(logits(apply.editor, prompt), undone)
+        assert torch.equal(logits(editor, prompt), undone)
     assert torch.equal(undone, before)
 
 
@@ -106,12 +98,12 @@ def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
     """And are what they would be on a model that was never edited."""
     alone, states = make_editor(num_steps=9), []
     for request in requests:
-        apply_baft_to_model(alone.model, alone.tok, [request], alone.hparams)
+        apply(alone, request)
         states.append(attached_edit(alone.model).snapshot())
         attached_edit(alone.model).detach()
     editor, edits = make_editor(num_steps=9), []
     for request, state in zip(requests, states, strict=True):
-        _, undo = apply_baft_to_model(editor.model, editor.tok, [request], editor.hparams)
+        _, undo = apply(editor, request)
         edits.append(attached_edit(editor.model))
         for name, value in edits[-1].snapshot().items():
             assert torch.allclose(value, state[name], atol=1e-6), name
@@ -122,18 +114,17 @@ def test_single_edits_use_the_memory_of_those_before(make_editor, requests):
 
 def test_copies_and_files_of_a_model_hold_no_undone_edit(make_editor, requests):
     editor = make_editor(num_steps=2)
-    apply_baft_to_model(editor.model, editor.tok, requests[:1], editor.hparams)[1]()
+    apply(editor, requests[0])[1]()
     names = [name for name, value in vars(editor.model).items() if "Undone" in repr(value)]
     assert len(names) == 1
     for other in (copy.deepcopy(editor.model), pickle.loads(pickle.dumps(editor.model))):
         assert vars(other)[names[0]] is None
-        copied, undo = apply_baft_to_model(
-            other, editor.tok, requests[:1], editor.hparams, copy=True
-        )
+        editor.model = other
+        copied, undo = apply(editor, requests[0], copy=True)
         assert attached_edit(copied) is not attached_edit(other) is None
         undo()
         assert attached_edit(copied) is None
-        apply_baft_to_model(other, editor.tok, requests[:1], editor.hparams)
+        apply(editor, requests[0])
         assert attached_edit(other) is not None
 
 
