@@ -139,7 +139,7 @@ def register() -> Host:
     host = load_host()
     # Not `import easyeditor.util...`: star imports hide the real `easyeditor.util`.
     algorithms = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
-    if OUR_METHODS[0] in algorithms:
+    if algorithms.get("BaFT") is apply_baft_to_model:
         return host
     batch_editor = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
     original = batch_editor.is_batchable_method

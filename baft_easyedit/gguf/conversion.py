@@ -80,10 +80,11 @@ def _tokenizer_config(source: GGUFSource) -> dict[str, Any]:
 
 def _generation_config(source: GGUFSource) -> dict[str, Any]:
     """Return the tokens with which generation begins, pads and ends."""
-    names = {"bos_token_id": "bos_token", "pad_token_id": "pad_token"}
-    special = source.special_tokens
+    special = source.special_tokens.items()
     ids: dict[str, Any] = {
-        name: source.vocab[special[role]] for name, role in names.items() if role in special
+        f"{role}_id": source.vocab[token]
+        for role, token in special
+        if role in ("bos_token", "pad_token")
     }
     ends = [source.token(name) for name in ("eos_token_id", "eot_token_id")]
     numbers = sorted({source.vocab[token] for token in ends if token is not None})
