@@ -32,8 +32,6 @@ _REACH = 4.0
 _NUM_RANDOM = 8
 _NUM_ADVERSARIAL = 4
 _ROUNDS = 8
-_BATCH = 128
-"""States computed at once."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +138,8 @@ class LastState:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits of the next token, [N, V], with other states [N, D] in its place."""
-        parts = []
-        for part in torch.split(states, _BATCH):
-            with self._at_output(part):
-                parts.append(self._forward(len(part)).float())
-        return torch.cat(parts)
+        with self._at_output(states):
+            return self._forward(len(states)).float()
 
     def _forward(self, count: int) -> Tensor:
         """Run the last token `count` times behind the kept prefix; return logits [count, V]."""

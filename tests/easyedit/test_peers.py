@@ -99,28 +99,6 @@ def test_hparams_are_easyedits_own(host, model_path):
 # EasyEdit's hyper-parameters.
 
 
-@pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """An EasyEdit that ships hyper-parameters for FT and UltraEdit, each for one model."""
-    root = tmp_path / "clone"
-    for folder, file, config in (
-        ("FT", "gpt-j-6B", {"alg_name": "FT", "layers": [21], "objective_optimization": "both"}),
-        ("UltraEdit", "llama3-8b-instruct", {"alg_name": "ULTRAEDIT", "lr": "1e-6"}),
-    ):
-        (root / "hparams" / folder).mkdir(parents=True)
-        (root / "hparams" / folder / f"{file}.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(presets, "load_host", lambda: SimpleNamespace(path=root / "easyeditor"))
-    return root
-
-
-def test_shipped_hparams_are_found_by_model_name(shipped):
-    assert list(presets._shipped_presets("FT-M")) == ["gpt-j-6B"]
-    config, notes = presets._config("FT-M", "unused", "gpt-j-6b")
-    assert config["layers"] == [21]
-    assert notes == ("FT-M: EasyEdit's hparams/FT/gpt-j-6B.yaml",)
-    assert presets._config("UltraEdit", "unused", "llama3-8b")[0]["lr"] == "1e-6"
-
-
 def test_a_preset_of_ours_goes_first():
     config, notes = presets._config("FT-M", "unused", "smollm2")
     assert (config["layers"], notes) == ([26], ())
@@ -141,13 +119,15 @@ def test_presets_of_ours_are_whole_and_within_the_model(name):
         assert not is_number or type(value) in (int, float, type(None)), key
 
 
-def test_hparams_that_are_not_shipped_are_scaled_ones(shipped, model_path):
-    config, notes = presets._config("FT-M", model_path, "llama-7b")
+@pytest.mark.easyedit
+def test_shipped_hparams_are_found_by_model_name_or_scaled(current, model_path):
+    config, notes = presets._config("FT-M", "unused", "GPT-J-6b")
+    assert config["layers"] == [21]
+    assert notes == ("FT-M: EasyEdit's hparams/FT/gpt-j-6B.yaml",)
+    config, (note,) = presets._config("FT-M", model_path, "nothing")
     assert config == peer_config("FT-M", LlamaConfig.from_pretrained(model_path))
-    assert notes == (
-        "FT-M: EasyEdit ships no llama-7b (it has gpt-j-6B); the bundled model's values, scaled",
-    )
-    assert "(it has none)" in presets._config("ROME", model_path, "llama-7b")[1][0]
+    assert note.startswith("FT-M: EasyEdit ships no nothing (it has ")
+    assert note.endswith("); the bundled model's values, scaled")
 
 
 def test_an_easyedit_without_hparams_is_told(tmp_path, monkeypatch):
