@@ -73,14 +73,13 @@ def _edited() -> str:
 
     start, prompt = time.perf_counter(), "The capital of Malta is"
     hparams = BaFTHyperParams.from_hparams("BaFT/facts-llama", device="cpu")
-    with _out_of_the_way(), torch.no_grad():
+    with _out_of_the_way():
         editor = BaseEditor.from_hparams(hparams)
         probe = editor.tok(prompt, return_tensors="pt")
         before = editor.model(**probe).logits
-        with torch.enable_grad():
-            metrics, _, _ = editor.edit_requests(
-                [{"prompt": prompt, "target_new": "Oslo"}], verbose=False, sequential_edit=False
-            )
+        metrics, _, _ = editor.edit_requests(
+            [{"prompt": prompt, "target_new": "Oslo"}], verbose=False, sequential_edit=False
+        )
         undone = torch.equal(editor.model(**probe).logits, before)
     pre, post = (float(metrics[0][phase]["rewrite_acc"][0]) for phase in ("pre", "post"))
     learned = f"token accuracy {pre:.2f} -> {post:.2f}"

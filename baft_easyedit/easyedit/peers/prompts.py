@@ -44,7 +44,7 @@ def edited_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
     if name in OUR_METHODS:
         return edited
     if name == "WISE":
-        edited["loc_prompt"] = _first(edited.get("loc_prompt") or _IRRELEVANT)
+        edited["loc_prompt"] = as_list(edited.get("loc_prompt") or _IRRELEVANT)[0]
     else:
         edited["prompt"] = _shown(edited["prompt"], editor)
     if learns_end(editor.hparams):
@@ -74,13 +74,9 @@ def scored_request(request: Mapping[str, Any], editor: Any) -> dict[str, Any]:
             prompts = as_list(probe["prompt"])
             asked = [_shown(prompt, editor) for prompt in prompts]
             probe["prompt"] = prompts if section == "locality" else asked
-            probe["ground_truth"] = [before + _first(a) for a in as_list(probe["ground_truth"])]
+            accepted = map(as_list, as_list(probe["ground_truth"]))
+            probe["ground_truth"] = [before + first for first, *_ in accepted]
     return scored
-
-
-def _first(answer: Any) -> str:
-    """Return an answer, or the first of several accepted ones."""
-    return answer if isinstance(answer, str) else str(answer[0])
 
 
 def _shown(prompt: str, editor: Any) -> str:
