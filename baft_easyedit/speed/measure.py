@@ -37,8 +37,6 @@ Requests = Sequence[Mapping[str, Any]]
 Result = TypeVar("Result")
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
-"""Written to `_CLEAR_REFS`, it makes Linux reset the peak of the resident set."""
 _SEED = 0
 _NUM_TEXTS = 300
 """Number of facts that serve as texts for key statistics."""
@@ -270,7 +268,7 @@ def with_peak(action: Callable[[], Result], device: torch.device) -> tuple[int |
         return torch.cuda.max_memory_allocated(device) - before, result
     if not os.access(_CLEAR_REFS, os.W_OK):
         return None, action()
-    _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+    _CLEAR_REFS.write_text("5", encoding="ascii")  # makes Linux reset the peak
     before = _peak_resident()
     result = action()
     return _peak_resident() - before, result
