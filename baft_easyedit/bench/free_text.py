@@ -11,6 +11,7 @@ from typing import Any
 
 from baft_easyedit.bench.questions import Question, questions_of, section_means, wild_questions
 from baft_easyedit.bench.scores import SHORT
+from baft_easyedit.model.prompt_format import is_unspaced
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -24,8 +25,16 @@ def normalised(text: str) -> str:
 
 
 def contains(answer: str, target: str) -> bool:
-    """Tell whether an answer has the target in it, whatever case, punctuation and articles."""
-    return f" {normalised(target)} " in f" {normalised(answer)} "
+    """Tell whether an answer has the target in it, whatever case, punctuation and articles.
+
+    It must be there in whole words; in a script without spaces between words, in whole characters.
+    """
+    return f" {_words(target)} " in f" {_words(answer)} "
+
+
+def _words(text: str) -> str:
+    """Return normalised text in which each character of a script without spaces is a word."""
+    return normalised("".join(f" {c} " if is_unspaced(c) else c for c in text))
 
 
 def first_sentence(text: str) -> str:

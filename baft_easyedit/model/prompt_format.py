@@ -74,7 +74,7 @@ class PromptFormat:
         if self.use_chat_template:
             return ""
         last = next((c for c in reversed(prompt) if c.isalpha()), " ")
-        return "" if unicodedata.name(last, "").startswith(_UNSPACED_SCRIPTS) else " "
+        return "" if is_unspaced(last) else " "
 
     def prompt_text(self, prompt: str, tokenizer: Any, system: str | None = None) -> str:
         """Return the text of a prompt as the model sees it, without a separator at its end.
@@ -132,6 +132,11 @@ class PromptFormat:
         """Return the tokens of a prompt and its answer."""
         text = self.whole_text(prompt, answer, tokenizer)
         return token_ids(text, tokenizer, is_templated=self.use_chat_template)
+
+
+def is_unspaced(character: str) -> bool:
+    """Tell whether a character is of a script that puts no spaces between words."""
+    return unicodedata.name(character, "").startswith(_UNSPACED_SCRIPTS)
 
 
 def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -48,6 +48,9 @@ def test_wild_scores_exact_match_containment_and_what_stayed():
 def test_a_target_is_contained_as_a_whole():
     assert contains("It was Rome, in Italy.", "rome")
     assert not contains("Romeo", "Rome")
+    assert contains("首都は東京です。", "東京")
+    assert not contains("首都は東です。", "東京")
+    assert contains("เมืองหลวงคือโรม", "โรม")
     assert first_sentence("Rome. It is old.\nYes") == "Rome"
     assert first_sentence("\n") == ""
 
