@@ -72,7 +72,7 @@ def edits(model):
 @pytest.fixture(scope="module")
 def url(model, tokenizer, edits):
     formats = dict.fromkeys(edits.names, PromptFormat())
-    app = make_app(Answerer(model, tokenizer, edits), formats, max_body=5000)
+    app = make_app(Answerer(model, tokenizer, edits), formats, Queue(16), max_body=5000)
     with served(app) as address:
         yield address
 
@@ -231,7 +231,7 @@ def endless(model, tokenizer, edits):
         return Answer("", 0, is_cut=True)
 
     answerer.answer = answer
-    return make_app(answerer, dict.fromkeys(edits.names, PromptFormat())), lengths
+    return make_app(answerer, dict.fromkeys(edits.names, PromptFormat()), Queue(16)), lengths
 
 
 def test_a_client_that_leaves_ends_its_answer(endless):
@@ -286,7 +286,7 @@ def test_the_command_says_what_it_needs(tmp_path, capsys, monkeypatch):
 def test_a_failure_is_told_without_its_words(model, tokenizer, edits, monkeypatch):
     answerer = Answerer(model, tokenizer, edits)
     monkeypatch.setattr(answerer, "answer", lambda *_: 1 / 0)
-    app = make_app(answerer, dict.fromkeys(edits.names, PromptFormat()))
+    app = make_app(answerer, dict.fromkeys(edits.names, PromptFormat()), Queue(16))
     with served(app) as address:
         asked = {"model": "base", "prompt": PROMPT}
         answer = httpx.post(f"{address}/v1/completions", json=asked)
@@ -294,6 +294,7 @@ def test_a_failure_is_told_without_its_words(model, tokenizer, edits, monkeypatc
     assert answer.json()["error"]["message"] == "the answer failed: see the server's log"
 
 
-def test_a_queue_that_would_take_all_threads_is_refused(model, tokenizer, edits):
-    with pytest.raises(ValueError, match=r"queue must be in \[1, 32\]; got 33"):
-        make_app(Answerer(model, tokenizer, edits), {}, queue_size=33)
+@pytest.mark.parametrize("size", [0, 33])
+def test_a_queue_that_would_take_all_threads_is_refused(size):
+    with pytest.raises(ValueError, match=rf"queue must be in \[1, 32\]; got {size}"):
+        Queue(size)

@@ -57,14 +57,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from baft_easyedit.serving.answering import Answerer
+        from baft_easyedit.serving.answering import Answerer, Queue
         from baft_easyedit.serving.app import make_app
     except ImportError as error:
         raise ImportError(f"serve needs the extra 'serve' ({error}): install it by pip") from None
+    queue = Queue(arguments.queue)
     arguments.directory = arguments.edits[0][1]
     model, tokenizer = load(arguments)
     edits = attach_named(model, directories)
     formats = {n: PromptFormat.of(kept_hparams(d, model)) for n, d in directories.items()}
     answerer = Answerer(model, tokenizer, edits)
-    app = make_app(answerer, formats, arguments.queue, arguments.max_body)
+    app = make_app(answerer, formats, queue, arguments.max_body)
     uvicorn.run(app, host=arguments.host, port=arguments.port)

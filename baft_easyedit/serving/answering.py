@@ -20,10 +20,20 @@ class FullError(RuntimeError):
     """The queue has no room for another request."""
 
 
+_MOST_QUEUED = 32
+"""Longest queue: each waiting request holds one of the server's 40 threads."""
+
+
 class Queue:
-    """Runs jobs one at a time, in one thread; at most `size` of them run or wait."""
+    """Runs jobs one at a time, in one thread; at most `size` of them run or wait.
+
+    Raises:
+        ValueError: If `size` is not in [1, 32].
+    """
 
     def __init__(self, size: int) -> None:
+        if not 1 <= size <= _MOST_QUEUED:
+            raise ValueError(f"queue must be in [1, {_MOST_QUEUED}]; got {size}")
         self._size = size
         self._room = threading.BoundedSemaphore(size)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")

@@ -26,8 +26,6 @@ from baft_easyedit.model.inspect import max_context
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish
 
-_MAX_QUEUE = 32
-"""Longest queue: each waiting request holds one of the server's 40 threads."""
 _MAX_TOKENS = 256
 """Most tokens of an answer if the request does not say."""
 _COLDEST = 1e-4
@@ -120,7 +118,7 @@ class LimitedBody:
 def make_app(
     answerer: Answerer,
     formats: Mapping[str, PromptFormat],
-    queue_size: int = 16,
+    queue: Queue,
     max_body: int = 2**20,
 ) -> FastAPI:
     """Make the app.
@@ -128,15 +126,10 @@ def make_app(
     Args:
         answerer: Answers with the model and its edits.
         formats: The prompt format that each edit was learned with, by the edit's name.
-        queue_size: How many requests may run or wait; further ones get status 429.
+        queue: The requests that run or wait; one that finds no room gets status 429.
         max_body: Most bytes of a request; a larger one gets status 413.
-
-    Raises:
-        ValueError: If `queue_size` is not in [1, 32].
     """
-    if not 1 <= queue_size <= _MAX_QUEUE:
-        raise ValueError(f"queue must be in [1, {_MAX_QUEUE}]; got {queue_size}")
-    routes = _Routes(answerer, formats, Queue(queue_size))
+    routes = _Routes(answerer, formats, queue)
     app = FastAPI(title="baft_easyedit", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LimitedBody, most=max_body)
     for kind in (AnyHTTPException, RequestValidationError, Exception):
