@@ -15,13 +15,12 @@ from baft_easyedit.model.named import NamedEdits
 
 T = TypeVar("T")
 
+_MOST_QUEUED = 32
+"""Longest queue: each waiting request holds one of the server's 40 threads."""
+
 
 class FullError(RuntimeError):
     """The queue has no room for another request."""
-
-
-_MOST_QUEUED = 32
-"""Longest queue: each waiting request holds one of the server's 40 threads."""
 
 
 class Queue:
