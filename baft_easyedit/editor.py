@@ -73,7 +73,9 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
                     "the model carries named edits, which are only used: detach() them"
                 )
             edit, where = carried, "the edit that the model already carries"
-        if edit is not None:
+        if edit is None:
+            hparams.warn_of_open_gates()
+        else:
             check_same_shape(edit, hparams, where)
         self.model: Any = model
         """The model that is edited."""
@@ -96,7 +98,9 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
     @hparams.setter
     def hparams(self, hparams: BaFTHyperParams) -> None:
-        self._history.hparams = hparams.at_depth(len(decoder_layers(self.model)))
+        hparams = hparams.at_depth(len(decoder_layers(self.model)))
+        check_same_shape(self.model_edit, hparams, "this edit")
+        self._history.hparams = hparams
 
     @property
     def is_attached(self) -> bool:

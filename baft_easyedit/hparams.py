@@ -5,9 +5,9 @@ The method reads most fields. EasyEdit's `BaseEditor` reads `model_name`, `devic
 """
 
 import json
+import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +18,8 @@ from baft_easyedit.files.reading import did_you_mean, read_yaml
 from baft_easyedit.files.resources import hparams_file, model_location
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.objective import RESCALINGS
+
+logger = logging.getLogger(__name__)
 
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
@@ -193,8 +195,6 @@ class BaFTHyperParams:
                 self._check(value is None or holds(value), name, rule)
         self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()
-        if self.use_chat_template and self.gate != "one" and not self._closes_in_template():
-            warnings.warn(_OPEN_IN_TEMPLATE, stacklevel=3)
 
     @property
     def dtype(self) -> str:
@@ -205,6 +205,12 @@ class BaFTHyperParams:
         """Return these hyper-parameters with the layers of a model of `depth` layers for `auto`."""
         return replace(self, layers=scaled_layers(depth)) if self.layers == _AUTO else self
 
+    def warn_of_open_gates(self) -> None:
+        """Log a warning if the gates do not learn to stay closed on other prompts in a template."""
+        closes = self.parametrisation == "whitened" and self.locality and self.loc_own_texts
+        if self.use_chat_template and self.gate != "one" and not closes:
+            logger.warning(_OPEN_IN_TEMPLATE)
+
     def _check_layers(self) -> None:
         """Check the layers, as far as can be told without a model."""
         layers, name = self.layers, "layers"
@@ -214,10 +220,6 @@ class BaFTHyperParams:
         self._check(bool(layers), name, f"name at least one layer, or be {_AUTO}")
         self._check(min(layers) >= 0, name, "not be negative (they are 0-based)")
         self._check(len({*layers}) == len(layers), name, "not repeat a layer")
-
-    def _closes_in_template(self) -> bool:
-        """Tell whether the gates learn to stay closed on other prompts in a chat template."""
-        return self.parametrisation == "whitened" and self.locality and self.loc_own_texts
 
     def _check_chat_template(self) -> None:
         """Check the further arguments of the chat template."""

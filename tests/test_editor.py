@@ -384,6 +384,30 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change,
         BaFTEditor(model, tokenizer, replace(hparams, **change), **options)
 
 
+CLOSED = {"use_chat_template": True, "parametrisation": "whitened", "loc_own_texts": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "is_told"),
+    [
+        (CLOSED, False),
+        (CLOSED | {"gate": "one", "loc_own_texts": False}, False),  # has no gates
+        (CLOSED | {"use_chat_template": False, "loc_own_texts": False}, False),
+        (CLOSED | {"parametrisation": "direct"}, True),
+        (CLOSED | {"loc_own_texts": False}, True),
+        (CLOSED | {"locality": False}, True),
+    ],
+)
+def test_settings_that_leave_the_gates_open_in_a_template_are_told_once(
+    model, tokenizer, hparams, given, is_told, caplog
+):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **given, layers="auto"))
+    editor.hparams = replace(editor.hparams, num_steps=1)
+    BaFTEditor(model, tokenizer, editor.hparams, edit=editor.model_edit)
+    told = ["changes most other answers in the template" in text for text in caplog.messages]
+    assert told == [True] * is_told
+
+
 def test_automatic_layers_are_those_of_the_models_depth(
     model, tokenizer, quick, request_dict, tmp_path
 ):

@@ -1,5 +1,3 @@
-import warnings
-
 import pytest
 import yaml
 
@@ -168,25 +166,3 @@ def test_scaled_layers_are_the_papers_share_of_the_depth():
 
 def test_api_key_is_not_shown():
     assert "secret" not in repr(BaFTHyperParams(**MINIMAL, api_key="secret"))
-
-
-CLOSED = {"use_chat_template": True, "parametrisation": "whitened", "loc_own_texts": True}
-
-
-@pytest.mark.parametrize(
-    ("given", "is_told"),
-    [
-        (CLOSED, False),
-        (CLOSED | {"use_chat_template": False, "loc_own_texts": False}, False),
-        (CLOSED | {"parametrisation": "direct"}, True),
-        (CLOSED | {"loc_own_texts": False}, True),
-        (CLOSED | {"locality": False}, True),
-    ],
-)
-def test_settings_that_leave_the_gates_open_in_a_template_are_told(given, is_told):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        BaFTHyperParams.from_dict(MINIMAL | given)
-        ReFTHyperParams.from_dict(MINIMAL | {"use_chat_template": True})  # has no gates
-    told = ["changes most other answers" in str(one.message) for one in seen]
-    assert told == [True] * is_told

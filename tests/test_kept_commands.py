@@ -169,6 +169,9 @@ def test_files_are_checked_without_a_model(tmp_path, edits, capsys):
     ):
         assert run("validate", *file) == 0
         assert told in capsys.readouterr().out
+    (tmp_path / "mine-2.5").write_text("model_name: x\nlayers: auto\n")
+    assert run("validate", tmp_path / "mine-2.5") == 0
+    assert "settings of BaFT for x" in capsys.readouterr().out
     (tmp_path / "bad.yaml").write_text("model_name: x\nlayers: [1]\nrnak: 3\n")
     assert run("validate", tmp_path / "bad.yaml") == 2
     assert "rnak" in capsys.readouterr().err

@@ -74,9 +74,9 @@ def test_replay_uses_the_hparams_of_the_time(opened, quick, kept):
         for to in (3, 5, 1):
             editor.rollback(to=to)
             assert now(editor) == expected[to]
-        editor.hparams = replace(quick, rank=5)
         with pytest.raises(ValueError, match="rank must be 4, as in this edit; got 5"):
-            editor.edit(fact(3))
+            editor.hparams = replace(quick, rank=5)
+        editor.undo()
     kinds = [e.kind for e in read_history(kept)][:6]
     assert kinds == ["start", "edit", "settings", "edit", "settings", "edit"]
     assert json.loads((kept / "baft_config.json").read_text())["hparams"]["lr"] == 1.0e-3

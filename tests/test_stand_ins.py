@@ -64,7 +64,7 @@ def test_stand_ins_keep_neighbours_as_they_are():
         hparams = BaFTHyperParams.from_hparams("BaFT/facts-llama", loc_stand_ins=count)
         model, tokenizer = load_model(hparams.model_name)
         editor, moved[count] = BaFTEditor(model, tokenizer, hparams), 0.0
-        for record in edit_requests("eval", 4):
+        for record in edit_requests("eval", 2):
             ids = tokenizer(record["locality"]["neighborhood"]["prompt"], return_tensors="pt")
             editor.edit({k: record[k] for k in ("prompt", "target_new", "subject")})
             with torch.no_grad():

@@ -13,6 +13,8 @@ from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_fil
 from baft_easyedit.hparams import read_hparams
 
 _LISTS = ("presets", "methods", "kinds", "models")
+_OF_OTHER_KINDS = (".txt", ".tsv", ".xls", ".xlsx", ".parquet")
+"""Suffixes of what may hold edits, but is not read. A preset's name may end in any other."""
 _OWN_MODELS = (BUNDLED_MODEL, REAL_MODEL)  # any other name is one on the Hub
 
 
@@ -80,7 +82,7 @@ def _validate(arguments: argparse.Namespace) -> None:
         print(f"{len(read_benchmark(arguments.kind, file))} edits, all usable")
     elif suffix in (".json", ".jsonl", ".csv"):
         print(f"{len(read_requests(file))} edits, all usable")
-    elif file.is_file() and suffix not in ("", ".yaml", ".yml"):
+    elif suffix in _OF_OTHER_KINDS:
         raise ValueError(
             "FILE must be YAML (.yaml), or edits as JSON (.json), JSON lines (.jsonl) or CSV "
             f"with commas (.csv); the name {arguments.file!r} says otherwise: convert or rename it"

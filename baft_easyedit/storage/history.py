@@ -34,7 +34,6 @@ from baft_easyedit.storage.config import (
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, edit_content
-from baft_easyedit.storage.loading import check_same_shape
 from baft_easyedit.storage.reading import lacking, read_history
 from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
@@ -83,12 +82,7 @@ class History:
         return self._journal if self._directory is None else self._directory.journal
 
     def config(self) -> KeptConfig:
-        """Return the configuration to keep with the edit: its method, model, and versions.
-
-        Raises:
-            ValueError: If the hyper-parameters were replaced by those of another shape.
-        """
-        check_same_shape(self._learner.edit, self.hparams, "this edit")
+        """Return the configuration to keep with the edit: its method, model, and versions."""
         config = self.origin or KeptConfig.of(self._learner.model, self.hparams)
         return replace(config, hparams=method_of(self.hparams), versions=versions())
 

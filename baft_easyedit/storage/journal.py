@@ -9,6 +9,7 @@ that produced the present state.
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -245,7 +246,7 @@ class Journal:
 
     def settings_of(self, entry_id: int) -> dict[str, Any]:
         """Return the hyper-parameters and the environment that an entry was made in."""
-        entry = self.entries[max(i for i in self._settings if i <= entry_id)]
+        entry = self.entries[self._settings[bisect_right(self._settings, entry_id) - 1]]
         return {key: value for key, value in entry.content.items() if key in _SETTINGS}
 
     def ends_with(self, settings: Mapping[str, Any]) -> bool:
