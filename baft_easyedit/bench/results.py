@@ -1,21 +1,23 @@
 """Results: the rows of a run's summary, made from its cases and read back for reports.
 
-A file that is missing, damaged or of another schema raises an error that names it, and never
-becomes a gap in a table.
+Reading is strict: a file that is missing, damaged or of another schema raises an error that names
+it, and never becomes a gap in a table.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.scores import row_costs, row_scores
+from baft_easyedit.bench.scores import FIELD_SCORES, SCORES, row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.bench.validation import validated
 
 
 def summarise(directory: RunDirectory) -> list[dict[str, Any]]:
@@ -62,6 +64,25 @@ def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]
 
 Case = Mapping[str, Any]
 """The content of a case's file."""
+_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+_Share = Annotated[float, Field(ge=0, le=1)] | None
+_Number = Annotated[float, Field(ge=-1, allow_inf_nan=False)] | None
+
+
+_ROW: dict[str, Any] = {
+    **dict.fromkeys(("method", "model", "dataset"), (str, ...)),
+    **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
+    "n": (int, Field(ge=0)),
+    **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
+    # Runs of before have none of these.
+    **dict.fromkeys((*FIELD_SCORES, "harmonic_success", "pre_harmonic_success"), (_Number, None)),
+    "more": (dict[str, _Number], {}),
+    **dict.fromkeys(("edit_time_s", "peak_memory_bytes", "trainable_parameters"), (_Amount, ...)),
+    "notes": (list[str], ...),
+    "error": (str | None, ...),
+}
+_Row = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
+"""Fields that every row of a summary has; null for what was not measured."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,8 @@ def read_run(directory: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        ValueError: If it is not a run directory, or a file of it is damaged or of another schema.
+        ValueError: If it is not a run directory, or a file of it is damaged, incomplete or of
+            another schema.
     """
     paths = RunDirectory(directory)
     for file in (paths.config, paths.run, paths.summary):
@@ -112,11 +134,21 @@ def read_run(directory: Path) -> Run:
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
-    results = []
-    for row in read_json(paths.summary):
-        cell = row["method"], row["model"], row["dataset"], Protocol(row["T"], row["batch_size"])
-        results.append(Result(*cell, row["error"], row, paths))
-    return Run(paths, read_json(paths.run), results)
+    info, rows = read_json(paths.run), read_json(paths.summary)
+    try:
+        validated(RootModel[dict[str, Any]], info, str(paths.run))
+        validated(RootModel[Annotated[list[Any], Field(min_length=1)]], rows, str(paths.summary))
+        for i, row in enumerate(rows):
+            validated(_Row, row, f"{paths.summary}, row {i}")
+    except ValueError as error:
+        raise ValueError(f"{error}; run the same again") from None
+    return Run(paths, info, [_result(paths, row) for row in rows])
+
+
+def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
+    """Return a row of a summary."""
+    setting = Protocol(row["T"], row["batch_size"])
+    return Result(row["method"], row["model"], row["dataset"], setting, row["error"], row, paths)
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:

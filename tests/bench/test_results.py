@@ -36,12 +36,60 @@ def test_summary_of_before_lacks_the_fields_scores_and_is_read(run_dir):
     kept = [{k: v for k, v in row.items() if k not in new and "harmonic" not in k} for row in rows]
     write_json(run_dir / "summary.json", kept)
     assert read_run(run_dir).results[0].number("specificity_acc") is None
+    write_json(run_dir / "summary.json", [{**rows[0], "paraphrase_magnitude": -1.5}])
+    with pytest.raises(ValueError, match="paraphrase_magnitude: Input should be greater than"):
+        read_run(run_dir)
+
+
+def test_result_with_an_error_has_no_numbers(tmp_path):
+    run_dir = write_run(tmp_path / "run", rows={"BaFT": {"error": "out of memory"}}, **FEW)
+    failed, *_ = read_run(run_dir).results
+    assert failed.error == "out of memory"
+    assert failed.number("rewrite_acc") is None
 
 
 @pytest.mark.parametrize("name", ["run.json", "summary.json", "config.yaml"])
 def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
     (run_dir / name).unlink()
     with pytest.raises(ValueError, match=rf"is not the directory of a finished run: .* {name}"):
+        read_run(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", [1], r"run\.json: Input should be a valid dictionary; got \[1\]"),
+        ("summary.json", {}, r"summary\.json: Input should be a valid list; got {}"),
+        ("summary.json", [], r"summary\.json: List should have at least 1 item"),
+        ("summary.json", ["BaFT"], r"summary\.json, row 0: Input should be .*; got 'BaFT'"),
+    ],
+)
+def test_files_of_another_form_are_refused(run_dir, name, content, message):
+    write_json(run_dir / name, content)
+    with pytest.raises(ValueError, match=f"{message}.*; run the same again"):
+        read_run(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": 3}, "method: Input should be a valid string; got 3"),
+        ({"n": None}, "n: Input should be a valid integer; got None"),
+        ({"rewrite_acc": 1.2}, "rewrite_acc: Input should be less than or equal to 1; got 1.2"),
+        ({"edit_time_s": -1}, "edit_time_s: Input should be greater than or equal to 0; got -1"),
+        ({"locality_acc": float("nan")}, "locality_acc: Input should be .*; got nan"),
+    ],
+)
+def test_bad_row_is_refused(run_dir, fields, message):
+    rows = json.loads((run_dir / "summary.json").read_text())
+    write_json(run_dir / "summary.json", [rows[0], rows[1] | fields])
+    with pytest.raises(ValueError, match=rf"summary\.json, row 1: {message}"):
+        read_run(run_dir)
+    del rows[1][next(iter(fields))]
+    write_json(run_dir / "summary.json", rows)
+    with pytest.raises(
+        ValueError, match=rf"summary\.json, row 1: {next(iter(fields))}: Field required"
+    ):
         read_run(run_dir)
 
 
