@@ -80,7 +80,8 @@ def read_call(
         requests = given["requests"]
         dicts = [requests] if isinstance(requests, Mapping) else list(requests)
         as_requests(dicts)
-        given["requests"] = prepare_requests(dicts)
+        defaults: dict[str, Any] = {"ground_truth": None, "locality": {}, "portability": {}}
+        given["requests"] = [{**defaults, **request} for request in dicts]
     if generation == "current":
         return [{**given, "sequential_edit": keeps}], keeps
     given.pop("target_neg", None)  # our methods do not read it

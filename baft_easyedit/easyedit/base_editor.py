@@ -121,8 +121,6 @@ def _in_call(editor: Any, keeps: bool, restores_by_items: bool) -> Iterator[None
             undo()
         raise
     finally:
-        for undo in undos:
-            undo.is_undone_by_items = False
         editor.apply_algo = apply
         delattr(editor, _IN_CALL)
 

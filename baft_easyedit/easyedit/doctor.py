@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import logging
 import os
 import platform
 import tempfile
@@ -92,7 +93,8 @@ def _edited() -> str:
 @contextmanager
 def _out_of_the_way() -> Iterator[None]:
     """Work in a temporary directory, without output: EasyEdit prints and writes ./logs."""
-    here, sink = Path.cwd(), io.StringIO()
+    log = logging.getLogger("easyeditor.editors.editor")
+    handlers, here, sink = list(log.handlers), Path.cwd(), io.StringIO()
     with (
         tempfile.TemporaryDirectory(prefix="easyedit-") as directory,
         contextlib.redirect_stdout(sink),
@@ -103,3 +105,6 @@ def _out_of_the_way() -> Iterator[None]:
             yield
         finally:
             os.chdir(here)
+            for handler in set(log.handlers) - set(handlers):
+                handler.close()
+            log.handlers[:] = handlers

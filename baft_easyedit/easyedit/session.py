@@ -108,6 +108,11 @@ class Session:
         return self.model.model if is_wrapped else self.model
 
     @property
+    def _devices(self) -> set[torch.device]:
+        """The devices on which the model lies."""
+        return {parameter.device for parameter in self._called.parameters()}
+
+    @property
     def num_parameters(self) -> int | None:
         """Number of parameters that the edits learned or changed; None if it is not known."""
         model, weights_copy = self.model, self._edits[0][1] if self._edits else None
@@ -139,7 +144,7 @@ class Session:
         editor = self.editor
         requests = [edited_request(request, editor) for request in requests]
         with honoured_device(self.generation, editor.hparams.device):
-            synchronize(self._input_device())
+            synchronize(*self._devices)
             start = time.perf_counter()
             edited, weights_copy = editor.apply_algo(
                 editor.model,
@@ -151,7 +156,7 @@ class Session:
                 keep_original_weight=self.generation == "pypi",
                 train_ds=None,
             )
-            synchronize(self._input_device())
+            synchronize(*self._devices)
             seconds = time.perf_counter() - start
         self._edits.append((edited, weights_copy))
         if editor.alg_name == "MELO":  # wraps a model that is not yet its wrapper, so would forget
@@ -297,10 +302,11 @@ class Session:
         )
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all its work, so that a clock read afterwards has seen it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize(*devices: torch.device) -> None:
+    """Wait until devices have done all their work, so that a clock read afterwards has seen it."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _compare_locality(metrics: Mapping[str, Any], request: Request) -> None:

@@ -246,6 +246,16 @@ def test_long_answers_have_short_questions_on_them(load):
         load("unke", [unke("Ann", sub_answer=["A painter"])])
 
 
+@pytest.mark.parametrize(
+    ("kind", "record"), [("unke", unke), ("wikibigedit", wikibigedit), ("counterfact", counterfact)]
+)
+def test_keys_of_no_layout_are_not_read(kind, record, load):
+    foreign = dict.fromkeys(("locality", "portability", "probes", "counterfact"), "some text")
+    assert (
+        load(kind, [{**record("Ann"), **foreign}]).requests == load(kind, [record("Ann")]).requests
+    )
+
+
 @pytest.mark.parametrize("nothing", [None, "", "  ", [], [[]], [""], float("nan")])
 def test_a_part_that_says_nothing_is_left_out_and_told(load, nothing):
     bare = {name: nothing for name in ("rephrase", "loc", "loc_ans", "answers", "subject")}

@@ -61,16 +61,16 @@ def read_convsent(path: Path | None, *, seed: int = 0) -> Source:
     return Source(cases, [file], [f"sentiments and questions drawn with seed {seed}"])
 
 
-class Unke(Case):
+class Unke(Layout):
     """A record of UnKE, as EasyEdit's AKEWUnifiedDataset reads it.
 
     `question` is taught with all of `answer`. The questions on parts of the answer become
     `probes.sub`; a record without `para_question` is rephrased by the question itself.
     """
 
-    prompt: Text = Field(validation_alias="question")
-    target_new: Text = Field(validation_alias="answer")
-    rephrase_prompt: MaybeText = Field(None, validation_alias="para_question")
+    question: Text
+    para_question: MaybeText = None
+    answer: Text
     sub_question: tuple[MaybeText, ...] = ()
     sub_answer: tuple[MaybeText, ...] = ()
 
@@ -86,10 +86,13 @@ class Unke(Case):
     def case(self) -> Case:
         """Return the question as an edit."""
         pairs = zip(self.sub_question, self.sub_answer, strict=True)
-        asked = {"sub": tuple(probe for pair in pairs for probe in one(*pair))}
-        rephrased = self.rephrase_prompt or self.prompt
-        new = {"rephrase_prompt": rephrased, "probes": asked, "long_answer": True}
-        return self.model_copy(update=new)
+        return Case(
+            prompt=self.question,
+            target_new=self.answer,
+            rephrase_prompt=self.para_question or self.question,
+            probes={"sub": tuple(probe for pair in pairs for probe in one(*pair))},
+            long_answer=True,
+        )
 
 
 class _Triplet(Layout):

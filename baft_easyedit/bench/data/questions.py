@@ -12,7 +12,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from baft_easyedit.bench.data.case import Case, Layout, MaybeText, Probe, Text, Texts, one
+from baft_easyedit.bench.data.case import (
+    Answers,
+    Case,
+    Layout,
+    MaybeText,
+    Probe,
+    Text,
+    Texts,
+    one,
+)
 from baft_easyedit.bench.data.files import Source, find_file, read_cases, read_file, read_records
 from baft_easyedit.bench.data.readers import Rewrite
 from baft_easyedit.bench.validation import validated
@@ -89,12 +98,14 @@ def read_mquake(path: Path | None, *, joined: bool = False) -> Source:
     return Source([case for record in records for case in record.cases()], [file], [note])
 
 
-class _WikiBigEdit(Case):
+class _WikiBigEdit(Layout):
     """A fact that changed, and what is asked of it; all but the fact may be missing."""
 
-    prompt: Text = Field(validation_alias="update")
-    target_new: Text = Field(validation_alias="ans")
-    rephrase_prompt: MaybeText = Field(None, validation_alias="rephrase")
+    update: Text
+    ans: Text
+    subject: MaybeText = None
+    ground_truth: Answers = ()
+    rephrase: MaybeText = None
     personas: MaybeText = None
     mhop: MaybeText = None
     mhop_ans: MaybeText = None
@@ -102,10 +113,18 @@ class _WikiBigEdit(Case):
     loc_ans: MaybeText = None
 
     def case(self) -> Case:
-        hops = {"personas": one(self.personas, self.target_new)}
-        hops["mhop"] = one(self.mhop, self.mhop_ans)
-        near = {"locality": one(self.loc, self.loc_ans)}
-        return self.model_copy(update={"locality": near, "portability": hops})
+        return Case(
+            prompt=self.update,
+            target_new=self.ans,
+            ground_truth=self.ground_truth,
+            subject=self.subject,
+            rephrase_prompt=self.rephrase,
+            locality={"locality": one(self.loc, self.loc_ans)},
+            portability={
+                "personas": one(self.personas, self.ans),
+                "mhop": one(self.mhop, self.mhop_ans),
+            },
+        )
 
 
 def read_wikibigedit(path: Path | None) -> Source:

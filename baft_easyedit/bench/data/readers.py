@@ -187,15 +187,22 @@ class _RomeCounterFact(Layout):
         )
 
 
-class _FlatCounterFact(Case):
+class _FlatCounterFact(Layout):
     """CounterFact as EasyEdit's CounterFactDataset reads it."""
 
+    case_id: int | str | None = None
+    prompt: Text
+    target_new: Text
+    ground_truth: Answers = ()
+    subject: MaybeText = None
+    rephrase_prompt: MaybeText = None
     locality_prompt: MaybeText = None
     locality_ground_truth: MaybeText = None
 
     def case(self) -> Case:
+        of_case = self.model_dump(exclude={"locality_prompt", "locality_ground_truth"})
         near = one(self.locality_prompt, self.locality_ground_truth)
-        return self.model_copy(update={"locality": {"neighborhood": near}})
+        return Case(**of_case, locality={"neighborhood": near})
 
 
 def _layout_of(record: Any) -> type[_RomeCounterFact | _FlatCounterFact]:
