@@ -111,7 +111,10 @@ class _Known:
         plain = own_texts(model, NUM_BESIDE if frames else NUM_TEXTS, layers)
         parts = [*templated, plain]
         measured = templated or [plain]
-        self._first = parts[0]
+        self._first = parts[0].ids[:1]
+        """The text whose beginning is read again, [1, T]; its states are the first ones."""
+        self._before = parts[0].ids.shape[1] - parts[0].states[layers[0]].shape[1]
+        """How many of its tokens come before those whose states are known."""
         self._num_measured = sum(one.states[layers[0]][..., 0].numel() for one in measured)
         self._states = {
             i: torch.cat([one.states[i].flatten(0, 1) for one in parts]) for i in layers
@@ -145,17 +148,14 @@ class _Known:
         """
         if not self._states.keys() >= {*layers}:
             return False
-        (ids, states), stack = self._first, decoder_layers(model)
-        first = ids.shape[1] - states[self.layers[0]].shape[1]
+        ids, stack = self._first[:, : self._before + _LOOKED_AT], decoder_layers(model)
         decoder = owner_of(model, stack)  # without the logits
-        with watching([stack[layer] for layer in self.layers]) as seen:
-            decoder(
-                input_ids=ids[:1, : first + _LOOKED_AT].to(input_device(model)), use_cache=False
-            )
-        again = [_hidden(output)[0, first:] for (output,) in seen]
+        with watching([stack[layer] for layer in self._states]) as seen:
+            decoder(input_ids=ids.to(input_device(model)), use_cache=False)
+        again = [_hidden(output)[0, self._before :] for (output,) in seen]
         tolerance = tolerance_of(next(model.parameters()))
-        pairs = zip(again, states.values(), strict=True)
-        return all(is_close(h, known[0, : len(h)], tolerance) for h, known in pairs)
+        pairs = zip(again, self._states.values(), strict=True)
+        return all(is_close(h, known[: len(h)], tolerance) for h, known in pairs)
 
 
 def own_states(model: nn.Module) -> OwnStates:
