@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from baft_easyedit.files.paths import expanded
-from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.hparams import BaFTHyperParams, check_hparams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.inspect import check_layers, decoder_layers
 from baft_easyedit.storage.config import new_edit
@@ -62,6 +62,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         undo_depth: int = 10,
         edit: ModelEdit | None = None,
     ) -> None:
+        check_hparams(hparams)
         if undo_depth < 1:
             raise ValueError(f"undo_depth must be at least 1; got {undo_depth}")
         depth = len(decoder_layers(model))
@@ -209,6 +210,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
                 reproduced bit for bit, or the model carries another edit.
             OSError: If the rollback could not be written.
         """
+        if type(to) is not int:
+            raise TypeError(f"to must be the id of an entry, a whole number; got {to!r}")
         self._history.rollback(to)
 
     @_LEARNING
@@ -232,6 +235,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
             ValueError: If no directory is open, the present state holds no edit of the prompt, or
                 that or a later change is an `install`; others as `edit` does.
         """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string; got {prompt!r}")
         return self._history.forget(prompt, tell or (lambda _: None))
 
     @classmethod
@@ -270,7 +275,9 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         directory = expanded(directory)
         rule = "hparams must be given to begin an edit in"
         missing = ValueError(f"{rule} {directory}, for nothing was begun there; got None")
-        if hparams is None and not holds_edit(directory):
+        if hparams is not None:
+            check_hparams(hparams)
+        elif not holds_edit(directory):
             raise missing
         kept = KeptDirectory(directory, checkpoint_every, repair)
         where, latest = str(kept.path), kept.latest

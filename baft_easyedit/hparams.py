@@ -293,6 +293,15 @@ class ReFTHyperParams(BaFTHyperParams):
         self._check(not self.locality, "locality", "be false for ReFT")
 
 
+def check_hparams(value: object) -> None:
+    """Raise TypeError unless a value is hyper-parameters."""
+    if not isinstance(value, BaFTHyperParams):
+        raise TypeError(
+            f"hparams must be BaFTHyperParams or ReFTHyperParams; got {short(value)}: "
+            "BaFTHyperParams.from_hparams reads a file"
+        )
+
+
 def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
     """Read a YAML file of either method; its `alg_name` says which.
 

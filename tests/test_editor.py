@@ -498,3 +498,17 @@ def test_one_prompt_with_two_targets_is_refused(model, tokenizer, quick):
     assert torch.equal(logits(model), before)
     assert len(editor.learn_apart(pair)) == 2
     editor.edit([pair[0], pair[0]])
+
+
+def test_values_of_another_type_are_named(model, tokenizer, quick, tmp_path):
+    path = "mine.yaml"
+    with pytest.raises(TypeError, match=r"hparams must be BaFTHyperParams .*got 'mine.yaml': BaFT"):
+        BaFTEditor(model, tokenizer, path)
+    with pytest.raises(TypeError, match="hparams must be BaFTHyperParams"):
+        BaFTEditor.open(model, tokenizer, tmp_path / "kept", path)
+    assert not (tmp_path / "kept").exists()
+    editor = BaFTEditor(model, tokenizer, quick)
+    with pytest.raises(TypeError, match="to must be the id of an entry, a whole number; got '2'"):
+        editor.rollback(to="2")
+    with pytest.raises(TypeError, match="prompt must be a string; got 7"):
+        editor.forget(7)

@@ -141,7 +141,7 @@ def read_run(directory: Path) -> Run:
         for i, row in enumerate(rows):
             validated(_Row, row, f"{paths.summary}, row {i}")
     except ValueError as error:
-        raise ValueError(f"{error}; run the same again") from None
+        raise ValueError(f"{error}; run the benchmark again, which makes it anew") from None
     return Run(paths, info, [_result(paths, row) for row in rows])
 
 

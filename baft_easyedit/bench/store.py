@@ -108,7 +108,9 @@ def read_json(file: Path) -> Any:
     try:
         content = parse_json(read_regular(file), str(file))
     except ValueError as error:
-        raise ValueError(f"{error}; delete it, and it is made again") from None
+        raise ValueError(
+            f"{error}; delete it, and run the benchmark again, which makes it anew"
+        ) from None
     found = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
     if found != SCHEMA:
         raise ValueError(f"{file} must have schema {SCHEMA}; got {short(found)}")

@@ -195,7 +195,8 @@ def _forget(arguments: argparse.Namespace) -> int:
         reports = editor.forget(arguments.prompt)
     unlearned = sum(report.learned.count(False) for report in reports)
     print(f"later edits learned again: {len(reports)}; requests of them not learned: {unlearned}")
-    back = f"rollback {arguments.directory} --to {before[-1].id}"
+    model = "" if arguments.model is None else f" --model {arguments.model}"
+    back = f"rollback {arguments.directory} --to {before[-1].id}{model}"
     print(f"`baft-easyedit {back}` brings it back")
     return UNLEARNED if unlearned else 0
 

@@ -31,7 +31,9 @@ def add_model_options(parser: argparse.ArgumentParser, begins: bool = True) -> N
     """Add the options that choose a model and, of a command that begins edits, the settings."""
     add = parser.add_argument
     other = "that of the kept edit" + (" or --hparams, or else {}," if begins else "")
-    add("--model", help=f"Hugging Face name or directory; {other.format(BUNDLED_MODEL)} if absent")
+    own = f"needed if the kept edit's is neither {BUNDLED_MODEL} nor {REAL_MODEL}"
+    absent = f"{other.format(BUNDLED_MODEL)} if absent"
+    add("--model", help=f"Hugging Face name or directory; {absent} ({own})")
     place = "that of --hparams, or else the first" if begins else "the first"
     add("--device", type=device, help=f"CUDA device number, or a name; {place}, or the CPU")
     add("--dtype", choices=DTYPES, help=f"of the weights; {other.format('float32')} if absent")

@@ -254,8 +254,8 @@ class KeptDirectory:
             raise ValueError(
                 f"{self.path / JOURNAL} must end with entry {last}, as {STATE} does, and has "
                 f"{len(lines)} lines{' and a part of one' if rest else ''}: if an older "
-                f"{STATE} was put back, open() with repair=True goes on from it or from the "
-                "newest checkpoint; else restore the directory from a backup"
+                f"{STATE} was put back, BaFTEditor.open(..., repair=True) goes on from it or from "
+                "the newest checkpoint; else restore the directory from a backup"
             )
         self.journal = parse_lines(whole, str(self.path / JOURNAL))
         if whole[: len(lines)] == lines:

@@ -47,7 +47,7 @@ def read_latest(path: Path) -> StateFile:
             f"{problem}; there is no intact checkpoint: restore the directory from a backup"
         )
     raise ValueError(
-        f"{problem}; open() with repair=True goes on from {file}, the state after entry "
+        f"{problem}; BaFTEditor.open(..., repair=True) goes on from {file}, the state after entry "
         f"{id_of(file)}, and rollback(to=...) can then learn the edits after it again"
     )
 
@@ -89,7 +89,7 @@ def whole_history(path: Path, lines: list[str], entries: Sequence[Entry]) -> lis
     if len(lines) < first or lines[first:][: len(own)] != own[: len(lines) - first]:
         raise ValueError(
             f"{path / JOURNAL} and {STATE} must tell one history, and do not: restore one of them "
-            "from a backup, or open() with repair=True"
+            "from a backup, or BaFTEditor.open(..., repair=True)"
         )
     return [*lines[:first], *own, *lines[first + len(own) :]]
 

@@ -66,7 +66,9 @@ def test_directory_that_is_no_finished_run_is_refused(run_dir, name):
 )
 def test_files_of_another_form_are_refused(run_dir, name, content, message):
     write_json(run_dir / name, content)
-    with pytest.raises(ValueError, match=f"{message}.*; run the same again"):
+    with pytest.raises(
+        ValueError, match=f"{message}.*; run the benchmark again, which makes it anew"
+    ):
         read_run(run_dir)
 
 

@@ -41,7 +41,9 @@ def find_file(path: Path | None, *names: str) -> Path:
     """
     what = " or ".join(names) or "a file"
     if path is None:
-        raise ValueError(f"path must lead to {what}; got None")
+        raise ValueError(
+            f"path must lead to {what}; got None: give --data, or path under data in the YAML"
+        )
     path = expanded(path)
     candidates = [path / name for name in names] if os.path.isdir(path) else [path]
     for candidate in candidates:
