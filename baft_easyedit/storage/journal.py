@@ -280,8 +280,8 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
             raise ValueError(
                 f"{where} is damaged at line {number} or the one before it ({error}): restore it "
                 "from a backup; or go on without the history: load() reads the state alone, and "
-                "save() puts it into a new directory, or BaFTEditor.open(..., repair=True) begins a "
-                "new journal and keeps the old one aside"
+                "save() puts it into a new directory, or BaFTEditor.open(..., repair=True) begins "
+                "a new journal and keeps the old one aside"
             ) from None
     return journal
 
