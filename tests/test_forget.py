@@ -129,4 +129,6 @@ def test_command_says_what_was_learned_again(edited, quick, tmp_path, saved, cap
     assert main([*forget, "--prompt", fact(0)["prompt"]]) == 0
     told = capsys.readouterr().out
     assert "later edits learned again: 1; requests of them not learned: 0" in told
-    assert f"`baft-easyedit rollback {tmp_path / 'kept'} --to 2` brings it back" in told
+    back = f"rollback {tmp_path / 'kept'} --to 2 --model {saved}"
+    assert f"`baft-easyedit {back}` brings it back" in told
+    assert main([*back.split(), "--device", "cpu"]) == 0
