@@ -51,6 +51,7 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ),
     ("be at least 0, or null", lambda value: value >= 0): ("basis_lr", "rehearsal_irrelevant"),
     ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
+    ("be in [-1, 1], or null", lambda value: -1 <= value <= 1): ("min_similarity",),
     ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
 }  # fmt: skip
 """The numeric fields by the rule that their values must follow."""
@@ -102,6 +103,11 @@ class BaFTHyperParams:
     """Most hidden states of past edits that each layer keeps; 0 for none (the paper). Each new edit
     is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about ten;
     of more than these, a random sample is kept, with a warning."""
+    min_similarity: float | None = None
+    """The edit acts only at hidden states whose cosine similarity to one of a past edit is at least
+    this, in whitened coordinates, in [-1, 1]; elsewhere the model is bit-equal to that without the
+    edit (ours): see `method.guard`. Higher: more of the other answers stay, and fewer rephrasings
+    are edited. null for everywhere (the paper). Needs `past_states` and `whitened`."""
     settle_steps: int = 100
     """Most steps of that adjustment, at least 1; they need no forward pass of the model."""
     weight_decay: float = 0.0
@@ -193,6 +199,12 @@ class BaFTHyperParams:
             for name in names:
                 value = getattr(self, name)
                 self._check(value is None or holds(value), name, rule)
+        keeps = self.parametrisation == "whitened" and self.past_states > 0
+        self._check(
+            self.min_similarity is None or keeps,
+            "min_similarity",
+            "be null without past_states above 0 and parametrisation: whitened",
+        )
         self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()
 

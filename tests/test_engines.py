@@ -180,10 +180,16 @@ def _engines(monkeypatch):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory, tokenizer):
-    """Directories of an edit by BaFT and one by ReFT."""
+    """Directories of edits by BaFT, by BaFT and ReFT with a guard, and by ReFT."""
     request = {"prompt": PROMPTS[0], "target_new": "Rome", "loc_prompt": "Water boils at 100"}
     own = {"model_name": "tiny", "layers": [1, 3], "device": "cpu", "rank": 4, "lr": 3.0e-2}
-    found = {"BaFT": BaFTHyperParams(**own, gate_lr=3.0e-2), "ReFT": ReFTHyperParams(**own)}
+    guard = {"parametrisation": "whitened", "past_states": 16, "min_similarity": 0.9}
+    found = {
+        "BaFT": BaFTHyperParams(**own, gate_lr=3.0e-2),
+        "ReFT": ReFTHyperParams(**own),
+        "guarded": BaFTHyperParams(**own, **guard),
+        "guarded ReFT": ReFTHyperParams(**own, **guard),
+    }
     for method, hparams in found.items():
         directory = tmp_path_factory.mktemp("kept") / method
         with BaFTEditor.open(make_model(), tokenizer, directory, hparams) as editor:
@@ -221,6 +227,11 @@ def prompts(tokenizer):
 ROUTES = {
     "vllm-lens": ("BaFT", lambda e, d: put_vllm_lens(e, vllm_lens.hooks(d))),
     "sglang": ("BaFT", lambda e, d: put_sglang(e, sglang.specification(d, read_edit(d)))),
+    "vllm-lens, guarded": ("guarded", lambda e, d: put_vllm_lens(e, vllm_lens.hooks(d))),
+    "sglang, guarded": (
+        "guarded",
+        lambda e, d: put_sglang(e, sglang.specification(d, read_edit(d))),
+    ),
     "easysteer": ("ReFT", lambda e, d: put_easysteer(e, easysteer.specification(d))),
 }
 
@@ -306,6 +317,17 @@ def test_easysteer_takes_no_gate(kept):
     assert main(["export", kept["BaFT"], "--to", "easysteer"]) == 2
 
 
+def test_easysteer_takes_no_guard(kept):
+    with pytest.raises(ValueError, match="min_similarity must be null for EasySteer"):
+        easysteer.specification(kept["guarded ReFT"])
+
+
+def test_an_engine_leaves_what_is_not_similar(kept):
+    hidden = torch.randn(5, HIDDEN)
+    assert read_edit(kept["BaFT"]).delta(1, hidden).any()
+    assert not read_edit(kept["guarded"]).delta(1, hidden).any()
+
+
 def test_tensors_that_do_not_fit_are_refused(kept, monkeypatch):
     found = copy.deepcopy(served.read_latest(Path(kept["BaFT"])))
     del found.state.learned["_interventions.1.source_bias"]
@@ -317,6 +339,7 @@ def test_tensors_that_do_not_fit_are_refused(kept, monkeypatch):
 @pytest.mark.parametrize("name", ROUTES)
 def test_export_writes_what_an_engine_needs(name, kept, tmp_path, capsys):
     method, _ = ROUTES[name]
+    name = name.partition(",")[0]
     assert main(["export", kept[method], "--to", name]) == 0
     printed = capsys.readouterr()
     assert kept[method] in printed.out

@@ -107,6 +107,12 @@ CHAT = {"use_chat_template": True}
             }.items()
             for name in names.split()
         ),
+        (
+            {"min_similarity": 0.6, "past_states": 9},
+            "min_similarity must be null without past_states above 0 and parametrisation: whitened",
+        ),
+        ({"min_similarity": 0.6, "parametrisation": "whitened"}, "must be null without past_st"),
+        ({"min_similarity": 1.5}, r"min_similarity must be in \[-1, 1\], or null"),
         *(({name: 1.5}, rf"{name} must be in \[0, 1\]") for name in ("alpha", "beta", "gamma")),
     ],
 )

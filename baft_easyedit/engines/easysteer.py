@@ -12,11 +12,16 @@ from baft_easyedit.engines.served import ServedEdit, read_edit
 
 
 def check_gate(edit: ServedEdit, where: str) -> None:
-    """Raise ValueError unless an edit is one of ReFT, which has no gate."""
+    """Raise ValueError unless an edit is one of ReFT, which has no gate, and acts everywhere."""
     if edit.gate != "one":
         raise ValueError(
             f"gate must be 'one' (ReFT) for EasySteer, whose algorithms have no gate; that of the "
             f"edit in {where} is {edit.gate!r}: serve it by vllm-lens or sglang"
+        )
+    if edit.guards:
+        raise ValueError(
+            "min_similarity must be null for EasySteer, whose algorithms act everywhere; the edit "
+            f"in {where} has one: serve it by vllm-lens or sglang"
         )
 
 

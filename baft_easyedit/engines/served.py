@@ -5,7 +5,8 @@ which tokens are edited. Shapes: N tokens of a flattened batch or a part of it, 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.files.reading import taken
+from baft_easyedit.method.guard import Guard
 from baft_easyedit.method.intervention import BaFTIntervention
+from baft_easyedit.method.past_states import PastStates
+from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.reading import read_latest
@@ -35,6 +39,8 @@ class ServedEdit:
     """Whether the edit was learned on prompts in the model's chat template."""
     config: KeptConfig
     """What else is known of the edit and its model."""
+    guards: dict[int, Guard] = field(default_factory=dict, repr=False)
+    """What tells where each layer's intervention acts; empty for everywhere."""
 
     @torch.no_grad()
     def delta(self, layer: int, hidden: Tensor) -> Tensor:
@@ -48,12 +54,14 @@ class ServedEdit:
         Returns:
             [N, D], fp32.
         """
-        intervention = self.layers[layer]
+        intervention, guard = self.layers[layer], self.guards.get(layer)
         if intervention.source_bias.device != hidden.device:
-            intervention.to(hidden.device)
+            for part in (intervention, *(guard or ())[:2]):
+                part.to(hidden.device)
         h = hidden.float()
         edited: Tensor = intervention(h)[0]
-        return edited - h
+        delta = edited - h
+        return delta if guard is None else delta * guard.admits(h)[:, None]
 
     def window(self, prompt_lengths: Sequence[int]) -> list[bool]:
         """Tell for each token of concatenated whole prompts whether it is edited."""
@@ -79,29 +87,51 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
     settings = kept.config.hparams
     gate = taken(settings, "gate", str, where)
     layers = taken(settings, "layers", list, where)
+    kinds = (float, int, type(None))
+    least = taken({"min_similarity": None, **settings}, "min_similarity", kinds, where)
     return ServedEdit(
         {layer: _intervention(kept, layer, gate, str(path)) for layer in layers},
         taken(settings, "num_prompt_positions", int, where),
         gate,
         taken(settings, "use_chat_template", bool, where),
         kept.config,
+        {} if least is None else {i: _guard(kept, i, least, str(path)) for i in layers},
     )
 
 
 def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTIntervention:
     """Make the intervention of one layer from the kept tensors."""
-    prefix = f"_interventions.{layer}."
-    own = {
-        name.removeprefix(prefix): value
-        for name, value in kept.state.learned.items()
-        if name.startswith(prefix)
-    }
-    try:
+    own = _tensors(kept, f"_interventions.{layer}.")
+    with _usable(layer, where):
         rank, size = own["basis"].shape
+        intervention = BaFTIntervention(size, rank, gate)
+        intervention.load_state_dict(own, assign=True)
+    return intervention.requires_grad_(False)
+
+
+def _guard(kept: StateFile, layer: Any, min_similarity: float, where: str) -> Guard:
+    """Make the guard of one layer from the kept tensors."""
+    states, statistics = _tensors(kept, f"_past.{layer}."), _tensors(kept, f"_whitening.{layer}.")
+    with _usable(layer, where):
+        most, size = states["states"].shape
+        past, whitening = PastStates(size, most), Whitening(size)
+        past.load_state_dict(states, assign=True)
+        whitening.load_state_dict(statistics, assign=True)
+    return Guard(past, whitening, min_similarity)
+
+
+def _tensors(kept: StateFile, prefix: str) -> dict[str, Tensor]:
+    """Return the kept tensors whose names begin with a prefix, by the rest of their names."""
+    learned = kept.state.learned.items()
+    return {name.removeprefix(prefix): v for name, v in learned if name.startswith(prefix)}
+
+
+@contextmanager
+def _usable(layer: Any, where: str) -> Iterator[None]:
+    """Make modules without memory; raise ValueError if the kept tensors do not fit them."""
+    try:
         # On meta, as engines set another default dtype or device while they load a model.
         with torch.device("meta"):
-            intervention = BaFTIntervention(size, rank, gate)
-        intervention.load_state_dict(own, assign=True)
+            yield
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"layer {layer} of the edit in {where} cannot be used: {error}") from None
-    return intervention.requires_grad_(False)

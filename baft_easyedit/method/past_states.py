@@ -3,7 +3,7 @@
 Why: an edit stays in force as long as Phi moves the hidden states h of its request by the same
 Phi(h) - h, and leaves those of its irrelevant prompts in place. So a constant number of these
 states is kept with their displacements (no texts), and after each later edit `training.settling`
-trains Phi to restore the displacements.
+trains Phi to restore the displacements. They also tell `guard.Guard` where the edit acts.
 
 Needs torch only. Shapes: N states, D hidden size, m states at most.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from baft_easyedit.method.whitening import Whitening
 
 
 class PastStates(nn.Module):
@@ -34,6 +36,7 @@ class PastStates(nn.Module):
         self.register_buffer("states", torch.zeros(0, hidden_size))  # [N, D] h
         self.register_buffer("moves", torch.zeros(0, hidden_size))  # [N, D] Phi(h) - h
         self.register_buffer("count", torch.zeros(()))  # number of states seen so far
+        self._keys: tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None = None
 
     @property
     def num_kept(self) -> int:
@@ -54,6 +57,25 @@ class PastStates(nn.Module):
     def kept(self) -> tuple[Tensor, Tensor]:
         """Return the kept states and their wanted displacements, [N, D] each."""
         return self.states[: self.num_kept], self.moves[: self.num_kept]
+
+    @torch.no_grad()
+    def keys(self, whitening: Whitening) -> Tensor:
+        """Return the kept states that want a displacement, whitened, of length 1, [K, D].
+
+        They are computed again when the states have changed.
+        """
+        versions = self.states._version, self.moves._version
+        known = self._keys
+        if (
+            known is None
+            or known[1] is not self.states
+            or known[2] is not self.moves
+            or known[3] != versions
+        ):
+            states, moves = self.kept()
+            keys = F.normalize(whitening.whitened(states[moves.any(-1)]), dim=-1)
+            self._keys = known = keys, self.states, self.moves, versions
+        return known[0]
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         """Let the buffers have the sizes of those that are loaded."""

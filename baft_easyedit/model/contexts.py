@@ -62,6 +62,8 @@ class Settings:
     """Columns of the prompts in the present generation; None outside one."""
     given_positions: Positions | None = None
     record: GateRecord | None = None
+    is_learning: bool = False
+    """Whether the edit acts everywhere, also where its `Guard` would not let it."""
     outer: "Settings | None" = None
     """Those of the context around this one."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from baft_easyedit.method.guard import Guard
 from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.method.objective import BasisUsage
 from baft_easyedit.method.past_states import PastStates
@@ -55,6 +56,8 @@ class EditParameters(nn.Module):
         seed: Seed of the random bases.
         parametrisation: One of `PARAMETRISATIONS`; see `coordinates`.
         past_states: Hidden states of past edits that each layer keeps at most; 0 for none.
+        min_similarity: The edit acts at states only that are so similar to a past edit's, see
+            `method.guard`; None for everywhere.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class EditParameters(nn.Module):
         seed: int = 0,
         parametrisation: str = "direct",
         past_states: int = 0,
+        min_similarity: float | None = None,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -84,6 +88,7 @@ class EditParameters(nn.Module):
         self.gate = gate
         self.parametrisation = parametrisation
         self.past_states = past_states
+        self.min_similarity = min_similarity
         self.num_prompt_positions = num_prompt_positions
         self.memory: Any = None
         """The `RehearsalMemory` of past requests; None until a `Learner` sets it."""
@@ -140,6 +145,11 @@ class EditParameters(nn.Module):
     def past(self, layer: int) -> PastStates:
         """Return the past states of one layer, in an edit that keeps them."""
         return cast(PastStates, self._past[str(layer)])
+
+    def guard(self, layer: int) -> Guard | None:
+        """Return what tells where the edit of one layer acts; None for everywhere."""
+        least = self.min_similarity
+        return None if least is None else Guard(self.past(layer), self.whitening(layer), least)
 
     def joint_usage(self) -> BasisUsage:
         """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial, wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +203,10 @@ class ModelEdit(EditParameters):
         """Let the forward passes inside this context intervene at `positions` only."""
         return self.contexts.within(given_positions=positions)
 
+    def learning(self) -> AbstractContextManager[None]:
+        """Let the edit act everywhere inside this context, whatever `min_similarity` is."""
+        return self.contexts.within(is_learning=True)
+
     @contextmanager
     def recording(self) -> Iterator[GateRecord]:
         """Record the basis weights of the forward passes inside this context."""
@@ -310,7 +314,12 @@ class ModelEdit(EditParameters):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        return cast(tuple[Tensor, Tensor], self.intervention(layer)(hidden))
+        edited, weights = self.intervention(layer)(hidden)
+        guard = self.guard(layer)
+        if guard is not None and not self.contexts.now.is_learning:
+            here = guard.admits(hidden)[..., None]  # [B, T, 1]
+            edited, weights = torch.where(here, edited, hidden), weights * here
+        return edited, weights
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""

@@ -136,6 +136,7 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
         h.seed,
         h.parametrisation,
         h.past_states,
+        h.min_similarity,
     )
 
 

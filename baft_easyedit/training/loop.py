@@ -123,7 +123,7 @@ def train(
     optimizer = make_optimizer(coordinates, hparams)
     progress = _Progress(edit, edits, hparams)
     known, recordings = _caches(model, edit, hparams, rehearsal)
-    with _frozen(model):
+    with _frozen(model), edit.learning():
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
         training_step = TrainingStep(edit, hparams, known, own)
         forward = None
