@@ -59,7 +59,7 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
 _OPEN_IN_TEMPLATE = (
     "with use_chat_template, an edit with these settings changes most other answers in the "
     "template, too: the states at its last tokens are alike, and the gates stay open there. Set "
-    "parametrisation: whitened and loc_own_texts: true, as BaFT/smollm2-continual has them"
+    "min_similarity, past_states and parametrisation: whitened, as BaFT/smollm2-continual has them"
 )
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
@@ -172,7 +172,7 @@ class BaFTHyperParams:
     """The same in bfloat16, without `fp16`: EasyEdit loads fp32, and the weights are cast then."""
     use_chat_template: bool = False
     """Put prompts into the tokenizer's chat template, for editing and scoring alike. Other
-    prompts in it stay as they are only with `loc_own_texts` and whitened coordinates."""
+    prompts in it stay as they are only with `min_similarity`."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of the chat template, such as `enable_thinking: false` for Qwen3; null for
     none."""
@@ -220,7 +220,8 @@ class BaFTHyperParams:
     def warn_of_open_gates(self) -> None:
         """Log a warning if the gates do not learn to stay closed on other prompts in a template."""
         closes = self.parametrisation == "whitened" and self.locality and self.loc_own_texts
-        if self.use_chat_template and self.gate != "one" and not closes:
+        is_open = self.min_similarity is None and not closes
+        if self.use_chat_template and self.gate != "one" and is_open:
             logger.warning(_OPEN_IN_TEMPLATE)
 
     def _check_layers(self) -> None:

@@ -395,6 +395,7 @@ CLOSED = {"use_chat_template": True, "parametrisation": "whitened", "loc_own_tex
         (CLOSED | {"use_chat_template": False, "loc_own_texts": False}, False),
         (CLOSED | {"parametrisation": "direct"}, True),
         (CLOSED | {"loc_own_texts": False}, True),
+        (CLOSED | {"loc_own_texts": False, "past_states": 9, "min_similarity": 0.5}, False),
         (CLOSED | {"locality": False}, True),
     ],
 )

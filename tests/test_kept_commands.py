@@ -212,7 +212,7 @@ def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, caps
     settings = read_history(tmp_path / "kept")[0].content["hparams"]
     depth = model.config.num_hidden_layers
     assert settings["layers"] == scaled_layers(depth)
-    assert (settings["parametrisation"], settings["past_states"]) == ("whitened", 1024)
+    assert (settings["parametrisation"], settings["past_states"]) == ("whitened", 4096)
 
 
 def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys):
