@@ -34,5 +34,5 @@ def test_methods_and_numbers_are_checked():
     assert (whole.T, demo_config(["GRACE"], 1, 1, "cpu").T) == ((1, 10), (1,))
     with pytest.raises(ValueError, match=r"method must be one of .*; got 'EDIT'"):
         demo_config(["EDIT"], 30, 2, "cpu")
-    with pytest.raises(ValueError, match="jobs: Input should be greater than or equal to 1; got 0"):
+    with pytest.raises(ValueError, match="jobs must be at least 1; got 0"):
         demo_config([], 30, 0, "cpu")

@@ -12,6 +12,7 @@ from typing import Any
 from baft_easyedit.bench.config import JudgeConfig, read_config
 from baft_easyedit.bench.data.case import Layout
 from baft_easyedit.bench.data.files import find_file, read_records
+from baft_easyedit.bench.forms import Verdict
 from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
 from baft_easyedit.bench.scores import SHORT
 from baft_easyedit.bench.store import RunDirectory, read_json, write_json
@@ -90,7 +91,7 @@ class _Judge:
         model, text = self._config.model, _TASK.format(question, target, answer)
         told = {"judge": model, "question": question, "target": target, "answer": answer}
         kept = self._directory.kept(
-            "verdicts", [model, text], lambda: {**told, "reply": self._graded_reply(text)}
+            "verdicts", [model, text], lambda: {**told, "reply": self._graded_reply(text)}, Verdict
         )
         grade = _GRADE.fullmatch(kept["reply"])
         return float(grade is not None and grade[1].upper() == "A")

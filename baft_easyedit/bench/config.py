@@ -18,16 +18,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.bench.validation import validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, hparams_file, hparams_root, merged_settings
+from baft_easyedit.files.validation import validated
 
 
 class _Strict(BaseModel):
-    """Frozen, without unknown keys."""
+    """Frozen, without unknown keys; true is no number, and a text neither."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 REHEARSED = "+rehearsal"
@@ -113,7 +113,7 @@ class JudgeConfig(_Strict):
     """Most seconds that an answer may take."""
 
 
-_Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+_Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)]
 
 
 class BenchConfig(_Strict):
@@ -122,7 +122,7 @@ class BenchConfig(_Strict):
     model: str = BUNDLED_MODEL
     """Hugging Face name or directory; `bundled` for our own."""
     data: DataConfig
-    methods: tuple[MethodConfig, ...] = Field(min_length=1)
+    methods: tuple[MethodConfig, ...] = Field(min_length=1, strict=False)
     T: _Counts = (1,)
     """Edit calls in a row; after them all edited records are scored and the model is restored."""
     batch_size: _Counts = (1,)
@@ -177,7 +177,7 @@ class BenchConfig(_Strict):
     """Spread the model over all CUDA devices."""
     verify: bool = True
     """Check each restore bit for bit; takes the memory of a second model."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     threads: int = Field(default=1, ge=1)
     """Torch's number of CPU threads in each method's process."""
     jobs: int = Field(default=1, ge=1)

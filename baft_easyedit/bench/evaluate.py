@@ -9,6 +9,7 @@ from itertools import chain, islice
 from statistics import fmean
 from typing import Any
 
+from baft_easyedit.bench.forms import PreEdit
 from baft_easyedit.bench.free_text import (
     WILD_TOKENS,
     first_sentence,
@@ -136,7 +137,7 @@ def pre_edit_scores(
             "cases": [{name: of[i] for name, of in found.items()} for i in range(len(requests))]
         }
 
-    return kept(content, make)["cases"]
+    return kept(content, make, PreEdit)["cases"]
 
 
 def score_cases(
@@ -164,8 +165,10 @@ def score_cases(
             **now,
             **{f"pre_{name}": value for name, value in then.items()},
         }
-        case: dict[str, Any] = {"teacher_forced": metrics, "answers": None, "scores": scores}
-        scored.append(case | ({"texts": texts} if request.get("counterfact") else {}))
+        written = texts if texts["post"] is not None else None
+        scored.append(
+            {"teacher_forced": metrics, "answers": None, "texts": written, "scores": scores}
+        )
     for name in exams:
         ask, score = _EXAMS[name]
         answers = ask(session, requests)

@@ -24,14 +24,13 @@ from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.data import Dataset
 from baft_easyedit.bench.data.files import read_file
 from baft_easyedit.bench.methods import our_hparams, statistics_texts
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest, read_json
+from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import git
 from baft_easyedit.easyedit.peers import own_preset_config
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import open_regular
-from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.gguf.smollm2 import ready_location
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "lm_eval")
@@ -119,7 +118,7 @@ def run_record(
     directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
 ) -> dict[str, Any]:
     """Make the content of `run.json`; its entries on previous starts of the run are kept."""
-    then = read_json(directory.run) if directory.run.is_file() else {}
+    then = directory.record() if directory.run.is_file() else {}
     session = {name: then[name] for name in _OF_A_SESSION if name in then}
     return {
         "schema": SCHEMA,
@@ -188,18 +187,24 @@ def check_same_run(directory: RunDirectory, config: BenchConfig, dataset: Datase
     """Check that a directory holds no run, or one that a configuration may continue.
 
     Raises:
-        ValueError: If it holds a run with other settings, records, model, files or EasyEdit.
+        ValueError: If it holds a run with other settings, records, model, files or EasyEdit, or one
+            whose `run.json` is damaged or lost.
     """
     if not directory.run.is_file():
+        if any((directory.root / "chunks").glob("*")):
+            raise ValueError(
+                f"{directory.run} must be there, for {directory.root} holds what was run: give "
+                "another directory, or delete that one"
+            )
         return
-    then = _settings(read_yaml(directory.config, "benchmark settings"))
+    then = _settings(read_config(directory.config).model_dump(mode="json"))
     now = _settings(config.model_dump(mode="json"))
     different = [
         f"{name} {short(then[name])}; got {short(value)}"
         for name, value in now.items()
         if then.get(name, value) != value
     ]
-    run, inputs = read_json(directory.run), _inputs(config)
+    run, inputs = directory.record(), _inputs(config)
     was = {
         "records": run["data"]["sha256"] == digest(dataset.requests),
         **{

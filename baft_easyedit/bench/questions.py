@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from baft_easyedit.bench.forms import Paraphrases
 from baft_easyedit.bench.store import Kept
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
@@ -179,7 +180,7 @@ def _paraphrases(kept: Kept, session: Session, requests: Sequence[Request]) -> l
         limits = [2 * len(tok(r["prompt"])["input_ids"]) + 8 for r in requests]
         return {"paraphrases": session.answers(ids, limits)}
 
-    written = kept({"paraphrases": asked}, make)["paraphrases"]
+    written = kept({"paraphrases": asked}, make, Paraphrases)["paraphrases"]
     return [_usable(text, request) for text, request in zip(written, requests, strict=True)]
 
 

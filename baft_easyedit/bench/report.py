@@ -85,30 +85,27 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
 def _source(run: Run) -> list[str]:
     """Return how a run was made, as lines of text."""
     info = run.info
-    data, git = info.get("data") or {}, info.get("git") or {}
+    data, git = info["data"], info["git"] or {}
     state = " with uncommitted changes" if git.get("dirty") else ""
-    words = info.get("command") or ["command not recorded"]
+    words = info["command"]
     # Without the directories of the machine that ran it.
     names = [Path(word).name if Path(word).is_absolute() else word for word in words]
     typed = shlex.join("baft-easyedit" if name == "__main__.py" else name for name in names)
     lines = [
         f"{run.directory.root.name}: {typed}",
-        f"{info.get('date')}, status {info.get('status')}, seed {info.get('seed')}, code "
+        f"{info['date']}, status {info['status']}, seed {info['seed']}, code "
         f"{git.get('commit', 'installed')}{state}",
-        f"EasyEdit {_listed(info.get('easyedit'))}; {_listed(info.get('versions'))}",
-        f"hardware: {_listed(info.get('hardware'))}; model: {_listed(info.get('model'))}",
-        f"data: {data.get('kind')}, {data.get('num_records')} records, sha256 {data.get('sha256')}",
-        *(
-            f"{f['name']}, {f['bytes']:,} bytes, sha256 {f['sha256']}"
-            for f in data.get("files", ())
-        ),
-        *data.get("notes", ()),
+        f"EasyEdit {_listed(info['easyedit'])}; {_listed(info['versions'])}",
+        f"hardware: {_listed(info['hardware'])}; model: {_listed(info['model'])}",
+        f"data: {data['kind']}, {data['num_records']} records, sha256 {data['sha256']}",
+        *(f"{f['name']}, {f['bytes']:,} bytes, sha256 {f['sha256']}" for f in data["files"]),
+        *data["notes"],
     ]
     return [" ".join(line.split()) for line in lines]
 
 
-def _listed(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{name} {value}" for name, value in (values or {}).items()) or "not recorded"
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _bullets(lines: Iterable[str]) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
+from baft_easyedit.bench.forms import Amount
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.scores import FIELD_SCORES, SCORES, row_costs, row_scores
 from baft_easyedit.bench.store import RunDirectory, read_json
-from baft_easyedit.bench.validation import validated
 
 
 def summarise(directory: RunDirectory) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _notes(done: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]
 
 Case = Mapping[str, Any]
 """The content of a case's file."""
-_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+_Amount = Amount | None
 _Share = Annotated[float, Field(ge=0, le=1)] | None
 _Number = Annotated[float, Field(ge=-1, allow_inf_nan=False)] | None
 
@@ -74,6 +74,7 @@ _ROW: dict[str, Any] = {
     **dict.fromkeys(("T", "batch_size"), (int, Field(ge=1))),
     "n": (int, Field(ge=0)),
     **dict.fromkeys((*SCORES, "downstream_acc", "downstream_pre_acc"), (_Share, ...)),
+    **{f"{name}_se": (_Amount, None) for name in (*SCORES, *FIELD_SCORES)},
     # Runs of before have none of these.
     **dict.fromkeys((*FIELD_SCORES, "harmonic_success", "pre_harmonic_success"), (_Number, None)),
     "more": (dict[str, _Number], {}),
@@ -81,8 +82,9 @@ _ROW: dict[str, Any] = {
     "notes": (list[str], ...),
     "error": (str | None, ...),
 }
-_Row = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
+_Row: Any = create_model("_Row", __config__=ConfigDict(strict=True), **_ROW)
 """Fields that every row of a summary has; null for what was not measured."""
+_Rows = RootModel[Annotated[list[_Row], Field(min_length=1)]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,19 @@ class Result:
         return self.values.get(name, self.values.get("more", {}).get(name))
 
     def cases(self) -> list[Case]:
-        """Read the cases behind the result, in order; empty if there are none."""
-        return list(self.directory.cases_of(self.method, self.setting))
+        """Read the cases behind the result, in order; empty if there are none.
+
+        Raises:
+            ValueError: If one is damaged, or they are not those that the summary counts.
+        """
+        cases: list[Case] = list(self.directory.cases_of(self.method, self.setting))
+        if len(cases) != self.values["n"]:
+            raise ValueError(
+                f"{self.directory.summary} must count the cases of {self.method}, "
+                f"{self.setting.slug}, of which {len(cases)} are there; got n "
+                f"{self.values['n']}: run the benchmark again, which makes it anew"
+            )
+        return cases
 
 
 @dataclass(frozen=True)
@@ -134,15 +147,8 @@ def read_run(directory: Path) -> Run:
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
-    info, rows = read_json(paths.run), read_json(paths.summary)
-    try:
-        validated(RootModel[dict[str, Any]], info, str(paths.run))
-        validated(RootModel[Annotated[list[Any], Field(min_length=1)]], rows, str(paths.summary))
-        for i, row in enumerate(rows):
-            validated(_Row, row, f"{paths.summary}, row {i}")
-    except ValueError as error:
-        raise ValueError(f"{error}; run the benchmark again, which makes it anew") from None
-    return Run(paths, info, [_result(paths, row) for row in rows])
+    rows = read_json(paths.summary, _Rows)
+    return Run(paths, paths.record(), [_result(paths, row) for row in rows])
 
 
 def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:

@@ -25,7 +25,7 @@ from baft_easyedit.bench.process import Worker, WorkerError
 from baft_easyedit.bench.protocol import Chunk, chunks_of
 from baft_easyedit.bench.provenance import check_same_run, run_record, with_earlier
 from baft_easyedit.bench.results import summarise
-from baft_easyedit.bench.store import RunDirectory, read_json, write_json, write_text
+from baft_easyedit.bench.store import RunDirectory, write_json, write_text
 from baft_easyedit.bench.worker import downstream_tasks, run_chunks
 from baft_easyedit.easyedit import find_host
 from baft_easyedit.easyedit.peers import why_not
@@ -101,7 +101,7 @@ def run_bench(
     add_scores(directory)
     rows = summarise(directory)
     write_json(directory.summary, rows)
-    write_json(directory.run, {**read_json(directory.run), "status": "success"})
+    write_json(directory.run, {**directory.record(), "status": "success"})
     return rows
 
 

@@ -94,7 +94,7 @@ def row_scores(cases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         `more` likewise the means of all other scores that a case has, which are named
         `<table>.<column>`.
     """
-    scored = [case["scores"] for case in cases if case.get("scores")]
+    scored = [case["scores"] for case in cases]
     known = (*SCORES, *FIELD_SCORES)
     others = dict.fromkeys(name for scores in scored for name in scores if "." in name)
     row, more = _means(scored, known), _means(scored, others)

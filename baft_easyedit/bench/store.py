@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from baft_easyedit.bench.forms import CaseFile, ChunkFile, RunRecord
 from baft_easyedit.bench.protocol import Chunk, Protocol
-from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.reading import parse_json
+from baft_easyedit.files.validation import validated
 from baft_easyedit.files.writing import written_whole
 
 SCHEMA = 1
@@ -32,8 +35,10 @@ _OF_A_CHUNK = (
 )
 
 
-Kept = Callable[[Mapping[str, Any], Callable[[], Mapping[str, Any]]], dict[str, Any]]
-"""Reads what a run keeps, given what that depends on, and what makes it if it is not there."""
+Kept = Callable[
+    [Mapping[str, Any], Callable[[], Mapping[str, Any]], type[BaseModel]], dict[str, Any]
+]
+"""Reads what a run keeps, given what it depends on, what makes it if there is none, its form."""
 
 
 class RunDirectory:
@@ -46,8 +51,17 @@ class RunDirectory:
         self.requests = root / "requests.json"
         self.summary = root / "summary.json"
 
+    def record(self) -> dict[str, Any]:
+        """Read `run.json`, without which nothing in the directory is known to be of one run."""
+        content: dict[str, Any] = read_json(self.run, RunRecord, self.root)
+        return content
+
     def kept(
-        self, kind: str, depends_on: Any, make: Callable[[], Mapping[str, Any]]
+        self,
+        kind: str,
+        depends_on: Any,
+        make: Callable[[], Mapping[str, Any]],
+        form: type[BaseModel],
     ) -> dict[str, Any]:
         """Read a file named by a hash of everything that it depends on; make it if there is none.
 
@@ -56,7 +70,8 @@ class RunDirectory:
         file = self.root / kind / f"{digest(depends_on)[:16]}.json"
         if not file.is_file():
             write_json(file, {"schema": SCHEMA, **make()})
-        return read_json(file)
+        content: dict[str, Any] = read_json(file, form)
+        return content
 
     def case(self, method: str, protocol: Protocol, index: int) -> Path:
         """One case of a row."""
@@ -80,19 +95,31 @@ class RunDirectory:
         write_json(self.chunk(chunk), {**content, **measured})
 
     def is_complete(self, chunk: Chunk) -> bool:
-        """Tell whether a chunk has been run; one that failed counts as not run."""
-        file = self.chunk(chunk)
-        return file.is_file() and read_json(file)["error"] is None
+        """Tell whether a chunk has been run; one that failed or lacks a case counts as not run."""
+        files = [self.case(chunk.method, chunk.protocol, index) for index in chunk.indices]
+        is_there = all(file.is_file() for file in (self.chunk(chunk), *files))
+        return is_there and read_json(self.chunk(chunk), ChunkFile)["error"] is None
 
     def chunks_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
         """Read the chunks of one row, in order."""
-        return map(read_json, sorted(self._of("chunks", method, protocol).glob("*.json")))
+        files = sorted(self._of("chunks", method, protocol).glob("*.json"))
+        return (read_json(file, ChunkFile) for file in files)
 
     def cases_of(self, method: str, protocol: Protocol) -> Iterator[dict[str, Any]]:
-        """Read the cases of one row, in order, without those of chunks that are not complete."""
-        done = {c["chunk"] for c in self.chunks_of(method, protocol) if c["error"] is None}
-        cases = map(read_json, sorted(self._of("cases", method, protocol).glob("*.json")))
-        return (case for case in cases if case["chunk"] in done)
+        """Read the cases of one row, in order, without those of chunks that failed.
+
+        Raises:
+            ValueError: If one is not there.
+        """
+        for chunk in self.chunks_of(method, protocol):
+            for index in chunk["indices"] if chunk["error"] is None else ():
+                file = self.case(method, protocol, index)
+                if not file.is_file():
+                    raise ValueError(
+                        f"{file} must be there, for its chunk was run; run the benchmark again, "
+                        "which makes it anew"
+                    )
+                yield read_json(file, CaseFile)
 
     def _of(self, kind: str, method: str, protocol: Protocol) -> Path:
         return self.root / kind / file_name(method) / protocol.slug
@@ -103,17 +130,21 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]", lambda match: f"_{ord(match[0]):x}", text)
 
 
-def read_json(file: Path) -> Any:
-    """Read a JSON file of a run; raise ValueError if it is none, or of another schema."""
+def read_json(file: Path, form: type[BaseModel] | None = None, damaged: Path | None = None) -> Any:
+    """Read a JSON file of a run, which must have the form.
+
+    Raises:
+        ValueError: If it is no JSON, or of another form; the message says to delete it, or what
+            else is `damaged` with it.
+    """
     try:
         content = parse_json(read_regular(file), str(file))
+        if form is not None:
+            validated(form, content, str(file))
     except ValueError as error:
         raise ValueError(
-            f"{error}; delete it, and run the benchmark again, which makes it anew"
+            f"{error}; delete {damaged or 'it'}, and run the benchmark again, which makes it anew"
         ) from None
-    found = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
-    if found != SCHEMA:
-        raise ValueError(f"{file} must have schema {SCHEMA}; got {short(found)}")
     return content
 
 

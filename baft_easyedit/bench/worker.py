@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from transformers import set_seed
 
 from baft_easyedit.bench.basis import NO_RECORD, basis_record, basis_usage
@@ -68,16 +69,18 @@ class _MethodRun:
         editor = self._editor(first.protocol)
         probe = self.requests[0]["prompt"]
         self.session = Session(editor, probe, config.verify, config.scoring_batch_size)
-        model = read_json(directory.run)["model"]
+        model = directory.record()["model"]
         self.depends_on = {
             **{name: model[name] for name in ("model", "tokenizer")},
             "device": "cpu" if device == "cpu" else "cuda",
             "easyedit": self.host.version,
         }
 
-    def _kept(self, depends_on: Mapping[str, Any], make: Callable[[], Any]) -> dict[str, Any]:
+    def _kept(
+        self, depends_on: Mapping[str, Any], make: Callable[[], Any], form: type[BaseModel]
+    ) -> dict[str, Any]:
         """Read what the unedited model said, which the run keeps for all methods; ask it once."""
-        return self.directory.kept("pre_edit", {**self.depends_on, **depends_on}, make)
+        return self.directory.kept("pre_edit", {**self.depends_on, **depends_on}, make, form)
 
     def _editor(self, protocol: Protocol) -> Any:
         """Make EasyEdit's editor of the method, its statistics and its module-level caches."""

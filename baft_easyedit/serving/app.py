@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from baft_easyedit.files.messages import short
+from baft_easyedit.files.validation import in_words
 from baft_easyedit.model.inspect import max_context
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 from baft_easyedit.serving.answering import Answer, Answerer, FullError, Queue, Wish
@@ -36,7 +37,8 @@ _LOOK_EVERY_S = 0.5
 
 def _encodable(text: str) -> str:
     """Raise ValueError if a text has half of a surrogate pair, which no tokenizer takes."""
-    text.encode()
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must not have half of a surrogate pair")
     return text
 
 
@@ -145,9 +147,11 @@ def make_app(
 def _as_openai(_request: Request, error: Exception) -> JSONResponse:
     """Return an error in OpenAI's form; an unexpected one is left to the server's log."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        error = HTTPException(400, f"{field}: {first['msg']}")
+        found = error.errors()
+        for problem in found:  # each is in `body`; in broken JSON, behind that many characters
+            inner = () if problem["type"] == "json_invalid" else problem["loc"][1:]
+            problem["loc"] = inner or ("the body",)
+        error = HTTPException(400, in_words(found))
     elif not isinstance(error, AnyHTTPException):
         error = HTTPException(500, "the answer failed: see the server's log")
     kind = "invalid_request_error" if error.status_code < 429 else "server_error"

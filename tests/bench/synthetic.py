@@ -136,9 +136,14 @@ def _run(num_cases, seed):
         "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.5.4"},
         "easyedit": {"generation": "current", "version": "14cea82"},
         "hardware": {"machine": "x86_64", "cpus": 2, "gpus": []},
+        "model": {"name": "llama-zsre", "model": "cd" * 32},
         "data": {
             "kind": "zsre",
             "files": [{"name": "zsre_mend_edit.json", "sha256": "ab" * 32, "bytes": 12345}],
             "num_records": num_cases,
+            "sha256": "ef" * 32,
+            "notes": [],
         },
+        "inputs": {},
+        "earlier": [],
     }

@@ -69,8 +69,14 @@ def run(tmp_path):
         write_json(directory.requests, [REQUEST])
         (chunk,) = chunks_of("BaFT", Protocol(), 1)
         texts = ["Ann", "Bob", "x", "Lima", ""]
-        case = {"index": 0, "chunk": 0, "wild": {"post": texts}, "answers": {"post": texts}}
-        write_json(directory.case("BaFT", Protocol(), 0), {**case, "scores": {"rewrite_acc": 1.0}})
+        case = {
+            **dict.fromkeys(("schema", "chunk_length"), 1),
+            **dict.fromkeys(("index", "chunk", "position"), 0),
+            **{key: {"pre": texts, "post": texts} for key in ("wild", "answers")},
+            **dict.fromkeys(("texts", "basis", "update")),
+            "scores": {"rewrite_acc": 1.0},
+        }
+        write_json(directory.case("BaFT", Protocol(), 0), case)
         directory.write_chunk(chunk)
         return directory
 
@@ -186,7 +192,7 @@ def test_texts_are_compared_with_reference_texts_as_in_rome(run, tmp_path):
 def test_snippets_of_another_form_are_refused(run, tmp_path):
     directory = run(snippets=str(tmp_path))
     write_json(tmp_path / "attribute_snippets.json", [{"relation_id": "P1", "samples": []}])
-    with pytest.raises(ValueError, match=r"snippets\.json, record 0: target_id: Field required"):
+    with pytest.raises(ValueError, match=r"snippets\.json, record 0: target_id must be given"):
         add_scores(directory)
 
 

@@ -51,6 +51,8 @@ def test_balance_is_the_mean_over_sequences_of_the_variation_over_bases(tmp_path
     second = {"1": [0.2] * 4, "3": [0.1] * 4}
     change(folder, "basis_usage", [first, second, first])
     change(folder, "error", [None, None, "out of memory"])  # the last does not count
+    (row,) = json.loads((run / "summary.json").read_text())
+    write_json(run / "summary.json", [row | {"n": 4}])
     variation = sqrt(0.02 / 3) / 0.2
     assert diagnose(run).balance["BaFT, continual-T2"] == pytest.approx(
         {

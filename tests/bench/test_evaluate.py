@@ -148,8 +148,9 @@ def test_locality_is_asked_in_the_chat_template_too():
 
 def test_protocols_are_not_mixed_in_a_case():
     pre = {"metrics": {"x": 1}, "answers": None, "field_scores": {"specificity_acc": 0.5}}
-    scored, _ = score_cases(Session(), [CASE, CASE], [pre, pre], [])
-    assert scored["answers"] is None
+    written = {"ground_truth": "old", "counterfact": {"generation": ["G"]}}
+    scored, _ = score_cases(Session(), [CASE | written, CASE], [pre, pre], [])
+    assert scored["answers"] is scored["texts"] is None
     assert scored["scores"]["rewrite_acc"] == 1.0
     assert scored["scores"]["portability_acc"] == 0.375
     assert scored["scores"]["specificity_acc"] == 0.25

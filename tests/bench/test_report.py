@@ -82,7 +82,7 @@ def test_each_model_and_data_set_has_a_chapter_with_its_own_sources(tmp_path):
     command = ["/home/me/baft_easyedit/__main__.py", "bench", "b.yaml", "--data", "/home/me/zsre"]
     write_json(first / "run.json", {**read_json(first / "run.json"), "command": command})
     second = write_run(tmp_path / "second", **FEW, model="gpt2", dataset="wikibio")
-    write_json(second / "run.json", {"schema": 1, "git": None})
+    write_json(second / "run.json", {**read_json(second / "run.json"), "git": None})
     write_report([first, second], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
     _, one, two = re.split(r"^## ", text, flags=re.MULTILINE)
@@ -90,8 +90,8 @@ def test_each_model_and_data_set_has_a_chapter_with_its_own_sources(tmp_path):
     assert two.startswith("gpt2 on wikibio")
     assert "- first: baft-easyedit bench b.yaml --data zsre\n" in one
     assert "- second: " not in one
-    assert "- second: 'command not recorded'" in two
-    assert "EasyEdit not recorded" in two
+    assert "- second: baft-easyedit bench zsre_continual.yaml\n" in two
+    assert "seed 0, code installed\n" in two
     assert (tmp_path / "out" / "figure2-baft-weights-gpt2-wikibio.png").is_file()
 
 

@@ -344,6 +344,25 @@ def unrun(monkeypatch):
     monkeypatch.setattr(run._Share, "run", lambda *a: None)
 
 
+def test_a_run_whose_record_is_damaged_or_lost_does_not_go_on(settings, tmp_path):
+    config, directory = make_config({**settings, **QUICK}), RunDirectory(tmp_path / "run")
+    run_bench(config, directory.root)
+    for file, text, message in (
+        (directory.config, "{}", r"data must be given; .* \(in .*config.yaml\)"),
+        (directory.run, "{}", r"run\.json: schema must be given; .*; delete .*run, and run the"),
+        (directory.run, None, r"run\.json must be there, for .*run holds what was run: give"),
+    ):
+        kept = file.read_text()
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run_bench(config, directory.root)
+        file.write_text(kept)
+    run_bench(config, directory.root)
+
+
 @pytest.mark.usefixtures("unrun")
 @pytest.mark.parametrize("in_template", [False, True])
 def test_runs_that_asked_for_locality_outside_of_the_template_do_not_go_on(

@@ -2,11 +2,18 @@ import numpy as np
 import pytest
 import torch
 
+from baft_easyedit.bench.forms import Verdict
 from baft_easyedit.bench.protocol import Chunk, Protocol, chunks_of
-from baft_easyedit.bench.store import SCHEMA, RunDirectory, file_name, read_json, write_json
+from baft_easyedit.bench.store import RunDirectory, file_name, read_json, write_json
 
 ROW = "+ss-w", Protocol(10, 1)
 CHUNK = Chunk(*ROW, 2, range(20, 30))
+CASE = {
+    **dict.fromkeys(("schema", "chunk_length"), 1),
+    **dict.fromkeys(("index", "chunk", "position"), 0),
+    **dict.fromkeys(("basis", "update")),
+    "scores": {"rewrite_acc": 1.0},
+}
 
 
 def test_records_lie_where_the_layout_says(tmp_path):
@@ -18,23 +25,52 @@ def test_records_lie_where_the_layout_says(tmp_path):
 def test_cases_of_finished_chunks_are_read_in_order(tmp_path):
     run = RunDirectory(tmp_path)
     assert list(run.chunks_of(*ROW)) == []
-    for i, chunk in ((22, 2), (3, 2), (31, 3), (41, 4)):
-        write_json(run.case(*ROW, i), {"schema": SCHEMA, "index": i, "chunk": chunk})
-    for chunk, error in ((2, None), (3, "failed")):  # and the fourth was never finished
-        other = Chunk(*ROW, chunk, CHUNK.indices)
-        run.write_chunk(other, error)
-        assert run.is_complete(other) == (error is None)
+    for i in (22, 3, 31, 41):  # the last of a chunk that was never finished
+        write_json(run.case(*ROW, i), CASE | {"index": i})
+    for chunk, error in ((Chunk(*ROW, 2, range(3, 23, 19)), None), (Chunk(*ROW, 3, (31,)), "no")):
+        run.write_chunk(chunk, error)
+        assert run.is_complete(chunk) == (error is None)
     assert [case["index"] for case in run.cases_of(*ROW)] == [3, 22]
 
 
-def test_unreadable_records_are_named(tmp_path):
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"x": ')
-    with pytest.raises(ValueError, match=r"broken.json must be JSON, and is not: .*delete it"):
-        read_json(broken)
-    broken.write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match=r"broken.json must have schema 1; got 99"):
-        read_json(broken)
+def test_a_chunk_that_lacks_a_case_is_run_again(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_chunk(CHUNK)
+    assert not run.is_complete(CHUNK)
+    with pytest.raises(ValueError, match=r"00020\.json must be there, for its chunk was run; run"):
+        next(run.cases_of(*ROW))
+
+
+ANEW = "delete it, and run the benchmark again, which makes it anew"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"x": ', r"must be JSON, and is not: .*"),
+        ("null", "must be a mapping; got None"),
+        ("[1]", r"must be a mapping; got \[1\]"),
+        ("{}", r": schema must be given; got {} \(and \d+ more problems?\)"),
+        ('{"schema": 99}', r": schema must be 1; got 99 \(and .*"),
+    ],
+)
+def test_files_of_another_form_are_named_with_what_to_do(tmp_path, text, message):
+    run = RunDirectory(tmp_path)
+    kept = lambda: run.kept("verdicts", 1, lambda: {"reply": "A"}, Verdict)  # noqa: E731
+    assert kept()["reply"] == "A"
+    (verdict,) = tmp_path.glob("verdicts/*.json")
+    write_json(run.case(*ROW, 20), CASE)
+    run.write_chunk(Chunk(*ROW, 2, range(20, 21)))
+    reads = {
+        run.case(*ROW, 20): lambda: list(run.cases_of(*ROW)),
+        run.chunk(CHUNK): lambda: list(run.chunks_of(*ROW)),
+        verdict: kept,
+    }
+    for file, read in reads.items():
+        read()
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"{file.name}:? ?{message}; {ANEW}"):
+            read()
 
 
 def test_numpy_values_become_plain(tmp_path):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baft_easyedit.bench.data.case import Case
-from baft_easyedit.bench.validation import M, validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded, read_regular
 from baft_easyedit.files.reading import parse_json
+from baft_easyedit.files.validation import M, validated
 
 
 @dataclass(frozen=True)

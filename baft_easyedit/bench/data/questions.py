@@ -24,9 +24,9 @@ from baft_easyedit.bench.data.case import (
 )
 from baft_easyedit.bench.data.files import Source, find_file, read_cases, read_file, read_records
 from baft_easyedit.bench.data.readers import Rewrite
-from baft_easyedit.bench.validation import validated
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded, read_text
+from baft_easyedit.files.validation import validated
 
 
 class _Hop(Rewrite):

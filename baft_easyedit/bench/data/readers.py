@@ -32,8 +32,8 @@ from baft_easyedit.bench.data.case import (
     one,
 )
 from baft_easyedit.bench.data.files import Source, find_file, read_file, read_records
-from baft_easyedit.bench.validation import validated
 from baft_easyedit.facts.records import Split
+from baft_easyedit.files.validation import validated
 
 
 class _ZsreIrrelevant(Layout):
