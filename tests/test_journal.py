@@ -96,7 +96,12 @@ def changed(**content):
         ('{"kind": "\ud800"}', "here must be ASCII below"),
         (changed(kind="delete"), "kind in here must be one of start, settings, .*'delete'"),
         (changed(parent=1), "parent in here must be an entry before 1; got 1"),
-        (changed(requests=["a"]), "requests in here must be JSON objects"),
+        (changed(requests=["a"]), "requests in here must be JSON objects; got 'a'"),
+        (changed(requests=[{}]), "a request in here must have the key 'prompt', and has not"),
+        (
+            changed(requests=[{"prompt": "a", "target_new": 1}]),
+            "a request in here must have a str as 'target_new'; got int",
+        ),
         ("x" * (MAX_LINE + 1), f"here must be ASCII below {MAX_LINE} bytes"),
     ],
     ids=lambda text: text[:40],

@@ -121,13 +121,13 @@ class _Unedited(_Strict):
 class PreEdit(_File):
     """What the unedited model scores and says on the cases of a chunk."""
 
-    cases: list[_Unedited]
+    cases: Annotated[list[_Unedited], Field(min_length=1)]
 
 
 class Paraphrases(_File):
     """What the unedited model says in other words."""
 
-    paraphrases: list[str]
+    paraphrases: Annotated[list[str], Field(min_length=1)]
 
 
 class Verdict(_File):

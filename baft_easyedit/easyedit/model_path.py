@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from baft_easyedit.files.paths import read_regular
-from baft_easyedit.files.reading import parse_json
+from baft_easyedit.files.reading import parse_object
 from baft_easyedit.gguf.smollm2 import ready_location
 
 _FAMILIES = (
@@ -33,7 +33,8 @@ def host_model_path(path: str) -> str:
         directory treated like any other.
 
     Raises:
-        ValueError: If every temporary directory's name would mislead EasyEdit.
+        ValueError: If every temporary directory's name would mislead EasyEdit, or the model's
+            config.json is no JSON object.
         OSError: If a model cannot be downloaded.
     """
     directory = Path(ready_location(path))
@@ -64,9 +65,10 @@ def _family_in(path: str) -> str | None:
 def _family_of_model(directory: Path) -> str:
     """Return the family whose classes suit a model: its own, or `llama`, with the Auto classes."""
     file = directory / "config.json"
-    config = parse_json(read_regular(file), str(file)) if file.is_file() else {}
+    text = read_regular(file) if file.is_file() else "{}"
+    config = parse_object(text, str(file), is_strict=False)  # models have infinities in theirs
     own = {"t5": "t5", "gpt2": "gpt", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
-    return own.get(config.get("model_type", ""), "llama")
+    return own.get(str(config.get("model_type")), "llama")
 
 
 def _safe_directory() -> Path:

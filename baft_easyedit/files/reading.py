@@ -36,13 +36,13 @@ def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
     return value
 
 
-def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
-    """Read a JSON object, strictly; see `parse_json`.
+def parse_object(text: bytes | str, where: str, is_strict: bool = True) -> dict[str, Any]:
+    """Read a JSON object; see `parse_json`.
 
     Raises:
         ValueError: If the text is not JSON, nested too deeply, or not an object.
     """
-    value = parse_json(text, where, is_strict=True)
+    value = parse_json(text, where, is_strict)
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}")
     return value

@@ -91,8 +91,11 @@ class Entry:
             taken(content, key, type_, where)
         for key in ("snapshot_of", "forgotten"):
             taken({key: "", **content}, key, str, where)
-        if not all(isinstance(request, dict) for request in content.get("requests", ())):
-            raise ValueError(f"requests in {where} must be JSON objects")
+        for request in content.get("requests", ()):
+            if not isinstance(request, dict):
+                raise ValueError(f"requests in {where} must be JSON objects; got {short(request)}")
+            for key in ("prompt", "target_new"):
+                taken(request, key, str, f"a request in {where}")
         parent, to = (content[key] if key in _CONTENT[kind] else None for key in ("parent", "to"))
         for key, place in (("parent", parent), ("to", to)):
             if place is not None and not 0 <= place < max(content["id"], 1):

@@ -60,3 +60,15 @@ def test_a_misleading_temporary_directory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module.tempfile, "tempdir", str(misleading))
     with pytest.raises(ValueError, match="set TMPDIR to another one"):
         host_model_path(str(directory))
+
+
+@pytest.mark.parametrize("text", ["[]", "3"])
+def test_a_configuration_that_is_no_object_is_refused(tmp_path, text):
+    (save_config(tmp_path / "nameless", "llama") / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"nameless/config\.json must be a JSON object; got"):
+        host_model_path(str(tmp_path / "nameless"))
+
+
+def test_a_configuration_may_hold_infinities(tmp_path):
+    directory = save_config(tmp_path / "a-llama", float("inf"))
+    assert host_model_path(str(directory)) == str(directory)
