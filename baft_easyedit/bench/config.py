@@ -30,6 +30,8 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_Text = Annotated[str, Field(min_length=1)]
+
 REHEARSED = "+rehearsal"
 """Part of the name of every row that rehearses past edits; at its end it asks for rehearsal."""
 _REHEARSAL = 16
@@ -39,11 +41,11 @@ _REHEARSAL = 16
 class MethodConfig(_Strict):
     """One row of the table."""
 
-    name: str = Field(min_length=1)
+    name: _Text
     """Name of the row."""
     method: str = ""
     """BaFT, ReFT or one of EasyEdit's methods; the name if absent."""
-    hparams: str | None = None
+    hparams: _Text | None = None
     """YAML of our hyper-parameters, a file or a name such as `BaFT/llama-2-7b`; BaFT and ReFT."""
     set: dict[str, Any] = {}
     """Values that replace those of the hyper-parameters."""
@@ -79,7 +81,7 @@ class DataConfig(_Strict):
 
     kind: str
     """A name of `data.DATASETS`; `requests` for a JSON list of EasyEdit's request dicts."""
-    path: str | None = None
+    path: _Text | None = None
     """File or directory; not needed for `facts`."""
     start: int = Field(default=0, ge=0)
     """First record."""
@@ -94,7 +96,7 @@ class DownstreamConfig(_Strict):
 
     task: str = "piqa"
     """A task of lm-evaluation-harness that has the metric `acc`."""
-    include_path: str | None = None
+    include_path: _Text | None = None
     """A directory of further task files."""
     limit: int | None = Field(default=None, ge=1)
     """Number of questions; all if null."""
@@ -105,9 +107,9 @@ class JudgeConfig(_Strict):
 
     address: str = Field(pattern="^https?://.")
     """Where it is, such as `http://localhost:8000/v1`."""
-    model: str = Field(min_length=1)
+    model: _Text
     """Its name there."""
-    key_variable: str = Field(default="BENCH_JUDGE_KEY", min_length=1)
+    key_variable: _Text = "BENCH_JUDGE_KEY"
     """Environment variable that holds the key; keys are never in a file."""
     timeout_s: float = Field(default=60, gt=0)
     """Most seconds that an answer may take."""
@@ -127,13 +129,13 @@ class BenchConfig(_Strict):
     """Edit calls in a row; after them all edited records are scored and the model is restored."""
     batch_size: _Counts = (1,)
     """Requests per edit call."""
-    preset: str | None = None
+    preset: _Text | None = None
     """Our hyper-parameters, `<method>/<preset>.yaml`, or with `-continual` or `-batch` after the
     preset where there is one for the protocol; made for the model's depth if null."""
-    peer_preset: str | None = None
+    peer_preset: _Text | None = None
     """Hyper-parameters of EasyEdit's methods: ours for a model, such as `smollm2`, or those that
     EasyEdit ships, such as `llama-7b`; the bundled model's, scaled, if null."""
-    texts: str | None = None
+    texts: _Text | None = None
     """Text file, a passage a line, for the key statistics of MEMIT and its kin; if null, the texts
     of the bundled facts."""
     use_chat_template: bool = False
@@ -155,10 +157,10 @@ class BenchConfig(_Strict):
     """Ask and score as WILD does too; see `bench.free_text`."""
     judge: JudgeConfig | None = None
     """Who grades the answers to WILD's questions, after the run; may be given later."""
-    similarity_model: str | None = None
+    similarity_model: _Text | None = None
     """Directory of a model of sentence-transformers that compares long answers with their targets,
     after the run; may be given later."""
-    snippets: str | None = None
+    snippets: _Text | None = None
     """ROME's attribute_snippets.json, for the consistency of CounterFact's texts with texts about
     other subjects that have the new answer; may be given later."""
     basis: bool = True

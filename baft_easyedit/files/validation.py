@@ -22,6 +22,7 @@ _RULES: Mapping[str, str] = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
     "string_type": "must be a text",
     "string_too_short": "must not be empty",
+    "string_unicode": "must not have half of a surrogate pair",
     "string_pattern_mismatch": "must match {pattern}",
     "finite_number": "must be finite",
     "literal_error": "must be {expected}",

@@ -41,6 +41,7 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"T": ["1"]}, "T.0 must be an integer; got '1'$"),
         ({"device": [1]}, r"device must be an integer or a text; got \[1\]$"),
         ({"fp16": "yes"}, "fp16 must be true or false; got 'yes'$"),
+        ({"similarity_model": ""}, "similarity_model must not be empty; got ''$"),
         ({"texts": 3}, "texts must be a text; got 3$"),
         ({"seed": -1}, "seed must be at least 0; got -1$"),
         ({"seed": 2**32}, "seed must be below 4294967296; got"),

@@ -444,6 +444,7 @@ def hop(bad):
             {"prompt": "", "subject": 3},
             r"prompt must not be empty; got .* \(and 1 more problem\)$",
         ),
+        ("wikidata-recent", {"prompt": "\ud800"}, "prompt must not have half of a surrogate pair"),
         ("counterfact", {"requested_rewrite": {"prompt": "{} and {} are"}}, NO_SLOT),
         ("counterfact", {"requested_rewrite": {"prompt": "no slot"}}, NO_SLOT),
         ("requests", hop("x"), "hop must be a dict with the keys prompt and ground_truth; got"),
