@@ -31,6 +31,11 @@ import baft_easyedit
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams, attached_edit
 from baft_easyedit.bench.config import make_config, read_config
 from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.bench.diagnosis import diagnose
+from baft_easyedit.bench.layouts import make_tables
+from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.results import read_run
+from baft_easyedit.bench.tables import to_latex, to_markdown
 from baft_easyedit.files.messages import MAX_MESSAGE
 from baft_easyedit.hparams import read_hparams
 from baft_easyedit.storage import state as states
@@ -254,6 +259,25 @@ def record_readers() -> Iterator[Reader]:
     yield Reader("records: zsre", train | files["zsre"], damaged_json, reads("zsre"))
 
 
+def run_readers(folder: Path) -> Iterator[Reader]:
+    """Yield the readers of a benchmark's directory."""
+    from tests.bench.synthetic import write_run
+
+    def read(path: Path) -> None:
+        results = read_run(path).results
+        for table in make_tables(results, PaperNumbers()):
+            to_markdown(table)
+            to_latex(table)
+        diagnose(path).to_markdown()
+
+    write_run(folder, methods=("BaFT", "ROME"), protocols=("single", "continual-T2"), num_cases=4)
+    found = [file for file in folder.rglob("*") if file.is_file()]
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+    name = "BaFT/continual-T2/00000.json"
+    for own in ("run.json", "summary.json", f"chunks/{name}", f"cases/{name}"):
+        yield Reader(f"run: {own}", {own: files[own], **files}, damaged_json, read)
+
+
 # ---- the watch
 
 
@@ -332,7 +356,8 @@ def run(inputs: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         by_name: dict[str, list[Reader]] = {}
-        for reader in (*kept_readers(root), *yaml_readers(), *record_readers()):
+        runs = run_readers(root / "run")
+        for reader in (*kept_readers(root), *yaml_readers(), *record_readers(), *runs):
             by_name.setdefault(reader.name, []).append(reader)
         canary = root / "canary"
         for i in range(inputs):

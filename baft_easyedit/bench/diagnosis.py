@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import hypot, sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ def _balance(result: Result) -> tuple[dict[str, Any], Sequence[str]]:
         "sequences": len(means),
         **{f"layer {layer}": fmean(of_layer) for layer, of_layer in variations.items()},
         "all layers": fmean(means),
-        "±": stdev(means) / sqrt(len(means)) if len(means) > 1 else None,
+        "±": np.std(means, ddof=1).item() / sqrt(len(means)) if len(means) > 1 else None,
         "share of the largest quarter": fmean(shares.values()),
     }
     return line, imbalance_warnings(shares, rank=next(iter(found.values())).shape[1])

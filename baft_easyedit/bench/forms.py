@@ -2,11 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
-_ByLayer = dict[Annotated[str, Field(pattern=r"^\d+$")], list[float]]
+
+
+def _of_one_rank(by_layer: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Raise ValueError unless each layer has as many numbers."""
+    counts = {len(values) for values in by_layer.values()}
+    if len(counts) > 1:
+        raise ValueError(f"must have a number for each basis in every layer; got {sorted(counts)}")
+    return by_layer
+
+
+_ByLayer = Annotated[
+    dict[Annotated[str, Field(pattern=r"^\d+$")], list[float]], AfterValidator(_of_one_rank)
+]
 """A number for each basis, by layer."""
 
 
@@ -101,7 +114,7 @@ class CaseFile(_File):
     chunk: _Count
     position: _Count
     chunk_length: Annotated[int, Field(ge=1)]
-    scores: Annotated[dict[str, float | None], Field(min_length=1)]
+    scores: Annotated[dict[str, _Finite | None], Field(min_length=1)]
     answers: _Answers | None = None
     wild: _Answers | None = None
     texts: dict[str, list[str] | None] | None = None

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from math import sqrt
+from math import isnan, sqrt
 from unittest.mock import ANY
 
 import pytest
@@ -64,6 +64,13 @@ def test_balance_is_the_mean_over_sequences_of_the_variation_over_bases(tmp_path
             "share of the largest quarter": (0.375 + 1 + 0.25 + 0.25) / 4,
         }
     )
+
+
+def test_weights_that_are_no_numbers_are_shown_as_such(tmp_path):
+    run = make_run(tmp_path)
+    usage = {layer: [float("inf"), 0.5, 0.5, 0.5] for layer in ("1", "3")}
+    change(run / "chunks" / "BaFT" / "single", "basis_usage", [usage] * 5)
+    assert isnan(diagnose(run).balance["BaFT, single"]["±"])
 
 
 def test_imbalance_is_told(tmp_path):

@@ -73,6 +73,16 @@ def test_files_of_another_form_are_named_with_what_to_do(tmp_path, text, message
             read()
 
 
+def test_every_layer_has_as_many_bases(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_chunk(CHUNK, basis_usage={"1": [0.5, 0.5], "3": [0.5]})
+    message = (
+        r"json: basis_usage must have a number for each basis in every layer; got \[1, 2\]; del"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(run.chunks_of(*ROW))
+
+
 def test_numpy_values_become_plain(tmp_path):
     write_json(tmp_path / "it.json", {"a": (np.float64(1.5), [np.array([1])]), "b": torch.ones(1)})
     assert read_json(tmp_path / "it.json") == {"a": [1.5, [[1]]], "b": [1.0]}
