@@ -71,7 +71,8 @@ def test_the_states_are_whitened_again_when_they_change():
     states, moves = torch.eye(6)[:2] * 5, torch.ones(2, 6)
     own = guard(0.99, states, moves)
     new = torch.eye(6)[3:4] * 5
-    assert own.admits(states).all() and not own.admits(new)
+    assert own.admits(states).all()
+    assert not own.admits(new)
     own.past.load_state_dict(own.past.with_edit(new, torch.ones(1, 6)))
     assert own.admits(new)
     own.past.accept(states, torch.zeros(2, 6))  # they want one already
@@ -101,7 +102,8 @@ def test_padding_does_not_open_the_guard(tokenizer, guarded):
     with editor.model_edit.recording() as record:
         together = model(**ids).logits
     weights = record.weights[editor.model_edit.layers[0]]
-    assert not weights[0].any() and weights[1].any()
+    assert not weights[0].any()
+    assert weights[1].any()
     with editor.model_edit.disabled():
         without = model(**ids).logits
     assert torch.equal(together[0], without[0])
