@@ -5,6 +5,7 @@ Needs torch only.
 
 import inspect
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -50,7 +51,8 @@ def text_config(model: Any) -> Any:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the stack of decoder layers of a causal language model.
 
-    The stack is the least nested `ModuleList` with `num_hidden_layers` entries.
+    Of the `ModuleList`s with `num_hidden_layers` entries, the stack is the one nearest to the input
+    embeddings (the tower of another modality may be as deep), and of those the least nested.
 
     Raises:
         ValueError: If there is none, or the model is an encoder-decoder.
@@ -60,17 +62,29 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model must be a decoder-only language model; {name} has an encoder")
     depth = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (path.count("."), module)
+    stacks = {
+        path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
+    }
     if not stacks:
         raise ValueError(
             f"model has no recognisable decoder stack: {name} holds no ModuleList of "
             f"config.num_hidden_layers = {depth} layers"
         )
-    return min(stacks, key=lambda stack: stack[0])[1]
+    embeddings = _path_of(cast(Any, model).get_input_embeddings(), model)
+    return stacks[min(stacks, key=lambda path: (-_num_shared(path, embeddings), path.count(".")))]
+
+
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    """Return the name of a module inside a model."""
+    return next((path for path, m in model.named_modules() if m is module), "")
+
+
+def _num_shared(path: str, other: str) -> int:
+    """Return how many modules two paths have in common from the model on."""
+    pairs = zip(path.split("."), other.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
