@@ -55,7 +55,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     embeddings (the tower of another modality may be as deep), and of those the least nested.
 
     Raises:
-        ValueError: If there is none, or the model is an encoder-decoder.
+        ValueError: If there is none, or the model is an encoder-decoder or recurrent.
     """
     config = text_config(model)
     name = type(model).__name__
@@ -73,7 +73,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"config.num_hidden_layers = {depth} layers"
         )
     embeddings = _path_of(cast(Any, model).get_input_embeddings(), model)
-    return stacks[min(stacks, key=lambda path: (-_num_shared(path, embeddings), path.count(".")))]
+    path = min(stacks, key=lambda path: (-_num_shared(path, embeddings), path.count(".")))
+    _check_cache(model, stacks[path])
+    return stacks[path]
+
+
+def _check_cache(model: nn.Module, stack: nn.ModuleList) -> None:
+    """Raise ValueError unless a model tells by a key-value cache which tokens came before."""
+    if not _cache_names(model, stack):
+        raise ValueError(
+            "model must take a key-value cache, by which an edit tells later tokens from prompts; "
+            f"{type(model).__name__} takes none (recurrent models keep a state instead): use a "
+            "decoder-only transformer"
+        )
 
 
 def _path_of(module: nn.Module, model: nn.Module) -> str:
@@ -93,14 +105,18 @@ def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
 
 
 def cache_name(model: nn.Module) -> str:
-    """Return the name of the key-value cache in a model's forward and output.
+    """Return the name of the key-value cache in a model's forward and output."""
+    return _cache_names(model, decoder_layers(model))[0]
+
+
+def _cache_names(model: nn.Module, stack: nn.ModuleList) -> list[str]:
+    """Return the names by which a model's forward, then its decoder's, takes a cache.
 
     PEFT's forward passes its arguments on without naming them, so the decoder's is asked too.
     """
-    decoder = owner_of(model, decoder_layers(model))
     taken = [*inspect.signature(model.forward).parameters]
-    taken += inspect.signature(decoder.forward).parameters
-    return next((name for name in taken if name in CACHE_NAMES), CACHE_NAMES[-1])
+    taken += inspect.signature(owner_of(model, stack).forward).parameters
+    return [name for name in taken if name in CACHE_NAMES]
 
 
 def input_device(model: nn.Module) -> torch.device:
