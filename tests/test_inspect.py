@@ -5,7 +5,7 @@ import transformers
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.model.inspect import decoder_layers
-from tests.conftest import SIZES, logits, random_edit
+from tests.conftest import GPT_SIZES, SIZES, logits, random_edit
 
 
 def test_tower_of_another_modality_is_not_taken_for_the_decoder():
@@ -40,3 +40,39 @@ def test_recurrent_model_is_refused(family, options, tokenizer, hparams):
         random_edit().attach(model)
     with pytest.raises(ValueError, match=message):
         BaFTEditor(model, tokenizer, hparams)
+
+
+BERT = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+GEMMA_3N = {**SIZES, "head_dim": 8, "intermediate_size": [64] * 4, "num_kv_shared_layers": 1}
+GEMMA_3N |= {"vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8}
+GEMMA_3N |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        ("Qwen3Model", ("Qwen3", SIZES), "Qwen3Model, which cannot generate"),
+        ("Qwen3ForSequenceClassification", ("Qwen3", SIZES), "which cannot generate"),
+        ("BertForMaskedLM", ("Bert", BERT), "which cannot generate"),
+        ("BertLMHeadModel", ("Bert", BERT), "BertLMHeadModel, whose layers attend to later tokens"),
+        ("OpenAIGPTLMHeadModel", ("OpenAIGPT", GPT_SIZES), "model must take a key-value cache"),
+        ("Gemma3nForCausalLM", ("Gemma3nText", GEMMA_3N), "whose layers return several states"),
+    ],
+)
+def test_model_that_is_no_causal_language_model_is_refused(
+    architecture, config, message, tokenizer, hparams
+):
+    family, sizes = config
+    if not hasattr(transformers, architecture):
+        pytest.skip("this version of transformers does not have it")
+    model = getattr(transformers, architecture)(getattr(transformers, f"{family}Config")(**sizes))
+    with pytest.raises(ValueError, match=message):
+        BaFTEditor(model, tokenizer, hparams)
+    with pytest.raises(ValueError, match=message):
+        random_edit().attach(model)
+
+
+def test_decoder_of_the_bert_family_is_taken():
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**BERT, is_decoder=True)).eval()
+    random_edit().attach(model)
+    assert logits(model).isfinite().all()

@@ -55,7 +55,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     embeddings (the tower of another modality may be as deep), and of those the least nested.
 
     Raises:
-        ValueError: If there is none, or the model is an encoder-decoder or recurrent.
+        ValueError: If there is none, or the model is an encoder-decoder, recurrent, bidirectional,
+            without a language model's head, or has several hidden states for each token (Gemma 3n).
     """
     config = text_config(model)
     name = type(model).__name__
@@ -75,6 +76,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     embeddings = _path_of(cast(Any, model).get_input_embeddings(), model)
     path = min(stacks, key=lambda path: (-_num_shared(path, embeddings), path.count(".")))
     _check_cache(model, stacks[path])
+    _check_answers(model, stacks[path])
     return stacks[path]
 
 
@@ -97,6 +99,32 @@ def _num_shared(path: str, other: str) -> int:
     """Return how many modules two paths have in common from the model on."""
     pairs = zip(path.split("."), other.split("."), strict=False)
     return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _check_answers(model: nn.Module, stack: nn.ModuleList) -> None:
+    """Raise ValueError unless a model generates, left to right, with one state for each token."""
+    wrong = {
+        "which cannot generate": generating_part(model) is None,
+        "whose layers attend to later tokens": getattr(stack[0], "is_decoder", True) is False,
+        "whose layers return several states for each token": hasattr(stack[0], "altup"),
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise ValueError(
+                "model must be a causal language model with its head and one hidden state for each "
+                f"token; got {type(model).__name__}, {what}: load another by AutoModelForCausalLM"
+            )
+
+
+def generating_part(model: nn.Module) -> nn.Module | None:
+    """Return the model inside `model` that generates by itself, or None; PEFT wraps it."""
+    return next((m for m in model.modules() if _can_generate(m)), None)
+
+
+def _can_generate(module: nn.Module) -> bool:
+    """Tell whether a module generates by itself, and not by a model inside it."""
+    can_generate = getattr(type(module), "can_generate", None)
+    return can_generate is not None and bool(can_generate())
 
 
 def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:

@@ -13,22 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from baft_easyedit.model.inspect import generating_part
+
 if TYPE_CHECKING:  # `hooks` imports this module
     from baft_easyedit.model.hooks import ModelEdit
 
 
 def override(edit: "ModelEdit", model: nn.Module) -> list["Override"]:
     """Override the methods of `model`, or of the model inside it that generates (PEFT wraps it)."""
-    generator = next((m for m in model.modules() if _can_generate(m)), None)
+    generator = generating_part(model)
     if generator is None:
         return []
     return [kind(edit, generator) for kind in OVERRIDES if hasattr(generator, kind.name)]
-
-
-def _can_generate(module: nn.Module) -> bool:
-    """Tell whether a module generates by itself, and not by a model inside it."""
-    can_generate = getattr(type(module), "can_generate", None)
-    return can_generate is not None and bool(can_generate())
 
 
 class Override:
