@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 from baft_easyedit import BaFTEditor, ModelEdit, attached_edit
 from baft_easyedit.model.inspect import cache_name, decoder_layers
-from tests.conftest import IDS, logits, make_model, random_edit
+from tests.conftest import IDS, first_of, logits, make_model, random_edit
 
 ONES = torch.ones_like(IDS)
 since_5 = pytest.mark.skipif(
@@ -577,6 +577,68 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         )
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+def checkpointed_model(layers, reentrant):
+    model, edit = make_model(), random_edit(layers)
+    edit.attach(model)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model.train(), edit
+
+
+def loss_of(model, num_prompt, ids=IDS, **kwargs):
+    labels = ids.clone()
+    labels[:, :num_prompt] = -100
+    kwargs = kwargs or {"input_ids": ids}
+    return model(**kwargs, labels=labels, use_cache=False).loss
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_repeats_each_forward_as_it_was(reentrant):
+    gradients = []
+    for option in (None, reentrant):
+        model, edit = checkpointed_model((1, 2), option)
+        with edit.prompt_lengths([4]):
+            loss = loss_of(model, 4)
+        loss = loss + loss_of(model, 3, IDS[:1, 2:])  # of another shape
+        loss = loss + loss_of(model, 7)
+        with edit.disabled():
+            loss = loss + loss_of(model, 5)
+        with torch.no_grad():
+            loss_of(model, 2)
+        with edit.disabled():
+            loss.backward()
+        gradients.append([p.grad for p in (*edit.parameters(), *model.parameters())])
+    for plain, repeated in zip(*gradients, strict=True):
+        assert torch.allclose(repeated, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_repeated_layer_whose_forward_is_not_known_is_an_error():
+    model, _ = checkpointed_model((0,), True)
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    loss = sum(loss_of(model, num, inputs_embeds=embeddings) for num in (4, 6))
+    with pytest.raises(RuntimeError, match=r"repeats layer 0 .* is that of 2 forward passes"):
+        loss.backward()
+    model, _ = checkpointed_model((1,), False)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda moved: moved):
+        loss = loss_of(model, 4)
+    with pytest.raises(RuntimeError, match=r"repeats layer 1 .* is that of 0 forward passes"):
+        loss.backward()
+
+
+def test_layer_called_alone_is_not_edited_at_the_positions_of_a_forward_before(edited):
+    model, edit = edited
+    layer, calls = decoder_layers(model)[1], []
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    logits(model, use_cache=False)
+    (args, kwargs) = calls[0]
+    with torch.no_grad():
+        alone = first_of(layer(*args, **kwargs))
+        with edit.disabled():
+            assert torch.equal(alone, first_of(layer(*args, **kwargs)))
 
 
 @pytest.mark.parametrize("by", ["itself", "a forward"])

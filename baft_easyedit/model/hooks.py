@@ -25,6 +25,7 @@ from baft_easyedit.model.inspect import check_layers, computing_device, decoder_
 from baft_easyedit.model.locks import ModelLock, lock_of
 from baft_easyedit.model.overrides import Override, override
 from baft_easyedit.model.positions import PromptLengths, positions_of_call, says_nothing_of_prompts
+from baft_easyedit.model.repeats import Repeatable
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Calls(threading.local):
-    """A thread's present or latest forward pass since the edit was attached."""
+    """A thread's present forward pass."""
 
     def __init__(self) -> None:
         self.positions: Positions | None = None
@@ -67,6 +68,8 @@ class _Calls(threading.local):
         """Id of the module whose call began the forward pass; None between forward passes."""
         self.is_announced = False
         """Whether the model was called, but has not called its inner decoder yet."""
+        self.may_be_repeated = False
+        """Whether a backward pass may repeat layers of it, as gradient checkpointing does."""
 
     def __reduce__(self) -> Any:
         return _Calls, ()
@@ -91,8 +94,8 @@ class ModelEdit(EditParameters):
         self._lock: ModelLock | None = None
         self._beside: tuple[ModelEdit, ...] = ()
         self._calls = _Calls()
-        # Of any thread: autograd's threads repeat forwards without a call of their own.
-        self._latest_call: Positions | None = None
+        # Of all threads: autograd's own repeat layers that another thread called.
+        self._repeatable = Repeatable()
         self._has_warned = False
 
     def attach(self, model: nn.Module) -> None:
@@ -124,7 +127,7 @@ class ModelEdit(EditParameters):
 
     def _hook_into(self, model: nn.Module, stack: nn.ModuleList) -> None:
         """Register the hooks; the first is the one by which `attached_edit` finds the edit."""
-        self._calls, self._latest_call, self._lock = _Calls(), None, lock_of(model)
+        self._calls, self._repeatable, self._lock = _Calls(), Repeatable(), lock_of(model)
         add = self.handles.append
         add(model.register_forward_pre_hook(self._on_model_call, with_kwargs=True))
         add(model.register_forward_hook(self._on_return, always_call=True))
@@ -250,11 +253,11 @@ class ModelEdit(EditParameters):
             if not self.handles:  # detached meanwhile, so `_on_return` will not be called
                 self._lock.end_forward()
         contexts, calls = self.contexts.now, self._calls
-        calls.begun_by = id(module)
-        positions = contexts.given_positions
-        if positions is None and contexts.enabled:
-            positions = self._positions_of(module.forward, args, kwargs)
-        calls.positions = self._latest_call = positions
+        calls.begun_by, calls.may_be_repeated = id(module), torch.is_grad_enabled()
+        self._repeatable.forget_freed()
+        calls.positions = contexts.given_positions
+        if calls.positions is None and contexts.enabled:
+            calls.positions = self._positions_of(module.forward, args, kwargs)
 
     def _positions_of(
         self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -273,25 +276,49 @@ class ModelEdit(EditParameters):
     @not_compiled
     def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
         """Forward hook of the model or decoder; it runs also if the forward raised."""
-        if self._calls.begun_by == id(module):
-            self._calls.begun_by, self._calls.is_announced = None, False
+        calls = self._calls
+        if calls.begun_by == id(module):
+            calls.begun_by, calls.positions = None, None
+            calls.is_announced, calls.may_be_repeated = False, False
             if self._lock is not None and not torch.compiler.is_compiling():
                 self._lock.end_forward()
 
-    def _on_layer(self, layer: int, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _on_layer(self, layer: int, _module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a decoder layer, which returns hidden states or a tuple of them first."""
         if isinstance(output, tuple):
-            return (self._edited(layer, output[0]), *output[1:])
-        return self._edited(layer, output)
+            return (self._edited(layer, args, output[0]), *output[1:])
+        return self._edited(layer, args, output)
+
+    def _positions_at(self, layer: int, args: tuple[Any, ...]) -> Positions | None:
+        """Return where a layer is edited: nowhere if it is called alone, without its model.
+
+        A layer that a backward pass repeats is edited as it was in its forward pass.
+
+        Raises:
+            RuntimeError: If a layer is repeated on another input than that of one forward pass.
+        """
+        calls = self._calls
+        if torch._C._current_graph_task_id() != -1:
+            known = self._repeatable.of(args)
+            if len(known) == 1:
+                return known[0]
+            if calls.begun_by is None:
+                raise RuntimeError(
+                    f"a backward pass repeats layer {layer} (gradient checkpointing), but its "
+                    f"input is that of {len(known)} forward passes, so where it was edited is not "
+                    "known: checkpoint one layer at a time, keep its input where it is (without "
+                    "offloading), and give each call inputs_embeds of its own"
+                )
+        positions = calls.positions if self.contexts.now.enabled else None
+        if calls.may_be_repeated:
+            self._repeatable.remember(args, positions)
+        return positions
 
     @not_compiled
-    def _edited(self, layer: int, hidden: Tensor) -> Tensor:
+    def _edited(self, layer: int, args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; other positions stay bit-equal."""
-        call, contexts = self._calls.positions, self.contexts.now
-        # A backward pass may repeat a forward, as gradient checkpointing does.
-        if call is None and torch._C._current_graph_task_id() != -1:
-            call = self._latest_call
-        if not contexts.enabled or call is None or hidden.is_meta:
+        call, contexts = self._positions_at(layer, args), self.contexts.now
+        if call is None or hidden.is_meta:
             return hidden
         if call.at.shape != hidden.shape[:2]:
             raise RuntimeError(

@@ -1,0 +1,49 @@
+"""Find the forward pass that a backward pass repeats a part of, as gradient checkpointing does.
+
+A layer is repeated without its model being called, in any thread of autograd's, and maybe after
+other forward passes. So each forward pass leaves a note of its positions. Needs torch only.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from baft_easyedit.model.contexts import Positions
+
+
+class Repeatable(dict[StorageWeakRef, list[Positions | None]]):
+    """The positions of the forward passes that a backward pass may repeat, by a layer's input.
+
+    A checkpointed layer is repeated on the very storage that it was called on. Storages of several
+    passes, such as one tensor of `inputs_embeds` for two calls, have two entries.
+    """
+
+    def remember(self, args: tuple[Any, ...], positions: Positions | None) -> None:
+        """Remember where a layer is edited on these arguments."""
+        for key in _storages(args):
+            known = self.setdefault(key, [positions])
+            if known[0] is not positions:
+                known[1:] = [positions]
+
+    def of(self, args: tuple[Any, ...]) -> list[Positions | None]:
+        """Return where a layer was edited on these arguments: one entry if that is known."""
+        return [positions for key in _storages(args) for positions in self.get(key, ())]
+
+    def forget_freed(self) -> None:
+        """Forget the passes whose tensors are gone."""
+        for key in [*self]:
+            if key.expired():
+                self.pop(key, None)
+
+    def __reduce__(self) -> Any:
+        return Repeatable, ()
+
+
+def _storages(args: tuple[Any, ...]) -> list[StorageWeakRef]:
+    """Return a reference to the storage of a layer's first argument, its input; none in vmap."""
+    storages = []
+    with suppress(NotImplementedError):
+        storages = [t.untyped_storage() for t in args[:1] if isinstance(t, Tensor)]
+    return [StorageWeakRef(storage) for storage in storages]  # type: ignore[no-untyped-call]
