@@ -189,6 +189,22 @@ def test_generation_that_does_not_tell_its_prompts_needs_their_lengths(edited, o
         assert torch.equal(generate_behind_its_back(), generate(model))
 
 
+@pytest.mark.parametrize("by", ["argument", "config", "model"])
+def test_guidance_by_a_second_prompt_is_refused(edited, by):
+    model, edit = edited
+    config = transformers.GenerationConfig(**GREEDY, guidance_scale=2.0)
+    options = {"argument": {"guidance_scale": 2.0}, "config": {"generation_config": config}}
+    if by == "model":
+        model.generation_config.guidance_scale = 2.0
+    with pytest.raises(ValueError, match=r"guidance_scale must be 1 or None .*; got 2\.0: leave"):
+        model.generate(input_ids=IDS, **options.get(by, {}))
+    expected = generate(edited_model()[0])
+    assert torch.equal(generate(model, guidance_scale=None), expected)
+    assert torch.equal(generate(model, guidance_scale=1), expected)
+    with edit.disabled():
+        assert len(generate(model, guidance_scale=2.0)) == len(IDS)
+
+
 def test_continuous_batching_is_refused_where_it_is_called(edited):
     model, edit = edited
     if not hasattr(model, "init_continuous_batching"):

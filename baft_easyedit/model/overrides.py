@@ -63,9 +63,15 @@ class Generate(Override):
     name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does."""
+        """Generate as the model does.
+
+        Raises:
+            ValueError: If `guidance_scale` asks for a second prompt beside each.
+        """
         edit = self._edit()
         assert edit is not None  # the model carries the edit
+        if edit.contexts.now.enabled:
+            _check_guidance(self._model(), args, kwargs)
         with edit.generating(_prompt_width(args, kwargs)):
             return self._original()(*args, **kwargs)
 
@@ -96,3 +102,16 @@ def _prompt_width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     given = [*args[:1], *(kwargs.get(name) for name in names)]
     widths = [t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() in (2, 3)]
     return max(widths, default=None)
+
+
+def _check_guidance(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if `generate` would run a second prompt, of another width, beside each."""
+    configs = (kwargs.get("generation_config"), *args[1:2], model.generation_config)
+    scales = (getattr(config, "guidance_scale", None) for config in configs)
+    first = next((scale for scale in scales if scale is not None), None)
+    scale = kwargs.get("guidance_scale", first)
+    if scale not in (None, 1):
+        raise ValueError(
+            "guidance_scale must be 1 or None in generation with an edit, which cannot tell where "
+            f"the negative prompt ends; got {scale}: leave it out, or turn the edit off"
+        )
