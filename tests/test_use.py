@@ -447,6 +447,34 @@ def test_editing_through_peft_goes_on_with_the_edit_and_undo_is_bit_equal(
     assert torch.equal(logits(wrapped), before)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuning", "PromptEncoder"])
+def test_peft_model_that_adds_virtual_tokens_is_refused(kind, tokenizer, hparams, peft):
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(make_model(), config)
+    for refused in (random_edit().attach, lambda m: BaFTEditor(m, tokenizer, hparams)):
+        with pytest.raises(
+            ValueError, match=r"PEFT model that puts virtual .*peft_type P[A-Z_]+\)"
+        ):
+            refused(model)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
+def test_virtual_tokens_of_peft_are_not_taken_for_the_prompts(kind, peft):
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, edit = make_model(), random_edit()
+    wrapped = peft.get_peft_model(model, config).eval()
+    edit.attach(wrapped if kind == "PrefixTuning" else model)
+    mask = padded_on_the_left(2)
+    for lengths in (None, mask.sum(1)):
+        with edit.prompt_lengths(lengths), edit.recording() as record:
+            wrapped.generate(input_ids=IDS, attention_mask=mask, **{**GREEDY, "max_new_tokens": 1})
+        assert record.positions.sum(1).tolist() == [3, 3]
+        assert record.positions[:, -3:].all()
+    with edit.recording() as record:
+        logits(wrapped)
+    assert record.positions.sum(1).tolist() == [3, 3]
+
+
 # Quantised weights
 
 

@@ -60,6 +60,8 @@ class Settings:
     prompt_lengths: PromptLengths | None = None
     prompt_width: int | None = None
     """Columns of the prompts in the present generation; None outside one."""
+    num_virtual: int = 0
+    """Virtual tokens of PEFT before each prompt of the present generation, not counted above."""
     given_positions: Positions | None = None
     record: GateRecord | None = None
     is_learning: bool = False

@@ -193,14 +193,19 @@ class ModelEdit(EditParameters):
         """
         return self.contexts.within(prompt_lengths=lengths)
 
-    def generating(self, prompt_width: int | None) -> AbstractContextManager[None]:
+    def generating(
+        self, prompt_width: int | None, num_virtual: int = 0
+    ) -> AbstractContextManager[None]:
         """Treat the forward passes inside this context as one generation.
 
         Args:
             prompt_width: Columns of its prompts, padding included; None for "not known".
+            num_virtual: Virtual tokens that PEFT puts before each prompt, or into its cache.
         """
-        outer = self.contexts.now.prompt_width  # known where `generate` runs inside `generate`
-        return self.contexts.within(prompt_width=prompt_width if outer is None else outer)
+        outer = self.contexts.now  # whose width is known where `generate` runs inside `generate`
+        if outer.prompt_width is not None or prompt_width is None:
+            return self.contexts.within()
+        return self.contexts.within(prompt_width=prompt_width, num_virtual=num_virtual)
 
     def at_positions(self, positions: Positions) -> AbstractContextManager[None]:
         """Let the forward passes inside this context intervene at `positions` only."""
@@ -265,6 +270,9 @@ class ModelEdit(EditParameters):
         """Read the positions of a forward pass from its arguments and this thread's contexts."""
         now, num = self.contexts.now, self.num_prompt_positions
         lengths, width = now.prompt_lengths, now.prompt_width
+        if now.num_virtual:
+            lengths = None if lengths is None else torch.as_tensor(lengths) + now.num_virtual
+            width = None if width is None else width + now.num_virtual
         may_warn = not self._has_warned and not torch.compiler.is_compiling()
         if lengths is None and width is None and may_warn:
             self._has_warned = says_nothing_of_prompts(forward, args, kwargs, num)

@@ -56,10 +56,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
     Raises:
         ValueError: If there is none, or the model is an encoder-decoder, recurrent, bidirectional,
-            without a language model's head, or has several hidden states for each token (Gemma 3n).
+            without a language model's head, has several hidden states for each token (Gemma 3n), or
+            puts virtual tokens before its prompts.
     """
     config = text_config(model)
     name = type(model).__name__
+    _check_prompts(model)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model must be a decoder-only language model; {name} has an encoder")
     depth = getattr(config, "num_hidden_layers", None)
@@ -99,6 +101,24 @@ def _num_shared(path: str, other: str) -> int:
     """Return how many modules two paths have in common from the model on."""
     pairs = zip(path.split("."), other.split("."), strict=False)
     return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _check_prompts(model: Any) -> None:
+    """Raise ValueError if a model is PEFT's, and puts virtual tokens before those of its call."""
+    kind: Any = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    # Prefix tuning, and a cartridge, put them into the cache.
+    if num_virtual_tokens(model) and kind not in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            "model must be called on the tokens that its decoder sees; got a PEFT model that puts "
+            f"virtual ones before them (peft_type {kind.value}): attach the edit to the model "
+            "inside it, or use prefix tuning or LoRA"
+        )
+
+
+def num_virtual_tokens(model: Any) -> int:
+    """Return how many tokens PEFT's prompt learning puts before a prompt; 0 for other models."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def _check_answers(model: nn.Module, stack: nn.ModuleList) -> None:

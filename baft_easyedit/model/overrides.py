@@ -9,11 +9,11 @@ batching is refused, because it packs several sequences into one row, in a threa
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from baft_easyedit.model.inspect import generating_part
+from baft_easyedit.model.inspect import generating_part, num_virtual_tokens
 
 if TYPE_CHECKING:  # `hooks` imports this module
     from baft_easyedit.model.hooks import ModelEdit
@@ -68,11 +68,13 @@ class Generate(Override):
         Raises:
             ValueError: If `guidance_scale` asks for a second prompt beside each.
         """
-        edit = self._edit()
+        edit, model = self._edit(), cast(Any, self._model())
         assert edit is not None  # the model carries the edit
         if edit.contexts.now.enabled:
-            _check_guidance(self._model(), args, kwargs)
-        with edit.generating(_prompt_width(args, kwargs)):
+            _check_guidance(model, args, kwargs)
+        # PEFT lends the model a method of its own for this.
+        wrapper = getattr(model.prepare_inputs_for_generation, "__self__", None)
+        with edit.generating(_prompt_width(args, kwargs), num_virtual_tokens(wrapper)):
             return self._original()(*args, **kwargs)
 
 
