@@ -18,6 +18,23 @@ from baft_easyedit.model.prompt_format import PromptFormat
 
 logger = logging.getLogger(__name__)
 
+PLAIN_DECODING = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    **dict.fromkeys(
+        (
+            "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
+            "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "max_time",
+            "sequence_bias", "stop_strings", "suppress_tokens", "watermarking_config",
+        )
+    ),
+}  # fmt: skip
+"""Options of `generate` by which the model's scores alone decide, whatever its own settings are."""
+
 _MAX_REASON = 200
 """Most characters to show of a message of transformers, which may be very long."""
 
@@ -173,14 +190,12 @@ def _continued(
     """Return the tokens generated after each prompt, [B, at most num_tokens]."""
     batch = padded(rows, tokenizer, "left")
     inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
-    drawing = {  # whatever the model's own settings are
+    drawing = {
         "top_k": top_k,
         "top_p": 1.0,
         "min_p": None,
         "typical_p": 1.0,
         "temperature": 1.0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
         "min_new_tokens": num_tokens,
         "remove_invalid_values": True,  # of a model that edits broke
     }
@@ -188,7 +203,7 @@ def _continued(
         **inputs,
         max_new_tokens=num_tokens,
         do_sample=top_k is not None,
-        **(drawing if top_k is not None else {}),
+        **PLAIN_DECODING | (drawing if top_k is not None else {}),
         pad_token_id=tokenizer.pad_token_id,
     )
     return output[:, inputs["input_ids"].shape[1] :]

@@ -39,6 +39,32 @@ def test_a_prompt_that_fills_the_context_is_refused(saved):
     assert generate_answers(model, tokenizer, ["Ice"], 5) == [""]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 10.0},
+        {"num_beams": 4, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": [65]},
+        {"bad_words_ids": [[65]]},
+        {"forced_eos_token_id": 66},
+        {"sequence_bias": [[[65], -1e9]]},
+    ],
+    ids=str,
+)
+def test_greedy_answers_do_not_follow_the_models_own_settings(model, tokenizer, own):
+    def answer():
+        return generate_answers(model, tokenizer, ["aaaaaaaa"], 8)
+
+    plain = answer()
+    assert plain == ["bbbbbbbb"]  # token 65
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert answer() == plain
+    ids = tokenizer("aaaaaaaa", return_tensors="pt").input_ids
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=257)
+    assert generated[0, ids.shape[1] :].tolist() != [65] * 8
+
+
 def test_drawn_answers_are_those_of_the_seed_and_go_on_to_the_limit(saved):
     model, tokenizer = load_model(saved)
     greedy = generate_answers(model, tokenizer, ["Ice"], 8)

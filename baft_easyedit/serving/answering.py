@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from baft_easyedit.generation import PLAIN_DECODING
 from baft_easyedit.model.named import NamedEdits
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ class Answerer:
                 pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList([text.after_token]),
                 do_sample=wish.temperature > 0,
-                **(sampling if wish.temperature > 0 else {}),
+                **PLAIN_DECODING | (sampling if wish.temperature > 0 else {}),
             )
         text.finish()
         ends = self.model.generation_config.eos_token_id
