@@ -1,6 +1,7 @@
 """Load a causal language model by name, and let it answer prompts. Uses transformers."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -136,7 +137,8 @@ def generate_answers(
         model: A causal language model, edited or not, or a wrapper of one with its `generate`.
         tokenizer: The model's; prompts are padded on the left, whatever its setting.
         prompts: Texts, or lists of token ids.
-        max_new_tokens: Most tokens of an answer; one number for all prompts, or one for each.
+        max_new_tokens: Most tokens of an answer; one number for all prompts, or one for each. An
+            answer ends before, where the model's context does.
         device: Device that the tokens are put on; the model's own `device` if None.
         batch_size: Most prompts decoded together; prompts in a batch have similar lengths.
         prompt_format: Format of prompts that are texts, usually `PromptFormat.of` the
@@ -151,14 +153,17 @@ def generate_answers(
         ValueError: If a prompt leaves no room for an answer in the model's context.
     """
     given = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    limits = dict(enumerate(given))
     prompt_format = prompt_format or PromptFormat()
     rows = [prompt_format.prompt_ids(p, tokenizer) if isinstance(p, str) else p for p in prompts]
-    _check_room(model, rows)
+    rooms = _rooms(model, rows)
+    limits = [min(pair) for pair in zip(given, rooms, strict=True)]
+    # Prompts of a batch share its largest limit, for which each must have room.
+    kinds = [
+        n.bit_length() if room >> n.bit_length() else -n
+        for n, room in zip(limits, rooms, strict=True)
+    ]
     answers: dict[int, str] = {}
-    for group in alike(
-        [len(row) for row in rows], [limit.bit_length() for limit in limits.values()]
-    ):
+    for group in alike([len(row) for row in rows], kinds):
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
             longest = max(limits[i] for i in part)
@@ -169,13 +174,19 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _check_room(model: Any, rows: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError if a prompt fills the model's context: the model would answer nonsense."""
-    most, longest = max_context(model), max(map(len, rows), default=0)
-    if most is not None and longest >= most:
+def _rooms(model: Any, rows: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many tokens have room behind each prompt in the model's context.
+
+    Raises:
+        ValueError: If a prompt fills the context: the model would answer nonsense.
+    """
+    most = max_context(model) or sys.maxsize
+    longest = max(map(len, rows), default=0)
+    if longest >= most:
         raise ValueError(
             f"a prompt must leave room in the model's context of {most} tokens; got {longest}"
         )
+    return [most - len(row) for row in rows]
 
 
 @torch.no_grad()

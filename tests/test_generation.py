@@ -8,7 +8,7 @@ from tokenizers import processors
 from baft_easyedit import BaFTEditor
 from baft_easyedit.generation import generate_answers, load_model, model_depth, with_usable_end
 from baft_easyedit.model.prompt_format import PromptFormat
-from tests.conftest import make_tokenizer
+from tests.conftest import make_model, make_tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,6 +37,20 @@ def test_a_prompt_that_fills_the_context_is_refused(saved):
     model.config = object()  # as that of EasyEdit's wrappers, which are asked with their generate
     model.generate = lambda input_ids, **_: input_ids
     assert generate_answers(model, tokenizer, ["Ice"], 5) == [""]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_answers_end_where_the_context_does(family, tokenizer):
+    model = make_model(family)
+    model.generation_config.eos_token_id = None
+    long = [[9, 5] * 124, [9, 5] * 126, [9, 5] * 127 + [9]]  # of 248, 252 and 255, in 256
+    limits = [7, 4, 12]
+    together = generate_answers(model, tokenizer, long, limits)
+    expected = []
+    for row, limit in zip(long, [7, 4, 1], strict=True):
+        new = model.generate(torch.tensor([row]), max_new_tokens=limit, do_sample=False)
+        expected.append(tokenizer.decode(new[0, len(row) :], skip_special_tokens=True).strip())
+    assert together == expected
 
 
 @pytest.mark.parametrize(
