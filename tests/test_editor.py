@@ -513,3 +513,21 @@ def test_values_of_another_type_are_named(model, tokenizer, quick, tmp_path):
         editor.rollback(to="2")
     with pytest.raises(TypeError, match="prompt must be a string; got 7"):
         editor.forget(7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_default_dtype_of_torch_changes_nothing(tokenizer, hparams, request_dict, dtype):
+    hparams = replace(
+        hparams, num_steps=3, parametrisation="whitened", past_states=9, gate="basis-subspace-bias"
+    )
+    states, models, before = [], [make_model(), make_model()], torch.get_default_dtype()
+    for default, model in zip((before, dtype), models, strict=True):
+        torch.set_default_dtype(default)
+        try:
+            editor = BaFTEditor(model, tokenizer, hparams)
+            editor.edit(request_dict)
+            states.append(editor.model_edit.snapshot())
+        finally:
+            torch.set_default_dtype(before)
+    assert {value.dtype for value in states[1].values()} == {torch.float32}
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())

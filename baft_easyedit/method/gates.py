@@ -59,8 +59,8 @@ class RMSSigmoidGate(Gate):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        self.scale = nn.Parameter(torch.ones(hidden_size))
-        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.scale = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(rank, hidden_size, dtype=torch.float32))
 
     def inputs(self, hidden: Tensor) -> Tensor:
         """Return g * h / rms(h), [..., D]."""
@@ -72,7 +72,7 @@ class SoftmaxNullGate(Gate):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size))
+        self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size, dtype=torch.float32))
 
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r]; each row sums to at most 1."""
@@ -84,7 +84,7 @@ class BasisSubspaceGate(Gate):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size))
+        self.weight = nn.Parameter(torch.zeros(rank + 1, hidden_size, dtype=torch.float32))
 
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r]."""
@@ -101,7 +101,7 @@ class BasisSubspaceBiasGate(BasisSubspaceGate):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        self.bias = nn.Parameter(torch.tensor([-2.0] * rank + [2.0]))
+        self.bias = nn.Parameter(torch.tensor([-2.0] * rank + [2.0], dtype=torch.float32))
 
 
 class SigmoidGate(Gate):
@@ -109,8 +109,8 @@ class SigmoidGate(Gate):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(rank))
+        self.weight = nn.Parameter(torch.zeros(rank, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(rank, dtype=torch.float32))
 
 
 class SubspaceGate(Gate):
@@ -118,7 +118,7 @@ class SubspaceGate(Gate):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__(hidden_size, rank)
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
 
     def activate(self, logits: Tensor) -> Tensor:
         """Return w, [..., r], the same weight r times."""

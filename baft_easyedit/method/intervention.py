@@ -98,10 +98,12 @@ class BaFTIntervention(nn.Module):
             raise ValueError(f"rank must be in [1, {hidden_size}] (the hidden size); got {rank}")
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
-        columns = nn.init.orthogonal_(torch.empty(hidden_size, rank), generator=generator)
+        columns = nn.init.orthogonal_(
+            torch.empty(hidden_size, rank, dtype=torch.float32), generator=generator
+        )
         self.basis = nn.Parameter(columns.mT.contiguous())
-        self.difference = nn.Parameter(torch.zeros(rank, hidden_size))
-        self.source_bias = nn.Parameter(torch.zeros(rank))
+        self.difference = nn.Parameter(torch.zeros(rank, hidden_size, dtype=torch.float32))
+        self.source_bias = nn.Parameter(torch.zeros(rank, dtype=torch.float32))
         self.gate = GATES[gate](hidden_size, rank)
 
     def step(self, hidden: Tensor) -> Tensor:

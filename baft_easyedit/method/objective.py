@@ -68,8 +68,10 @@ class BasisUsage(nn.Module):
 
     def __init__(self, rank: int) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(rank))  # [r] sum of w over past positions
-        self.register_buffer("count", torch.zeros(()))  # number of past positions
+        # [r] sum of w over past positions
+        self.register_buffer("total", torch.zeros(rank, dtype=torch.float32))
+        # number of past positions
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
 
     @classmethod
     def stacked(cls, layers: Sequence["BasisUsage"]) -> "BasisUsage":

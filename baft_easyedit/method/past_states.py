@@ -33,9 +33,11 @@ class PastStates(nn.Module):
     def __init__(self, hidden_size: int, most: int) -> None:
         super().__init__()
         self.most = most
-        self.register_buffer("states", torch.zeros(0, hidden_size))  # [N, D] h
-        self.register_buffer("moves", torch.zeros(0, hidden_size))  # [N, D] Phi(h) - h
-        self.register_buffer("count", torch.zeros(()))  # number of states seen so far
+        self.register_buffer("states", torch.zeros(0, hidden_size, dtype=torch.float32))  # [N, D] h
+        # [N, D] Phi(h) - h
+        self.register_buffer("moves", torch.zeros(0, hidden_size, dtype=torch.float32))
+        # number of states seen so far
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         self._keys: tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None = None
 
     @property

@@ -57,11 +57,13 @@ class Whitening(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden_size))  # [D] mu
-        self.register_buffer("deviation", torch.zeros(hidden_size))  # [D]; 0 until it is known
-        self.register_buffer("floor", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(hidden_size, dtype=torch.float32))  # [D] mu
+        # [D]; 0 until it is known
+        self.register_buffer("deviation", torch.zeros(hidden_size, dtype=torch.float32))
+        self.register_buffer("floor", torch.zeros((), dtype=torch.float32))
         most = min(hidden_size, MOST_DIRECTIONS)
-        self.register_buffer("root", torch.zeros(most, hidden_size))  # [m, D] F, orthogonal rows
+        # [m, D] F, orthogonal rows
+        self.register_buffer("root", torch.zeros(most, hidden_size, dtype=torch.float32))
 
     @property
     def is_known(self) -> bool:
@@ -118,6 +120,6 @@ class Whitening(nn.Module):
     def _less_correlated(self, rows: Tensor) -> Tensor:
         """Multiply rows [..., D] by K^-1/2, computed from the eigenvectors of F^T F."""
         lengths = self.root.square().sum(-1)  # [m] eigenvalues
-        axes = self.root / lengths.sqrt().clamp_min(torch.finfo().tiny)[:, None]
+        axes = self.root / lengths.sqrt().clamp_min(torch.finfo(self.root.dtype).tiny)[:, None]
         shrunk = (self.floor + lengths).rsqrt() - self.floor.rsqrt()  # [m]
         return rows * self.floor.rsqrt() + (rows @ axes.mT * shrunk) @ axes
