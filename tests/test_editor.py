@@ -531,3 +531,36 @@ def test_default_dtype_of_torch_changes_nothing(tokenizer, hparams, request_dict
             torch.set_default_dtype(before)
     assert {value.dtype for value in states[1].values()} == {torch.float32}
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+def test_model_made_in_inference_mode_is_refused(tokenizer, hparams, request_dict):
+    with torch.inference_mode():
+        model = make_model()
+        before = logits(model)
+    editor = BaFTEditor(model, tokenizer, hparams)
+    message = r"but model\.embed_tokens\.weight was made in torch\.inference_mode\(\): load the mod"
+    for change in (editor.edit, editor.learn_apart):
+        with pytest.raises(ValueError, match=message):
+            change([request_dict])
+    assert attached_edit(model) is None
+    random_edit().attach(model)  # uses one
+    with torch.inference_mode():
+        assert not torch.equal(logits(model), before)
+
+
+def test_failed_edit_is_taken_back_even_if_the_model_is_not(
+    model, tokenizer, quick, request_dict, monkeypatch
+):
+    def fail(*_):
+        raise KeyError
+
+    editor = BaFTEditor(model, tokenizer, quick)
+    before, learned = logits(model), editor.model_edit.snapshot()
+    monkeypatch.setattr("baft_easyedit.training.learner.Surroundings.restore", fail)
+    monkeypatch.setattr("baft_easyedit.training.learner._warn_of_unlearned", fail)
+    with pytest.raises(KeyError):
+        editor.edit(request_dict)
+    assert attached_edit(model) is None
+    assert torch.equal(logits(model), before)
+    after = editor.model_edit.snapshot()
+    assert all(torch.equal(after[name], value) for name, value in learned.items())

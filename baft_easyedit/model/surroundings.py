@@ -55,7 +55,8 @@ class Surroundings:
                 hooks.clear()
                 hooks.update(items)
         for parameter, requires_grad in self._trained:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
 
 def _hooks_of(model: nn.Module) -> Iterator[dict[int, Any]]:

@@ -126,9 +126,11 @@ class Learner:
     ) -> None:
         """Restore the state and the model's surroundings, unless the change is complete."""
         if not is_complete():
-            surroundings.restore()
-            self.restore(before)
-            self.edit.forget()
+            try:
+                surroundings.restore()
+            finally:
+                self.restore(before)
+                self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together, rehearsing past ones, and settle."""
@@ -338,7 +340,13 @@ def _warn_of_unlearned(requests: Sequence[EditRequest], reports: Sequence[EditRe
 
 
 def _check_differentiable(model: nn.Module) -> None:
-    """Raise ValueError if the model has layers that pass no gradient."""
+    """Raise ValueError if the model has layers or weights that pass no gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model must let gradients pass to be edited, but {name} was made in "
+                "torch.inference_mode(): load the model outside of it"
+            )
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise ValueError(
