@@ -173,4 +173,4 @@ def test_in_its_chat_template_an_edit_leaves_other_answers(real_model):
     *after, edited = generate_answers(model, tokenizer, asked, 8, prompt_format=form)
     editor.model_edit.detach()
     assert edited == "Ada Byron"
-    assert sum(new == old for new, old in zip(after, before, strict=True)) >= 4
+    assert after == before
