@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _PAPER_DEPTH = 32
 _PAPER_LAYERS = (9, 18, 24, 28)
+_LATE_LAYERS = (25, 26, 27, 28)
+"""Where the last token tells questions of one form apart, so that `min_similarity` can, too."""
 _AUTO = "auto"
 
 ENGINES = ("auto", "cached", "full")
@@ -75,7 +77,7 @@ class BaFTHyperParams:
     """Hugging Face name or directory of the model that EasyEdit loads; `bundled` for our own."""
     layers: list[int] | str
     """Decoder layers whose output is edited, 0-based, each below the model's depth; `auto` for the
-    paper's, scaled to that depth (see `at_depth`)."""
+    paper's, scaled to that depth, or with `min_similarity` for later ones (see `at_depth`)."""
     alg_name: str = ""
     """Name of the method in EasyEdit; set by the class."""
     device: int | str = 0
@@ -215,7 +217,10 @@ class BaFTHyperParams:
 
     def at_depth(self: HParams, depth: int) -> HParams:
         """Return these hyper-parameters with the layers of a model of `depth` layers for `auto`."""
-        return replace(self, layers=scaled_layers(depth)) if self.layers == _AUTO else self
+        if self.layers != _AUTO:
+            return self
+        layers = _PAPER_LAYERS if self.min_similarity is None else _LATE_LAYERS
+        return replace(self, layers=scaled_layers(depth, layers))
 
     def warn_of_open_gates(self) -> None:
         """Log a warning if the gates do not learn to stay closed on other prompts in a template."""
@@ -339,15 +344,15 @@ def hparams_from(config: Mapping[str, Any]) -> BaFTHyperParams:
     return classes[name].from_dict(config)
 
 
-def scaled_layers(depth: int) -> list[int]:
-    """Scale the paper's layers 9;18;24;28 of 32 to a model of `depth` layers (ours).
+def scaled_layers(depth: int, layers: Sequence[int] = _PAPER_LAYERS) -> list[int]:
+    """Scale layers of 32, the paper's 9;18;24;28 if none are given, to `depth` layers (ours).
 
     Raises:
         ValueError: If the model has no layer.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1; got {depth}")
-    return sorted({layer * depth // _PAPER_DEPTH for layer in _PAPER_LAYERS})
+    return sorted({layer * depth // _PAPER_DEPTH for layer in layers})
 
 
 def _read(

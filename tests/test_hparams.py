@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -168,6 +170,14 @@ def test_scaled_layers_are_the_papers_share_of_the_depth():
     assert scaled_layers(1) == [0]
     with pytest.raises(ValueError, match="depth must be at least 1; got 0"):
         scaled_layers(0)
+
+
+def test_guarded_edits_are_in_later_layers():
+    guarded = BaFTHyperParams.from_hparams("BaFT/smollm2-continual", layers="auto")
+    assert guarded.at_depth(32).layers == [25, 26, 27, 28]
+    assert guarded.at_depth(30).layers == [23, 24, 25, 26]
+    assert guarded.at_depth(6).layers == [4, 5]
+    assert replace(guarded, min_similarity=None).at_depth(30).layers == [8, 16, 22, 26]
 
 
 def test_api_key_is_not_shown():

@@ -211,7 +211,7 @@ def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, caps
     assert run("apply", tmp_path / "kept", edits, "--model", saved, "--device", "cpu") in (0, 3)
     settings = read_history(tmp_path / "kept")[0].content["hparams"]
     depth = model.config.num_hidden_layers
-    assert settings["layers"] == scaled_layers(depth)
+    assert settings["layers"] == scaled_layers(depth, [25, 26, 27, 28])
     assert (settings["parametrisation"], settings["past_states"]) == ("whitened", 4096)
 
 
