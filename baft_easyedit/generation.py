@@ -25,7 +25,9 @@ PLAIN_DECODING = {
     "min_length": 0,
     "min_new_tokens": None,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "return_dict_in_generate": False,
     **dict.fromkeys(
         (
             "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",

@@ -53,7 +53,7 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ),
     ("be at least 0, or null", lambda value: value >= 0): ("basis_lr", "rehearsal_irrelevant"),
     ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
-    ("be in [-1, 1], or null", lambda value: -1 <= value <= 1): ("min_similarity",),
+    ("be in [-1, 1), or null", lambda value: -1 <= value < 1): ("min_similarity",),
     ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
 }  # fmt: skip
 """The numeric fields by the rule that their values must follow."""
@@ -107,7 +107,7 @@ class BaFTHyperParams:
     of more than these, a random sample is kept, with a warning."""
     min_similarity: float | None = None
     """The edit acts only at hidden states whose cosine similarity to one of a past edit is at least
-    this, in whitened coordinates, in [-1, 1]; elsewhere the model is bit-equal to that without the
+    this, in whitened coordinates, in [-1, 1); elsewhere the model is bit-equal to that without the
     edit (ours): see `method.guard`. Higher: more of the other answers stay, and fewer rephrasings
     are edited. null for everywhere (the paper). Needs `past_states` and `whitened`."""
     settle_steps: int = 100
@@ -224,9 +224,7 @@ class BaFTHyperParams:
 
     def warn_of_open_gates(self) -> None:
         """Log a warning if the gates do not learn to stay closed on other prompts in a template."""
-        closes = self.parametrisation == "whitened" and self.locality and self.loc_own_texts
-        is_open = self.min_similarity is None and not closes
-        if self.use_chat_template and self.gate != "one" and is_open:
+        if self.use_chat_template and self.gate != "one" and self.min_similarity is None:
             logger.warning(_OPEN_IN_TEMPLATE)
 
     def _check_layers(self) -> None:
@@ -379,12 +377,13 @@ def _check_types(hparams: BaFTHyperParams) -> None:
     hints = get_type_hints(type(hparams))
     for f in fields(hparams):
         value, hint = getattr(hparams, f.name), hints[f.name]
-        if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
+        is_float = float in (hint, *get_args(hint))
+        if is_float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
             setattr(hparams, f.name, value)
         if not _has_type(value, hint):
             wanted = str(hint) if get_args(hint) else hint.__name__
-            yaml = hint is float and isinstance(value, str)
+            yaml = is_float and isinstance(value, str)
             raise TypeError(
                 f"{f.name} must be of type {wanted}; got {short(value)} of type "
                 f"{type(value).__name__}{' (YAML reads 1e-4 as text: write 1.0e-4)' * yaml}"

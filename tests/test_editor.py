@@ -384,19 +384,21 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change,
         BaFTEditor(model, tokenizer, replace(hparams, **change), **options)
 
 
-CLOSED = {"use_chat_template": True, "parametrisation": "whitened", "loc_own_texts": True}
+GUARDED = {
+    "use_chat_template": True,
+    "parametrisation": "whitened",
+    "past_states": 9,
+    "min_similarity": 0.5,
+}
 
 
 @pytest.mark.parametrize(
     ("given", "is_told"),
     [
-        (CLOSED, False),
-        (CLOSED | {"gate": "one", "loc_own_texts": False}, False),  # has no gates
-        (CLOSED | {"use_chat_template": False, "loc_own_texts": False}, False),
-        (CLOSED | {"parametrisation": "direct"}, True),
-        (CLOSED | {"loc_own_texts": False}, True),
-        (CLOSED | {"loc_own_texts": False, "past_states": 9, "min_similarity": 0.5}, False),
-        (CLOSED | {"locality": False}, True),
+        (GUARDED, False),
+        (GUARDED | {"min_similarity": None}, True),
+        (GUARDED | {"min_similarity": None, "gate": "one"}, False),  # has no gates
+        (GUARDED | {"min_similarity": None, "use_chat_template": False}, False),
     ],
 )
 def test_settings_that_leave_the_gates_open_in_a_template_are_told_once(

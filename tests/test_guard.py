@@ -1,4 +1,5 @@
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -77,8 +78,7 @@ def test_the_states_are_whitened_again_when_they_change():
     assert own.admits(new)
     own.past.accept(states, torch.zeros(2, 6))  # they want one already
     assert own.admits(states).all()
-    with torch.no_grad():
-        own.past.moves[2] = 0
+    own.past.load_state_dict(PastStates(6, 8).with_edit(states, moves))
     assert not own.admits(new)
 
 
@@ -166,3 +166,48 @@ def test_copies_of_an_edited_model_are_guarded(tokenizer, guarded, of):
     editor.undo()
     assert not torch.equal(of(copied, PROMPTS[0]), of(model, PROMPTS[0]))
     assert torch.equal(of(copied, OTHER), of(model, OTHER))
+
+
+def test_the_report_of_a_first_edit_is_of_the_guarded_one(tokenizer, guarded, caplog):
+    model, few = make_model(), replace(guarded, past_states=4)  # fewer than the requests have
+    editor = BaFTEditor(model, tokenizer, few)
+    requests = [request(k) for k in range(3)]
+    learned = editor.edit(requests).learned
+    assert not all(learned)
+    assert list(learned) == editor.holds(requests)
+    assert any("requests not learned" in text for text in caplog.messages)
+
+
+def test_a_guard_works_in_inference_mode(tokenizer, guarded, of):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, guarded)
+    editor.edit(request(0))
+    expected = of(model, PROMPTS[0])
+    with torch.inference_mode():
+        assert torch.equal(of(model, PROMPTS[0]), expected)
+        copied = copy.deepcopy(model)
+        assert torch.equal(of(copied, PROMPTS[0]), expected)
+        assert torch.equal(of(pickle.loads(pickle.dumps(model)), PROMPTS[0]), expected)
+    assert torch.equal(of(model, PROMPTS[0]), expected)
+
+
+def test_irrelevant_states_that_are_not_similar_go_on_wanting_no_displacement(tokenizer, guarded):
+    editor = BaFTEditor(make_model(), tokenizer, guarded)
+    editor.edit(request(0))
+    edit = editor.model_edit
+    irrelevant = {}
+    for layer in edit.layers:
+        states, moves = edit.past(layer).kept()
+        irrelevant[layer] = states[~moves.any(-1)]
+    admitted = {i: edit.guard(i).admits(states).sum() for i, states in irrelevant.items()}
+    before = {i: edit.past(i).moves.any(-1).sum() for i in edit.layers}
+    edit.accept(irrelevant)
+    for i in edit.layers:
+        assert len(irrelevant[i])
+        assert edit.past(i).moves.any(-1).sum() == before[i] + admitted[i]
+        assert admitted[i] < len(irrelevant[i])
+
+
+@pytest.mark.parametrize("least", [-1, 0])
+def test_whole_numbers_are_similarities(guarded, least):
+    assert replace(guarded, min_similarity=least).min_similarity == float(least)

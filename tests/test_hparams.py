@@ -114,7 +114,7 @@ CHAT = {"use_chat_template": True}
             "min_similarity must be null without past_states above 0 and parametrisation: whitened",
         ),
         ({"min_similarity": 0.6, "parametrisation": "whitened"}, "must be null without past_st"),
-        ({"min_similarity": 1.5}, r"min_similarity must be in \[-1, 1\], or null"),
+        ({"min_similarity": 1}, r"min_similarity must be in \[-1, 1\), or null; got 1.0"),
         *(({name: 1.5}, rf"{name} must be in \[0, 1\]") for name in ("alpha", "beta", "gamma")),
     ],
 )

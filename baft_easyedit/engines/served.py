@@ -60,8 +60,9 @@ class ServedEdit:
                 part.to(hidden.device)
         h = hidden.float()
         edited: Tensor = intervention(h)[0]
-        delta = edited - h
-        return delta if guard is None else delta * guard.admits(h)[:, None]
+        if guard is not None:
+            edited = torch.where(guard.admits(h)[:, None], edited, h)
+        return edited - h
 
     def window(self, prompt_lengths: Sequence[int]) -> list[bool]:
         """Tell for each token of concatenated whole prompts whether it is edited."""

@@ -26,7 +26,7 @@ class Guard(NamedTuple):
     past: PastStates
     whitening: Whitening
     min_similarity: float
-    """Least cosine similarity to a past edit's state, in [-1, 1]."""
+    """Least cosine similarity to a past edit's state, in [-1, 1)."""
 
     @torch.no_grad()
     def admits(self, hidden: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class PastStates(nn.Module):
         self.register_buffer("moves", torch.zeros(0, hidden_size, dtype=torch.float32))
         # number of states seen so far
         self.register_buffer("count", torch.zeros((), dtype=torch.float32))
-        self._keys: tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None = None
+        self._keys: Tensor | None = None
 
     @property
     def num_kept(self) -> int:
@@ -64,23 +64,24 @@ class PastStates(nn.Module):
     def keys(self, whitening: Whitening) -> Tensor:
         """Return the kept states that want a displacement, whitened, of length 1, [K, D].
 
-        They are computed again when the states have changed.
+        They are computed once, until the states change.
         """
-        versions = self.states._version, self.moves._version
-        known = self._keys
-        if (
-            known is None
-            or known[1] is not self.states
-            or known[2] is not self.moves
-            or known[3] != versions
-        ):
+        if self._keys is None:
             states, moves = self.kept()
-            keys = F.normalize(whitening.whitened(states[moves.any(-1)]), dim=-1)
-            self._keys = known = keys, self.states, self.moves, versions
-        return known[0]
+            self._keys = F.normalize(whitening.whitened(states[moves.any(-1)]), dim=-1)
+        return self._keys
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_keys": None}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the states, whose keys are then computed again."""
+        self._keys = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         """Let the buffers have the sizes of those that are loaded."""
+        self._keys = None
         for name, own in [*self.named_buffers()]:
             value = state.get(prefix + name)
             if value is not None and self.takes(name, value):
@@ -102,6 +103,7 @@ class PastStates(nn.Module):
         distances, nearest = torch.cdist(kept, states, p=torch.inf).min(dim=1)
         rows = (distances == 0) & ~wanted.any(-1)  # a past edit may have moved an equal state
         wanted[rows] = moves[nearest[rows]]
+        self._keys = None
 
     @torch.no_grad()
     def with_edit(self, states: Tensor, moves: Tensor) -> dict[str, Tensor]:

@@ -234,10 +234,14 @@ class EditParameters(nn.Module):
         """Let past states that want no displacement want the one that they have now.
 
         Args:
-            states: Irrelevant states of an edit, by layer, [N, D].
+            states: Irrelevant states of an edit, by layer, [N, D]; where a guard does not let the
+                edit act, they go on wanting none.
         """
-        for layer, here in states.items():
-            self.past(layer).accept(here.float(), self.displacement(layer, here.float()))
+        for layer, irrelevant in states.items():
+            here, guard = irrelevant.float(), self.guard(layer)
+            if guard is not None:
+                here = here[guard.admits(here)]
+            self.past(layer).accept(here, self.displacement(layer, here))
 
     def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
         """Return Phi(h) - h of one layer, [N, D].

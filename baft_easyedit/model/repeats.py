@@ -7,6 +7,7 @@ other forward passes. So each forward pass leaves a note of its positions. Needs
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -16,15 +17,15 @@ from baft_easyedit.model.contexts import Positions
 class Repeatable(dict[StorageWeakRef, list[Positions | None]]):
     """The positions of the forward passes that a backward pass may repeat, by a layer's input.
 
-    A checkpointed layer is repeated on the very storage that it was called on. Storages of several
-    passes, such as one tensor of `inputs_embeds` for two calls, have two entries.
+    A checkpointed layer is repeated on the very storage that it was called on. A storage of several
+    passes with other positions, such as `inputs_embeds` for two calls, has two entries.
     """
 
     def remember(self, args: tuple[Any, ...], positions: Positions | None) -> None:
         """Remember where a layer is edited on these arguments."""
         for key in _storages(args):
             known = self.setdefault(key, [positions])
-            if known[0] is not positions:
+            if not _equal(known[0], positions):
                 known[1:] = [positions]
 
     def of(self, args: tuple[Any, ...]) -> list[Positions | None]:
@@ -39,6 +40,13 @@ class Repeatable(dict[StorageWeakRef, list[Positions | None]]):
 
     def __reduce__(self) -> Any:
         return Repeatable, ()
+
+
+def _equal(one: Positions | None, other: Positions | None) -> bool:
+    """Tell whether two passes are edited at the same positions."""
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one.at, other.at)
 
 
 def _storages(args: tuple[Any, ...]) -> list[StorageWeakRef]:

@@ -222,19 +222,21 @@ class Learner:
     def _settled(
         self, learned: Learned, rows: Sequence[TextRow], hparams: BaFTHyperParams
     ) -> Learned:
-        """Settle a new edit among past ones, if past states are kept; see `settling`.
+        """Settle a new edit among past ones, if there are any; see `settling`.
 
-        The report then says how its rows are answered after settling.
+        The report then says how its rows are answered after settling, where the edit acts.
         """
-        if not self.edit.num_past_states:
+        has_past = bool(self.edit.num_past_states)
+        if not has_past and self.edit.min_similarity is None:
             return learned
         start = time.perf_counter()
-        own = self._own(hparams)
+        own = self._own(hparams) if has_past else {}
         passes = []
         for accepted in ({}, learned.irrelevant):  # again, if the first unlearns a request
             self.edit.restore(learned.state)
             self.edit.accept(accepted)
-            settle(self.edit, own, hparams)
+            if has_past:
+                settle(self.edit, own, hparams)
             losses, is_learned = answered_now(self.model, self.edit, rows)
             passes.append((self.edit.snapshot(), losses, is_learned))
             pairs = zip(learned.report.learned, is_learned, strict=True)
