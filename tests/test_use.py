@@ -658,6 +658,14 @@ def test_gradient_checkpointing_repeats_each_forward_as_it_was(reentrant):
         assert torch.allclose(repeated, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_one_input_of_several_training_steps_is_repeated():
+    model, _ = checkpointed_model((0,), False)
+    soft_prompt = torch.nn.Parameter(model.get_input_embeddings()(IDS).detach())
+    for _ in range(2):
+        loss_of(model, 4, inputs_embeds=soft_prompt).backward()
+    assert soft_prompt.grad.any()
+
+
 def test_repeated_layer_whose_forward_is_not_known_is_an_error():
     model, _ = checkpointed_model((0,), True)
     embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
