@@ -18,7 +18,7 @@ def _of_one_rank(by_layer: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 _ByLayer = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]+$")], list[_Finite]], AfterValidator(_of_one_rank)
+    dict[Annotated[str, Field(pattern=r"^[0-9]+$")], list[float]], AfterValidator(_of_one_rank)
 ]
 """A number for each basis, by layer."""
 
