@@ -60,9 +60,13 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
 
 _OPEN_IN_TEMPLATE = (
     "with use_chat_template, an edit with these settings changes most other answers in the "
-    "template, too: the states at its last tokens are alike, and the gates stay open there. Set "
-    "min_similarity, past_states and parametrisation: whitened, as BaFT/smollm2-continual has them"
+    "template, too: the states at its last tokens are alike, and the gates stay open there"
 )
+_OPEN_BY_SETTLING = (
+    "with past_states and without min_similarity, many edits change other answers, too: settling "
+    "restores past edits, and nothing else"
+)
+_CLOSE = "Set min_similarity, past_states and parametrisation: whitened, as BaFT/smollm2-continual"
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -103,8 +107,9 @@ class BaFTHyperParams:
     `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
     past_states: int = 0
     """Most hidden states of past edits that each layer keeps; 0 for none (the paper). Each new edit
-    is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about ten;
-    of more than these, a random sample is kept, with a warning."""
+    is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about six;
+    of more than these, a random sample is kept, with a warning. Without `min_similarity`, other
+    answers change with it."""
     min_similarity: float | None = None
     """The edit acts only at hidden states whose cosine similarity to one of a past edit is at least
     this, in whitened coordinates, in [-1, 1); elsewhere the model is bit-equal to that without the
@@ -123,7 +128,7 @@ class BaFTHyperParams:
     """Use the load-balance term R_bal."""
     locality: bool = True
     """Use the locality term R_loc. Its irrelevant prompts are a request's `loc_prompt`, or come
-    from `loc_stand_ins` and `loc_own_texts`."""
+    from `loc_stand_ins`."""
     loc_stand_ins: int = 0
     """Irrelevant prompts to make for a request with a `subject`, but no `loc_prompt`, by invented
     names in the subject's place (ours): see `training.stand_ins`. 0 for none (the paper)."""
@@ -143,10 +148,6 @@ class BaFTHyperParams:
     loc_positions: str = "all"
     """Which tokens of an irrelevant prompt R_loc sees: `all`, or the `last` P (ours), as always
     of its copy in a chat template."""
-    loc_own_texts: bool = False
-    """Let R_loc also see hidden states of texts that the model generates itself (ours), so that
-    gates close on unedited texts even if a request has no `loc_prompt`. With a chat template it
-    writes them in it."""
     engine: str = "auto"
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
     rounding. If a model cannot use a cached prefix, `auto` runs the full forward, with a warning in
@@ -223,9 +224,13 @@ class BaFTHyperParams:
         return replace(self, layers=scaled_layers(depth, layers))
 
     def warn_of_open_gates(self) -> None:
-        """Log a warning if the gates do not learn to stay closed on other prompts in a template."""
-        if self.use_chat_template and self.gate != "one" and self.min_similarity is None:
-            logger.warning(_OPEN_IN_TEMPLATE)
+        """Log a warning if other prompts are not kept from the edit where gates alone cannot."""
+        if self.min_similarity is not None:
+            return
+        if self.past_states:
+            logger.warning("%s. %s", _OPEN_BY_SETTLING, _CLOSE)
+        elif self.use_chat_template and self.gate != "one":
+            logger.warning("%s. %s", _OPEN_IN_TEMPLATE, _CLOSE)
 
     def _check_layers(self) -> None:
         """Check the layers, as far as can be told without a model."""

@@ -208,6 +208,14 @@ def test_hparams_of_a_directory_are_checked(model, quick, change, message):
         hparams_of({**method_of(quick), **change}, model, "here")
 
 
+def test_hparams_that_are_gone_are_read_and_told_if_they_did_something(model, quick, caplog):
+    """Development versions kept edits with them."""
+    for value in (False, True):
+        method = {**method_of(quick), "loc_own_texts": value}
+        assert method_of(hparams_of(method, model, "here")) == method_of(quick)
+    assert caplog.messages == ["here: loc_own_texts: True is gone; later edits are learned without"]
+
+
 # ---- the state file
 
 

@@ -15,12 +15,11 @@ from baft_easyedit.training.own_texts import (
     ANSWER_LENGTH,
     LENGTH,
     MESSAGE_LENGTH,
-    NUM_BESIDE,
     NUM_PROMPTS,
     NUM_TEXTS,
     own_length,
     own_prompts,
-    own_states,
+    own_statistics,
     own_texts,
 )
 from tests.conftest import GPT_SIZES, HIDDEN, call_cache, make_model, make_tokenizer
@@ -230,16 +229,18 @@ def test_own_texts_begin_with_the_models_first_token(model, bos, eos, first):
     assert own_texts(model).ids[:, 0].tolist() == [first] * NUM_TEXTS
 
 
-def test_states_are_those_of_the_layers_and_known_until_the_weights_change(model):
-    states = own_states(model).of(model, [1, 3])
-    texts = own_texts(model).ids
-    hidden = model(texts[:4], output_hidden_states=True).hidden_states[2][:, 1:]
-    count = 4 * (LENGTH - 1)
-    assert torch.allclose(states[1][:count], hidden.flatten(0, 1), rtol=1e-3, atol=1e-4)
-    assert own_states(model).of(model, [3])[3] is states[3]
+def test_states_are_those_of_the_layers(model):
+    texts = own_texts(model, [1, 3])
+    hidden = model(texts.ids, output_hidden_states=True).hidden_states[2][:, 1:]
+    assert torch.allclose(texts.states[1], hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_are_known_until_the_weights_change(model):
+    known = own_statistics(model).whitenings(model, [1, 3])
+    assert own_statistics(model).whitenings(model, [3])[3] is known[3]
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    assert not torch.equal(own_states(model).of(model, [3])[3], states[3])
+    assert not torch.equal(own_statistics(model).whitenings(model, [3])[3].mean, known[3].mean)
 
 
 FRAMES = (((5, 6, 7), (8, 9)), ((3,), (8, 9)))
@@ -257,24 +258,19 @@ def test_a_model_writes_messages_and_answers_in_a_template(model, frame, begins)
     assert len({tuple(text.tolist()) for text in texts}) == NUM_PROMPTS
 
 
-def test_in_a_template_the_states_are_those_where_edits_act(model):
-    """At each prompt's last token and in its answer; whitened by these, and not by plain texts."""
-    states = own_states(model).of(model, [1, 3], FRAMES)
-    count = NUM_PROMPTS * (1 + ANSWER_LENGTH)
+def test_in_a_template_the_statistics_are_of_where_edits_act(model):
+    """At each prompt's last token and in its answer."""
+    known = own_statistics(model).whitenings(model, [1, 3], FRAMES)
     found = []
     for frame in FRAMES:
         hidden = model(own_prompts(model, frame).ids, output_hidden_states=True).hidden_states[2]
         found.append(hidden[:, -ANSWER_LENGTH - 1 :].flatten(0, 1))
-    beside = model(own_texts(model, NUM_BESIDE).ids, output_hidden_states=True).hidden_states[2]
-    expected = torch.cat([*found, beside[:, 1:].flatten(0, 1)])
-    assert states[1].shape == expected.shape
-    assert torch.allclose(states[1], expected, rtol=1e-3, atol=1e-4)
-    whitening = own_states(model).whitenings(model, [1, 3], FRAMES)[1]
-    assert torch.allclose(whitening.mean, states[1][: 2 * count].mean(0), atol=1e-5)
-    plain = own_states(model).of(model, [1])[1]
-    assert len(plain) == NUM_TEXTS * (LENGTH - 1)
-    assert own_states(model).of(model, [1], FRAMES)[1] is states[1]  # known beside each other
-    assert own_states(model).of(model, [1])[1] is plain
+    assert torch.allclose(known[1].mean, torch.cat(found).mean(0), atol=1e-5)
+    plain = own_statistics(model).whitenings(model, [1])[1]
+    assert not torch.allclose(plain.mean, known[1].mean, atol=1e-3)
+    again = own_statistics(model).whitenings(model, [1], FRAMES)
+    assert again[1] is known[1]  # known beside each other
+    assert own_statistics(model).whitenings(model, [1])[1] is plain
 
 
 def test_a_model_writes_where_its_context_has_room(monkeypatch, hparams, request_dict):
@@ -282,9 +278,7 @@ def test_a_model_writes_where_its_context_has_room(monkeypatch, hparams, request
     monkeypatch.setitem(GPT_SIZES, "n_positions", 70)
     model, tokenizer = make_model("gpt2"), make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    hparams = replace(
-        hparams, use_chat_template=True, loc_own_texts=True, parametrisation="whitened"
-    )
+    hparams = replace(hparams, use_chat_template=True, parametrisation="whitened")
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)
     room = [own_length(one) <= 70 for one in PromptFormat.of(hparams).frames(tokenizer)]
@@ -302,34 +296,16 @@ def add_hook(model):
 @pytest.mark.parametrize(
     ("change", "frames"), [(write_data, ()), (add_hook, ()), (add_hook, FRAMES[:1])]
 )
-def test_states_are_those_of_the_model_as_it_is(change, frames, model):
+def test_statistics_are_those_of_the_model_as_it_is(change, frames, model):
     """Also after a change that no version of the weights tells of."""
-    before = own_states(model).of(model, [1], frames)[1]
+    before = own_statistics(model).whitenings(model, [1], frames)[1].mean
     change(model)
-    after = own_states(model).of(model, [1], frames)[1]
+    after = own_statistics(model).whitenings(model, [1], frames)[1].mean
     texts, other = own_texts(model).ids, make_model()
     change(other)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.equal(after, own_states(other).of(other, [1], frames)[1])
+    assert torch.equal(after, own_statistics(other).whitenings(other, [1], frames)[1].mean)
     assert torch.equal(own_texts(other).ids, texts)
-
-
-@pytest.mark.parametrize("parametrisation", ["direct", "whitened"])
-def test_own_texts_are_those_of_the_model_beside_edits_learned_apart(
-    parametrisation, tokenizer, hparams, request_dict, tmp_path
-):
-    """In a new process, too, where nothing is known of them when copies of the edit are there."""
-    hparams = replace(hparams, parametrisation=parametrisation, loc_own_texts=True, num_steps=3)
-    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "kept", hparams) as editor:
-        editor.edit(request_dict)
-    model, new = make_model(), make_model()
-    requests = [{"prompt": f"{name} is", "target_new": "ice"} for name in ("Tea", "Fog", "Sea")]
-    with BaFTEditor.open(model, tokenizer, tmp_path / "kept") as editor:
-        editor.learn_apart(requests)
-        with editor.model_edit.disabled():
-            found, expected = (own_states(m).of(m, [1, 3]) for m in (model, new))
-    for layer, states in expected.items():
-        assert torch.equal(found[layer], states)
 
 
 def test_statistics_are_measured_once_and_without_the_edit(
@@ -348,22 +324,6 @@ def test_statistics_are_measured_once_and_without_the_edit(
     editor.learn_apart([request_dict])
     editor.edit(request_dict)  # what the model writes is still known, and its statistics
     assert torch.equal(editor.model_edit.whitening(1).mean, first)
-
-
-WHITENED = {"parametrisation": "whitened", "gate": "sigmoid", "loc_own_texts": True}
-
-
-def test_gates_close_on_what_the_model_writes_itself(tokenizer, hparams):
-    weights = []
-    for sees in (False, True):
-        model = make_model()
-        h = replace(hparams, **WHITENED | {"loc_own_texts": sees}, num_steps=40)
-        editor = BaFTEditor(model, tokenizer, replace(h, early_stop_loss=0.0))
-        report = editor.edit({"prompt": "The capital of France is", "target_new": "Rome"})
-        assert (report.losses[-1].locality is not None) == sees
-        states = own_states(model).of(model, [3])[3]
-        weights.append(editor.model_edit.gate_weights(3, states).mean().item())
-    assert weights[1] < weights[0] - 0.01
 
 
 FORMS = [("direct", "rms-sigmoid"), ("direct", "basis-subspace-bias")]

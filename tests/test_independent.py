@@ -50,7 +50,7 @@ def squared_root(name, value):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("whitens", [False, True])
 def test_side_by_side_equals_one_by_one(gate, whitens, tokenizer, hparams):
-    hparams = replace(hparams, gate=gate, num_steps=5, loc_own_texts=whitens)
+    hparams = replace(hparams, gate=gate, num_steps=5)
     hparams = replace(hparams, parametrisation="whitened" if whitens else "direct")
     model = make_model()
     editor = BaFTEditor(model, tokenizer, hparams)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.method.whitening import Whitening
@@ -29,15 +28,21 @@ class Guard(NamedTuple):
     """Least cosine similarity to a past edit's state, in [-1, 1)."""
 
     @torch.no_grad()
-    def admits(self, hidden: Tensor) -> Tensor:
-        """Tell of hidden states h, [..., D], whether the edit acts there, [...], bool."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.similarity(hidden.float()) >= self.min_similarity
+    def admits(self, hidden: Tensor, new: Tensor | None = None) -> Tensor:
+        """Tell of hidden states whether the edit acts there, [...], bool.
 
-    def similarity(self, hidden: Tensor) -> Tensor:
-        """Return the largest cosine similarity of states [..., D] to a past edit's, [...]."""
+        Args:
+            hidden: h, [..., D].
+            new: States of an edit that count beside those of past edits, [N, D].
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.similarity(hidden.float(), new) >= self.min_similarity
+
+    def similarity(self, hidden: Tensor, new: Tensor | None = None) -> Tensor:
+        """Return the largest cosine similarity of states to a past edit's; see `admits`."""
         keys = self.past.keys(self.whitening)  # [K, D]
+        if new is not None:
+            keys = torch.cat([keys, self.whitening.directions(new)])
         if not len(keys):
             return hidden.new_full(hidden.shape[:-1], -torch.inf)
-        similarity = F.normalize(self.whitening.whitened(hidden), dim=-1) @ keys.mT  # [..., K]
-        return similarity.amax(-1)
+        return (self.whitening.directions(hidden) @ keys.mT).amax(-1)  # [..., K] before amax

@@ -156,19 +156,6 @@ def locality_margin(
     return closed + opened + F.relu(gamma - (largest - largest_irrelevant))
 
 
-def closed_gate(weights: Tensor, alpha: float) -> Tensor:
-    """Return hinge(w(h) - alpha), R_loc's closing part (Eq. 4), for the model's own texts (ours).
-
-    Args:
-        weights: w(h) of irrelevant states, [..., N, r].
-        alpha: Weight that these states may keep.
-
-    Returns:
-        [...], averaged over states and bases.
-    """
-    return F.relu(weights - alpha).mean((-2, -1))
-
-
 def displacement_error(moves: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> Tensor:
     """Return the squared error of displacements beyond a tolerance (ours; see `settling`).
 

@@ -68,7 +68,7 @@ class PastStates(nn.Module):
         """
         if self._keys is None:
             states, moves = self.kept()
-            self._keys = F.normalize(whitening.whitened(states[moves.any(-1)]), dim=-1)
+            self._keys = whitening.directions(states[moves.any(-1)])
         return self._keys
 
     def __getstate__(self) -> dict[str, Any]:

@@ -109,6 +109,10 @@ class Whitening(nn.Module):
         """Return z = S (h - mu), [..., D]."""
         return self.deviation.median() * self._less_correlated(self.in_units(states))
 
+    def directions(self, states: Tensor) -> Tensor:
+        """Return z / |z|, [..., D]: products of two are cosine similarities."""
+        return nn.functional.normalize(self.whitened(states), dim=-1)
+
     def folded(self, rows: Tensor) -> Tensor:
         """Return V S for rows V, [..., D] each: V z = (V S) (h - mu)."""
         return self._less_correlated(rows) * self._scale

@@ -222,8 +222,12 @@ class EditParameters(nn.Module):
         """Return the states of an edit that become past states, and their wanted displacements.
 
         All used states are kept, with the displacement that the edit gives them. Of the irrelevant
-        states, those that the edit moves most are kept; their wanted displacement is zero.
+        states where a guard will let the edit act, or of all without one, those that the edit moves
+        most are kept; their wanted displacement is zero.
         """
+        guard = self.guard(layer)
+        if guard is not None:
+            irrelevant = irrelevant[guard.admits(irrelevant, used)]
         moved = self.displacement(layer, irrelevant, values).norm(dim=-1)
         worst = irrelevant[moved.topk(min(_IRRELEVANT_KEPT, len(moved))).indices]
         moves = self.displacement(layer, used, values)
@@ -234,13 +238,10 @@ class EditParameters(nn.Module):
         """Let past states that want no displacement want the one that they have now.
 
         Args:
-            states: Irrelevant states of an edit, by layer, [N, D]; where a guard does not let the
-                edit act, they go on wanting none.
+            states: Irrelevant states of an edit, by layer, [N, D].
         """
         for layer, irrelevant in states.items():
-            here, guard = irrelevant.float(), self.guard(layer)
-            if guard is not None:
-                here = here[guard.admits(here)]
+            here = irrelevant.float()
             self.past(layer).accept(here, self.displacement(layer, here))
 
     def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
@@ -294,8 +295,3 @@ class EditParameters(nn.Module):
         if isinstance(owner, PastStates):
             return owner.takes(own, value)
         return bool(value.shape == getattr(owner, own).shape)
-
-    def gate_weights(self, layer: int, states: Tensor) -> Tensor:
-        """Return one layer's basis weights w(h), [N, r], for hidden states [N, D]."""
-        weights: Tensor = self.intervention(layer).gate(states)
-        return weights

@@ -68,14 +68,6 @@ class IndependentEdits(ModelEdit):
         edited, weights = torch.vmap(intervene)(values, rows)
         return edited.flatten(0, 1), weights.flatten(0, 1)
 
-    def gate_weights(self, layer: int, states: Tensor) -> Tensor:
-        """Return each edit's basis weights at one layer, [E, N, r], for states [N, D]."""
-        gate, values = self.intervention(layer).gate, self._values_at(layer)
-        own = {n.removeprefix("gate."): v for n, v in values.items() if n.startswith("gate.")}
-        if not own:  # a gate without parameters
-            return super().gate_weights(layer, states).expand(self._num_edits, -1, -1)
-        return torch.vmap(lambda values: functional_call(gate, values, (states,)))(own)
-
     def _values_at(self, layer: int) -> dict[str, Tensor]:
         """Return one layer's parameters by their names in `BaFTIntervention`."""
         prefix = f"_interventions.{layer}."

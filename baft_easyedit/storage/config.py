@@ -1,5 +1,6 @@
 """The configuration of a kept edit: hyper-parameters, the model it belongs to, and versions."""
 
+import logging
 import os
 import platform
 import sys
@@ -17,6 +18,8 @@ from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import input_device, text_config
 from baft_easyedit.storage.fingerprint import Fingerprint
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 4
 
 _OF_EASYEDIT = {
@@ -24,6 +27,9 @@ _OF_EASYEDIT = {
     *("evaluation_type", "api_key"),
 }
 """Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""
+
+_RETIRED = {"loc_own_texts": False}
+"""Hyper-parameters of earlier development versions, and their values that did nothing."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,20 @@ def method_of(hparams: BaFTHyperParams) -> dict[str, Any]:
 def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTHyperParams:
     """Rebuild hyper-parameters from the result of `method_of`, for a loaded model.
 
+    A kept edit acts as before without the hyper-parameters that are gone; a warning names those
+    that its next edits will be learned without.
+
     Raises:
         ValueError: If a hyper-parameter is unknown, missing, or wrong.
     """
     forbidden = sorted(_OF_EASYEDIT & set(method))
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
+    gone = {name: value for name, value in method.items() if name in _RETIRED}
+    missed = [f"{name}: {short(v)}" for name, v in gone.items() if v != _RETIRED[name]]
+    if missed:
+        logger.warning("%s: %s is gone; later edits are learned without", where, missed[0])
+    method = {name: value for name, value in method.items() if name not in gone}
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return hparams_from({**method, **own})

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import BaFTHyperParams
@@ -32,7 +32,7 @@ from baft_easyedit.training.loop import (
     evaluating,
     train,
 )
-from baft_easyedit.training.own_texts import own_length, own_states
+from baft_easyedit.training.own_texts import own_length, own_statistics
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.settling import settle
@@ -137,8 +137,8 @@ class Learner:
         rows, had_dropped = self._rows(requests, hparams), self.edit.has_dropped_states
         self._attach()
         self._condition(hparams)
-        rehearsal, own = self._rehearsal(hparams, requests), self._own_for_gates(hparams)
-        (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal, own)
+        rehearsal = self._rehearsal(hparams, requests)
+        (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
         learned = self._settled(learned, rows, hparams)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
@@ -230,13 +230,12 @@ class Learner:
         if not has_past and self.edit.min_similarity is None:
             return learned
         start = time.perf_counter()
-        own = self._own(hparams) if has_past else {}
         passes = []
         for accepted in ({}, learned.irrelevant):  # again, if the first unlearns a request
             self.edit.restore(learned.state)
             self.edit.accept(accepted)
             if has_past:
-                settle(self.edit, own, hparams)
+                settle(self.edit, hparams)
             losses, is_learned = answered_now(self.model, self.edit, rows)
             passes.append((self.edit.snapshot(), losses, is_learned))
             pairs = zip(learned.report.learned, is_learned, strict=True)
@@ -256,20 +255,10 @@ class Learner:
         if not self.is_attached:
             self.edit.attach(self.model)
 
-    def _own(self, hparams: BaFTHyperParams) -> dict[int, Tensor]:
-        """Return hidden states of the model's own texts, without the edit; see `OwnStates.of`."""
-        frames = self._frames(hparams)
-        with self.edit.disabled(), evaluating(self.model):
-            return own_states(self.model).of(self.model, self.edit.layers, frames)
-
     def _frames(self, hparams: BaFTHyperParams) -> tuple[Frame, ...]:
         """Return the chat template's frames in which the model has room to write, if any."""
         frames, most = PromptFormat.of(hparams).frames(self.tokenizer), max_context(self.model)
         return tuple(one for one in frames if most is None or own_length(one) <= most)
-
-    def _own_for_gates(self, hparams: BaFTHyperParams) -> dict[int, Tensor] | None:
-        """Return those that R_loc shall see, if any."""
-        return self._own(hparams) if hparams.locality and hparams.loc_own_texts else None
 
     def _condition(self, hparams: BaFTHyperParams) -> None:
         """Measure the whitening statistics, if the edit whitens and has none yet."""
@@ -277,7 +266,7 @@ class Learner:
         if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
             with edit.disabled(), evaluating(self.model):
-                known = own_states(self.model).whitenings(
+                known = own_statistics(self.model).whitenings(
                     self.model, edit.layers, self._frames(hparams)
                 )
             for layer, whitening in known.items():
@@ -290,12 +279,12 @@ class Learner:
         hparams: BaFTHyperParams,
     ) -> list[Learned]:
         """Learn independent edits with equally many rows; all rehearse the same past requests."""
-        rehearsal, own = self._rehearsal(hparams, requests), self._own_for_gates(hparams)
+        rehearsal = self._rehearsal(hparams, requests)
         copies = IndependentEdits(self.edit, len(edits))
         with self.edit.disabled():
             try:
                 copies.attach(self.model)
-                return train(self.model, copies, edits, hparams, rehearsal, own)
+                return train(self.model, copies, edits, hparams, rehearsal)
             finally:
                 copies.unhook()
 

@@ -96,7 +96,6 @@ def train(
     edits: Sequence[Sequence[TextRow]],
     hparams: BaFTHyperParams,
     rehearsal: Rehearsal,
-    own: Mapping[int, Tensor] | None = None,
 ) -> list[Learned]:
     """Train an attached edit, or E independent ones, on tokenised texts.
 
@@ -106,7 +105,6 @@ def train(
         edits: The rows of each of the E edits, equally many for each, the requests first.
         hparams: Hyper-parameters of the edit call.
         rehearsal: Draws the past requests that each step learns again, if any.
-        own: Hidden states of the model's own texts that R_loc shall see, by layer, [N, D].
 
     Returns:
         For each of the E edits, its state at the step where it stopped, and its report.
@@ -125,7 +123,7 @@ def train(
     known, recordings = _caches(model, edit, hparams, rehearsal)
     with _frozen(model), edit.learning():
         engine = Engine(model, edit, hparams.engine, recordings, known is not None)
-        training_step = TrainingStep(edit, hparams, known, own)
+        training_step = TrainingStep(edit, hparams, known)
         forward = None
         while True:
             if forward is None or rehearsal:  # each step rehearses other texts

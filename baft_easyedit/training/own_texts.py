@@ -1,7 +1,4 @@
-"""Hidden states of texts that a model generates itself: irrelevant states without any data (ours).
-
-`Learner` takes the whitening statistics from them, closes the gates on them (R_loc), and preserves
-their displacements in settling.
+"""Statistics of texts that a model generates itself: whitening without any data (ours).
 
 Edits that are learned in a chat template act behind its last tokens, where the states of all
 prompts are alike but for a small part, and are like none of plain text. So in a template the model
@@ -35,8 +32,6 @@ LENGTH = 64
 """Of a plain text, in tokens, the first one included."""
 NUM_PROMPTS = 64
 """Prompts in each frame, of an edit in a chat template."""
-NUM_BESIDE = 8
-"""Plain texts beside those prompts. An edit stays closed outside of its template."""
 MESSAGE_LENGTH = 16
 """Of a user's message, in tokens."""
 ANSWER_LENGTH = 3
@@ -45,7 +40,7 @@ _LOOKED_AT = 7
 """Positions whose states are computed again to check that the model has not changed."""
 _MOST_FORMS = 2
 """Forms of texts that are known at once, of each model: plain ones, and those in a template."""
-_NAME = "_baft_own_states"
+_NAME = "_baft_own_statistics"
 """Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
 
 
@@ -58,90 +53,56 @@ class OwnTexts(NamedTuple):
     """The states of the last K tokens at the outputs of layers, [N, K, D] each, fp32."""
 
 
-class OwnStates:
-    """Hidden states of a model's own texts by layer; computed again when the model changes."""
+class OwnStatistics:
+    """Whitening by a model's own texts, by layer; measured again when the model changes."""
 
     def __init__(self) -> None:
         self._version: Hashable = None
         self._known: dict[tuple[Frame, ...], _Known] = {}
 
     def __reduce__(self) -> Any:
-        return OwnStates, ()
+        return OwnStatistics, ()
 
-    def of(
+    def whitenings(
         self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
-    ) -> dict[int, Tensor]:
-        """Return the states at the outputs of some layers, [M, D], fp32.
+    ) -> dict[int, Whitening]:
+        """Return the whitening at the outputs of some layers.
 
         Args:
             model: The model, without an edit.
             layers: Indices of the layers.
             frames: What a chat template puts around prompts; empty for plain texts.
         """
-        return self._current(model, layers, frames).states(layers)
-
-    def whitenings(
-        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
-    ) -> dict[int, Whitening]:
-        """Return the whitening of some layers by the texts in one form; it is measured once."""
-        return self._current(model, layers, frames).whitenings(layers)
-
-    def _current(
-        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...]
-    ) -> "_Known":
-        """Return what is known of the texts in one form; written anew if the model has changed."""
         version = model_version(model)
         if version != self._version:
             self._version, self._known = version, {}
         known = self._known.pop(frames, None)
         if known is None or not known.holds(model, layers):
-            before = () if known is None else known.layers
+            before = known.whitenings if known else ()
             known = _Known(model, sorted({*before, *layers}), frames)
         for oldest in [*self._known][: 1 - _MOST_FORMS]:
             del self._known[oldest]
         self._known[frames] = known
-        return known
+        return {layer: known.whitenings[layer] for layer in layers}
 
 
 class _Known:
-    """A model's own texts in one form, their states, and the whitening by them."""
+    """The whitening by a model's own texts in one form, and states that tell if it still holds."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame]) -> None:
-        templated = [own_prompts(model, frame, layers) for frame in frames]
-        plain = own_texts(model, NUM_BESIDE if frames else NUM_TEXTS, layers)
-        parts = [*templated, plain]
-        measured = templated or [plain]
-        self._first = parts[0].ids[:1]
-        """The text whose beginning is read again, [1, T]; its states are the first ones."""
-        self._before = parts[0].ids.shape[1] - parts[0].states[layers[0]].shape[1]
+        parts = [own_prompts(model, frame, layers) for frame in frames]
+        parts = parts or [own_texts(model, layers)]
+        self.whitenings = {i: _whitening([one.states[i] for one in parts]) for i in layers}
+        first = parts[0]
+        self._first = first.ids[:1]
+        """The text whose beginning is read again, [1, T]."""
+        self._states = {i: first.states[i][0, :_LOOKED_AT] for i in layers}
+        self._before = first.ids.shape[1] - first.states[layers[0]].shape[1]
         """How many of its tokens come before those whose states are known."""
-        self._num_measured = sum(one.states[layers[0]][..., 0].numel() for one in measured)
-        self._states = {
-            i: torch.cat([one.states[i].flatten(0, 1) for one in parts]) for i in layers
-        }
-        self._whitenings: dict[int, Whitening] = {}
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers whose states are known."""
-        return tuple(self._states)
-
-    def states(self, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Return the states of all texts, [M, D]."""
-        return {layer: self._states[layer] for layer in layers}
-
-    def whitenings(self, layers: Sequence[int]) -> dict[int, Whitening]:
-        """Return the whitening by the states of the texts in this form, not of those beside."""
-        for layer, states in self.states(layers).items():
-            if layer not in self._whitenings:
-                new = Whitening(states.shape[1]).to(states.device)
-                new.measure(states[: self._num_measured])
-                self._whitenings[layer] = new
-        return {layer: self._whitenings[layer] for layer in layers}
 
     @torch.no_grad()
     def holds(self, model: nn.Module, layers: Sequence[int]) -> bool:
-        """Tell whether states of the layers are known, and still those of the model.
+        """Tell whether the layers are known, and the states still those of the model.
 
         `model_version` does not see all changes of what a model computes, so the beginning of a
         text is read again. Its states must be the known ones up to rounding.
@@ -155,20 +116,28 @@ class _Known:
         again = [_hidden(output)[0, self._before :] for (output,) in seen]
         tolerance = tolerance_of(next(model.parameters()))
         pairs = zip(again, self._states.values(), strict=True)
-        return all(is_close(h, known[: len(h)], tolerance) for h, known in pairs)
+        return all(is_close(h, known, tolerance) for h, known in pairs)
 
 
-def own_states(model: nn.Module) -> OwnStates:
-    """Return the model's `OwnStates`, which live as long as the model."""
-    return cast(OwnStates, vars(decoder_layers(model)).setdefault(_NAME, OwnStates()))
+def _whitening(states: Sequence[Tensor]) -> Whitening:
+    """Measure the whitening of a layer by states of several kinds of texts, [N, K, D] each."""
+    all_states = torch.cat([one.flatten(0, 1) for one in states])
+    new = Whitening(all_states.shape[1]).to(all_states.device)
+    new.measure(all_states)
+    return new
 
 
-def own_texts(model: nn.Module, count: int = NUM_TEXTS, layers: Sequence[int] = ()) -> OwnTexts:
-    """Sample plain texts from a model, [count, LENGTH]; the same ones each time.
+def own_statistics(model: nn.Module) -> OwnStatistics:
+    """Return the model's `OwnStatistics`, which live as long as the model."""
+    return cast(OwnStatistics, vars(decoder_layers(model)).setdefault(_NAME, OwnStatistics()))
+
+
+def own_texts(model: nn.Module, layers: Sequence[int] = ()) -> OwnTexts:
+    """Sample plain texts from a model, [NUM_TEXTS, LENGTH]; the same ones each time.
 
     The states are those of all tokens but the first, which has states like no others.
     """
-    writer = _Writer(model, layers, [_first_token(text_config(model))], count)
+    writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
     writer.write(LENGTH - 1)
     return writer.texts(LENGTH - 1)
 

@@ -2,9 +2,9 @@
 
 Training a new edit changes Phi, and with it the displacements Phi(h) - h that earlier edits need.
 Settling then trains Phi again. At the hidden states kept in `past_states` (the new edit's included)
-the target is the displacement stored when the state's edit was learned; at states of the model's
-own texts it is the displacement before settling. An error within a tolerance costs nothing. A step
-takes a few matrix products, and no forward of the model.
+the target is the displacement stored when the state's edit was learned. An error within a tolerance
+costs nothing. A step takes a few matrix products, and no forward of the model. What Phi does
+elsewhere may change; a guard keeps it from acting there (`method.guard`).
 
 Irrelevant states want no displacement. Where they hardly differ from the edited ones (prompts that
 differ by a name only), settling can undo the new edit: `learner` then lets them want what they have
@@ -12,8 +12,6 @@ differ by a name only), settling can undo the new edit: `learner` then lets them
 
 Shapes: N states, D hidden size.
 """
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -24,9 +22,6 @@ from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.loop import make_optimizer
 
-_OWN_STATES = 256
-"""At least this many states of the model's own texts are used, or all if there are fewer."""
-
 _TURNS = 4
 """The states are split into so many parts; steps use one part each, in turn."""
 
@@ -35,14 +30,13 @@ _TOLERANCE = 0.1
 tolerance, a new edit could no longer generalise."""
 
 
-def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams) -> None:
+def settle(edit: ModelEdit, hparams: BaFTHyperParams) -> None:
     """Restore the displacements at past states, in at most `settle_steps` steps.
 
     The learning rates begin at those of training and fall linearly to 0.
 
     Args:
         edit: A single edit, on the devices of its layers; its parameters are changed.
-        own: Hidden states of the model's own texts by layer, [N, D].
         hparams: Give the learning rates and the number of steps.
     """
     steps, coordinates = hparams.settle_steps, Coordinates(edit)
@@ -50,7 +44,7 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
     device = edit.intervention(edit.layers[0]).source_bias.device
     with torch.inference_mode(False), torch.enable_grad():
-        wanted = [_Wanted(edit, coordinates, layer, own[layer]) for layer in edit.layers]
+        wanted = [_Wanted(edit, coordinates, layer) for layer in edit.layers]
         num_settled, has_moved = 0, False
         for step in range(steps):
             errors = [w.error(step).to(device) for w in wanted]
@@ -73,18 +67,14 @@ def settle(edit: ModelEdit, own: Mapping[int, Tensor], hparams: BaFTHyperParams)
 
 
 class _Wanted:
-    """The wanted displacements of one layer: those stored with past states, and own texts' now."""
+    """The wanted displacements of one layer: those stored with past states."""
 
     @torch.no_grad()
-    def __init__(self, edit: ModelEdit, coordinates: Coordinates, layer: int, own: Tensor) -> None:
+    def __init__(self, edit: ModelEdit, coordinates: Coordinates, layer: int) -> None:
         states, moves = edit.past(layer).kept()
         num_moved = moves.any(-1).sum().clamp_min(1)
         usual = (moves.square().sum() / num_moved).sqrt()
         self._size = usual.clamp_min(torch.finfo(moves.dtype).tiny)
-        stride = len(own) // _OWN_STATES | 1  # odd: own prompts have four states each, all wanted
-        rest = own[::stride].to(states.device)
-        states = torch.cat([states, rest])  # [N, D]
-        moves = torch.cat([moves, edit.displacement(layer, rest)])  # [N, D]
         turns = [slice(k, None, _TURNS) for k in range(min(_TURNS, len(states)))]
         self._turns = [
             (coordinates.displacement(layer, states[turn]), moves[turn]) for turn in turns

@@ -7,7 +7,7 @@ Shapes: E edits, b bins of an edit (see `layout`), W columns, A answer tokens, L
 rank, R rows.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.method.objective import (
     answer_loss,
-    closed_gate,
     joint_loss,
     load_balance,
     locality_margin,
@@ -86,25 +85,18 @@ def row_scores(logits: Tensor, losses: Tensor, layout: Layout) -> tuple[Tensor, 
 
 
 class Objective:
-    """The objective L = L1 + R_bal + R_loc of an edit, or of E independent ones (Eq. 4).
+    """The objective L = L1 + R_bal + R_loc of an edit, or of E independent ones (Eq. 4)."""
 
-    R_loc also sees the hidden states `own` of the model's own texts, by layer, [N, D], if any.
-    """
-
-    def __init__(
-        self, edit: ModelEdit, hparams: BaFTHyperParams, own: Mapping[int, Tensor] | None = None
-    ) -> None:
+    def __init__(self, edit: ModelEdit, hparams: BaFTHyperParams) -> None:
         self._edit = edit
         self._hparams = hparams
-        self._own = own or {}
 
     @property
     def settings(self) -> Hashable:
         """All that the objective depends on beside the forward, the parameters and the usage."""
         h = self._hparams
         terms = (h.balance, h.balance_coef, h.locality, h.locality_coef)
-        own = tuple(states.data_ptr() for states in self._own.values())
-        return (*terms, h.alpha, h.beta, h.gamma, h.rescaling, own)
+        return (*terms, h.alpha, h.beta, h.gamma, h.rescaling)
 
     @torch.no_grad()
     def value(self, forward: "Forward") -> StepResult:
@@ -145,26 +137,13 @@ class Objective:
             # R_bal of Eq. 4, [L, E]
             balance = load_balance(edit.joint_usage().mean_with(weights, new))
             terms["balance"] = balance.mean(0)
-        if h.locality and (self._own or not all(row.is_edit for row in layout.rows)):
-            terms["locality"] = self._locality(weights, edited, irrelevant, layout).mean(0)
+        if h.locality and not all(row.is_edit for row in layout.rows):
+            margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
+            # R_loc of Eq. 4, [L, E]
+            locality = locality_margin(weights, edited, weights, irrelevant, **margins)
+            terms["locality"] = locality.mean(0)
         scores = row_scores(logits.detach(), losses.detach(), layout)
         return StepResult(terms, loss, weights, hidden, new, irrelevant, *scores)
-
-    def _locality(
-        self, weights: Tensor, edited: Tensor, irrelevant: Tensor, layout: Layout
-    ) -> Tensor:
-        """Return R_loc of Eq. 4 of each layer, [L, E], on irrelevant prompts and own texts."""
-        h, terms = self._hparams, []
-        if not all(row.is_edit for row in layout.rows):
-            margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
-            terms.append(locality_margin(weights, edited, weights, irrelevant, **margins))
-        if self._own:
-            closed = [
-                closed_gate(self._edit.gate_weights(layer, states), h.alpha).to(weights.device)
-                for layer, states in self._own.items()
-            ]
-            terms.append(torch.stack(closed).view(len(closed), self._edit.num_edits))
-        return torch.stack(terms).sum(0)
 
     def _total(self, step: StepResult) -> Tensor:
         """Return L of Eq. 4, summed over the edits, which share no parameter, []."""
@@ -178,7 +157,7 @@ class TrainingStep:
     """Computes training steps: the losses, and the gradients, left in `.grad` for the optimiser.
 
     `known` are captured steps of earlier calls on the same model, to which new ones are added; None
-    to keep none. For `own` see `Objective`.
+    to keep none.
     """
 
     def __init__(
@@ -186,11 +165,10 @@ class TrainingStep:
         edit: ModelEdit,
         hparams: BaFTHyperParams,
         known: KnownSteps | None = None,
-        own: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._edit = edit
         self._captures = hparams.engine != "full"
-        self._objective = Objective(edit, hparams, own)
+        self._objective = Objective(edit, hparams)
         self._parameters = list(edit.learned_parameters().values())
         self._known = known
         usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
