@@ -214,6 +214,27 @@ def test_save_takes_new_hparams_along(opened, quick, kept, tokenizer, tmp_path):
         assert [e.kind for e in of(again).entries] == ["start", "edit", "settings", "edit"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", 2), ("num_prompt_positions", 1), ("min_similarity", 0.5), ("lr", -1.0)],
+)
+def test_what_the_edit_is_not_cannot_be_kept(opened, quick, kept, tmp_path, name, value):
+    with opened(hparams=replace(quick)) as editor:
+        editor.edit(fact(0))
+        before = now(editor)
+        setattr(editor.hparams, name, value)
+        for refused in (
+            partial(editor.edit, fact(1)),
+            partial(editor.save, kept),
+            partial(editor.save, tmp_path / "saved"),
+        ):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                refused()
+    with opened(hparams=None) as again:
+        assert now(again) == before
+        assert getattr(again.hparams, name) == getattr(quick, name)
+
+
 def lines_of(path):
     return [entry.line for entry in read_history(path)]
 

@@ -34,6 +34,7 @@ from baft_easyedit.storage.config import (
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, edit_content
+from baft_easyedit.storage.loading import check_same_shape
 from baft_easyedit.storage.reading import lacking, read_history
 from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
@@ -84,7 +85,18 @@ class History:
     def config(self) -> KeptConfig:
         """Return the configuration to keep with the edit: its method, model, and versions."""
         config = self.origin or KeptConfig.of(self._learner.model, self.hparams)
-        return replace(config, hparams=method_of(self.hparams), versions=versions())
+        return replace(config, hparams=self._method(), versions=versions())
+
+    def _method(self) -> dict[str, Any]:
+        """Return the hyper-parameters to keep.
+
+        Raises:
+            ValueError: If their fields were set to what the edit is not, or cannot be read again.
+        """
+        method = method_of(self.hparams)
+        read = hparams_of(method, self._learner.model, "this editor")
+        check_same_shape(self._learner.edit, read, "this edit")
+        return method
 
     # ---- the directory
 
@@ -150,7 +162,7 @@ class History:
 
     def _settings(self, method: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return what the result of an edit depends on beside the state and the requests."""
-        method = method or method_of(self.hparams)
+        method = method or self._method()
         return {"hparams": method, "environment": environment(self._learner.model)}
 
     def _keep_settings(self) -> None:
