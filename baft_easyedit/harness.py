@@ -51,10 +51,23 @@ class EditedLM(HFLM):  # type: ignore[misc]  # no types
     Generation needs no help, as `generate` of an edited model knows its prompts.
 
     `asked` is evaluated in place of `model`, such as a wrapper that EasyEdit made of it.
+    `chat_template_kwargs` are those of the edit's hyper-parameters.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, asked: Any = None) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int = 8,
+        asked: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            chat_template_args=dict(chat_template_kwargs or {}),
+        )
         self.asked = model if asked is None else asked
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:

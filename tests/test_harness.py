@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness on edited models."""
 
+import copy
 import json
 import re
 from types import SimpleNamespace
@@ -169,6 +170,27 @@ def test_scores_with_and_without_the_edit_stand_side_by_side(kept, task, capsys,
     assert run("eval", directory, *options, "--json") == 0
     scores = {"mine acc": [0.5, 0.25]}
     assert json.loads(capsys.readouterr().out) == {"base": scores, "edited": scores}
+
+
+def test_tasks_are_asked_in_the_template_that_the_edit_was_learned_in(
+    tokenizer, tmp_path, monkeypatch
+):
+    model, templated = make_model(), copy.deepcopy(tokenizer)
+    templated.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ mood }}"
+    for part in (model, templated):
+        part.save_pretrained(tmp_path / "model")
+    more = {"use_chat_template": True, "chat_template_kwargs": {"mood": "!"}}
+    editor = BaFTEditor(model, templated, BaFTHyperParams("m", [1], device="cpu", **more))
+    editor.save(tmp_path / "kept")
+    asked = []
+
+    def scores(lm, in_chat):
+        asked.append((lm.apply_chat_template([{"role": "user", "content": "Who?"}]), in_chat))
+        return {}
+
+    monkeypatch.setattr("baft_easyedit.harness.Tasks", lambda *_: SimpleNamespace(scores=scores))
+    assert run("eval", tmp_path / "kept", "--tasks", "mine", "--model", tmp_path / "model") == 0
+    assert asked == [("<Who?>!", True)] * 2
 
 
 @pytest.mark.slow

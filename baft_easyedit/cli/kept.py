@@ -123,11 +123,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     tasks = Tasks(*given)
     model, tokenizer = load(arguments)
     edit = attach(model, arguments.directory)
-    in_chat = kept_hparams(arguments.directory, model).use_chat_template
-    lm = EditedLM(model, tokenizer, arguments.batch_size)
+    form = PromptFormat.of(kept_hparams(arguments.directory, model))
+    more = {"chat_template_kwargs": form.chat_template_kwargs}
+    lm = EditedLM(model, tokenizer, arguments.batch_size, **more)
     with edit.disabled():
-        base = tasks.scores(lm, in_chat)
-    edited = tasks.scores(lm, in_chat)
+        base = tasks.scores(lm, form.use_chat_template)
+    edited = tasks.scores(lm, form.use_chat_template)
     if arguments.json:
         print(json.dumps({"base": base, "edited": edited}))
         return
