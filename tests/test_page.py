@@ -60,6 +60,14 @@ def test_one_fact_is_forgotten_and_the_later_ones_stay(desk):
     assert desk.ask(WATER[0], max_new_tokens=5)[1] == "sand"
 
 
+def test_of_the_edits_of_a_prompt_the_latest_is_in_force(desk):
+    for target in ("Rome", "Oslo"):
+        desk.learn(FRANCE[0], target)
+    assert [row[3:] for row in desk.rows()] == [["Oslo", "yes"], ["Rome", ""], ["", "yes"]]
+    desk.undo()
+    assert [row[3:] for row in desk.rows()[1:3]] == [["Oslo", ""], ["Rome", "yes"]]
+
+
 def test_progress_of_a_batch_counts_calls(desk):
     keys, steps = ("prompt", "target_new"), []
     desk.editor.edit([dict(zip(keys, texts, strict=False)) for texts in (FRANCE, WATER)])

@@ -151,19 +151,25 @@ class Desk:
         )
 
     def rows(self) -> list[list[Any]]:
-        """Return a row of `HEADERS` for each request of each entry, the latest first."""
+        """Return a row of `HEADERS` for each request of each entry, the latest first.
+
+        Of the edits of one prompt that led to the present state, the latest is in force.
+        """
         journal = self._journal()
-        in_force = set(journal.ancestors(journal.position))
+        present, replaced = set(journal.ancestors(journal.position)), set[str]()
         rows: list[list[Any]] = []
         for entry in reversed(journal.entries):
             change = entry.kind if entry.to is None else f"{entry.kind} to {entry.to}"
             requests = entry.requests
             if forgotten := entry.content.get("forgotten"):
                 change, requests = "forget", [{"prompt": forgotten}]
-            is_on = "yes" if entry.id in in_force else ""
+            is_present = entry.id in present
             for request in requests or [{}]:
                 texts = [str(request.get(key, "")) for key in ("prompt", "target_new")]
-                rows.append([entry.id, change, *texts, is_on])
+                is_on = is_present and texts[0] not in replaced
+                rows.append([entry.id, change, *texts, "yes" if is_on else ""])
+                if is_present and request:
+                    replaced.add(texts[0])
         return rows
 
     def _journal(self) -> Journal:
