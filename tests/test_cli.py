@@ -4,14 +4,17 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import baft_easyedit
 from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
+from baft_easyedit.cli.console import Bar
 from baft_easyedit.training.learner import Learner
 from tests.bench.synthetic import write_run
 from tests.conftest import make_model
@@ -260,6 +263,13 @@ def test_edit_that_was_not_learned_is_told_once(option, status, saved, tmp_path,
 
 def stop(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+def test_progress_is_counted_without_a_bar(monkeypatch):
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm, disable=True))  # as TQDM_DISABLE has it
+    with Bar() as bar:
+        bar.start(40, 10)(2)
+        assert bar.position == "at 12 of 40 edits"
 
 
 def test_interrupt_ends_with_130_and_says_what_is_kept(saved, tmp_path, monkeypatch, capsys):

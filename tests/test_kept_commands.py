@@ -85,6 +85,14 @@ def test_apply_tells_what_does_not_hold_in_the_end(tmp_path, saved, edits, capsy
     assert not caplog.text
 
 
+def test_apply_tells_that_edits_begin_to_be_forgotten(tmp_path, edits, caplog):
+    more = "parametrisation: whitened\npast_states: 4\nnum_steps: 1\n"
+    (tmp_path / "mine.yaml").open("a").write(more)
+    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
+    (told,) = caplog.messages
+    assert told.startswith("all 4 past_states are taken: from now on")
+
+
 def test_a_kept_edit_is_asked_in_the_dtype_that_it_was_learned_in(tmp_path, saved, capsys):
     (tmp_path / "mine.yaml").open("a").write("bf16: true\n")
     (tmp_path / "one.json").write_text(json.dumps(EDITS[:1]))

@@ -38,13 +38,12 @@ def silence_loading() -> None:
 
 @contextmanager
 def on_interrupt(directory: Path | None) -> Iterator[None]:
-    """Tell what was kept on Ctrl-C in this context; hide the learner's warnings, which repeat ours.
+    """Tell what was kept on Ctrl-C in this context; hide warnings that the command itself repeats.
 
     Without a directory, the edit is not kept.
     """
     learner = logging.getLogger("baft_easyedit.training.learner")
-    level = learner.level
-    learner.setLevel(logging.ERROR)
+    learner.addFilter(_is_not_repeated)
     try:
         yield
     except KeyboardInterrupt:
@@ -52,7 +51,12 @@ def on_interrupt(directory: Path | None) -> Iterator[None]:
         where = f"`baft-easyedit history {directory}` lists what is kept"
         raise KeyboardInterrupt(where if is_kept else "nothing is kept") from None
     finally:
-        learner.setLevel(level)
+        learner.removeFilter(_is_not_repeated)
+
+
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    """Tell whether a warning of the learner is another one than that of unlearned requests."""
+    return "requests not learned" not in record.getMessage()
 
 
 class Bar:
@@ -61,6 +65,7 @@ class Bar:
     def __init__(self, unit: str = "edit") -> None:
         self._unit = unit
         self._bar: Any = None
+        self._done = 0  # a bar that TQDM_DISABLE hides does not count
 
     def __enter__(self) -> "Bar":
         return self
@@ -74,7 +79,13 @@ class Bar:
         from tqdm import tqdm
 
         self._bar = tqdm(total=total, initial=done, unit=self._unit, leave=False)
-        return self._bar.update
+        self._done = done
+        return self._move
+
+    def _move(self, count: int) -> None:
+        """Advance the bar."""
+        self._done += count
+        self._bar.update(count)
 
     def tell(self, text: str) -> None:
         """Print a line to standard error, above the bar."""
@@ -87,4 +98,4 @@ class Bar:
         """The progress in words, such as `at 12 of 40 edits`."""
         if self._bar is None:
             return f"before the first {self._unit}"
-        return f"at {self._bar.n} of {self._bar.total} {self._unit}s"
+        return f"at {self._done} of {self._bar.total} {self._unit}s"
