@@ -147,6 +147,22 @@ def test_change_behind_the_editors_back_is_not_kept(opened, kept, tmp_path):
         assert now(editor) == read_history(kept)[2].state_hash
 
 
+def test_what_is_learned_on_changed_weights_is_not_kept(opened):
+    model = make_model()
+    with opened(model=model) as editor:
+        editor.edit(fact(0))
+        before = now(editor)
+        weight = model.lm_head.weight
+        old, weight.data = weight.data, weight.data + 1  # as by a merged adapter
+        for refused in (partial(editor.edit, fact(1)), partial(editor.forget, fact(0)["prompt"])):
+            with pytest.raises(ValueError, match="its weights have other values"):
+                refused()
+        assert now(editor) == before
+        editor.undo()
+        weight.data = old
+        editor.edit(fact(1))
+
+
 def test_change_by_another_editor_is_named_and_not_dropped(opened, quick, kept, tokenizer):
     with opened() as editor:
         editor.edit(fact(0))

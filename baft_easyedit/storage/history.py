@@ -191,6 +191,11 @@ class History:
             f"call rollback(to={directory.journal.position}) first, or save() it elsewhere",
         )
 
+    def _check_can_learn(self, directory: KeptDirectory) -> None:
+        """Raise ValueError if the edit is not as kept, or the model's weights changed since."""
+        self._check_as_kept(directory)
+        self.config().check_model(self._learner.model, str(directory.path))
+
     def _check_present(self, is_as_left: bool, rule: str, remedy: str = "") -> None:
         """Raise ValueError by a rule, and name the latest change, unless this history made it."""
         is_other = attached_edit(self._learner.model) not in (None, self._learner.edit)
@@ -223,7 +228,7 @@ class History:
         with self._learner.lock.changing():
             journal = self._journal
             if self._directory is not None:
-                self._check_as_kept(self._directory)
+                self._check_can_learn(self._directory)
             elif journal is not None and present(self._learner.state(), journal) is None:
                 self._end_journal(journal.entries[-1], _CHANGED)
             self._keep_settings()
@@ -314,7 +319,7 @@ class History:
         """Go back to before the first edit of a prompt, and learn the later edits again."""
         directory = self._open_directory("forget")
         with self._learner.lock.changing():
-            self._check_as_kept(directory)
+            self._check_can_learn(directory)
             path = directory.journal.path_from(prompt, str(directory.path))
             with self._noted(f"the forgetting of {cut(repr(prompt), 82)}"):
                 to = path[0].parent or 0
