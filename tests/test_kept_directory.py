@@ -163,6 +163,24 @@ def test_what_is_learned_on_changed_weights_is_not_kept(opened):
         editor.edit(fact(1))
 
 
+def test_loaded_edit_that_learns_on_changed_weights_is_one_of_them(
+    opened, kept, tokenizer, tmp_path
+):
+    with opened() as editor:
+        editor.edit(fact(0))
+    model = make_model()
+    loaded = BaFTEditor.load(model, tokenizer, kept)
+    model.lm_head.weight.data += 1
+    loaded.edit(fact(1))
+    loaded.save(tmp_path / "saved")
+    (start,) = read_history(tmp_path / "saved")
+    assert "learned on another model" in start.content["snapshot_of"]
+    with pytest.raises(ValueError, match="its weights have other values"):
+        attach(make_model(), tmp_path / "saved")
+    loaded.model_edit.detach()
+    attach(model, tmp_path / "saved")
+
+
 def test_change_by_another_editor_is_named_and_not_dropped(opened, quick, kept, tokenizer):
     with opened() as editor:
         editor.edit(fact(0))

@@ -102,10 +102,8 @@ class History:
 
     def go_on(self, kept: StateFile, directory: Path) -> None:
         """Continue a loaded edit in memory, with its journal if that is intact."""
-        last, model = kept.entries[-1], self._learner.model
-        if kept.config.fingerprint.difference(Fingerprint.of(model)) is not None:
-            self.origin = None  # from now on it is an edit of this model
-            self._end_journal(last, f"learned on another model, {kept.config.base_model}")
+        last = kept.entries[-1]
+        if self._is_on_another_model(last):
             return
         try:
             entries = read_history(directory)[: last.id + 1]
@@ -116,6 +114,15 @@ class History:
             self._starts.add(entries[0].line)
         else:
             self._end_journal(last, "the journal before it could not be read")
+
+    def _is_on_another_model(self, last: Entry) -> bool:
+        """Tell whether the model is not that of a loaded edit; then it is an edit of this one."""
+        origin = self.origin
+        if origin is None or not origin.fingerprint.difference(Fingerprint.of(self._learner.model)):
+            return False
+        self.origin = None
+        self._end_journal(last, f"learned on another model, {origin.base_model}")
+        return True
 
     def _end_journal(self, last: Entry, why: str) -> None:
         """Drop the journal, as the present state does not follow from its last entry."""
@@ -229,7 +236,11 @@ class History:
             journal = self._journal
             if self._directory is not None:
                 self._check_can_learn(self._directory)
-            elif journal is not None and present(self._learner.state(), journal) is None:
+            elif (
+                journal is not None
+                and not self._is_on_another_model(journal.entries[-1])
+                and present(self._learner.state(), journal) is None
+            ):
                 self._end_journal(journal.entries[-1], _CHANGED)
             self._keep_settings()
         about = f" of {cut(repr(requests[0].prompt), 82)}" if requests else ""
