@@ -34,8 +34,12 @@ CHAT = [{"role": "user", "content": PROMPT}]
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('the user must be last') }}"
-    "{% endif %}[assistant]"
+    "{% endif %}[assistant]{{ mood }}"
 )
+FORMATS = {
+    "a": PromptFormat(),
+    "b": PromptFormat(use_chat_template=True, chat_template_kwargs={"mood": "!"}),
+}
 
 
 @contextmanager
@@ -71,8 +75,7 @@ def edits(model):
 
 @pytest.fixture(scope="module")
 def url(model, tokenizer, edits):
-    formats = dict.fromkeys(edits.names, PromptFormat())
-    app = make_app(Answerer(model, tokenizer, edits), formats, Queue(16), max_body=5000)
+    app = make_app(Answerer(model, tokenizer, edits), FORMATS, Queue(16), max_body=5000)
     with served(app) as address:
         yield address
 
@@ -86,7 +89,7 @@ def client(url):
 def test_answers_are_those_of_generate_answers(client, model, tokenizer, edits, name):
     with edits.active(*(() if name == "base" else name.split("+"))):
         (plain,) = generate_answers(model, tokenizer, [PROMPT], 10)
-        form = PromptFormat(use_chat_template=True)
+        form = FORMATS["b"] if "b" in name.split("+") else PromptFormat(use_chat_template=True)
         (chatted,) = generate_answers(model, tokenizer, [PROMPT], 10, prompt_format=form)
     given = {"model": name, "max_tokens": 10, "temperature": 0}
     completed = client.completions.create(prompt=PROMPT, **given)

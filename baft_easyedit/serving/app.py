@@ -180,7 +180,7 @@ class _Routes:
     def complete(self, body: Completion, request: Request) -> Any:
         """Continue a text."""
         edits = self._edits_of(body.model)
-        prompt_format = self._prompt_format(edits).without_template()
+        prompt_format = self._prompt_format(edits, in_chat=False).without_template()
         ids = prompt_format.prompt_ids(body.prompt, self._answerer.tokenizer)
         wish = self._wish(body, edits, ids)
         return self._reply(_AnswerBody(body.model, is_chat=False), body, wish, request)
@@ -195,7 +195,7 @@ class _Routes:
                 [message.model_dump() for message in body.messages],
                 add_generation_prompt=True,
                 tokenize=False,
-                **(self._prompt_format(edits).chat_template_kwargs or {}),
+                **(self._prompt_format(edits, in_chat=True).chat_template_kwargs or {}),
             )
         except TemplateError as error:
             raise HTTPException(400, f"messages do not fit the chat template: {error}") from None
@@ -215,9 +215,10 @@ class _Routes:
             )
         return edits
 
-    def _prompt_format(self, edits: tuple[str, ...]) -> PromptFormat:
-        """Return the prompt format of the first edit; the plain one without edits."""
-        return self._formats[edits[0]] if edits else PromptFormat()
+    def _prompt_format(self, edits: tuple[str, ...], *, in_chat: bool) -> PromptFormat:
+        """Return the format of the first edit that was learned in a chat template, or outside."""
+        given = [self._formats[name] for name in edits]
+        return min(given, key=lambda one: one.use_chat_template != in_chat, default=PromptFormat())
 
     def _wish(self, body: Body, edits: tuple[str, ...], ids: tuple[int, ...]) -> Wish:
         """Make a `Wish` of a request, after the checks that pydantic cannot do."""
