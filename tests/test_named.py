@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from baft_easyedit import BaFTEditor, attach, attach_named
+from baft_easyedit.model.hooks import with_prompt_lengths
 from baft_easyedit.model.named import NamedEdits
 from tests.conftest import IDS, logits, make_model, random_edit
 
@@ -49,6 +50,17 @@ def test_at_a_shared_layer_the_first_edit_acts_first(model):
         model(IDS)
     assert torch.equal(of_first.hidden[1], alone.hidden[1])
     assert not torch.equal(of_second.hidden[1], of_first.hidden[1])
+
+
+def test_every_edit_is_told_where_prompts_end(model):
+    edits = NamedEdits(model, {"a": random_edit(seed=3), "b": random_edit(seed=4)})
+    for name, seed in (("a", 3), ("b", 4)):
+        only = make_model()
+        random_edit(seed=seed).attach(only)
+        with edits.active(name), with_prompt_lengths(model, [3]), with_prompt_lengths(only, [3]):
+            assert torch.equal(logits(model), logits(only))
+        with edits.active(name), with_prompt_lengths(only, [3]):
+            assert not torch.equal(logits(model), logits(only))
 
 
 def test_a_thread_has_its_own_edits(model):

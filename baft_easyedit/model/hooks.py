@@ -366,16 +366,26 @@ class ModelEdit(EditParameters):
 
 
 def attached_edit(model: object) -> ModelEdit | None:
-    """Return the edit attached to a model (or to a model inside it, such as PEFT's), if any."""
+    """Return the edit attached to a model (or to a model inside it, such as PEFT's), if any.
+
+    Of named edits it is the last one.
+    """
+    return next(_attached_edits(model), None)
+
+
+def _attached_edits(model: object) -> Iterator[ModelEdit]:
+    """Yield the edits attached to a model: one, or several named ones."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for hook in module._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, ModelEdit):
-                return owner
-    return None
+                yield owner
 
 
-def with_prompt_lengths(model: object, lengths: PromptLengths) -> AbstractContextManager[None]:
-    """Tell the edit that a model carries, if any, where prompts end: `ModelEdit.prompt_lengths`."""
-    edit = attached_edit(model)
-    return nullcontext() if edit is None else edit.prompt_lengths(lengths)
+@contextmanager
+def with_prompt_lengths(model: object, lengths: PromptLengths) -> Iterator[None]:
+    """Tell the edits that a model carries where prompts end: `ModelEdit.prompt_lengths` of each."""
+    with ExitStack() as told:
+        for edit in dict.fromkeys(_attached_edits(model)):
+            told.enter_context(edit.prompt_lengths(lengths))
+        yield
