@@ -15,6 +15,7 @@ import baft_easyedit
 from baft_easyedit import BaFTEditor
 from baft_easyedit.cli import main
 from baft_easyedit.cli.console import Bar
+from baft_easyedit.storage.reading import read_latest
 from baft_easyedit.training.learner import Learner
 from tests.bench.synthetic import write_run
 from tests.conftest import make_model
@@ -204,6 +205,50 @@ def test_end_of_an_answer_is_learned_unless_a_file_decides(saved, tmp_path, monk
     hparams_learned_by([*command, *kept, "--hparams", str(file)], monkeypatch)
     hparams = hparams_learned_by([*command, *kept], monkeypatch)
     assert (hparams.learn_end, hparams.num_steps, hparams.lr) == (False, 2, 0.03)
+
+
+def test_settings_that_are_given_for_one_edit_are_those_of_no_other(
+    saved, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "mine.yaml").write_text("{layers: [1, 3], num_steps: 1, lr: 0.5, device: cpu}")
+    command = edit_command(saved, "--target", "Rome", "--allow-unlearned")
+    kept = tmp_path / "kept"
+    command += ["--save", str(kept)]
+    begun = hparams_learned_by([*command, "--hparams", f"{tmp_path}/mine.yaml"], monkeypatch)
+    assert (begun.num_steps, begun.lr) == (2, 0.03)
+
+    def of_others():
+        hparams = read_latest(kept).config.hparams
+        return hparams["num_steps"], hparams["lr"]
+
+    assert of_others() == (1, 0.5)
+    hparams_learned_by(command, monkeypatch)
+    assert of_others() == (1, 0.5)
+    monkeypatch.setattr(Learner, "learn", fail)
+    assert main([*command, "--lr", "9"]) == 2
+    assert "the loss became nan" in capsys.readouterr().err
+    assert of_others() == (1, 0.5)
+
+
+def test_a_file_of_settings_decides_where_an_edit_goes_on_from_another(
+    saved, tmp_path, monkeypatch, capsys
+):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("{layers: [1, 3], rank: 4, device: cpu}")
+    command = edit_command(saved, "--target", "Rome", "--allow-unlearned")
+    hparams_learned_by(
+        [*command, "--hparams", str(settings), "--save", f"{tmp_path}/kept"], monkeypatch
+    )
+    command += ["--from", f"{tmp_path}/kept", "--hparams", str(settings)]
+    settings.write_text("{layers: [1, 3], rank: 4, learn_end: true, device: cpu}")
+    assert hparams_learned_by(command, monkeypatch).learn_end
+    settings.write_text("{layers: [1, 3], rank: 2, device: cpu}")
+    assert main(command) == 2
+    assert "rank must be 4, as in this edit; got 2" in capsys.readouterr().err
+
+
+def fail(*_):
+    raise FloatingPointError("the loss became nan")
 
 
 def test_weights_are_of_the_dtype_of_the_option_or_the_file(saved, tmp_path, monkeypatch):

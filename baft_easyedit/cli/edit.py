@@ -63,12 +63,13 @@ def _edit(arguments: argparse.Namespace) -> int:
         answers = partial(
             generate_answers, editor.model, editor.tokenizer, prompts, prompt_format=prompt_format
         )
+        settings = replace(editor.hparams, **given(arguments, "num_steps", "lr"))
         before = answers()
-        report = editor.edit(request)
+        report = _made(editor, request, settings, arguments)
         after = answers()
         if arguments.save is not None:
             editor.save(arguments.save, arguments.overwrite)
-        settings, num_parameters = editor.hparams, editor.model_edit.num_parameters
+        num_parameters = editor.model_edit.num_parameters
     for prompt, old, new_answer in zip(prompts, before, after, strict=True):
         print(f"{prompt}\n  before: {old}\n  after:  {new_answer}")
     _print_report(report, settings.alg_name, num_parameters)
@@ -78,16 +79,35 @@ def _edit(arguments: argparse.Namespace) -> int:
 def _editor(arguments: argparse.Namespace, request: Mapping[str, Any]) -> BaFTEditor:
     """Make the editor that `--save` and `--from` ask for; a kept edit has its own settings."""
     arguments.directory = arguments.source or arguments.save
-    if arguments.directory == arguments.save and arguments.save is not None:
-        editor = begun(arguments, [request], in_a_row=False)
-    else:
-        model, tokenizer, hparams = load_to_edit(arguments, in_a_row=False)
-        if arguments.source is not None:
-            editor = BaFTEditor.load(model, tokenizer, arguments.source)
-        else:
-            editor = BaFTEditor(model, tokenizer, hparams)
-    editor.hparams = replace(editor.hparams, **given(arguments, "num_steps", "lr"))
+    if _is_open(arguments):
+        return begun(arguments, [request], in_a_row=False)
+    model, tokenizer, hparams = load_to_edit(arguments, in_a_row=False)
+    if arguments.source is None:
+        return BaFTEditor(model, tokenizer, hparams)
+    editor = BaFTEditor.load(model, tokenizer, arguments.source)
+    editor.hparams = hparams
     return editor
+
+
+def _is_open(arguments: argparse.Namespace) -> bool:
+    """Tell whether the edit is made in the directory where it is kept."""
+    return arguments.save is not None and arguments.directory == arguments.save
+
+
+def _made(
+    editor: BaFTEditor,
+    request: Mapping[str, Any],
+    settings: BaFTHyperParams,
+    arguments: argparse.Namespace,
+) -> EditReport:
+    """Make one edit with settings of its own; later ones have those of before, if it fails, too."""
+    own, editor.hparams = editor.hparams, settings
+    try:
+        return editor.edit(request)
+    finally:
+        editor.hparams = own
+        if _is_open(arguments):
+            editor.save(arguments.save)
 
 
 def _print_report(report: EditReport, method: str, num_parameters: int) -> None:

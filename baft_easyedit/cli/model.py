@@ -114,7 +114,7 @@ def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyp
         TypeError: If a value has the wrong type.
         ValueError: If a value breaks a rule.
     """
-    asked = given(arguments, "device", "num_steps", "lr")
+    asked = given(arguments, "device")
     if arguments.model is not None:
         asked["model_name"] = arguments.model
     if arguments.dtype is not None:
