@@ -99,6 +99,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
     @hparams.setter
     def hparams(self, hparams: BaFTHyperParams) -> None:
+        check_hparams(hparams)
         hparams = hparams.at_depth(len(decoder_layers(self.model)))
         check_same_shape(self.model_edit, hparams, "this edit")
         self._history.hparams = hparams

@@ -514,6 +514,8 @@ def test_values_of_another_type_are_named(model, tokenizer, quick, tmp_path):
         BaFTEditor.open(model, tokenizer, tmp_path / "kept", path)
     assert not (tmp_path / "kept").exists()
     editor = BaFTEditor(model, tokenizer, quick)
+    with pytest.raises(TypeError, match="hparams must be BaFTHyperParams"):
+        editor.hparams = {"lr": 0.1}
     with pytest.raises(TypeError, match="to must be the id of an entry, a whole number; got '2'"):
         editor.rollback(to="2")
     with pytest.raises(TypeError, match="prompt must be a string; got 7"):
