@@ -22,7 +22,7 @@ from baft_easyedit.method.whitening import Whitening
 Snapshot = Mapping[str, Tensor]
 
 _IRRELEVANT_KEPT = 4
-"""How many of an edit's irrelevant states become past states at each layer; see `past_states`."""
+"""How many of an edit's irrelevant states become past states of each layer; see `past_states`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,29 +209,48 @@ class EditParameters(nn.Module):
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
-        for layer in self.layers if self._past else ():
-            new = self._past_of(layer, values, used[layer].float(), irrelevant[layer].float())
-            kept = self.past(layer).with_edit(*new)
-            state |= {f"_past.{layer}.{name}": value for name, value in kept.items()}
-        return state
+        return state | (self._past_with(values, used, irrelevant) if self._past else {})
 
     @torch.no_grad()
-    def _past_of(
-        self, layer: int, values: Snapshot, used: Tensor, irrelevant: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the states of an edit that become past states, and their wanted displacements.
+    def _past_with(
+        self, values: Snapshot, used: Mapping[int, Tensor], irrelevant: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the past states with those of an edit, by `snapshot` names.
 
-        All used states are kept, with the displacement that the edit gives them. Of the irrelevant
-        states where a guard will let the edit act, or of all without one, those that the edit moves
-        most are kept; their wanted displacement is zero.
+        All used states are kept, with the displacement that the edit gives them; the irrelevant
+        ones want none. Each state of an edit has the same place at all layers. So where the edit is
+        of a prompt that was edited before, whose states at the first layer are the same, what the
+        earlier edit wanted there goes at all layers.
         """
-        guard = self.guard(layer)
-        if guard is not None:
-            irrelevant = irrelevant[guard.admits(irrelevant, used)]
-        moved = self.displacement(layer, irrelevant, values).norm(dim=-1)
-        worst = irrelevant[moved.topk(min(_IRRELEVANT_KEPT, len(moved))).indices]
-        moves = self.displacement(layer, used, values)
-        return torch.cat([used, worst]), torch.cat([moves, torch.zeros_like(worst)])
+        first = self.layers[0]
+        gone = self.past(first).equal_one_of(used[first].float()).cpu()
+        kept: dict[str, Tensor] = {}
+        chosen = self._hard(values, used, irrelevant)
+        for layer in self.layers:
+            here, still = used[layer].float(), irrelevant[layer].float()
+            still = still[chosen.to(still.device)]
+            states = torch.cat([here, still])
+            moves = torch.cat([self.displacement(layer, here, values), torch.zeros_like(still)])
+            new = self.past(layer).with_edit(states, moves, gone.to(states.device))
+            kept |= {f"_past.{layer}.{name}": value for name, value in new.items()}
+        return kept
+
+    def _hard(
+        self, values: Snapshot, used: Mapping[int, Tensor], irrelevant: Mapping[int, Tensor]
+    ) -> Tensor:
+        """Return the indices of an edit's irrelevant states that it moves most at its layers.
+
+        With a guard, they are some of those where it will let the edit act, at a layer at least.
+        """
+        moved = torch.zeros(len(irrelevant[self.layers[0]]))
+        for layer in self.layers:
+            here, guard = irrelevant[layer].float(), self.guard(layer)
+            length = self.displacement(layer, here, values).norm(dim=-1)
+            if guard is not None:
+                length = length * guard.admits(here, used[layer].float())
+            moved += length.cpu()
+        most = moved.topk(min(_IRRELEVANT_KEPT, len(moved)))
+        return most.indices[most.values > 0]
 
     @torch.no_grad()
     def accept(self, states: Mapping[int, Tensor]) -> None:
