@@ -86,7 +86,7 @@ def test_apply_tells_what_does_not_hold_in_the_end(tmp_path, saved, edits, capsy
 
 
 def test_apply_tells_that_edits_begin_to_be_forgotten(tmp_path, edits, caplog):
-    more = "parametrisation: whitened\npast_states: 4\nnum_steps: 1\n"
+    more = "parametrisation: whitened\npast_states: 4\nmin_similarity: 0.5\nnum_steps: 1\n"
     (tmp_path / "mine.yaml").open("a").write(more)
     assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
     (told,) = caplog.messages

@@ -7,6 +7,7 @@ from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.model.independent import IndependentEdits
+from baft_easyedit.training.settling import settle
 from tests.conftest import HIDDEN, logits, make_model
 
 SETTLED = {
@@ -90,10 +91,21 @@ def test_of_more_than_fit_the_newest_stay_and_older_ones_go_at_random():
     assert sum(ages) / len(ages) == pytest.approx(47, abs=6)
 
 
-def test_fewer_past_states_than_an_edit_has_hold_its_last_ones():
+def test_fewer_past_states_than_an_edit_has_hold_its_first_ones():
     past, new = PastStates(3, 4), torch.arange(7.0)[:, None].expand(7, 3) + 1
-    past.load_state_dict(past.with_edit(new, new))
-    assert past.kept()[0][:, 0].tolist() == [4, 5, 6, 7]
+    for _ in range(2):
+        past.load_state_dict(past.with_edit(new, new))
+        assert past.kept()[0][:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_where_no_displacement_is_wanted_nothing_settles(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **SETTLED))
+    editor.edit(request(0))
+    for layer in editor.model_edit.layers:
+        editor.model_edit.past(layer).moves.zero_()
+    before = editor.model_edit.snapshot()
+    settle(editor.model_edit, editor.hparams)
+    assert same(editor.model_edit.snapshot(), before)
 
 
 def test_states_are_told_that_come_again_and_can_go():

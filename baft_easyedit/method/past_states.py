@@ -124,7 +124,7 @@ class PastStates(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the buffers with an edit's states added; this object does not change.
 
-        If there are more than fit, older ones are dropped at random.
+        If there are more than fit, older ones are dropped at random, and then the edit's last ones.
 
         Args:
             states: h, [N, D].
@@ -136,9 +136,9 @@ class PastStates(nn.Module):
         num_old, most = int(stays.sum()), self.most
         generator = random.Random(int(self.count))
         order = [*range(num_old + len(states))]
-        while len(order) > most:
-            del order[generator.randrange(max(num_old, 1))]
-            num_old -= 1
+        for left in range(num_old, max(0, most - len(states)), -1):
+            del order[generator.randrange(left)]
+        del order[most:]
         seen = self.count + (len(states) - int((~stays).sum()))
         return {
             "states": torch.cat([before[stays], states])[order],

@@ -41,8 +41,8 @@ from baft_easyedit.training.stand_ins import stand_ins
 logger = logging.getLogger(__name__)
 
 _PAST_STATES_ARE_FULL = (
-    "all %d past_states are taken: from now on a random sample of past edits' hidden states is "
-    "kept, and edits begin to be forgotten; to make so many edits, begin with more past_states"
+    "all %d past_states are taken: from now on each edit drops some of earlier ones at random, "
+    "which begin to be forgotten; to make so many edits, begin with more past_states"
 )
 
 _MOST_NAMED = 3
@@ -134,16 +134,16 @@ class Learner:
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together, rehearsing past ones, and settle."""
-        rows, had_dropped = self._rows(requests, hparams), self.edit.has_dropped_states
+        rows, before = self._rows(requests, hparams), self.edit.has_dropped_states
+        has_past = bool(self.edit.num_past_states)
         self._attach()
         self._condition(hparams)
         rehearsal = self._rehearsal(hparams, requests)
         (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
-        learned = self._settled(learned, rows, hparams)
+        learned = self._settled(learned, rows, hparams, has_past)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
-        if self.edit.has_dropped_states and not had_dropped:
-            logger.warning(_PAST_STATES_ARE_FULL, hparams.past_states)
+        self._warn_if_full(before)
         self.memory.remember(requests, hparams)
         return learned.report
 
@@ -168,13 +168,14 @@ class Learner:
         `batch_size` requests are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
-        before = self.state()
+        before, has_past = self.state(), bool(self.edit.num_past_states)
         self._condition(hparams)
         try:
             in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
             self._attach()
             in_order = [
-                self._settled(one, rows, hparams) for one, rows in zip(in_order, edits, strict=True)
+                self._settled(one, rows, hparams, has_past)
+                for one, rows in zip(in_order, edits, strict=True)
             ]
         finally:
             self.restore(before)
@@ -215,18 +216,24 @@ class Learner:
         self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
     ) -> None:
         """Make an edit of `learn_apart` the present one; remember its requests, if known."""
+        before = self.edit.has_dropped_states
         self.edit.restore(learned.state)
         self._attach()
+        self._warn_if_full(before)
         self.memory.remember(requests, hparams)
 
+    def _warn_if_full(self, before: bool) -> None:
+        """Log a warning if past states were dropped, and none were `before`."""
+        if self.edit.has_dropped_states and not before:
+            logger.warning(_PAST_STATES_ARE_FULL, self.edit.past_states)
+
     def _settled(
-        self, learned: Learned, rows: Sequence[TextRow], hparams: BaFTHyperParams
+        self, learned: Learned, rows: Sequence[TextRow], hparams: BaFTHyperParams, has_past: bool
     ) -> Learned:
-        """Settle a new edit among past ones, if there are any; see `settling`.
+        """Settle a new edit among past ones, if there were any; see `settling`.
 
         The report then says how its rows are answered after settling, where the edit acts.
         """
-        has_past = bool(self.edit.num_past_states)
         if not has_past and self.edit.min_similarity is None:
             return learned
         start = time.perf_counter()

@@ -74,7 +74,8 @@ class _Wanted:
         states, moves = edit.past(layer).kept()
         num_moved = moves.any(-1).sum().clamp_min(1)
         usual = (moves.square().sum() / num_moved).sqrt()
-        self._size = usual.clamp_min(torch.finfo(moves.dtype).tiny)
+        # Where no state wants a displacement, there is none to restore, and no scale for errors.
+        self._size = usual.where(usual > 0, torch.inf)
         turns = [slice(k, None, _TURNS) for k in range(min(_TURNS, len(states)))]
         self._turns = [
             (coordinates.displacement(layer, states[turn]), moves[turn]) for turn in turns
