@@ -4,15 +4,13 @@ The method reads most fields. EasyEdit's `BaseEditor` reads `model_name`, `devic
 `batch_size` and a few more, as it does of every method's hyper-parameters. Needs pyyaml only.
 """
 
-import json
 import logging
-import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
+from baft_easyedit.files.fields import check_types, is_json
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import did_you_mean, read_yaml
 from baft_easyedit.files.resources import hparams_file, model_location
@@ -190,7 +188,7 @@ class BaFTHyperParams:
 
     def __post_init__(self) -> None:
         self.alg_name = self.alg_name or self.algorithm
-        _check_types(self)
+        check_types(self)
         self.model_name = model_location(self.model_name)
         self._check(self.alg_name == self.algorithm, "alg_name", f"be {self.algorithm!r}")
         self._check(bool(self.model_name), "model_name", "not be empty")
@@ -250,7 +248,7 @@ class BaFTHyperParams:
         self._check(self.use_chat_template, name, "be null without use_chat_template")
         taken = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
         self._check(not {*taken} & {*given}, name, f"not set {', '.join(taken)}")
-        self._check(_is_json(given), name, "hold JSON values by name, to be kept with an edit")
+        self._check(is_json(given), name, "hold JSON values by name, to be kept with an edit")
 
     def _check(self, holds: bool, name: str, rule: str) -> None:
         """Raise ValueError about a hyper-parameter unless its rule holds."""
@@ -370,46 +368,3 @@ def _read(
         return build({**content, **overrides})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (in {file})") from None
-
-
-def _check_types(hparams: BaFTHyperParams) -> None:
-    """Check every field against its annotation; a whole number is accepted where a float is.
-
-    Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If a float is not finite.
-    """
-    hints = get_type_hints(type(hparams))
-    for f in fields(hparams):
-        value, hint = getattr(hparams, f.name), hints[f.name]
-        is_float = float in (hint, *get_args(hint))
-        if is_float and type(value) is int and abs(value) <= sys.float_info.max:
-            value = float(value)
-            setattr(hparams, f.name, value)
-        if not _has_type(value, hint):
-            wanted = str(hint) if get_args(hint) else hint.__name__
-            yaml = is_float and isinstance(value, str)
-            raise TypeError(
-                f"{f.name} must be of type {wanted}; got {short(value)} of type "
-                f"{type(value).__name__}{' (YAML reads 1e-4 as text: write 1.0e-4)' * yaml}"
-            )
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, int) and number.bit_length() > 64 for number in numbers):
-            raise ValueError(f"{f.name} must have at most 64 bits; got {short(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{f.name} must be a finite number; got {value!r}")
-
-
-def _has_type(value: object, hint: Any) -> bool:
-    """Tell whether a value fits one of the plain annotations used above."""
-    kinds = [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
-    whole = not isinstance(value, list) or all(type(item) is int for item in value)
-    return type(value) in kinds and whole
-
-
-def _is_json(value: object) -> bool:
-    """Tell whether a value stays equal when written as JSON and read again."""
-    try:
-        return bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError):
-        return False
