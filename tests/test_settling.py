@@ -228,6 +228,16 @@ def test_settled_edits_that_are_kept_are_learned_again_bit_for_bit(tokenizer, hp
     assert torch.equal(logits(other), logits(model))
 
 
+def test_a_kept_edit_goes_on_without_texts_of_the_model(tokenizer, hparams, tmp_path, monkeypatch):
+    hparams = replace(hparams, **SETTLED, min_similarity=0.5)
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "edit", hparams) as editor:
+        editor.edit(request(0))
+    monkeypatch.setattr("baft_easyedit.training.own_texts.own_texts", None)
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "edit") as editor:
+        editor.edit(request(1))
+        editor.learn_apart([request(2)])
+
+
 def test_an_edit_learned_apart_is_the_one_learned_in_a_row(tokenizer, hparams):
     hparams, models = replace(hparams, **SETTLED), [make_model(), make_model()]
     editors = [BaFTEditor(model, tokenizer, hparams) for model in models]
