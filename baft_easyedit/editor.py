@@ -175,7 +175,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
             requests: The requests that it was learned from, for the journal and for rehearsal.
 
         Raises:
-            ValueError: If the result was learned with other layers, rank or gate.
+            ValueError: If the result was learned from another state, or with other layers, rank or
+                gate.
             OSError: If the change could not be written to the open directory.
         """
         checked = [] if requests is None else as_requests(requests)

@@ -86,17 +86,31 @@ def test_what_is_learned_can_be_installed_and_undone(model, tokenizer, hparams):
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, hparams)
-    editor.edit(REQUESTS[0])
-    before = logits(model)
+    editor, before = BaFTEditor(model, tokenizer, hparams), logits(model)
     other = BaFTEditor(make_model(), tokenizer, replace(hparams, rank=2))
     (learned,) = other.learn_apart(REQUESTS[:1])
     with pytest.raises(ValueError, match=r"same layers, rank and gate; _interventions\.1\.basis"):
         editor.install(learned)
     assert torch.equal(logits(model), before)
-    editor.undo()
     with pytest.raises(ValueError, match="there is no edit to undo"):
         editor.undo()
+
+
+def test_a_result_that_starts_from_another_state_is_refused(model, tokenizer, hparams):
+    """It would take back what was edited since, and a journal would have it still."""
+    editor = BaFTEditor(model, tokenizer, hparams)
+    first, second = editor.learn_apart(REQUESTS[:2])
+    editor.install(first, REQUESTS[0])
+    installed = logits(model)
+    message = r"it starts after no edit, and the latest change is the install of .*: undo\(\)"
+    with pytest.raises(ValueError, match=message):
+        editor.install(second, REQUESTS[1])
+    assert torch.equal(logits(model), installed)
+    (third,) = editor.learn_apart(REQUESTS[1:2])
+    editor.undo()
+    editor.install(second)
+    with pytest.raises(ValueError, match=r"it starts after the install of .*, and the latest"):
+        editor.install(third)
 
 
 def test_a_report_is_of_its_own_edit(model, tokenizer, hparams):

@@ -180,7 +180,7 @@ class Learner:
         finally:
             self.restore(before)
         _warn_of_unlearned(requests, [one.report for one in in_order])
-        return in_order
+        return [one._replace(start=self.edit.latest_change) for one in in_order]
 
     def _learn_in_parts(
         self,
@@ -215,7 +215,17 @@ class Learner:
     def install(
         self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
     ) -> None:
-        """Make an edit of `learn_apart` the present one; remember its requests, if known."""
+        """Make an edit of `learn_apart` the present one; remember its requests, if known.
+
+        Raises:
+            ValueError: If the edit was changed since then, or has another shape.
+        """
+        if learned.start is not self.edit.latest_change:
+            raise ValueError(
+                "learned must start from the present state, or what was edited since would be lost: "
+                f"it starts after {learned.start or 'no edit'}, and the latest change is "
+                f"{self.edit.latest_change or 'none'}: undo() that, or call learn_apart() again"
+            )
         before = self.edit.has_dropped_states
         self.edit.restore(learned.state)
         self._attach()
@@ -255,7 +265,7 @@ class Learner:
             request_losses=losses,
             learned=is_learned,
         )
-        return Learned(state, report, learned.irrelevant)
+        return learned._replace(state=state, report=report)
 
     def _attach(self) -> None:
         """Attach the edit to the model, unless it is attached."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.method.gate_report import GateReport, LayerGates
 from baft_easyedit.method.objective import token_losses
-from baft_easyedit.model.edit import Snapshot
+from baft_easyedit.model.edit import Change, Snapshot
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device
@@ -88,6 +88,8 @@ class Learned(NamedTuple):
     report: EditReport
     irrelevant: Mapping[int, Tensor]
     """Hidden states of its irrelevant prompts, by layer, [M, D]."""
+    start: Change | None = None
+    """The change of the edit after which it was learned; None for a new edit."""
 
 
 def train(
