@@ -222,8 +222,8 @@ class Learner:
         """
         if learned.start is not self.edit.latest_change:
             raise ValueError(
-                "learned must start from the present state, or what was edited since would be lost: "
-                f"it starts after {learned.start or 'no edit'}, and the latest change is "
+                "learned must start from the present state, or what was edited since is lost: it "
+                f"starts after {learned.start or 'no edit'}, and the latest change is "
                 f"{self.edit.latest_change or 'none'}: undo() that, or call learn_apart() again"
             )
         before = self.edit.has_dropped_states
