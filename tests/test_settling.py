@@ -113,7 +113,9 @@ def test_states_are_told_that_come_again_and_can_go():
     past.load_state_dict(past.with_edit(states, states))
     gone = past.equal_one_of(states[1:2] * (1 + 1e-6))
     assert gone.tolist() == [False, True, False]
-    assert past.equal_one_of(states[1:2] * 1.05).tolist() == [False] * 3
+    for other in (states[1:2] * 1.001, states[1:2].bfloat16() * 1.05):
+        assert past.equal_one_of(other).tolist() == [False] * 3
+    assert past.equal_one_of(states[1:2].bfloat16() * 1.006).tolist() == gone.tolist()
     kept = past.with_edit(states[:2], -states[:2], gone)
     assert torch.equal(kept["states"], states[[0, 2, 0, 1]])
     assert torch.equal(kept["moves"], states[[0, 2, 0, 1]] * torch.tensor([[1], [1], [-1], [-1]]))

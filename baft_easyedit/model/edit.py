@@ -223,7 +223,7 @@ class EditParameters(nn.Module):
         earlier edit wanted there goes at all layers.
         """
         first = self.layers[0]
-        gone = self.past(first).equal_one_of(used[first].float()).cpu()
+        gone = self.past(first).equal_one_of(used[first]).cpu()
         kept: dict[str, Tensor] = {}
         chosen = self._hard(values, used, irrelevant)
         for layer in self.layers:
