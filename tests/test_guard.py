@@ -10,7 +10,7 @@ from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.guard import Guard
 from baft_easyedit.method.past_states import PastStates
 from baft_easyedit.method.whitening import Whitening
-from tests.conftest import logits, make_model
+from tests.conftest import HIDDEN, logits, make_model
 
 GUARDED = {
     "parametrisation": "whitened",
@@ -199,6 +199,22 @@ def test_only_irrelevant_states_where_the_edit_acts_are_kept(least, some, tokeni
         moves = editor.model_edit.past(layer).kept()[1]
         assert moves.any(-1).any()
         assert (~moves.any(-1)).any() == some
+
+
+def test_irrelevant_states_where_the_edit_does_not_act_go_on_wanting_no_displacement(
+    tokenizer, guarded
+):
+    """They are kept for another layer, where it acts; here they would become places to act at."""
+    editor = BaFTEditor(make_model(), tokenizer, guarded)
+    editor.edit(request(0))
+    edit = editor.model_edit
+    for layer in edit.layers:
+        past, far = edit.past(layer), torch.randn(1, HIDDEN)
+        both = torch.cat([past.kept()[0][:1] + 1e-3, far])
+        past.load_state_dict(past.with_edit(both, torch.zeros_like(both)))
+        assert edit.guard(layer).admits(both).tolist() == [True, False]
+        edit.accept({layer: both})
+        assert past.kept()[1][-2:].any(-1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("least", [-1, 0])

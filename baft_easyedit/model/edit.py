@@ -257,10 +257,13 @@ class EditParameters(nn.Module):
         """Let past states that want no displacement want the one that they have now.
 
         Args:
-            states: Irrelevant states of an edit, by layer, [N, D].
+            states: Irrelevant states of an edit, by layer, [N, D]; at a layer where a guard does
+                not let the edit act on them, they go on wanting none.
         """
         for layer, irrelevant in states.items():
-            here = irrelevant.float()
+            here, guard = irrelevant.float(), self.guard(layer)
+            if guard is not None:
+                here = here[guard.admits(here)]
             self.past(layer).accept(here, self.displacement(layer, here))
 
     def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
