@@ -96,7 +96,7 @@ class _Known:
         first = parts[0]
         self._first = first.ids[:1]
         """The text whose beginning is read again, [1, T]."""
-        self._states = {i: first.states[i][0, :_LOOKED_AT] for i in layers}
+        self._states = {i: first.states[i][0, :_LOOKED_AT].clone() for i in layers}
         self._before = first.ids.shape[1] - first.states[layers[0]].shape[1]
         """How many of its tokens come before those whose states are known."""
 
