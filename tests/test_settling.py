@@ -5,7 +5,7 @@ import torch
 
 from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.objective import displacement_error
-from baft_easyedit.method.past_states import PastStates
+from baft_easyedit.method.past_states import PastStates, are_among
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.training.settling import settle
 from tests.conftest import HIDDEN, logits, make_model
@@ -111,11 +111,11 @@ def test_where_no_displacement_is_wanted_nothing_settles(model, tokenizer, hpara
 def test_states_are_told_that_come_again_and_can_go():
     past, states = PastStates(3, 4), 10 * torch.eye(3)
     past.load_state_dict(past.with_edit(states, states))
-    gone = past.equal_one_of(states[1:2] * (1 + 1e-6))
+    gone = are_among(past.kept()[0], states[1:2] * (1 + 1e-6))
     assert gone.tolist() == [False, True, False]
     for other in (states[1:2] * 1.001, states[1:2].bfloat16() * 1.05):
-        assert past.equal_one_of(other).tolist() == [False] * 3
-    assert past.equal_one_of(states[1:2].bfloat16() * 1.006).tolist() == gone.tolist()
+        assert are_among(past.kept()[0], other).tolist() == [False] * 3
+    assert are_among(past.kept()[0], states[1:2].bfloat16() * 1.006).tolist() == gone.tolist()
     kept = past.with_edit(states[:2], -states[:2], gone)
     assert torch.equal(kept["states"], states[[0, 2, 0, 1]])
     assert torch.equal(kept["moves"], states[[0, 2, 0, 1]] * torch.tensor([[1], [1], [-1], [-1]]))
@@ -158,6 +158,16 @@ def test_an_edit_keeps_its_states_and_what_it_does_there(model, tokenizer, hpara
     assert (moves[:used].norm(dim=-1) > 0).all()
     assert (moves[used:] == 0).all()
     assert torch.equal(moves[:used], edit.displacement(edit.layers[0], past.kept()[0][:used]))
+
+
+def test_what_an_irrelevant_prompt_shares_with_the_edited_one_is_not_irrelevant(
+    model, tokenizer, hparams
+):
+    hparams = replace(hparams, **SETTLED, num_prompt_positions=3, loc_positions="last")
+    editor = BaFTEditor(model, tokenizer, hparams)
+    editor.edit({"prompt": "Ice is", "target_new": "no", "loc_prompt": "Ice is"})
+    for layer in hparams.layers:
+        assert editor.model_edit.past(layer).kept()[1].any(-1).all()
 
 
 def test_settling_brings_past_edits_back(tokenizer, hparams):

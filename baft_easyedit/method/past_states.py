@@ -111,17 +111,6 @@ class PastStates(nn.Module):
         self._keys = None
 
     @torch.no_grad()
-    def equal_one_of(self, states: Tensor) -> Tensor:
-        """Tell of the kept states whether they are one of others, up to rounding, bool.
-
-        Args:
-            states: h, [N, D], in the dtype that the model computed them in.
-        """
-        share, states = _ROUNDING.get(states.dtype, _COARSE_ROUNDING), states.float()
-        distances = torch.cdist(self.kept()[0], states, p=1)
-        return (distances <= share * states.abs().sum(-1)).any(-1)
-
-    @torch.no_grad()
     def with_edit(
         self, states: Tensor, moves: Tensor, gone: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -148,3 +137,16 @@ class PastStates(nn.Module):
             "moves": torch.cat([wanted[stays], moves])[order],
             "count": seen,
         }
+
+
+@torch.no_grad()
+def are_among(states: Tensor, others: Tensor) -> Tensor:
+    """Tell of hidden states whether they are one of others, up to rounding, [N], bool.
+
+    Args:
+        states: h, [N, D].
+        others: [M, D], in the dtype that the model computed them in.
+    """
+    share, others = _ROUNDING.get(others.dtype, _COARSE_ROUNDING), others.float()
+    distances = torch.cdist(states.float(), others, p=1)  # [N, M]
+    return (distances <= share * others.abs().sum(-1)).any(-1)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from baft_easyedit.method.guard import Guard
 from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.method.objective import BasisUsage
-from baft_easyedit.method.past_states import PastStates
+from baft_easyedit.method.past_states import PastStates, are_among
 from baft_easyedit.method.whitening import Whitening
 
 Snapshot = Mapping[str, Tensor]
@@ -223,7 +223,7 @@ class EditParameters(nn.Module):
         earlier edit wanted there goes at all layers.
         """
         first = self.layers[0]
-        gone = self.past(first).equal_one_of(used[first]).cpu()
+        gone = are_among(self.past(first).kept()[0], used[first]).cpu()
         kept: dict[str, Tensor] = {}
         chosen = self._hard(values, used, irrelevant)
         for layer in self.layers:
@@ -241,14 +241,17 @@ class EditParameters(nn.Module):
         """Return the indices of an edit's irrelevant states that it moves most at its layers.
 
         With a guard, they are some of those where it will let the edit act, at a layer at least.
+        What an irrelevant prompt has in common with the edited one is none of them.
         """
-        moved = torch.zeros(len(irrelevant[self.layers[0]]))
+        first = self.layers[0]
+        moved = torch.zeros(len(irrelevant[first]))
         for layer in self.layers:
             here, guard = irrelevant[layer].float(), self.guard(layer)
             length = self.displacement(layer, here, values).norm(dim=-1)
             if guard is not None:
                 length = length * guard.admits(here, used[layer].float())
             moved += length.cpu()
+        moved *= ~are_among(irrelevant[first], used[first]).cpu()
         most = moved.topk(min(_IRRELEVANT_KEPT, len(moved)))
         return most.indices[most.values > 0]
 
