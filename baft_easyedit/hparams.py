@@ -64,7 +64,10 @@ _OPEN_BY_SETTLING = (
     "with past_states and without min_similarity, many edits change other answers, too: settling "
     "restores past edits, and nothing else"
 )
-_CLOSE = "Set min_similarity, past_states and parametrisation: whitened, as BaFT/smollm2-continual"
+_CLOSE = (
+    "Set min_similarity, past_states and parametrisation: whitened, as BaFT/smollm2-continual "
+    "has them"
+)
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -105,9 +108,9 @@ class BaFTHyperParams:
     `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
     past_states: int = 0
     """Most hidden states of past edits that each layer keeps; 0 for none (the paper). Each new edit
-    is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about six.
-    Beyond these, earlier ones are dropped at random, with a warning. Without `min_similarity`,
-    other answers change with it."""
+    is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about six;
+    where they are full, each edit drops earlier ones at random, with a warning. Without
+    `min_similarity`, settling changes other answers."""
     min_similarity: float | None = None
     """The edit acts only at hidden states whose cosine similarity to one of a past edit is at least
     this, in whitened coordinates, in [-1, 1); elsewhere the model is bit-equal to that without the

@@ -124,8 +124,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments)
     edit = attach(model, arguments.directory)
     form = PromptFormat.of(kept_hparams(arguments.directory, model))
-    more = {"chat_template_kwargs": form.chat_template_kwargs}
-    lm = EditedLM(model, tokenizer, arguments.batch_size, **more)
+    template = form.chat_template_kwargs
+    lm = EditedLM(model, tokenizer, arguments.batch_size, chat_template_kwargs=template)
     with edit.disabled():
         base = tasks.scores(lm, form.use_chat_template)
     edited = tasks.scores(lm, form.use_chat_template)

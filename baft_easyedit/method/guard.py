@@ -45,4 +45,5 @@ class Guard(NamedTuple):
             keys = torch.cat([keys, self.whitening.directions(new)])
         if not len(keys):
             return hidden.new_full(hidden.shape[:-1], -torch.inf)
-        return (self.whitening.directions(hidden) @ keys.mT).amax(-1)  # [..., K] before amax
+        similarity = self.whitening.directions(hidden) @ keys.mT  # [..., K]
+        return similarity.amax(-1)

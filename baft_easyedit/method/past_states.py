@@ -41,7 +41,7 @@ class PastStates(nn.Module):
         self.register_buffer("states", torch.zeros(0, hidden_size, dtype=torch.float32))  # [N, D] h
         # [N, D] Phi(h) - h
         self.register_buffer("moves", torch.zeros(0, hidden_size, dtype=torch.float32))
-        # number of states seen so far
+        # number of states seen so far, less those that a later edit of their prompt replaced
         self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         self._keys: Tensor | None = None
 

@@ -41,8 +41,8 @@ from baft_easyedit.training.stand_ins import stand_ins
 logger = logging.getLogger(__name__)
 
 _PAST_STATES_ARE_FULL = (
-    "all %d past_states are taken: from now on each edit drops some of earlier ones at random, "
-    "which begin to be forgotten; to make so many edits, begin with more past_states"
+    "all %d past_states are taken: from now on each edit drops some earlier states at random, "
+    "and earlier edits begin to be forgotten; to make so many edits, begin with more past_states"
 )
 
 _MOST_NAMED = 3
