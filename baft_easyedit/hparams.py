@@ -42,11 +42,11 @@ _CHOICES: Mapping[str, Iterable[str]] = {
 }
 _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ("be at least 1", lambda value: value >= 1): (
-        "rank", "num_prompt_positions", "num_steps", "settle_steps", "batch_size", "max_length",
+        "rank", "num_prompt_positions", "num_steps", "batch_size", "max_length",
     ),
     ("be at least 1, or null", lambda value: value >= 1): ("rehearsal_memory",),
     ("be at least 0", lambda value: value >= 0): (
-        "past_states", "rehearsal", "rehearsal_stop_loss", "loc_stand_ins", "weight_decay",
+        "rehearsal", "rehearsal_stop_loss", "loc_stand_ins", "weight_decay",
         "early_stop_loss", "balance_coef", "locality_coef",
     ),
     ("be at least 0, or null", lambda value: value >= 0): ("basis_lr", "rehearsal_irrelevant"),
@@ -60,14 +60,7 @@ _OPEN_IN_TEMPLATE = (
     "with use_chat_template, an edit with these settings changes most other answers in the "
     "template, too: the states at its last tokens are alike, and the gates stay open there"
 )
-_OPEN_BY_SETTLING = (
-    "with past_states and without min_similarity, many edits change other answers, too: settling "
-    "restores past edits, and nothing else"
-)
-_CLOSE = (
-    "Set min_similarity, past_states and parametrisation: whitened, as BaFT/smollm2-continual "
-    "has them"
-)
+_CLOSE = "Set min_similarity and parametrisation: whitened, as BaFT/smollm2-continual has them"
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -88,7 +81,8 @@ class BaFTHyperParams:
     device: int | str = 0
     """CUDA device number, or a device name such as `cpu`."""
     rank: int = 12
-    """Bases per edited layer, in [1, hidden size]. Higher: more capacity, more parameters."""
+    """Bases per edited layer, in [1, hidden size]; with `min_similarity`, those of each edit call.
+    Higher: more capacity, more parameters."""
     num_prompt_positions: int = 3
     """P, how many of the last prompt tokens are edited (all answer tokens are), at least 1."""
     gate: str = "rms-sigmoid"
@@ -106,18 +100,13 @@ class BaFTHyperParams:
     parametrisation: str = "direct"
     """Coordinates in which the edit is trained, a name of `PARAMETRISATIONS`: as in the paper, or
     `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
-    past_states: int = 0
-    """Most hidden states of past edits that each layer keeps; 0 for none (the paper). Each new edit
-    is then adjusted to keep the past ones (ours): see `training.settling`. An edit takes about six;
-    where they are full, each edit drops earlier ones at random, with a warning. Without
-    `min_similarity`, settling changes other answers."""
     min_similarity: float | None = None
-    """The edit acts only at hidden states whose cosine similarity to one of a past edit is at least
-    this, in whitened coordinates, in [-1, 1); elsewhere the model is bit-equal to that without the
-    edit (ours): see `method.guard`. Higher: more of the other answers stay, and fewer rephrasings
-    are edited. null for everywhere (the paper). Needs `past_states` and `whitened`."""
-    settle_steps: int = 100
-    """Most steps of that adjustment, at least 1; they need no forward pass of the model."""
+    """Each edit call has bases of its own, which act only at hidden states whose cosine similarity
+    to one of its own is at least this, in whitened coordinates, in [-1, 1), and no less than to
+    those of other edits (ours): see `method.past_edits`. Elsewhere the model is bit-equal to that
+    without the edit, and later edits change nothing of earlier ones. Higher: more of the other
+    answers stay, and fewer rephrasings are edited. null for one edit that all calls train, and that
+    acts everywhere (the paper). Needs `parametrisation: whitened`."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -203,11 +192,16 @@ class BaFTHyperParams:
             for name in names:
                 value = getattr(self, name)
                 self._check(value is None or holds(value), name, rule)
-        keeps = self.parametrisation == "whitened" and self.past_states > 0
+        is_apart = self.min_similarity is not None
         self._check(
-            self.min_similarity is None or keeps,
+            not is_apart or self.parametrisation == "whitened",
             "min_similarity",
-            "be null without past_states above 0 and parametrisation: whitened",
+            "be null without parametrisation: whitened",
+        )
+        self._check(
+            not (is_apart and self.rehearsal),
+            "rehearsal",
+            "be 0 with min_similarity, where later edits change nothing of earlier ones",
         )
         self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()
@@ -226,11 +220,7 @@ class BaFTHyperParams:
 
     def warn_of_open_gates(self) -> None:
         """Log a warning if other prompts are not kept from the edit where gates alone cannot."""
-        if self.min_similarity is not None:
-            return
-        if self.past_states:
-            logger.warning("%s. %s", _OPEN_BY_SETTLING, _CLOSE)
-        elif self.use_chat_template and self.gate != "one":
+        if self.min_similarity is None and self.use_chat_template and self.gate != "one":
             logger.warning("%s. %s", _OPEN_IN_TEMPLATE, _CLOSE)
 
     def _check_layers(self) -> None:

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from baft_easyedit import BaFTEditor, ModelEdit
-from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import orthonormal_rows
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import CACHE_NAMES
@@ -324,37 +323,3 @@ def test_statistics_are_measured_once_and_without_the_edit(
     editor.learn_apart([request_dict])
     editor.edit(request_dict)  # what the model writes is still known, and its statistics
     assert torch.equal(editor.model_edit.whitening(1).mean, first)
-
-
-FORMS = [("direct", "rms-sigmoid"), ("direct", "basis-subspace-bias")]
-FORMS += [("whitened", gate) for gate in GATES]
-
-
-@pytest.mark.parametrize(("parametrisation", "gate"), FORMS)
-def test_displacement_at_fixed_states_is_that_of_the_edit(parametrisation, gate):
-    """Its value, and its gradient with respect to what is moved, by both ways."""
-    edit, states = known_edit(parametrisation, gate), skewed_states(6, seed=1)
-    coordinates = Coordinates(edit)
-    with torch.no_grad():
-        for value in coordinates.moved.values():
-            value.add_(0.01 * torch.randn(value.shape))
-    coordinates.follow()
-    for layer in edit.layers:
-        target, found = torch.randn(6, D), coordinates.displacement(layer, states)()
-        expected = edit.displacement(layer, states)
-        assert torch.allclose(
-            found, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max())
-        )
-        leaves = {n: v for n, v in coordinates.moved.items() if f"s.{layer}." in n}
-        (expected * target).mean().backward()
-        coordinates.pull_back()
-        pulled = {name: value.grad for name, value in leaves.items()}
-        for value in leaves.values():
-            value.grad = None
-        (found * target).mean().backward()
-        coordinates.project()
-        for name, value in leaves.items():
-            assert torch.allclose(
-                value.grad, pulled[name], rtol=1e-2, atol=1e-3 * float(pulled[name].abs().max())
-            ), name
-        edit.zero_grad()

@@ -387,10 +387,9 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change,
 GUARDED = {
     "use_chat_template": True,
     "parametrisation": "whitened",
-    "past_states": 9,
     "min_similarity": 0.5,
 }
-OPEN = GUARDED | {"min_similarity": None, "past_states": 0}
+OPEN = GUARDED | {"min_similarity": None}
 IN_TEMPLATE = "changes most other answers in the template"
 
 
@@ -401,7 +400,6 @@ IN_TEMPLATE = "changes most other answers in the template"
         (OPEN, IN_TEMPLATE),
         (OPEN | {"gate": "one"}, None),  # has no gates
         (OPEN | {"use_chat_template": False}, None),
-        (OPEN | {"past_states": 8}, "settling restores past edits, and nothing else. Set min_sim"),
     ],
 )
 def test_settings_that_leave_other_answers_open_are_told_once(
@@ -525,7 +523,11 @@ def test_values_of_another_type_are_named(model, tokenizer, quick, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_default_dtype_of_torch_changes_nothing(tokenizer, hparams, request_dict, dtype):
     hparams = replace(
-        hparams, num_steps=3, parametrisation="whitened", past_states=9, gate="basis-subspace-bias"
+        hparams,
+        num_steps=3,
+        parametrisation="whitened",
+        min_similarity=0.5,
+        gate="basis-subspace-bias",
     )
     states, models, before = [], [make_model(), make_model()], torch.get_default_dtype()
     for default, model in zip((before, dtype), models, strict=True):

@@ -103,17 +103,20 @@ CHAT = {"use_chat_template": True}
         *(
             ({name: least - 1}, rf"{name} must be at least {least}; got {least - 1}")
             for least, names in {
-                0: "past_states rehearsal rehearsal_stop_loss weight_decay early_stop_loss "
+                0: "rehearsal rehearsal_stop_loss weight_decay early_stop_loss "
                 "balance_coef locality_coef",
-                1: "rank num_prompt_positions num_steps settle_steps batch_size max_length",
+                1: "rank num_prompt_positions num_steps batch_size max_length",
             }.items()
             for name in names.split()
         ),
         (
-            {"min_similarity": 0.6, "past_states": 9},
-            "min_similarity must be null without past_states above 0 and parametrisation: whitened",
+            {"min_similarity": 0.6},
+            "min_similarity must be null without parametrisation: whitened; got 0.6",
         ),
-        ({"min_similarity": 0.6, "parametrisation": "whitened"}, "must be null without past_st"),
+        (
+            {"min_similarity": 0.6, "parametrisation": "whitened", "rehearsal": 2},
+            "rehearsal must be 0 with min_similarity, where later edits change nothing of earlier",
+        ),
         ({"min_similarity": 1}, r"min_similarity must be in \[-1, 1\), or null; got 1.0"),
         *(({name: 1.5}, rf"{name} must be in \[0, 1\]") for name in ("alpha", "beta", "gamma")),
     ],

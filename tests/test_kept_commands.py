@@ -85,14 +85,6 @@ def test_apply_tells_what_does_not_hold_in_the_end(tmp_path, saved, edits, capsy
     assert not caplog.text
 
 
-def test_apply_tells_that_edits_begin_to_be_forgotten(tmp_path, edits, caplog):
-    more = "parametrisation: whitened\npast_states: 4\nmin_similarity: 0.5\nnum_steps: 1\n"
-    (tmp_path / "mine.yaml").open("a").write(more)
-    assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
-    (told,) = caplog.messages
-    assert told.startswith("all 4 past_states are taken: from now on")
-
-
 def test_a_kept_edit_is_asked_in_the_dtype_that_it_was_learned_in(tmp_path, saved, capsys):
     (tmp_path / "mine.yaml").open("a").write("bf16: true\n")
     (tmp_path / "one.json").write_text(json.dumps(EDITS[:1]))
@@ -220,7 +212,7 @@ def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, caps
     settings = read_history(tmp_path / "kept")[0].content["hparams"]
     depth = model.config.num_hidden_layers
     assert settings["layers"] == scaled_layers(depth, [25, 26, 27, 28])
-    assert (settings["parametrisation"], settings["past_states"]) == ("whitened", 4096)
+    assert (settings["parametrisation"], settings["min_similarity"]) == ("whitened", 0.75)
 
 
 def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys):

@@ -18,7 +18,7 @@ def check_gate(edit: ServedEdit, where: str) -> None:
             f"gate must be 'one' (ReFT) for EasySteer, whose algorithms have no gate; that of the "
             f"edit in {where} is {edit.gate!r}: serve it by vllm-lens or sglang"
         )
-    if edit.guards:
+    if edit.past:
         raise ValueError(
             "min_similarity must be null for EasySteer, whose algorithms act everywhere; the edit "
             f"in {where} has one: serve it by vllm-lens or sglang"

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.files.reading import taken
-from baft_easyedit.method.guard import Guard
 from baft_easyedit.method.intervention import BaFTIntervention
-from baft_easyedit.method.past_states import PastStates
+from baft_easyedit.method.past_edits import PastEdits
 from baft_easyedit.method.whitening import Whitening
+from baft_easyedit.model.edit import apart, within
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.storage.config import KeptConfig
 from baft_easyedit.storage.reading import read_latest
@@ -39,8 +39,11 @@ class ServedEdit:
     """Whether the edit was learned on prompts in the model's chat template."""
     config: KeptConfig
     """What else is known of the edit and its model."""
-    guards: dict[int, Guard] = field(default_factory=dict, repr=False)
-    """What tells where each layer's intervention acts; empty for everywhere."""
+    past: dict[int, tuple[PastEdits, Whitening]] = field(default_factory=dict, repr=False)
+    """The edits that act at each layer, and the coordinates in which one is chosen; empty if the
+    interventions act everywhere."""
+    min_similarity: float = -1.0
+    """Least similarity to a state of a past edit at which that edit acts."""
 
     @torch.no_grad()
     def delta(self, layer: int, hidden: Tensor) -> Tensor:
@@ -54,14 +57,15 @@ class ServedEdit:
         Returns:
             [N, D], fp32.
         """
-        intervention, guard = self.layers[layer], self.guards.get(layer)
+        h, intervention = hidden.float(), self.layers[layer]
+        past = self.past.get(layer)
         if intervention.source_bias.device != hidden.device:
-            for part in (intervention, *(guard or ())[:2]):
+            for part in (intervention, *(past or ())):
                 part.to(hidden.device)
-        h = hidden.float()
-        edited: Tensor = intervention(h)[0]
-        if guard is not None:
-            edited = torch.where(guard.admits(h)[:, None], edited, h)
+        if past is None:
+            edited: Tensor = intervention(h)[0]
+        else:
+            edited = past[0](h, past[1], self.min_similarity)[0]
         return edited - h
 
     def window(self, prompt_lengths: Sequence[int]) -> list[bool]:
@@ -96,13 +100,14 @@ def read_edit(directory: str | os.PathLike[str]) -> ServedEdit:
         gate,
         taken(settings, "use_chat_template", bool, where),
         kept.config,
-        {} if least is None else {i: _guard(kept, i, least, str(path)) for i in layers},
+        {} if least is None else {i: _past(kept, i, gate, str(path)) for i in layers},
+        -1.0 if least is None else least,
     )
 
 
 def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTIntervention:
     """Make the intervention of one layer from the kept tensors."""
-    own = _tensors(kept, f"_interventions.{layer}.")
+    own = within(kept.state.learned, f"_interventions.{layer}.")
     with _usable(layer, where):
         rank, size = own["basis"].shape
         intervention = BaFTIntervention(size, rank, gate)
@@ -110,21 +115,16 @@ def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTInt
     return intervention.requires_grad_(False)
 
 
-def _guard(kept: StateFile, layer: Any, min_similarity: float, where: str) -> Guard:
-    """Make the guard of one layer from the kept tensors."""
-    states, statistics = _tensors(kept, f"_past.{layer}."), _tensors(kept, f"_whitening.{layer}.")
+def _past(kept: StateFile, layer: Any, gate: str, where: str) -> tuple[PastEdits, Whitening]:
+    """Make the past edits of one layer, and its whitening, from the kept tensors."""
+    learned = kept.state.learned
+    edits = within({**learned, **apart(learned, gate)}, f"_past.{layer}.")
     with _usable(layer, where):
-        most, size = states["states"].shape
-        past, whitening = PastStates(size, most), Whitening(size)
-        past.load_state_dict(states, assign=True)
-        whitening.load_state_dict(statistics, assign=True)
-    return Guard(past, whitening, min_similarity)
-
-
-def _tensors(kept: StateFile, prefix: str) -> dict[str, Tensor]:
-    """Return the kept tensors whose names begin with a prefix, by the rest of their names."""
-    learned = kept.state.learned.items()
-    return {name.removeprefix(prefix): v for name, v in learned if name.startswith(prefix)}
+        rank, size = learned[f"_interventions.{layer}.basis"].shape
+        past, whitening = PastEdits(size, rank, gate), Whitening(size)
+        past.load_state_dict({n: edits[n] for n in past.state_dict()}, assign=True)
+        whitening.load_state_dict(within(learned, f"_whitening.{layer}."), assign=True)
+    return past, whitening
 
 
 @contextmanager

@@ -156,24 +156,6 @@ def locality_margin(
     return closed + opened + F.relu(gamma - (largest - largest_irrelevant))
 
 
-def displacement_error(moves: Tensor, wanted: Tensor, size: Tensor, tolerance: float) -> Tensor:
-    """Return the squared error of displacements beyond a tolerance (ours; see `settling`).
-
-    The mean of max(0, |moves - wanted| / size - tolerance)^2.
-
-    Args:
-        moves: Phi(h) - h of some states, [N, D].
-        wanted: Their wanted displacements, [N, D].
-        size: The usual length of a displacement, above 0, [].
-        tolerance: Allowed length of the error, as a share of `size`.
-
-    Returns:
-        [].
-    """
-    off = (moves - wanted).norm(dim=-1) / size
-    return (off - tolerance).clamp_min(0).square().mean()
-
-
 RESCALINGS = ("match", "none")
 
 _SMALLEST_TERM = 1e-3

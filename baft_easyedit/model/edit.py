@@ -1,8 +1,9 @@
 """The tensors of an edit: an intervention for each edited layer, and what later edits need of it.
 
-Later edits need the usage of the bases (for R_bal), the statistics that whiten hidden states, and
-past states (for settling). `hooks` attaches an edit to a model. Shapes: N states, D hidden size, r
-rank.
+Later edits need the usage of the bases (for R_bal), and the statistics that whiten hidden states.
+With `min_similarity`, each edit call has bases of its own: the interventions then are those that an
+edit begins with, and what it became is one of the past edits. `hooks` attaches an edit to a model.
+Shapes: N states, D hidden size, r rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from baft_easyedit.method.guard import Guard
 from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.method.objective import BasisUsage
-from baft_easyedit.method.past_states import PastStates, are_among
+from baft_easyedit.method.past_edits import PastEdits, are_among
 from baft_easyedit.method.whitening import Whitening
 
 Snapshot = Mapping[str, Tensor]
-
-_IRRELEVANT_KEPT = 4
-"""How many of an edit's irrelevant states become past states of each layer; see `past_states`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +51,8 @@ class EditParameters(nn.Module):
         num_prompt_positions: P, how many of the last prompt tokens are edited.
         seed: Seed of the random bases.
         parametrisation: One of `PARAMETRISATIONS`; see `coordinates`.
-        past_states: Hidden states of past edits that each layer keeps at most; 0 for none.
-        min_similarity: The edit acts at states only that are so similar to a past edit's, see
-            `method.guard`; None for everywhere.
+        min_similarity: Each edit call has bases of its own, and acts only at states that are so
+            similar to its own, see `method.past_edits`; None for one edit that acts everywhere.
     """
 
     def __init__(
@@ -69,7 +64,6 @@ class EditParameters(nn.Module):
         num_prompt_positions: int,
         seed: int = 0,
         parametrisation: str = "direct",
-        past_states: int = 0,
         min_similarity: float | None = None,
     ) -> None:
         super().__init__()
@@ -81,13 +75,10 @@ class EditParameters(nn.Module):
             self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
             whitened = layers if parametrisation == "whitened" else ()
             self._whitening = nn.ModuleDict({str(i): Whitening(hidden_size) for i in whitened})
-            keeping = layers if past_states else ()
-            self._past = nn.ModuleDict(
-                {str(i): PastStates(hidden_size, past_states) for i in keeping}
-            )
+            apart = () if min_similarity is None else layers
+            self._past = nn.ModuleDict({str(i): PastEdits(hidden_size, rank, gate) for i in apart})
         self.gate = gate
         self.parametrisation = parametrisation
-        self.past_states = past_states
         self.min_similarity = min_similarity
         self.num_prompt_positions = num_prompt_positions
         self.memory: Any = None
@@ -132,24 +123,21 @@ class EditParameters(nn.Module):
         """Return the whitening of one edited layer, in an edit that `whitens`."""
         return cast(Whitening, self._whitening[str(layer)])
 
-    @property
-    def num_past_states(self) -> int:
-        """How many hidden states of past edits each layer keeps now."""
-        return self.past(self.layers[0]).num_kept if self._past else 0
+    def past(self, layer: int) -> PastEdits:
+        """Return the past edits at one layer, in an edit with `min_similarity`."""
+        return cast(PastEdits, self._past[str(layer)])
 
-    @property
-    def has_dropped_states(self) -> bool:
-        """Whether there were more hidden states of past edits than each layer keeps."""
-        return bool(self._past) and self.past(self.layers[0]).has_dropped
+    def act(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Edit the hidden states of one layer, [..., D], as calls of the edited model do.
 
-    def past(self, layer: int) -> PastStates:
-        """Return the past states of one layer, in an edit that keeps them."""
-        return cast(PastStates, self._past[str(layer)])
-
-    def guard(self, layer: int) -> Guard | None:
-        """Return what tells where the edit of one layer acts; None for everywhere."""
-        least = self.min_similarity
-        return None if least is None else Guard(self.past(layer), self.whitening(layer), least)
+        Returns:
+            The edited states, [..., D], and the basis weights, [..., r].
+        """
+        if self.min_similarity is None:
+            edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
+        else:
+            edited = self.past(layer)(hidden, self.whitening(layer), self.min_similarity)
+        return edited
 
     def joint_usage(self) -> BasisUsage:
         """Return a copy of the usage records of all layers in one, `total` [L, 1, r]."""
@@ -159,7 +147,7 @@ class EditParameters(nn.Module):
         """Reset all tensors to those of a new edit; they keep their place in memory."""
         size = self.intervention(self.layers[0]).basis.shape[1]
         shape = (size, self.layers, self.rank, self.gate, self.num_prompt_positions)
-        new = EditParameters(*shape, seed, self.parametrisation, self.past_states)
+        new = EditParameters(*shape, seed, self.parametrisation, self.min_similarity)
         self.restore(new.snapshot())
 
     @property
@@ -189,109 +177,49 @@ class EditParameters(nn.Module):
     def state_of(
         self,
         edit: int,
+        start: Snapshot,
         usage: Mapping[int, tuple[Tensor, Tensor]],
         used: Mapping[int, Tensor],
-        irrelevant: Mapping[int, Tensor],
     ) -> Snapshot:
-        """Return a `snapshot` of one of the `num_edits` edits, for an edit that comes after it.
-
-        Its usage and hidden states count as past there.
+        """Return a `snapshot` with one of the `num_edits` edits, for an edit that comes after it.
 
         Args:
             edit: Index of the edit.
+            start: The snapshot that the edit was learned from.
             usage: `total` [num_edits, r] and `count` [num_edits] of each layer, the edit included.
             used: Hidden states at the edit's intervened positions, by layer, [N, D].
-            irrelevant: Hidden states of its irrelevant prompts, by layer, [M, D].
         """
-        state = dict(self.snapshot())
         values = self._values_of(edit)
-        state |= values
+        if self.min_similarity is not None:
+            return {**start, **self._past_with(values, used)}
+        state = {**start, **values}
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
-        return state | (self._past_with(values, used, irrelevant) if self._past else {})
+        return state
 
-    @torch.no_grad()
-    def _past_with(
-        self, values: Snapshot, used: Mapping[int, Tensor], irrelevant: Mapping[int, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the past states with those of an edit, by `snapshot` names.
+    def _past_with(self, values: Snapshot, used: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the past edits with a new one, by `snapshot` names.
 
-        All used states are kept, with the displacement that the edit gives them; the irrelevant
-        ones want none. Each state of an edit has the same place at all layers. So where the edit is
-        of a prompt that was edited before, whose states at the first layer are the same, what the
-        earlier edit wanted there goes at all layers.
+        Each state of an edit has the same place at all layers. So where the edit is of a prompt
+        that was edited before, whose states at the first layer are the same, those of the earlier
+        edit go at all layers.
         """
         first = self.layers[0]
-        gone = are_among(self.past(first).kept()[0], used[first]).cpu()
-        kept: dict[str, Tensor] = {}
-        chosen = self._hard(values, used, irrelevant)
+        gone = are_among(self.past(first).states, used[first])
+        past: dict[str, Tensor] = {}
         for layer in self.layers:
-            here, still = used[layer].float(), irrelevant[layer].float()
-            still = still[chosen.to(still.device)]
-            states = torch.cat([here, still])
-            moves = torch.cat([self.displacement(layer, here, values), torch.zeros_like(still)])
-            new = self.past(layer).with_edit(states, moves, gone.to(states.device))
-            kept |= {f"_past.{layer}.{name}": value for name, value in new.items()}
-        return kept
-
-    def _hard(
-        self, values: Snapshot, used: Mapping[int, Tensor], irrelevant: Mapping[int, Tensor]
-    ) -> Tensor:
-        """Return the indices of an edit's irrelevant states that it moves most at its layers.
-
-        With a guard, they are some of those where it will let the edit act, at a layer at least.
-        What an irrelevant prompt has in common with the edited one is none of them.
-        """
-        first = self.layers[0]
-        moved = torch.zeros(len(irrelevant[first]))
-        for layer in self.layers:
-            here, guard = irrelevant[layer].float(), self.guard(layer)
-            length = self.displacement(layer, here, values).norm(dim=-1)
-            if guard is not None:
-                length = length * guard.admits(here, used[layer].float())
-            moved += length.cpu()
-        moved *= ~are_among(irrelevant[first], used[first]).cpu()
-        most = moved.topk(min(_IRRELEVANT_KEPT, len(moved)))
-        return most.indices[most.values > 0]
-
-    @torch.no_grad()
-    def accept(self, states: Mapping[int, Tensor]) -> None:
-        """Let past states that want no displacement want the one that they have now.
-
-        Args:
-            states: Irrelevant states of an edit, by layer, [N, D]; at a layer where a guard does
-                not let the edit act on them, they go on wanting none.
-        """
-        for layer, irrelevant in states.items():
-            here, guard = irrelevant.float(), self.guard(layer)
-            if guard is not None:
-                here = here[guard.admits(here)]
-            self.past(layer).accept(here, self.displacement(layer, here))
-
-    def displacement(self, layer: int, states: Tensor, values: Snapshot | None = None) -> Tensor:
-        """Return Phi(h) - h of one layer, [N, D].
-
-        Args:
-            layer: An edited layer.
-            states: h, [N, D], fp32.
-            values: Parameters by `snapshot` names, used in place of this module's own.
-        """
-        prefix = f"_interventions.{layer}."
-        own = {
-            name.removeprefix(prefix): value
-            for name, value in (values or {}).items()
-            if name.startswith(prefix)
-        }
-        edited: Tensor = functional_call(self.intervention(layer), own, (states,))[0]
-        return edited - states
+            here, own = self.past(layer), within(values, f"_interventions.{layer}.")
+            new = here.with_edit(used[layer], own, gone.to(here.states.device))
+            past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
+        return past
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
-        """Return copies of an edit's parameters that are not this module's (`IndependentEdits`)."""
-        return {}
+        """Return copies of the trained parameters of one of the `num_edits` edits."""
+        return {name: p.detach().clone() for name, p in self.named_parameters()}
 
     def snapshot(self) -> Snapshot:
-        """Return copies of all tensors by name: parameters, usage, statistics and past states."""
+        """Return copies of all tensors by name: parameters, usage, statistics and past edits."""
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -300,7 +228,7 @@ class EditParameters(nn.Module):
         Raises:
             ValueError: If an edit of another shape made the snapshot; nothing has changed then.
         """
-        own = self.state_dict()
+        own, snapshot = self.state_dict(), self._present_form(snapshot)
         different = [
             name
             for name in {*own, *snapshot}
@@ -313,10 +241,47 @@ class EditParameters(nn.Module):
             )
         self.load_state_dict(dict(snapshot))
 
+    def _present_form(self, snapshot: Snapshot) -> Snapshot:
+        """Return a snapshot of an earlier development version in the present form; see `apart`."""
+        past = apart(snapshot, self.gate)
+        if not past:
+            return snapshot
+        rest = {name: v for name, v in snapshot.items() if not name.startswith("_past.")}
+        if self.min_similarity is None:
+            return rest
+        begun = {n: v for n, v in self.state_dict().items() if n.startswith(("_int", "_usage"))}
+        return rest | begun | past
+
     def _takes(self, name: str, value: Tensor) -> bool:
         """Tell whether a tensor of a `snapshot` has a shape that this edit's can have."""
         module, _, own = name.rpartition(".")
         owner = self.get_submodule(module)
-        if isinstance(owner, PastStates):
+        if isinstance(owner, PastEdits):
             return owner.takes(own, value)
         return bool(value.shape == getattr(owner, own).shape)
+
+
+def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor]:
+    """Return what all edits of an earlier development version did together, as one past edit.
+
+    There they shared one intervention, and the moves that they wanted at their states were kept.
+
+    Args:
+        snapshot: A snapshot of any version; of the present one, nothing is returned.
+        gate: A name of `gates.GATES`.
+    """
+    past: dict[str, Tensor] = {}
+    for name in snapshot:
+        if name.startswith("_past.") and name.endswith(".moves"):
+            layer = name.split(".")[1]
+            own = within(snapshot, f"_interventions.{layer}.")
+            rank, size = own["basis"].shape
+            states = snapshot[f"_past.{layer}.states"][snapshot[name].any(-1)]
+            new = PastEdits(size, rank, gate).with_edit(states, own)
+            past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
+    return past
+
+
+def within(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a snapshot whose names begin with a prefix, by the rest of these."""
+    return {n.removeprefix(prefix): v for n, v in snapshot.items() if n.startswith(prefix)}

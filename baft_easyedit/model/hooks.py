@@ -212,7 +212,7 @@ class ModelEdit(EditParameters):
         return self.contexts.within(given_positions=positions)
 
     def learning(self) -> AbstractContextManager[None]:
-        """Let the edit act everywhere inside this context, whatever `min_similarity` is."""
+        """Run the model with the interventions that are learned alone, without past edits."""
         return self.contexts.within(is_learning=True)
 
     @contextmanager
@@ -349,12 +349,10 @@ class ModelEdit(EditParameters):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        edited, weights = self.intervention(layer)(hidden)
-        guard = self.guard(layer)
-        if guard is not None and not self.contexts.now.is_learning:
-            here = guard.admits(hidden)[..., None]  # [B, T, 1]
-            edited, weights = torch.where(here, edited, hidden), weights * here
-        return edited, weights
+        if self.contexts.now.is_learning:
+            edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
+            return edited
+        return self.act(layer, hidden)
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""

@@ -32,7 +32,7 @@ class IndependentEdits(ModelEdit):
             start.gate,
             start.num_prompt_positions,
             parametrisation=start.parametrisation,
-            past_states=start.past_states,
+            min_similarity=start.min_similarity,
         )
         self.to(basis.device)
         self.restore(start.snapshot())

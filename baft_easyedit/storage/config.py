@@ -28,7 +28,7 @@ _OF_EASYEDIT = {
 }
 """Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""
 
-_RETIRED = {"loc_own_texts": False}
+_RETIRED = {"loc_own_texts": False, "past_states": 0, "settle_steps": 100}
 """Hyper-parameters of earlier development versions, and their values that did nothing."""
 
 
@@ -149,7 +149,6 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
         h.num_prompt_positions,
         h.seed,
         h.parametrisation,
-        h.past_states,
         h.min_similarity,
     )
 

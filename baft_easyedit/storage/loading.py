@@ -129,8 +129,7 @@ def check_carried(model: nn.Module, kept: StateFile, where: str) -> None:
 def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
     """Raise ValueError unless an edit has the shape that the hyper-parameters name."""
     for name in (
-        "layers", "rank", "gate", "num_prompt_positions", "parametrisation", "past_states",
-        "min_similarity",
+        "layers", "rank", "gate", "num_prompt_positions", "parametrisation", "min_similarity",
     ):  # fmt: skip
         is_so, wanted = getattr(carried, name), getattr(hparams, name)
         if is_so != (tuple(wanted) if name == "layers" else wanted):

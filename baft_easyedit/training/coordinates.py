@@ -19,7 +19,7 @@ those of the leaves, the optimiser moves the leaves, and `Coordinates.follow` se
 Shapes: r rank, D hidden size; a leading E for independent edits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -42,9 +42,6 @@ class _Coordinates(Protocol):
     def follow(self) -> None:
         """Set the parameters from the leaves."""
 
-    def at(self, inputs: Tensor) -> Callable[[], Tensor]:
-        """Return a function that computes the values [N, n] at inputs [N, D] from the leaves."""
-
 
 class _Direct:
     """The leaf A in place of the parameter A - R."""
@@ -61,9 +58,6 @@ class _Direct:
 
     def follow(self) -> None:
         self._difference.copy_(self._source - self._basis)
-
-    def at(self, inputs: Tensor) -> Callable[[], Tensor]:
-        return lambda: inputs @ (self._source - self._basis).mT + self._bias
 
 
 class _Whitened:
@@ -114,15 +108,6 @@ class _Whitened:
         self._bias.copy_(self._constant)
         self._bias[..., :r] -= change @ self._whitening.mean
 
-    @torch.no_grad()
-    def at(self, inputs: Tensor) -> Callable[[], Tensor]:
-        r, rows = self._rank, self._rows
-        before = inputs @ self._start.mT  # W_0 h
-        whitened = self._whitening.whitened(self._unit * inputs)  # z
-        return lambda: (
-            torch.cat([before + whitened @ rows[:r].mT, inputs @ rows[r:].mT], -1) + self._constant
-        )
-
 
 class Coordinates:
     """The leaves that an optimiser moves to train an edit, or E independent ones, from now on."""
@@ -152,34 +137,11 @@ class Coordinates:
         }
         """Leaves by parameter name; a parameter that no leaf replaces is a leaf itself."""
 
-    def displacement(self, layer: int, states: Tensor) -> Callable[[], Tensor]:
-        """Return a function that computes Phi(h) - h of one layer, [N, D], from the leaves.
-
-        Its gradients arrive at the leaves, without `pull_back` and `follow`. S (h - mu) is computed
-        once, before. `settling` trains a single edit by it.
-
-        Args:
-            layer: An edited layer.
-            states: h, [N, D], fp32.
-        """
-        prefix, intervention = f"_interventions.{layer}.", self._edit.intervention(layer)
-        step = self._parts[f"{prefix}difference"].at(states)
-        gate, gate_part = intervention.gate, self._parts.get(f"{prefix}gate.weight")
-        if gate_part is None:
-            return lambda: (gate(states) * step()) @ intervention.basis
-        logits = gate_part.at(gate.inputs(states))
-        return lambda: (gate.activate(logits()) * step()) @ intervention.basis
-
     @torch.no_grad()
     def pull_back(self) -> None:
         """Set the gradients of all leaves from those of the parameters; project that of each R."""
         for part in self._parts.values():
             part.pull_back()
-        self.project()
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Project the gradient of each R on the tangent space of the orthonormal matrices."""
         for basis in self._edit.bases().values():
             if basis.grad is not None:
                 # The fused AdamW kernel assumes that gradients have the parameters' memory layout.

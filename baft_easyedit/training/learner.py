@@ -1,4 +1,4 @@
-"""Train the edit of a model on requests, rehearse past requests, and settle. In memory only.
+"""Train the edit of a model on requests, and rehearse past requests. In memory only.
 
 The editor calls `Learner`, and adds undo and storage. Each call trains the parameters of the
 model's `ModelEdit`; the model's weights never change. All that a call changes is an `EditState`,
@@ -6,10 +6,8 @@ which `Learner.state` copies and `Learner.restore` brings back.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,15 +33,9 @@ from baft_easyedit.training.loop import (
 from baft_easyedit.training.own_texts import own_length, own_statistics
 from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
-from baft_easyedit.training.settling import settle
 from baft_easyedit.training.stand_ins import stand_ins
 
 logger = logging.getLogger(__name__)
-
-_PAST_STATES_ARE_FULL = (
-    "all %d past_states are taken: from now on each edit drops some earlier states at random, "
-    "and earlier edits begin to be forgotten; to make so many edits, begin with more past_states"
-)
 
 _MOST_NAMED = 3
 """Most requests that a warning names."""
@@ -133,17 +125,14 @@ class Learner:
                 self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
-        """Learn requests together, rehearsing past ones, and settle."""
-        rows, before = self._rows(requests, hparams), self.edit.has_dropped_states
-        has_past = bool(self.edit.num_past_states)
+        """Learn requests together, rehearsing past ones."""
+        rows = self._rows(requests, hparams)
         self._attach()
         self._condition(hparams)
         rehearsal = self._rehearsal(hparams, requests)
         (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
-        learned = self._settled(learned, rows, hparams, has_past)
         self.edit.restore(learned.state)
         _warn_of_unlearned(requests, [learned.report])
-        self._warn_if_full(before)
         self.memory.remember(requests, hparams)
         return learned.report
 
@@ -168,15 +157,10 @@ class Learner:
         `batch_size` requests are learned at once (see `BatchSize`), fewer where memory is short.
         """
         edits = [self._rows([request], hparams) for request in requests]
-        before, has_past = self.state(), bool(self.edit.num_past_states)
+        before = self.state()
         self._condition(hparams)
         try:
             in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
-            self._attach()
-            in_order = [
-                self._settled(one, rows, hparams, has_past)
-                for one, rows in zip(in_order, edits, strict=True)
-            ]
         finally:
             self.restore(before)
         _warn_of_unlearned(requests, [one.report for one in in_order])
@@ -226,46 +210,9 @@ class Learner:
                 f"starts after {learned.start or 'no edit'}, and the latest change is "
                 f"{self.edit.latest_change or 'none'}: undo() that, or call learn_apart() again"
             )
-        before = self.edit.has_dropped_states
         self.edit.restore(learned.state)
         self._attach()
-        self._warn_if_full(before)
         self.memory.remember(requests, hparams)
-
-    def _warn_if_full(self, before: bool) -> None:
-        """Log a warning if past states were dropped, and none were `before`."""
-        if self.edit.has_dropped_states and not before:
-            logger.warning(_PAST_STATES_ARE_FULL, self.edit.past_states)
-
-    def _settled(
-        self, learned: Learned, rows: Sequence[TextRow], hparams: BaFTHyperParams, has_past: bool
-    ) -> Learned:
-        """Settle a new edit among past ones, if there were any; see `settling`.
-
-        The report then says how its rows are answered after settling, where the edit acts.
-        """
-        if not has_past and self.edit.min_similarity is None:
-            return learned
-        start = time.perf_counter()
-        passes = []
-        for accepted in ({}, learned.irrelevant):  # again, if the first unlearns a request
-            self.edit.restore(learned.state)
-            self.edit.accept(accepted)
-            if has_past:
-                settle(self.edit, hparams)
-            losses, is_learned = answered_now(self.model, self.edit, rows)
-            passes.append((self.edit.snapshot(), losses, is_learned))
-            pairs = zip(learned.report.learned, is_learned, strict=True)
-            if all(after or not before for before, after in pairs):
-                break
-        state, losses, is_learned = max(passes, key=lambda one: sum(one[2]))
-        report = replace(
-            learned.report,
-            time_s=learned.report.time_s + time.perf_counter() - start,
-            request_losses=losses,
-            learned=is_learned,
-        )
-        return learned._replace(state=state, report=report)
 
     def _attach(self) -> None:
         """Attach the edit to the model, unless it is attached."""

@@ -86,8 +86,6 @@ class Learned(NamedTuple):
     state: Snapshot
     """The edit's state, for `ModelEdit.restore`."""
     report: EditReport
-    irrelevant: Mapping[int, Tensor]
-    """Hidden states of its irrelevant prompts, by layer, [M, D]."""
     start: Change | None = None
     """The change of the edit after which it was learned; None for a new edit."""
 
@@ -210,6 +208,7 @@ class _Progress:
         self.results: dict[int, Learned] = {}
         """The result of each edit that stopped; its report lacks the time and the engine."""
         self._edit = edit
+        self._start = edit.snapshot()
         self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
         self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E], on the device
@@ -291,19 +290,12 @@ class _Progress:
                 request_losses=tuple(losses[i]),
                 learned=tuple(missed == 0 for missed in misses[i]),
             )
-            used, irrelevant = self._states(i, step)
-            state = self._edit.state_of(i, usage, used, irrelevant)
-            self.results[i] = Learned(state, report, irrelevant)
-
-    def _states(self, i: int, step: StepResult) -> tuple[dict[int, Tensor], ...]:
-        """Return the hidden states of edit i, and those of its irrelevant prompts, by layer."""
-        return tuple(
-            {
-                layer: hidden[i][at[i].to(hidden.device)]
+            used = {
+                layer: hidden[i][step.new[i].to(hidden.device)]
                 for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
             }
-            for at in (step.new, step.irrelevant)
-        )
+            state = self._edit.state_of(i, self._start, usage, used)
+            self.results[i] = Learned(state, report)
 
 
 def _gate_reports(

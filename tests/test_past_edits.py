@@ -1,0 +1,355 @@
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from baft_easyedit import BaFTEditor, attach
+from baft_easyedit.method.gates import GATES
+from baft_easyedit.method.intervention import BaFTIntervention
+from baft_easyedit.method.past_edits import PastEdits, are_among
+from baft_easyedit.method.whitening import Whitening
+from tests.conftest import logits, make_model
+
+APART = {"parametrisation": "whitened", "min_similarity": 0.9}
+OTHER = "Water boils at"
+PROMPTS = "Fact 0 is", "My own name", "The end of"
+D = 6
+
+
+def request(k, target="no"):
+    return {"prompt": PROMPTS[k], "target_new": target, "loc_prompt": f"Ice {k} is cold"}
+
+
+@pytest.fixture
+def apart(hparams):
+    return replace(hparams, **APART, rank=16, num_steps=40, early_stop_loss=0.001)
+
+
+@pytest.fixture
+def of(tokenizer):
+    """Returns a model's logits for a text."""
+    return lambda model, text: logits(model, tokenizer(text, return_tensors="pt").input_ids)
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[n], other[n]) for n in state)
+
+
+def whitening():
+    """The statistics of random states."""
+    measured = Whitening(D)
+    measured.measure(torch.randn(50, D, generator=torch.Generator().manual_seed(0)) * 3 + 1)
+    return measured
+
+
+def moving(gate="one", seed=0):
+    """An intervention that moves what it acts on."""
+    torch.manual_seed(seed)
+    intervention = BaFTIntervention(D, 2, gate).requires_grad_(False)
+    for p in intervention.parameters():
+        p.add_(torch.randn(p.shape))
+    return intervention
+
+
+def past(*edits, gate="one"):
+    """Past edits of states and an intervention each."""
+    made = PastEdits(D, 2, gate)
+    for states, intervention in edits:
+        made.load_state_dict(made.with_edit(states, dict(intervention.named_parameters())))
+    return made
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_at_each_state_the_edit_acts_that_has_the_most_similar_one(gate):
+    torch.manual_seed(1)
+    states, edits = torch.randn(5, D) * 3, [moving(gate, seed) for seed in (1, 2)]
+    own, z = past((states[:2], edits[0]), (states[2:], edits[1]), gate=gate), whitening()
+    hidden = torch.randn(4, 3, D) * 3
+    cosines = F.cosine_similarity(
+        z.whitened(hidden)[..., None, :], z.whitened(states), dim=-1
+    )  # [4, 3, 5]
+    edited, weights = own(hidden, z, 0.5)
+    for i in range(4):
+        for t in range(3):
+            h, best = hidden[i, t], cosines[i, t].argmax()
+            expected, w = edits[int(best >= 2)](h)
+            if cosines[i, t, best] >= 0.5:
+                torch.testing.assert_close(edited[i, t], expected)
+                torch.testing.assert_close(weights[i, t], w)
+            else:
+                assert torch.equal(edited[i, t], h)
+                assert not weights[i, t].any()
+    assert 0 < weights.any(-1).sum() < 12
+
+
+def test_without_past_edits_nothing_is_edited():
+    hidden = torch.randn(2, 3, D)
+    edited, weights = past()(hidden, whitening(), -1.0)
+    assert torch.equal(edited, hidden)
+    assert weights.shape == (2, 3, 2)
+    assert not weights.any()
+
+
+def test_an_edit_begins_to_act_when_it_is_there_and_ends_when_it_goes():
+    states, hidden = torch.eye(D)[:2] * 5, torch.eye(D)[3:4] * 5
+    own, z = past((states, moving())), whitening()
+    assert own.nearest(hidden, z)[0] < 0.99
+    before = own.state_dict()
+    new = dict(moving(seed=2).named_parameters())
+    own.load_state_dict(own.with_edit(hidden, new))
+    assert own.nearest(hidden, z)[0] > 0.99
+    torch.testing.assert_close(own(hidden, z, 0.9)[0], moving(seed=2)(hidden)[0])
+    own.load_state_dict(before)
+    assert own.nearest(hidden, z)[0] < 0.99
+
+
+def test_an_edit_whose_states_are_gone_goes():
+    states = torch.eye(D) * 5
+    own = past((states[:2], moving(seed=1)), (states[2:4], moving(seed=2)))
+    parameters = dict(moving(seed=3).named_parameters())
+    some = own.with_edit(states[:1], parameters, torch.tensor([True, False, False, False]))
+    assert some["owners"].tolist() == [0, 1, 1, 2]
+    assert len(some["values"]) == 3
+    all_ = own.with_edit(states[:2], parameters, torch.tensor([True, True, False, False]))
+    assert all_["owners"].tolist() == [0, 0, 1, 1]
+    own.load_state_dict(all_)
+    assert torch.equal(own.states, states[[2, 3, 0, 1]])
+    for index, seed in enumerate((2, 3)):
+        expected = moving(seed=seed)(states)[0]
+        torch.testing.assert_close(own.intervention(index)(states)[0], expected, rtol=0, atol=0)
+
+
+def test_past_edits_take_the_memory_of_those_that_are_there():
+    own, parameters = past(), dict(moving().named_parameters())
+    with torch.inference_mode():
+        own.load_state_dict(own.with_edit(torch.eye(D), parameters))
+        own.intervention(0)
+    assert not any(buffer.is_inference() for buffer in own.buffers())
+    hidden = torch.eye(D).requires_grad_()
+    own(hidden, whitening(), -1.0)[0].sum().backward()  # through what inference mode made
+    assert hidden.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="size mismatch for states"):
+        own.load_state_dict(own.state_dict() | {"states": torch.zeros(5, D + 1)})
+
+
+def test_states_are_told_that_come_again():
+    states = 10 * torch.eye(3)
+    again = are_among(states, states[1:2] * (1 + 1e-6))
+    assert again.tolist() == [False, True, False]
+    for other in (states[1:2] * 1.001, states[1:2].bfloat16() * 1.05):
+        assert are_among(states, other).tolist() == [False] * 3
+    assert are_among(states, states[1:2].bfloat16() * 1.006).tolist() == again.tolist()
+
+
+def test_other_prompts_are_answered_bit_for_bit_as_without_the_edit(tokenizer, apart, of):
+    model = make_model()
+    before = of(model, OTHER)
+    editor = BaFTEditor(model, tokenizer, apart)
+    for k in range(3):
+        assert editor.edit(request(k)).learned == (True,)
+    assert editor.holds([request(k) for k in range(3)]) == [True] * 3
+    assert torch.equal(of(model, OTHER), before)
+
+
+def test_later_edits_change_nothing_of_earlier_ones(tokenizer, apart, of):
+    model, seen = make_model(), []
+    editor = BaFTEditor(model, tokenizer, apart)
+    for k in range(3):
+        editor.edit(request(k))
+        seen.append([of(model, text) for text in PROMPTS[: k + 1]])
+    for one in seen:
+        assert all(map(torch.equal, one, seen[-1]))
+
+
+def test_an_edit_is_learned_as_if_it_were_the_first(tokenizer, apart):
+    """So edits in another order do the same."""
+    found = []
+    for order in ((0, 1), (1, 0)):
+        editor = BaFTEditor(make_model(), tokenizer, apart)
+        reports = [editor.edit(request(k)) for k in order]
+        values = [editor.model_edit.past(1).values[order.index(k)] for k in (0, 1)]
+        found.append(([reports[order.index(k)].losses for k in (0, 1)], torch.stack(values)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_padding_opens_nothing(tokenizer, apart):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, apart)
+    editor.edit(request(0))
+    ids = tokenizer([OTHER, PROMPTS[0]], return_tensors="pt", padding=True)
+    with editor.model_edit.recording() as record:
+        together = model(**ids).logits
+    weights = record.weights[editor.model_edit.layers[0]]
+    assert not weights[0].any()
+    assert weights[1].any()
+    with editor.model_edit.disabled():
+        without = model(**ids).logits
+    assert torch.equal(together[0], without[0])
+    assert not torch.equal(together[1], without[1])
+
+
+def test_the_least_similarity_lets_an_edit_act_everywhere(tokenizer, apart, of):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, replace(apart, min_similarity=-1.0))
+    before = of(model, OTHER)
+    editor.edit(request(0))
+    opened = of(model, OTHER)
+    assert not torch.equal(opened, before)
+    edit = editor.model_edit
+    with torch.no_grad():
+        for layer in edit.layers:  # the edit alone, as one that acts everywhere
+            parts = zip(
+                edit.intervention(layer).parameters(),
+                edit.past(layer).intervention(0).parameters(),
+                strict=True,
+            )
+            for own, learned in parts:
+                own.copy_(learned)
+    edit.min_similarity = None
+    torch.testing.assert_close(of(model, OTHER), opened, rtol=1e-4, atol=1e-4)
+
+
+def test_edits_are_undone_bit_for_bit(tokenizer, apart, of):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, apart)
+    seen = []
+    for k in range(3):
+        seen.append(([of(model, t) for t in (OTHER, *PROMPTS)], editor.model_edit.snapshot()))
+        editor.edit(request(k))
+    for before, state in reversed(seen):
+        editor.undo()
+        assert all(map(torch.equal, before, [of(model, t) for t in (OTHER, *PROMPTS)]))
+        assert same(editor.model_edit.snapshot(), state)
+
+
+def test_a_prompt_can_be_edited_again_and_again(tokenizer, apart):
+    editor = BaFTEditor(make_model(), tokenizer, replace(apart, num_steps=60))
+    editor.edit(request(1))
+    for target in ("yes", "ice", "no", "red"):
+        assert editor.edit(request(0, target)).learned == (True,), target
+        assert editor.holds([request(1), request(0, target)]) == [True, True]
+
+
+def test_edits_learned_apart_are_those_learned_in_a_row(tokenizer, apart, of):
+    answers = []
+    for is_apart in (False, True):
+        model = make_model()
+        editor = BaFTEditor(model, tokenizer, apart)
+        for k in (0, 1):
+            if is_apart:
+                before = editor.model_edit.snapshot()
+                (learned,) = editor.learn_apart([request(k)])
+                assert same(editor.model_edit.snapshot(), before)
+                editor.install(learned, request(k))
+            else:
+                editor.edit(request(k))
+        assert editor.holds([request(0), request(1)]) == [True, True]
+        answers.append(of(model, PROMPTS[0]))
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
+
+
+def test_a_kept_edit_acts_likewise(tokenizer, apart, of, tmp_path):
+    model, other = make_model(), make_model()
+    editor = BaFTEditor(model, tokenizer, apart)
+    for k in range(2):
+        editor.edit(request(k))
+    editor.save(tmp_path)
+    assert attach(other, tmp_path).min_similarity == 0.9
+    for text in (OTHER, *PROMPTS):
+        assert torch.equal(of(model, text), of(other, text))
+
+
+def test_kept_edits_are_learned_again_bit_for_bit(tokenizer, apart, tmp_path):
+    with BaFTEditor.open(
+        make_model(), tokenizer, tmp_path / "edit", apart, checkpoint_every=100
+    ) as editor:
+        for k in range(3):
+            editor.edit(request(k))
+            if k == 1:
+                expected = editor.model_edit.snapshot()
+    model = make_model()
+    with BaFTEditor.open(model, tokenizer, tmp_path / "edit", undo_depth=1) as editor:
+        editor.rollback(to=2)
+        assert same(editor.model_edit.snapshot(), expected)
+        editor.edit(request(2, "ice"))
+    other = make_model()
+    attach(other, tmp_path / "edit")
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_kept_edit_goes_on_without_texts_of_the_model(tokenizer, apart, tmp_path, monkeypatch):
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "edit", apart) as editor:
+        editor.edit(request(0))
+    monkeypatch.setattr("baft_easyedit.training.own_texts.own_texts", None)
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "edit") as editor:
+        editor.edit(request(1))
+        editor.learn_apart([request(2)])
+
+
+def test_copies_of_an_edited_model_are_edited(tokenizer, apart, of):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, apart)
+    editor.edit(request(0))
+    of(model, PROMPTS[0])  # its edit is at hand
+    copied = copy.deepcopy(model)
+    editor.undo()
+    assert not torch.equal(of(copied, PROMPTS[0]), of(model, PROMPTS[0]))
+    assert torch.equal(of(copied, OTHER), of(model, OTHER))
+
+
+def test_past_edits_work_in_inference_mode(tokenizer, apart, of):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, apart)
+    editor.edit(request(0))
+    expected = of(model, PROMPTS[0])
+    with torch.inference_mode():
+        assert torch.equal(of(model, PROMPTS[0]), expected)
+        copied = copy.deepcopy(model)
+        assert torch.equal(of(copied, PROMPTS[0]), expected)
+        assert torch.equal(of(pickle.loads(pickle.dumps(model)), PROMPTS[0]), expected)
+    assert torch.equal(of(model, PROMPTS[0]), expected)
+
+
+@pytest.mark.parametrize("least", [-1, 0])
+def test_whole_numbers_are_similarities(apart, least):
+    assert replace(apart, min_similarity=least).min_similarity == float(least)
+
+
+def settled(edit):
+    """What development versions kept: one intervention of all edits, and the moves at states."""
+    state = edit.snapshot()
+    for layer in edit.layers:
+        past = edit.past(layer)
+        own = zip(
+            dict(edit.intervention(layer).named_parameters()),
+            past.intervention(0).parameters(),
+            strict=True,
+        )
+        state |= {f"_interventions.{layer}.{name}": value for name, value in own}
+        del state[f"_past.{layer}.owners"], state[f"_past.{layer}.values"]
+        far = torch.full_like(past.states[:1], 9.0)  # a state that wanted no move
+        states = torch.cat([past.states, far])
+        moves = torch.ones_like(states)
+        moves[-1] = 0
+        count = torch.tensor(float(len(states)))
+        parts = {"states": states, "moves": moves, "count": count}
+        state |= {f"_past.{layer}.{name}": value for name, value in parts.items()}
+    return state
+
+
+def test_edits_that_earlier_versions_settled_act_as_one_past_edit(tokenizer, apart, of):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, apart)
+    editor.edit(request(0))
+    expected, old = [of(model, text) for text in (OTHER, *PROMPTS)], settled(editor.model_edit)
+    editor.undo()
+    editor.model_edit.restore(old)
+    editor.model_edit.attach(model)
+    assert all(map(torch.equal, expected, [of(model, text) for text in (OTHER, *PROMPTS)]))
+    del old["_whitening.1.mean"]
+    with pytest.raises(ValueError, match="snapshot must be one of an edit of the same layers"):
+        editor.model_edit.restore(old)
