@@ -54,11 +54,15 @@ def moving(gate="one", seed=0):
     return intervention
 
 
+def vector_of(intervention):
+    return torch.nn.utils.parameters_to_vector(intervention.parameters())
+
+
 def past(*edits, gate="one"):
     """Past edits of states and an intervention each."""
     made = PastEdits(D, 2, gate)
     for states, intervention in edits:
-        made.load_state_dict(made.with_edit(states, dict(intervention.named_parameters())))
+        made.load_state_dict(made.with_edit(states, vector_of(intervention)))
     return made
 
 
@@ -98,7 +102,7 @@ def test_an_edit_begins_to_act_when_it_is_there_and_ends_when_it_goes():
     own, z = past((states, moving())), whitening()
     assert own.nearest(hidden, z)[0] < 0.99
     before = own.state_dict()
-    new = dict(moving(seed=2).named_parameters())
+    new = vector_of(moving(seed=2))
     own.load_state_dict(own.with_edit(hidden, new))
     assert own.nearest(hidden, z)[0] > 0.99
     torch.testing.assert_close(own(hidden, z, 0.9)[0], moving(seed=2)(hidden)[0])
@@ -109,7 +113,7 @@ def test_an_edit_begins_to_act_when_it_is_there_and_ends_when_it_goes():
 def test_an_edit_whose_states_are_gone_goes():
     states = torch.eye(D) * 5
     own = past((states[:2], moving(seed=1)), (states[2:4], moving(seed=2)))
-    parameters = dict(moving(seed=3).named_parameters())
+    parameters = vector_of(moving(seed=3))
     some = own.with_edit(states[:1], parameters, torch.tensor([True, False, False, False]))
     assert some["owners"].tolist() == [0, 1, 1, 2]
     assert len(some["values"]) == 3
@@ -123,7 +127,7 @@ def test_an_edit_whose_states_are_gone_goes():
 
 
 def test_past_edits_take_the_memory_of_those_that_are_there():
-    own, parameters = past(), dict(moving().named_parameters())
+    own, parameters = past(), vector_of(moving())
     with torch.inference_mode():
         own.load_state_dict(own.with_edit(torch.eye(D), parameters))
         own.intervention(0)
@@ -250,6 +254,27 @@ def test_edits_learned_apart_are_those_learned_in_a_row(tokenizer, apart, of):
         assert editor.holds([request(0), request(1)]) == [True, True]
         answers.append(of(model, PROMPTS[0]))
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
+
+
+def test_requests_of_one_call_have_bases_of_their_own(tokenizer, apart, of):
+    answers, losses = [], []
+    for calls in ([0, 1, 2], [[0, 1, 2]]):
+        model = make_model()
+        editor = BaFTEditor(model, tokenizer, apart)
+        for call in calls:
+            report = editor.edit([request(k) for k in ([call] if call in (0, 1, 2) else call)])
+        answers.append([of(model, text) for text in (OTHER, *PROMPTS)])
+        losses.append(report.request_losses)
+        assert [len(editor.model_edit.past(layer).values) for layer in apart.layers] == [3, 3]
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert report.num_requests == 3
+    assert report.learned == (True,) * 3
+    assert len(report.losses) == report.num_steps + 1
+    assert losses[0][0] == pytest.approx(losses[1][2], rel=1e-2, abs=1e-4)
+    assert report.final_loss == pytest.approx(sum(report.request_losses) / 3, rel=1e-2, abs=1e-4)
+    editor.undo()
+    assert editor.model_edit.num_parameters == 0
 
 
 def test_a_kept_edit_acts_likewise(tokenizer, apart, of, tmp_path):

@@ -115,23 +115,26 @@ class PastEdits(nn.Module):
             self._interventions[index] = own
         return self._interventions[index]
 
+    def vector(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the parameters of an intervention, by their names there, as a row of `values`."""
+        return torch.cat([parameters[name].detach().flatten() for name in self._names])
+
     @torch.no_grad()
     def with_edit(
-        self, states: Tensor, parameters: Mapping[str, Tensor], gone: Tensor | None = None
+        self, states: Tensor, parameters: Tensor, gone: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return the buffers with an edit added; this object does not change.
 
         Args:
             states: The hidden states that the edit acts at, [N', D].
-            parameters: Those of its intervention, by their names there.
+            parameters: Those of its intervention, a `vector`, [M].
             gone: True for present states that no edit has any more, [N], bool; None for none.
         """
         stays = slice(None) if gone is None else ~gone
         new = self.owners.new_full((len(states),), len(self.values))
         owners = torch.cat([self.owners[stays], new])
         kept, owners = torch.unique(owners, return_inverse=True)  # an edit without states goes
-        vector = torch.cat([parameters[name].flatten() for name in self._names])
-        values = torch.cat([self.values, vector[None]])
+        values = torch.cat([self.values, parameters[None]])
         return {
             "states": torch.cat([self.states[stays], states.float()]),
             "owners": owners.float(),

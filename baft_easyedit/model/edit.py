@@ -103,7 +103,9 @@ class EditParameters(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained parameters."""
+        """Number of trained parameters: with `min_similarity`, those of all past edits."""
+        if self._past:
+            return sum(self.past(layer).values.numel() for layer in self.layers)
         return sum(p.numel() for p in self.parameters())
 
     def intervention(self, layer: int) -> BaFTIntervention:
@@ -191,15 +193,30 @@ class EditParameters(nn.Module):
         """
         values = self._values_of(edit)
         if self.min_similarity is not None:
-            return {**start, **self._past_with(values, used)}
+            return {**start, **self._past_with(self._vectors(values), used)}
         state = {**start, **values}
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
         return state
 
-    def _past_with(self, values: Snapshot, used: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Return the past edits with a new one, by `snapshot` names.
+    def _vectors(self, values: Snapshot) -> dict[int, Tensor]:
+        """Return trained parameters as those of a past edit at each layer, [M]."""
+        return {i: self.past(i).vector(within(values, f"_interventions.{i}.")) for i in self.layers}
+
+    def join(self, other: Snapshot) -> None:
+        """Add the latest past edit of a snapshot to those of this edit."""
+        values, used = {}, {}
+        for layer in self.layers:
+            past = within(other, f"_past.{layer}.")
+            values[layer] = past["values"][-1]
+            used[layer] = past["states"][past["owners"] == len(past["values"]) - 1]
+        self.restore({**self.snapshot(), **self._past_with(values, used)})
+
+    def _past_with(
+        self, values: Mapping[int, Tensor], used: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the past edits with a new one of these `_vectors`, by `snapshot` names.
 
         Each state of an edit has the same place at all layers. So where the edit is of a prompt
         that was edited before, whose states at the first layer are the same, those of the earlier
@@ -209,8 +226,8 @@ class EditParameters(nn.Module):
         gone = are_among(self.past(first).states, used[first])
         past: dict[str, Tensor] = {}
         for layer in self.layers:
-            here, own = self.past(layer), within(values, f"_interventions.{layer}.")
-            new = here.with_edit(used[layer], own, gone.to(here.states.device))
+            here = self.past(layer)
+            new = here.with_edit(used[layer], values[layer], gone.to(here.states.device))
             past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
         return past
 
@@ -277,7 +294,8 @@ def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor]:
             own = within(snapshot, f"_interventions.{layer}.")
             rank, size = own["basis"].shape
             states = snapshot[f"_past.{layer}.states"][snapshot[name].any(-1)]
-            new = PastEdits(size, rank, gate).with_edit(states, own)
+            empty = PastEdits(size, rank, gate)
+            new = empty.with_edit(states, empty.vector(own))
             past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
     return past
 

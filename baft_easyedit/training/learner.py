@@ -8,6 +8,7 @@ which `Learner.state` copies and `Learner.restore` brings back.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -125,16 +126,27 @@ class Learner:
                 self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
-        """Learn requests together, rehearsing past ones."""
-        rows = self._rows(requests, hparams)
-        self._attach()
+        """Learn requests together, rehearsing past ones; with `min_similarity`, each on its own."""
+        rows, is_apart = self._rows(requests, hparams), self.edit.min_similarity is not None
         self._condition(hparams)
-        rehearsal = self._rehearsal(hparams, requests)
-        (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
-        self.edit.restore(learned.state)
-        _warn_of_unlearned(requests, [learned.report])
+        if is_apart and len(requests) > 1:
+            found = self._learn_all(requests, None, hparams)
+            for one in found:
+                self.edit.join(one.state)
+            report = EditReport.of_all([one.report for one in found])
+            self._attach()
+        else:
+            self._attach()
+            rehearsal = self._rehearsal(hparams, requests)
+            (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
+            self.edit.restore(learned.state)
+            report = learned.report
+        if is_apart:  # what is answered where past edits act
+            losses, is_learned = answered_now(self.model, self.edit, rows)
+            report = replace(report, request_losses=losses, learned=is_learned)
+        _warn_of_unlearned(requests, [report])
         self.memory.remember(requests, hparams)
-        return learned.report
+        return report
 
     def check(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
         """Raise ValueError, and name the request, if one of several could not be learned alone."""
@@ -156,24 +168,20 @@ class Learner:
 
         `batch_size` requests are learned at once (see `BatchSize`), fewer where memory is short.
         """
-        edits = [self._rows([request], hparams) for request in requests]
         before = self.state()
         self._condition(hparams)
         try:
-            in_order = self._learn_in_parts(requests, edits, batch_size, hparams)
+            in_order = self._learn_all(requests, batch_size, hparams)
         finally:
             self.restore(before)
         _warn_of_unlearned(requests, [one.report for one in in_order])
         return [one._replace(start=self.edit.latest_change) for one in in_order]
 
-    def _learn_in_parts(
-        self,
-        requests: Sequence[EditRequest],
-        edits: Sequence[Sequence[TextRow]],
-        batch_size: int | None,
-        hparams: BaFTHyperParams,
+    def _learn_all(
+        self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
     ) -> list[Learned]:
         """Learn requests apart in batches of similar size; see `learn_apart`."""
+        edits = [self._rows([request], hparams) for request in requests]
         size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
         sizes = [sum(len(row.ids) for row in rows) for rows in edits]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +51,13 @@ class EditReport:
     num_steps: int
     """Optimiser steps taken."""
     losses: tuple[StepLosses, ...]
-    """The terms before each step and after the last one (settling follows): steps + 1 entries."""
+    """The terms before each step and after the last one: steps + 1 entries."""
     stopped_early: bool
     time_s: float
     """Seconds; for edits learned side by side, the time of all divided by their number."""
     gates: GateReport | None = None
-    """The gates' weights after the last step; None for ReFT (no gates), and without a step."""
+    """The gates' weights after the last step; None for ReFT (no gates), without a step, and for
+    several requests with bases of their own."""
     request_losses: tuple[float, ...] = ()
     """The last answer loss of each request, in nats per token."""
     learned: tuple[bool, ...] = ()
@@ -72,6 +74,31 @@ class EditReport:
             f"EditReport({self.num_requests} requests{missed}, {self.num_steps} steps ({stop}), "
             f"{self.time_s:.2f} s, "
             f"answer loss {self.losses[0].answer:.3f} -> {self.final_loss:.3f})"
+        )
+
+    @classmethod
+    def of_all(cls, reports: Sequence["EditReport"]) -> "EditReport":
+        """Return one report of requests that were learned apart in one call.
+
+        The terms are the means over the requests; one that stopped keeps those of its last step.
+        """
+        num_steps = max(report.num_steps for report in reports)
+        losses = []
+        for step in range(num_steps + 1):
+            terms = [vars(report.losses[: step + 1][-1]) for report in reports]
+            means: dict[str, Any] = {
+                name: None if None in (own := [each[name] for each in terms]) else fmean(own)
+                for name in terms[0]
+            }
+            losses.append(StepLosses(**means))
+        return cls(
+            num_requests=sum(report.num_requests for report in reports),
+            num_steps=num_steps,
+            losses=tuple(losses),
+            stopped_early=all(report.stopped_early for report in reports),
+            time_s=sum(report.time_s for report in reports),
+            engine=reports[0].engine,
+            engine_note=reports[0].engine_note,
         )
 
     @property
