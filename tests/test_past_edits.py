@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import BaFTIntervention
-from baft_easyedit.method.past_edits import PastEdits, are_among
+from baft_easyedit.method.past_edits import PastEdits, are_equal
 from baft_easyedit.method.whitening import Whitening
 from tests.conftest import logits, make_model
 
@@ -52,6 +52,10 @@ def moving(gate="one", seed=0):
     for p in intervention.parameters():
         p.add_(torch.randn(p.shape))
     return intervention
+
+
+def num_parameters(state):
+    return sum(value.numel() for name, value in state.items() if name.endswith(".values"))
 
 
 def vector_of(intervention):
@@ -139,13 +143,29 @@ def test_past_edits_take_the_memory_of_those_that_are_there():
         own.load_state_dict(own.state_dict() | {"states": torch.zeros(5, D + 1)})
 
 
-def test_states_are_told_that_come_again():
+def test_equal_states_are_told_up_to_rounding():
     states = 10 * torch.eye(3)
-    again = are_among(states, states[1:2] * (1 + 1e-6))
-    assert again.tolist() == [False, True, False]
+    expected = [[False], [True], [False]]
+    assert are_equal(states, states[1:2] * (1 + 1e-6)).tolist() == expected
     for other in (states[1:2] * 1.001, states[1:2].bfloat16() * 1.05):
-        assert are_among(states, other).tolist() == [False] * 3
-    assert are_among(states, states[1:2].bfloat16() * 1.006).tolist() == again.tolist()
+        assert are_equal(states, other).tolist() == [[False]] * 3
+    assert are_equal(states, states[1:2].bfloat16() * 1.006).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("new", "num_prompt", "gone"),
+    [
+        ([0, 1, 4], 2, [True, True, True, False]),  # the prompt of the first edit
+        ([0, 4, 1], 2, [True, True, False, False]),  # the beginnings of two prompts are the same
+        ([4, 0, 1], 1, [True, True, False, False]),
+        ([3], 1, [False, False, False, True]),
+        ([4], 1, [False] * 4),
+    ],
+)
+def test_an_edit_replaces_that_of_its_prompt_and_takes_what_others_share(new, num_prompt, gone):
+    states = torch.eye(D) * 5
+    own = past((states[:3], moving(seed=1)), (states[3:4], moving(seed=2)))
+    assert own.replaced_by(states[new], num_prompt).tolist() == gone
 
 
 def test_other_prompts_are_answered_bit_for_bit_as_without_the_edit(tokenizer, apart, of):
@@ -233,9 +253,16 @@ def test_edits_are_undone_bit_for_bit(tokenizer, apart, of):
 def test_a_prompt_can_be_edited_again_and_again(tokenizer, apart):
     editor = BaFTEditor(make_model(), tokenizer, replace(apart, num_steps=60))
     editor.edit(request(1))
-    for target in ("yes", "ice", "no", "red"):
+    expected = editor.edit(request(0, "ice")) and editor.model_edit.snapshot()
+    for target in ("yes", "ice"):
+        editor.edit([request(0, target), request(2)])  # of several
+        assert editor.holds([request(k, target) for k in (1, 0, 2)]) == [False, True, False]
+        assert editor.model_edit.num_parameters == 1.5 * num_parameters(expected)
+        editor.undo()
+    for target in ("yes", "red", "ice"):
         assert editor.edit(request(0, target)).learned == (True,), target
         assert editor.holds([request(1), request(0, target)]) == [True, True]
+    assert same(editor.model_edit.snapshot(), expected)
 
 
 def test_edits_learned_apart_are_those_learned_in_a_row(tokenizer, apart, of):

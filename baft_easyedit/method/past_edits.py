@@ -120,6 +120,24 @@ class PastEdits(nn.Module):
         return torch.cat([parameters[name].detach().flatten() for name in self._names])
 
     @torch.no_grad()
+    def replaced_by(self, states: Tensor, num_prompt: int) -> Tensor:
+        """Tell which states go when an edit is added, [N], bool.
+
+        They are those that the new edit has, too, and all of an edit of the same prompt.
+
+        Args:
+            states: The states of the new edit, the first ones those of its prompt, [K, D].
+            num_prompt: How many are of its prompt.
+        """
+        equal = are_equal(self.states, states)  # [N, K]
+        gone = equal.any(-1)
+        for owner in torch.unique(self.owners[gone]):
+            own = self.owners == owner
+            if equal[own, :num_prompt].any(0).all():
+                gone = gone | own
+        return gone
+
+    @torch.no_grad()
     def with_edit(
         self, states: Tensor, parameters: Tensor, gone: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -161,13 +179,12 @@ class PastEdits(nn.Module):
 
 
 @torch.no_grad()
-def are_among(states: Tensor, others: Tensor) -> Tensor:
-    """Tell of hidden states whether they are one of others, up to rounding, [N], bool.
+def are_equal(states: Tensor, others: Tensor) -> Tensor:
+    """Tell of hidden states whether they are the same as others, up to rounding, [N, K], bool.
 
     Args:
         states: h, [N, D].
-        others: [M, D], in the dtype that the model computed them in.
+        others: [K, D], in the dtype that the model computed them in.
     """
     share, others = _ROUNDING.get(others.dtype, _COARSE_ROUNDING), others.float()
-    distances = torch.cdist(states.float(), others, p=1)  # [N, M]
-    return (distances <= share * others.abs().sum(-1)).any(-1)
+    return torch.cdist(states.float(), others, p=1) <= share * others.abs().sum(-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.method.objective import BasisUsage
-from baft_easyedit.method.past_edits import PastEdits, are_among
+from baft_easyedit.method.past_edits import PastEdits
 from baft_easyedit.method.whitening import Whitening
 
 Snapshot = Mapping[str, Tensor]
@@ -182,6 +182,7 @@ class EditParameters(nn.Module):
         start: Snapshot,
         usage: Mapping[int, tuple[Tensor, Tensor]],
         used: Mapping[int, Tensor],
+        num_prompt: int,
     ) -> Snapshot:
         """Return a `snapshot` with one of the `num_edits` edits, for an edit that comes after it.
 
@@ -190,10 +191,11 @@ class EditParameters(nn.Module):
             start: The snapshot that the edit was learned from.
             usage: `total` [num_edits, r] and `count` [num_edits] of each layer, the edit included.
             used: Hidden states at the edit's intervened positions, by layer, [N, D].
+            num_prompt: How many of them are of its first prompt; they come first.
         """
         values = self._values_of(edit)
         if self.min_similarity is not None:
-            return {**start, **self._past_with(self._vectors(values), used)}
+            return {**start, **self._past_with(self._vectors(values), used, num_prompt)}
         state = {**start, **values}
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
@@ -204,32 +206,31 @@ class EditParameters(nn.Module):
         """Return trained parameters as those of a past edit at each layer, [M]."""
         return {i: self.past(i).vector(within(values, f"_interventions.{i}.")) for i in self.layers}
 
-    def join(self, other: Snapshot) -> None:
-        """Add the latest past edit of a snapshot to those of this edit."""
-        values, used = {}, {}
-        for layer in self.layers:
-            past = within(other, f"_past.{layer}.")
-            values[layer] = past["values"][-1]
-            used[layer] = past["states"][past["owners"] == len(past["values"]) - 1]
-        self.restore({**self.snapshot(), **self._past_with(values, used)})
-
     def _past_with(
-        self, values: Mapping[int, Tensor], used: Mapping[int, Tensor]
+        self, values: Mapping[int, Tensor], used: Mapping[int, Tensor], num_prompt: int
     ) -> dict[str, Tensor]:
         """Return the past edits with a new one of these `_vectors`, by `snapshot` names.
 
-        Each state of an edit has the same place at all layers. So where the edit is of a prompt
-        that was edited before, whose states at the first layer are the same, those of the earlier
-        edit go at all layers.
+        Each state of an edit has the same place at all layers, so what goes at the first layer,
+        where no edit has acted before, goes at all.
         """
         first = self.layers[0]
-        gone = are_among(self.past(first).states, used[first])
+        gone = self.past(first).replaced_by(used[first], num_prompt)
         past: dict[str, Tensor] = {}
         for layer in self.layers:
             here = self.past(layer)
             new = here.with_edit(used[layer], values[layer], gone.to(here.states.device))
             past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
         return past
+
+    def join(self, other: Snapshot, num_prompt: int) -> None:
+        """Add the latest past edit of a snapshot to those of this edit; see `state_of`."""
+        values, used = {}, {}
+        for layer in self.layers:
+            past = within(other, f"_past.{layer}.")
+            values[layer] = past["values"][-1]
+            used[layer] = past["states"][past["owners"] == len(past["values"]) - 1]
+        self.restore({**self.snapshot(), **self._past_with(values, used, num_prompt)})
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
         """Return copies of the trained parameters of one of the `num_edits` edits."""

@@ -29,6 +29,7 @@ from baft_easyedit.training.loop import (
     Learned,
     answered_now,
     evaluating,
+    num_prompt_states,
     train,
 )
 from baft_easyedit.training.own_texts import own_length, own_statistics
@@ -131,8 +132,9 @@ class Learner:
         self._condition(hparams)
         if is_apart and len(requests) > 1:
             found = self._learn_all(requests, None, hparams)
-            for one in found:
-                self.edit.join(one.state)
+            for one, request in zip(found, requests, strict=True):
+                own = self._rows([request], hparams)
+                self.edit.join(one.state, num_prompt_states(self.edit, own))
             report = EditReport.of_all([one.report for one in found])
             self._attach()
         else:
