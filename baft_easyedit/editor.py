@@ -172,7 +172,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
         Args:
             learned: The result.
-            requests: The requests that it was learned from, for the journal and for rehearsal.
+            requests: The requests that it was learned from, for the journal.
 
         Raises:
             ValueError: If the result was learned from another state, or with other layers, rank or
@@ -181,7 +181,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         """
         checked = [] if requests is None else as_requests(requests)
         with self._history.change("install", checked):
-            self._learner.install(learned, checked, self.hparams)
+            self._learner.install(learned)
             self._history.commit("install", edit_content(checked, learned.report))
 
     @_LEARNING

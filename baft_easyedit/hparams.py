@@ -44,12 +44,11 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
     ("be at least 1", lambda value: value >= 1): (
         "rank", "num_prompt_positions", "num_steps", "batch_size", "max_length",
     ),
-    ("be at least 1, or null", lambda value: value >= 1): ("rehearsal_memory",),
     ("be at least 0", lambda value: value >= 0): (
-        "rehearsal", "rehearsal_stop_loss", "loc_stand_ins", "weight_decay",
+        "loc_stand_ins", "weight_decay",
         "early_stop_loss", "balance_coef", "locality_coef",
     ),
-    ("be at least 0, or null", lambda value: value >= 0): ("basis_lr", "rehearsal_irrelevant"),
+    ("be at least 0, or null", lambda value: value >= 0): ("basis_lr",),
     ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
     ("be in [-1, 1), or null", lambda value: -1 <= value < 1): ("min_similarity",),
     ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
@@ -142,17 +141,8 @@ class BaFTHyperParams:
     """How the model is run in each step, a name of `ENGINES`; the results are the same up to
     rounding. If a model cannot use a cached prefix, `auto` runs the full forward, with a warning in
     the log and the reason in the report; `cached` raises an error."""
-    rehearsal: int = 0
-    """Past edits that each step trains again beside the new one (ours); 0 for none (the paper)."""
-    rehearsal_irrelevant: int | None = None
-    """How many of these are trained with their irrelevant prompts; null for all. Fewer: faster."""
-    rehearsal_memory: int | None = None
-    """Most past edits remembered, at least 1; null for no limit. Beyond the limit, a random sample
-    is remembered, in which each past edit is equally likely."""
-    rehearsal_stop_loss: float = 0.1
-    """An early stop also needs the rehearsed edits' loss to be at most this, in nats per token."""
     seed: int = 0
-    """Seed of the random initial bases, and of the sampling of rehearsed edits."""
+    """Seed of the random initial bases."""
     batch_size: int = 1
     """Requests per call of EasyEdit's `batch_edit`; 1 for its `edit`."""
     max_length: int = 40
@@ -192,16 +182,10 @@ class BaFTHyperParams:
             for name in names:
                 value = getattr(self, name)
                 self._check(value is None or holds(value), name, rule)
-        is_apart = self.min_similarity is not None
         self._check(
-            not is_apart or self.parametrisation == "whitened",
+            self.min_similarity is None or self.parametrisation == "whitened",
             "min_similarity",
             "be null without parametrisation: whitened",
-        )
-        self._check(
-            not (is_apart and self.rehearsal),
-            "rehearsal",
-            "be 0 with min_similarity, where later edits change nothing of earlier ones",
         )
         self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()

@@ -45,6 +45,7 @@ from baft_easyedit.training.requests import EditRequest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = str(Path(baft_easyedit.__file__).parent)
 LIMIT_S = 30
+APART = {"parametrisation": "whitened", "min_similarity": 0.5}
 
 TOKENS = (
     *(b"NaN", b"-1", b"1e999", b"9" * 5000, b"null", b'""', b"{}", b"\x00", b"\xff\xfe"),
@@ -169,7 +170,7 @@ def expect(is_true: bool, what: str) -> None:
 def kept_readers(folder: Path) -> Iterator[Reader]:
     """Yield the readers of a kept directory."""
     model, directory = make_model(), folder / "kept"
-    hparams = BaFTHyperParams("t", [1], device="cpu", rank=2, num_steps=1, rehearsal=1)
+    hparams = BaFTHyperParams("t", [1], device="cpu", rank=2, num_steps=1, **APART)
     with BaFTEditor.open(model, ByteTokenizer(), directory, hparams) as editor:
         for i in range(3):
             editor.edit({"prompt": f"Fact {i} is", "target_new": "no", "loc_prompt": "Tea is hot"})

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in at most six minutes on an H100 or H200: the tests for it; time and memory of an edit at
-# the shape of LLaMA-2-7B (random weights, no network), first and warm, in each precision, side by side and rehearsed;
+# the shape of LLaMA-2-7B (random weights, no network), first and warm, in each precision, side by side and in a row;
 # and EasyEdit's methods on the same weights, where EASYEDIT_HOME names a clone. A part that fails or takes too long
 # does not stop the others. OUT_DIR gets a log and a JSON of each part, and gpu_check.json of all.
 #   gpu_check.sh OUT_DIR [SHAPE [DEVICE]]
@@ -40,7 +40,7 @@ ours fp32-32 40 --dtype float32
 for count in 8 64; do
   part "apart-$count" 45 "$python" "$here/gpu_parts.py" apart "$shape" "$device" "$out/apart-$count.json" "$count"
 done
-part rehearsed-16 45 "$python" "$here/gpu_parts.py" rehearsed "$shape" "$device" "$out/rehearsed-16.json" 16
+part in-a-row-16 45 "$python" "$here/gpu_parts.py" in_a_row "$shape" "$device" "$out/in-a-row-16.json" 16
 if [ -n "${EASYEDIT_HOME:-}" ]; then
   weights=$(mktemp -d "$out/weights.XXXX")
   trap 'rm -rf "$weights"' EXIT

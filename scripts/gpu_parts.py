@@ -1,7 +1,7 @@
 """What gpu_check.sh measures beside `baft-easyedit speed`, and the table of all its parts.
 
 python gpu_parts.py apart SHAPE DEVICE FILE COUNT        so many edits learned side by side
-python gpu_parts.py rehearsed SHAPE DEVICE FILE COUNT    edits that rehearse so many earlier ones
+python gpu_parts.py in_a_row SHAPE DEVICE FILE COUNT     edits in a row, with shared bases and with own ones
 python gpu_parts.py weights SHAPE DEVICE DIRECTORY       random weights, as files
 python gpu_parts.py table DIRECTORY                      gpu_check.json and a table of what is there
 """
@@ -61,15 +61,16 @@ def apart(shape: str, device: str, file: str, count: str) -> None:
     write(file, {f"BaFT, {count} side by side": row})
 
 
-def rehearsed(shape: str, device: str, file: str, count: str) -> None:
-    """Measure edits that rehearse earlier ones, and those that do not, after as many."""
+def in_a_row(shape: str, device: str, file: str, count: str) -> None:
+    """Measure edits after as many others, with which they share bases or not."""
     model, tokenizer = model_on(shape, device)
     rows = {}
-    for rehearsal in (0, int(count)):
-        editor = editor_of(model, tokenizer, rehearsal=rehearsal)
+    apart = {"parametrisation": "whitened", "min_similarity": 0.75, "rank": 4}
+    for name, settings in {"in a row": {}, "own bases": apart}.items():
+        editor = editor_of(model, tokenizer, **settings)
         for request in random_requests(tokenizer, PROMPT_LENGTH, int(count), 99):
             editor.edit(request)
-        rows[f"BaFT in a row, rehearsal {rehearsal}"] = measured(editor.edit, model, tokenizer, 1)
+        rows[f"BaFT, {name}"] = measured(editor.edit, model, tokenizer, 1)
         editor.model_edit.detach()
     write(file, rows)
 
@@ -122,5 +123,5 @@ def gpu() -> str:
 
 
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (apart, rehearsed, weights, table)}
+    commands = {f.__name__: f for f in (apart, in_a_row, weights, table)}
     commands[sys.argv[1]](*sys.argv[2:])

@@ -6,9 +6,9 @@ The records are edited in turn, each time round with other targets. Every 100 ed
 OUT/soak.jsonl tells the memory, the seconds per edit, the size of the journal, and whether model,
 state file and journal agree. In the end:
 
-    memory flat     since the first 2,000 edits, by when all sizes of steps have come up whose
-                    recordings are kept, the resident memory has grown by at most 5 %, and by at
-                    most 4 KiB an edit, for the journal's lines are kept in memory
+    memory flat     since the first 2,000 edits, by when past states are full, the resident memory
+                    has grown by at most 5 %, and by at most 4 KiB an edit, for the journal's lines
+                    are kept in memory
     time flat       the median edit of the last 100 takes at most 1.25 times the CPU time of that
                     of the second 100
     all kept        the journal has every edit, in order
@@ -39,6 +39,7 @@ from baft_easyedit.storage.reading import JOURNAL, STATE, read_history
 from baft_easyedit.storage.state import read_state
 
 EVERY = 100
+APART = {"parametrisation": "whitened", "min_similarity": 0.75}
 WARM_UP = 2000
 KIB_PER_EDIT = 4.0
 SLOWER = 1.25
@@ -133,8 +134,7 @@ def soak(arguments: argparse.Namespace) -> dict[str, bool]:
         device=arguments.device,
         rank=arguments.rank,
         num_steps=arguments.steps,
-        rehearsal=arguments.rehearsal,
-        rehearsal_memory=arguments.rehearsal_memory,
+        **(APART if arguments.own_bases else {}),
     )
     requests = list(requests_of(json.loads(arguments.data.read_text()), arguments.edits))
     with BaFTEditor.open(model, tokenizer, kept, hparams) as editor:
@@ -167,8 +167,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 3, 4, 5], help="(%(default)s)")
     parser.add_argument("--rank", type=int, default=12, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="of each edit (%(default)s)")
-    parser.add_argument("--rehearsal", type=int, default=0, help="past edits a step (%(default)s)")
-    parser.add_argument("--rehearsal-memory", type=int, help="most edits remembered; no limit")
+    parser.add_argument("--own-bases", action="store_true", help="of each edit: memory grows")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the rollback (%(default)s)")
     parser.add_argument("--digest", type=Path, help=argparse.SUPPRESS)

@@ -154,7 +154,7 @@ def never_waiting(step):
 
 
 def main():
-    """Check models of several kinds, ReFT and rehearsal."""
+    """Check models of several kinds, and ReFT."""
     _setup_privateuseone_for_python_backend(NAME)
     getattr(torch, NAME).get_amp_supported_dtype = lambda: []  # autocast asks, to be switched off
     torch.set_num_threads(1)
@@ -163,4 +163,4 @@ def main():
     for family in ("gemma3", "gpt2"):
         check(family, BaFTHyperParams("tiny", **settings))
     check("llama", ReFTHyperParams("tiny", **settings))
-    check("llama", BaFTHyperParams("tiny", rehearsal=2, **settings))
+    check("llama", BaFTHyperParams("tiny", **settings))

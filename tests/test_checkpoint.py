@@ -71,15 +71,24 @@ def test_loaded_editor_goes_on_as_the_saved_one(model, tokenizer, quick, request
     assert torch.equal(logits(twin), logits(model))
 
 
-def test_method_and_memory_travel_with_the_state(model, tokenizer, quick, request_dict, tmp_path):
-    editor = BaFTEditor(model, tokenizer, replace(quick, rehearsal=2))
-    editor.edit([request_dict, {"prompt": "Ice is", "target_new": "hot"}])
-    editor.save(tmp_path / "baft")
-    memory = editor.model_edit.memory
-    assert len(memory) == memory.num_seen == 2
-    loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path / "baft")
-    assert loaded.model_edit.memory.state() == memory.state()
-    assert attach(make_model(), tmp_path / "baft").memory.state() == memory.state()
+def test_memory_of_earlier_versions_travels_with_the_state(
+    model, tokenizer, quick, request_dict, tmp_path
+):
+    """They rehearsed past requests; the hash of a state covers them."""
+    editor = BaFTEditor(model, tokenizer, quick)
+    editor.edit(request_dict)
+    editor.model_edit.memory = memory = {"num_seen": 1, "past": [request_dict]}
+    editor.save(tmp_path)
+    assert attach(make_model(), tmp_path).memory == memory
+    for _ in range(2):
+        with BaFTEditor.open(make_model(), tokenizer, tmp_path) as again:
+            assert again.model_edit.memory == memory
+            again.edit({"prompt": "Ice is", "target_new": "hot"})
+            again.undo()
+            again.edit({"prompt": "Ice is", "target_new": "hot"})
+
+
+def test_method_travels_with_the_state(tokenizer, tmp_path):
     reft = ReFTHyperParams(model_name="t", layers=[1], device="cpu", rank=2, num_steps=1)
     BaFTEditor(make_model(), tokenizer, reft).save(tmp_path / "reft")
     loaded = BaFTEditor.load(make_model(), tokenizer, tmp_path / "reft")
@@ -211,9 +220,13 @@ def test_hparams_of_a_directory_are_checked(model, quick, change, message):
 def test_hparams_that_are_gone_are_read_and_told_if_they_did_something(model, quick, caplog):
     """Development versions kept edits with them."""
     for value in (False, True):
-        method = {**method_of(quick), "loc_own_texts": value}
+        gone = {"loc_own_texts": value, "rehearsal": 2 * value, "rehearsal_memory": None}
+        method = {**method_of(quick), **gone}
         assert method_of(hparams_of(method, model, "here")) == method_of(quick)
-    assert caplog.messages == ["here: loc_own_texts: True is gone; later edits are learned without"]
+    assert caplog.messages == [
+        "here: loc_own_texts: True is gone; later edits are learned without",
+        "here: rehearsal: 2 is gone; later edits are learned without",
+    ]
 
 
 # ---- the state file

@@ -13,8 +13,6 @@ from baft_easyedit.training.cuda_graph import (
     Capture,
     CudaGraph,
     GraphPool,
-    KnownStep,
-    KnownSteps,
     Repeated,
     check_equal,
 )
@@ -196,20 +194,6 @@ def test_after_a_capture_that_failed_no_other_is_tried(pool, modes, monkeypatch)
         CudaGraph(lambda: X, pool)
     with pytest.raises(RuntimeError, match="another could not be captured"):
         CudaGraph(lambda: X, pool)
-
-
-def step(mib=0):
-    return KnownStep(SimpleNamespace(num_bytes=mib * MIB), Capture())
-
-
-def test_as_many_steps_are_known_as_there_is_memory_for():
-    known = KnownSteps()
-    for sizes in range(33):
-        known.put(sizes, step())
-    assert [known.get(sizes) is None for sizes in (0, 1, 32)] == [True, False, False]
-    known.put(33, step(1000))
-    known.put(34, step(400))
-    assert [sizes in known for sizes in (32, 33, 34)] == [False, False, True]
 
 
 @pytest.mark.gpu

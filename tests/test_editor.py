@@ -111,11 +111,6 @@ def test_edits_continue_from_what_is_learned(model, tokenizer, hparams, request_
     assert editor.model_edit.usage(1).count.item() == used
 
 
-@pytest.fixture
-def quick(quick):
-    return replace(quick, rehearsal=1)
-
-
 def bases(editor):
     """R of each layer, a copy."""
     return [editor.model_edit.intervention(i).basis.detach().clone() for i in (1, 3)]
@@ -140,11 +135,9 @@ def test_the_basis_learns_as_fast_in_the_40th_edit_as_in_the_first(model, tokeni
     assert sum(final_losses[-5:]) < 2 * sum(final_losses[:5])
 
 
-@pytest.mark.parametrize("learn", ["apart", "rehearsed"])
+@pytest.mark.parametrize("learn", ["apart", "in a row"])
 def test_every_way_of_learning_leaves_an_orthonormal_basis(learn, model, tokenizer, hparams):
     hparams = replace(hparams, num_steps=5, early_stop_loss=0.0)
-    if learn == "rehearsed":
-        hparams = replace(hparams, rehearsal=1)
     editor = BaFTEditor(model, tokenizer, hparams)
     requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(3)]
     if learn == "apart":

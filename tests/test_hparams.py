@@ -76,8 +76,7 @@ CHAT = {"use_chat_template": True}
         ({"gate_lr": 0.0}, "gate_lr must be above 0; got 0.0"),
         ({"basis_lr": -0.1}, "basis_lr must be at least 0, or null; got -0.1"),
         ({"loc_stand_ins": -1}, "loc_stand_ins must be at least 0; got -1"),
-        ({"rehearsal_memory": 0}, "rehearsal_memory must be at least 1, or null; got 0"),
-        ({"rehearsal_irrelevant": -1}, "rehearsal_irrelevant must be at least 0, or null; got -1"),
+        ({"basis_lr": -1.0}, "basis_lr must be at least 0, or null; got -1.0"),
         ({"layers": []}, "layers must name at least one layer, or be auto"),
         ({"layers": "9;18"}, "layers must be auto, or a list of layers; got '9;18'"),
         ({"layers": [-1]}, r"layers must not be negative .*got \[-1\]"),
@@ -103,8 +102,7 @@ CHAT = {"use_chat_template": True}
         *(
             ({name: least - 1}, rf"{name} must be at least {least}; got {least - 1}")
             for least, names in {
-                0: "rehearsal rehearsal_stop_loss weight_decay early_stop_loss "
-                "balance_coef locality_coef",
+                0: "loc_stand_ins weight_decay early_stop_loss balance_coef locality_coef",
                 1: "rank num_prompt_positions num_steps batch_size max_length",
             }.items()
             for name in names.split()
@@ -112,10 +110,6 @@ CHAT = {"use_chat_template": True}
         (
             {"min_similarity": 0.6},
             "min_similarity must be null without parametrisation: whitened; got 0.6",
-        ),
-        (
-            {"min_similarity": 0.6, "parametrisation": "whitened", "rehearsal": 2},
-            "rehearsal must be 0 with min_similarity, where later edits change nothing of earlier",
         ),
         ({"min_similarity": 1}, r"min_similarity must be in \[-1, 1\), or null; got 1.0"),
         *(({name: 1.5}, rf"{name} must be in \[0, 1\]") for name in ("alpha", "beta", "gamma")),

@@ -33,9 +33,8 @@ SETTINGS = {
     "cached": ({}, 0, edit),
     "full": ({"engine": "full"}, 0, edit),
     "later": ({}, 1, edit),
-    "rehearsed": ({"rehearsal": 1}, 1, edit),
     "side by side": ({}, 0, side_by_side),
-    "side by side, later": ({"rehearsal": 1}, 1, side_by_side),
+    "side by side, later": ({}, 1, side_by_side),
     "undo": ({}, 1, undo),
     "undo of one": ({}, 2, undo),
 }

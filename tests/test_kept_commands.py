@@ -18,12 +18,14 @@ EDITS = [
     {"prompt": "Water freezes into", "target_new": "sand", "loc_prompt": ["Ice is\u2028cold\x85"]},
 ]
 
+APART = "parametrisation: whitened\nmin_similarity: 0.5\n"
+
 
 @pytest.fixture(autouse=True)
 def _settings(tmp_path, saved):
     """Settings with which the model learns in few steps."""
-    text = f"model_name: {saved}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n"
-    (tmp_path / "mine.yaml").write_text(f"{text}rehearsal: 2\n")  # the second keeps the first
+    text = f"model_name: {saved}\nlayers: [1, 3]\nrank: 8\nlr: 3.0e-2\nnum_steps: 60\ndevice: cpu\n"
+    (tmp_path / "mine.yaml").write_text(text + APART)  # the second keeps the first
 
 
 @pytest.fixture
@@ -75,7 +77,8 @@ def test_apply_goes_on_where_it_stopped(tmp_path, saved, edits, capsys):
 
 
 def test_apply_tells_what_does_not_hold_in_the_end(tmp_path, saved, edits, capsys, caplog):
-    (tmp_path / "mine.yaml").open("a").write("num_steps: 1\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(mine.read_text().replace("num_steps: 60", "num_steps: 1"))
     assert run("apply", tmp_path / "kept", edits, "--hparams", tmp_path / "mine.yaml") == 3
     capsys.readouterr()
     assert run("apply", tmp_path / "kept", edits, "--model", saved) == 3  # asked again

@@ -67,16 +67,6 @@ def test_edits_get_as_many_bins_each():
     assert layout.label_owners.tolist() == [0] * 4 + [1] * 3 + [2] * 6
 
 
-def test_rehearsed_rows_are_told_from_new_ones():
-    again = [Piece(SHORT, 0, is_new=False), Piece(IRRELEVANT, 0, is_new=False)]
-    edits = [pieces(LONG) + again, pieces(SHORT) + again]
-    layout = lay_out(edits, 3, HIDDEN, "cpu")
-    assert (layout.num_new, layout.num_rehearsed) == (1, 1)
-    assert layout.label_owners.tolist() == [0] * 4 + [2] * 3 + [1] * 3 + [3] * 3
-    assert set(layout.row_of[layout.is_new].tolist()) == {0, 3}
-    assert set(layout.row_of[layout.edited & ~layout.is_new].tolist()) == {1, 4}
-
-
 def test_long_pasts_are_not_looked_at_by_all_rows():
     long = TextRow((1,) * 20_008, 20_003, is_edit=True)
     short = TextRow((1,) * 20_006, 20_003, is_edit=True)
@@ -112,7 +102,7 @@ def test_rounding_adds_nothing_but_padding(to):
     assert wide.past_row_of.shape[1] % to.past == 0
     assert len(wide.labels) % to.answers == 0
     columns, past = exact.input_ids.shape[1], exact.past_row_of.shape[1]
-    for name in ("input_ids", "position_ids", "row_of", "edited", "is_new", "irrelevant"):
+    for name in ("input_ids", "position_ids", "row_of", "edited", "irrelevant"):
         assert torch.equal(getattr(wide, name)[:, :columns], getattr(exact, name))
     assert torch.equal(wide.past_row_of[:, :past], exact.past_row_of)
     assert (wide.row_of[:, columns:] == -1).all()
@@ -122,5 +112,5 @@ def test_rounding_adds_nothing_but_padding(to):
     before = wide.input_ids.flatten()[wide.predicting]
     assert torch.equal(before[:num_answers], exact.input_ids.flatten()[exact.predicting])
     assert (wide.label_rows[num_answers:] == 3).all()
-    assert (wide.label_owners[num_answers:] == 2).all()
+    assert (wide.label_owners[num_answers:] == 1).all()
     assert wide.attention().any(-1).all()

@@ -9,9 +9,8 @@ import torch
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.training import cuda_graph, loop, step
-from baft_easyedit.training.cuda_graph import KnownSteps
 from baft_easyedit.training.forward import Forward
-from baft_easyedit.training.recordings import Recordings
+from baft_easyedit.training.known_steps import KnownSteps
 from tests.conftest import make_model
 
 OTHER = {"prompt": "The capital of Cuba's", "target_new": "Rome", "loc_prompt": "Ice is cold"}
@@ -44,7 +43,7 @@ class Remembered:
 def graphs(monkeypatch):
     """Steps are captured as on a CUDA device; nothing is computed anew, and nobody looks."""
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
-    monkeypatch.setattr(loop, "_repeats_steps", lambda model, edit: edit.num_edits == 1)
+    monkeypatch.setattr(loop, "_is_on_gpu", lambda model: True)
     monkeypatch.setattr(step, "CudaGraph", Remembered)
     monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: None)
     monkeypatch.setattr(cuda_graph, "_check_same", lambda *_: None)
@@ -82,10 +81,9 @@ def edit_side_by_side(editor, request):
 
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("engine", ["cached", "full"])
-@pytest.mark.parametrize("rehearsal", [0, 1])
 @pytest.mark.parametrize("use", [edit, edit_and_undo, edit_twice, edit_side_by_side])
-def test_an_edited_model_is_freed(use, engine, rehearsal, tokenizer, short, request_dict):
-    hparams = replace(short, engine=engine, rehearsal=rehearsal)
+def test_an_edited_model_is_freed(use, engine, tokenizer, short, request_dict):
+    hparams = replace(short, engine=engine)
     is_alive, _ = is_alive_after(use, tokenizer, hparams, request_dict)
     assert not is_alive
 
@@ -100,11 +98,10 @@ def test_a_model_whose_steps_were_captured_is_freed(
     assert kept is None or len(kept.caches[KnownSteps]) == 1
 
 
-def test_detach_drops_what_was_recorded(model, tokenizer, short, request_dict, graphs):
-    editor = BaFTEditor(model, tokenizer, replace(short, rehearsal=1))
+def test_detach_drops_what_was_captured(model, tokenizer, short, request_dict, graphs):
+    editor = BaFTEditor(model, tokenizer, short)
     editor.edit(request_dict)
     model_edit = editor.model_edit
-    assert len(model_edit.caches[Recordings]) > 0
     assert len(model_edit.caches[KnownSteps]) == 1
     model_edit.detach()
     assert not model_edit.caches

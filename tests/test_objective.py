@@ -7,7 +7,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from baft_easyedit.method.objective import (
     BasisUsage,
     answer_loss,
-    joint_loss,
     load_balance,
     locality_margin,
     rescaling_factor,
@@ -27,13 +26,6 @@ def test_answer_loss_is_transformers_causal_language_model_loss():
     answers = labels[:, 1:] != -100
     losses = token_losses(logits[:, :-1][answers], labels[:, 1:][answers])
     assert torch.allclose(answer_loss(losses, torch.zeros(6, dtype=torch.long), 1), expected)
-
-
-def test_each_request_counts_alike_new_or_rehearsed():
-    losses = torch.tensor([1.0, 3.0, 5.0])
-    new, rehearsed = losses[:1], losses[1:].mean()[None]
-    assert joint_loss(new, rehearsed, 1, 2).tolist() == [3.0]
-    assert joint_loss(new, rehearsed, 2, 2).tolist() == [2.5]
 
 
 def test_load_balance_is_the_variance_over_the_mean():

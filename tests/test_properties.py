@@ -25,7 +25,7 @@ from tests.conftest import logits, make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 HPARAMS = BaFTHyperParams(
-    model_name="tiny", layers=[1, 3], device="cpu", rank=2, lr=3e-2, num_steps=2, rehearsal=1
+    model_name="tiny", layers=[1, 3], device="cpu", rank=2, lr=3e-2, num_steps=2
 )
 OPTIONS = {"checkpoint_every": 3, "undo_depth": 3}  # few: most states come from the disk
 REQUESTS = st.sampled_from(

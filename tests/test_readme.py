@@ -74,10 +74,6 @@ def test_settings_are_read(tmp_path):
     hparams = BaFTHyperParams.from_hparams(file)
     assert len(yaml.safe_load(mine)) == len(mine.splitlines()) == 3
     assert hparams.at_depth(24).layers == [6, 13, 18, 21]
-    (rehearsed,) = fenced(text_of(ROOT / "docs/many_edits.md"), "python")
-    scope = {}
-    exec(compile(rehearsed, "many_edits.md", "exec"), scope)
-    assert scope["hparams"].rehearsal == 16
 
 
 @each_page

@@ -12,8 +12,9 @@ from baft_easyedit import BaFTEditor, ModelEdit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.training import cuda_graph, loop
 from baft_easyedit.training import step as training_step
-from baft_easyedit.training.cuda_graph import CudaGraph, KnownSteps, Repeated
+from baft_easyedit.training.cuda_graph import CudaGraph, Repeated
 from baft_easyedit.training.forward import Forward
+from baft_easyedit.training.known_steps import KnownSteps
 from baft_easyedit.training.loop import _frozen
 from baft_easyedit.training.prefix_cache import Engine
 from baft_easyedit.training.requests import as_requests, text_rows
@@ -71,7 +72,7 @@ def stand_ins(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(Forward, "device", torch.device("cuda"))
-    monkeypatch.setattr(loop, "_repeats_steps", lambda model, edit: edit.num_edits == 1)
+    monkeypatch.setattr(loop, "_is_on_gpu", lambda model: True)
     monkeypatch.setattr(training_step, "CudaGraph", Counted)
     monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: f"a stream of {device}")
     return made
@@ -209,7 +210,7 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
                     p.add_(torch.randn_like(p) * 1e-2)
             step, gradients = steps._objective.gradients(forward)
             repeated = steps.run(forward)
-            assert torch.allclose(repeated.loss, step.loss)
+            assert torch.allclose(repeated.terms["answer"], step.terms["answer"])
             for p, gradient in zip(parameters, gradients, strict=True):
                 assert torch.allclose(p.grad, gradient, atol=1e-6, rtol=1e-4)
                 assert p.grad.is_contiguous()
@@ -317,7 +318,7 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
             with torch.no_grad():
                 for p in edit.parameters():
                     p.add_(torch.randn_like(p) * 1e-2)
-            loss = steps.run(forward).loss.clone()
-            assert torch.allclose(loss, computed.run(forward).loss, rtol=1e-2)
+            loss = steps.run(forward).terms["answer"].clone()
+            assert torch.allclose(loss, computed.run(forward).terms["answer"], rtol=1e-2)
     assert isinstance(steps._compute._state.graph, CudaGraph)
     assert not of_graphs(caplog)

@@ -117,10 +117,10 @@ def test_threads_for_a_long_time(tokenizer, short, request):
 
 
 def test_two_edits_at_once_are_one_after_another(tokenizer, short):
-    rehearsing = replace(short, num_steps=20)
+    short = replace(short, num_steps=20)
     model = make_model()
-    editors = [BaFTEditor(model, tokenizer, rehearsing)]
-    editors.append(BaFTEditor(model, tokenizer, rehearsing, edit=editors[0].model_edit))
+    editors = [BaFTEditor(model, tokenizer, short)]
+    editors.append(BaFTEditor(model, tokenizer, short, edit=editors[0].model_edit))
     with ThreadPoolExecutor(2) as pool:
         edits = [pool.submit(e.edit, r) for e, r in zip(editors, REQUESTS, strict=False)]
         for edit in edits:
@@ -129,7 +129,7 @@ def test_two_edits_at_once_are_one_after_another(tokenizer, short):
     expected = []
     for requests in (REQUESTS[:2], REQUESTS[1::-1]):
         model = make_model()
-        editor = BaFTEditor(model, tokenizer, rehearsing)
+        editor = BaFTEditor(model, tokenizer, short)
         for request in requests:
             editor.edit(request)
         expected.append(logits(model))

@@ -372,7 +372,7 @@ def test_forward_that_tells_its_prompts_does_not_warn(edited, caplog):
 
 
 def test_learning_does_not_warn(tokenizer, hparams, request_dict, caplog):
-    hparams.num_steps, hparams.rehearsal = 2, 1
+    hparams.num_steps = 2
     for engine in ("cached", "full"):
         hparams.engine = engine
         editor = BaFTEditor(make_model(), tokenizer, hparams)

@@ -32,11 +32,6 @@ class _Strict(BaseModel):
 
 _Text = Annotated[str, Field(min_length=1)]
 
-REHEARSED = "+rehearsal"
-"""Part of the name of every row that rehearses past edits; at its end it asks for rehearsal."""
-_REHEARSAL = 16
-"""Number of past edits that a row rehearses if its name alone asks for it."""
-
 
 class MethodConfig(_Strict):
     """One row of the table."""
@@ -49,9 +44,6 @@ class MethodConfig(_Strict):
     """YAML of our hyper-parameters, a file or a name such as `BaFT/llama-2-7b`; BaFT and ReFT."""
     set: dict[str, Any] = {}
     """Values that replace those of the hyper-parameters."""
-    rehearsal: int = Field(default=0, ge=0)
-    """Past requests that an edit learns again: in each step for BaFT and ReFT, beside the new
-    requests of each call for EasyEdit's methods. A name such as `BaFT+rehearsal` asks for 16."""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,21 +51,7 @@ class MethodConfig(_Strict):
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
             return given
-        name = given["name"]
-        asked = {"rehearsal": _REHEARSAL} if name.endswith(REHEARSED) else {}
-        return {"method": name.removesuffix(REHEARSED), **asked, **given}
-
-    @model_validator(mode="after")
-    def _check_name(self) -> "MethodConfig":
-        """Check that rows with and without rehearsal can be told apart by their names."""
-        if bool(self.rehearsal) != (REHEARSED in self.name):
-            raise ValueError(
-                f"name must have {REHEARSED!r} in it if, and only if, rehearsal is above 0; got "
-                f"{short(self.name)} with rehearsal {self.rehearsal}"
-            )
-        if "rehearsal" in self.set:
-            raise ValueError("set must not have rehearsal in it: give it beside name")
-        return self
+        return {"method": given["name"], **given}
 
 
 class DataConfig(_Strict):

@@ -6,10 +6,9 @@ from typing import Any
 from baft_easyedit.bench.config import BenchConfig, MethodConfig
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
-from baft_easyedit.easyedit.peers import batchable, why_not
+from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.paths import expanded, read_text
-from baft_easyedit.files.reading import read_yaml
-from baft_easyedit.files.resources import has_hparams, hparams_file, own_preset
+from baft_easyedit.files.resources import has_hparams, own_preset
 from baft_easyedit.generation import model_depth
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
 
@@ -28,11 +27,6 @@ def check_methods(config: BenchConfig) -> None:
         if method.method in OUR_METHODS:
             for protocol in config.protocols:
                 our_hparams(config, method, protocol)
-        elif method.rehearsal and not batchable(method.method, "current"):
-            raise ValueError(
-                f"rehearsal must be 0 for {method.method}, which edits one request at a time in "
-                f"EasyEdit; got {method.rehearsal}"
-            )
         elif method.hparams is not None:
             raise ValueError(
                 f"hparams is for BaFT and ReFT only; got it for the row {method.name!r}: use "
@@ -51,10 +45,6 @@ def our_hparams(
 
     `model_path` and `device` are EasyEdit's; those of the configuration if None.
     """
-    rehearsal: dict[str, Any] = {}
-    if method.rehearsal:
-        changes = read_yaml(hparams_file(f"rehearsal/{method.method}"), "hyper-parameters")
-        rehearsal = {**changes, "rehearsal": method.rehearsal}
     hparams_class = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}[method.method]
     values: dict[str, Any] = {
         "model_name": model_path or config.model,
@@ -62,20 +52,13 @@ def our_hparams(
         "batch_size": protocol.batch_size,
         **{name: getattr(config, name) for name in ("fp16", "bf16", "model_parallel", "seed")},
         **asked_of_all(config),
-        **rehearsal,
         **method.set,
     }
     preset = _preset(config, method, protocol)
     if preset is None:
         values.setdefault("layers", scaled_layers(model_depth(config.model)))
         return hparams_class.from_dict(values)
-    hparams = hparams_class.from_hparams(preset, **values)
-    if hparams.rehearsal != method.rehearsal:
-        raise ValueError(
-            f"rehearsal must be {method.rehearsal} in {preset}, as in the row {method.name!r}; got "
-            f"{hparams.rehearsal}"
-        )
-    return hparams
+    return hparams_class.from_hparams(preset, **values)
 
 
 def asked_of_all(config: BenchConfig) -> dict[str, bool]:

@@ -5,7 +5,6 @@ generator is `run_chunks`. All random generators are seeded at the start of a ch
 scores depend neither on the chunks before it nor on the process that runs it.
 """
 
-import random
 import resource
 import sys
 import traceback
@@ -107,7 +106,7 @@ class _MethodRun:
     def _set_protocol(self, protocol: Protocol) -> None:
         """Give the editor the hyper-parameters of a protocol; the model stays."""
         method, editor = self.method, self.session.editor
-        size = protocol.batch_size + method.rehearsal
+        size = protocol.batch_size
         if self.is_ours:
             editor.hparams = our_hparams(self.config, method, protocol, self.path, self.device)
         elif size > 1:
@@ -152,7 +151,8 @@ class _MethodRun:
         immediate: dict[int, dict[str, Any]] = {}
         for start in range(0, len(chunk.indices), size):
             indices = chunk.indices[start : start + size]
-            times.append(self._edit(indices, chunk.indices[:start]))
+            edited = [self.requests[i] for i in indices]
+            times.append(session.edit(edited) / len(indices))
             if config.immediate and chunk.protocol.name == "continual":
                 immediate |= {i: immediate_scores(session, self.requests[i]) for i in indices}
             yield len(indices)
@@ -188,13 +188,6 @@ class _MethodRun:
             after = self._downstream_accuracy()
             measured["downstream"] = {"pre_acc": before, "post_acc": after}
         self.directory.write_chunk(chunk, **measured, restored=session.restore())
-
-    def _edit(self, indices: Sequence[int], earlier: Sequence[int]) -> float:
-        """Edit records in one call, with some earlier ones; return the seconds per record."""
-        # BaFT and ReFT rehearse by themselves. The draw depends on the seed and `earlier`'s length.
-        rehearsed = 0 if self.is_ours else min(self.method.rehearsal, len(earlier))
-        again = random.Random(f"{self.config.seed} {len(earlier)}").sample(earlier, rehearsed)
-        return self.session.edit([self.requests[i] for i in (*indices, *again)]) / len(indices)
 
     @cached_property
     def _downstream_before(self) -> float:

@@ -19,7 +19,6 @@ from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.inspect import decoder_layers
 from baft_easyedit.storage.loading import check_same_shape
-from baft_easyedit.training.rehearsal import RehearsalMemory
 
 
 class Undo(dict[str, Any]):
@@ -81,7 +80,7 @@ def _undone_edit(model: nn.Module, hparams: BaFTHyperParams) -> ModelEdit | None
     except ValueError:
         return None
     undone.edit.start_afresh(hparams.seed)
-    undone.edit.memory, undone.edit.latest_change = RehearsalMemory(), None
+    undone.edit.memory, undone.edit.latest_change = {}, None
     return cast(ModelEdit, undone.edit)
 
 

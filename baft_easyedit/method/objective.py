@@ -39,18 +39,6 @@ def answer_loss(losses: Tensor, owners: Tensor, num_owners: int) -> Tensor:
     return losses @ owned / owned.sum(0).clamp_min(1)
 
 
-def joint_loss(answer: Tensor, rehearsed: Tensor, num_new: int, num_rehearsed: int) -> Tensor:
-    """Return L1 of new and rehearsed requests together, all requests weighted alike (ours), [E].
-
-    Args:
-        answer: L1 of the new requests, [E].
-        rehearsed: L1 of the rehearsed requests, [E].
-        num_new: How many requests are new.
-        num_rehearsed: How many are rehearsed.
-    """
-    return (num_new * answer + num_rehearsed * rehearsed) / (num_new + num_rehearsed)
-
-
 def mean_at(values: Tensor, positions: Tensor) -> Tensor:
     """Average values [..., B, T] over the positions [..., B, T] that are True; [...]."""
     return (values * positions).sum((-2, -1)) / positions.sum((-2, -1))

@@ -81,8 +81,8 @@ class EditParameters(nn.Module):
         self.parametrisation = parametrisation
         self.min_similarity = min_similarity
         self.num_prompt_positions = num_prompt_positions
-        self.memory: Any = None
-        """The `RehearsalMemory` of past requests; None until a `Learner` sets it."""
+        self.memory: Mapping[str, Any] = {}
+        """See `EditState.memory`."""
         self.latest_change: Change | None = None
         """The change that led to the present state; None if there was none or it is unknown."""
 
@@ -222,6 +222,13 @@ class EditParameters(nn.Module):
             new = here.with_edit(used[layer], values[layer], gone.to(here.states.device))
             past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
         return past
+
+    def begun(self, snapshot: Snapshot) -> Snapshot:
+        """Return a snapshot of this edit without its past edits."""
+        return {
+            name: value[:0] if name.startswith("_past.") else value
+            for name, value in snapshot.items()
+        }
 
     def join(self, other: Snapshot, num_prompt: int) -> None:
         """Add the latest past edit of a snapshot to those of this edit; see `state_of`."""

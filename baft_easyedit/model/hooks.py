@@ -86,7 +86,7 @@ class ModelEdit(EditParameters):
     def __init__(self, *shape: Any, **options: Any) -> None:
         super().__init__(*shape, **options)
         self.caches: dict[type, Any] = {}
-        """Caches of training (recordings, captured steps), by type; all can be made again."""
+        """Caches of training (captured steps), by type; all can be made again."""
         self.handles: list[RemovableHandle | Override] = []
         """Handles of the hooks and of the overridden methods; empty unless attached."""
         self.contexts = Contexts()

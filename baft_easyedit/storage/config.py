@@ -28,8 +28,10 @@ _OF_EASYEDIT = {
 }
 """Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""
 
-_RETIRED = {"loc_own_texts": False, "past_states": 0, "settle_steps": 100}
-"""Hyper-parameters of earlier development versions, and their values that did nothing."""
+_GONE = ("loc_own_texts", "rehearsal", "past_states")
+"""Hyper-parameters of earlier development versions, which did nothing if false or 0."""
+_GONE_WITH = ("rehearsal_irrelevant", "rehearsal_memory", "rehearsal_stop_loss", "settle_steps")
+"""Hyper-parameters of these."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,11 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
     forbidden = sorted(_OF_EASYEDIT & set(method))
     if forbidden:
         raise ValueError(f"the hyper-parameters in {where} must not have {forbidden[0]!r}")
-    gone = {name: value for name, value in method.items() if name in _RETIRED}
-    missed = [f"{name}: {short(v)}" for name, v in gone.items() if v != _RETIRED[name]]
-    if missed:
-        logger.warning("%s: %s is gone; later edits are learned without", where, missed[0])
-    method = {name: value for name, value in method.items() if name not in gone}
+    for name in _GONE:
+        if method.get(name):
+            told = f"{name}: {short(method[name])}"
+            logger.warning("%s: %s is gone; later edits are learned without", where, told)
+    method = {k: value for k, value in method.items() if k not in (*_GONE, *_GONE_WITH)}
     own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return hparams_from({**method, **own})

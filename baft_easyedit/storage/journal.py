@@ -292,7 +292,7 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
 def edit_content(requests: Sequence[EditRequest], report: EditReport) -> dict[str, Any]:
     """Return what an edit's entry holds; of each loss term, the first and the last value."""
     first, last = report.losses[0], report.losses[-1]
-    terms = ("answer", "rehearsal", "balance", "locality")
+    terms = ("answer", "balance", "locality")
     used = [name for name in terms if getattr(first, name) is not None]
     told = {
         "num_requests": report.num_requests,

@@ -14,7 +14,6 @@ from baft_easyedit.storage.config import hparams_of, new_edit
 from baft_easyedit.storage.reading import read_latest
 from baft_easyedit.storage.state import StateFile, state_hash
 from baft_easyedit.training.learner import EditState
-from baft_easyedit.training.rehearsal import RehearsalMemory
 
 
 def attach(
@@ -102,14 +101,12 @@ def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, B
         ValueError: If the state does not fit the model or the hyper-parameters.
     """
     hparams = hparams_of(kept.config.hparams, model, where)
-    part = "edit"
     try:
         edit = new_edit(hparams, model)
         edit.restore(kept.state.learned)
-        edit.memory, part = RehearsalMemory(), "memory"
-        edit.memory.restore(kept.state.memory)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the {part} in {where} cannot be used: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"the edit in {where} cannot be used: {error}") from None
+    edit.memory = kept.state.memory
     return edit, hparams
 
 

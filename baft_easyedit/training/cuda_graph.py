@@ -3,7 +3,7 @@
 Why: a short step spends most of its time on launching small kernels. Steps on the same forward
 launch the same kernels on the same memory. So the second step is captured as a CUDA graph
 (`CudaGraph`), which later steps replay by one launch. A later edit of the same sizes copies its
-inputs into the memory that the graph reads, and replays it too (`KnownSteps`). The first result of
+inputs into the memory that the graph reads, and replays it too (`known_steps`). The first result of
 a graph, and its first result on new inputs, is compared with an ordinary computation. If they
 differ, or the step cannot be captured, all steps are computed in the ordinary way, and the log says
 why. Needs torch only.
@@ -12,17 +12,15 @@ why. Needs torch only.
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-
-from baft_easyedit.training.recent import Recent
 
 Result = TypeVar("Result")
 """Tensors in NamedTuples, tuples, lists and dicts."""
@@ -35,12 +33,6 @@ _TOLERANCE = 1e-3
 _TOLERANCE_BEYOND = 5e-2
 """Allowed difference of all but the first of a tuple of results: of a step's gradients, which
 kernels sum in any order."""
-
-_MOST_STEPS = 32
-"""Most captured steps that are kept for later edits."""
-
-_MOST_BYTES = 2**30
-"""Most memory of the kept steps' inputs in bytes; the graphs' own memory is in the pool."""
 
 
 class GraphPool:
@@ -223,38 +215,6 @@ class Repeated(Generic[Result]):
             _check_same(result, graph.run())
         self._state.is_checked = True
         return result
-
-
-class KnownStep(NamedTuple):
-    """A captured step that later edits may replay; it holds no reference to a model or an edit."""
-
-    contents: Any
-    """The `forward.Contents` whose memory the graph reads."""
-    state: Capture
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the contents."""
-        return int(self.contents.num_bytes)
-
-
-class KnownSteps(Recent[Hashable, KnownStep]):
-    """The captured steps that were used last, by the sizes of their tensors."""
-
-    def __init__(self) -> None:
-        super().__init__(_MOST_BYTES, _MOST_STEPS)
-        self._pool: GraphPool | None = None
-
-    def clear(self) -> None:
-        """Forget all steps, and their memory, in which a capture may have failed."""
-        super().clear()
-        self._pool = None
-
-    def pool_on(self, device: torch.device) -> GraphPool:
-        """Return the pool of all graphs on a device."""
-        if self._pool is None or self._pool.device != device:
-            self._pool = GraphPool(device)
-        return self._pool
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.locks import of_this_thread
 from baft_easyedit.training.caches import FrozenPrefix
 from baft_easyedit.training.layout import Layout
-from baft_easyedit.training.recordings import model_version
+from baft_easyedit.training.observing import model_version
 
 
 class CannotCacheError(ValueError):
@@ -47,7 +47,7 @@ class Contents(NamedTuple):
         layout = self.layout
         return (
             tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in self.tensors.items()),
-            (layout.num_edits, len(layout.rows), layout.num_new, layout.num_rehearsed),
+            (layout.num_edits, len(layout.rows)),
             all(row.is_edit for row in layout.rows),
         )
 

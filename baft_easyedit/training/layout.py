@@ -48,7 +48,7 @@ value is enough, as all layouts give the same results."""
 
 _PADDING = {
     **{"input_ids": 0, "position_ids": 0, "row_of": -1},
-    **{"edited": False, "irrelevant": False, "is_new": False},
+    **{"edited": False, "irrelevant": False},
 }
 """The fields of a layout that are [B, W], and what stands in their padding."""
 _PAST_PADDING = {"past_position_ids": 0, "past_row_of": -1}
@@ -60,8 +60,6 @@ class Piece(NamedTuple):
 
     row: TextRow
     start: int
-    is_new: bool = True
-    """False for a rehearsed row."""
 
     @property
     def length(self) -> int:
@@ -91,8 +89,6 @@ class Layout:
     """[B, S], int64."""
     edited: Tensor
     """[B, W], True where the intervention applies to an edit."""
-    is_new: Tensor
-    """[B, W], True on tokens of rows that are not rehearsed."""
     irrelevant: Tensor
     """[B, W], True where the intervention applies to an irrelevant prompt."""
     predicting: Tensor
@@ -102,13 +98,7 @@ class Layout:
     label_rows: Tensor
     """[A], int64, the index of each answer token's row; R for a token that is padding."""
     label_owners: Tensor
-    """[A], int64, the index e of each answer token's edit; E + e for a rehearsed one; 2 E for a
-    token that is padding."""
-
-    num_new: int
-    """Requests of each edit that are not rehearsed."""
-    num_rehearsed: int
-    """Requests of each edit that are rehearsed."""
+    """[A], int64, the index of each answer token's edit; E for a token that is padding."""
 
     @property
     def positions(self) -> Tensor:
@@ -157,9 +147,7 @@ def lay_out(
     tensors = {name: tensor(name, padding) for name, padding in (_PADDING | _PAST_PADDING).items()}
     width = tensors["input_ids"].shape[1]
     predicting, labels, label_rows = _answers(pieces, bins, width).to(device)
-    owners = [
-        e if piece.is_new else len(edits) + e for e, edit in enumerate(edits) for piece in edit
-    ]
+    owners = [e for e, edit in enumerate(edits) for _ in edit]
     return Layout(
         num_edits=len(edits),
         rows=tuple(piece.row for piece in pieces),
@@ -169,14 +157,12 @@ def lay_out(
         labels=labels,
         label_rows=label_rows,
         label_owners=torch.tensor(owners).to(device)[label_rows],
-        num_new=sum(piece.row.is_edit for piece in edits[0] if piece.is_new),
-        num_rehearsed=sum(piece.row.is_edit for piece in edits[0] if not piece.is_new),
     )
 
 
 def _columns(i: int, piece: Piece, num_prompt_positions: int) -> dict[str, Sequence[int]]:
     """Return the contents of row i's columns by the names of `Layout`'s fields."""
-    row, start, is_new = piece
+    row, start = piece
     places = range(start, len(row.ids))
     nowhere = [False] * len(places)
     first = first_edited(row.prompt_length, num_prompt_positions)
@@ -187,7 +173,6 @@ def _columns(i: int, piece: Piece, num_prompt_positions: int) -> dict[str, Seque
         "row_of": [i] * len(places),
         "edited": here if row.is_edit else nowhere,
         "irrelevant": nowhere if row.is_edit else here,
-        "is_new": [is_new] * len(places),
         "past_position_ids": range(start),
         "past_row_of": [i] * start,
     }
@@ -203,7 +188,7 @@ def _answers(pieces: Sequence[Piece], bins: Sequence[Sequence[int]], width: int)
             column += pieces[i].length
     answers = [
         (first[i] + t - 1, row.ids[t], i)
-        for i, (row, *_) in enumerate(pieces)
+        for i, (row, _) in enumerate(pieces)
         if row.is_edit
         for t in range(row.prompt_length, len(row.ids))
     ]
@@ -246,7 +231,7 @@ def rounded(layout: Layout, to: Multiples) -> Layout:
         predicting=again(layout.predicting + bins * columns),
         labels=again(layout.labels),
         label_rows=F.pad(layout.label_rows, (0, answers), value=len(layout.rows)),
-        label_owners=F.pad(layout.label_owners, (0, answers), value=2 * layout.num_edits),
+        label_owners=F.pad(layout.label_owners, (0, answers), value=layout.num_edits),
     )
 
 

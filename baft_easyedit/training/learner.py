@@ -1,4 +1,4 @@
-"""Train the edit of a model on requests, and rehearse past requests. In memory only.
+"""Train the edit of a model on requests. In memory only.
 
 The editor calls `Learner`, and adds undo and storage. Each call trains the parameters of the
 model's `ModelEdit`; the model's weights never change. All that a call changes is an `EditState`,
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ from baft_easyedit.training.loop import (
     train,
 )
 from baft_easyedit.training.own_texts import own_length, own_statistics
-from baft_easyedit.training.rehearsal import Rehearsal, RehearsalMemory
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.stand_ins import stand_ins
 
@@ -51,7 +50,7 @@ class EditState(NamedTuple):
     attached: bool
     """Whether the edit is attached to the model."""
     memory: Mapping[str, Any] = {}
-    """The result of `RehearsalMemory.state`."""
+    """JSON that earlier versions kept with an edit, and that its hash covers; nothing reads it."""
 
 
 class Learner:
@@ -61,8 +60,6 @@ class Learner:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.edit = edit
-        if edit.memory is None:
-            edit.memory = RehearsalMemory()
         self.lock = lock_of(model)
         """Keeps other threads out of the model while the edit changes."""
 
@@ -71,19 +68,14 @@ class Learner:
         """Whether the edit is attached to the model now."""
         return attached_edit(self.model) is self.edit
 
-    @property
-    def memory(self) -> RehearsalMemory:
-        """The past requests of the edit."""
-        return cast(RehearsalMemory, self.edit.memory)
-
     def state(self) -> EditState:
         """Return the present state."""
-        return EditState(self.edit.snapshot(), self.is_attached, self.memory.state())
+        return EditState(self.edit.snapshot(), self.is_attached, self.edit.memory)
 
     def restore(self, state: EditState) -> None:
-        """Go back to a `state`, bit for bit; recordings of texts stay for later edits."""
+        """Go back to a `state`, bit for bit."""
         self.edit.restore(state.learned)
-        self.memory.restore(state.memory)
+        self.edit.memory = state.memory
         if state.attached:
             self._attach()
         else:
@@ -127,28 +119,35 @@ class Learner:
                 self.edit.forget()
 
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
-        """Learn requests together, rehearsing past ones; with `min_similarity`, each on its own."""
+        """Learn requests together; with `min_similarity` each on its own."""
         rows, is_apart = self._rows(requests, hparams), self.edit.min_similarity is not None
         self._condition(hparams)
         if is_apart and len(requests) > 1:
-            found = self._learn_all(requests, None, hparams)
-            for one, request in zip(found, requests, strict=True):
-                own = self._rows([request], hparams)
-                self.edit.join(one.state, num_prompt_states(self.edit, own))
-            report = EditReport.of_all([one.report for one in found])
-            self._attach()
+            report = self._learn_joined(requests, hparams)
         else:
             self._attach()
-            rehearsal = self._rehearsal(hparams, requests)
-            (learned,) = train(self.model, self.edit, [rows], hparams, rehearsal)
+            (learned,) = train(self.model, self.edit, [rows], hparams)
             self.edit.restore(learned.state)
             report = learned.report
         if is_apart:  # what is answered where past edits act
             losses, is_learned = answered_now(self.model, self.edit, rows)
             report = replace(report, request_losses=losses, learned=is_learned)
         _warn_of_unlearned(requests, [report])
-        self.memory.remember(requests, hparams)
         return report
+
+    def _learn_joined(
+        self, requests: Sequence[EditRequest], hparams: BaFTHyperParams
+    ) -> EditReport:
+        """Learn several requests, each with bases of its own."""
+        edits = [self._rows([request], hparams) for request in requests]
+        before = self.edit.snapshot()
+        self.edit.restore(self.edit.begun(before))  # each result holds all past edits
+        found = self._learn_in_parts(edits, None, hparams)
+        self.edit.restore(before)
+        for one, rows in zip(found, edits, strict=True):
+            self.edit.join(one.state, num_prompt_states(self.edit, rows))
+        self._attach()
+        return EditReport.of_all([one.report for one in found])
 
     def check(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
         """Raise ValueError, and name the request, if one of several could not be learned alone."""
@@ -170,20 +169,23 @@ class Learner:
 
         `batch_size` requests are learned at once (see `BatchSize`), fewer where memory is short.
         """
+        edits = [self._rows([request], hparams) for request in requests]
         before = self.state()
         self._condition(hparams)
         try:
-            in_order = self._learn_all(requests, batch_size, hparams)
+            in_order = self._learn_in_parts(edits, batch_size, hparams)
         finally:
             self.restore(before)
         _warn_of_unlearned(requests, [one.report for one in in_order])
         return [one._replace(start=self.edit.latest_change) for one in in_order]
 
-    def _learn_all(
-        self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
+    def _learn_in_parts(
+        self,
+        edits: Sequence[Sequence[TextRow]],
+        batch_size: int | None,
+        hparams: BaFTHyperParams,
     ) -> list[Learned]:
         """Learn requests apart in batches of similar size; see `learn_apart`."""
-        edits = [self._rows([request], hparams) for request in requests]
         size = BatchSize(batch_size, input_device(self.model))
         learned: dict[int, Learned] = {}
         sizes = [sum(len(row.ids) for row in rows) for rows in edits]
@@ -193,9 +195,7 @@ class Learner:
                 part, rest = rest[: size.value], rest[size.value :]
                 size.start()
                 try:
-                    results = self._learn_side_by_side(
-                        [edits[i] for i in part], [requests[i] for i in part], hparams
-                    )
+                    results = self._learn_side_by_side([edits[i] for i in part], hparams)
                 except torch.cuda.OutOfMemoryError:
                     if len(part) == 1:
                         raise
@@ -206,10 +206,8 @@ class Learner:
                 learned |= dict(zip(part, results, strict=True))
         return [learned[i] for i in range(len(edits))]
 
-    def install(
-        self, learned: Learned, requests: Sequence[EditRequest], hparams: BaFTHyperParams
-    ) -> None:
-        """Make an edit of `learn_apart` the present one; remember its requests, if known.
+    def install(self, learned: Learned) -> None:
+        """Make an edit of `learn_apart` the present one.
 
         Raises:
             ValueError: If the edit was changed since then, or has another shape.
@@ -222,7 +220,6 @@ class Learner:
             )
         self.edit.restore(learned.state)
         self._attach()
-        self.memory.remember(requests, hparams)
 
     def _attach(self) -> None:
         """Attach the edit to the model, unless it is attached."""
@@ -247,24 +244,16 @@ class Learner:
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
 
     def _learn_side_by_side(
-        self,
-        edits: Sequence[Sequence[TextRow]],
-        requests: Sequence[EditRequest],
-        hparams: BaFTHyperParams,
+        self, edits: Sequence[Sequence[TextRow]], hparams: BaFTHyperParams
     ) -> list[Learned]:
-        """Learn independent edits with equally many rows; all rehearse the same past requests."""
-        rehearsal = self._rehearsal(hparams, requests)
+        """Learn independent edits with equally many rows."""
         copies = IndependentEdits(self.edit, len(edits))
         with self.edit.disabled():
             try:
                 copies.attach(self.model)
-                return train(self.model, copies, edits, hparams, rehearsal)
+                return train(self.model, copies, edits, hparams)
             finally:
                 copies.unhook()
-
-    def _rehearsal(self, hparams: BaFTHyperParams, new: Sequence[EditRequest]) -> Rehearsal:
-        """Return the rehearsal of an edit call."""
-        return Rehearsal(self.memory, hparams, lambda past: self._rows([past], hparams), new)
 
     def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
         """Tokenise requests that are learned together."""

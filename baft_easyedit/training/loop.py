@@ -22,9 +22,7 @@ from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device
 from baft_easyedit.training.coordinates import Coordinates
-from baft_easyedit.training.cuda_graph import KnownSteps
-from baft_easyedit.training.recordings import Recordings
-from baft_easyedit.training.rehearsal import Rehearsal
+from baft_easyedit.training.known_steps import KnownSteps
 from baft_easyedit.training.requests import TextRow
 from baft_easyedit.training.step import StepResult, TrainingStep, row_scores
 
@@ -39,8 +37,6 @@ class StepLosses:
     answer: float
     balance: float | None = None
     locality: float | None = None
-    rehearsal: float | None = None
-    """The answer loss of the rehearsed edits."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,6 @@ def train(
     edit: ModelEdit,
     edits: Sequence[Sequence[TextRow]],
     hparams: BaFTHyperParams,
-    rehearsal: Rehearsal,
 ) -> list[Learned]:
     """Train an attached edit, or E independent ones, on tokenised texts.
 
@@ -131,7 +126,6 @@ def train(
         edit: The edit to train, from its present parameters, which are changed.
         edits: The rows of each of the E edits, equally many for each, the requests first.
         hparams: Hyper-parameters of the edit call.
-        rehearsal: Draws the past requests that each step learns again, if any.
 
     Returns:
         For each of the E edits, its state at the step where it stopped, and its report.
@@ -147,14 +141,11 @@ def train(
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
     progress = _Progress(edit, edits, hparams)
-    known, recordings = _caches(model, edit, hparams, rehearsal)
+    known = _known_steps(model, edit)
     with _frozen(model), edit.learning():
-        engine = Engine(model, edit, hparams.engine, recordings, known is not None)
-        training_step = TrainingStep(edit, hparams, known)
-        forward = None
+        engine = Engine(model, edit, hparams.engine, known is not None)
+        training_step, forward = TrainingStep(edit, hparams, known), engine.prepare(edits)
         while True:
-            if forward is None or rehearsal:  # each step rehearses other texts
-                forward = engine.prepare(edits, rehearsal.draw())
             step = training_step.run(forward)
             if progress.is_over_after(step):
                 break
@@ -166,18 +157,6 @@ def train(
     told: dict[str, Any] = dict(time_s=time_s, engine=engine.name, engine_note=engine.note)
     results = [progress.results[i] for i in range(edit.num_edits)]
     return [one._replace(report=replace(one.report, **told)) for one in results]
-
-
-def _caches(
-    model: nn.Module, edit: ModelEdit, hparams: BaFTHyperParams, rehearsal: Rehearsal
-) -> tuple[KnownSteps | None, Recordings | None]:
-    """Return what edit calls use again: captured steps, or (of rehearsed texts) recordings."""
-    known = recordings = None
-    if hparams.rehearsal:
-        recordings = edit.caches.setdefault(Recordings, Recordings())
-    if not rehearsal and _repeats_steps(model, edit):
-        known = edit.caches.setdefault(KnownSteps, KnownSteps())
-    return known, recordings
 
 
 @torch.no_grad()
@@ -200,13 +179,19 @@ def answered_now(
     return tuple(losses.tolist()), tuple(missed == 0 for missed in misses.tolist())
 
 
-def _repeats_steps(model: nn.Module, edit: ModelEdit) -> bool:
-    """Tell whether captured steps are kept for later edit calls.
+def _known_steps(model: nn.Module, edit: ModelEdit) -> KnownSteps | None:
+    """Return the captured steps that edit calls on a GPU use again.
 
-    Those of independent edits are not: they are long, so padding them to few sizes costs more.
+    Those of independent edits are not kept: they are long, so padding them to few sizes costs more.
     """
-    is_alone = not isinstance(edit, IndependentEdits)
-    return is_alone and input_device(model).type == "cuda"
+    if isinstance(edit, IndependentEdits) or not _is_on_gpu(model):
+        return None
+    return edit.caches.setdefault(KnownSteps, KnownSteps())
+
+
+def _is_on_gpu(model: nn.Module) -> bool:
+    """Tell whether a model computes on a CUDA device."""
+    return input_device(model).type == "cuda"
 
 
 def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
@@ -256,7 +241,7 @@ class _Progress:
         self._unread.append({name: term.clone() for name, term in step.terms.items()})
         num_steps = len(self._terms) + len(self._unread) - 1
         is_last = num_steps == self._hparams.num_steps
-        every = 1 if step.loss.device.type == "cpu" else _CHECK_EVERY
+        every = 1 if step.row_losses.device.type == "cpu" else _CHECK_EVERY
         if num_steps % every and not is_last:
             return False
         losses, misses = self._read(step)
@@ -290,13 +275,12 @@ class _Progress:
         A low mean loss is not enough: each request must be answered, or have a low loss itself.
         """
         h, terms = self._hparams, self._terms[-1]
-        is_rehearsed = "rehearsal" not in terms or terms["rehearsal"][i] <= h.rehearsal_stop_loss
         is_low = terms["answer"][i] < h.early_stop_loss
         each_is_low = (
             missed == 0 or loss < h.early_stop_loss
             for loss, missed in zip(losses, misses, strict=True)
         )
-        return is_low and is_rehearsed and all(each_is_low)
+        return is_low and all(each_is_low)
 
     def _take_results(
         self,
@@ -307,7 +291,7 @@ class _Progress:
     ) -> None:
         """Take the states and reports of the edits that stop now, after a step."""
         num_steps = len(self._terms) - 1
-        total, count = self._edit.joint_usage().with_current(step.weights, step.new)
+        total, count = self._edit.joint_usage().with_current(step.weights, step.edited)
         usage = {layer: (total[k], count[k]) for k, layer in enumerate(self._edit.layers)}
         has_gates = self._hparams.gate != "one" and num_steps > 0
         gates = _gate_reports(stopped, step, usage) if has_gates else {}
@@ -324,7 +308,7 @@ class _Progress:
                 learned=tuple(missed == 0 for missed in misses[i]),
             )
             used = {
-                layer: hidden[i][step.new[i].to(hidden.device)]
+                layer: hidden[i][step.edited[i].to(hidden.device)]
                 for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
             }
             state = self._edit.state_of(i, self._start, usage, used, self._num_prompt[i])
@@ -335,12 +319,12 @@ def _gate_reports(
     edits: Sequence[int], step: StepResult, usage: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, GateReport]:
     """Report the basis weights of some edits in a forward; the statistics run on the CPU."""
-    weights, new, irrelevant = (t.cpu() for t in (step.weights, step.new, step.irrelevant))
+    weights, edited, irrelevant = (t.cpu() for t in (step.weights, step.edited, step.irrelevant))
     means = {layer: (total / count[:, None]).cpu() for layer, (total, count) in usage.items()}
     return {
         i: GateReport(
             {
-                layer: LayerGates.of(here[i][new[i]], here[i][irrelevant[i]], mean[i])
+                layer: LayerGates.of(here[i][edited[i]], here[i][irrelevant[i]], mean[i])
                 for here, (layer, mean) in zip(weights, means.items(), strict=True)
             }
         )

@@ -24,7 +24,7 @@ from baft_easyedit.model.inspect import (
     text_config,
 )
 from baft_easyedit.model.prompt_format import Frame
-from baft_easyedit.training.recordings import is_close, model_version, tolerance_of, watching
+from baft_easyedit.training.observing import is_close, model_version, tolerance_of, watching
 
 NUM_TEXTS = 40
 """Plain texts, of an edit outside of a chat template."""

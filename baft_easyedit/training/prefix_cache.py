@@ -28,7 +28,7 @@ vocabulary, D hidden size, R rows.
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,7 @@ from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.caches import FrozenPrefix, Recorder
 from baft_easyedit.training.forward import CannotCacheError, Contents, Forward
 from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
-from baft_easyedit.training.recordings import (
-    Recording,
-    Recordings,
-    model_version,
-    tolerance_of,
-    watching,
-)
+from baft_easyedit.training.observing import tolerance_of, watching
 from baft_easyedit.training.requests import TextRow
 
 logger = logging.getLogger(__name__)
@@ -67,6 +61,15 @@ Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
 
 
+class Recording(NamedTuple):
+    """The states of one text that no edit can change; n computed columns, s columns before them."""
+
+    hidden: Tensor
+    """Output of layer l1 in the computed columns, before the edit, [n, D]."""
+    past: dict[int, tuple[Tensor, Tensor]]
+    """Keys and values of the columns before them, by layer above l1, [N, s, H] each."""
+
+
 class Engine:
     """Prepares forwards: on the prefix cache, or in full where the model cannot use the cache.
 
@@ -75,7 +78,6 @@ class Engine:
         edit: The edit that is attached to it.
         name: One of `hparams.ENGINES`. With `auto`, a model that cannot use the cache gets the full
             forward, and a warning is logged.
-        recordings: Recordings of earlier calls; new ones are added.
         rounds: Whether layouts are padded to few sizes, so that later edits can replay the steps.
 
     """
@@ -85,7 +87,6 @@ class Engine:
         model: nn.Module,
         edit: ModelEdit,
         name: str,
-        recordings: Recordings | None = None,
         rounds: bool = False,
     ) -> None:
         self.note: str | None = None
@@ -93,25 +94,25 @@ class Engine:
         self._model = model
         self._may_fall_back = name == "auto"
         self._full = FullForward(model, edit)
-        self._cache = None if name == "full" else PrefixCache(model, edit, recordings, rounds)
+        self._cache = None if name == "full" else PrefixCache(model, edit, rounds)
 
     @property
     def name(self) -> str:
         """The kind of the next forward, as far as is known: `cached` or `full`."""
         return "full" if self._cache is None else "cached"
 
-    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Prepare a forward of a model in eval mode on each edit's rows, and rehearsed ones.
+    def prepare(self, edits: Edits) -> Forward:
+        """Prepare a forward of a model in eval mode on each edit's rows.
 
         Raises:
             ValueError: If the engine is `cached`, and the model cannot use the cache.
         """
         if self._cache is not None:
             try:
-                return self._cache.prepare(edits, rehearsed)
+                return self._cache.prepare(edits)
             except CannotCacheError as error:
                 self._give_up_cache(error)
-        return self._full.prepare(edits, rehearsed)
+        return self._full.prepare(edits)
 
     def _give_up_cache(self, error: CannotCacheError) -> None:
         """Let all later forwards run in full; raise ValueError if that was not asked for."""
@@ -131,14 +132,12 @@ class FullForward:
         self._model = model
         self._edit = edit
 
-    def prepare(
-        self, edits: Edits, rehearsed: Sequence[TextRow] = (), cache: DynamicCache | None = None
-    ) -> Forward:
-        """Lay out the rows of each edit (as many for each), and the rehearsed rows beside them.
+    def prepare(self, edits: Edits, cache: DynamicCache | None = None) -> Forward:
+        """Lay out the rows of each edit (as many for each).
 
         A `cache`, if one is given, is filled by the forward.
         """
-        pieces = _pieces(edits, rehearsed, lambda _row: 0)
+        pieces = _pieces(edits, lambda _row: 0)
         device = input_device(self._model)
         layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
         inputs = _inputs(self._model, layout)
@@ -150,12 +149,9 @@ class FullForward:
         return Forward(self._model, self._edit, contents)
 
 
-def _pieces(
-    edits: Edits, rehearsed: Sequence[TextRow], start_of: Callable[[TextRow], int]
-) -> list[list[Piece]]:
-    """Pair each edit's rows, and the rehearsed ones, with their first computed column."""
-    again = [Piece(row, start_of(row), is_new=False) for row in rehearsed]
-    return [[Piece(row, start_of(row)) for row in rows] + again for rows in edits]
+def _pieces(edits: Edits, start_of: Callable[[TextRow], int]) -> list[list[Piece]]:
+    """Pair each edit's rows with their first computed column."""
+    return [[Piece(row, start_of(row)) for row in rows] for rows in edits]
 
 
 def _inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
@@ -186,7 +182,6 @@ class PrefixCache:
         self,
         model: nn.Module,
         edit: ModelEdit,
-        recordings: Recordings | None = None,
         rounds: bool = False,
     ) -> None:
         self._model = model
@@ -195,15 +190,14 @@ class PrefixCache:
         self._full = FullForward(model, edit)
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
-        self._recordings = Recordings() if recordings is None else recordings
-        self._are_recordings_checked = False
-        shape = (edit.layers, edit.num_prompt_positions)
-        self._recordings.make_valid_for((model_version(model), shape))
+        self._layer_extras: tuple[Any, ...] | None = None
+        """The values that layer l1 returned after its hidden states, without tensors; None if the
+        layer returned a bare tensor."""
 
-    def prepare(self, edits: Edits, rehearsed: Sequence[TextRow] = ()) -> Forward:
-        """Lay out the rows of each edit and join their recordings; record texts that have none.
+    def prepare(self, edits: Edits) -> Forward:
+        """Record the rows of each edit, and lay them out.
 
-        New recordings are checked first: on them, the unedited model has to give the logits of the
+        The recordings are checked first: on them, the unedited model has to give the logits of the
         forward that recorded them.
 
         Raises:
@@ -211,41 +205,15 @@ class PrefixCache:
                 does not know, or its attention takes no mask for each pair of tokens.
         """
         _check_takes_masks(text_config(self._model))
-        if not self._are_recordings_checked:
-            self._check_recordings()
-        rows = dict.fromkeys(row for rows in (*edits, rehearsed) for row in rows)
-        found = ((row, self._recordings.get(row)) for row in rows)
-        known = {row: recording for row, recording in found if recording is not None}
-        missing = [row for row in rows if row not in known]
-        if missing:
-            with self._edit.disabled():
-                made = [self._record(row) for row in missing]
-                new = {row: recording for row, (recording, _) in zip(missing, made, strict=True)}
-                with torch.no_grad():
-                    cached = self._cached(_pieces([missing], (), self._start), new)()
-            logits = torch.cat([logits for _, logits in made])
-            _check_equal(cached[: len(logits)], logits)
-            for row, recording in new.items():
-                self._recordings.put(row, recording)
-            known |= new
-        return self._cached(_pieces(edits, rehearsed, self._start), known)
-
-    def _check_recordings(self) -> None:
-        """Record a text of an earlier call again; forget all recordings if it differs.
-
-        `model_version` does not see writes through `.data`, hooks, or adapters that were switched.
-        The text with the longest past tells most about the layers above l1.
-        """
-        row = max(self._recordings, key=self._start, default=None)
-        known = None if row is None else self._recordings.get(row)
-        if row is not None and known is not None:
-            with self._edit.disabled():
-                again, _ = self._record(row)
-            if not again.is_close(known, tolerance_of(known.hidden)):
-                name = type(self._model).__name__
-                logger.info("all texts are recorded anew: %s computes something else", name)
-                self._recordings.clear()
-        self._are_recordings_checked = True
+        rows = [*dict.fromkeys(row for rows in edits for row in rows)]
+        with self._edit.disabled():
+            made = [self._record(row) for row in rows]
+            known = {row: recording for row, (recording, _) in zip(rows, made, strict=True)}
+            with torch.no_grad():
+                cached = self._cached(_pieces([rows], self._start), known)()
+        logits = torch.cat([logits for _, logits in made])
+        _check_equal(cached[: len(logits)], logits)
+        return self._cached(_pieces(edits, self._start), known)
 
     def _start(self, row: TextRow) -> int:
         """Return the first computed column of a row, s."""
@@ -268,7 +236,7 @@ class PrefixCache:
         _check_belong_to_text(layout, hidden, recorder.seen)
         # Tensors among them (attentions, say) are of this text only.
         extras = tuple(tree_map_only(Tensor, lambda _: None, seen[0][1:])) if is_tuple else None
-        self._recordings.layer_extras = extras
+        self._layer_extras = extras
         past = {
             i: (keys[0, :, :start].clone(), values[0, :, :start].clone())
             for i, (keys, values) in recorder.seen.items()
@@ -295,7 +263,7 @@ class PrefixCache:
         inputs[cache_name(self._model)] = FrozenPrefix(
             _joined_past(in_order, layout.past_row_of), layout.past_row_of.shape[1]
         )
-        extras = self._recordings.layer_extras
+        extras = self._layer_extras
         output = hidden if extras is None else (hidden, *extras)
         # Some layouts of a rounded size have no padding; a graph of that size must not rely on it.
         at = layout.positions

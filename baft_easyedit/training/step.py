@@ -17,7 +17,6 @@ from torch import Tensor
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.method.objective import (
     answer_loss,
-    joint_loss,
     load_balance,
     locality_margin,
     objective,
@@ -28,11 +27,10 @@ from baft_easyedit.training.cuda_graph import (
     Capture,
     CudaGraph,
     GraphPool,
-    KnownStep,
-    KnownSteps,
     Repeated,
     check_equal,
 )
+from baft_easyedit.training.known_steps import KnownStep, KnownSteps
 from baft_easyedit.training.layout import Layout
 
 if TYPE_CHECKING:  # it imports transformers
@@ -43,16 +41,13 @@ class StepResult(NamedTuple):
     """The losses, basis weights and hidden states of one forward; none requires a gradient."""
 
     terms: dict[str, Tensor]
-    """The terms of the objective that are in use, [E] each, averaged over the edited layers; L1 is
-    split into the loss of new and of rehearsed requests."""
-    loss: Tensor
-    """L1 of new and rehearsed requests, [E]."""
+    """The terms of the objective that are in use, [E] each, averaged over the edited layers."""
     weights: Tensor
     """Basis weights, [L, E, b, W, r]."""
     hidden: tuple[Tensor, ...]
     """Hidden states h at each edited layer, before the edit, [E, b, W, D]."""
-    new: Tensor
-    """True at the intervened positions of new requests (not rehearsed ones), [E, b, W]."""
+    edited: Tensor
+    """True at the intervened positions of requests, [E, b, W]."""
     irrelevant: Tensor
     """True at the intervened positions of irrelevant prompts, [E, b, W]."""
     row_losses: Tensor
@@ -112,7 +107,7 @@ class Objective:
         step, parameters = self._terms(forward), list(self._edit.learned_parameters().values())
         gradients = torch.autograd.grad(self._total(step), parameters, allow_unused=True)
         terms = {name: term.detach() for name, term in step.terms.items()}
-        step = step._replace(terms=terms, loss=step.loss.detach(), weights=step.weights.detach())
+        step = step._replace(terms=terms, weights=step.weights.detach())
         # The fused kernel of AdamW assumes that gradients have the parameters' memory layout.
         return step, [None if g is None else g.contiguous() for g in gradients]
 
@@ -127,15 +122,15 @@ class Objective:
             [_by_edit(record.weights[i].to(device), num_edits) for i in edit.layers]
         )  # [L, E, b, W, r]
         hidden = tuple(_by_edit(record.hidden[i], num_edits) for i in edit.layers)
-        edited, irrelevant, is_new = (
+        edited, irrelevant = (
             _by_edit(at.to(device), num_edits)  # [E, b, W]
-            for at in (layout.edited, layout.irrelevant, layout.is_new)
+            for at in (layout.edited, layout.irrelevant)
         )
-        new = edited & is_new
-        terms, loss = _answer_terms(losses, layout)  # L1 of Eq. 4
+        # L1 of Eq. 4, [E]
+        terms = {"answer": answer_loss(losses, layout.label_owners, num_edits)}
         if h.balance:
             # R_bal of Eq. 4, [L, E]
-            balance = load_balance(edit.joint_usage().mean_with(weights, new))
+            balance = load_balance(edit.joint_usage().mean_with(weights, edited))
             terms["balance"] = balance.mean(0)
         if h.locality and not all(row.is_edit for row in layout.rows):
             margins = {"alpha": h.alpha, "beta": h.beta, "gamma": h.gamma}
@@ -143,14 +138,14 @@ class Objective:
             locality = locality_margin(weights, edited, weights, irrelevant, **margins)
             terms["locality"] = locality.mean(0)
         scores = row_scores(logits.detach(), losses.detach(), layout)
-        return StepResult(terms, loss, weights, hidden, new, irrelevant, *scores)
+        return StepResult(terms, weights, hidden, edited, irrelevant, *scores)
 
     def _total(self, step: StepResult) -> Tensor:
         """Return L of Eq. 4, summed over the edits, which share no parameter, []."""
         h = self._hparams
         coefficients = {"balance": h.balance_coef, "locality": h.locality_coef}
         terms = {n: (c, step.terms[n]) for n, c in coefficients.items() if n in step.terms}
-        return objective(step.loss, terms, h.rescaling).sum()
+        return objective(step.terms["answer"], terms, h.rescaling).sum()
 
 
 class TrainingStep:
@@ -228,17 +223,6 @@ def _graph(
 ) -> CudaGraph[_Computed]:
     """Capture a step as a CUDA graph."""
     return CudaGraph(compute, GraphPool(device) if known is None else known.pool_on(device))
-
-
-def _answer_terms(losses: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
-    """Return L1 of new and of rehearsed requests by name, and L1 of both together, [E] each."""
-    n, num_rehearsed = layout.num_edits, layout.num_rehearsed
-    by_owner = answer_loss(losses, layout.label_owners, 2 * n)
-    new, rehearsed = by_owner[:n], by_owner[n:]
-    if not num_rehearsed:
-        return {"answer": new}, new
-    terms = {"answer": new, "rehearsal": rehearsed}
-    return terms, joint_loss(new, rehearsed, layout.num_new, num_rehearsed)
 
 
 def _by_edit(rows: Tensor, num_edits: int) -> Tensor:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from baft_easyedit.bench.config import make_config, read_config
-from baft_easyedit.bench.methods import asked_of_all, check_methods, our_hparams
+from baft_easyedit.bench.methods import asked_of_all, our_hparams
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.files.resources import hparams_root
 
@@ -24,12 +24,6 @@ def test_a_bare_name_is_a_row_of_that_method():
         ({"data": {"kind": "facts", "limt": 1}}, r"data.limt is unknown \(did you mean 'limit'"),
         ({"downstream": {"task": "x", "lmit": 1}}, r"downstream.lmit is unknown .*'limit'"),
         ({"methods": [{"name": "BaFT", "st": {}}]}, r"methods.0.st is unknown \(.*'set'\?\)$"),
-        (
-            {"methods": [{"name": "BaFT", "rehearsal": 4}]},
-            r"methods.0: name must have '\+rehearsal' in it if, and only if, .* got 'BaFT'",
-        ),
-        ({"methods": [{"name": "x+rehearsal y"}]}, "only if, rehearsal is above 0"),
-        ({"methods": [{"name": "BaFT", "set": {"rehearsal": 4}}]}, "set must not have rehearsal"),
         ({"methods": []}, "methods must not be empty; got"),
         ({"methods": ["BaFT", "BaFT"]}, "methods must not repeat an entry; got"),
         ({"methods": [{"method": "BaFT"}]}, "methods.0.name must be given; got"),
@@ -93,27 +87,6 @@ def test_every_benchmark_of_the_package_can_be_read(name):
     assert config.methods
     first_line = (hparams_root() / "bench" / f"{name}.yaml").read_text().splitlines()[1]
     assert f"baft-easyedit bench bench/{name} " in first_line
-
-
-def test_settings_of_rehearsal_are_those_of_the_row():
-    config = make_config({**SMALLEST, "methods": ["BaFT+rehearsal", "ReFT+rehearsal", "BaFT"]})
-    rows = [our_hparams(config, method, Protocol(10, 1)) for method in config.methods]
-    assert [h.rehearsal for h in rows] == [16, 16, 0]
-    assert rows[0].rank == rows[1].rank != rows[2].rank
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"name": "BaFT", "hparams": "mine"}, "rehearsal must be 0 in .*, as in the row 'BaFT'"),
-        ("ROME+rehearsal", "rehearsal must be 0 for ROME, which edits one request"),
-    ],
-)
-def test_rows_that_cannot_rehearse_as_they_say_are_refused(tmp_path, monkeypatch, row, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text("model_name: x\nlayers: [1]\nrehearsal: 4\n")
-    with pytest.raises(ValueError, match=message):
-        check_methods(make_config({**SMALLEST, "methods": [row]}))
 
 
 def test_paths_in_a_file_are_looked_up_beside_it_then_in_the_working_directory(

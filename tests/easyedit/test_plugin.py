@@ -57,16 +57,6 @@ def test_bf16_casts_what_easyedit_loaded(host, make_editor, requests, model_path
     assert torch.equal(logits(editor, requests[0]["prompt"]), before)
 
 
-def test_edits_are_rehearsed_across_calls(make_editor, requests):
-    editor = make_editor(rehearsal=2, num_steps=2)
-    editor.edit(**edit_arguments(requests), sequential_edit=True)
-    memory = attached_edit(editor.model).memory
-    assert [past.prompt for past in memory] == [r["prompt"] for r in requests]
-    editor.edit(**edit_arguments(requests[:1]), sequential_edit=True)
-    assert [past.prompt for past in memory][-1] == requests[0]["prompt"]
-    assert (len(memory), memory.num_seen) == (3, 4)
-
-
 def apply(editor, request, **options):
     return apply_baft_to_model(editor.model, editor.tok, [request], editor.hparams, **options)
 

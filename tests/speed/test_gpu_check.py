@@ -30,16 +30,16 @@ def test_the_script_without_a_directory_says_how_it_is_called(arguments):
 
 def test_parts_are_measured_and_joined(parts, tmp_path, capsys):
     parts.apart("llama-2x64", "cpu", str(tmp_path / "apart-2.json"), "2")
-    parts.rehearsed("llama-2x64", "cpu", str(tmp_path / "rehearsed-1.json"), "1")
-    (tmp_path / "parts.txt").write_text("apart-2 0 3\nrehearsed-1 124 4\neasyedit 1 9\n")
+    parts.in_a_row("llama-2x64", "cpu", str(tmp_path / "in-a-row-1.json"), "1")
+    (tmp_path / "parts.txt").write_text("apart-2 0 3\nin-a-row-1 124 4\neasyedit 1 9\n")
     parts.table(str(tmp_path))
     found = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert [(p["status"], p["seconds"]) for p in found.values()] == [(0, 3), (124, 4), (1, 9)]
-    names = ["BaFT, 2 side by side", "BaFT in a row, rehearsal 0", "BaFT in a row, rehearsal 1"]
+    names = ["BaFT, 2 side by side", "BaFT, in a row", "BaFT, own bases"]
     rows = [row for p in found.values() for row in p.get("rows", [])]
     assert [row["row"]["name"] for row in rows] == names
     assert all(row["summary"]["edit_s"] > 0 for row in rows)
-    failed = ("failed (124), see rehearsed-1.log", "failed (1), see easyedit.log")
+    failed = ("failed (124), see in-a-row-1.log", "failed (1), see easyedit.log")
     lines = capsys.readouterr().out.splitlines()[3:]
     assert [line.split(" | ")[1] for line in lines] == [*names, *failed]
 

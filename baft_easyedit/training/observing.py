@@ -1,18 +1,13 @@
-"""Recordings of texts for the prefix cache, within a memory limit. Needs torch only.
+"""Observe what a model computes, and tell whether it still computes the same. Needs torch only."""
 
-Shapes: n computed columns, s columns before them, D hidden size, N heads, H head size.
-"""
-
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from baft_easyedit.model.locks import of_this_thread
-from baft_easyedit.training.recent import Recent
-from baft_easyedit.training.requests import TextRow
 
 _TOLERANCE = {
     torch.float64: 1e-6,
@@ -41,48 +36,12 @@ def is_close(values: Tensor, others: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and float((a - b).abs().sum()) <= tolerance * float(b.abs().sum())
 
 
-class Recording(NamedTuple):
-    """The states of one text that no edit can change."""
-
-    hidden: Tensor
-    """Output of layer l1 in the computed columns, before the edit, [n, D]."""
-    past: dict[int, tuple[Tensor, Tensor]]
-    """Keys and values of the columns before them, by layer above l1, [N, s, H] each."""
-
-    @property
-    def tensors(self) -> Iterable[Tensor]:
-        """All tensors of the recording."""
-        yield self.hidden
-        for states in self.past.values():
-            yield from states
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors)
-
-    def is_close(self, other: "Recording", tolerance: float) -> bool:
-        """Tell whether two recordings are equal up to rounding; see the function `is_close`."""
-        if self.past.keys() != other.past.keys():
-            return False
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return all(is_close(a, b, tolerance) for a, b in pairs)
-
-
-class Recordings(Recent[TextRow, Recording]):
-    """Recordings by text."""
-
-    layer_extras: tuple[Any, ...] | None = None
-    """The values that layer l1 returned after its hidden states, without tensors; None if the layer
-    returned a bare tensor."""
-
-
 def model_version(model: nn.Module) -> Hashable:
     """Return a key that changes when a weight of the model is moved, replaced or written to.
 
     The key also changes with the choice of kernels, which round differently. It does not see writes
     through `Tensor.data`, hooks, or adapters that are switched. So whoever keeps results of a model
-    must also compute one of them again (`PrefixCache._check_recordings`, `OwnStatistics`).
+    must also compute one of them again (`OwnStatistics`).
     """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())
