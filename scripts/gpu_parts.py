@@ -1,7 +1,7 @@
 """What gpu_check.sh measures beside `baft-easyedit speed`, and the table of all its parts.
 
 python gpu_parts.py apart SHAPE DEVICE FILE COUNT        so many edits learned side by side
-python gpu_parts.py in_a_row SHAPE DEVICE FILE COUNT     edits in a row, with shared bases and with own ones
+python gpu_parts.py in_a_row SHAPE DEVICE FILE COUNT     edits in a row, with bases shared, or own
 python gpu_parts.py weights SHAPE DEVICE DIRECTORY       random weights, as files
 python gpu_parts.py table DIRECTORY                      gpu_check.json and a table of what is there
 """

@@ -6,7 +6,7 @@ The records are edited in turn, each time round with other targets. Every 100 ed
 OUT/soak.jsonl tells the memory, the seconds per edit, the size of the journal, and whether model,
 state file and journal agree. In the end:
 
-    memory flat     since the first 2,000 edits, by when past states are full, the resident memory
+    memory flat     since the first 2,000 edits, the resident memory
                     has grown by at most 5 %, and by at most 4 KiB an edit, for the journal's lines
                     are kept in memory
     time flat       the median edit of the last 100 takes at most 1.25 times the CPU time of that

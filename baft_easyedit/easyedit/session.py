@@ -28,7 +28,7 @@ from baft_easyedit.easyedit.peers.repairs import (
     reset_method_state,
     whole_answers,
 )
-from baft_easyedit.easyedit.plugin import register
+from baft_easyedit.easyedit.plugin import Undo, register
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -143,8 +143,6 @@ class Session:
         """Edit requests together in one call of the method; return the seconds it took."""
         editor = self.editor
         requests = [edited_request(request, editor) for request in requests]
-        # An undo of BaFT or ReFT holds the whole edit before; of many in a row, none is needed.
-        is_further = bool(self._edits) and attached_edit(self.model) is not None
         with honoured_device(self.generation, editor.hparams.device):
             synchronize(*self._devices)
             start = time.perf_counter()
@@ -154,7 +152,7 @@ class Session:
                 requests,
                 editor.hparams,
                 copy=False,
-                return_orig_weights=not is_further,
+                return_orig_weights=True,
                 keep_original_weight=self.generation == "pypi",
                 train_ds=None,
             )
@@ -260,14 +258,12 @@ class Session:
             Exception: Whatever EasyEdit raises, if there is no copy to put back.
         """
         # For EasyEdit's methods, what the first edit returned undoes them all: it holds the
-        # unedited weights, or, of LoRA, the only PEFT model that can unload. Several edits of BaFT
-        # or ReFT are taken off as one.
+        # unedited weights, or, of LoRA, the only PEFT model that can unload. Each edit of BaFT or
+        # ReFT is undone by itself, the latest first.
         edits, self._edits = self._edits, []
-        ours = attached_edit(edits[-1][0]) if len(edits) > 1 else None
-        if ours is not None:
-            ours.detach()
+        is_each_its_own = any(isinstance(weights_copy, Undo) for _, weights_copy in edits)
         try:
-            for edited, weights_copy in edits[:1] if ours is None else ():
+            for edited, weights_copy in reversed(edits if is_each_its_own else edits[:1]):
                 with honoured_device(self.generation, self.editor.hparams.device):
                     if self.generation == "current":
                         self._host.restore_after_edit(self.editor, edited, weights_copy)

@@ -118,11 +118,15 @@ def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTInt
 def _past(kept: StateFile, layer: Any, gate: str, where: str) -> tuple[PastEdits, Whitening]:
     """Make the past edits of one layer, and its whitening, from the kept tensors."""
     learned = kept.state.learned
-    edits = within({**learned, **apart(learned, gate)}, f"_past.{layer}.")
+    edits = within(apart(learned, gate) or learned, f"_past.{layer}.")
     with _usable(layer, where):
         rank, size = learned[f"_interventions.{layer}.basis"].shape
-        past, whitening = PastEdits(size, rank, gate), Whitening(size)
-        past.load_state_dict({n: edits[n] for n in past.state_dict()}, assign=True)
+        whitening = Whitening(size)
+        with torch.device("cpu"):
+            past = PastEdits(size, rank, gate)
+        if not past.takes(edits):
+            raise ValueError("its past edits are not of its rank and gate")
+        past.load_state_dict(edits)
         whitening.load_state_dict(within(learned, f"_whitening.{layer}."), assign=True)
     return past, whitening
 

@@ -10,12 +10,12 @@ learned as if it were the first, and no later one changes it. Similarity is the 
 coordinates, where unrelated states are nearly orthogonal. GRACE (Hartvigsen et al. 2023) chooses
 among past edits likewise, by the Euclidean distance.
 
-Needs torch only. Shapes: N states of past edits, E edits, M parameters of an intervention, D hidden
-size, r rank.
+Needs torch only. Shapes: n states of an edit, N of all E past edits, M parameters of an
+intervention, D hidden size, r rank.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,32 @@ _COARSE_ROUNDING = 1e-2
 """That of other dtypes. In bfloat16 equal states can differ more, where they are computed anew."""
 
 
-class PastEdits(nn.Module):
-    """The past edits of one layer.
+class PastEdit(nn.Module):
+    """A past edit at one layer. Its tensors never change, so that snapshots share them.
+
+    Args:
+        states: The hidden states h that it acts at, [n, D].
+        values: The parameters of its intervention, [M].
+    """
+
+    states: Tensor
+    values: Tensor
+
+    def __init__(self, states: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("states", states)
+        self.register_buffer("values", values)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+        for name in ("states", "values"):
+            value = state[prefix + name]
+            with torch.inference_mode(False):  # whose tensors take no part in learning
+                value = value.clone() if value.is_inference() else value
+                setattr(self, name, value.to(self.states.device))
+
+
+class PastEdits(nn.ModuleList):
+    """The past edits of one layer, the oldest first.
 
     Args:
         hidden_size: D.
@@ -40,30 +64,43 @@ class PastEdits(nn.Module):
         gate: A name of `gates.GATES`.
     """
 
-    states: Tensor
-    owners: Tensor
-    values: Tensor
+    _empty: Tensor
 
     def __init__(self, hidden_size: int, rank: int, gate: str) -> None:
         super().__init__()
         self._shape = (hidden_size, rank, gate)
         with torch.device("meta"):
             own = dict(BaFTIntervention(*self._shape).named_parameters())
-        self._names, size = [*own], sum(p.numel() for p in own.values())
-        empty = torch.zeros(0, dtype=torch.float32)
-        self.register_buffer("states", empty.view(0, hidden_size))  # [N, D] h
-        self.register_buffer("owners", empty)  # [N] the index of a state's edit
-        self.register_buffer("values", empty.view(0, size))  # [E, M] parameters
+        self._names, self._size = [*own], sum(p.numel() for p in own.values())
+        self.register_buffer("_empty", torch.zeros(0, dtype=torch.float32), persistent=False)
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what was computed from the buffers."""
-        self._keys: Tensor | None = None
+        """Drop what was computed from the edits."""
+        self._keys: tuple[Tensor, Tensor] | None = None
         self._interventions: dict[int, BaFTIntervention] = {}
 
-    def takes(self, name: str, value: Tensor) -> bool:
-        """Tell whether a buffer can have a value: there may be any number of rows."""
-        return value.shape[1:] == self.get_buffer(name).shape[1:] and value.dim() > 0
+    def __iter__(self) -> Iterator[PastEdit]:
+        return cast(Iterator[PastEdit], super().__iter__())
+
+    @property
+    def states(self) -> Tensor:
+        """All states that an edit acts at, [N, D]."""
+        return torch.cat([self._empty.view(0, self._shape[0]), *(edit.states for edit in self)])
+
+    @property
+    def num_parameters(self) -> int:
+        """E M, the number of parameters of all edits."""
+        return len(self) * self._size
+
+    def takes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Tell whether these can be the tensors of past edits, by `state_dict` names."""
+        count, size = len(tensors) // 2, self._shape[0]
+        names = {f"{i}.{name}" for i in range(count) for name in ("states", "values")}
+        return tensors.keys() == names and all(
+            value.shape == ((self._size,) if name.endswith("values") else (len(value), size))
+            for name, value in tensors.items()
+        )
 
     def forward(
         self, hidden: Tensor, whitening: Whitening, min_similarity: float
@@ -95,28 +132,31 @@ class PastEdits(nn.Module):
         Without any past edit the similarity is -inf, and the index 0.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            if self._keys is None:  # computed once, until the states change
-                self._keys = whitening.directions(self.states)
-            if not len(self._keys):
+            if self._keys is None:  # computed once, until the edits change
+                owners = [self._empty.new_full((len(e.states),), i) for i, e in enumerate(self)]
+                owner = torch.cat([self._empty, *owners]).long()  # [N]
+                self._keys = whitening.directions(self.states), owner
+            keys, owner = self._keys
+            if not len(keys):
                 lowest = hidden.new_full(hidden.shape[:-1], -torch.inf, dtype=torch.float32)
                 return lowest, torch.zeros_like(lowest, dtype=torch.long)
-            similarity = whitening.directions(hidden.float()) @ self._keys.mT  # [..., N]
-            largest, which = similarity.max(-1)
-            return largest, self.owners[which].long()
+            largest, which = (whitening.directions(hidden.float()) @ keys.mT).max(-1)
+            return largest, owner[which]
 
     def intervention(self, index: int) -> BaFTIntervention:
-        """Return the intervention of one past edit; its parameters are views of `values`."""
+        """Return the intervention of one past edit; its parameters are views of its `values`."""
         if index not in self._interventions:
             with torch.inference_mode(False), torch.no_grad():
                 with torch.device("meta"):
                     own = BaFTIntervention(*self._shape).requires_grad_(False)
-                own.to_empty(device=self.values.device)
-                vector_to_parameters(self.values[index], own.parameters())
+                values = cast(PastEdit, self[index]).values
+                own.to_empty(device=values.device)
+                vector_to_parameters(values, own.parameters())
             self._interventions[index] = own
         return self._interventions[index]
 
     def vector(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the parameters of an intervention, by their names there, as a row of `values`."""
+        """Return the parameters of an intervention, by their names there, as `values`, [M]."""
         return torch.cat([parameters[name].detach().flatten() for name in self._names])
 
     @torch.no_grad()
@@ -130,52 +170,55 @@ class PastEdits(nn.Module):
             num_prompt: How many are of its prompt.
         """
         equal = are_equal(self.states, states)  # [N, K]
-        gone = equal.any(-1)
-        for owner in torch.unique(self.owners[gone]):
-            own = self.owners == owner
-            if equal[own, :num_prompt].any(0).all():
-                gone = gone | own
-        return gone
+        gone = [
+            own.any(-1) | own[:, :num_prompt].any(0).all()
+            for own in torch.split(equal, [len(edit.states) for edit in self])
+        ]
+        return torch.cat([equal.new_zeros(0), *gone])
 
     @torch.no_grad()
     def with_edit(
-        self, states: Tensor, parameters: Tensor, gone: Tensor | None = None
+        self, states: Tensor, values: Tensor, gone: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return the buffers with an edit added; this object does not change.
+        """Return the edits and a new one, by `state_dict` names; this object does not change.
 
         Args:
-            states: The hidden states that the edit acts at, [N', D].
-            parameters: Those of its intervention, a `vector`, [M].
+            states: The hidden states that the new edit acts at, [n, D].
+            values: The parameters of its intervention, [M].
             gone: True for present states that no edit has any more, [N], bool; None for none.
         """
-        stays = slice(None) if gone is None else ~gone
-        new = self.owners.new_full((len(states),), len(self.values))
-        owners = torch.cat([self.owners[stays], new])
-        kept, owners = torch.unique(owners, return_inverse=True)  # an edit without states goes
-        values = torch.cat([self.values, parameters[None]])
+        edits = [(edit.states, edit.values) for edit in self]
+        if gone is not None and gone.any():
+            parts = torch.split(gone, [len(own) for own, _ in edits])
+            edits = [
+                (own[~part] if part.any() else own, kept)
+                for (own, kept), part in zip(edits, parts, strict=True)
+                if not part.all()
+            ]
+        edits.append((states.float(), values))
         return {
-            "states": torch.cat([self.states[stays], states.float()]),
-            "owners": owners.float(),
-            "values": values[kept.long()],
+            f"{i}.{name}": value
+            for i, edit in enumerate(edits)
+            for name, value in zip(("states", "values"), edit, strict=True)
         }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_keys": None, "_interventions": {}}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast the buffers."""
+        """Move or cast the tensors."""
         self._forget()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        """Let the buffers have the sizes of those that are loaded."""
+    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+        """Have as many edits as are loaded; each then loads its tensors."""
         self._forget()
-        for name, own in [*self.named_buffers()]:
-            value = state.get(prefix + name)
-            if value is not None and self.takes(name, value):
-                with torch.inference_mode(False):  # whose tensors take no part in learning
-                    setattr(self, name, own.new_zeros(value.shape))
-        super()._load_from_state_dict(state, prefix, *args)
+        count = sum(name.startswith(prefix) for name in state) // 2
+        with torch.inference_mode(False):
+            new = [PastEdit(self._empty, self._empty) for _ in range(count - len(self))]
+        kept = [*self][:count]
+        self._modules.clear()
+        self.extend([*kept, *new])
 
 
 @torch.no_grad()

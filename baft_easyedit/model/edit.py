@@ -105,7 +105,7 @@ class EditParameters(nn.Module):
     def num_parameters(self) -> int:
         """Number of trained parameters: with `min_similarity`, those of all past edits."""
         if self._past:
-            return sum(self.past(layer).values.numel() for layer in self.layers)
+            return sum(self.past(layer).num_parameters for layer in self.layers)
         return sum(p.numel() for p in self.parameters())
 
     def intervention(self, layer: int) -> BaFTIntervention:
@@ -215,28 +215,25 @@ class EditParameters(nn.Module):
         where no edit has acted before, goes at all.
         """
         first = self.layers[0]
-        gone = self.past(first).replaced_by(used[first], num_prompt)
+        gone = self.past(first).replaced_by(used[first], num_prompt).cpu()
         past: dict[str, Tensor] = {}
         for layer in self.layers:
             here = self.past(layer)
-            new = here.with_edit(used[layer], values[layer], gone.to(here.states.device))
+            new = here.with_edit(used[layer], values[layer], gone)
             past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
         return past
 
     def begun(self, snapshot: Snapshot) -> Snapshot:
         """Return a snapshot of this edit without its past edits."""
-        return {
-            name: value[:0] if name.startswith("_past.") else value
-            for name, value in snapshot.items()
-        }
+        return {name: v for name, v in snapshot.items() if not name.startswith("_past.")}
 
     def join(self, other: Snapshot, num_prompt: int) -> None:
         """Add the latest past edit of a snapshot to those of this edit; see `state_of`."""
         values, used = {}, {}
         for layer in self.layers:
             past = within(other, f"_past.{layer}.")
-            values[layer] = past["values"][-1]
-            used[layer] = past["states"][past["owners"] == len(past["values"]) - 1]
+            latest = len(past) // 2 - 1
+            values[layer], used[layer] = past[f"{latest}.values"], past[f"{latest}.states"]
         self.restore({**self.snapshot(), **self._past_with(values, used, num_prompt)})
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
@@ -244,8 +241,12 @@ class EditParameters(nn.Module):
         return {name: p.detach().clone() for name, p in self.named_parameters()}
 
     def snapshot(self) -> Snapshot:
-        """Return copies of all tensors by name: parameters, usage, statistics and past edits."""
-        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+        """Return copies of all tensors by name: parameters, usage and statistics.
+
+        The tensors of past edits, which never change, are not copied.
+        """
+        tensors = {name: value.detach() for name, value in self.state_dict().items()}
+        return {n: v if n.startswith("_past.") else v.clone() for n, v in tensors.items()}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a `snapshot`, bit for bit.
@@ -253,12 +254,18 @@ class EditParameters(nn.Module):
         Raises:
             ValueError: If an edit of another shape made the snapshot; nothing has changed then.
         """
-        own, snapshot = self.state_dict(), self._present_form(snapshot)
+        snapshot = self._present_form(snapshot)
+        rest, own = self.begun(snapshot), self.begun(self.state_dict())
         different = [
             name
-            for name in {*own, *snapshot}
-            if name not in own or name not in snapshot or not self._takes(name, snapshot[name])
+            for name in {*own, *rest}
+            if name not in own or name not in rest or own[name].shape != rest[name].shape
         ]
+        edits = within(snapshot, "_past.")
+        for layer, past in self._past.items():
+            if not cast(PastEdits, past).takes(within(edits, f"{layer}.")):
+                different.append(f"_past.{layer}")
+        different += [f"_past.{n}" for n in edits if n.partition(".")[0] not in self._past]
         if different:
             raise ValueError(
                 "the snapshot must be one of an edit of the same layers, rank and gate; "
@@ -271,19 +278,11 @@ class EditParameters(nn.Module):
         past = apart(snapshot, self.gate)
         if not past:
             return snapshot
-        rest = {name: v for name, v in snapshot.items() if not name.startswith("_past.")}
+        rest = dict(self.begun(snapshot))
         if self.min_similarity is None:
             return rest
         begun = {n: v for n, v in self.state_dict().items() if n.startswith(("_int", "_usage"))}
         return rest | begun | past
-
-    def _takes(self, name: str, value: Tensor) -> bool:
-        """Tell whether a tensor of a `snapshot` has a shape that this edit's can have."""
-        module, _, own = name.rpartition(".")
-        owner = self.get_submodule(module)
-        if isinstance(owner, PastEdits):
-            return owner.takes(own, value)
-        return bool(value.shape == getattr(owner, own).shape)
 
 
 def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor]:
