@@ -48,7 +48,6 @@ _RULES: Mapping[tuple[str, Callable[[Any], bool]], Sequence[str]] = {
         "loc_stand_ins", "weight_decay",
         "early_stop_loss", "balance_coef", "locality_coef",
     ),
-    ("be at least 0, or null", lambda value: value >= 0): ("basis_lr",),
     ("be above 0", lambda value: value > 0): ("lr", "gate_lr"),
     ("be in [-1, 1), or null", lambda value: -1 <= value < 1): ("min_similarity",),
     ("be in [0, 1]", lambda value: 0 <= value <= 1): ("alpha", "beta", "gamma"),
@@ -93,9 +92,6 @@ class BaFTHyperParams:
     gate_lr: float | None = None
     """Learning rate of the gate, above 0; null for `lr` (the paper has one rate). A higher rate
     tells irrelevant prompts apart in fewer steps, but earlier edits fade sooner."""
-    basis_lr: float | None = None
-    """Learning rate of the bases R, at least 0; null for `lr`. With a lower rate, earlier edits
-    last longer, but a new edit takes more steps (ours)."""
     parametrisation: str = "direct"
     """Coordinates in which the edit is trained, a name of `PARAMETRISATIONS`: as in the paper, or
     `whitened` (ours), by which successive edits hardly disturb each other on a real model."""

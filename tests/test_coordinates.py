@@ -179,19 +179,6 @@ def test_the_logits_of_bases_are_moved_in_whitened_coordinates(gate):
     assert torch.allclose(constant[4:], torch.full_like(constant[4:], 0.5), atol=1e-6)
 
 
-def test_bases_have_a_learning_rate_of_their_own(model, tokenizer, hparams, request_dict):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, basis_lr=0.0, num_steps=3))
-    before = editor.model_edit.snapshot()
-    editor.edit(request_dict)
-    after = editor.model_edit.snapshot()
-    assert torch.allclose(
-        after["_interventions.1.basis"], before["_interventions.1.basis"], atol=1e-6
-    )
-    assert not torch.equal(
-        after["_interventions.1.difference"], before["_interventions.1.difference"]
-    )
-
-
 def test_a_model_writes_the_same_texts_each_time(model):
     state = torch.random.get_rng_state()
     texts = own_texts(model).ids

@@ -28,7 +28,7 @@ _OF_EASYEDIT = {
 }
 """Hyper-parameters that only EasyEdit needs; they do not affect the method and are not kept."""
 
-_GONE = ("loc_own_texts", "rehearsal", "past_states")
+_GONE = ("loc_own_texts", "rehearsal", "past_states", "basis_lr")
 """Hyper-parameters of earlier development versions, which did nothing if false or 0."""
 _GONE_WITH = ("rehearsal_irrelevant", "rehearsal_memory", "rehearsal_stop_loss", "settle_steps")
 """Hyper-parameters of these."""

@@ -195,12 +195,11 @@ def _is_on_gpu(model: nn.Module) -> bool:
 
 
 def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.optim.Optimizer:
-    """Make AdamW with one parameter group for each learning rate: lr, gate_lr and basis_lr."""
+    """Make AdamW with one parameter group for each learning rate, lr and gate_lr."""
     moved = coordinates.moved
     alike: dict[float, list[Tensor]] = {}
     for name, value in moved.items():
         own = hparams.gate_lr if ".gate." in name else None
-        own = hparams.basis_lr if name.endswith(".basis") else own
         alike.setdefault(hparams.lr if own is None else own, []).append(value)
     groups = [{"params": group, "lr": lr} for lr, group in alike.items()]
     # Not every device has the fused kernel.
