@@ -192,7 +192,7 @@ def test_an_edit_is_learned_as_if_it_were_the_first(tokenizer, apart):
     for order in ((0, 1), (1, 0)):
         editor = BaFTEditor(make_model(), tokenizer, apart)
         reports = [editor.edit(request(k)) for k in order]
-        values = [editor.model_edit.past(1)[order.index(k)].values for k in (0, 1)]
+        values = [editor.model_edit.past(1).edits[order.index(k)].values for k in (0, 1)]
         found.append(([reports[order.index(k)].losses for k in (0, 1)], torch.stack(values)))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
@@ -263,6 +263,24 @@ def test_a_prompt_can_be_edited_again_and_again(tokenizer, apart):
     assert same(editor.model_edit.snapshot(), expected)
 
 
+def test_an_edit_can_leave_fewer_than_there_were(tokenizer, apart, monkeypatch):
+    editor = BaFTEditor(make_model(), tokenizer, apart)
+    for k in range(3):
+        editor.edit(request(k))
+
+    def all_gone(past, *_):
+        return torch.ones(len(past.states), dtype=torch.bool)
+
+    monkeypatch.setattr(PastEdits, "replaced_by", all_gone)
+    editor.edit([request(0, "ice")])
+    assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [1, 1]
+    editor.edit([request(0), request(1)])
+    assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [1, 1]
+    editor.undo()
+    editor.undo()
+    assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [3, 3]
+
+
 def test_edits_learned_apart_are_those_learned_in_a_row(tokenizer, apart, of):
     answers = []
     for is_apart in (False, True):
@@ -290,7 +308,7 @@ def test_requests_of_one_call_have_bases_of_their_own(tokenizer, apart, of):
             report = editor.edit([request(k) for k in ([call] if call in (0, 1, 2) else call)])
         answers.append([of(model, text) for text in (OTHER, *PROMPTS)])
         losses.append(report.request_losses)
-        assert [len(editor.model_edit.past(layer)) for layer in apart.layers] == [3, 3]
+        assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [3, 3]
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     assert report.num_requests == 3

@@ -14,8 +14,8 @@ Needs torch only. Shapes: n states of an edit, N of all E past edits, M paramete
 intervention, D hidden size, r rank.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,32 +31,17 @@ _COARSE_ROUNDING = 1e-2
 """That of other dtypes. In bfloat16 equal states can differ more, where they are computed anew."""
 
 
-class PastEdit(nn.Module):
-    """A past edit at one layer. Its tensors never change, so that snapshots share them.
-
-    Args:
-        states: The hidden states h that it acts at, [n, D].
-        values: The parameters of its intervention, [M].
-    """
+class PastEdit(NamedTuple):
+    """A past edit at one layer. Its tensors never change, so that snapshots share them."""
 
     states: Tensor
+    """The hidden states h that it acts at, [n, D]."""
     values: Tensor
-
-    def __init__(self, states: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("states", states)
-        self.register_buffer("values", values)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
-        for name in ("states", "values"):
-            value = state[prefix + name]
-            with torch.inference_mode(False):  # whose tensors take no part in learning
-                value = value.clone() if value.is_inference() else value
-                setattr(self, name, value.to(self.states.device))
+    """The parameters of its intervention, [M]."""
 
 
-class PastEdits(nn.ModuleList):
-    """The past edits of one layer, the oldest first.
+class PastEdits(nn.Module):
+    """The past edits of one layer.
 
     Args:
         hidden_size: D.
@@ -73,6 +58,8 @@ class PastEdits(nn.ModuleList):
             own = dict(BaFTIntervention(*self._shape).named_parameters())
         self._names, self._size = [*own], sum(p.numel() for p in own.values())
         self.register_buffer("_empty", torch.zeros(0, dtype=torch.float32), persistent=False)
+        self.edits: tuple[PastEdit, ...] = ()
+        """The oldest first."""
         self._forget()
 
     def _forget(self) -> None:
@@ -80,18 +67,16 @@ class PastEdits(nn.ModuleList):
         self._keys: tuple[Tensor, Tensor] | None = None
         self._interventions: dict[int, BaFTIntervention] = {}
 
-    def __iter__(self) -> Iterator[PastEdit]:
-        return cast(Iterator[PastEdit], super().__iter__())
-
     @property
     def states(self) -> Tensor:
         """All states that an edit acts at, [N, D]."""
-        return torch.cat([self._empty.view(0, self._shape[0]), *(edit.states for edit in self)])
+        none = self._empty.view(0, self._shape[0])
+        return torch.cat([none, *(edit.states for edit in self.edits)])
 
     @property
     def num_parameters(self) -> int:
         """E M, the number of parameters of all edits."""
-        return len(self) * self._size
+        return len(self.edits) * self._size
 
     def takes(self, tensors: Mapping[str, Tensor]) -> bool:
         """Tell whether these can be the tensors of past edits, by `state_dict` names."""
@@ -133,8 +118,9 @@ class PastEdits(nn.ModuleList):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             if self._keys is None:  # computed once, until the edits change
-                owners = [self._empty.new_full((len(e.states),), i) for i, e in enumerate(self)]
-                owner = torch.cat([self._empty, *owners]).long()  # [N]
+                counts = [len(edit.states) for edit in self.edits]
+                owners = [i for i, count in enumerate(counts) for _ in range(count)]  # [N]
+                owner = torch.tensor(owners, dtype=torch.long, device=self._empty.device)
                 self._keys = whitening.directions(self.states), owner
             keys, owner = self._keys
             if not len(keys):
@@ -149,7 +135,7 @@ class PastEdits(nn.ModuleList):
             with torch.inference_mode(False), torch.no_grad():
                 with torch.device("meta"):
                     own = BaFTIntervention(*self._shape).requires_grad_(False)
-                values = cast(PastEdit, self[index]).values
+                values = self.edits[index].values
                 own.to_empty(device=values.device)
                 vector_to_parameters(values, own.parameters())
             self._interventions[index] = own
@@ -172,7 +158,7 @@ class PastEdits(nn.ModuleList):
         equal = are_equal(self.states, states)  # [N, K]
         gone = [
             own.any(-1) | own[:, :num_prompt].any(0).all()
-            for own in torch.split(equal, [len(edit.states) for edit in self])
+            for own in torch.split(equal, [len(edit.states) for edit in self.edits])
         ]
         return torch.cat([equal.new_zeros(0), *gone])
 
@@ -187,38 +173,49 @@ class PastEdits(nn.ModuleList):
             values: The parameters of its intervention, [M].
             gone: True for present states that no edit has any more, [N], bool; None for none.
         """
-        edits = [(edit.states, edit.values) for edit in self]
+        edits = [*self.edits]
         if gone is not None and gone.any():
             parts = torch.split(gone, [len(own) for own, _ in edits])
             edits = [
-                (own[~part] if part.any() else own, kept)
+                PastEdit(own[~part], kept) if part.any() else PastEdit(own, kept)
                 for (own, kept), part in zip(edits, parts, strict=True)
                 if not part.all()
             ]
-        edits.append((states.float(), values))
-        return {
-            f"{i}.{name}": value
-            for i, edit in enumerate(edits)
-            for name, value in zip(("states", "values"), edit, strict=True)
-        }
+        return _tensors([*edits, PastEdit(states.float(), values)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_keys": None, "_interventions": {}}
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the tensors."""
         self._forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.edits = tuple(PastEdit(*map(fn, edit)) for edit in self.edits)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in _tensors(self.edits).items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
-        """Have as many edits as are loaded; each then loads its tensors."""
+        """Have the edits that are loaded, and share their tensors where these can be learned."""
         self._forget()
         count = sum(name.startswith(prefix) for name in state) // 2
-        with torch.inference_mode(False):
-            new = [PastEdit(self._empty, self._empty) for _ in range(count - len(self))]
-        kept = [*self][:count]
-        self._modules.clear()
-        self.extend([*kept, *new])
+        with torch.inference_mode(False):  # whose tensors take no part in learning
+            self.edits = tuple(
+                PastEdit(*(self._own(state[f"{prefix}{i}.{name}"]) for name in PastEdit._fields))
+                for i in range(count)
+            )
+
+    def _own(self, value: Tensor) -> Tensor:
+        """Return a tensor on this device, a copy only if it must be one."""
+        value = value.clone() if value.is_inference() else value
+        return value.to(self._empty.device)
+
+
+def _tensors(edits: Iterable[PastEdit]) -> dict[str, Tensor]:
+    """Return the tensors of edits by their `state_dict` names."""
+    return {f"{i}.{n}": v for i, edit in enumerate(edits) for n, v in edit._asdict().items()}
 
 
 @torch.no_grad()

@@ -195,7 +195,8 @@ class EditParameters(nn.Module):
         """
         values = self._values_of(edit)
         if self.min_similarity is not None:
-            return {**start, **self._past_with(self._vectors(values), used, num_prompt)}
+            past = self._past_with(self._vectors(values), used, num_prompt)
+            return {**self.begun(start), **past}
         state = {**start, **values}
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
@@ -234,7 +235,8 @@ class EditParameters(nn.Module):
             past = within(other, f"_past.{layer}.")
             latest = len(past) // 2 - 1
             values[layer], used[layer] = past[f"{latest}.values"], past[f"{latest}.states"]
-        self.restore({**self.snapshot(), **self._past_with(values, used, num_prompt)})
+        past = self._past_with(values, used, num_prompt)
+        self.restore({**self.begun(self.snapshot()), **past})
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
         """Return copies of the trained parameters of one of the `num_edits` edits."""
