@@ -35,9 +35,10 @@ _LEARNING = torch.inference_mode(False)  # its tensors could not be trained
 class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     """Edits a causal language model by hooks; the weights stay as they are.
 
-    Several edit calls train the same parameters one after another (continual editing). A new
-    editor on a model that carries an edit continues that edit. `save` and `load` keep an edit on
-    disk; an editor from `open` keeps every change there, with its history.
+    Several edit calls train the same parameters one after another (continual editing), or with
+    `min_similarity` some of their own. A new editor on a model that carries an edit continues that
+    edit. `save` and `load` keep an edit on disk; an editor from `open` keeps every change there,
+    with its history.
 
     Args:
         model: A decoder-only Hugging Face model.

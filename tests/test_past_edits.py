@@ -142,28 +142,33 @@ def test_past_edits_take_the_memory_of_those_that_are_there():
 
 
 def test_equal_states_are_told_up_to_rounding():
-    states = 10 * torch.eye(3)
+    states = 10 * torch.randn(3, D)
     expected = [[False], [True], [False]]
     assert are_equal(states, states[1:2] * (1 + 1e-6)).tolist() == expected
-    for other in (states[1:2] * 1.001, states[1:2].bfloat16() * 1.05):
-        assert are_equal(states, other).tolist() == [[False]] * 3
-    assert are_equal(states, states[1:2].bfloat16() * 1.006).tolist() == expected
+    assert are_equal(states, states[1:2] * 1.001).tolist() == [[False]] * 3
+    for dtype in (torch.bfloat16, torch.half):  # on either side, or kept as fp32
+        half = states[1:2].to(dtype)
+        assert are_equal(states, half).tolist() == expected
+        assert are_equal(half.float(), states).T.tolist() == expected
+        assert are_equal(states, half * 1.05).tolist() == [[False]] * 3
 
 
 @pytest.mark.parametrize(
-    ("new", "num_prompt", "gone"),
+    ("new", "gone", "gone_new"),
     [
-        ([0, 1, 4], 2, [True, True, True, False]),  # the prompt of the first edit
-        ([0, 4, 1], 2, [True, True, False, False]),  # the beginnings of two prompts are the same
-        ([4, 0, 1], 1, [True, True, False, False]),
-        ([3], 1, [False, False, False, True]),
-        ([4], 1, [False] * 4),
+        ([0, 1, 4], [True, True, True, False], [False] * 3),  # the prompt of the first edit
+        ([0, 3], [True, True, True, False], [False, True]),
+        ([4, 1, 3], [False] * 4, [False, True, True]),  # the beginnings of prompts are the same
+        ([1, 4], [False, True, False, False], [False] * 2),  # a prompt goes on where an answer was
+        ([4], [False] * 4, [False]),
     ],
 )
-def test_an_edit_replaces_that_of_its_prompt_and_takes_what_others_share(new, num_prompt, gone):
+def test_an_edit_replaces_that_of_its_prompt_and_leaves_others_theirs(new, gone, gone_new):
     states = torch.eye(D) * 5
     own = past((states[:3], moving(seed=1)), (states[3:4], moving(seed=2)))
-    assert own.replaced_by(states[new], num_prompt).tolist() == gone
+    found = own.shared_with(states[new])
+    assert [one.tolist() for one in found] == [gone, gone_new]
+    assert [len(one) for one in past().shared_with(states[new])] == [0, len(new)]
 
 
 def test_other_prompts_are_answered_bit_for_bit_as_without_the_edit(tokenizer, apart, of):
@@ -268,10 +273,10 @@ def test_an_edit_can_leave_fewer_than_there_were(tokenizer, apart, monkeypatch):
     for k in range(3):
         editor.edit(request(k))
 
-    def all_gone(past, *_):
-        return torch.ones(len(past.states), dtype=torch.bool)
+    def all_gone(past, new):
+        return torch.ones(len(past.states), dtype=torch.bool), torch.zeros(len(new)) > 0
 
-    monkeypatch.setattr(PastEdits, "replaced_by", all_gone)
+    monkeypatch.setattr(PastEdits, "shared_with", all_gone)
     editor.edit([request(0, "ice")])
     assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [1, 1]
     editor.edit([request(0), request(1)])
@@ -279,6 +284,38 @@ def test_an_edit_can_leave_fewer_than_there_were(tokenizer, apart, monkeypatch):
     editor.undo()
     editor.undo()
     assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [3, 3]
+
+
+def test_prompts_with_the_same_first_words_keep_their_edits(tokenizer, apart, of, caplog):
+    hparams = replace(apart, num_prompt_positions=6, num_steps=60)
+    editor, prompts = BaFTEditor(make_model(), tokenizer, hparams), ("AB cd", "AB ef", "AB gh")
+    requests = [{"prompt": prompt, "target_new": "no"} for prompt in prompts]
+    seen = []
+    for k, new in enumerate(requests):
+        report = editor.edit(new)
+        assert (report.learned == (False,)) == ("not learned" in caplog.text)
+        caplog.clear()
+        seen.append([of(editor.model, p) for p in prompts[: k + 1]])
+    for one in seen:
+        assert all(map(torch.equal, one, seen[-1]))
+    editor.edit(requests[0])
+    assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [3, 3]
+
+
+@pytest.mark.parametrize("layers", [[3, 1], [1, 3]])
+def test_layers_may_have_any_order(tokenizer, apart, layers):
+    editor = BaFTEditor(make_model(), tokenizer, replace(apart, layers=layers))
+    for target in ("ice", "yes"):
+        assert editor.edit(request(0, target)).learned == (True,)
+    assert [len(editor.model_edit.past(layer).edits) for layer in layers] == [1, 1]
+
+
+def test_a_prompt_that_goes_on_where_an_answer_was_leaves_the_edit_of_the_answer(tokenizer, apart):
+    editor = BaFTEditor(make_model(), tokenizer, apart)
+    first = {"prompt": "The capital is", "target_new": " Rome"}
+    editor.edit([first, {"prompt": "The capital is Ro", "target_new": "xy"}])
+    assert [len(editor.model_edit.past(layer).edits) for layer in apart.layers] == [2, 2]
+    editor.edit(first)
 
 
 def test_edits_learned_apart_are_those_learned_in_a_row(tokenizer, apart, of):
@@ -430,6 +467,9 @@ def test_edits_that_earlier_versions_settled_act_as_one_past_edit(tokenizer, apa
         {"_past.1.2.states": torch.zeros(5, D)},
         {"_past.7.0.states": torch.zeros(5, D)},
         {"_past.1.mine": torch.zeros(5, D)},
+        {"_past.1.0.states": torch.zeros(2, 32)},  # fewer than at the other layer
+        {"_past.1.0.states": torch.tensor(1.0)},
+        {"_past.1.0.states": torch.zeros(0, 32)},
     ],
 )
 def test_a_snapshot_of_another_shape_changes_nothing(tokenizer, apart, change):

@@ -27,7 +27,8 @@ def basis_record(session: Session, request: Mapping[str, Any]) -> Mapping[str, A
     Returns:
         `basis` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
         |w_k (v_k - (R h)_k)|, averaged over intervened positions and probes; None for a kind of
-        prompt that the case lacks. None for both if the model carries no edit.
+        prompt that the case lacks, and for `update` where each edit has bases of its own. None for
+        both if the model carries no edit.
     """
     edit = attached_edit(session.model)
     if edit is None:
@@ -44,7 +45,7 @@ def basis_record(session: Session, request: Mapping[str, Any]) -> Mapping[str, A
 @torch.no_grad()
 def _observe(
     session: Session, edit: ModelEdit, pairs: list[tuple[str, str]]
-) -> tuple[LayerValues, LayerValues]:
+) -> tuple[LayerValues, LayerValues | None]:
     """Run texts of one kind; return mean weight and mean size of the update of each basis."""
     tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
     rows = [
@@ -55,20 +56,20 @@ def _observe(
     with edit.recording() as record:
         forward()
     assert record.positions is not None  # a forward of tokens has set them
-    weights, update = {}, {}
+    weights, update, is_shared = {}, {}, edit.min_similarity is None
     for layer, values in record.weights_of(slice(None)).items():
         hidden = record.hidden[layer]
         edited = hidden[record.positions.to(hidden.device)].float()  # [N, D]
         sizes = (values * edit.intervention(layer).step(edited)).abs()  # [N, r]
         weights[str(layer)] = values.mean(0).tolist()
         update[str(layer)] = sizes.mean(0).tolist()
-    return weights, update
+    return weights, update if is_shared else None
 
 
 def basis_usage(model: Any) -> LayerValues | None:
     """Return the mean weight of each basis over all edits so far, by layer; None without edit."""
     edit = attached_edit(model)
-    if edit is None:
+    if edit is None or edit.min_similarity is not None:  # each edit has bases of its own
         return None
     return {
         str(i): (edit.usage(i).total / edit.usage(i).count.clamp_min(1)).tolist()

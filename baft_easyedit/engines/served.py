@@ -118,8 +118,9 @@ def _intervention(kept: StateFile, layer: Any, gate: str, where: str) -> BaFTInt
 def _past(kept: StateFile, layer: Any, gate: str, where: str) -> tuple[PastEdits, Whitening]:
     """Make the past edits of one layer, and its whitening, from the kept tensors."""
     learned = kept.state.learned
-    edits = within(apart(learned, gate) or learned, f"_past.{layer}.")
     with _usable(layer, where):
+        earlier = apart(learned, gate)
+        edits = within(learned if earlier is None else earlier, f"_past.{layer}.")
         rank, size = learned[f"_interventions.{layer}.basis"].shape
         whitening = Whitening(size)
         with torch.device("cpu"):

@@ -24,18 +24,18 @@ from torch.nn.utils import vector_to_parameters
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.method.whitening import Whitening
 
-_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+_ROUNDING = 1e-4
 """Largest difference of equal states, as a share of their mean absolute value. Of different prompts
 of SmolLM2, the last states differ by .001 and more, in its chat template by .008 at layer 23."""
 _COARSE_ROUNDING = 1e-2
-"""That of other dtypes. In bfloat16 equal states can differ more, where they are computed anew."""
+"""That of states in half precision, which can differ more where they are computed anew."""
 
 
 class PastEdit(NamedTuple):
     """A past edit at one layer. Its tensors never change, so that snapshots share them."""
 
     states: Tensor
-    """The hidden states h that it acts at, [n, D]."""
+    """The hidden states h that it acts at, [n, D]; the first is that of its prompt's last token."""
     values: Tensor
     """The parameters of its intervention, [M]."""
 
@@ -81,9 +81,11 @@ class PastEdits(nn.Module):
     def takes(self, tensors: Mapping[str, Tensor]) -> bool:
         """Tell whether these can be the tensors of past edits, by `state_dict` names."""
         count, size = len(tensors) // 2, self._shape[0]
-        names = {f"{i}.{name}" for i in range(count) for name in ("states", "values")}
+        names = {f"{i}.{name}" for i in range(count) for name in PastEdit._fields}
         return tensors.keys() == names and all(
-            value.shape == ((self._size,) if name.endswith("values") else (len(value), size))
+            value.shape == (self._size,)
+            if name.endswith("values")
+            else value.dim() == 2 and len(value) > 0 and value.shape[1] == size
             for name, value in tensors.items()
         )
 
@@ -146,21 +148,26 @@ class PastEdits(nn.Module):
         return torch.cat([parameters[name].detach().flatten() for name in self._names])
 
     @torch.no_grad()
-    def replaced_by(self, states: Tensor, num_prompt: int) -> Tensor:
-        """Tell which states go when an edit is added, [N], bool.
+    def shared_with(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell which states go when an edit is added, of those that it shares with past edits.
 
-        They are those that the new edit has, too, and all of an edit of the same prompt.
+        An edit of the same prompt goes as a whole. Of other edits, the new one takes the state of
+        its prompt's last token, without which it could not begin, and leaves them all others, such
+        as those of the same first words: so it changes nothing of what they do.
 
         Args:
-            states: The states of the new edit, the first ones those of its prompt, [K, D].
-            num_prompt: How many are of its prompt.
+            states: The states of the new edit, as in `PastEdit`, [n, D].
+
+        Returns:
+            True for present states that go, [N], and for new ones that do, [n].
         """
-        equal = are_equal(self.states, states)  # [N, K]
-        gone = [
-            own.any(-1) | own[:, :num_prompt].any(0).all()
-            for own in torch.split(equal, [len(edit.states) for edit in self.edits])
-        ]
-        return torch.cat([equal.new_zeros(0), *gone])
+        equal = are_equal(self.states, states).cpu()  # [N, n]
+        parts = torch.split(equal[:, :1], [len(edit.states) for edit in self.edits])
+        gone = [own | own[0] for own in parts]  # all of an edit whose first state is the new one's
+        gone_here = torch.cat([equal.new_zeros(0, 1), *gone])[:, 0]
+        gone_new = (equal & ~gone_here[:, None]).any(0)
+        gone_new[0] = False
+        return gone_here, gone_new
 
     @torch.no_grad()
     def with_edit(
@@ -169,13 +176,13 @@ class PastEdits(nn.Module):
         """Return the edits and a new one, by `state_dict` names; this object does not change.
 
         Args:
-            states: The hidden states that the new edit acts at, [n, D].
+            states: The hidden states that the new edit acts at, as in `PastEdit`, [n, D].
             values: The parameters of its intervention, [M].
-            gone: True for present states that no edit has any more, [N], bool; None for none.
+            gone: True for present states that go, [N], bool, on the CPU; None for none.
         """
         edits = [*self.edits]
         if gone is not None and gone.any():
-            parts = torch.split(gone, [len(own) for own, _ in edits])
+            parts = torch.split(gone.to(states.device), [len(own) for own, _ in edits])
             edits = [
                 PastEdit(own[~part], kept) if part.any() else PastEdit(own, kept)
                 for (own, kept), part in zip(edits, parts, strict=True)
@@ -197,14 +204,19 @@ class PastEdits(nn.Module):
         for name, value in _tensors(self.edits).items():
             destination[prefix + name] = value
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, _metadata: Any, _strict: Any, *lists: Any
+    ) -> None:
         """Have the edits that are loaded, and share their tensors where these can be learned."""
+        own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if not self.takes(own):
+            lists[-1].append(f"{prefix}* are not the tensors of edits of this rank and gate")
+            return
         self._forget()
-        count = sum(name.startswith(prefix) for name in state) // 2
         with torch.inference_mode(False):  # whose tensors take no part in learning
             self.edits = tuple(
-                PastEdit(*(self._own(state[f"{prefix}{i}.{name}"]) for name in PastEdit._fields))
-                for i in range(count)
+                PastEdit(*(self._own(own[f"{i}.{name}"]) for name in PastEdit._fields))
+                for i in range(len(own) // 2)
             )
 
     def _own(self, value: Tensor) -> Tensor:
@@ -224,7 +236,15 @@ def are_equal(states: Tensor, others: Tensor) -> Tensor:
 
     Args:
         states: h, [N, D].
-        others: [K, D], in the dtype that the model computed them in.
+        others: [K, D].
     """
-    share, others = _ROUNDING.get(others.dtype, _COARSE_ROUNDING), others.float()
-    return torch.cdist(states.float(), others, p=1) <= share * others.abs().sum(-1)
+    states, others = states.float(), others.float()
+    is_coarse = _is_half(states)[:, None] | _is_half(others)
+    share = torch.where(is_coarse, _COARSE_ROUNDING, _ROUNDING)
+    return torch.cdist(states, others, p=1) <= share * others.abs().sum(-1)
+
+
+def _is_half(states: Tensor) -> Tensor:
+    """Tell of fp32 states whether they were computed in half precision, [N], bool."""
+    same = [(states == states.to(dtype).float()).all(-1) for dtype in (torch.bfloat16, torch.half)]
+    return same[0] | same[1]

@@ -65,7 +65,7 @@ class Settings:
     given_positions: Positions | None = None
     record: GateRecord | None = None
     is_learning: bool = False
-    """Whether the edit acts everywhere, also where its `Guard` would not let it."""
+    """Whether an edit is being learned, in which past edits take no part."""
     outer: "Settings | None" = None
     """Those of the context around this one."""
 

@@ -195,8 +195,12 @@ class EditParameters(nn.Module):
         """
         values = self._values_of(edit)
         if self.min_similarity is not None:
-            past = self._past_with(self._vectors(values), used, num_prompt)
-            return {**self.begun(start), **past}
+            last = num_prompt - 1
+            ordered = {
+                layer: torch.cat([h[last:num_prompt], h[:last], h[num_prompt:]])
+                for layer, h in used.items()
+            }
+            return {**self.begun(start), **self._past_with(self._vectors(values), ordered)}
         state = {**start, **values}
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
@@ -208,19 +212,19 @@ class EditParameters(nn.Module):
         return {i: self.past(i).vector(within(values, f"_interventions.{i}.")) for i in self.layers}
 
     def _past_with(
-        self, values: Mapping[int, Tensor], used: Mapping[int, Tensor], num_prompt: int
+        self, values: Mapping[int, Tensor], used: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the past edits with a new one of these `_vectors`, by `snapshot` names.
+        """Return the past edits with a new one, by `snapshot` names; see `PastEdits.with_edit`.
 
         Each state of an edit has the same place at all layers, so what goes at the first layer,
         where no edit has acted before, goes at all.
         """
-        first = self.layers[0]
-        gone = self.past(first).replaced_by(used[first], num_prompt).cpu()
+        first = min(self.layers)
+        gone, gone_new = self.past(first).shared_with(used[first])
         past: dict[str, Tensor] = {}
         for layer in self.layers:
-            here = self.past(layer)
-            new = here.with_edit(used[layer], values[layer], gone)
+            states = used[layer][~gone_new.to(used[layer].device)]
+            new = self.past(layer).with_edit(states, values[layer], gone)
             past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
         return past
 
@@ -228,15 +232,16 @@ class EditParameters(nn.Module):
         """Return a snapshot of this edit without its past edits."""
         return {name: v for name, v in snapshot.items() if not name.startswith("_past.")}
 
-    def join(self, other: Snapshot, num_prompt: int) -> None:
-        """Add the latest past edit of a snapshot to those of this edit; see `state_of`."""
-        values, used = {}, {}
-        for layer in self.layers:
-            past = within(other, f"_past.{layer}.")
-            latest = len(past) // 2 - 1
-            values[layer], used[layer] = past[f"{latest}.values"], past[f"{latest}.states"]
-        past = self._past_with(values, used, num_prompt)
-        self.restore({**self.begun(self.snapshot()), **past})
+    def join(self, others: Sequence[Snapshot]) -> None:
+        """Add the latest past edit of each of several snapshots to those of this edit."""
+        rest = self.begun(self.snapshot())
+        for other in others:
+            values, used = {}, {}
+            for layer in self.layers:
+                past = within(other, f"_past.{layer}.")
+                latest = len(past) // 2 - 1
+                values[layer], used[layer] = past[f"{latest}.values"], past[f"{latest}.states"]
+            self.restore({**rest, **self._past_with(values, used)})
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
         """Return copies of the trained parameters of one of the `num_edits` edits."""
@@ -268,6 +273,10 @@ class EditParameters(nn.Module):
             if not cast(PastEdits, past).takes(within(edits, f"{layer}.")):
                 different.append(f"_past.{layer}")
         different += [f"_past.{n}" for n in edits if n.partition(".")[0] not in self._past]
+        sizes = {n.partition(".")[2]: v.shape[:1] for n, v in edits.items()}  # alike at all layers
+        different += [
+            f"_past.{n}" for n, v in edits.items() if v.shape[:1] != sizes[n.partition(".")[2]]
+        ]
         if different:
             raise ValueError(
                 "the snapshot must be one of an edit of the same layers, rank and gate; "
@@ -278,7 +287,7 @@ class EditParameters(nn.Module):
     def _present_form(self, snapshot: Snapshot) -> Snapshot:
         """Return a snapshot of an earlier development version in the present form; see `apart`."""
         past = apart(snapshot, self.gate)
-        if not past:
+        if past is None:
             return snapshot
         rest = dict(self.begun(snapshot))
         if self.min_similarity is None:
@@ -287,26 +296,26 @@ class EditParameters(nn.Module):
         return rest | begun | past
 
 
-def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor]:
+def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor] | None:
     """Return what all edits of an earlier development version did together, as one past edit.
 
     There they shared one intervention, and the moves that they wanted at their states were kept.
 
     Args:
-        snapshot: A snapshot of any version; of the present one, nothing is returned.
+        snapshot: A snapshot of any version; for one of the present version, None is returned.
         gate: A name of `gates.GATES`.
     """
+    layers = [n.split(".")[1] for n in snapshot if n.startswith("_past.") and n.endswith(".moves")]
     past: dict[str, Tensor] = {}
-    for name in snapshot:
-        if name.startswith("_past.") and name.endswith(".moves"):
-            layer = name.split(".")[1]
-            own = within(snapshot, f"_interventions.{layer}.")
-            rank, size = own["basis"].shape
-            states = snapshot[f"_past.{layer}.states"][snapshot[name].any(-1)]
-            empty = PastEdits(size, rank, gate)
-            new = empty.with_edit(states, empty.vector(own))
-            past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
-    return past
+    for layer in layers:
+        own = within(snapshot, f"_interventions.{layer}.")
+        there = within(snapshot, f"_past.{layer}.")
+        states = there["states"][there["moves"].any(-1)]
+        rank, size = own["basis"].shape
+        empty = PastEdits(size, rank, gate)
+        new = empty.with_edit(states, empty.vector(own)) if len(states) else {}
+        past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
+    return past if layers else None
 
 
 def within(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:

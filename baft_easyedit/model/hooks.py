@@ -334,7 +334,11 @@ class ModelEdit(EditParameters):
                 f"model was called on {tuple(call.at.shape)} tokens"
             )
         self._move(layer, hidden.device)
-        if call.is_everywhere:
+        if self.min_similarity is not None and not contexts.is_learning:
+            here = call.at.to(hidden.device)
+            edited, weights = hidden.clone(), hidden.new_zeros(*here.shape, self.rank).float()
+            edited[here], weights[here] = self.act(layer, hidden[here])
+        elif call.is_everywhere:
             edited, weights = self._intervene(layer, hidden)
         else:
             here = call.at.to(hidden.device)[..., None]  # [B, T, 1]
@@ -349,10 +353,8 @@ class ModelEdit(EditParameters):
 
     def _intervene(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return edited hidden states [B, T, D] and their basis weights [B, T, r]."""
-        if self.contexts.now.is_learning:
-            edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
-            return edited
-        return self.act(layer, hidden)
+        edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
+        return edited
 
     def _move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""

@@ -2,7 +2,7 @@
 
 Metadata keys: `format_version`; `entries`, the lines that the journal file did not have yet, the
 last being that of the state; `entry_id`, the id of that entry; `state_hash`; `attached`; `memory`,
-of past requests; `config`; `metadata_hash`, over all the others.
+which is empty but for edits of earlier versions; `config`; `metadata_hash`, over all the others.
 """
 
 import hashlib

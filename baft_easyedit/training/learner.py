@@ -29,7 +29,6 @@ from baft_easyedit.training.loop import (
     Learned,
     answered_now,
     evaluating,
-    num_prompt_states,
     train,
 )
 from baft_easyedit.training.own_texts import own_length, own_statistics
@@ -130,7 +129,8 @@ class Learner:
             self.edit.restore(learned.state)
             report = learned.report
         if is_apart:  # what is answered where past edits act
-            losses, is_learned = answered_now(self.model, self.edit, rows)
+            told = [self._answered(request, hparams) for request in requests]
+            losses, is_learned = zip(*told, strict=True)
             report = replace(report, request_losses=losses, learned=is_learned)
         _warn_of_unlearned(requests, [report])
         return report
@@ -144,8 +144,7 @@ class Learner:
         self.edit.restore(self.edit.begun(before))  # each result holds all past edits
         found = self._learn_in_parts(edits, None, hparams)
         self.edit.restore(before)
-        for one, rows in zip(found, edits, strict=True):
-            self.edit.join(one.state, num_prompt_states(self.edit, rows))
+        self.edit.join([one.state for one in found])
         self._attach()
         return EditReport.of_all([one.report for one in found])
 
@@ -159,8 +158,13 @@ class Learner:
 
     def holds(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[bool]:
         """Tell of each request whether the model, edited or not, answers it now."""
-        rows = [self._rows([request], hparams) for request in requests]
-        return [answered_now(self.model, self.edit, each)[1] == (True,) for each in rows]
+        return [self._answered(request, hparams)[1] for request in requests]
+
+    def _answered(self, request: EditRequest, hparams: BaFTHyperParams) -> tuple[float, bool]:
+        """Return the answer loss of a request, and whether the model answers it now."""
+        rows = self._rows([request], hparams)
+        (loss,), (is_answered,) = answered_now(self.model, self.edit, rows)
+        return loss, is_answered
 
     def learn_apart(
         self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams

@@ -207,11 +207,6 @@ def make_optimizer(coordinates: Coordinates, hparams: BaFTHyperParams) -> torch.
     return torch.optim.AdamW(groups, weight_decay=hparams.weight_decay, fused=can_fuse)
 
 
-def num_prompt_states(edit: ModelEdit, rows: Sequence[TextRow]) -> int:
-    """Return how many tokens an edit acts on in the prompt of the first of its texts."""
-    return min(edit.num_prompt_positions, rows[0].prompt_length)
-
-
 class _Progress:
     """Follows the losses of E edits, and takes each edit's state and report when it stops."""
 
@@ -225,7 +220,7 @@ class _Progress:
         """The result of each edit that stopped; its report lacks the time and the engine."""
         self._edit = edit
         self._start = edit.snapshot()
-        self._num_prompt = [num_prompt_states(edit, rows) for rows in edits]
+        self._num_prompt = [min(edit.num_prompt_positions, rows[0].prompt_length) for rows in edits]
         self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
         self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E], on the device
