@@ -107,7 +107,7 @@ def _load(name: str, place: int | str, dtype: str) -> tuple[Any, Any]:
 def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyperParams:
     """Return the hyper-parameters of a file, of a preset, or scaled to the model's depth.
 
-    `in_a_row` takes, without a file, a preset for many successive edits.
+    `in_a_row` takes, without a file, the settings of edits in a row of SmolLM2, for any model.
 
     Raises:
         OSError: If there is no such file, or no such model.
@@ -127,12 +127,11 @@ def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyp
         return replace(hparams, device=usable_device(hparams.device, arguments.hparams))
     asked.setdefault("device", default_device())
     preset = own_preset(asked.setdefault("model_name", BUNDLED_MODEL))
+    if in_a_row:
+        return BaFTHyperParams.from_hparams(f"BaFT/{REAL_MODEL}-continual", layers="auto", **asked)
     if preset is None:
-        asked["layers"] = "auto"
-        if not in_a_row:
-            return BaFTHyperParams(**asked)
-    name = f"BaFT/{preset or REAL_MODEL}{'-continual' if in_a_row else ''}"
-    return BaFTHyperParams.from_hparams(name, **asked)
+        return BaFTHyperParams(layers="auto", **asked)
+    return BaFTHyperParams.from_hparams(f"BaFT/{preset}", **asked)
 
 
 def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
