@@ -141,6 +141,13 @@ def test_past_edits_take_the_memory_of_those_that_are_there():
     assert hidden.grad.abs().sum() > 0
 
 
+def test_tensors_of_other_edits_are_not_loaded():
+    own = past((torch.eye(D)[:2], moving()))
+    with pytest.raises(RuntimeError, match="are not the tensors of edits of this rank and gate"):
+        own.load_state_dict(own.state_dict() | {"0.values": torch.zeros(3)})
+    assert len(own.edits[0].values) > 3
+
+
 def test_equal_states_are_told_up_to_rounding():
     states = 10 * torch.randn(3, D)
     expected = [[False], [True], [False]]

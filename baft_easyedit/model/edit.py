@@ -130,15 +130,17 @@ class EditParameters(nn.Module):
         return cast(PastEdits, self._past[str(layer)])
 
     def act(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Edit the hidden states of one layer, [..., D], as calls of the edited model do.
+        """Edit the hidden states of one layer by past edits, in an edit with `min_similarity`.
+
+        Args:
+            layer: An edited layer.
+            hidden: h, [N, D].
 
         Returns:
-            The edited states, [..., D], and the basis weights, [..., r].
+            The edited states, [N, D], and the basis weights, [N, r].
         """
-        if self.min_similarity is None:
-            edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
-        else:
-            edited = self.past(layer)(hidden, self.whitening(layer), self.min_similarity)
+        least = cast(float, self.min_similarity)
+        edited: tuple[Tensor, Tensor] = self.past(layer)(hidden, self.whitening(layer), least)
         return edited
 
     def joint_usage(self) -> BasisUsage:
