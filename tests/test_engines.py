@@ -336,6 +336,14 @@ def test_tensors_that_do_not_fit_are_refused(kept, monkeypatch):
         read_edit(kept["BaFT"])
 
 
+def test_past_edits_that_do_not_fit_are_refused(kept, monkeypatch):
+    found = copy.deepcopy(served.read_latest(Path(kept["guarded"])))
+    found.state.learned["_past.1.0.values"] = torch.zeros(3)
+    monkeypatch.setattr(served, "read_latest", lambda path: found)
+    with pytest.raises(ValueError, match=r"layer 1 of .* its past edits are not of its rank"):
+        read_edit(kept["guarded"])
+
+
 @pytest.mark.parametrize("name", ROUTES)
 def test_export_writes_what_an_engine_needs(name, kept, tmp_path, capsys):
     method, _ = ROUTES[name]
