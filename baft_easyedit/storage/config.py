@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 
+SHAPE = ("layers", "rank", "gate", "num_prompt_positions", "parametrisation", "min_similarity")
+"""Hyper-parameters that an edit is made with; its later edits must have the same."""
 _OF_EASYEDIT = {
     *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16", "bf16"),
     *("evaluation_type", "api_key"),
@@ -142,17 +144,8 @@ def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
     Raises:
         ValueError: If the rank exceeds the model's hidden size.
     """
-    h = hparams
-    return ModelEdit(
-        text_config(model).hidden_size,
-        h.layers,
-        h.rank,
-        h.gate,
-        h.num_prompt_positions,
-        h.seed,
-        h.parametrisation,
-        h.min_similarity,
-    )
+    shape: dict[str, Any] = {name: getattr(hparams, name) for name in SHAPE}
+    return ModelEdit(text_config(model).hidden_size, seed=hparams.seed, **shape)
 
 
 def versions() -> dict[str, Any]:

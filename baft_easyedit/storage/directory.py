@@ -83,7 +83,7 @@ class KeptDirectory:
             ValueError: If the state is not the one that the journal names, or cannot be kept.
         """
         entry = self.journal.next(kind, state_hash(state), content)
-        if entry.to is not None and not is_after(state, self.journal, entry.to):
+        if entry.to is not None and not self.journal.has_hash(entry.to, entry.state_hash):
             raise ValueError(
                 f"the state after entry {entry.to} of {self.path} must have the hash in the "
                 "journal, and has not: roll back to an entry with a checkpoint"
@@ -141,13 +141,13 @@ class KeptDirectory:
         if self.latest is not None and not checkpoint_files(self.path):
             self._write_checkpoint(len(self.journal) - 1, encode(self.latest))
 
-    def nearest(
-        self, entry_id: int, known: Mapping[int, EditState]
-    ) -> tuple[int, EditState] | None:
+    def nearest(self, entry_id: int, known: Mapping[int, EditState]) -> tuple[int, EditState]:
         """Return the position and state from which the fewest edits lead to an entry's state.
 
-        It is None if there is none. Of the states in memory, `known` by position, those without
-        the journal's hash are not used.
+        Of the states in memory, `known` by position, those without the journal's hash are not used.
+
+        Raises:
+            ValueError: If no such state is known or intact.
         """
         files = [f for f in checkpoint_files(self.path) if id_of(f) < len(self.journal)]
         for position in self.journal.ancestors(entry_id):
@@ -158,7 +158,10 @@ class KeptDirectory:
                     content = self._read_known(file)
                     if content is not None:
                         return position, content.state
-        return None
+        raise ValueError(
+            f"{self.path} has no intact checkpoint of entry {entry_id} or before it; the states "
+            f"after entries {self.exact_ids()} are kept"
+        )
 
     def exact_ids(self) -> list[int]:
         """Return the ids of the entries that have an intact checkpoint."""

@@ -10,7 +10,7 @@ from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.named import NamedEdits, check_names
-from baft_easyedit.storage.config import hparams_of, new_edit
+from baft_easyedit.storage.config import SHAPE, hparams_of, new_edit
 from baft_easyedit.storage.reading import read_latest
 from baft_easyedit.storage.state import StateFile, state_hash
 from baft_easyedit.training.learner import EditState
@@ -125,9 +125,7 @@ def check_carried(model: nn.Module, kept: StateFile, where: str) -> None:
 
 def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
     """Raise ValueError unless an edit has the shape that the hyper-parameters name."""
-    for name in (
-        "layers", "rank", "gate", "num_prompt_positions", "parametrisation", "min_similarity",
-    ):  # fmt: skip
+    for name in SHAPE:
         is_so, wanted = getattr(carried, name), getattr(hparams, name)
         if is_so != (tuple(wanted) if name == "layers" else wanted):
             raise ValueError(
