@@ -17,7 +17,7 @@ from torch import nn
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams, check_hparams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
-from baft_easyedit.model.inspect import check_layers, decoder_layers
+from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
 from baft_easyedit.storage.config import new_edit
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.history import History
@@ -84,7 +84,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         self.model: Any = model
         self.tokenizer = tokenizer
         seeded = hparams if seed is None else replace(hparams, seed=seed)
-        self.model_edit = edit or new_edit(seeded, model)
+        self.model_edit = edit or new_edit(seeded, text_config(model).hidden_size)
         """The edit that is trained."""
         check_layers(self.model_edit.layers, depth)
         self._learner = Learner(model, tokenizer, self.model_edit)

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.cli import main
 from baft_easyedit.engines import easysteer, served, sglang, vllm_lens
-from baft_easyedit.engines.served import read_edit
+from baft_easyedit.engines.served import delta, read_edit
 from baft_easyedit.storage.loading import attach
 from tests.conftest import HIDDEN, logits, make_model
 
@@ -260,11 +260,11 @@ def test_bf16_states_are_edited_in_fp32_under_any_default_dtype(kept):
         edit = read_edit(kept["BaFT"])
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {p.dtype for own in edit.layers.values() for p in own.parameters()} == {torch.float32}
+    assert {p.dtype for p in edit.parameters()} == {torch.float32}
     hidden = torch.randn(5, HIDDEN).bfloat16()
-    moves = edit.delta(1, hidden)
+    moves = delta(edit, 1, hidden)
     assert moves.dtype == torch.float32
-    assert torch.equal(moves, edit.delta(1, hidden.float()))
+    assert torch.equal(moves, delta(edit, 1, hidden.float()))
 
 
 def test_chunked_prefill_is_refused(kept, prompts):
@@ -324,23 +324,21 @@ def test_easysteer_takes_no_guard(kept):
 
 def test_an_engine_leaves_what_is_not_similar(kept):
     hidden = torch.randn(5, HIDDEN)
-    assert read_edit(kept["BaFT"]).delta(1, hidden).any()
-    assert not read_edit(kept["guarded"]).delta(1, hidden).any()
+    assert delta(read_edit(kept["BaFT"]), 1, hidden).any()
+    assert not delta(read_edit(kept["guarded"]), 1, hidden).any()
 
 
-def test_tensors_that_do_not_fit_are_refused(kept, monkeypatch):
-    found = copy.deepcopy(served.read_latest(Path(kept["BaFT"])))
-    del found.state.learned["_interventions.1.source_bias"]
-    monkeypatch.setattr(served, "read_latest", lambda path: found)
-    with pytest.raises(ValueError, match=r"layer 1 of the edit in .* cannot be used"):
-        read_edit(kept["BaFT"])
-
-
-def test_past_edits_that_do_not_fit_are_refused(kept, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_interventions.1.source_bias", None), ("_past.1.0.values", torch.zeros(3))],
+)
+def test_tensors_that_do_not_fit_are_refused(name, value, kept, monkeypatch):
     found = copy.deepcopy(served.read_latest(Path(kept["guarded"])))
-    found.state.learned["_past.1.0.values"] = torch.zeros(3)
+    found.state.learned[name] = value
+    if value is None:
+        del found.state.learned[name]
     monkeypatch.setattr(served, "read_latest", lambda path: found)
-    with pytest.raises(ValueError, match=r"layer 1 of .* its past edits are not of its rank"):
+    with pytest.raises(ValueError, match=r"the edit in .* cannot be used: .*same layers, rank and"):
         read_edit(kept["guarded"])
 
 

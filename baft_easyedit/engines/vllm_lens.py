@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baft_easyedit.engines.served import ServedEdit, added, read_edit
+from baft_easyedit.engines.served import added, delta, read_edit
+from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.positions import first_edited
 
 
-def edited(edit: ServedEdit, context: Any, hidden: Tensor) -> Tensor:
+def edited(edit: ModelEdit, context: Any, hidden: Tensor) -> Tensor:
     """Edit the tokens of one request in one forward pass of one layer, [N, D] -> [N, D].
 
     Raises:
@@ -34,7 +35,7 @@ def edited(edit: ServedEdit, context: Any, hidden: Tensor) -> Tensor:
             "and give the cache room (a request that is preempted is computed again)"
         )
     rows = hidden[first:]
-    return torch.cat([hidden[:first], added(rows, edit.delta(layer, rows))])
+    return torch.cat([hidden[:first], added(rows, delta(edit, layer, rows))])
 
 
 def hooks(directory: str | os.PathLike[str]) -> list[Any]:

@@ -9,6 +9,7 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.inspect import text_config
 from baft_easyedit.model.named import NamedEdits, check_names
 from baft_easyedit.storage.config import SHAPE, hparams_of, new_edit
 from baft_easyedit.storage.reading import read_latest
@@ -101,13 +102,18 @@ def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, B
         ValueError: If the state does not fit the model or the hyper-parameters.
     """
     hparams = hparams_of(kept.config.hparams, model, where)
+    return restored(kept, hparams, text_config(model).hidden_size, where), hparams
+
+
+def restored(kept: StateFile, hparams: BaFTHyperParams, hidden_size: int, where: str) -> ModelEdit:
+    """Make an edit from a kept state, not yet attached; ValueError if the state does not fit."""
     try:
-        edit = new_edit(hparams, model)
+        edit = new_edit(hparams, hidden_size)
         edit.restore(kept.state.learned)
     except ValueError as error:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
     edit.memory = kept.state.memory
-    return edit, hparams
+    return edit
 
 
 def check_carried(model: nn.Module, kept: StateFile, where: str) -> None:
