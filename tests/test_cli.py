@@ -372,7 +372,8 @@ def test_runs_are_reported_and_diagnosed(tmp_path, capsys, refused):
 def test_import_brings_nothing_heavy():
     heavy = {"easyeditor", "transformers", "huggingface_hub", "safetensors", "torch._dynamo"}
     heavy |= {"peft", "matplotlib"}
-    code = f"import sys, baft_easyedit; print({heavy} & set(sys.modules)); "
+    code = "import sys, baft_easyedit, baft_easyedit.engines.sglang; "
+    code += f"print({heavy} & set(sys.modules)); "
     code += "import baft_easyedit.bench.report; print('matplotlib' in sys.modules)"
     root = Path(baft_easyedit.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

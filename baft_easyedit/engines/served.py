@@ -26,10 +26,11 @@ def read_edit(directory: str | os.PathLike[str]) -> ModelEdit:
         ValueError: If the state is damaged, or its tensors do not fit its hyper-parameters.
     """
     path = expanded(directory)
-    kept = read_latest(path)
-    hparams = hparams_of(kept.config.hparams, None, str(path))
-    sizes = [v.shape[1] for n, v in kept.state.learned.items() if n.endswith(".basis")]
     with torch.device("cpu"):  # engines set another default while they load a model
+        kept = read_latest(path)
+        hparams = hparams_of(kept.config.hparams, None, str(path))
+        learned = kept.state.learned.items()
+        sizes = [n for name, v in learned if name.endswith(".basis") for n in v.shape[-1:]]
         return restored(kept, hparams, max(sizes, default=0), str(path)).requires_grad_(False)
 
 
