@@ -938,7 +938,7 @@ def test_crash_during_a_repair_is_repaired(opened, kept, monkeypatch):
 # ---- the command line
 
 
-def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys):
+def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys, refused):
     file = tmp_path / "mine.yaml"
     file.write_text("{model_name: m, layers: [1, 3], rank: 4, num_steps: 1, device: cpu}")
     options = ["--model", saved, "--device", "cpu", "--target", "Rome", "--allow-unlearned"]
@@ -961,9 +961,8 @@ def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys):
     assert read_history(other)[3].requests[0]["prompt"] == "The capital of Malta is"
     edit("The capital of Peru is", "--from", kept, "--save", str(tmp_path / "third"))
     for target in ([str(tmp_path / "third"), "--from", other], [other, "--from", kept]):
-        refused = ["edit", "--prompt", "a", *options, "--save", *target]
-        assert main(refused) == 2
-        assert "holds another edit with a history of 4 entries" in capsys.readouterr().err
+        command = ["edit", "--prompt", "a", *options, "--save", *target]
+        refused(command, "holds another edit with a history of 4 entries")
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
 

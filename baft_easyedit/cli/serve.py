@@ -3,8 +3,7 @@
 import argparse
 import socket
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -93,8 +92,9 @@ def _ui(arguments: argparse.Namespace) -> None:
         from baft_easyedit.page.desk import Desk
     except ImportError as error:
         raise ImportError(f"ui needs the extra 'ui' ({error}): install it by pip") from None
-    with _place(arguments.directory) as directory:
-        arguments.directory = directory
+    kept: Any = arguments.directory
+    with nullcontext(kept) if kept else TemporaryDirectory(prefix="baft-") as place:
+        arguments.directory = directory = Path(place)
         with begun(arguments) as editor:
             desk = Desk(editor, directory)
             page = launch(desk, arguments.host, arguments.port)
@@ -103,16 +103,6 @@ def _ui(arguments: argparse.Namespace) -> None:
                 page.block_thread()
             finally:
                 desk.lock.acquire()
-
-
-@contextmanager
-def _place(directory: Path | None) -> Iterator[Path]:
-    """Give the directory, or one that is removed at the end."""
-    if directory is not None:
-        yield directory
-        return
-    with TemporaryDirectory(prefix="baft-") as scratch:
-        yield Path(scratch)
 
 
 def _check_address(host: str, port: int | None) -> None:

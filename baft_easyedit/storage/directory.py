@@ -32,7 +32,7 @@ from baft_easyedit.storage.reading import (
     read_whole,
     whole_history,
 )
-from baft_easyedit.storage.state import StateFile, encode, is_after, state_hash
+from baft_easyedit.storage.state import StateFile, encode, state_hash
 from baft_easyedit.training.learner import EditState
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,9 @@ class KeptDirectory:
         """
         files = [f for f in checkpoint_files(self.path) if id_of(f) < len(self.journal)]
         for position in self.journal.ancestors(entry_id):
-            if position in known and is_after(known[position], self.journal, position):
-                return position, known[position]
+            state = known.get(position)
+            if state is not None and self.journal.has_hash(position, state_hash(state)):
+                return position, state
             for file in files:
                 if self.journal.position_of(id_of(file)) == position:
                     content = self._read_known(file)

@@ -33,7 +33,7 @@ from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, edit_content
 from baft_easyedit.storage.loading import check_same_shape
 from baft_easyedit.storage.reading import lacking, read_history
-from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
+from baft_easyedit.storage.state import StateFile, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
 from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import EditRequest, as_requests
@@ -297,7 +297,7 @@ class History:
             self._learner.restore(step.before)
             self._learner.edit.latest_change = step.previous
             if self._journal is not None:
-                if is_after(step.before, self._journal, step.position):
+                if self._journal.has_hash(step.position, state_hash(step.before)):
                     self.commit("undo", {"to": step.position})
                 else:
                     self._end_journal(self._journal.entries[-1], _CHANGED)
