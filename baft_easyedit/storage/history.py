@@ -85,11 +85,7 @@ class History:
         return replace(config, hparams=self._method(), versions=versions())
 
     def _method(self) -> dict[str, Any]:
-        """Return the hyper-parameters to keep.
-
-        Raises:
-            ValueError: If their fields were set to what the edit is not, or cannot be read again.
-        """
+        """Return the hyper-parameters to keep; ValueError if invalid, or not those of the edit."""
         method = method_of(self.hparams)
         read = hparams_of(method, self._learner.model, "this editor")
         check_same_shape(self._learner.edit, read, "this edit")
