@@ -363,11 +363,7 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change,
         BaFTEditor(model, tokenizer, replace(hparams, **change), **options)
 
 
-GUARDED = {
-    "use_chat_template": True,
-    "parametrisation": "whitened",
-    "min_similarity": 0.5,
-}
+GUARDED = {"use_chat_template": True, "parametrisation": "whitened", "min_similarity": 0.5}
 OPEN = GUARDED | {"min_similarity": None}
 IN_TEMPLATE = "changes most other answers in the template"
 

@@ -913,10 +913,7 @@ def test_file_that_cannot_be_opened_now_is_no_damage(opened, three, monkeypatch,
             misplace_config(three)
         with monkeypatch.context() as patch:
             patch.setattr(paths, "open", refused, raising=False)
-            for use in (
-                lambda: opened(hparams=None, repair=True),
-                lambda: read_history(three),
-            ):
+            for use in (lambda: opened(hparams=None, repair=True), lambda: read_history(three)):
                 with pytest.raises(PermissionError, match=name):
                     use()
         assert not list(three.glob("before-repair-*"))
