@@ -668,22 +668,18 @@ def three(opened, kept):
     return kept
 
 
-@pytest.mark.parametrize("cut", [0, 1, 50])
-def test_line_that_the_crash_cut_is_completed(opened, three, cut):
-    text = (three / "journal.jsonl").read_text()
+@pytest.mark.parametrize(
+    ("cut", "damage"), [(0, ""), (1, "{}"), (50, "[" * 10_000)], ids=["empty", "other", "deep"]
+)
+def test_what_a_crash_cut_is_completed(opened, three, cut, damage):
+    journal, config = (three / name for name in ("journal.jsonl", "baft_config.json"))
+    text, copy = journal.read_text(), config.read_text()
     lines = text.splitlines(keepends=True)
-    (three / "journal.jsonl").write_text("".join(lines[:3]) + lines[3][:cut])
+    journal.write_text("".join(lines[:3]) + lines[3][:cut])
+    config.write_text(damage)
     assert len(read_history(three)) == 4
     opened(hparams=None)
-    assert (three / "journal.jsonl").read_text() == text
-
-
-def test_config_is_written_again(opened, three):
-    text = (three / "baft_config.json").read_text()
-    for damage in ("", "{}", "[" * 10_000):
-        (three / "baft_config.json").write_text(damage)
-        opened(hparams=None).close()
-        assert (three / "baft_config.json").read_text() == text
+    assert (journal.read_text(), config.read_text()) == (text, copy)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "lost", "older"])

@@ -13,8 +13,7 @@ from torch import Tensor
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.positions import first_edited
-from baft_easyedit.storage.config import hparams_of
-from baft_easyedit.storage.loading import restored
+from baft_easyedit.storage.loading import edit_of
 from baft_easyedit.storage.reading import read_latest
 
 
@@ -27,11 +26,8 @@ def read_edit(directory: str | os.PathLike[str]) -> ModelEdit:
     """
     path = expanded(directory)
     with torch.device("cpu"):  # engines set another default while they load a model
-        kept = read_latest(path)
-        hparams = hparams_of(kept.config.hparams, None, str(path))
-        learned = kept.state.learned.items()
-        sizes = [n for name, v in learned if name.endswith(".basis") for n in v.shape[-1:]]
-        return restored(kept, hparams, max(sizes, default=0), str(path)).requires_grad_(False)
+        edit, _ = edit_of(read_latest(path), None, str(path))
+    return edit.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -95,25 +95,25 @@ def latest_for(model: nn.Module, directory: str, allow_other_model: bool) -> Sta
     return latest
 
 
-def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, BaFTHyperParams]:
+def edit_of(
+    kept: StateFile, model: nn.Module | None, where: str
+) -> tuple[ModelEdit, BaFTHyperParams]:
     """Make an edit from a kept state, not yet attached, and its hyper-parameters.
 
     Raises:
-        ValueError: If the state does not fit the model or the hyper-parameters.
+        ValueError: If the state does not fit the hyper-parameters, or the model if one is loaded.
     """
     hparams = hparams_of(kept.config.hparams, model, where)
-    return restored(kept, hparams, text_config(model).hidden_size, where), hparams
-
-
-def restored(kept: StateFile, hparams: BaFTHyperParams, hidden_size: int, where: str) -> ModelEdit:
-    """Make an edit from a kept state, not yet attached; ValueError if the state does not fit."""
+    bases = [v for name, v in kept.state.learned.items() if name.endswith(".basis")]
+    kept_size = max((n for basis in bases for n in basis.shape[-1:]), default=0)
+    size = kept_size if model is None else text_config(model).hidden_size
     try:
-        edit = new_edit(hparams, hidden_size)
+        edit = new_edit(hparams, size)
         edit.restore(kept.state.learned)
     except ValueError as error:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
     edit.memory = kept.state.memory
-    return edit
+    return edit, hparams
 
 
 def check_carried(model: nn.Module, kept: StateFile, where: str) -> None:
