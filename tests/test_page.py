@@ -88,7 +88,6 @@ def test_what_was_not_learned_is_told(desk):
         (lambda desk: desk.ask(" \n"), "prompt must not be empty: write one"),
         (lambda desk: desk.ask("a" * 250), "context of 256 tokens; got 251 and 32: shorten one"),
         (lambda desk: desk.learn("a" * 300, "b"), "context of 256 tokens"),
-        (lambda desk: desk.learn("", "Rome"), "prompt must not be empty"),
         (lambda desk: desk.learn(*FRANCE[:2], "Spain"), "subject must be a part of the prompt"),
         (lambda desk: desk.undo(), "there is no edit to undo"),
         (lambda desk: desk.rollback(None), r"to must be in \[0, 0\], the journal's ids; got -1"),
