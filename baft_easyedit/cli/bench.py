@@ -9,11 +9,6 @@ from baft_easyedit.cli.console import Bar, note, silence_loading
 from baft_easyedit.cli.model import default_device, usable_device
 from baft_easyedit.cli.options import DTYPES, counts, device, existing, names, new, whole
 
-_SETTINGS = (
-    *("model", "preset", "peer_preset", "methods", "T", "batch_size", "texts", "device", "fp16"),
-    *("bf16", "jobs"),
-)
-"""Options with the same name as the setting of the benchmark that they replace."""
 _NOTHING_RUN = 1
 """Exit status if no row of a benchmark has scores."""
 
@@ -139,9 +134,11 @@ def _status(rows: Sequence[Mapping[str, Any]]) -> int:
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the given options replace, as the YAML file nests them."""
+    from baft_easyedit.bench.config import BenchConfig
+
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
-    settings = {name: plain[name] for name in _SETTINGS if name in plain}
+    settings = {name: plain[name] for name in BenchConfig.model_fields if name in plain}
     if "include_path" in plain:
         settings["downstream"] = {"include_path": plain["include_path"]}
     names_of_data = {"data": "path", "limit": "limit"}
