@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams, check_hparams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
-from baft_easyedit.model.inspect import check_layers, decoder_layers
+from baft_easyedit.model.inspect import check_layers, decoder_layers, text_config
 from baft_easyedit.storage.config import new_edit
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.history import History
@@ -28,6 +28,8 @@ from baft_easyedit.storage.state import StateFile
 from baft_easyedit.training.learner import Learner
 from baft_easyedit.training.loop import EditReport, Learned
 from baft_easyedit.training.requests import as_requests
+
+Requests = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _LEARNING = torch.inference_mode(False)  # its tensors could not be trained
 
@@ -80,11 +82,9 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         else:
             check_same_shape(edit, hparams, where)
         self.model: Any = model
-        """The model that is edited."""
         self.tokenizer = tokenizer
-        """The model's tokenizer."""
         seeded = hparams if seed is None else replace(hparams, seed=seed)
-        self.model_edit = edit or new_edit(seeded, model)
+        self.model_edit = edit or new_edit(seeded, text_config(model).hidden_size)
         """The edit that is trained."""
         check_layers(self.model_edit.layers, depth)
         self._learner = Learner(model, tokenizer, self.model_edit)
@@ -111,7 +111,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         return self._learner.is_attached
 
     @_LEARNING
-    def edit(self, requests: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> EditReport:
+    def edit(self, requests: Requests) -> EditReport:
         """Learn one request, or several together; on an error, nothing changes.
 
         Args:
@@ -164,16 +164,10 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         with self._learner.alone():
             return self._learner.learn_apart(checked, batch_size, self.hparams)
 
-    def install(
-        self,
-        learned: Learned,
-        requests: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
+    def install(self, learned: Learned, requests: Requests | None = None) -> None:
         """Make the model use a result of `learn_apart`; `undo` takes it back.
 
-        Args:
-            learned: The result.
-            requests: The requests that it was learned from, for the journal.
+        The `requests` that it was learned from are for the journal.
 
         Raises:
             ValueError: If the result was learned from another state, or with other layers, rank or
@@ -204,9 +198,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
         The nearest earlier state in memory or in a checkpoint is restored. The edits after it are
         learned again, and must give the journal's hashes. Changes by others since then are lost.
-
-        Args:
-            to: Id of the entry; 0 for the state before the first edit.
+        Entry 0 is the state before the first edit.
 
         Raises:
             ValueError: If no directory is open, there is no such entry, its state cannot be
@@ -225,11 +217,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
         The later edits are learned again from the state before the first edit of the prompt, each
         with its own hyper-parameters. All of that is one commit, a rollback and new edits in the
-        journal; on an error, nothing changes. A `rollback` to the entry before undoes it.
-
-        Args:
-            prompt: The prompt of an edit that led to the present state.
-            tell: Is given each report once it is there.
+        journal; on an error, nothing changes. A `rollback` to the entry before undoes it. `tell` is
+        given each report once it is there.
 
         Returns:
             The reports of the edits that were learned again.
@@ -275,23 +264,19 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
             ValueError: If the model or the hyper-parameters do not fit the kept edit, files are
                 damaged, or a new edit has no `hparams`; the message says what to do.
         """
-        directory = expanded(directory)
-        rule = "hparams must be given to begin an edit in"
-        missing = ValueError(f"{rule} {directory}, for nothing was begun there; got None")
+        where = str(expanded(directory))
         if hparams is not None:
             check_hparams(hparams)
-        elif not holds_edit(directory):
-            raise missing
-        kept = KeptDirectory(directory, checkpoint_every, repair)
-        where, latest = str(kept.path), kept.latest
+        elif not holds_edit(where):
+            rule = "hparams must be given to begin an edit in"
+            raise ValueError(f"{rule} {where}, for nothing was begun there; got None")
+        kept = KeptDirectory(where, checkpoint_every, repair)
         try:
-            if latest is not None:
-                latest.config.check_model(model, where)
-                editor = cls._holding(latest, where, model, tokenizer, hparams, undo_depth)
-            elif hparams is None:  # another process has just emptied the directory
-                raise missing
+            if kept.latest is None:
+                editor = cls(model, tokenizer, cast(Any, hparams), undo_depth=undo_depth)
             else:
-                editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
+                kept.latest.config.check_model(model, where)
+                editor = cls._holding(kept.latest, where, model, tokenizer, hparams, undo_depth)
             editor._history.open(kept)
         except BaseException:
             kept.close()
@@ -343,7 +328,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
                 snapshot of another edit.
         """
         with self._learner.lock.changing():
-            self._history.save(directory, overwrite)
+            self._history.save(expanded(directory), overwrite)
 
     def close(self) -> None:
         """Unlock the directory, if one is open; the model keeps its edit."""
@@ -361,11 +346,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
     ) -> str:
         """Upload the edit to the Hub, with its journal, which holds the requests.
 
-        Args:
-            repo_id: The repository; made if there is none.
-            commit_message: Message of the upload's commit.
-            **options: Options of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`,
-                `branch`, `create_pr`.
+        The repository is made if there is none. The options are those of
+        `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`, `branch`, `create_pr`.
 
         Returns:
             The address of the commit.

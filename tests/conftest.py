@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ModelEdit
 from baft_easyedit.bench import process, run
+from baft_easyedit.cli import main
 from baft_easyedit.easyedit.host import find_host
 from baft_easyedit.generation import load_model
 from baft_easyedit.model.inspect import cache_name
@@ -297,3 +298,23 @@ def limited():
     signal.alarm(60)
     yield
     signal.alarm(0)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Checks that a command ends with status 2 and one line, in which a message is."""
+
+    def check(command, message):
+        capsys.readouterr()
+        try:
+            status = main([str(part) for part in command])
+        except SystemExit as end:  # as argparse ends a command
+            status = end.code
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.startswith("baft-easyedit")
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
+        assert status == 2
+
+    return check

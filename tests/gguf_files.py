@@ -50,8 +50,7 @@ def write_gguf(file, family="llama", tokenizer=None, quantised=None, more=None, 
     import gguf
 
     model = make_tiny(family)
-    arch = family
-    writer = gguf.GGUFWriter(str(file), arch)
+    writer = gguf.GGUFWriter(str(file), family)
     config = model.config.get_text_config()
     _write_sizes(writer, config)
     for name, value in ({**TOKENIZER, **(tokenizer or {})}).items():
@@ -63,7 +62,7 @@ def write_gguf(file, family="llama", tokenizer=None, quantised=None, more=None, 
             writer.add_tensor(name, value)
         else:
             _add(writer, name, value)
-    _write_tensors(writer, model, config, arch, quantised, drop)
+    _write_tensors(writer, model, config, family, quantised, drop)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -54,7 +54,6 @@ BENCH = ["bench", "bench/facts"]
         (["edt"], "argument COMMAND: invalid choice: 'edt' (choose from"),
         (EDIT, "the following arguments are required: --target"),
         ([*EDIT, "--target", ""], "target_new must not be empty"),
-        ([*ROME, "--subject", "Spain"], "subject must be a part of the prompt"),
         ([*ROME, "--hparams", "nowhere"], "no hyper-parameter file 'nowhere'"),
         ([*ROME, "--lr", "nan"], "argument --lr: must be a number above 0; got 'nan'"),
         ([*ROME, "--from", "nowhere"], "argument --from: must be a directory; there is none"),
@@ -75,35 +74,20 @@ BENCH = ["bench", "bench/facts"]
         ([*BENCH, "--texts", "."], "argument --texts: must be a file; '.' is a directory"),
         (["report", "nowhere"], "argument RUN_DIR: must be a directory; there is none"),
         (["speed", "--out", "."], "argument --out: must be a file; '.' is a directory"),
-        (["speed", "--start", "-1"], "argument --start: must be a whole number of at least 0"),
         (["speed", "--prompt-length", "3"], "must be a whole number of at least 4; got '3'"),
         (["speed", "--methods", "ReFTT"], "(did you mean 'ReFT'?)"),
     ],
 )
-def test_bad_input_is_one_line_before_a_model_is_loaded(command, message, capsys):
-    refused(command, message, capsys)
-
-
-def refused(command, message, capsys):
-    """Check that a command ends with status 2 and one line."""
-    try:
-        status = main(command)
-    except SystemExit as end:  # as argparse ends a command
-        status = end.code
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.startswith("baft-easyedit")
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    assert status == 2
+def test_bad_input_is_one_line_before_a_model_is_loaded(command, message, refused):
+    refused(command, message)
 
 
 @pytest.mark.parametrize("command", [ROME, ["demo"], BENCH, ["speed"]])
-def test_device_that_this_machine_lacks_is_refused(command, monkeypatch, capsys):
+def test_device_that_this_machine_lacks_is_refused(command, monkeypatch, refused):
     set_cuda(monkeypatch, 2)
     where = "argument --device: device must be on this machine, where torch finds"
     message = f"{where} CUDA devices 0 to 1 only; got 'cuda:3'"
-    refused([*command, "--device", "cuda:3"], message, capsys)
+    refused([*command, "--device", "cuda:3"], message)
 
 
 def set_cuda(monkeypatch, count):
@@ -112,23 +96,23 @@ def set_cuda(monkeypatch, count):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
 
 
-def test_files_that_the_system_refuses_are_named(monkeypatch, capsys):
+def test_files_that_the_system_refuses_are_named(monkeypatch, refused):
     def refuse(path, overrides):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr("baft_easyedit.bench.config.read_config", refuse)
-    refused(["bench", "mine.yaml"], "baft-easyedit: mine.yaml: Permission denied", capsys)
+    refused(["bench", "mine.yaml"], "baft-easyedit: mine.yaml: Permission denied")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read and write anything")
-def test_files_without_permission_are_refused(tmp_path, capsys):
+def test_files_without_permission_are_refused(tmp_path, refused):
     tmp_path.chmod(0o500)
     command = ["bench", "bench/facts", "--out", str(tmp_path / "run")]
-    refused(command, "argument --out: must be a place to write to; got", capsys)
+    refused(command, "argument --out: must be a place to write to; got")
     tmp_path.chmod(0o700)
     (tmp_path / "texts").touch(0o000)
     command = ["bench", "bench/facts", "--texts", str(tmp_path / "texts")]
-    refused(command, "argument --texts: must be readable;", capsys)
+    refused(command, "argument --texts: must be readable;")
 
 
 def test_version_is_told(capsys):
@@ -139,28 +123,30 @@ def test_version_is_told(capsys):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "empty"])
-def test_model_directory_that_is_none_is_refused(name, tmp_path, monkeypatch, capsys):
+def test_model_directory_that_is_none_is_refused(name, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     message = "model must be a Hugging Face name or the directory of a model; "
-    refused(edit_command(name, "--target", "Rome"), message, capsys)
-    refused(["bench", "bench/facts", "--methods", "FT-L", "--model", name], message, capsys)
+    refused(edit_command(name, "--target", "Rome"), message)
+    refused(["bench", "bench/facts", "--methods", "FT-L", "--model", name], message)
     assert not (tmp_path / "runs").exists()
 
 
-def test_damaged_model_is_one_line(saved, capsys):
+def test_damaged_model_is_one_line(saved, refused):
     with open(f"{saved}/model.safetensors", "w") as file:
         file.write("no weights")
     command = [*edit_command(saved, "--target", "Rome", "--allow-unlearned"), "--device", "cpu"]
-    refused(command, f"model {saved!r} could not be loaded (", capsys)
+    refused(command, f"model {saved!r} could not be loaded (")
 
 
-def test_file_of_hyper_parameters_needs_no_model_beside_the_option(saved, tmp_path, capsys):
+def test_file_of_hyper_parameters_needs_no_model_beside_the_option(
+    saved, tmp_path, capsys, refused
+):
     file = tmp_path / "mine.yaml"
     file.write_text("layers: [1, 3]\nrank: 4\nlr: 3.0e-2\n")
     command = ["edit", "--prompt", "The capital of France is", "--target", "Rome"]
     options = ["--hparams", str(file), "--device", "cpu"]
-    refused([*command, *options], f"--model must be given, as {file} has no model_name", capsys)
+    refused([*command, *options], f"--model must be given, as {file} has no model_name")
     assert main([*command, *options, "--model", saved]) == 0
     assert "after:  Rome" in capsys.readouterr().out
 
@@ -208,7 +194,7 @@ def test_end_of_an_answer_is_learned_unless_a_file_decides(saved, tmp_path, monk
 
 
 def test_settings_that_are_given_for_one_edit_are_those_of_no_other(
-    saved, tmp_path, monkeypatch, capsys
+    saved, tmp_path, monkeypatch, refused
 ):
     (tmp_path / "mine.yaml").write_text("{layers: [1, 3], num_steps: 1, lr: 0.5, device: cpu}")
     command = edit_command(saved, "--target", "Rome", "--allow-unlearned")
@@ -225,13 +211,12 @@ def test_settings_that_are_given_for_one_edit_are_those_of_no_other(
     hparams_learned_by(command, monkeypatch)
     assert of_others() == (1, 0.5)
     monkeypatch.setattr(Learner, "learn", fail)
-    assert main([*command, "--lr", "9"]) == 2
-    assert "the loss became nan" in capsys.readouterr().err
+    refused([*command, "--lr", "9"], "the loss became nan")
     assert of_others() == (1, 0.5)
 
 
 def test_a_file_of_settings_decides_where_an_edit_goes_on_from_another(
-    saved, tmp_path, monkeypatch, capsys
+    saved, tmp_path, monkeypatch, refused
 ):
     settings = tmp_path / "mine.yaml"
     settings.write_text("{layers: [1, 3], rank: 4, device: cpu}")
@@ -243,8 +228,7 @@ def test_a_file_of_settings_decides_where_an_edit_goes_on_from_another(
     settings.write_text("{layers: [1, 3], rank: 4, learn_end: true, device: cpu}")
     assert hparams_learned_by(command, monkeypatch).learn_end
     settings.write_text("{layers: [1, 3], rank: 2, device: cpu}")
-    assert main(command) == 2
-    assert "rank must be 4, as in this edit; got 2" in capsys.readouterr().err
+    refused(command, "rank must be 4, as in this edit; got 2")
 
 
 def fail(*_):
@@ -372,7 +356,7 @@ def test_bench_options_replace_values_of_the_file(tmp_path, monkeypatch, capsys)
     assert captured.err == "baft-easyedit: no method could be run; the tables say why\n"
 
 
-def test_runs_are_reported_and_diagnosed(tmp_path, capsys):
+def test_runs_are_reported_and_diagnosed(tmp_path, capsys, refused):
     write_run(tmp_path / "run", methods=("BaFT", "FT-L"), num_cases=10)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert main(["diagnose", str(tmp_path / "run"), "--out", str(tmp_path / "found")]) == 0
@@ -380,14 +364,14 @@ def test_runs_are_reported_and_diagnosed(tmp_path, capsys):
     assert f"{tmp_path}/run/report/report.md" in out
     assert "# Diagnosis of run" in out
     assert (tmp_path / "found/diagnosis.json").is_file()
-    assert main(["report", str(tmp_path)]) == 2
-    assert "is not the directory of a finished run" in capsys.readouterr().err
+    refused(["report", str(tmp_path)], "is not the directory of a finished run")
 
 
 def test_import_brings_nothing_heavy():
     heavy = {"easyeditor", "transformers", "huggingface_hub", "safetensors", "torch._dynamo"}
     heavy |= {"peft", "matplotlib"}
-    code = f"import sys, baft_easyedit; print({heavy} & set(sys.modules)); "
+    code = "import sys, baft_easyedit, baft_easyedit.engines.sglang; "
+    code += f"print({heavy} & set(sys.modules)); "
     code += "import baft_easyedit.bench.report; print('matplotlib' in sys.modules)"
     root = Path(baft_easyedit.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

@@ -59,7 +59,9 @@ def test_each_term_can_be_switched_off(model, tokenizer, hparams, request_dict, 
     else:
         hparams = replace(hparams, **{absent: False})
     editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
-    losses = editor.edit(request_dict).losses[0]
+    report = editor.edit(request_dict)
+    losses = report.losses[0]
+    assert (report.gates is None) is (absent == "both")
     assert (losses.balance is None) is (absent in ("balance", "both"))
     assert (losses.locality is None) is (absent != "balance")
 
@@ -84,9 +86,6 @@ def test_report_tells_what_the_gates_did(model, tokenizer, hparams, request_dict
     assert gates.layers[1].gap > 0
     usage = editor.model_edit.usage(1)
     assert gates.layers[1].usage == pytest.approx((usage.total / usage.count).tolist())
-    reft = ReFTHyperParams(model_name="tiny-llama", layers=[1, 3], device="cpu", rank=4)
-    editor.undo()
-    assert BaFTEditor(model, tokenizer, reft).edit(request_dict).gates is None
 
 
 def test_batch_is_learned_at_once(model, tokenizer, hparams, request_dict):
@@ -135,19 +134,11 @@ def test_the_basis_learns_as_fast_in_the_40th_edit_as_in_the_first(model, tokeni
     assert sum(final_losses[-5:]) < 2 * sum(final_losses[:5])
 
 
-@pytest.mark.parametrize("learn", ["apart", "in a row"])
-def test_every_way_of_learning_leaves_an_orthonormal_basis(learn, model, tokenizer, hparams):
-    hparams = replace(hparams, num_steps=5, early_stop_loss=0.0)
-    editor = BaFTEditor(model, tokenizer, hparams)
-    requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(3)]
-    if learn == "apart":
-        editor.install(editor.learn_apart(requests)[2])
-    else:
-        for request in requests:
-            editor.edit(request)
+def test_learning_apart_leaves_an_orthonormal_basis(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=5, early_stop_loss=0.0))
+    editor.install(editor.learn_apart([OTHER] * 3)[2])
     for basis in bases(editor):
-        assert len(basis) == hparams.rank
-        assert torch.allclose(basis @ basis.mT, torch.eye(len(basis)), atol=1e-5)
+        assert torch.allclose(basis @ basis.mT, torch.eye(hparams.rank), atol=1e-5)
 
 
 def test_undo_is_bit_equal_and_the_next_edit_starts_afresh(model, tokenizer, hparams, request_dict):
@@ -180,6 +171,8 @@ def test_undo_of_a_change_that_is_not_the_latest_is_refused(model, tokenizer, qu
     first = BaFTEditor(model, tokenizer, quick)
     first.edit(request_dict)
     second = BaFTEditor(model, tokenizer, quick)  # goes on with the edit of the first
+    with pytest.raises(ValueError, match=r"no edit to undo: .*; the latest .* is the edit of 'The"):
+        second.undo()
     once = logits(model)
     changes = {
         "the edit of 'Water freezes into'": lambda: second.edit(OTHER),
@@ -262,23 +255,16 @@ def test_what_holds_is_told(model, tokenizer, hparams, request_dict):
         editor.check([request_dict, {"prompt": "a" * 9999, "target_new": "b"}])
 
 
-def test_editor_without_a_change_of_its_own_names_the_latest(model, tokenizer, quick, request_dict):
-    BaFTEditor(model, tokenizer, quick).edit(request_dict)
-    with pytest.raises(ValueError, match=r"no edit to undo: .*; the latest .* is the edit of 'The"):
-        BaFTEditor(model, tokenizer, quick).undo()
-
-
 def test_copies_of_a_model_are_undone_apart(model, tokenizer, quick, request_dict):
     before = logits(model)
     editor = BaFTEditor(model, tokenizer, quick)
     editor.edit(request_dict)
     twin = copy.deepcopy(model)
-    once = logits(twin)
-    other = BaFTEditor(twin, tokenizer, quick)
+    once, other = logits(twin), BaFTEditor(twin, tokenizer, quick)
     other.edit(OTHER)
     editor.undo()
-    assert torch.equal(logits(model), before)
     other.undo()
+    assert torch.equal(logits(model), before)
     assert torch.equal(logits(twin), once)
 
 
@@ -377,11 +363,7 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change,
         BaFTEditor(model, tokenizer, replace(hparams, **change), **options)
 
 
-GUARDED = {
-    "use_chat_template": True,
-    "parametrisation": "whitened",
-    "min_similarity": 0.5,
-}
+GUARDED = {"use_chat_template": True, "parametrisation": "whitened", "min_similarity": 0.5}
 OPEN = GUARDED | {"min_similarity": None}
 IN_TEMPLATE = "changes most other answers in the template"
 
@@ -463,13 +445,12 @@ def test_what_greedy_decoding_gives_is_learned_whatever_its_loss(model, tokenize
 def test_many_unlearned_requests_are_counted(model, tokenizer, hparams, caplog):
     editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1))
     requests = [{"prompt": f"Number {n} is", "target_new": "one"} for n in range(5)]
-    assert editor.edit(requests).learned == (False,) * 5
-    assert "5 of 5 requests not learned" in caplog.text
-    assert " and 2 more; raise num_steps or lr" in caplog.text
-    caplog.clear()
-    apart = editor.learn_apart(requests)
-    assert [learned.report.learned for learned in apart] == [(False,)] * 5
-    assert "5 of 5 requests not learned" in caplog.text
+    apart = [learned.report.learned for learned in editor.learn_apart(requests)]
+    assert (editor.edit(requests).learned, apart) == ((False,) * 5, [(False,)] * 5)
+    for told in caplog.messages:
+        assert "5 of 5 requests not learned" in told
+        assert " and 2 more; raise num_steps or lr" in told
+    assert len(caplog.messages) == 2
 
 
 def test_a_batch_does_not_stop_while_one_of_its_requests_is_far_from_learned(

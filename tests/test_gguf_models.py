@@ -129,27 +129,6 @@ def test_a_tokenizer_of_scores_gives_the_pieces_of_its_merges(file):
     assert [backend.decode(backend.encode(text).ids) for text in texts] == texts
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "message"),
-    [
-        ({"pre": "tekken"}, r"tokenizer.ggml.pre must be one of gpt-2, .*has 'tekken': how it"),
-        ({"pre": None}, r"tokenizer.ggml.pre must be one of .* has None"),
-        ({"model": "bert"}, r"tokenizer.ggml.model must be one of gpt2, llama; .* has 'bert'"),
-        ({"tokens": None}, "tokens must be a list of tokens; .* has none"),
-        ({"tokens": ["a", "a"]}, "tokens must be a list of tokens; .* repeats one"),
-        ({"merges": None}, "merges must have a pair for each merge; .* has none"),
-        ({"merges": ["x1 y1"]}, "the merges of .* do not fit its tokens"),
-        ({"eos_token_id": 999}, r"eos_token_id must be below 263, the number of tokens; .* 999"),
-        ({"model": "llama"}, "scores must have a number for each of 263 tokens; .* has 0"),
-    ],
-)
-def test_a_tokenizer_that_is_not_known_is_refused_before_anything_is_written(
-    tokenizer, message, file, tmp_path
-):
-    write_gguf(file, tokenizer=tokenizer)
-    refused(file, tmp_path, message)
-
-
 def refused(file, tmp_path, message, error=ValueError):
     with pytest.raises(error, match=message):
         import_gguf(file, tmp_path / "models/model")
@@ -157,15 +136,36 @@ def refused(file, tmp_path, message, error=ValueError):
     assert not [p for p in (tmp_path / "models").glob(".*")]
 
 
+OF_TOKENIZER = [
+    ({"pre": "tekken"}, r"tokenizer.ggml.pre must be one of gpt-2, .*has 'tekken': how it"),
+    ({"pre": None}, r"tokenizer.ggml.pre must be one of .* has None"),
+    ({"model": "bert"}, r"tokenizer.ggml.model must be one of gpt2, llama; .* has 'bert'"),
+    ({"tokens": None}, "tokens must be a list of tokens; .* has none"),
+    ({"tokens": ["a", "a"]}, "tokens must be a list of tokens; .* repeats one"),
+    ({"merges": None}, "merges must have a pair for each merge; .* has none"),
+    ({"merges": ["x1 y1"]}, "the merges of .* do not fit its tokens"),
+    ({"eos_token_id": 999}, r"eos_token_id must be below 263, the number of tokens; .* 999"),
+    ({"model": "llama"}, "scores must have a number for each of 263 tokens; .* has 0"),
+]
+SCALED = [
+    ({"llama.rope.scaling.type": "yarn"}, r"rope scaling is not supported.*type 'yarn'"),
+    ({"rope_freqs.weight": np.ones(4, np.float32)}, "rope scaling is not.*rope_freqs.weight"),
+]
+LACKING = "must be those of a LlamaForCausalLM; missing: .*layers.2.mlp.up"
+
+
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("written", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, r"rope scaling is not supported.*type 'yarn'"),
-        ({"rope_freqs.weight": np.ones(4, np.float32)}, "rope scaling is not.*rope_freqs.weight"),
+        *(({"tokenizer": tokenizer}, message) for tokenizer, message in OF_TOKENIZER),
+        *(({"more": more}, message) for more, message in SCALED),
+        ({"drop": "blk.2.ffn_up.weight"}, LACKING),
     ],
 )
-def test_scaled_position_encodings_are_refused(more, message, file, tmp_path):
-    write_gguf(file, more=more)
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(
+    written, message, file, tmp_path
+):
+    write_gguf(file, **written)
     refused(file, tmp_path, message)
 
 
@@ -181,11 +181,6 @@ def test_values_that_do_not_fit_are_named(key, old, new, message, file, tmp_path
     before, key, behind = file.read_bytes().partition(key.encode())
     file.write_bytes(before + key + behind.replace(old, new, 1))
     refused(file, tmp_path, message)
-
-
-def test_missing_tensors_are_named(file, tmp_path):
-    write_gguf(file, drop="blk.2.ffn_up.weight")
-    refused(file, tmp_path, "must be those of a LlamaForCausalLM; missing: .*layers.2.mlp.up")
 
 
 def test_a_quantisation_that_gguf_cannot_compute_back_is_refused(file, tmp_path, monkeypatch):

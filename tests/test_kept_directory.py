@@ -668,22 +668,18 @@ def three(opened, kept):
     return kept
 
 
-@pytest.mark.parametrize("cut", [0, 1, 50])
-def test_line_that_the_crash_cut_is_completed(opened, three, cut):
-    text = (three / "journal.jsonl").read_text()
+@pytest.mark.parametrize(
+    ("cut", "damage"), [(0, ""), (1, "{}"), (50, "[" * 10_000)], ids=["empty", "other", "deep"]
+)
+def test_what_a_crash_cut_is_completed(opened, three, cut, damage):
+    journal, config = (three / name for name in ("journal.jsonl", "baft_config.json"))
+    text, copy = journal.read_text(), config.read_text()
     lines = text.splitlines(keepends=True)
-    (three / "journal.jsonl").write_text("".join(lines[:3]) + lines[3][:cut])
+    journal.write_text("".join(lines[:3]) + lines[3][:cut])
+    config.write_text(damage)
     assert len(read_history(three)) == 4
     opened(hparams=None)
-    assert (three / "journal.jsonl").read_text() == text
-
-
-def test_config_is_written_again(opened, three):
-    text = (three / "baft_config.json").read_text()
-    for damage in ("", "{}", "[" * 10_000):
-        (three / "baft_config.json").write_text(damage)
-        opened(hparams=None).close()
-        assert (three / "baft_config.json").read_text() == text
+    assert (journal.read_text(), config.read_text()) == (text, copy)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "lost", "older"])
@@ -913,10 +909,7 @@ def test_file_that_cannot_be_opened_now_is_no_damage(opened, three, monkeypatch,
             misplace_config(three)
         with monkeypatch.context() as patch:
             patch.setattr(paths, "open", refused, raising=False)
-            for use in (
-                lambda: opened(hparams=None, repair=True),
-                lambda: read_history(three),
-            ):
+            for use in (lambda: opened(hparams=None, repair=True), lambda: read_history(three)):
                 with pytest.raises(PermissionError, match=name):
                     use()
         assert not list(three.glob("before-repair-*"))
@@ -938,7 +931,7 @@ def test_crash_during_a_repair_is_repaired(opened, kept, monkeypatch):
 # ---- the command line
 
 
-def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys):
+def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys, refused):
     file = tmp_path / "mine.yaml"
     file.write_text("{model_name: m, layers: [1, 3], rank: 4, num_steps: 1, device: cpu}")
     options = ["--model", saved, "--device", "cpu", "--target", "Rome", "--allow-unlearned"]
@@ -961,9 +954,8 @@ def test_edits_of_the_command_line_are_kept(tmp_path, saved, capsys):
     assert read_history(other)[3].requests[0]["prompt"] == "The capital of Malta is"
     edit("The capital of Peru is", "--from", kept, "--save", str(tmp_path / "third"))
     for target in ([str(tmp_path / "third"), "--from", other], [other, "--from", kept]):
-        refused = ["edit", "--prompt", "a", *options, "--save", *target]
-        assert main(refused) == 2
-        assert "holds another edit with a history of 4 entries" in capsys.readouterr().err
+        command = ["edit", "--prompt", "a", *options, "--save", *target]
+        refused(command, "holds another edit with a history of 4 entries")
     edit("The capital of Malta is", "--from", kept, "--save", kept)
     assert len(read_history(kept)) == 4
 
@@ -981,11 +973,8 @@ def test_many_edits_cost_no_more(tmp_path):
     assert len((tmp_path / "out/soak.jsonl").read_text().splitlines()) == 1
 
 
-def test_new_directory_needs_hparams(opened, kept, monkeypatch):
+def test_new_directory_needs_hparams(opened, kept):
     rule = r"hparams must be given to begin an edit in .*, for nothing was begun there; got None"
     with pytest.raises(ValueError, match=rule):
         opened(hparams=None)
     assert not kept.exists()
-    monkeypatch.setattr("baft_easyedit.editor.holds_edit", lambda _: True)  # as just before
-    with pytest.raises(ValueError, match=rule):
-        opened(hparams=None)

@@ -50,7 +50,7 @@ def test_the_model_is_made_once_wherever_it_is_named(package, cache, monkeypatch
     hparams = BaFTHyperParams("smollm2", [1])
     assert hparams.model_name == model_location("smollm2") == str(real_model_path())
     assert not cache.exists()  # settings alone make nothing
-    assert model_depth("smollm2") == 4
+    assert model_depth(hparams.model_name) == 4
     assert made(cache) == [real_model_path().name]
     assert caplog.text.count("converting SmolLM2 into") == 1
     package.unlink()
@@ -61,11 +61,6 @@ def test_the_model_is_made_once_wherever_it_is_named(package, cache, monkeypatch
     monkeypatch.setattr(smollm2, "_make", lambda: pytest.fail("made again"))
     assert smollm2.ready_location("bundled").endswith("facts-llama")
     assert smollm2.ready_location("some/model") == "some/model"
-
-
-def test_a_directory_from_settings_is_made_when_it_is_loaded(package, cache):
-    path = BaFTHyperParams.from_hparams("BaFT/smollm2").model_name
-    assert load_model(path)[0].config.num_hidden_layers == 4
 
 
 def test_easyedit_and_benchmarks_make_it_too(package, cache):

@@ -7,7 +7,7 @@ Each module of this package defines some commands: `add_commands` adds them to t
 import sys
 from collections.abc import Sequence
 
-from baft_easyedit.cli import bench, demo, edit, export, kept, serve, speed, theorem, tools, ui
+from baft_easyedit.cli import bench, edit, export, kept, serve, theorem, tools
 from baft_easyedit.cli.options import Parser
 from baft_easyedit.files.messages import cut
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (edit, kept, export, serve, ui, demo, bench, speed, theorem, tools):
+    for module in (edit, kept, export, serve, bench, theorem, tools):
         module.add_commands(commands)
     try:
         arguments = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""What commands show beside their results: notes, exit statuses, progress bars."""
+"""What commands show beside their results: notes, progress bars."""
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 
 from baft_easyedit.storage.reading import holds_edit
 
-NOTHING_RUN = 1
-"""Exit status if no row of a benchmark has scores."""
 UNLEARNED = 3
 """Exit status if an edit was made, but the model does not answer with the target."""
 
@@ -19,14 +17,6 @@ UNLEARNED = 3
 def note(text: str) -> None:
     """Print a line to standard error, apart from the results."""
     print(f"baft-easyedit: {text}", file=sys.stderr)
-
-
-def status_of(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return the exit status of a benchmark; print a note if no row has scores."""
-    if any(row["error"] is None for row in rows):
-        return 0
-    note("no method could be run; the tables say why")
-    return NOTHING_RUN
 
 
 def silence_loading() -> None:

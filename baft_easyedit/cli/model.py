@@ -42,9 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser, begins: bool = True) -> N
 
 
 def begun(
-    arguments: argparse.Namespace,
-    asked: Sequence[Mapping[str, Any]] = (),
-    in_a_row: bool = True,
+    arguments: argparse.Namespace, asked: Sequence[Mapping[str, Any]] = (), in_a_row: bool = True
 ) -> BaFTEditor:
     """Open a kept edit with its model, or begin one.
 

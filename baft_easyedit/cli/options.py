@@ -2,13 +2,11 @@
 
 import argparse
 import os
-import socket
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.model.devices import check_device
 
@@ -103,19 +101,6 @@ def new(kind: str) -> Callable[[str], Path]:
         return path
 
     return read
-
-
-def check_address(host: str, port: int | None) -> None:
-    """Raise ValueError if nothing can listen there: servers tell it late, or try for minutes."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port or 0), family=family).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"--host and --port must be an address of this machine that is free; got {short(host)} "
-            f"and {port}: {why}"
-        ) from None
 
 
 def _path(text: str, kind: str) -> Path:

@@ -1,12 +1,17 @@
-"""The command `serve`: a server with OpenAI's API for a model and its kept edits."""
+"""The commands `serve`, for programs by OpenAI's API, and `ui`, for people in a browser."""
 
 import argparse
+import socket
 from argparse import ArgumentTypeError
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from baft_easyedit.cli.model import add_model_options, load
-from baft_easyedit.cli.options import check_address, existing, whole
+from baft_easyedit.cli.console import note
+from baft_easyedit.cli.model import add_model_options, begun, load
+from baft_easyedit.cli.options import existing, new, whole
+from baft_easyedit.files.messages import short
 from baft_easyedit.model.named import check_names
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.storage.loading import attach_named, kept_hparams
@@ -14,7 +19,7 @@ from baft_easyedit.storage.reading import read_latest
 
 
 def add_commands(commands: Any) -> None:
-    """Add the command."""
+    """Add the commands."""
     serve = commands.add_parser("serve", help="answer by OpenAI's API, with kept edits")
     serve.add_argument(
         "edits", nargs="+", type=_named, metavar="[NAME=]DIR", help="kept edits of one model"
@@ -29,6 +34,14 @@ def add_commands(commands: Any) -> None:
         "--max-body", type=whole(1), default=2**20, help="bytes of a request (%(default)s)"
     )
     serve.set_defaults(run=_serve)
+
+    ui = commands.add_parser("ui", help="a page to ask and change a kept edit in a browser")
+    where = "of the kept edit, begun if there is none; for this call only if absent"
+    ui.add_argument("directory", nargs="?", type=new("directory"), metavar="DIR", help=where)
+    add_model_options(ui)
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    ui.add_argument("--port", type=whole(1), help="the first free one from 7860 on, if absent")
+    ui.set_defaults(run=_ui)
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -53,7 +66,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise ValueError(f"each edit must have a name of its own, as in NAME=DIR; got {names}")
     for directory in directories.values():
         read_latest(directory)  # an error if nothing is kept there
-    check_address(arguments.host, arguments.port)
+    _check_address(arguments.host, arguments.port)
     try:
         import uvicorn
 
@@ -69,3 +82,37 @@ def _serve(arguments: argparse.Namespace) -> None:
     answerer = Answerer(model, tokenizer, edits)
     app = make_app(answerer, formats, queue, arguments.max_body)
     uvicorn.run(app, host=arguments.host, port=arguments.port)
+
+
+def _ui(arguments: argparse.Namespace) -> None:
+    """Serve the page until interrupted; a change that runs then is kept first."""
+    _check_address(arguments.host, arguments.port)
+    try:
+        from baft_easyedit.page.blocks import launch
+        from baft_easyedit.page.desk import Desk
+    except ImportError as error:
+        raise ImportError(f"ui needs the extra 'ui' ({error}): install it by pip") from None
+    kept: Any = arguments.directory
+    with nullcontext(kept) if kept else TemporaryDirectory(prefix="baft-") as place:
+        arguments.directory = directory = Path(place)
+        with begun(arguments) as editor:
+            desk = Desk(editor, directory)
+            page = launch(desk, arguments.host, arguments.port)
+            try:
+                note(f"a page at {page.local_url} of {directory}; Ctrl-C ends it")
+                page.block_thread()
+            finally:
+                desk.lock.acquire()
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise ValueError if nothing can listen there: servers tell it late, or try for minutes."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"--host and --port must be an address of this machine that is free; got {short(host)} "
+            f"and {port}: {why}"
+        ) from None

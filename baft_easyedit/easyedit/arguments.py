@@ -20,7 +20,7 @@ _ALIGNED = ("target_new", "ground_truth", "target_neg", "rephrase_prompts", "sub
 _PROBES = ("locality_inputs", "portability_inputs")
 _LISTS = ("prompts", *_ALIGNED, *_PROBES, "loc_prompts", "verbose")
 _SCORING = ("test_generation", "eval_metric", "metric_kwargs", "pre_file", "pre_edit", "verbose")
-_READ: dict[Generation, dict[str, tuple[str, ...]]] = {
+READ: dict[Generation, dict[str, tuple[str, ...]]] = {
     "current": {
         "edit": (*_LISTS, *_SCORING),
         "edit_requests": ("requests", *_SCORING),
@@ -123,7 +123,7 @@ def _named(
 
 def _check_read(name: str, generation: Generation, given: dict[str, Any]) -> None:
     """Raise unless EasyEdit reads all arguments; drop an `eval_metric` that changes nothing."""
-    read, metric = _READ[generation][name], given.get("eval_metric")
+    read, metric = READ[generation][name], given.get("eval_metric")
     where = f"{name}() of this EasyEdit ({generation})"
     is_possible = "eval_metric" in read and (generation, metric) != ("pypi", "ood_ppl")
     if metric in _PERPLEXITIES and not is_possible:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from baft_easyedit.easyedit.arguments import prepare_requests, read_call
+from baft_easyedit.easyedit.arguments import READ, prepare_requests, read_call
 from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
@@ -28,14 +28,6 @@ logger = logging.getLogger(__name__)
 
 OUR_METHODS = ("BaFT", "ReFT")
 
-_ENTRY_POINTS = (
-    "edit",
-    "batch_edit",
-    "edit_requests",
-    "edit_dataset",
-    "normal_edit",
-    "generate_edit",
-)
 _IN_CALL = "_baft_in_call"
 """Attribute of a `BaseEditor` during a user's call: EasyEdit's own calls are not wrapped then."""
 
@@ -44,8 +36,8 @@ def wrap_base_editor(generation: Generation) -> None:
     """Wrap `BaseEditor`."""
     base = importlib.import_module("easyeditor.editors.editor").BaseEditor
     base.__init__ = _constructor(base.__init__, generation)
-    for name in _ENTRY_POINTS:
-        if hasattr(base, name):  # each generation lacks one or two
+    for name in READ[generation]:
+        if hasattr(base, name):  # not all commits have all
             setattr(base, name, _entry_point(getattr(base, name), generation))
     if generation == "pypi":
         base._prepare_requests = _preparation(base._prepare_requests)

@@ -24,11 +24,7 @@ class Likelihood(NamedTuple):
 
 
 def likelihoods(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[Text],
-    batch_size: int,
-    device: torch.device,
+    model: Any, tokenizer: Any, texts: Sequence[Text], batch_size: int, device: torch.device
 ) -> list[Likelihood]:
     """Return how likely the answer of each text is; texts of about one length share a batch.
 

@@ -8,17 +8,18 @@ cannot name other algorithms, so an edit with a gate is refused.
 import os
 from typing import Any
 
-from baft_easyedit.engines.served import ServedEdit, read_edit
+from baft_easyedit.engines.served import read_edit
+from baft_easyedit.model.hooks import ModelEdit
 
 
-def check_gate(edit: ServedEdit, where: str) -> None:
+def check_gate(edit: ModelEdit, where: str) -> None:
     """Raise ValueError unless an edit is one of ReFT, which has no gate, and acts everywhere."""
     if edit.gate != "one":
         raise ValueError(
             f"gate must be 'one' (ReFT) for EasySteer, whose algorithms have no gate; that of the "
             f"edit in {where} is {edit.gate!r}: serve it by vllm-lens or sglang"
         )
-    if edit.past:
+    if edit.min_similarity is not None:
         raise ValueError(
             "min_similarity must be null for EasySteer, whose algorithms act everywhere; the edit "
             f"in {where} has one: serve it by vllm-lens or sglang"
@@ -39,7 +40,8 @@ def specification(directory: str | os.PathLike[str]) -> Any:
     check_gate(edit, str(directory))
     place = ApplySpec(prompt_window=(-edit.num_prompt_positions, None), generation="all")
     vectors = []
-    for layer, own in edit.layers.items():
+    for layer in edit.layers:
+        own = edit.intervention(layer)
         data = ReftIntervention(
             rotate_layer=own.basis.mT,  # [D, r]
             learned_source_weight=own.basis + own.difference,  # [r, D]

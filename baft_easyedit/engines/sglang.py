@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baft_easyedit.engines.served import ServedEdit, added, read_edit
+from baft_easyedit.engines.served import added, delta, read_edit, window
+from baft_easyedit.model.hooks import ModelEdit
 
 FACTORY = f"{__name__}:factory"
 
 
-def specification(directory: str, edit: ServedEdit) -> list[dict[str, Any]]:
+def specification(directory: str, edit: ModelEdit) -> list[dict[str, Any]]:
     """Return the value of `--forward-hooks` (to be JSON): one hook for each edited layer."""
     return [
         {
@@ -44,13 +45,13 @@ def factory(config: Mapping[str, Any]) -> Callable[[Any, tuple[Any, ...], Any], 
             return output
         changed = hidden.clone()
         whole = hidden[here] + residual[here]
-        changed[here] = added(hidden[here], edit.delta(layer, whole))
+        changed[here] = added(hidden[here], delta(edit, layer, whole))
         return changed, residual
 
     return hook
 
 
-def _edited_rows(edit: ServedEdit, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
+def _edited_rows(edit: ModelEdit, args: tuple[Any, ...], hidden: Tensor) -> Tensor | None:
     """Return which rows of a batch are edited, [N]; None if the batch is empty."""
     batch = next((value for value in args if hasattr(value, "forward_mode")), None)
     if batch is None:
@@ -65,6 +66,6 @@ def _edited_rows(edit: ServedEdit, args: tuple[Any, ...], hidden: Tensor) -> Ten
             "an edit must see a prompt whole, and this batch has a part of one: start SGLang with "
             "--disable-radix-cache --chunked-prefill-size -1, without speculative decoding"
         )
-    window = edit.window(lengths)
-    window += [False] * (len(hidden) - len(window))  # rows of padding
-    return torch.tensor(window, device=hidden.device)
+    edited = window(edit, lengths)
+    edited += [False] * (len(hidden) - len(edited))  # rows of padding
+    return torch.tensor(edited, device=hidden.device)

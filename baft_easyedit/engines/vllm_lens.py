@@ -6,40 +6,36 @@ the first call for a layer as the whole prompt, and later calls as generated tok
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from baft_easyedit.engines.served import ServedEdit, added, read_edit
+from baft_easyedit.engines.served import added, delta, read_edit
+from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.positions import first_edited
 
 
-class EditHook:
-    """The function that vllm-lens calls: `(context, h of one request [N, D]) -> h' [N, D]`."""
+def edited(edit: ModelEdit, context: Any, hidden: Tensor) -> Tensor:
+    """Edit the tokens of one request in one forward pass of one layer, [N, D] -> [N, D].
 
-    def __init__(self, edit: ServedEdit) -> None:
-        self.edit = edit
-
-    def __call__(self, context: Any, hidden: Tensor) -> Tensor:
-        """Edit the tokens of one request in one forward pass of one layer.
-
-        Raises:
-            RuntimeError: If a prompt comes in parts; vllm-lens logs the error and does not edit.
-        """
-        layer, first = context.layer_idx, 0
-        key = f"baft_prompt_{layer}"
-        if key not in context.saved:
-            context.saved[key] = len(hidden)
-            first = first_edited(len(hidden), self.edit.num_prompt_positions)
-        elif len(hidden) > 1:
-            raise RuntimeError(
-                f"layer {layer} got {len(hidden)} tokens of a request after its first pass, and an "
-                "edit must see a prompt whole: turn chunked prefill and speculative decoding off, "
-                "and give the cache room (a request that is preempted is computed again)"
-            )
-        rows = hidden[first:]
-        return torch.cat([hidden[:first], added(rows, self.edit.delta(layer, rows))])
+    Raises:
+        RuntimeError: If a prompt comes in parts; vllm-lens logs the error and does not edit.
+    """
+    layer, first = context.layer_idx, 0
+    key = f"baft_prompt_{layer}"
+    if key not in context.saved:
+        context.saved[key] = len(hidden)
+        first = first_edited(len(hidden), edit.num_prompt_positions)
+    elif len(hidden) > 1:
+        raise RuntimeError(
+            f"layer {layer} got {len(hidden)} tokens of a request after its first pass, and an "
+            "edit must see a prompt whole: turn chunked prefill and speculative decoding off, "
+            "and give the cache room (a request that is preempted is computed again)"
+        )
+    rows = hidden[first:]
+    return torch.cat([hidden[:first], added(rows, delta(edit, layer, rows))])
 
 
 def hooks(directory: str | os.PathLike[str]) -> list[Any]:
@@ -53,7 +49,7 @@ def hooks(directory: str | os.PathLike[str]) -> list[Any]:
     from vllm_lens import Hook
 
     edit = read_edit(directory)
-    return [Hook(fn=EditHook(edit), layer_indices=list(edit.layers))]
+    return [Hook(fn=partial(edited, edit), layer_indices=list(edit.layers))]
 
 
 def register(llm: Any, directory: str | os.PathLike[str]) -> None:

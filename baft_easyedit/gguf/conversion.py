@@ -80,12 +80,9 @@ def _tokenizer_config(source: GGUFSource) -> dict[str, Any]:
 
 def _generation_config(source: GGUFSource) -> dict[str, Any]:
     """Return the tokens with which generation begins, pads and ends."""
-    special = source.special_tokens.items()
-    ids: dict[str, Any] = {
-        f"{role}_id": source.vocab[token]
-        for role, token in special
-        if role in ("bos_token", "pad_token")
-    }
+    special = source.special_tokens
+    roles = special.keys() & {"bos_token", "pad_token"}
+    ids: dict[str, Any] = {f"{role}_id": source.vocab[special[role]] for role in roles}
     ends = [source.token(name) for name in ("eos_token_id", "eot_token_id")]
     numbers = sorted({source.vocab[token] for token in ends if token is not None})
     if numbers:

@@ -118,10 +118,7 @@ class LimitedBody:
 
 
 def make_app(
-    answerer: Answerer,
-    formats: Mapping[str, PromptFormat],
-    queue: Queue,
-    max_body: int = 2**20,
+    answerer: Answerer, formats: Mapping[str, PromptFormat], queue: Queue, max_body: int = 2**20
 ) -> FastAPI:
     """Make the app.
 

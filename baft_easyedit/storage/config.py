@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 
+SHAPE = ("layers", "rank", "gate", "num_prompt_positions", "parametrisation", "min_similarity")
+"""Hyper-parameters that an edit is made with; its later edits must have the same."""
 _OF_EASYEDIT = {
     *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16", "bf16"),
     *("evaluation_type", "api_key"),
@@ -112,8 +114,8 @@ def method_of(hparams: BaFTHyperParams) -> dict[str, Any]:
     return {f.name: getattr(hparams, f.name) for f in fields(hparams) if f.name not in _OF_EASYEDIT}
 
 
-def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTHyperParams:
-    """Rebuild hyper-parameters from the result of `method_of`, for a loaded model.
+def hparams_of(method: Mapping[str, Any], model: nn.Module | None, where: str) -> BaFTHyperParams:
+    """Rebuild hyper-parameters from the result of `method_of`, for a loaded model if there is one.
 
     A kept edit acts as before without the hyper-parameters that are gone; a warning names those
     that its next edits will be learned without.
@@ -129,30 +131,23 @@ def hparams_of(method: Mapping[str, Any], model: nn.Module, where: str) -> BaFTH
             told = f"{name}: {short(method[name])}"
             logger.warning("%s: %s is gone; later edits are learned without", where, told)
     method = {k: value for k, value in method.items() if k not in (*_GONE, *_GONE_WITH)}
-    own = {"model_name": model_name(model), "device": str(input_device(model))}
+    own = {"model_name": "unknown", "device": "cpu"}
+    if model is not None:
+        own = {"model_name": model_name(model), "device": str(input_device(model))}
     try:
         return hparams_from({**method, **own})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the hyper-parameters in {where} cannot be used: {error}") from None
 
 
-def new_edit(hparams: BaFTHyperParams, model: nn.Module) -> ModelEdit:
-    """Make an untrained edit of a model, as the hyper-parameters describe it.
+def new_edit(hparams: BaFTHyperParams, hidden_size: int) -> ModelEdit:
+    """Make an untrained edit of models of a hidden size, as the hyper-parameters describe it.
 
     Raises:
-        ValueError: If the rank exceeds the model's hidden size.
+        ValueError: If the rank exceeds the hidden size.
     """
-    h = hparams
-    return ModelEdit(
-        text_config(model).hidden_size,
-        h.layers,
-        h.rank,
-        h.gate,
-        h.num_prompt_positions,
-        h.seed,
-        h.parametrisation,
-        h.min_similarity,
-    )
+    shape: dict[str, Any] = {name: getattr(hparams, name) for name in SHAPE}
+    return ModelEdit(hidden_size, seed=hparams.seed, **shape)
 
 
 def versions() -> dict[str, Any]:

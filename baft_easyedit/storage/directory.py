@@ -32,7 +32,7 @@ from baft_easyedit.storage.reading import (
     read_whole,
     whole_history,
 )
-from baft_easyedit.storage.state import StateFile, encode, is_after, state_hash
+from baft_easyedit.storage.state import StateFile, encode, state_hash
 from baft_easyedit.training.learner import EditState
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class KeptDirectory:
             ValueError: If the state is not the one that the journal names, or cannot be kept.
         """
         entry = self.journal.next(kind, state_hash(state), content)
-        if entry.to is not None and not is_after(state, self.journal, entry.to):
+        if entry.to is not None and not self.journal.has_hash(entry.to, entry.state_hash):
             raise ValueError(
                 f"the state after entry {entry.to} of {self.path} must have the hash in the "
                 "journal, and has not: roll back to an entry with a checkpoint"
@@ -141,24 +141,28 @@ class KeptDirectory:
         if self.latest is not None and not checkpoint_files(self.path):
             self._write_checkpoint(len(self.journal) - 1, encode(self.latest))
 
-    def nearest(
-        self, entry_id: int, known: Mapping[int, EditState]
-    ) -> tuple[int, EditState] | None:
+    def nearest(self, entry_id: int, known: Mapping[int, EditState]) -> tuple[int, EditState]:
         """Return the position and state from which the fewest edits lead to an entry's state.
 
-        It is None if there is none. Of the states in memory, `known` by position, those without
-        the journal's hash are not used.
+        Of the states in memory, `known` by position, those without the journal's hash are not used.
+
+        Raises:
+            ValueError: If no such state is known or intact.
         """
         files = [f for f in checkpoint_files(self.path) if id_of(f) < len(self.journal)]
         for position in self.journal.ancestors(entry_id):
-            if position in known and is_after(known[position], self.journal, position):
-                return position, known[position]
+            state = known.get(position)
+            if state is not None and self.journal.has_hash(position, state_hash(state)):
+                return position, state
             for file in files:
                 if self.journal.position_of(id_of(file)) == position:
                     content = self._read_known(file)
                     if content is not None:
                         return position, content.state
-        return None
+        raise ValueError(
+            f"{self.path} has no intact checkpoint of entry {entry_id} or before it; the states "
+            f"after entries {self.exact_ids()} are kept"
+        )
 
     def exact_ids(self) -> list[int]:
         """Return the ids of the entries that have an intact checkpoint."""

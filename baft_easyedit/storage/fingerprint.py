@@ -1,7 +1,6 @@
 """A fingerprint of a model, by which `load` and `attach` recognise the model of an edit."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -45,13 +44,13 @@ class Fingerprint:
             ValueError: If a parameter is on the meta device, and its values are not offloaded.
         """
         names, values, rounded = (hashlib.sha256() for _ in range(3))
-        parameters = list(_parameters(model))
-        for name, parameter, where in parameters:
-            names.update(f"{name}{tuple(parameter.shape)};".encode())
-            sample = _sample(name, parameter, where)
+        parameters = dict(model.named_parameters())  # tied ones once
+        for name, parameter in parameters.items():
+            names.update(f"{name.replace('_orig_mod.', '')}{tuple(parameter.shape)};".encode())
+            sample = _sample(model, name, parameter)
             values.update(_bytes(sample))
             rounded.update(_bytes(sample.bfloat16() if sample.is_floating_point() else sample))
-        dtypes = {str(parameter.dtype).removeprefix("torch.") for _, parameter, _ in parameters}
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters.values()}
         return cls(
             num_parameters=len(parameters),
             names=names.hexdigest(),
@@ -83,26 +82,18 @@ class Fingerprint:
         return None
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield each parameter with its name and its module; tied parameters once."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name.replace("_orig_mod.", ""), parameter, module
-
-
-def _sample(name: str, parameter: Tensor, module: nn.Module) -> Tensor:
+def _sample(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """Return some values of a parameter, on the CPU."""
     if parameter.is_meta:
-        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        path, _, own = name.rpartition(".")
+        hook = getattr(model.get_submodule(path), "_hf_hook", None)
+        stored = getattr(hook, "weights_map", None)
         if stored is None:
             raise ValueError(
                 f"the model's weights must be in memory; {name} is on the meta device: load the "
                 "model with its weights"
             )
-        parameter = stored[name.rpartition(".")[2]]
+        parameter = stored[own]
     flat = parameter.detach().reshape(-1)
     step = len(flat) // _SAMPLES | 1  # odd, as an even step would skip columns of an even width
     return flat[::step].cpu()

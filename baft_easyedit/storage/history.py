@@ -1,25 +1,22 @@
 """The history of an edit: every change is made as a whole or not at all, and can be undone.
 
-`BaFTEditor` makes all its changes through a `History`, which keeps the states before the latest
-ones in memory. While a directory is open, each change is also committed to it before the call
-returns. An older state is restored from the nearest checkpoint; the edits after the checkpoint are
-learned again, and must give the hashes in the journal.
+A `History` keeps the states before the latest changes in memory. While a directory is open, each
+change is also committed to it before the call returns. An older state is restored from the nearest
+checkpoint; the edits after it are learned again, and must give the hashes in the journal.
 
 Several editors, each with a history, can change one model. An undo may only take back the model's
 latest change. So each history keeps a hash of the state that its change led to, and
 `ModelEdit.latest_change` names the latest change by anyone.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import cut, short
-from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
@@ -36,7 +33,7 @@ from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Entry, Journal, edit_content
 from baft_easyedit.storage.loading import check_same_shape
 from baft_easyedit.storage.reading import lacking, read_history
-from baft_easyedit.storage.state import StateFile, is_after, present, state_hash
+from baft_easyedit.storage.state import StateFile, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
 from baft_easyedit.training.loop import EditReport
 from baft_easyedit.training.requests import EditRequest, as_requests
@@ -88,11 +85,7 @@ class History:
         return replace(config, hparams=self._method(), versions=versions())
 
     def _method(self) -> dict[str, Any]:
-        """Return the hyper-parameters to keep.
-
-        Raises:
-            ValueError: If their fields were set to what the edit is not, or cannot be read again.
-        """
+        """Return the hyper-parameters to keep; ValueError if invalid, or not those of the edit."""
         method = method_of(self.hparams)
         read = hparams_of(method, self._learner.model, "this editor")
         check_same_shape(self._learner.edit, read, "this edit")
@@ -102,13 +95,11 @@ class History:
 
     def go_on(self, kept: StateFile, directory: Path) -> None:
         """Continue a loaded edit in memory, with its journal if that is intact."""
-        last = kept.entries[-1]
+        last, entries = kept.entries[-1], []
         if self._is_on_another_model(last):
             return
-        try:
+        with suppress(ValueError, OSError):
             entries = read_history(directory)[: last.id + 1]
-        except (ValueError, OSError):
-            entries = []
         if entries[last.id :] == [last]:
             self._journal = Journal(entries)
             self._starts.add(entries[0].line)
@@ -141,9 +132,9 @@ class History:
         if self._directory is not None:
             self._directory.close()
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool) -> None:
+    def save(self, path: Path, overwrite: bool) -> None:
         """Write the present state, and the journal that led to it, into a directory."""
-        own, path = self._directory, expanded(path)
+        own = self._directory
         if own is not None and path.exists() and own.path.exists() and path.samefile(own.path):
             self._check_as_kept(own)
             self._keep_settings()  # the directory has every other change already
@@ -209,19 +200,17 @@ class History:
         if is_as_left and not is_other:
             return
         problem = self._others_change() or "it was changed by other means than this editor"
-        if is_other:
-            remedy = "undo that first, or take it off: attached_edit(model).detach()"
-        raise ValueError(f"{rule}, but {problem}: {remedy}")
+        off = "undo that first, or take it off: attached_edit(model).detach()"
+        raise ValueError(f"{rule}, but {problem}: {off if is_other else remedy}")
 
     def _others_change(self) -> str:
         """Describe the latest change of the model if another editor made it; "" if not."""
         own = self._learner.edit
         edit = attached_edit(self._learner.model) or own
         latest = edit.latest_change
-        if edit is not own and latest is None:
-            return "the model carries another edit, attached by other means"
-        is_others = latest is not None and latest.by is not self._author
-        return f"the latest change of the model is {latest}" if is_others else ""
+        if latest is None:
+            return "" if edit is own else "the model carries another edit, attached by other means"
+        return "" if latest.by is self._author else f"the latest change of the model is {latest}"
 
     def _values(self) -> str:
         """Return the hash of the learned state, the same whether the edit is attached or not."""
@@ -261,7 +250,7 @@ class History:
     @contextmanager
     def _taken_back(self) -> Iterator[EditState]:
         """Lock the model during a change; an error before the change is kept restores the state."""
-        recent, edit = list(self.recent), self._learner.edit
+        recent, edit = self.recent.copy(), self._learner.edit
         size, latest = len(self.journal or ()), edit.latest_change
 
         def is_kept() -> bool:
@@ -272,9 +261,7 @@ class History:
                 yield before
         except BaseException:
             if not is_kept():
-                self.recent.clear()
-                self.recent.extend(recent)
-                edit.latest_change = latest
+                self.recent, edit.latest_change = recent, latest
             raise
 
     # ---- going back
@@ -282,15 +269,14 @@ class History:
     def undo(self) -> None:
         """Go back to before the latest change."""
         directory = self._directory
-        if directory is None:
-            self._undo_in_memory()  # nothing may follow: an interrupt there would come too late
-        else:
-            with self._learner.lock.changing():
-                parent = directory.journal.entries[directory.journal.position].parent
-                if parent is None:
-                    self._refuse_undo("the state is that of entry 0")
-                self._check_as_kept(directory)
-                self._return(directory, "undo", parent)
+        if directory is None:  # nothing may follow: an interrupt there would come too late
+            return self._undo_in_memory()
+        with self._learner.lock.changing():
+            parent = directory.journal.entries[directory.journal.position].parent
+            if parent is None:
+                self._refuse_undo("the state is that of entry 0")
+            self._check_as_kept(directory)
+            self._return(directory, "undo", parent)
 
     def _undo_in_memory(self) -> None:
         """Take back the latest change of this history, which must be the model's latest."""
@@ -307,7 +293,7 @@ class History:
             self._learner.restore(step.before)
             self._learner.edit.latest_change = step.previous
             if self._journal is not None:
-                if is_after(step.before, self._journal, step.position):
+                if self._journal.has_hash(step.position, state_hash(step.before)):
                     self.commit("undo", {"to": step.position})
                 else:
                     self._end_journal(self._journal.entries[-1], _CHANGED)
@@ -338,33 +324,31 @@ class History:
                 journal = Journal(directory.journal.entries)
                 self._append(journal, "rollback", {"to": to, "forgotten": prompt})
                 reports = []
-                for report in self._learned_again(journal, path, prompt):
-                    reports.append(report)
-                    tell(report)
+                for entry in path:
+                    rest = [r for r in as_requests(entry.requests) if r.prompt != prompt]
+                    if rest:
+                        reports.append(self._learn_again(journal, entry, rest))
+                        tell(reports[-1])
                 new = journal.entries[len(directory.journal) :]
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
 
-    def _learned_again(
-        self, journal: Journal, entries: Sequence[Entry], without: str
-    ) -> Iterator[EditReport]:
-        """Learn entries again without the requests of one prompt, and add them to a journal."""
-        for entry in entries:
-            rest = [r for r in as_requests(entry.requests) if r.prompt != without]
-            if not rest:
-                continue
-            settings = self._settings(journal.settings_of(entry.id)["hparams"])
-            if not journal.ends_with(settings):
-                self._append(journal, "settings", settings)
-            report = self._learn(rest, settings, entry)
-            self._append(journal, "edit", edit_content(rest, report))
-            yield report
+    def _learn_again(
+        self, journal: Journal, entry: Entry, requests: Sequence[EditRequest]
+    ) -> EditReport:
+        """Learn requests of an entry with its settings, and add them to a journal."""
+        settings = self._settings(journal.settings_of(entry.id)["hparams"])
+        if not journal.ends_with(settings):
+            self._append(journal, "settings", settings)
+        report = self._learn(requests, entry, settings["hparams"])
+        self._append(journal, "edit", edit_content(requests, report))
+        return report
 
     def _learn(
-        self, requests: Sequence[EditRequest], settings: Mapping[str, Any], entry: Entry
+        self, requests: Sequence[EditRequest], entry: Entry, method: Mapping[str, Any]
     ) -> EditReport:
-        """Learn requests of an entry with its settings."""
-        hparams = hparams_of(settings["hparams"], self._learner.model, f"entry {entry.id}")
+        """Learn requests of an entry with the hyper-parameters that are kept of it."""
+        hparams = hparams_of(method, self._learner.model, f"entry {entry.id}")
         return self._learner.learn(requests, hparams)
 
     def _append(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
@@ -393,21 +377,16 @@ class History:
         journal = directory.journal
         known = {step.position: step.before for step in self.recent}
         known[journal.position] = self._learner.state()
-        found = directory.nearest(to, known)
-        if found is None:
-            raise ValueError(
-                f"{directory.path} has no intact checkpoint of entry {to} or before it; the states "
-                f"after entries {directory.exact_ids()} are kept"
-            )
-        self._learner.restore(found[1])
-        for i in sorted(i for i in journal.ancestors(to) if i > found[0]):
+        position, state = directory.nearest(to, known)
+        self._learner.restore(state)
+        for i in sorted(i for i in journal.ancestors(to) if i > position):
             self._repeat(directory, journal.entries[i])
 
     def _repeat(self, directory: KeptDirectory, entry: Entry) -> None:
         """Learn one entry again; raise ValueError unless the state has the journal's hash."""
         settings = directory.journal.settings_of(entry.id)
         if entry.kind == "edit":
-            self._learn(as_requests(entry.requests), settings, entry)
+            self._learn(as_requests(entry.requests), entry, settings["hparams"])
             if state_hash(self._learner.state()) == entry.state_hash:
                 return
         why = environment_change(settings["environment"], self._settings()["environment"])

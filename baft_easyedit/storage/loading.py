@@ -9,8 +9,9 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.inspect import text_config
 from baft_easyedit.model.named import NamedEdits, check_names
-from baft_easyedit.storage.config import hparams_of, new_edit
+from baft_easyedit.storage.config import SHAPE, hparams_of, new_edit
 from baft_easyedit.storage.reading import read_latest
 from baft_easyedit.storage.state import StateFile, state_hash
 from baft_easyedit.training.learner import EditState
@@ -94,15 +95,20 @@ def latest_for(model: nn.Module, directory: str, allow_other_model: bool) -> Sta
     return latest
 
 
-def edit_of(kept: StateFile, model: nn.Module, where: str) -> tuple[ModelEdit, BaFTHyperParams]:
+def edit_of(
+    kept: StateFile, model: nn.Module | None, where: str
+) -> tuple[ModelEdit, BaFTHyperParams]:
     """Make an edit from a kept state, not yet attached, and its hyper-parameters.
 
     Raises:
-        ValueError: If the state does not fit the model or the hyper-parameters.
+        ValueError: If the state does not fit the hyper-parameters, or the model if one is loaded.
     """
     hparams = hparams_of(kept.config.hparams, model, where)
+    bases = [v for name, v in kept.state.learned.items() if name.endswith(".basis")]
+    kept_size = max((n for basis in bases for n in basis.shape[-1:]), default=0)
+    size = kept_size if model is None else text_config(model).hidden_size
     try:
-        edit = new_edit(hparams, model)
+        edit = new_edit(hparams, size)
         edit.restore(kept.state.learned)
     except ValueError as error:
         raise ValueError(f"the edit in {where} cannot be used: {error}") from None
@@ -125,9 +131,7 @@ def check_carried(model: nn.Module, kept: StateFile, where: str) -> None:
 
 def check_same_shape(carried: ModelEdit, hparams: BaFTHyperParams, where: str) -> None:
     """Raise ValueError unless an edit has the shape that the hyper-parameters name."""
-    for name in (
-        "layers", "rank", "gate", "num_prompt_positions", "parametrisation", "min_similarity",
-    ):  # fmt: skip
+    for name in SHAPE:
         is_so, wanted = getattr(carried, name), getattr(hparams, name)
         if is_so != (tuple(wanted) if name == "layers" else wanted):
             raise ValueError(

@@ -46,15 +46,10 @@ def state_hash(state: EditState) -> str:
     return digest.hexdigest()
 
 
-def is_after(state: EditState, journal: Journal, entry_id: int) -> bool:
-    """Tell whether a state equals the state after a journal entry, bit for bit."""
-    return journal.has_hash(entry_id, state_hash(state))
-
-
 def present(state: EditState, journal: Journal) -> EditState | None:
     """Return a state with `attached` as the journal's end has it; None if the state was changed."""
     either = (state._replace(attached=attached) for attached in (True, False))
-    return next((s for s in either if is_after(s, journal, len(journal) - 1)), None)
+    return next((s for s in either if journal.has_hash(len(journal) - 1, state_hash(s))), None)
 
 
 def encode(content: StateFile) -> bytes:

@@ -181,10 +181,7 @@ def test_what_is_none_is_left_out():
     given = dict.fromkeys(("subject", "loc_prompts", "rephrase_prompts", "locality_inputs"))
     assert request_arguments(
         {"prompts": "a", "target_new": "b", "ground_truth": None, **given}
-    ) == {
-        "prompts": ["a"],
-        "target_new": ["b"],
-    }
+    ) == {"prompts": ["a"], "target_new": ["b"]}
 
 
 # ---- refusals

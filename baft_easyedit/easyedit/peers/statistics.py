@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baft_easyedit.model.batching import padded
+
 _BATCH = 16
 _MAX_LENGTH = 256
 """Longest text in tokens; the rest is cut."""
@@ -39,11 +41,10 @@ def key_moments(
     try:
         with torch.no_grad():
             for start in range(0, len(ids), _BATCH):
-                rows = [torch.tensor(row) for row in ids[start : start + _BATCH]]
-                batch = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-                lengths = torch.tensor([len(row) for row in rows])
-                real = (torch.arange(batch.shape[1]) < lengths[:, None]).to(device)  # [B, T]
-                model(input_ids=batch.to(device), attention_mask=real.long())
+                batch = padded(ids[start : start + _BATCH], tok, "right")
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                real = inputs["attention_mask"].bool()  # [B, T]
+                model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
