@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from baft_easyedit.facts import edit_requests, facts, questions, relations
-from baft_easyedit.facts.known import known_phrasings, prompts_to_complete, tables_hash
-from baft_easyedit.facts.tables import DATA
+from baft_easyedit.facts.tables import DATA, known_phrasings, prompts_to_complete, tables_hash
 from baft_easyedit.generation import generate_answers, load_model
 
 SPLITS = {"known": "eval", "known_train": "train"}

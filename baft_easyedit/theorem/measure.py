@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests, facts
-from baft_easyedit.facts.known import prompts_to_complete
+from baft_easyedit.facts.tables import prompts_to_complete
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.resources import REAL_MODEL, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
