@@ -32,8 +32,7 @@ from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams, attached
 from baft_easyedit.bench.config import make_config, read_config
 from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.bench.diagnosis import diagnose
-from baft_easyedit.bench.layouts import make_tables
-from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.layouts import PaperNumbers, make_tables
 from baft_easyedit.bench.results import read_run
 from baft_easyedit.bench.tables import to_latex, to_markdown
 from baft_easyedit.files.messages import MAX_MESSAGE

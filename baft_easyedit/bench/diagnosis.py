@@ -71,9 +71,6 @@ _NO_SWEEP = (
 )
 _TOO_FEW = f"Not tested: {MIN_PROMPTS} edit prompts and as many irrelevant ones are needed."
 
-_COUNTS = ("sequences", "edit prompts", "irrelevant")
-_DECIMALS = {**dict.fromkeys(_COUNTS, 0), "edit weight": 3, "irrelevant weight": 3}
-
 Lines = dict[str, dict[str, Any]]
 """For each row (a method under a protocol), its numbers and texts by column title."""
 
@@ -140,8 +137,10 @@ def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> list[Path]:
 
 
 def _markdown(caption: str, lines: Lines) -> str:
+    decimals = dict.fromkeys(("sequences", "edit prompts", "irrelevant"), 0)
+    decimals |= dict.fromkeys(("edit weight", "irrelevant weight"), 3)
     titles = dict.fromkeys(title for line in lines.values() for title in line)
-    columns = [Column(title, _DECIMALS.get(title, 2), None) for title in titles]
+    columns = [Column(title, decimals.get(title, 2), None) for title in titles]
     rows = {row: [Cell(line.get(title)) for title in titles] for row, line in lines.items()}
     return to_markdown(Table(caption, columns, rows))
 

@@ -7,9 +7,10 @@ key of everything that they depend on.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from baft_easyedit.bench.forms import PreEdit
+from pydantic import BaseModel, Field
+
 from baft_easyedit.bench.free_text import (
     WILD_TOKENS,
     first_sentence,
@@ -19,13 +20,29 @@ from baft_easyedit.bench.free_text import (
 from baft_easyedit.bench.probabilities import field_scores
 from baft_easyedit.bench.questions import questions_of, wild_ids, wild_questions
 from baft_easyedit.bench.scores import kind_scores, metric_scores
-from baft_easyedit.bench.store import Kept
+from baft_easyedit.bench.store import Kept, KeptFile
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
 _Asked = list[tuple[tuple[int, ...], int]]
 """The tokens of a case's questions, and the most tokens of their answers."""
+
+
+class _Unedited(BaseModel, strict=True):
+    """What a case is compared with."""
+
+    metrics: dict[str, Any]
+    field_scores: dict[str, Any]
+    answers: list[str] = []
+    wild: list[str] = []
+
+
+class _PreEdit(KeptFile):
+    """What the unedited model scores and says on the cases of a chunk."""
+
+    cases: Annotated[list[_Unedited], Field(min_length=1)]
+
 
 _SLACK = 4
 """Tokens that an answer may have beyond its target before it is cut: one of them is its end."""
@@ -137,7 +154,7 @@ def pre_edit_scores(
             "cases": [{name: of[i] for name, of in found.items()} for i in range(len(requests))]
         }
 
-    return kept(content, make, PreEdit)["cases"]
+    return kept(content, make, _PreEdit)["cases"]
 
 
 def score_cases(

@@ -20,11 +20,8 @@ class Protocol:
     @property
     def slug(self) -> str:
         """The name with its numbers, for files."""
-        return {
-            "single": "single",
-            "continual": f"continual-T{self.T}",
-            "batched": f"batched-B{self.batch_size}-T{self.T}",
-        }[self.name]
+        size = f"-B{self.batch_size}" if self.name == "batched" else ""
+        return self.name if self.name == "single" else f"{self.name}{size}-T{self.T}"
 
     @property
     def length(self) -> int:

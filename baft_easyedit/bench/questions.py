@@ -16,10 +16,11 @@ They are asked by generation. A record without a subject has the last two only.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from baft_easyedit.bench.forms import Paraphrases
-from baft_easyedit.bench.store import Kept
+from pydantic import Field
+
+from baft_easyedit.bench.store import Kept, KeptFile
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
@@ -34,6 +35,12 @@ _ASKED_TO_PARAPHRASE = "Say this in other words, in one line, and do not answer 
 _PARAPHRASED = 'Other words for "{}" are: "'
 _SCANNED = 200
 """Most records that are tried for one whose words go with another subject."""
+
+
+class _Paraphrases(KeptFile):
+    """What the unedited model says in other words."""
+
+    paraphrases: Annotated[list[str], Field(min_length=1)]
 
 
 class Question(NamedTuple):
@@ -180,7 +187,7 @@ def _paraphrases(kept: Kept, session: Session, requests: Sequence[Request]) -> l
         limits = [2 * len(tok(r["prompt"])["input_ids"]) + 8 for r in requests]
         return {"paraphrases": session.answers(ids, limits)}
 
-    written = kept({"paraphrases": asked}, make, Paraphrases)["paraphrases"]
+    written = kept({"paraphrases": asked}, make, _Paraphrases)["paraphrases"]
     return [_usable(text, request) for text, request in zip(written, requests, strict=True)]
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.bench.figures import draw
-from baft_easyedit.bench.layouts import make_notes, make_tables
-from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.layouts import PaperNumbers, make_notes, make_tables
 from baft_easyedit.bench.results import Result, Run, merge_results, read_run
 from baft_easyedit.bench.store import file_name, write_text
 from baft_easyedit.bench.tables import (

@@ -14,10 +14,9 @@ import numpy as np
 from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
-from baft_easyedit.bench.forms import Amount
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.scores import FIELD_SCORES, SCORES, row_costs, row_scores
-from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.bench.store import Amount, RunDirectory, read_json
 
 
 def summarise(directory: RunDirectory) -> list[dict[str, Any]]:
@@ -147,14 +146,12 @@ def read_run(directory: Path) -> Run:
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
-    rows = read_json(paths.summary, _Rows)
-    return Run(paths, paths.record(), [_result(paths, row) for row in rows])
-
-
-def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
-    """Return a row of a summary."""
-    setting = Protocol(row["T"], row["batch_size"])
-    return Result(row["method"], row["model"], row["dataset"], setting, row["error"], row, paths)
+    results = []
+    for row in read_json(paths.summary, _Rows):
+        method, model, dataset = row["method"], row["model"], row["dataset"]
+        setting = Protocol(row["T"], row["batch_size"])
+        results.append(Result(method, model, dataset, setting, row["error"], row, paths))
+    return Run(paths, paths.record(), results)
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:

@@ -27,7 +27,7 @@ from dataset_files import (
 )
 
 from baft_easyedit.bench.data import load_dataset
-from baft_easyedit.bench.data.files import FileHash
+from baft_easyedit.bench.store import FileHash
 from baft_easyedit.facts import edit_requests
 from baft_easyedit.training.requests import as_requests
 
@@ -397,7 +397,8 @@ def test_asking_for_records_that_are_not_there_is_an_error(load, arguments, mess
 def test_a_directory_stands_for_the_file_of_its_kind(kind, name, tmp_path):
     content = write_records(tmp_path, records_of(kind), name).read_bytes()
     (file,) = load_dataset(kind, tmp_path).files
-    assert file == FileHash(name, hashlib.sha256(content).hexdigest(), len(content))
+    digest = hashlib.sha256(content).hexdigest()
+    assert file == FileHash(name=name, sha256=digest, bytes=len(content))
 
 
 def test_missing_file_is_an_error(tmp_path):

@@ -3,8 +3,7 @@ from itertools import groupby
 import pytest
 from synthetic import write_run
 
-from baft_easyedit.bench.layouts import make_notes, make_tables, summary_table
-from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.layouts import PaperNumbers, make_notes, make_tables, summary_table
 from baft_easyedit.bench.results import read_run
 from baft_easyedit.bench.tables import to_markdown
 

@@ -1,6 +1,6 @@
 import pytest
 
-from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.layouts import PaperNumbers
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.results import Result
 

@@ -30,7 +30,8 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from baft_easyedit.bench.data import long_answers, questions, readers
-from baft_easyedit.bench.data.files import FileHash, Source, read_cases
+from baft_easyedit.bench.data.files import Source, read_cases
+from baft_easyedit.bench.store import FileHash
 from baft_easyedit.files.messages import short
 from baft_easyedit.training.requests import EditRequest
 
