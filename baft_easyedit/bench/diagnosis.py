@@ -79,14 +79,11 @@ Lines = dict[str, dict[str, Any]]
 class Diagnosis:
     """What a run says about the paper's claims."""
 
-    run: str
-    """Name of the run's directory."""
-    warnings: Sequence[str]
-    """Signs of failure, each with what to try."""
+    run: str  # name of the run's directory
+    warnings: Sequence[str]  # signs of failure, each with what to try
     balance: Lines
     separation: Lines
-    sweeps: Mapping[str, Lines]
-    """By the settings that their rows have in common."""
+    sweeps: Mapping[str, Lines]  # by the settings that their rows have in common
 
     def to_markdown(self) -> str:
         """Return the diagnosis as text: warnings first, then a section for each claim."""

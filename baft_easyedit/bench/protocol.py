@@ -33,12 +33,10 @@ class Protocol:
 class Chunk:
     """What one method edits between two restores."""
 
-    method: str
-    """Name of the row."""
+    method: str  # name of the row
     protocol: Protocol
     number: int
-    indices: range
-    """Records, as indices into the run's requests."""
+    indices: range  # records, as indices into the run's requests
 
 
 def chunks_of(method: str, protocol: Protocol, num_records: int) -> list[Chunk]:

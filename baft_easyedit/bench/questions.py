@@ -15,6 +15,7 @@ They are asked by generation. A record without a subject has the last two only.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, cycle
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
@@ -46,12 +47,10 @@ class _Paraphrases(KeptFile):
 class Question(NamedTuple):
     """One prompt that a case is asked."""
 
-    section: str
-    """rewrite, rephrase, locality, portability or probes."""
+    section: str  # rewrite, rephrase, locality, portability or probes
     key: str
     prompt: str
-    answer: str | None
-    """None: the answer of before the edits is wanted, as it is for locality."""
+    answer: str | None  # None: the answer of before the edits is wanted, as it is for locality
 
     def wanted(self, before: str) -> str:
         """Return the answer that is right, from that of the unedited model."""
@@ -125,12 +124,9 @@ def _chat_ids(
 def third_turn_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens of a chat whose third question is the prompt; plain without a template."""
     if form.use_chat_template:
-        turns = [
-            {"role": role, "content": text}
-            for pair in _TALK
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        return _chat_ids([*turns, {"role": "user", "content": prompt}], form, tokenizer)
+        turns = zip(cycle(("user", "assistant")), (*chain(*_TALK), prompt), strict=False)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return _chat_ids(messages, form, tokenizer)
     before = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in _TALK)
     return token_ids(f"{before}Q: {prompt}\nA:", tokenizer)
 

@@ -94,10 +94,8 @@ class Result:
     model: str
     dataset: str
     setting: Protocol
-    error: str | None
-    """Why there are no scores; None if there are."""
-    values: Mapping[str, Any]
-    """The whole row."""
+    error: str | None  # why there are no scores; None if there are
+    values: Mapping[str, Any]  # the whole row
     directory: RunDirectory
 
     def number(self, name: str) -> float | None:
@@ -127,8 +125,7 @@ class Run:
     """A finished run."""
 
     directory: RunDirectory
-    info: Mapping[str, Any]
-    """The content of `run.json`."""
+    info: Mapping[str, Any]  # the content of `run.json`
     results: Sequence[Result]
 
 

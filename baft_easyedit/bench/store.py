@@ -63,8 +63,7 @@ class KeptFile(_Strict):
 class FileHash(_Strict):
     """Which file records are from, to the byte."""
 
-    name: str
-    """Name without its directory."""
+    name: str  # name without its directory
     sha256: str
     bytes: _Count
 

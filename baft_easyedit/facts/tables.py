@@ -29,8 +29,7 @@ class Fact:
     relation: str
     subject: str
     answer: str
-    table: str
-    """Name of the table; facts of one table with equal subjects are about the same thing."""
+    table: str  # name of the table; facts of one table with equal subjects are about the same thing
 
     @property
     def key(self) -> tuple[str, str]:
@@ -44,14 +43,10 @@ class Relation:
 
     name: str
     table: str
-    subject: str
-    """Column of the subject."""
-    answer: str
-    """Column of the answer."""
-    trained: tuple[str, ...]
-    """Phrasings the bundled model is trained on, each with one `{subject}`."""
-    held_out: str
-    """The phrasing that the bundled model is never trained on."""
+    subject: str  # column of the subject
+    answer: str  # column of the answer
+    trained: tuple[str, ...]  # phrasings the bundled model is trained on, each with one `{subject}`
+    held_out: str  # the phrasing that the bundled model is never trained on
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -125,10 +120,8 @@ def _read(table: str) -> list[dict[str, str]]:
 class Asked(NamedTuple):
     """A fact in one phrasing: a prompt to complete, and the answer."""
 
-    case: int
-    """Index of the fact in `facts()`."""
-    phrasing: int
-    """Index of the phrasing in `Relation.all`."""
+    case: int  # index of the fact in `facts()`
+    phrasing: int  # index of the phrasing in `Relation.all`
     prompt: str
     answer: str
 

@@ -60,14 +60,11 @@ _MAX_LIST = 400
 
 
 class Dataset(NamedTuple):
-    """Records to edit."""
+    """Records to edit, numbered in the notes from 0, and skipped ones as in the file."""
 
-    requests: list[Request]
-    """EasyEdit's request dicts, as `Case.as_request` gives them."""
+    requests: list[Request]  # EasyEdit's request dicts, as `Case.as_request` gives them
     files: list[FileHash]
-    notes: list[str]
-    """What to know of these records; numbers of records count from 0 in `requests`, those of
-    skipped ones in the file."""
+    notes: list[str]  # what to know of these records
 
 
 def load_dataset(
