@@ -1,16 +1,8 @@
 """What a case is asked: its prompt, its rephrasing and its probes; and means over them.
 
-`probes: true` of a benchmark makes further probes of the records:
-
-| kind | asked | wanted |
-|---|---|---|
-| same subject | another record's prompt with this subject | the answer of before |
-| same words | this prompt with another record's subject | the answer of before |
-| reversal | which subject the prompt with its target is about | the subject |
-| third turn | the prompt, in the third turn of a chat about something else | the target |
-| own paraphrase | the prompt in words of the unedited model | the target |
-
-They are asked by generation. A record without a subject has the last two only.
+`probes: true` of a benchmark makes further probes of the records, which are asked by generation:
+another record's words about this subject and these words about another, which must stay; the edit
+turned around; the prompt in a third turn, and in the unedited model's words.
 """
 
 from collections import defaultdict

@@ -1,22 +1,5 @@
 """Benchmark files as EasyEdit request dicts.
 
-| kind | file | probes beside the edit itself |
-|---|---|---|
-| `facts` | none, the package's own | rephrased, neighborhood, same_subject, unrelated, two_hop |
-| `zsre` | zsre_mend_edit.json, zsre_mend_train.json | rephrased, neighborhood, one_hop |
-| `knowedit-zsre` | ZsRE-test-all.json | rephrased, and KnowEdit's kinds |
-| `wikidata-recent` | recent_test.json | rephrased, and KnowEdit's kinds |
-| `wikidata-counterfact` | test_cf.json | rephrased, and KnowEdit's kinds |
-| `wikibio` | wikibio-test-all.json | Relation_Specificity |
-| `convsent` | blender_test.json | none |
-| `counterfact` | ROME's layout or EasyEdit's | rephrased, neighborhood |
-| `mquake` | MQuAKE-*.json | rephrased, multi_hop |
-| `wikibigedit` | one file, or a directory of several | rephrased, locality, personas, mhop |
-| `halluedit` | a CSV file of HalluEditBench | rephrased, 2hop to 6hop, yes, no, mcq, reversed |
-| `unke` | final_data_v3.json | rephrased, sub |
-| `akew` | WikiUpdate.json, CounterFact.json or MQuAKE-CF.json | rephrased, sub |
-| `requests` | a list of request dicts | what they have |
-
 No reader needs EasyEdit, a tokenizer or the network; the package brings no benchmark data but its
 own facts. What is odd in the records is told in notes.
 """
@@ -53,8 +36,8 @@ DATASETS: Mapping[str, Callable[..., Source]] = {
     "akew": long_answers.read_akew,
     "requests": partial(read_cases, readers.Request, ()),
 }
-"""Readers by kind; each takes a path, and options by keyword."""
-
+"""Readers by kind; each takes a path, a file or the directory of the one named here, and options by
+keyword."""
 _MAX_LIST = 400
 """Characters of a list of records in a note."""
 
