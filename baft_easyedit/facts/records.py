@@ -10,14 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from baft_easyedit.facts.questions import share_of
-from baft_easyedit.facts.tables import (
-    Fact,
-    facts,
-    fill,
-    known_phrasings,
-    relations,
-    two_hop_rules,
-)
+from baft_easyedit.facts.tables import Fact, facts, fill, known_phrasings, relations, two_hop_rules
 
 Split = Literal["train", "eval", "known", "known_train"]
 EVAL_SHARE = 0.4
