@@ -304,8 +304,9 @@ QUICK = {"methods": ["MEND"], "T": [1]}
 """A row that says at once why it is not run."""
 
 
-def test_a_run_may_get_further_rows_and_no_other_settings(settings, tmp_path):
-    run_bench(make_config({**settings, **QUICK}), tmp_path / "run", command=["first"])
+def test_a_run_may_get_further_rows_and_no_other_settings(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["first"])
+    run_bench(make_config({**settings, **QUICK}), tmp_path / "run")
     run_bench(make_config({**settings, **QUICK, "methods": ["SERAC"]}), tmp_path / "run")
     rows = run_bench(make_config({**settings, **QUICK, "T": [2], "jobs": 2}), tmp_path / "run")
     cells = [(row["method"], row["T"]) for row in rows]
