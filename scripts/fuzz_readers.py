@@ -244,9 +244,12 @@ def record_readers() -> Iterator[Reader]:
 
     def reads(kind: str) -> Callable[[Path], None]:
         def read(path: Path) -> None:
-            for request in load_dataset(kind, path / "r.json").requests:
+            requests = load_dataset(kind, path / "r.json").requests
+            for request in requests:
                 EditRequest.from_dict(request)
-                json.dumps(request).encode()
+            (path / "again.json").write_bytes(json.dumps(requests).encode())
+            again = load_dataset("requests", path / "again.json").requests
+            expect(again == requests, "other requests when read again")
 
         return read
 
