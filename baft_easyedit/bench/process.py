@@ -31,10 +31,8 @@ class WorkerError(ChildProcessError):
 class Worker(Iterator[Any], AbstractContextManager["Worker"]):
     """Iterates over a generator in a process of its own; as a context manager, ends the process.
 
-    Args:
-        function: A generator function at the top level of a module.
-        *arguments: Its arguments, which must be picklable.
-        **environment: Environment variables that are added to those of this process.
+    `function`, at the top level of a module, makes it of picklable `arguments`; `environment` is
+    added to the variables of this process.
     """
 
     def __init__(

@@ -77,11 +77,7 @@ def wild_questions(request: Request) -> list[Question]:
 def section_means(
     questions: Iterable[Question], values: Iterable[float]
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Average a number of each question over kinds, then over sections.
-
-    Returns:
-        By section the mean over kinds of means over questions; and by section and kind the latter.
-    """
+    """Return by section the mean over kinds of means over questions; and the latter by both."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for question, value in zip(questions, values, strict=True):
         found[question.section, question.key].append(value)
@@ -92,14 +88,15 @@ def section_means(
     return {section: fmean(means) for section, means in sections.items()}, kinds
 
 
-def wild_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
+def wild_ids(question: Question, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens of a question as WILD asks it.
 
     In a chat template as EasyEdit asks, with a system message; else in WILD's own words.
     """
     if not form.use_chat_template:
-        return token_ids(_CONTEXT.format(prompt), tokenizer)
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
+        return token_ids(_CONTEXT.format(question.prompt), tokenizer)
+    texts = {"system": _SYSTEM, "user": question.prompt}
+    messages = [{"role": role, "content": text} for role, text in texts.items()]
     return _chat_ids(messages, form, tokenizer)
 
 

@@ -171,15 +171,9 @@ def merge_results(runs: Sequence[Run]) -> list[Result]:
 
 
 def gate_records(cases: Iterable[Case], name: str, prompt: str) -> dict[int, np.ndarray]:
-    """Return values that were recorded of a gate, as arrays.
+    """Return a gate's `basis`, w_k, or `update`, |w_k (v_k - (R h)_k)|, on a kind of prompt.
 
-    Args:
-        cases: Cases; those without the record are skipped.
-        name: `basis` for w_k, or `update` for |w_k (v_k - (R h)_k)|.
-        prompt: `rewrite`, `rephrase` or `locality`.
-
-    Returns:
-        By layer, [cases, r].
+    By layer, [cases that have the record, r]; a kind is `rewrite`, `rephrase` or `locality`.
     """
     return by_layer((case.get(name) or {}).get(prompt) for case in cases)
 

@@ -136,9 +136,8 @@ def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
     found: dict[str, list[str]] = {"different targets": [], "the same target": []}
     for targets in by_prompt.values():
         if len(targets) > 1:
-            is_one = len(set(targets.values())) == 1
-            lists = found["the same target" if is_one else "different targets"]
-            lists.append(", ".join(map(str, targets)))
+            what = "the same target" if len(set(targets.values())) == 1 else "different targets"
+            found[what].append(", ".join(map(str, targets)))
     return [
         f"{len(lists)} prompts are in several records with {what}: records "
         + shorten("; ".join(lists), _MAX_LIST, placeholder=" ...")
