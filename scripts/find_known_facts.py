@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from baft_easyedit.facts.known import prompts_to_complete, tables_hash
-from baft_easyedit.facts.tables import DATA
+from baft_easyedit.facts.tables import DATA, prompts_to_complete, tables_hash
 from baft_easyedit.files.resources import REAL_MODEL, REAL_SHA256
 from baft_easyedit.generation import load_model
 from baft_easyedit.model.batching import padded

@@ -32,8 +32,7 @@ from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams, attached
 from baft_easyedit.bench.config import make_config, read_config
 from baft_easyedit.bench.data import load_dataset
 from baft_easyedit.bench.diagnosis import diagnose
-from baft_easyedit.bench.layouts import make_tables
-from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.layouts import PaperNumbers, make_tables
 from baft_easyedit.bench.results import read_run
 from baft_easyedit.bench.tables import to_latex, to_markdown
 from baft_easyedit.files.messages import MAX_MESSAGE
@@ -245,9 +244,12 @@ def record_readers() -> Iterator[Reader]:
 
     def reads(kind: str) -> Callable[[Path], None]:
         def read(path: Path) -> None:
-            for request in load_dataset(kind, path / "r.json").requests:
+            requests = load_dataset(kind, path / "r.json").requests
+            for request in requests:
                 EditRequest.from_dict(request)
-                json.dumps(request).encode()
+            (path / "again.json").write_bytes(json.dumps(requests).encode())
+            again = load_dataset("requests", path / "again.json").requests
+            expect(again == requests, "other requests when read again")
 
         return read
 

@@ -52,7 +52,7 @@ def test_every_reader_refuses_what_is_no_file(tmp_path, kind, reader):
 
 def test_only_one_module_opens_files_that_others_wrote():
     own = {  # scratch files and files of the package or the system
-        "bench/paper.py", "bench/process.py", "speed/measure.py",
+        "bench/layouts.py", "bench/process.py", "speed/measure.py",
         "files/paths.py", "files/writing.py", "storage/directory.py",
     }  # fmt: skip
     opens = re.compile(

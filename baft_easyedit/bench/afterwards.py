@@ -12,10 +12,9 @@ from typing import Any
 from baft_easyedit.bench.config import JudgeConfig, read_config
 from baft_easyedit.bench.data.case import Layout
 from baft_easyedit.bench.data.files import find_file, read_records
-from baft_easyedit.bench.forms import Verdict
 from baft_easyedit.bench.questions import questions_of, section_means, wild_questions
 from baft_easyedit.bench.scores import SHORT
-from baft_easyedit.bench.store import RunDirectory, read_json, write_json
+from baft_easyedit.bench.store import KeptFile, RunDirectory, read_json, write_json
 from baft_easyedit.files.messages import short
 
 Scores = dict[str, float]
@@ -38,6 +37,12 @@ Write only the letter, A or B."""
 _GRADE = re.compile(
     r"(?:.*</think>)?\W*(?:answer\W+)?([AB])\W*(?:(?:in)?correct)?\W*", re.IGNORECASE | re.DOTALL
 )
+
+
+class _Verdict(KeptFile):
+    """What a judge said."""
+
+    reply: str
 
 
 def add_scores(directory: RunDirectory) -> None:
@@ -91,22 +96,13 @@ class _Judge:
         model, text = self._config.model, _TASK.format(question, target, answer)
         told = {"judge": model, "question": question, "target": target, "answer": answer}
         kept = self._directory.kept(
-            "verdicts", [model, text], lambda: {**told, "reply": self._graded_reply(text)}, Verdict
+            "verdicts", [model, text], lambda: {**told, "reply": self._reply(text)}, _Verdict
         )
         grade = _GRADE.fullmatch(kept["reply"])
         return float(grade is not None and grade[1].upper() == "A")
 
-    def _graded_reply(self, text: str) -> str:
-        """Ask the judge for a grade."""
-        reply = self._reply(text)
-        if _GRADE.fullmatch(reply) is None:
-            raise ValueError(
-                f"judge must answer with the letter A or B; {self._config.model} said "
-                f"{short(reply)}: name another model. What was run and graded is kept"
-            )
-        return reply
-
     def _reply(self, text: str) -> str:
+        """Ask the judge for a reply that has a grade."""
         from openai import OpenAIError
 
         name = self._config.model
@@ -115,7 +111,7 @@ class _Judge:
             reply = self._client.chat.completions.create(
                 model=name, messages=messages, temperature=0.0
             )
-            return reply.choices[0].message.content or ""
+            said = reply.choices[0].message.content or ""
         except (OpenAIError, AttributeError, IndexError, TypeError) as error:
             raise ConnectionError(
                 f"judge must answer as {name} at {self._config.address}, with the key in "
@@ -123,6 +119,12 @@ class _Judge:
                 f"{type(error).__name__}: {error}. What was run and graded is kept, and the same "
                 "command goes on from there"
             ) from None
+        if _GRADE.fullmatch(said) is None:
+            raise ValueError(
+                f"judge must answer with the letter A or B; {name} said {short(said)}: name "
+                "another model. What was run and graded is kept"
+            )
+        return said
 
 
 def _similarity(model: str) -> _Scorer:

@@ -36,14 +36,10 @@ _Text = Annotated[str, Field(min_length=1)]
 class MethodConfig(_Strict):
     """One row of the table."""
 
-    name: _Text
-    """Name of the row."""
-    method: str = ""
-    """BaFT, ReFT or one of EasyEdit's methods; the name if absent."""
-    hparams: _Text | None = None
-    """YAML of our hyper-parameters, a file or a name such as `BaFT/llama-2-7b`; BaFT and ReFT."""
-    set: dict[str, Any] = {}
-    """Values that replace those of the hyper-parameters."""
+    name: _Text  # name of the row
+    method: str = ""  # BaFT, ReFT or one of EasyEdit's methods; the name if absent
+    hparams: _Text | None = None  # a file or name of our YAML; BaFT and ReFT only
+    set: dict[str, Any] = {}  # values that replace those of the hyper-parameters
 
     @model_validator(mode="before")
     @classmethod
@@ -57,40 +53,28 @@ class MethodConfig(_Strict):
 class DataConfig(_Strict):
     """Which records are edited."""
 
-    kind: str
-    """A name of `data.DATASETS`; `requests` for a JSON list of EasyEdit's request dicts."""
-    path: _Text | None = None
-    """File or directory; not needed for `facts`."""
-    start: int = Field(default=0, ge=0)
-    """First record."""
-    limit: int | None = Field(default=None, ge=1)
-    """Number of records; all if null."""
-    options: dict[str, Any] = {}
-    """Further arguments of the kind's reader."""
+    kind: str  # a name of `data.DATASETS`; `requests` for a JSON list of EasyEdit's request dicts
+    path: _Text | None = None  # file or directory; not needed for `facts`
+    start: int = Field(default=0, ge=0)  # first record
+    limit: int | None = Field(default=None, ge=1)  # number of records; all if null
+    options: dict[str, Any] = {}  # further arguments of the kind's reader
 
 
 class DownstreamConfig(_Strict):
     """A task on which the edited model is tried after each run (Liu et al. 2025, Table 8)."""
 
-    task: str = "piqa"
-    """A task of lm-evaluation-harness that has the metric `acc`."""
-    include_path: _Text | None = None
-    """A directory of further task files."""
-    limit: int | None = Field(default=None, ge=1)
-    """Number of questions; all if null."""
+    task: str = "piqa"  # a task of lm-evaluation-harness that has the metric `acc`
+    include_path: _Text | None = None  # a directory of further task files
+    limit: int | None = Field(default=None, ge=1)  # number of questions; all if null
 
 
 class JudgeConfig(_Strict):
     """A language model that grades answers, at any address of OpenAI's form."""
 
-    address: str = Field(pattern="^https?://.")
-    """Where it is, such as `http://localhost:8000/v1`."""
-    model: _Text
-    """Its name there."""
-    key_variable: _Text = "BENCH_JUDGE_KEY"
-    """Environment variable that holds the key; keys are never in a file."""
-    timeout_s: float = Field(default=60, gt=0)
-    """Most seconds that an answer may take."""
+    address: str = Field(pattern="^https?://.")  # where it is, such as `http://localhost:8000/v1`
+    model: _Text  # its name there
+    key_variable: _Text = "BENCH_JUDGE_KEY"  # holds the key, which is in no file
+    timeout_s: float = Field(default=60, gt=0)  # most seconds that an answer may take
 
 
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)]

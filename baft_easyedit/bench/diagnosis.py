@@ -71,9 +71,6 @@ _NO_SWEEP = (
 )
 _TOO_FEW = f"Not tested: {MIN_PROMPTS} edit prompts and as many irrelevant ones are needed."
 
-_COUNTS = ("sequences", "edit prompts", "irrelevant")
-_DECIMALS = {**dict.fromkeys(_COUNTS, 0), "edit weight": 3, "irrelevant weight": 3}
-
 Lines = dict[str, dict[str, Any]]
 """For each row (a method under a protocol), its numbers and texts by column title."""
 
@@ -82,14 +79,11 @@ Lines = dict[str, dict[str, Any]]
 class Diagnosis:
     """What a run says about the paper's claims."""
 
-    run: str
-    """Name of the run's directory."""
-    warnings: Sequence[str]
-    """Signs of failure, each with what to try."""
+    run: str  # name of the run's directory
+    warnings: Sequence[str]  # signs of failure, each with what to try
     balance: Lines
     separation: Lines
-    sweeps: Mapping[str, Lines]
-    """By the settings that their rows have in common."""
+    sweeps: Mapping[str, Lines]  # by the settings that their rows have in common
 
     def to_markdown(self) -> str:
         """Return the diagnosis as text: warnings first, then a section for each claim."""
@@ -140,8 +134,10 @@ def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> list[Path]:
 
 
 def _markdown(caption: str, lines: Lines) -> str:
+    decimals = dict.fromkeys(("sequences", "edit prompts", "irrelevant"), 0)
+    decimals |= dict.fromkeys(("edit weight", "irrelevant weight"), 3)
     titles = dict.fromkeys(title for line in lines.values() for title in line)
-    columns = [Column(title, _DECIMALS.get(title, 2), None) for title in titles]
+    columns = [Column(title, decimals.get(title, 2), None) for title in titles]
     rows = {row: [Cell(line.get(title)) for title in titles] for row, line in lines.items()}
     return to_markdown(Table(caption, columns, rows))
 

@@ -5,11 +5,12 @@ key of everything that they depend on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from baft_easyedit.bench.forms import PreEdit
+from pydantic import BaseModel, Field
+
 from baft_easyedit.bench.free_text import (
     WILD_TOKENS,
     first_sentence,
@@ -17,15 +18,29 @@ from baft_easyedit.bench.free_text import (
     wild_scores,
 )
 from baft_easyedit.bench.probabilities import field_scores
-from baft_easyedit.bench.questions import questions_of, wild_ids, wild_questions
+from baft_easyedit.bench.questions import Question, questions_of, wild_ids, wild_questions
 from baft_easyedit.bench.scores import kind_scores, metric_scores
-from baft_easyedit.bench.store import Kept
+from baft_easyedit.bench.store import Kept, KeptFile
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat
 
 Request = Mapping[str, Any]
-_Asked = list[tuple[tuple[int, ...], int]]
-"""The tokens of a case's questions, and the most tokens of their answers."""
+
+
+class _Unedited(BaseModel, strict=True):
+    """What a case is compared with."""
+
+    metrics: dict[str, Any]
+    field_scores: dict[str, Any]
+    answers: list[str] = []
+    wild: list[str] = []
+
+
+class _PreEdit(KeptFile):
+    """What the unedited model scores and says on the cases of a chunk."""
+
+    cases: Annotated[list[_Unedited], Field(min_length=1)]
+
 
 _SLACK = 4
 """Tokens that an answer may have beyond its target before it is cut: one of them is its end."""
@@ -37,44 +52,30 @@ _SCORED_BY = (
 """Hyper-parameters that a score depends on; some methods lack some, which is as if false."""
 
 
-def answer_questions(session: Session, requests: Sequence[Request]) -> list[list[str]]:
-    """Let the model answer the questions of each case by greedy generation."""
+_EXAMS: Mapping[str, tuple[Callable[[Request], list[Question]], Callable[..., Any]]] = {
+    "answers": (questions_of, generation_scores),
+    "wild": (wild_questions, wild_scores),
+}
+"""By its name in a case's file, what each asks, and how it scores a case's answers."""
+
+
+def answer_questions(session: Session, requests: Sequence[Request], exam: str) -> list[list[str]]:
+    """Let the model answer the questions of all cases together by greedy generation."""
     tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
-    asked: list[_Asked] = []
-    for request in requests:
-        questions = questions_of(request)
+    cases = [_EXAMS[exam][0](request) for request in requests]
+    ids: list[tuple[int, ...]] = []
+    limits: list[int] = []
+    for questions in cases:
         known = [q.answer for q in questions if q.answer is not None]
         longest = max(len(tok(text, add_special_tokens=False)["input_ids"]) for text in known)
-        limit = max(longest + _SLACK, _SHORTEST_ANSWER)
-        asked.append([(question.ids(form, tok), limit) for question in questions])
-    return _answers(session, asked)
-
-
-def wild_answers(session: Session, requests: Sequence[Request]) -> list[list[str]]:
-    """Let the model answer the questions of each case as WILD asks them."""
-    tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
-    asked = [
-        [
-            (wild_ids(question.prompt, form, tok), WILD_TOKENS)
-            for question in wild_questions(request)
-        ]
-        for request in requests
-    ]
-    return [list(map(first_sentence, answers)) for answers in _answers(session, asked)]
-
-
-def _answers(session: Session, asked: Sequence[_Asked]) -> list[list[str]]:
-    """Let the model answer the questions of all cases together."""
-    questions = list(chain.from_iterable(asked))
-    answers = iter(session.answers([ids for ids, _ in questions], [most for _, most in questions]))
-    return [list(islice(answers, len(of_case))) for of_case in asked]
-
-
-_EXAMS: Mapping[str, tuple[Callable[..., list[list[str]]], Callable[..., Mapping[str, Any]]]] = {
-    "answers": (answer_questions, generation_scores),
-    "wild": (wild_answers, wild_scores),
-}
-"""By its name in a case's file, how each lets the model answer, and scores a case's answers."""
+        limit = WILD_TOKENS if exam == "wild" else max(longest + _SLACK, _SHORTEST_ANSWER)
+        limits += [limit] * len(questions)
+        ask = wild_ids if exam == "wild" else Question.ids
+        ids += [ask(question, form, tok) for question in questions]
+    answers = iter(session.answers(ids, limits))
+    if exam == "wild":
+        answers = map(first_sentence, answers)
+    return [list(islice(answers, len(questions))) for questions in cases]
 
 
 def any_alias_portability(
@@ -130,14 +131,14 @@ def pre_edit_scores(
     def make() -> dict[str, Any]:
         found: dict[str, Sequence[Any]] = {
             "metrics": session.score(requests),
-            **{name: _EXAMS[name][0](session, requests) for name in exams},
+            **{name: answer_questions(session, requests, name) for name in exams},
             "field_scores": field_scores(session, requests, "answers" in exams),
         }
         return {
             "cases": [{name: of[i] for name, of in found.items()} for i in range(len(requests))]
         }
 
-    return kept(content, make, PreEdit)["cases"]
+    return kept(content, make, _PreEdit)["cases"]
 
 
 def score_cases(
@@ -170,11 +171,10 @@ def score_cases(
             {"teacher_forced": metrics, "answers": None, "texts": written, "scores": scores}
         )
     for name in exams:
-        ask, score = _EXAMS[name]
-        answers = ask(session, requests)
+        answers = answer_questions(session, requests, name)
         for request, case, before, new in zip(requests, scored, pre, answers, strict=True):
             case[name] = {"pre": before[name], "post": new}
-            case["scores"].update(score(request, before[name], new))
+            case["scores"].update(_EXAMS[name][1](request, before[name], new))
     return scored
 
 

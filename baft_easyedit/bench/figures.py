@@ -64,12 +64,9 @@ def draw(results: Sequence[Result]) -> "Iterator[tuple[str, str, Figure]]":
 
 
 def retention(cases: Iterable[Case], score: str, T: int) -> np.ndarray:
-    """Return a score by the age of the edit: the number of edits made after it.
+    """Return mean age and mean score in equally wide bins of ages, [bins, 2], of T edits in a row.
 
-    The cases are of T edits in a row; those without the score are skipped.
-
-    Returns:
-        The mean age and the mean score in equally wide bins of ages, [bins, 2].
+    The age of an edit is the number of edits made after it; cases without the score are skipped.
     """
     bins: dict[int, list[tuple[int, float]]] = {}
     for case in cases:

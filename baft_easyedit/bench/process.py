@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -28,13 +28,11 @@ class WorkerError(ChildProcessError):
     """Why a generator in another process yields no more."""
 
 
-class Worker(Iterator[Any]):
+class Worker(Iterator[Any], AbstractContextManager["Worker"]):
     """Iterates over a generator in a process of its own; as a context manager, ends the process.
 
-    Args:
-        function: A generator function at the top level of a module.
-        *arguments: Its arguments, which must be picklable.
-        **environment: Environment variables that are added to those of this process.
+    `function`, at the top level of a module, makes it of picklable `arguments`; `environment` is
+    added to the variables of this process.
     """
 
     def __init__(
@@ -89,10 +87,7 @@ class Worker(Iterator[Any]):
             pass
         self._directory.cleanup()
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
 

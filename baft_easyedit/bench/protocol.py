@@ -20,11 +20,8 @@ class Protocol:
     @property
     def slug(self) -> str:
         """The name with its numbers, for files."""
-        return {
-            "single": "single",
-            "continual": f"continual-T{self.T}",
-            "batched": f"batched-B{self.batch_size}-T{self.T}",
-        }[self.name]
+        size = f"-B{self.batch_size}" if self.name == "batched" else ""
+        return self.name if self.name == "single" else f"{self.name}{size}-T{self.T}"
 
     @property
     def length(self) -> int:
@@ -36,12 +33,10 @@ class Protocol:
 class Chunk:
     """What one method edits between two restores."""
 
-    method: str
-    """Name of the row."""
+    method: str  # name of the row
     protocol: Protocol
     number: int
-    indices: range
-    """Records, as indices into the run's requests."""
+    indices: range  # records, as indices into the run's requests
 
 
 def chunks_of(method: str, protocol: Protocol, num_records: int) -> list[Chunk]:

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -114,16 +114,14 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(git(root, "status", "--porcelain"))}
 
 
-def run_record(
-    directory: RunDirectory, config: BenchConfig, dataset: Dataset, command: Sequence[str]
-) -> dict[str, Any]:
+def run_record(directory: RunDirectory, config: BenchConfig, dataset: Dataset) -> dict[str, Any]:
     """Make the content of `run.json`; its entries on previous starts of the run are kept."""
     then = directory.record() if directory.run.is_file() else {}
     session = {name: then[name] for name in _OF_A_SESSION if name in then}
     return {
         "schema": SCHEMA,
         "status": "running",
-        "command": list(command) or sys.argv,
+        "command": sys.argv,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": config.seed,
         "locality_in_template": config.use_chat_template,  # generated; asked outside before 0.2

@@ -1,25 +1,19 @@
 """What a case is asked: its prompt, its rephrasing and its probes; and means over them.
 
-`probes: true` of a benchmark makes further probes of the records:
-
-| kind | asked | wanted |
-|---|---|---|
-| same subject | another record's prompt with this subject | the answer of before |
-| same words | this prompt with another record's subject | the answer of before |
-| reversal | which subject the prompt with its target is about | the subject |
-| third turn | the prompt, in the third turn of a chat about something else | the target |
-| own paraphrase | the prompt in words of the unedited model | the target |
-
-They are asked by generation. A record without a subject has the last two only.
+`probes: true` of a benchmark makes further probes of the records, which are asked by generation:
+another record's words about this subject and these words about another, which must stay; the edit
+turned around; the prompt in a third turn, and in the unedited model's words.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, cycle
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from baft_easyedit.bench.forms import Paraphrases
-from baft_easyedit.bench.store import Kept
+from pydantic import Field
+
+from baft_easyedit.bench.store import Kept, KeptFile
 from baft_easyedit.easyedit.session import Session
 from baft_easyedit.model.prompt_format import PromptFormat, token_ids
 
@@ -36,15 +30,19 @@ _SCANNED = 200
 """Most records that are tried for one whose words go with another subject."""
 
 
+class _Paraphrases(KeptFile):
+    """What the unedited model says in other words."""
+
+    paraphrases: Annotated[list[str], Field(min_length=1)]
+
+
 class Question(NamedTuple):
     """One prompt that a case is asked."""
 
-    section: str
-    """rewrite, rephrase, locality, portability or probes."""
+    section: str  # rewrite, rephrase, locality, portability or probes
     key: str
     prompt: str
-    answer: str | None
-    """None: the answer of before the edits is wanted, as it is for locality."""
+    answer: str | None  # None: the answer of before the edits is wanted, as it is for locality
 
     def wanted(self, before: str) -> str:
         """Return the answer that is right, from that of the unedited model."""
@@ -79,11 +77,7 @@ def wild_questions(request: Request) -> list[Question]:
 def section_means(
     questions: Iterable[Question], values: Iterable[float]
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Average a number of each question over kinds, then over sections.
-
-    Returns:
-        By section the mean over kinds of means over questions; and by section and kind the latter.
-    """
+    """Return by section the mean over kinds of means over questions; and the latter by both."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for question, value in zip(questions, values, strict=True):
         found[question.section, question.key].append(value)
@@ -94,14 +88,15 @@ def section_means(
     return {section: fmean(means) for section, means in sections.items()}, kinds
 
 
-def wild_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
+def wild_ids(question: Question, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens of a question as WILD asks it.
 
     In a chat template as EasyEdit asks, with a system message; else in WILD's own words.
     """
     if not form.use_chat_template:
-        return token_ids(_CONTEXT.format(prompt), tokenizer)
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
+        return token_ids(_CONTEXT.format(question.prompt), tokenizer)
+    texts = {"system": _SYSTEM, "user": question.prompt}
+    messages = [{"role": role, "content": text} for role, text in texts.items()]
     return _chat_ids(messages, form, tokenizer)
 
 
@@ -118,12 +113,9 @@ def _chat_ids(
 def third_turn_ids(prompt: str, form: PromptFormat, tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens of a chat whose third question is the prompt; plain without a template."""
     if form.use_chat_template:
-        turns = [
-            {"role": role, "content": text}
-            for pair in _TALK
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        return _chat_ids([*turns, {"role": "user", "content": prompt}], form, tokenizer)
+        turns = zip(cycle(("user", "assistant")), (*chain(*_TALK), prompt), strict=False)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return _chat_ids(messages, form, tokenizer)
     before = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in _TALK)
     return token_ids(f"{before}Q: {prompt}\nA:", tokenizer)
 
@@ -180,7 +172,7 @@ def _paraphrases(kept: Kept, session: Session, requests: Sequence[Request]) -> l
         limits = [2 * len(tok(r["prompt"])["input_ids"]) + 8 for r in requests]
         return {"paraphrases": session.answers(ids, limits)}
 
-    written = kept({"paraphrases": asked}, make, Paraphrases)["paraphrases"]
+    written = kept({"paraphrases": asked}, make, _Paraphrases)["paraphrases"]
     return [_usable(text, request) for text, request in zip(written, requests, strict=True)]
 
 

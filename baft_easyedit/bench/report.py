@@ -1,17 +1,7 @@
 """Tables and figures of benchmark runs: `baft-easyedit report RUN_DIR... [--out DIR]`.
 
-Which files of `hparams/bench` give which table or figure of the paper (Liu et al. 2025):
-
-    Table 1         single edits             bench/*_single
-    Table 2         continual editing        bench/zsre_continual
-    Tables 3, 6, 7  parameters and time      any, a table for each model
-    Table 4         ablation                 bench/ablation: rows whose names begin with a plus
-    Table 8         PIQA after the edits     bench/downstream
-    Figures 1, 2    bases of ReFT and BaFT   any with `basis: true` and rows ReFT and BaFT
-    Figure 3        batched editing          bench/zsre_batched: two batch sizes or more
-
-Beyond the paper: scores of generated text, scores right after each edit, and retention of old
-edits, of T = 10 or more. Several runs make one report, with a chapter for each model and data set.
+Captions name the paper's table or figure; the rows of its ablation begin with a plus. Several runs
+make one report, with a chapter for each model and data set.
 """
 
 import shlex
@@ -20,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from baft_easyedit.bench.figures import draw
-from baft_easyedit.bench.layouts import make_notes, make_tables
-from baft_easyedit.bench.paper import PaperNumbers
+from baft_easyedit.bench.layouts import PaperNumbers, make_notes, make_tables
 from baft_easyedit.bench.results import Result, Run, merge_results, read_run
 from baft_easyedit.bench.store import file_name, write_text
 from baft_easyedit.bench.tables import (

@@ -14,10 +14,9 @@ import numpy as np
 from pydantic import ConfigDict, Field, RootModel, create_model
 
 from baft_easyedit.bench.config import read_config
-from baft_easyedit.bench.forms import Amount
 from baft_easyedit.bench.protocol import Protocol
 from baft_easyedit.bench.scores import FIELD_SCORES, SCORES, row_costs, row_scores
-from baft_easyedit.bench.store import RunDirectory, read_json
+from baft_easyedit.bench.store import Amount, RunDirectory, read_json
 
 
 def summarise(directory: RunDirectory) -> list[dict[str, Any]]:
@@ -95,10 +94,8 @@ class Result:
     model: str
     dataset: str
     setting: Protocol
-    error: str | None
-    """Why there are no scores; None if there are."""
-    values: Mapping[str, Any]
-    """The whole row."""
+    error: str | None  # why there are no scores; None if there are
+    values: Mapping[str, Any]  # the whole row
     directory: RunDirectory
 
     def number(self, name: str) -> float | None:
@@ -128,8 +125,7 @@ class Run:
     """A finished run."""
 
     directory: RunDirectory
-    info: Mapping[str, Any]
-    """The content of `run.json`."""
+    info: Mapping[str, Any]  # the content of `run.json`
     results: Sequence[Result]
 
 
@@ -147,14 +143,12 @@ def read_run(directory: Path) -> Run:
                 f"{directory} is not the directory of a finished run: it has no {file.name}; give "
                 "one that `baft-easyedit bench` wrote, or run that to its end"
             )
-    rows = read_json(paths.summary, _Rows)
-    return Run(paths, paths.record(), [_result(paths, row) for row in rows])
-
-
-def _result(paths: RunDirectory, row: Mapping[str, Any]) -> Result:
-    """Return a row of a summary."""
-    setting = Protocol(row["T"], row["batch_size"])
-    return Result(row["method"], row["model"], row["dataset"], setting, row["error"], row, paths)
+    results = []
+    for row in read_json(paths.summary, _Rows):
+        method, model, dataset = row["method"], row["model"], row["dataset"]
+        setting = Protocol(row["T"], row["batch_size"])
+        results.append(Result(method, model, dataset, setting, row["error"], row, paths))
+    return Run(paths, paths.record(), results)
 
 
 def merge_results(runs: Sequence[Run]) -> list[Result]:
@@ -177,15 +171,9 @@ def merge_results(runs: Sequence[Run]) -> list[Result]:
 
 
 def gate_records(cases: Iterable[Case], name: str, prompt: str) -> dict[int, np.ndarray]:
-    """Return values that were recorded of a gate, as arrays.
+    """Return a gate's `basis`, w_k, or `update`, |w_k (v_k - (R h)_k)|, on a kind of prompt.
 
-    Args:
-        cases: Cases; those without the record are skipped.
-        name: `basis` for w_k, or `update` for |w_k (v_k - (R h)_k)|.
-        prompt: `rewrite`, `rephrase` or `locality`.
-
-    Returns:
-        By layer, [cases, r].
+    By layer, [cases that have the record, r]; a kind is `rewrite`, `rephrase` or `locality`.
     """
     return by_layer((case.get(name) or {}).get(prompt) for case in cases)
 

@@ -46,7 +46,6 @@ def run_bench(
     config: BenchConfig,
     out: Path,
     start_progress: StartProgress | None = None,
-    command: Sequence[str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run a benchmark, or continue one that was stopped.
@@ -55,7 +54,6 @@ def run_bench(
         config: What is to be run.
         out: Directory of the run; made if absent.
         start_progress: Makes a progress bar.
-        command: The command line, to be recorded in `run.json`.
         tell: Called in the main process with what to know before a long run: how long it will take.
 
     Returns:
@@ -76,7 +74,7 @@ def run_bench(
     check_same_run(directory, config, dataset)
     state.wait_for_everyone()
     if state.is_main_process:
-        record = run_record(directory, config, dataset, command)
+        record = run_record(directory, config, dataset)
         whole = with_earlier(directory, config).model_dump(mode="json")
         write_text(directory.config, yaml.safe_dump(whole, sort_keys=False))
         write_json(directory.requests, dataset.requests)

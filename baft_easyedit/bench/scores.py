@@ -45,9 +45,7 @@ A case may lack any.
 def metric_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Average the accuracies in one half (`pre` or `post`) of EasyEdit's metrics.
 
-    Returns:
-        The four scores of a case; locality and portability are means over keys of means over
-        probes.
+    Locality and portability are means over keys of means over probes.
     """
     return {
         "rewrite_acc": _mean(_values(metrics.get("rewrite_acc"))),

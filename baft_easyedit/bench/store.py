@@ -16,11 +16,10 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from baft_easyedit.bench.forms import CaseFile, ChunkFile, RunRecord
 from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.files.paths import read_regular
 from baft_easyedit.files.reading import parse_json
@@ -29,10 +28,117 @@ from baft_easyedit.files.writing import written_whole
 
 SCHEMA = 1
 """Version of all JSON files of a run; in each object as `schema`."""
-_OF_A_CHUNK = (
-    *("trainable_parameters", "peak_memory_bytes", "basis_usage"),
-    *("downstream", "restored"),
-)
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+def _of_one_rank(by_layer: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Raise ValueError unless each layer has as many numbers."""
+    counts = {len(values) for values in by_layer.values()}
+    if len(counts) > 1:
+        raise ValueError(f"must have a number for each basis in every layer; got {sorted(counts)}")
+    return by_layer
+
+
+_ByLayer = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]+$")], list[float]], AfterValidator(_of_one_rank)
+]
+"""A number for each basis, by layer."""
+
+
+class _Strict(BaseModel):
+    """Of exactly these types; further keys are not read."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class KeptFile(_Strict):
+    """A file of a run that is an object."""
+
+    schema_: Literal[1] = Field(alias="schema")
+
+
+class FileHash(_Strict):
+    """Which file records are from, to the byte."""
+
+    name: str  # name without its directory
+    sha256: str
+    bytes: _Count
+
+
+class _Data(_Strict):
+    kind: str
+    files: list[FileHash]
+    num_records: _Count
+    sha256: str
+    notes: list[str]
+
+
+class _Git(_Strict):
+    commit: str
+    dirty: bool
+
+
+class RunRecord(KeptFile):
+    """`run.json`, as `provenance.run_record` makes it."""
+
+    status: str
+    command: list[str]
+    date: str
+    seed: int
+    git: _Git | None
+    versions: dict[str, str]
+    easyedit: dict[str, str]
+    hardware: dict[str, Any]
+    model: dict[str, str]
+    data: _Data
+    inputs: dict[str, str]
+    earlier: list[dict[str, Any]]
+    locality_in_template: bool = False
+
+
+class _Downstream(_Strict):
+    pre_acc: float
+    post_acc: float
+
+
+class ChunkFile(KeptFile):
+    """A chunk's file, as `write_chunk` makes it of what `worker` has measured."""
+
+    chunk: _Count
+    indices: Annotated[list[_Count], Field(min_length=1)]
+    edit_times_s: list[Amount]
+    trainable_parameters: _Count | None
+    peak_memory_bytes: _Count | None
+    basis_usage: _ByLayer | None
+    downstream: _Downstream | None
+    restored: bool | None
+    notes: list[str]
+    error: str | None
+
+
+class _Answers(_Strict):
+    """Those of before the edits, and after."""
+
+    pre: list[str]
+    post: list[str]
+
+
+class CaseFile(KeptFile):
+    """A case's file, as `worker` makes it."""
+
+    index: _Count
+    chunk: _Count
+    position: _Count
+    chunk_length: Annotated[int, Field(ge=1)]
+    scores: Annotated[dict[str, _Finite | None], Field(min_length=1)]
+    answers: _Answers | None = None
+    wild: _Answers | None = None
+    texts: dict[str, list[str] | None] | None = None
+    basis: dict[str, _ByLayer | None] | None
+    update: dict[str, _ByLayer | None] | None
 
 
 Kept = Callable[
@@ -53,8 +159,7 @@ class RunDirectory:
 
     def record(self) -> dict[str, Any]:
         """Read `run.json`, without which nothing in the directory is known to be of one run."""
-        content: dict[str, Any] = read_json(self.run, RunRecord, self.root)
-        return content
+        return read_json(self.run, RunRecord, self.root)
 
     def kept(
         self,
@@ -70,8 +175,7 @@ class RunDirectory:
         file = self.root / kind / f"{digest(depends_on)[:16]}.json"
         if not file.is_file():
             write_json(file, {"schema": SCHEMA, **make()})
-        content: dict[str, Any] = read_json(file, form)
-        return content
+        return read_json(file, form)
 
     def case(self, method: str, protocol: Protocol, index: int) -> Path:
         """One case of a row."""
@@ -88,11 +192,13 @@ class RunDirectory:
             "chunk": chunk.number,
             "indices": list(chunk.indices),
             "edit_times_s": [],
-            **dict.fromkeys(_OF_A_CHUNK),
+            **dict.fromkeys(("trainable_parameters", "peak_memory_bytes", "basis_usage")),
+            **dict.fromkeys(("downstream", "restored")),
             "notes": [],
             "error": error,
+            **measured,
         }
-        write_json(self.chunk(chunk), {**content, **measured})
+        write_json(self.chunk(chunk), content)
 
     def is_complete(self, chunk: Chunk) -> bool:
         """Tell whether a chunk has been run; one that failed or lacks a case counts as not run."""

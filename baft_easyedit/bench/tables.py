@@ -23,23 +23,17 @@ class Column(NamedTuple):
 
     title: str
     decimals: int = 2
-    is_higher_better: bool | None = True
-    """None: nothing is marked in this column."""
-    unit: float = 1.0
-    """What values are divided by to be shown."""
-    heading: str = ""
-    """What stands above this column and its neighbours with the same heading."""
+    is_higher_better: bool | None = True  # None: nothing is marked in this column
+    unit: float = 1.0  # what values are divided by to be shown
+    heading: str = ""  # what stands above this column and its neighbours with the same heading
 
 
 class Cell(NamedTuple):
     """One number, as exact as it was measured; a text is shown as it is, and is never best."""
 
-    value: float | str | None = None
-    """None is shown as missing."""
-    se: float | None = None
-    """Standard error of the value."""
-    paper: str = ""
-    """What the paper prints for this cell, if it does."""
+    value: float | str | None = None  # None is shown as missing
+    se: float | None = None  # standard error of the value
+    paper: str = ""  # what the paper prints for this cell, if it does
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,7 @@ class Table:
 
     caption: str
     columns: Sequence[Column]
-    rows: Mapping[str, Sequence[Cell] | str]
-    """By label one cell for each column, or why there are none."""
+    rows: Mapping[str, Sequence[Cell] | str]  # a cell for each column, or why none
 
 
 @dataclass(frozen=True)
@@ -61,10 +54,8 @@ class _Markup:
     """How texts are written in a markup language."""
 
     escapes: dict[int, str]
-    best: str
-    """Form of the best value."""
-    behind: str
-    """Form of what stands behind a value."""
+    best: str  # form of the best value
+    behind: str  # form of what stands behind a value
 
     def text(self, text: str) -> str:
         """Return text on one line, with what would be markup escaped."""

@@ -2,7 +2,8 @@
 
 EasyEdit keeps state in its modules, so each method has a process of its own (see `process`), whose
 generator is `run_chunks`. All random generators are seeded at the start of a chunk, so that its
-scores depend neither on the chunks before it nor on the process that runs it.
+scores depend neither on the chunks before it nor on the process that runs it. Shapes: r rank, N
+intervened positions of one text.
 """
 
 import resource
@@ -18,12 +19,11 @@ import torch
 from pydantic import BaseModel
 from transformers import set_seed
 
-from baft_easyedit.bench.basis import NO_RECORD, basis_record, basis_usage
 from baft_easyedit.bench.config import BenchConfig, read_config
 from baft_easyedit.bench.evaluate import immediate_scores, pre_edit_scores, score_cases
 from baft_easyedit.bench.methods import asked_of_all, our_hparams, statistics_texts
 from baft_easyedit.bench.protocol import Chunk, Protocol
-from baft_easyedit.bench.questions import with_probes
+from baft_easyedit.bench.questions import questions_of, with_probes
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
 from baft_easyedit.easyedit.arguments import prepare_requests
 from baft_easyedit.easyedit.base_editor import OUR_METHODS
@@ -32,6 +32,14 @@ from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, make_peer
 from baft_easyedit.files.messages import short
+from baft_easyedit.model.hooks import ModelEdit, attached_edit
+from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.training.prefix_cache import FullForward
+from baft_easyedit.training.requests import TextRow
+
+LayerValues = dict[str, list[float]]
+"""One number for each basis, by layer; the layers are texts, as JSON needs for keys."""
+NO_RECORD = {"basis": None, "update": None}
 
 
 def run_chunks(
@@ -224,3 +232,59 @@ def _peak_memory() -> int:
         return sum(torch.cuda.max_memory_allocated(device) for device in devices)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def basis_record(session: Session, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Record the gate on a case's prompt, rephrasing and locality probes, each with its answer.
+
+    Returns:
+        `basis` and `update`, each with `rewrite`, `rephrase` and `locality`: by layer, w_k and
+        |w_k (v_k - (R h)_k)|, averaged over intervened positions and probes; None for a kind of
+        prompt that the case lacks, and for `update` where each edit has bases of its own. None for
+        both if the model carries no edit.
+    """
+    edit = attached_edit(session.model)
+    if edit is None:
+        return NO_RECORD
+    record: dict[str, dict[str, LayerValues | None]] = {"basis": {}, "update": {}}
+    for kind in ("rewrite", "rephrase", "locality"):
+        asked = [q for q in questions_of(request) if q.section == kind]
+        pairs = [(q.prompt, q.answer) for q in asked if q.answer]
+        seen = _observe(session, edit, pairs) if pairs else (None, None)
+        record["basis"][kind], record["update"][kind] = seen
+    return record
+
+
+@torch.no_grad()
+def _observe(
+    session: Session, edit: ModelEdit, pairs: list[tuple[str, str]]
+) -> tuple[LayerValues, LayerValues | None]:
+    """Run texts of one kind; return mean weight and mean size of the update of each basis."""
+    tok, form = session.editor.tok, PromptFormat.of(session.editor.hparams)
+    rows = [
+        TextRow(form.whole_ids(*pair, tok), len(form.prompt_ids(pair[0], tok)), is_edit=True)
+        for pair in pairs
+    ]
+    forward = FullForward(session.model, edit).prepare([rows])
+    with edit.recording() as record:
+        forward()
+    assert record.positions is not None  # a forward of tokens has set them
+    weights, update, is_shared = {}, {}, edit.min_similarity is None
+    for layer, values in record.weights_of(slice(None)).items():
+        hidden = record.hidden[layer]
+        edited = hidden[record.positions.to(hidden.device)].float()  # [N, D]
+        sizes = (values * edit.intervention(layer).step(edited)).abs()  # [N, r]
+        weights[str(layer)] = values.mean(0).tolist()
+        update[str(layer)] = sizes.mean(0).tolist()
+    return weights, update if is_shared else None
+
+
+def basis_usage(model: Any) -> LayerValues | None:
+    """Return the mean weight of each basis over all edits so far, by layer; None without edit."""
+    edit = attached_edit(model)
+    if edit is None or edit.min_similarity is not None:  # each edit has bases of its own
+        return None
+    return {
+        str(i): (edit.usage(i).total / edit.usage(i).count.clamp_min(1)).tolist()
+        for i in edit.layers
+    }

@@ -108,7 +108,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     silence_loading()
     with Bar() as bar:
         try:
-            rows = run_bench(config, out, bar.start, (), bar.tell)
+            rows = run_bench(config, out, bar.start, bar.tell)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{bar.position}; what was finished is kept in {out}, and the same command goes on "

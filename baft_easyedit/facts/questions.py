@@ -19,11 +19,9 @@ TWO_HOP_TRAINED_SHARE = 0.7
 class Question:
     """A prompt with its true answer; the whole text is `prompt + ' ' + answer`."""
 
-    prompt: str
-    """The question, or the text up to the answer; it does not end in a blank."""
+    prompt: str  # the question, or the text up to the answer; it does not end in a blank
     answer: str
-    relation: str
-    """The first relation of a two-hop question."""
+    relation: str  # the first relation of a two-hop question
     subject: str
 
 

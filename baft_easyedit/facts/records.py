@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from baft_easyedit.facts.known import known_phrasings
 from baft_easyedit.facts.questions import share_of
-from baft_easyedit.facts.tables import Fact, facts, fill, relations, two_hop_rules
+from baft_easyedit.facts.tables import Fact, facts, fill, known_phrasings, relations, two_hop_rules
 
 Split = Literal["train", "eval", "known", "known_train"]
 EVAL_SHARE = 0.4
@@ -113,13 +112,15 @@ class _Renderer:
         rng = random.Random("\x1f".join(fact.key))
         target = self._target(fact, rng)
         prompt, locality = self._prompt(fact, rng), self._locality(fact, target, rng)
+        known = [p for p in self.prompts[fact.key] if p != prompt and self.only_known]
+        usual = self.relations[fact.relation].held_out
         return {
             "case_id": case,
             "prompt": prompt,
             "target_new": target,
             "ground_truth": fact.answer,
             "subject": fact.subject,
-            "rephrase_prompt": self._rephrasing(fact, prompt),
+            "rephrase_prompt": known[0] if known else fill(usual, fact.subject),
             "portability": self._portability(fact, target),
             "locality": locality,
             "loc_prompt": self._loc_prompts(fact, target, locality, rng),
@@ -135,11 +136,6 @@ class _Renderer:
             changed = {v for v in values if rule.answer(v, self.answers) not in unchanged}
             values = changed or values
         return rng.choice(sorted(values))
-
-    def _rephrasing(self, fact: Fact, prompt: str) -> str:
-        """Return a prompt for `fact` in another known phrasing, if any, or the held-out one."""
-        known = [p for p in self.prompts[fact.key] if p != prompt and self.only_known]
-        return known[0] if known else fill(self.relations[fact.relation].held_out, fact.subject)
 
     def _prompt(self, fact: Fact, rng: random.Random) -> str:
         """Draw a prompt for `fact` from its usable phrasings."""

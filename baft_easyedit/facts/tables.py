@@ -2,14 +2,19 @@
 
 A wide table `data/<table>.tsv` has one row per subject and one column per relation; an empty cell
 is no fact. `relations.tsv` lists the relations and their columns, `phrasings.tsv` their prompts,
-and `two_hop.tsv` the chains of two relations. `questions` and `records` render them.
+and `two_hop.tsv` the chains of two relations. `known.json`, by `scripts/find_known_facts.py`, has
+the facts that SmolLM2 knows: indices of facts and phrasings, and a hash of what they index.
+`questions` and `records` render them.
 """
 
 import csv
+import hashlib
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from baft_easyedit.files.paths import read_text
 
@@ -24,8 +29,7 @@ class Fact:
     relation: str
     subject: str
     answer: str
-    table: str
-    """Name of the table; facts of one table with equal subjects are about the same thing."""
+    table: str  # name of the table; facts of one table with equal subjects are about the same thing
 
     @property
     def key(self) -> tuple[str, str]:
@@ -39,14 +43,10 @@ class Relation:
 
     name: str
     table: str
-    subject: str
-    """Column of the subject."""
-    answer: str
-    """Column of the answer."""
-    trained: tuple[str, ...]
-    """Phrasings the bundled model is trained on, each with one `{subject}`."""
-    held_out: str
-    """The phrasing that the bundled model is never trained on."""
+    subject: str  # column of the subject
+    answer: str  # column of the answer
+    trained: tuple[str, ...]  # phrasings the bundled model is trained on, each with one `{subject}`
+    held_out: str  # the phrasing that the bundled model is never trained on
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -115,3 +115,35 @@ def _read(table: str) -> list[dict[str, str]]:
     """Read a TSV file with a header line."""
     lines = io.StringIO(read_text(DATA / f"{table}.tsv"), newline="")
     return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+class Asked(NamedTuple):
+    """A fact in one phrasing: a prompt to complete, and the answer."""
+
+    case: int  # index of the fact in `facts()`
+    phrasing: int  # index of the phrasing in `Relation.all`
+    prompt: str
+    answer: str
+
+
+def prompts_to_complete() -> Iterator[Asked]:
+    """Yield all facts in all phrasings that the answer completes, so not in questions."""
+    named = {relation.name: relation for relation in relations()}
+    for case, fact in enumerate(facts()):
+        for number, phrasing in enumerate(named[fact.relation].all):
+            if not phrasing.endswith("?"):
+                yield Asked(case, number, fill(phrasing, fact.subject), fact.answer)
+
+
+def known_phrasings() -> dict[int, list[int]]:
+    """Return the facts that SmolLM2 knows, by index, each with its known phrasings, by index."""
+    known = json.loads(read_text(DATA / "known.json"))["known"]
+    return {int(case): numbers for case, numbers in known.items()}
+
+
+def tables_hash() -> str:
+    """Return a hash of all prompts and answers in their order, on which the indices depend."""
+    digest = hashlib.sha256()
+    for asked in prompts_to_complete():
+        digest.update("\x1f".join(map(str, asked)).encode())
+    return digest.hexdigest()

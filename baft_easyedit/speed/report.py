@@ -34,15 +34,11 @@ class RowResult:
     """The measurements of one row."""
 
     row: Row
-    samples: list[Sample] = field(default_factory=list)
-    """Warm edits: all but the first."""
-    first: Sample | None = None
-    """The process's first edit of this row."""
+    samples: list[Sample] = field(default_factory=list)  # warm edits: all but the first
+    first: Sample | None = None  # the process's first edit of this row
     notes: Sequence[str] = ()
-    error: str | None = None
-    """Why there are not as many samples as there should be."""
-    profile: str | None = None
-    """Where the time of an edit goes, a kernel or operator a line."""
+    error: str | None = None  # why there are not as many samples as there should be
+    profile: str | None = None  # where the time of an edit goes, a kernel or operator a line
 
     def add(
         self, sample: Sample | None, error: str | None, notes: Sequence[str], profile: str | None
@@ -61,8 +57,7 @@ class SpeedReport:
 
     options: SpeedOptions
     rows: list[RowResult]
-    files: list[Path] = field(default_factory=list)
-    """The files that `write` has written."""
+    files: list[Path] = field(default_factory=list)  # the files that `write` has written
 
     def summary(self) -> pd.DataFrame:
         """Return each row's medians and ratios, by its name; NaN where nothing was measured.

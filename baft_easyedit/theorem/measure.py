@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests, facts
-from baft_easyedit.facts.known import prompts_to_complete
+from baft_easyedit.facts.tables import prompts_to_complete
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.resources import REAL_MODEL, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
@@ -41,10 +41,8 @@ class Case:
     prompt: str
     target: str
     rephrasings: Sequence[str] = ()
-    irrelevant: Sequence[str] = ()
-    """Prompts that should keep their answers; no edit is told of them."""
-    loc_prompts: Sequence[str] = ()
-    """Irrelevant texts that BaFT learns to leave alone."""
+    irrelevant: Sequence[str] = ()  # prompts that should keep their answers, untold to the edits
+    loc_prompts: Sequence[str] = ()  # irrelevant texts that BaFT learns to leave alone
 
     @classmethod
     def of_facts(cls, model: str) -> "Case":
@@ -78,12 +76,9 @@ class Case:
 class Moved:
     """What one edit does to one state."""
 
-    step: float
-    """|u(h)|."""
-    least: float | None
-    """The length that the theorem demands of the step; None for BaFT, of which it says nothing."""
-    weight: float
-    """The mean basis weight, 1 for ReFT."""
+    step: float  # |u(h)|
+    least: float | None  # the length that the theorem demands of it; None for BaFT
+    weight: float  # the mean basis weight, 1 for ReFT
     answer: str
 
 
@@ -91,21 +86,14 @@ class Moved:
 class State:
     """One prompt's state, and what the edits do to it. Lengths are in units of hidden states."""
 
-    kind: str
-    """`edited`, `rephrasing` or `irrelevant`."""
+    kind: str  # `edited`, `rephrasing` or `irrelevant`
     prompt: str
-    answer: str
-    """The likeliest next token, before an edit."""
-    length: float
-    """|h|."""
-    distance: float
-    """From the edited prompt's state."""
-    radius: float
-    """The shortest step that was found to change the answer."""
-    random_radius: float
-    """The median of that in random directions."""
-    edits: Mapping[str, Moved]
-    """By method."""
+    answer: str  # the likeliest next token, before an edit
+    length: float  # |h|
+    distance: float  # from the edited prompt's state
+    radius: float  # the shortest step that was found to change the answer
+    random_radius: float  # the median of that in random directions
+    edits: Mapping[str, Moved]  # by method
 
     def must_leave(self) -> bool:
         """Tell whether the theorem says that ReFT's edit leaves the stable ball."""

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from baft_easyedit.bench.basis import basis_record, basis_usage
+from baft_easyedit.bench.worker import basis_record, basis_usage
 from tests.conftest import make_tokenizer, random_edit
 
 CASE = {

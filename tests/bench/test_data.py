@@ -1,10 +1,8 @@
 """What each kind of benchmark file becomes; selection, notes, hashes, errors."""
 
-import copy
 import hashlib
 import json
 import re
-from random import Random
 
 import pytest
 from dataset_files import (
@@ -27,11 +25,8 @@ from dataset_files import (
 )
 
 from baft_easyedit.bench.data import load_dataset
-from baft_easyedit.bench.data.files import FileHash
+from baft_easyedit.bench.store import FileHash
 from baft_easyedit.facts import edit_requests
-from baft_easyedit.training.requests import as_requests
-
-JUNK = (None, "", "  ", 3, 1.5, True, [], [[]], [""], ["x"], {}, {"x": 1}, "x", "{}{}")
 
 
 @pytest.fixture
@@ -304,62 +299,11 @@ def test_facts_are_the_packages_own():
     assert train.requests[0]["case_id"] == edit_requests("train", 1)[0]["case_id"]
 
 
-def texts_of(requests):
-    """All texts that EasyEdit joins or compares."""
-    for r in requests:
-        irrelevant = r.get("loc_prompt", [])
-        yield from [r["prompt"], r["target_new"], r.get("rephrase_prompt", "x")]
-        yield from [irrelevant] if isinstance(irrelevant, str) else irrelevant
-        for probe_ in [*r["locality"].values(), *r["portability"].values()]:
-            yield from [*probe_["prompt"], *probe_["ground_truth"]]
-
-
-def is_well_formed(requests):
-    """Whether requests have the promised shape, and the editor takes them."""
-    as_requests(requests)
-    probes = [p for r in requests for k in ("locality", "portability") for p in r[k].values()]
-    return all(text and text == text.strip() for text in texts_of(requests)) and all(
-        probe_["prompt"]
-        and len(probe_["prompt"]) == len(probe_["ground_truth"]) == len(probe_["aliases"])
-        and [aliases[0] for aliases in probe_["aliases"]] == probe_["ground_truth"]
-        for probe_ in probes
-    )
-
-
 @pytest.mark.parametrize("kind", RECORDS)
 def test_written_requests_are_read_back_equal(kind, load):
+    """As `scripts/fuzz_readers.py` says of damaged records too."""
     requests = load(kind, records_of(kind)).requests
     assert load("requests", requests).requests == requests
-
-
-@pytest.mark.parametrize("kind", RECORDS)
-def test_any_change_of_a_record_is_read_or_refused_with_a_reason(kind, load):
-    rng = Random(kind)
-    reasons = []
-    for _ in range(100):
-        records = records_of(kind)
-        _spoil(records, rng)
-        try:
-            requests = load(kind, records).requests
-        except (ValueError, TypeError) as error:
-            reasons.append(str(error))
-        else:
-            assert is_well_formed(requests)
-    assert 0 < len(reasons) < 100
-    assert all("records.json" in reason for reason in reasons)
-
-
-def _spoil(node, rng):
-    """Replace or delete one value somewhere inside nested records."""
-    while True:
-        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
-        if not isinstance(node[key], dict | list) or not node[key] or rng.random() < 0.2:
-            break
-        node = node[key]
-    if isinstance(node, dict) and rng.random() < 0.2:
-        del node[key]
-    else:
-        node[key] = copy.deepcopy(rng.choice(JUNK))
 
 
 def test_start_and_limit_select_records(load):
@@ -373,7 +317,6 @@ def test_start_and_limit_select_records(load):
     ("arguments", "message"),
     [
         ({"start": 2}, r"start must be in \[0, 1\] for requests; got 2"),
-        ({"start": -1}, r"start must be in \[0, 1\] for requests; got -1"),
         ({"start": 1, "limit": 2}, r"limit must be in \[1, 1\] for requests from 1 on.*got 2"),
         ({"limit": 0}, r"limit must be in \[1, 2\].*got 0"),
     ],
@@ -397,7 +340,8 @@ def test_asking_for_records_that_are_not_there_is_an_error(load, arguments, mess
 def test_a_directory_stands_for_the_file_of_its_kind(kind, name, tmp_path):
     content = write_records(tmp_path, records_of(kind), name).read_bytes()
     (file,) = load_dataset(kind, tmp_path).files
-    assert file == FileHash(name, hashlib.sha256(content).hexdigest(), len(content))
+    digest = hashlib.sha256(content).hexdigest()
+    assert file == FileHash(name=name, sha256=digest, bytes=len(content))
 
 
 def test_missing_file_is_an_error(tmp_path):
@@ -517,8 +461,6 @@ def test_counterfact_without_a_part_is_read_and_counted(load):
     [
         ("zsre", {"loc_prompts": "no"}, TypeError, "loc_prompts must be true or false; got 'no'"),
         ("convsent", {"seed": "x"}, TypeError, "seed must be an integer; got 'x'"),
-        ("akew", {"texts": 1}, TypeError, "texts must be true or false; got 1"),
-        ("mquake", {"joined": 1}, TypeError, "joined must be true or false; got 1"),
         ("facts", {"split": 3}, TypeError, "split must be a text; got 3"),
         ("facts", {"path": "x"}, ValueError, "path must be None for facts, which .*; got x"),
         ("zsre", {"alpha": 1}, ValueError, r"options of zsre must be among \['loc_prompts'\]; got"),

@@ -1,6 +1,7 @@
-"""What EasyEdit's own classes read from the same small files."""
+"""What EasyEdit's own classes read from the same files, small ones and published ones."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 from dataset_files import (
@@ -16,8 +17,30 @@ from dataset_files import (
 
 from baft_easyedit import register
 from baft_easyedit.bench.data import load_dataset
+from baft_easyedit.training.requests import as_requests
 
-pytestmark = pytest.mark.easyedit
+easyedit = pytest.mark.easyedit
+# Path, requests, prompts in several records, records without portability.
+FILES = {
+    "zsre": ("zsre", 500, 0, 0),
+    "knowedit-zsre": ("knowedit/ZsRE", 1301, 18, 0),
+    "wikidata-recent": ("knowedit/wiki_recent", 1266, 2, 0),
+    "wikidata-counterfact": ("knowedit/wiki_counterfact", 839, 17, 77),
+    "wikibio": ("knowedit/WikiBio", 306, 0, 306),
+    "convsent": ("knowedit/convsent", 800, 0, 800),
+    "mquake": ("mquake/MQuAKE-hard.json", 4 * 429, 211, 3 * 429),
+    "requests": ("zsre/zsre_requests_500.json", 500, 0, 500),
+}
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+published = pytest.mark.skipif(not DATA.is_dir(), reason="the files are not beside the checkout")
+KINDS = {
+    "portability_r": ("portability", "reasoning"),
+    "portability_s": ("portability", "Subject_Aliasing"),
+    "portability_l": ("portability", "Logical_Generalization"),
+    "locality_rs": ("locality", "Relation_Specificity"),
+    "locality_f": ("locality", "Forgetfulness"),
+}
+"""KnowEdit's probes, by EasyEdit's names for them."""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +62,7 @@ def given(prompt, answer):
     return [(prompt, answer)] if prompt and answer else []
 
 
+@easyedit
 def test_wikibigedit(theirs, tmp_path):
     path = write_records(tmp_path, [*RECORDS["wikibigedit"], wikibigedit("Cell", personas=None)])
     ours = load_dataset("wikibigedit", path).requests
@@ -57,6 +81,7 @@ def test_wikibigedit(theirs, tmp_path):
         )
 
 
+@easyedit
 def test_halluedit(theirs, tmp_path):
     relations = ("industry", "headquarters location", "founded by", "founder", "CEO", "capital")
     path = tmp_path / "all.csv"
@@ -79,6 +104,7 @@ def test_halluedit(theirs, tmp_path):
             assert pairs(request, "portability", kind) == given(hop["prompt"], hop["ground_truth"])
 
 
+@easyedit
 def test_mquake_joined(theirs, tmp_path):
     path = write_records(tmp_path, records_of("mquake"))
     ours = load_dataset("mquake", path, joined=True).requests
@@ -89,6 +115,7 @@ def test_mquake_joined(theirs, tmp_path):
         assert pairs(request, "portability", "multi_hop") == list(asked)
 
 
+@easyedit
 def test_unke(theirs, tmp_path):
     (tmp_path / "UnKE").mkdir()
     path = write_records(tmp_path / "UnKE", [unke("Ann"), unke("Bob")], "final_data_v3.json")
@@ -106,6 +133,7 @@ def _is_same_text(request, record):
     assert pairs(request, "probes", "sub") == list(asked)
 
 
+@easyedit
 @pytest.mark.parametrize("kind", ["wikiupdate", "counterfact", "mquake"])
 def test_akew(theirs, tmp_path, kind):
     names = {"wikiupdate": "WikiUpdate", "counterfact": "CounterFact", "mquake": "MQuAKE-CF"}
@@ -128,3 +156,52 @@ def test_akew(theirs, tmp_path, kind):
     )
     hops = record["portability_prompt"] or [], record["portability_ground_truth"] or []
     assert pairs(request, "portability", "por_hop") == list(zip(*hops, strict=True))
+
+
+@published
+@pytest.mark.parametrize("kind", FILES)
+def test_published_file_is_read_in_full(kind):
+    path, count, repeated, without_portability = FILES[kind]
+    dataset = load_dataset(kind, DATA / path)
+    assert len(dataset.requests) == len(as_requests(dataset.requests)) == count
+    assert sum(int(n.split()[0]) for n in dataset.notes if "in several records" in n) == repeated
+    assert sum(not r["portability"] for r in dataset.requests) == without_portability
+    assert all("subject" in r for r in dataset.requests)
+
+
+def _texts(answer):
+    """All texts of nested lists."""
+    return [answer.strip()] if isinstance(answer, str) else [t for a in answer for t in _texts(a)]
+
+
+@easyedit
+@published
+@pytest.mark.parametrize(
+    "kind", ["wikidata-recent", "wikidata-counterfact", "knowedit-zsre", "wikibio"]
+)
+def test_knowedit(kind, theirs):
+    folder = DATA / FILES[kind][0]
+    ours = load_dataset(kind, folder)
+    records = theirs("knowedit").KnowEditDataset(str(folder / ours.files[0].name))
+    for request, record in zip(ours.requests, records, strict=True):
+        for key in ("prompt", "target_new", "subject"):
+            assert request[key] == record[key].strip()
+        for key, place in KINDS.items():
+            assert pairs(request, *place) == [
+                (p["prompt"].strip(), _texts(p["ground_truth"])[0]) for p in record[key] or []
+            ]
+
+
+@easyedit
+@published
+@pytest.mark.parametrize("name", ["zsre_mend_edit.json", "zsre_mend_train.json"])
+def test_zsre(name):
+    register()
+    records = importlib.import_module("easyeditor").ZsreDataset(str(DATA / "zsre" / name))
+    ours = load_dataset("zsre", DATA / "zsre" / name).requests
+    for request, record in zip(ours, records, strict=True):
+        for key in ("prompt", "target_new", "ground_truth", "rephrase_prompt"):
+            assert request[key] == record[key].strip()
+        assert request["case_id"] == record["case_id"]
+        probe = record["locality_prompt"], record["locality_ground_truth"].strip()
+        assert pairs(request, "locality", "neighborhood") == [probe]

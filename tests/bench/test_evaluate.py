@@ -125,7 +125,7 @@ def test_each_case_gets_its_own_answers_cut_at_its_own_length():
     session = Session()
     session.editor.tok = lambda text, **_: {"input_ids": text.split()}
     other = {"prompt": "Q", "target_new": "w " * 20}
-    answers = answer_questions(session, [CASE, other])
+    answers = answer_questions(session, [CASE, other], "answers")
     assert answers == [[f"{p} 16" for p in ("P", "R", "L1", "L2", "H1", "H2")], ["Q 24"]]
     answered = ["P 16", "?", "L1 16", "?", "?", "?"]
     pre = {"metrics": {}, "answers": answered, "field_scores": {}}
@@ -142,7 +142,7 @@ def test_locality_is_asked_in_the_chat_template_too():
     session.editor.tok = tokenizer
     session.editor.hparams = SimpleNamespace(use_chat_template=True)
     session.answers = lambda prompts, limits: [tokenizer.decode(ids) for ids in prompts]
-    (answers,) = answer_questions(session, [CASE])
+    (answers,) = answer_questions(session, [CASE], "answers")
     assert answers == ["<P>", "<R>", "<L1>", "<L2>", "<H1>", "<H2>"]
 
 

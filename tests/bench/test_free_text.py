@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baft_easyedit import register
-from baft_easyedit.bench.evaluate import wild_answers
+from baft_easyedit.bench.evaluate import answer_questions
 from baft_easyedit.bench.free_text import (
     contains,
     first_sentence,
@@ -55,14 +55,17 @@ def test_a_target_is_contained_as_a_whole():
     assert first_sentence("\n") == ""
 
 
+WHO = Question("rewrite", "", "Who?", "Ann")
+
+
 def test_wild_asks_in_its_own_words_or_in_the_chat_template(tokenizer):
-    plain = tokenizer.decode(wild_ids("Who?", PromptFormat(), tokenizer))
+    plain = tokenizer.decode(wild_ids(WHO, PromptFormat(), tokenizer))
     assert plain.endswith("Please answer the question:\n\nQ: Who?\nA:")
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ mark }}"
     )
     form = PromptFormat(use_chat_template=True, chat_template_kwargs={"mark": "!"})
-    chat = tokenizer.decode(wild_ids("Who?", form, tokenizer))
+    chat = tokenizer.decode(wild_ids(WHO, form, tokenizer))
     assert chat == "<system>You are a helpful assistant.<user>Who?!"
 
 
@@ -129,4 +132,4 @@ def test_answers_of_wild_end_at_the_first_sentence(tokenizer):
         {"prompt": "P", "target_new": "new", "rephrase_prompt": "R"},
         {"prompt": "Q", "target_new": "new"},
     ]
-    assert wild_answers(session, requests) == [["0", "1"], ["2"]]
+    assert answer_questions(session, requests, "wild") == [["0", "1"], ["2"]]

@@ -3,12 +3,13 @@ from itertools import groupby
 import pytest
 from synthetic import write_run
 
-from baft_easyedit.bench.layouts import make_notes, make_tables, summary_table
-from baft_easyedit.bench.paper import PaperNumbers
-from baft_easyedit.bench.results import read_run
+from baft_easyedit.bench.layouts import PaperNumbers, make_notes, make_tables, summary_table
+from baft_easyedit.bench.protocol import Protocol
+from baft_easyedit.bench.results import Result, read_run
 from baft_easyedit.bench.tables import to_markdown
 
 SCORES = ["Rel", "Gen", "Loc", "Por"]
+PAPER = PaperNumbers()
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def results(tmp_path):
 def titled(results):
     def make(*parts, **options):
         """Return the only table of a run whose caption has all parts."""
-        tables = make_tables(results(**options), PaperNumbers())
+        tables = make_tables(results(**options), PAPER)
         (found,) = [table for table in tables if all(part in table.caption for part in parts)]
         return found
 
@@ -44,7 +45,7 @@ def values(table, label="BaFT"):
 
 def test_teacher_forced_and_generated_scores_never_share_a_table(results):
     row = (made := results())[0].values
-    forced, generated, *_ = make_tables(made, PaperNumbers())
+    forced, generated, *_ = make_tables(made, PAPER)
     assert forced.caption == (
         "llama-zsre on zsre: single edits, each of the unedited model; teacher forced; as the "
         "paper's Table 1; n = 4 records"
@@ -138,14 +139,14 @@ def test_counterfacts_scores_and_specificity_have_tables_of_their_own(titled):
 
 def test_method_that_did_not_run_says_so_in_every_table_and_in_a_note(results):
     made = results(methods=("BaFT", "WISE"), rows={"WISE": {"error": "no memory"}})
-    assert {table.rows["WISE"] for table in make_tables(made, PaperNumbers())} == {"no memory"}
+    assert {table.rows["WISE"] for table in make_tables(made, PAPER)} == {"no memory"}
     assert "WISE: not run: no memory" in make_notes(made)
 
 
 def test_protocol_that_did_not_run_says_so_in_its_columns(results):
     rows = {("ReFT", "continual-T4"): {"error": "timeout"}}
     made = results(rows=rows, protocols=("single", "continual-T4"))
-    (table,) = [t for t in make_tables(made, PaperNumbers()) if "Table 2" in t.caption]
+    (table,) = [t for t in make_tables(made, PAPER) if "Table 2" in t.caption]
     assert values(table, "ReFT")[4:] == ["not run", None, None, None]
     assert values(table, "ReFT")[0] is not None
     assert "ReFT (T = 4): not run: timeout" in make_notes(made)
@@ -183,7 +184,7 @@ def test_scores_that_only_some_records_have_get_tables_of_their_own(results):
     more = {"forced.Por: a": 1.0, "forced.Por: b": 0.5, "exact.Por: a": 0.5, "exact.Loc: c": 1.0}
     more |= {"wild.Gen EM": 0.0, "wild.Rel EM": 0.5, "wild.Rel EM_se": 0.1, "probes.yes": 0.25}
     made = results(rows={"BaFT": {"more": more}})
-    tables = {t.caption: t for t in make_tables(made, PaperNumbers())}
+    tables = {t.caption: t for t in make_tables(made, PAPER)}
     (kinds,) = [t for caption, t in tables.items() if "by kind of probe; teacher" in caption]
     assert headings(kinds) == [("", ["Por: a", "Por: b"])]
     assert (values(kinds), values(kinds, "ReFT")) == ([1.0, 0.5], [None, None])
@@ -193,3 +194,37 @@ def test_scores_that_only_some_records_have_get_tables_of_their_own(results):
     assert headings(wild) == [("", ["Rel EM", "Gen EM"])]
     assert wild.rows["BaFT"][0].se == 0.1
     assert sum("further probes by kind" in caption for caption in tables) == 1
+
+
+def of_paper(method="BaFT", model="Llama-2-7b-hf", dataset="zsre", T=100, batch_size=1):
+    return Result(method, model, dataset, Protocol(T, batch_size), None, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("cell", "printed"),
+    [
+        ({"T": 1000}, ("0.63", "0.60", "0.98")),
+        ({"T": 1, "model": "gemma-1.1-7b-it"}, ("1.00", "0.84", "0.94")),
+        ({"model": "meta-llama/Llama-2-7b-chat-hf"}, ("0.75", "0.70", "0.98")),
+        ({"model": "Meta-Llama-3-8B-Instruct", "T": 10}, ("0.89", "0.82", "0.95")),
+        ({"model": "Meta-Llama-3-8B"}, ("", "", "")),
+        ({"dataset": "wikibio"}, ("", "", "")),
+        ({"T": 20}, ("", "", "")),
+        ({"batch_size": 10}, ("", "", "")),
+    ],
+)
+def test_scores_are_those_that_the_paper_prints_for_the_cell(cell, printed):
+    names = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+    found = tuple(PAPER.score(of_paper(**cell), name, (1, 2)) for name in names)
+    assert found == (*printed, "")
+
+
+@pytest.mark.parametrize(
+    ("model", "hidden"),
+    [("llama-2-7b", 4096), ("llama-3-8b-instruct", 4096), ("gemma-1.1-7b-it", 3072)],
+)
+def test_parameters_follow_from_the_method(model, hidden):
+    # Table 6 prints Gemma's number for LLaMA-3: the formula tells them apart.
+    reft = 4 * (2 * 12 * hidden + 12)
+    for method, count in (("ReFT", reft), ("BaFT", reft + 4 * 13 * hidden)):
+        assert PAPER.cost(of_paper(method, model), "trainable_parameters") == f"{count:,}"

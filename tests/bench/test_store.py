@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from baft_easyedit.bench.forms import Verdict
+from baft_easyedit.bench.afterwards import _Verdict
 from baft_easyedit.bench.protocol import Chunk, Protocol, chunks_of
 from baft_easyedit.bench.store import RunDirectory, file_name, read_json, write_json
 
@@ -56,7 +56,7 @@ ANEW = "delete it, and run the benchmark again, which makes it anew"
 )
 def test_files_of_another_form_are_named_with_what_to_do(tmp_path, text, message):
     run = RunDirectory(tmp_path)
-    kept = lambda: run.kept("verdicts", 1, lambda: {"reply": "A"}, Verdict)  # noqa: E731
+    kept = lambda: run.kept("verdicts", 1, lambda: {"reply": "A"}, _Verdict)  # noqa: E731
     assert kept()["reply"] == "A"
     (verdict,) = tmp_path.glob("verdicts/*.json")
     write_json(run.case(*ROW, 20), CASE)

@@ -1,22 +1,5 @@
 """Benchmark files as EasyEdit request dicts.
 
-| kind | file | probes beside the edit itself |
-|---|---|---|
-| `facts` | none, the package's own | rephrased, neighborhood, same_subject, unrelated, two_hop |
-| `zsre` | zsre_mend_edit.json, zsre_mend_train.json | rephrased, neighborhood, one_hop |
-| `knowedit-zsre` | ZsRE-test-all.json | rephrased, and KnowEdit's kinds |
-| `wikidata-recent` | recent_test.json | rephrased, and KnowEdit's kinds |
-| `wikidata-counterfact` | test_cf.json | rephrased, and KnowEdit's kinds |
-| `wikibio` | wikibio-test-all.json | Relation_Specificity |
-| `convsent` | blender_test.json | none |
-| `counterfact` | ROME's layout or EasyEdit's | rephrased, neighborhood |
-| `mquake` | MQuAKE-*.json | rephrased, multi_hop |
-| `wikibigedit` | one file, or a directory of several | rephrased, locality, personas, mhop |
-| `halluedit` | a CSV file of HalluEditBench | rephrased, 2hop to 6hop, yes, no, mcq, reversed |
-| `unke` | final_data_v3.json | rephrased, sub |
-| `akew` | WikiUpdate.json, CounterFact.json or MQuAKE-CF.json | rephrased, sub |
-| `requests` | a list of request dicts | what they have |
-
 No reader needs EasyEdit, a tokenizer or the network; the package brings no benchmark data but its
 own facts. What is odd in the records is told in notes.
 """
@@ -30,7 +13,8 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from baft_easyedit.bench.data import long_answers, questions, readers
-from baft_easyedit.bench.data.files import FileHash, Source, read_cases
+from baft_easyedit.bench.data.files import Source, read_cases
+from baft_easyedit.bench.store import FileHash
 from baft_easyedit.files.messages import short
 from baft_easyedit.training.requests import EditRequest
 
@@ -52,21 +36,18 @@ DATASETS: Mapping[str, Callable[..., Source]] = {
     "akew": long_answers.read_akew,
     "requests": partial(read_cases, readers.Request, ()),
 }
-"""Readers by kind; each takes a path, and options by keyword."""
-
+"""Readers by kind; each takes a path, a file or the directory of the one named here, and options by
+keyword."""
 _MAX_LIST = 400
 """Characters of a list of records in a note."""
 
 
 class Dataset(NamedTuple):
-    """Records to edit."""
+    """Records to edit, numbered in the notes from 0, and skipped ones as in the file."""
 
-    requests: list[Request]
-    """EasyEdit's request dicts, as `Case.as_request` gives them."""
+    requests: list[Request]  # EasyEdit's request dicts, as `Case.as_request` gives them
     files: list[FileHash]
-    notes: list[str]
-    """What to know of these records; numbers of records count from 0 in `requests`, those of
-    skipped ones in the file."""
+    notes: list[str]  # what to know of these records
 
 
 def load_dataset(
@@ -155,9 +136,8 @@ def _repeated_prompts(requests: Sequence[Request]) -> list[str]:
     found: dict[str, list[str]] = {"different targets": [], "the same target": []}
     for targets in by_prompt.values():
         if len(targets) > 1:
-            is_one = len(set(targets.values())) == 1
-            lists = found["the same target" if is_one else "different targets"]
-            lists.append(", ".join(map(str, targets)))
+            what = "the same target" if len(set(targets.values())) == 1 else "different targets"
+            found[what].append(", ".join(map(str, targets)))
     return [
         f"{len(lists)} prompts are in several records with {what}: records "
         + shorten("; ".join(lists), _MAX_LIST, placeholder=" ...")

@@ -3,25 +3,15 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from baft_easyedit.bench.data.case import Case
+from baft_easyedit.bench.store import FileHash
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import expanded, read_regular
 from baft_easyedit.files.reading import parse_json
 from baft_easyedit.files.validation import M, validated
-
-
-@dataclass(frozen=True)
-class FileHash:
-    """Which file was read, to the byte."""
-
-    name: str
-    """Name without its directory."""
-    sha256: str
-    bytes: int
 
 
 class Source(NamedTuple):
@@ -55,7 +45,8 @@ def find_file(path: Path | None, *names: str) -> Path:
 def read_file(path: Path) -> tuple[bytes, FileHash]:
     """Return a file's content, and what identifies it."""
     content = read_regular(path)
-    return content, FileHash(path.name, hashlib.sha256(content).hexdigest(), len(content))
+    digest = hashlib.sha256(content).hexdigest()
+    return content, FileHash(name=path.name, sha256=digest, bytes=len(content))
 
 
 def read_records(path: Path, model_of: Callable[[Any], type[M]]) -> tuple[list[M], FileHash]:

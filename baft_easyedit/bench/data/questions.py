@@ -12,16 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from baft_easyedit.bench.data.case import (
-    Answers,
-    Case,
-    Layout,
-    MaybeText,
-    Probe,
-    Text,
-    Texts,
-    one,
-)
+from baft_easyedit.bench.data.case import Answers, Case, Layout, MaybeText, Probe, Text, Texts, one
 from baft_easyedit.bench.data.files import Source, find_file, read_cases, read_file, read_records
 from baft_easyedit.bench.data.readers import Rewrite
 from baft_easyedit.files.messages import short
