@@ -55,6 +55,18 @@ def known_edit(parametrisation, gate="rms-sigmoid", seed=1):
     return edit
 
 
+def test_weights_count_states_as_often():
+    states = skewed_states()
+    weights = torch.ones(len(states))
+    weights[:20] = 3
+    weighed = Whitening(states.shape[1])
+    weighed.measure(states, weights / weights.sum())
+    repeated = measured(torch.cat([states, states[:20], states[:20]]))
+    assert torch.allclose(weighed.mean, repeated.mean, rtol=1e-4)
+    assert not torch.allclose(weighed.mean, measured(states).mean, rtol=1e-2)
+    assert torch.allclose(weighed.directions(states), repeated.directions(states), atol=0.01)
+
+
 def test_whitened_states_are_alike_in_all_directions():
     states = skewed_states()
     whitening = measured(states)
@@ -219,6 +231,32 @@ def test_states_are_those_of_the_layers(model):
     texts = own_texts(model, [1, 3])
     hidden = model(texts.ids, output_hidden_states=True).hidden_states[2][:, 1:]
     assert torch.allclose(texts.states[1], hidden, rtol=1e-3, atol=1e-4)
+
+
+CLOSING = (8, 9)
+
+
+@pytest.mark.parametrize("cache", ["past_key_values", "of_no_known_name"])
+def test_beginnings_are_closed_beside_the_texts(model, cache):
+    texts = own_texts(model).ids
+    call_cache(model, cache)
+    closed = own_texts(model, [1], CLOSING)
+    assert torch.equal(closed.ids, texts)
+    lengths = [k for k in range(2, LENGTH + 1) if k % 8 == 0]
+    assert closed.closed[1].shape == (NUM_TEXTS, len(lengths), D)
+    ends = torch.tensor([CLOSING]).repeat(NUM_TEXTS, 1)
+    for i, length in enumerate(lengths):
+        beginnings = torch.cat([texts[:, :length], ends], 1)
+        hidden = make_model()(beginnings, output_hidden_states=True).hidden_states[2][:, -1]
+        assert torch.allclose(closed.closed[1][:, i], hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_half_of_the_weight_is_on_closed_beginnings(model):
+    texts = own_texts(model, [1], CLOSING)
+    means = [part[1].flatten(0, 1).mean(0) for part in (texts.states, texts.closed)]
+    known = own_statistics(model).whitenings(model, [1], closing=CLOSING)[1]
+    assert torch.allclose(known.mean, sum(means) / 2, atol=1e-5)
+    assert own_statistics(model).whitenings(model, [1], closing=CLOSING)[1] is known
 
 
 def test_statistics_are_known_until_the_weights_change(model):

@@ -10,6 +10,10 @@ learned as if it were the first, and no later one changes it. Similarity is the 
 coordinates, where unrelated states are nearly orthogonal. GRACE (Hartvigsen et al. 2023) chooses
 among past edits likewise, by the Euclidean distance.
 
+The last token of a prompt has read all of it, and that of a rephrasing has a state of its own. The
+states of the words before, and of an edit's answer, differ less between the two, but stand in other
+texts, too. So the distance, 1 - cosine, to these counts twice.
+
 Needs torch only. Shapes: n states of an edit, N of all E past edits, M parameters of an
 intervention, D hidden size, r rank.
 """
@@ -29,6 +33,8 @@ _ROUNDING = 1e-4
 of SmolLM2, the last states differ by .001 and more, in its chat template by .008 at layer 23."""
 _COARSE_ROUNDING = 1e-2
 """That of states in half precision, which can differ more where they are computed anew."""
+_COUNT = 2.0
+"""How often the distance to a state counts that is not of a prompt's last token."""
 
 
 class PastEdit(NamedTuple):
@@ -64,7 +70,7 @@ class PastEdits(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was computed from the edits."""
-        self._keys: tuple[Tensor, Tensor] | None = None
+        self._keys: tuple[Tensor, Tensor, Tensor] | None = None
         self._interventions: dict[int, BaFTIntervention] = {}
 
     @property
@@ -116,20 +122,26 @@ class PastEdits(nn.Module):
     def nearest(self, hidden: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
         """Return the largest similarity to a state of an edit, and that edit's index, [...] each.
 
-        Without any past edit the similarity is -inf, and the index 0.
+        It is 1 less the smallest distance. Without any past edit it is -inf, and the index 0.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             if self._keys is None:  # computed once, until the edits change
-                counts = [len(edit.states) for edit in self.edits]
-                owners = [i for i, count in enumerate(counts) for _ in range(count)]  # [N]
-                owner = torch.tensor(owners, dtype=torch.long, device=self._empty.device)
-                self._keys = whitening.directions(self.states), owner
-            keys, owner = self._keys
+                self._keys = whitening.directions(self.states), *self._owners()
+            keys, owner, counts = self._keys
             if not len(keys):
                 lowest = hidden.new_full(hidden.shape[:-1], -torch.inf, dtype=torch.float32)
                 return lowest, torch.zeros_like(lowest, dtype=torch.long)
-            largest, which = (whitening.directions(hidden.float()) @ keys.mT).max(-1)
-            return largest, owner[which]
+            distances = counts * (1 - whitening.directions(hidden.float()) @ keys.mT)
+            smallest, which = distances.min(-1)
+            return 1 - smallest, owner[which]
+
+    def _owners(self) -> tuple[Tensor, Tensor]:
+        """Return the edit of each state, and how often the distance to the state counts, [N]."""
+        sizes = [len(edit.states) for edit in self.edits]
+        owners = [i for i, size in enumerate(sizes) for _ in range(size)]
+        counts = [1.0 if place == 0 else _COUNT for size in sizes for place in range(size)]
+        owner = torch.tensor(owners, dtype=torch.long, device=self._empty.device)
+        return owner, torch.tensor(counts, device=owner.device)
 
     def intervention(self, index: int) -> BaFTIntervention:
         """Return the intervention of one past edit; its parameters are views of its `values`."""

@@ -71,8 +71,12 @@ class Whitening(nn.Module):
         return bool(self.deviation.any())
 
     @torch.no_grad()
-    def measure(self, states: Tensor) -> None:
-        """Measure the statistics of irrelevant states, [N, D], in place of earlier ones.
+    def measure(self, states: Tensor, weights: Tensor | None = None) -> None:
+        """Measure the statistics of irrelevant states, in place of earlier ones.
+
+        Args:
+            states: [N, D].
+            weights: How much each counts, [N], 1 in total; None for all alike.
 
         Raises:
             FloatingPointError: If a state is not finite.
@@ -82,11 +86,14 @@ class Whitening(nn.Module):
                 "hidden states of the model's own texts must be finite to be whitened, and are not:"
                 " load the model in a wider dtype, or set parametrisation to 'direct'"
             )
-        exact = states.double()
-        self.mean.copy_(exact.mean(0))
-        deviation = exact.std(0)
+        if weights is None:
+            weights = states.new_full((len(states),), 1 / len(states))
+        exact, shares = states.double(), weights.double()
+        self.mean.copy_(shares @ exact)
+        spread = shares @ (exact - shares @ exact).square()
+        deviation = (spread / (1 - shares.square().sum())).sqrt()  # unbiased
         self.deviation.copy_(deviation.clamp_min(1e-3 * deviation.median()))
-        units = self.in_units(states) * (_SHARE / len(states)) ** 0.5
+        units = self.in_units(states) * (_SHARE * weights[:, None]).sqrt()
         self.root.copy_(principal_rows(units, len(self.root)))
         rest = units.square().sum() - self.root.square().sum()
         self.floor.copy_(1 - _SHARE + rest.clamp_min(0) / len(self.mean))

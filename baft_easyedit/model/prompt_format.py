@@ -115,6 +115,13 @@ class PromptFormat:
                 found.append(self._frame(tokenizer, system))
         return tuple(dict.fromkeys(found))
 
+    def question_mark(self, tokenizer: Any) -> tuple[int, ...]:
+        """Return the tokens of a question mark at the end of a prompt; none in a chat template."""
+        if self.use_chat_template:
+            return ()
+        one, other = (self.prompt_ids(prompt, tokenizer) for prompt in ("who?", "Name a city?"))
+        return _shared(one[::-1], other[::-1])[::-1]
+
     def _frame(self, tokenizer: Any, system: str | None) -> Frame:
         """Return the tokens that two prompts have in common at their beginning and end."""
         shown = [self.prompt_text(prompt, tokenizer, system) for prompt in ("who", "Name a city")]

@@ -242,7 +242,10 @@ class Learner:
             edit.follow(self.model)
             with edit.disabled(), evaluating(self.model):
                 known = own_statistics(self.model).whitenings(
-                    self.model, edit.layers, self._frames(hparams)
+                    self.model,
+                    edit.layers,
+                    self._frames(hparams),
+                    PromptFormat.of(hparams).question_mark(self.tokenizer),
                 )
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())

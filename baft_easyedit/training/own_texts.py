@@ -3,12 +3,15 @@
 Edits that are learned in a chat template act behind its last tokens, where the states of all
 prompts are alike but for a small part, and are like none of plain text. So in a template the model
 writes users' messages and the beginnings of its own answers, and the statistics are those of the
-positions that an edit acts on: the last token of a prompt, and the answer's.
+positions that an edit acts on: the last token of a prompt, and the answer's. Outside of it most
+prompts are questions, and the states at their ends are likewise nearly the same: half of the weight
+is on states at a question mark, put behind the beginnings of the texts.
 
-Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
+Shapes: N texts, T tokens, K last tokens, B beginnings, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
+from copy import deepcopy
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +33,8 @@ NUM_TEXTS = 40
 """Plain texts, of an edit outside of a chat template."""
 LENGTH = 64
 """Of a plain text, in tokens, the first one included."""
+_CLOSED_EVERY = 8
+"""Tokens of a plain text from each beginning that is closed by a question mark to the next."""
 NUM_PROMPTS = 64
 """Prompts in each frame, of an edit in a chat template."""
 MESSAGE_LENGTH = 16
@@ -51,6 +56,8 @@ class OwnTexts(NamedTuple):
     """[N, T]."""
     states: dict[int, Tensor]
     """The states of the last K tokens at the outputs of layers, [N, K, D] each, fp32."""
+    closed: dict[int, Tensor]
+    """The states at the end of closed beginnings of the texts, [N, B, D] each, fp32."""
 
 
 class OwnStatistics:
@@ -58,13 +65,17 @@ class OwnStatistics:
 
     def __init__(self) -> None:
         self._version: Hashable = None
-        self._known: dict[tuple[Frame, ...], _Known] = {}
+        self._known: dict[Hashable, _Known] = {}
 
     def __reduce__(self) -> Any:
         return OwnStatistics, ()
 
     def whitenings(
-        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        frames: tuple[Frame, ...] = (),
+        closing: tuple[int, ...] = (),
     ) -> dict[int, Whitening]:
         """Return the whitening at the outputs of some layers.
 
@@ -72,28 +83,37 @@ class OwnStatistics:
             model: The model, without an edit.
             layers: Indices of the layers.
             frames: What a chat template puts around prompts; empty for plain texts.
+            closing: The tokens of a question mark, for plain texts.
         """
         version = model_version(model)
         if version != self._version:
             self._version, self._known = version, {}
-        known = self._known.pop(frames, None)
+        form = frames or closing
+        known = self._known.pop(form, None)
         if known is None or not known.holds(model, layers):
             before = known.whitenings if known else ()
-            known = _Known(model, sorted({*before, *layers}), frames)
+            known = _Known(model, sorted({*before, *layers}), frames, closing)
         for oldest in [*self._known][: 1 - _MOST_FORMS]:
             del self._known[oldest]
-        self._known[frames] = known
+        self._known[form] = known
         return {layer: known.whitenings[layer] for layer in layers}
 
 
 class _Known:
     """The whitening by a model's own texts in one form, and states that tell if it still holds."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame]) -> None:
-        parts = [own_prompts(model, frame, layers) for frame in frames]
-        parts = parts or [own_texts(model, layers)]
-        self.whitenings = {i: _whitening([one.states[i] for one in parts]) for i in layers}
-        first = parts[0]
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        frames: Sequence[Frame],
+        closing: Sequence[int],
+    ) -> None:
+        texts = [own_prompts(model, frame, layers) for frame in frames]
+        texts = texts or [own_texts(model, layers, closing)]
+        parts = [part for one in texts for part in (one.states, one.closed) if part]
+        self.whitenings = {i: _whitening([part[i] for part in parts]) for i in layers}
+        first = texts[0]
         self._first = first.ids[:1]
         """The text whose beginning is read again, [1, T]."""
         self._states = {i: first.states[i][0, :_LOOKED_AT].clone() for i in layers}
@@ -120,10 +140,11 @@ class _Known:
 
 
 def _whitening(states: Sequence[Tensor]) -> Whitening:
-    """Measure the whitening of a layer by states of several kinds of texts, [N, K, D] each."""
-    all_states = torch.cat([one.flatten(0, 1) for one in states])
-    new = Whitening(all_states.shape[1]).to(all_states.device)
-    new.measure(all_states)
+    """Measure the whitening of a layer by states of several kinds, [N, K, D] each, equally."""
+    kinds = [kind.flatten(0, 1) for kind in states]
+    weights = [kind.new_full((len(kind),), 1 / len(kind) / len(kinds)) for kind in kinds]
+    new = Whitening(kinds[0].shape[1]).to(kinds[0].device)
+    new.measure(torch.cat(kinds), torch.cat(weights))
     return new
 
 
@@ -132,14 +153,21 @@ def own_statistics(model: nn.Module) -> OwnStatistics:
     return cast(OwnStatistics, vars(decoder_layers(model)).setdefault(_NAME, OwnStatistics()))
 
 
-def own_texts(model: nn.Module, layers: Sequence[int] = ()) -> OwnTexts:
+def own_texts(
+    model: nn.Module, layers: Sequence[int] = (), closing: Sequence[int] = ()
+) -> OwnTexts:
     """Sample plain texts from a model, [NUM_TEXTS, LENGTH]; the same ones each time.
 
-    The states are those of all tokens but the first, which has states like no others.
+    The states are those of all tokens but the first, which has states like no others. Tokens of
+    `closing` are read behind beginnings of the texts, and are no part of these.
     """
     writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
-    writer.write(LENGTH - 1)
-    return writer.texts(LENGTH - 1)
+    closed = []
+    for length in range(2, LENGTH + 1):
+        writer.write(1)
+        if closing and length % _CLOSED_EVERY == 0:
+            closed.append(writer.closed(closing))
+    return writer.texts(LENGTH - 1, closed)
 
 
 def own_prompts(model: nn.Module, frame: Frame, layers: Sequence[int] = ()) -> OwnTexts:
@@ -188,26 +216,36 @@ class _Writer:
 
     def append(self, tokens: Tensor) -> None:
         """Read the next token of each text, [N, 1]."""
+        output, states = self._read_behind(tokens, self._cache)
         self._ids = torch.cat([self._ids, tokens], 1)
-        name = cache_name(self._model)
-        if self._cache is None:
-            output, states = self._read(self._ids)
-        else:
-            output, states = self._read(tokens, **{name: self._cache})
-        self._cache = getattr(output, name, None)
+        self._cache = getattr(output, cache_name(self._model), None)
         self._chances = _chances(output)
         self._states.append(states)
 
-    def texts(self, last: int) -> OwnTexts:
-        """Return the texts, and the states of their `last` tokens."""
-        reads = self._states[-last:]
-        return OwnTexts(
-            self._ids,
-            {
-                layer: torch.stack([states[i] for states in reads], 1)
-                for i, layer in enumerate(self._layers)
-            },
-        )
+    def closed(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Return the states, [N, D], at the end of tokens behind the texts, which stay as they are.
+
+        The cache is copied, as not every kind of cache can be cut back.
+        """
+        return self._read_behind(torch.tensor([[*tokens]]), deepcopy(self._cache))[1]
+
+    def texts(self, last: int, closed: Sequence[list[Tensor]] = ()) -> OwnTexts:
+        """Return the texts, the states of their `last` tokens, and those of `closed` beginnings."""
+        return OwnTexts(self._ids, self._by_layer(self._states[-last:]), self._by_layer(closed))
+
+    def _by_layer(self, reads: Sequence[list[Tensor]]) -> dict[int, Tensor]:
+        """Return the states of several reads by layer, [N, K, D] each; nothing of none."""
+        layers = self._layers if reads else ()
+        return {
+            layer: torch.stack([states[i] for states in reads], 1) for i, layer in enumerate(layers)
+        }
+
+    def _read_behind(self, tokens: Tensor, cache: Any) -> tuple[Any, list[Tensor]]:
+        """Read tokens behind the texts, [N or 1, K], with the cache of these if there is one."""
+        tokens = tokens.expand(len(self._ids), -1)
+        if cache is None:
+            return self._read(torch.cat([self._ids, tokens], 1))
+        return self._read(tokens, **{cache_name(self._model): cache})
 
     @torch.no_grad()
     def _read(self, ids: Tensor, **past: Any) -> tuple[Any, list[Tensor]]:
