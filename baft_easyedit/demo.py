@@ -46,7 +46,7 @@ def real_settings(device: int | str) -> BaFTHyperParams:
 def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:
     """Edit facts that SmolLM2 knows, undo each edit, and yield lines with the answers."""
     editor = BaFTEditor(*load_model(hparams.model_name, hparams.device), hparams)
-    yield f"SmolLM2-135M-Instruct, {editor.model_edit.num_parameters:,} parameters of edit"
+    yield "SmolLM2-135M-Instruct"
     questions = [r for r in edit_requests("known") if r["rephrase_prompt"].endswith("?")]
     for subject in _SUBJECTS:
         request = next(r for r in questions if r["subject"] == subject)
@@ -93,8 +93,9 @@ def _show_edit(
         ]
 
     before, report, after = answers(), editor.edit(request), answers()
+    size = f"{editor.model_edit.num_parameters:,} parameters"
     editor.undo()
-    cost = f"{report.num_steps} steps, {report.time_s:.1f} s"
+    cost = f"{size}, {report.num_steps} steps, {report.time_s:.1f} s"
     yield f"\n{request['prompt']} -> {request['target_new']}   ({cost})"
     for (kind, prompt), old, new in zip(asked.items(), before, after, strict=True):
         change = f"{old} -> {new}" if old != new else f"{old} (as before)"

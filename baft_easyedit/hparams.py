@@ -58,7 +58,7 @@ _OPEN_IN_TEMPLATE = (
     "with use_chat_template, an edit with these settings changes most other answers in the "
     "template, too: the states at its last tokens are alike, and the gates stay open there"
 )
-_CLOSE = "Set min_similarity and parametrisation: whitened, as BaFT/smollm2-continual has them"
+_CLOSE = "Set min_similarity and parametrisation: whitened, as BaFT/smollm2 has them"
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 

@@ -168,7 +168,7 @@ def test_scaled_layers_are_the_papers_share_of_the_depth():
 
 
 def test_guarded_edits_are_in_later_layers():
-    guarded = BaFTHyperParams.from_hparams("BaFT/smollm2-continual", layers="auto")
+    guarded = BaFTHyperParams.from_hparams("BaFT/smollm2", layers="auto")
     assert guarded.at_depth(32).layers == [25, 26, 27, 28]
     assert guarded.at_depth(30).layers == [23, 24, 25, 26]
     assert guarded.at_depth(6).layers == [4, 5]

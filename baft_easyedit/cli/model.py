@@ -126,7 +126,7 @@ def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyp
     asked.setdefault("device", default_device())
     preset = own_preset(asked.setdefault("model_name", BUNDLED_MODEL))
     if in_a_row:
-        return BaFTHyperParams.from_hparams(f"BaFT/{REAL_MODEL}-continual", layers="auto", **asked)
+        return BaFTHyperParams.from_hparams(f"BaFT/{REAL_MODEL}", layers="auto", **asked)
     if preset is None:
         return BaFTHyperParams(layers="auto", **asked)
     return BaFTHyperParams.from_hparams(f"BaFT/{preset}", **asked)
