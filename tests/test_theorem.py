@@ -147,6 +147,14 @@ def test_measured_edits_are_those_of_the_edited_model():
         editor.model_edit.detach()
 
 
+@pytest.mark.parametrize("model", ["bundled", "smollm2", "tiny"])
+def test_the_theorem_is_of_the_papers_form(model):
+    """With bases of its own for each edit, there is no H = R^T (A - R) of all states."""
+    for hparams in settings(model, 2, "cpu"):
+        assert (hparams.parametrisation, hparams.min_similarity) == ("direct", None)
+        assert hparams.rank == 12
+
+
 @pytest.mark.parametrize("model", ["bundled", "smollm2"])
 def test_chosen_facts_have_prompts_of_each_kind(model):
     case = Case.of_facts(model)

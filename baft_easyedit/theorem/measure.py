@@ -17,7 +17,7 @@ from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests, facts
 from baft_easyedit.facts.tables import prompts_to_complete
 from baft_easyedit.files.messages import short
-from baft_easyedit.files.resources import REAL_MODEL, own_preset
+from baft_easyedit.files.resources import REAL_MODEL, has_hparams, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.model.hooks import ModelEdit
@@ -161,17 +161,17 @@ class LastState:
 def settings(model: str, layer: int, device: int | str) -> list[BaFTHyperParams]:
     """Return hyper-parameters of ReFT and BaFT that edit the last prompt token at one layer.
 
-    Beside that, they are those of the model's presets, but for more steps and a slower gate: with
-    one edited position and four irrelevant texts, the presets' gate closes on the edit, too.
+    Beside that, they are those of the model's presets of the paper's form, but for more steps and a
+    slower gate: with one edited position and four irrelevant texts, the presets' gate closes on the
+    edit, too.
     """
     own: dict[str, Any] = {"layers": [layer], "num_prompt_positions": 1, "num_steps": 200}
     own |= {"model_name": model, "device": device}
     found: list[BaFTHyperParams] = []
     for kind, more in ((ReFTHyperParams, {}), (BaFTHyperParams, {"gate_lr": 1.0e-2})):
-        preset = own_preset(model)
-        name = f"{kind.algorithm}/{preset}"
-        given = {**own, **more}
-        found.append(kind(**given) if preset is None else kind.from_hparams(name, **given))
+        name, given = f"{kind.algorithm}/{own_preset(model)}", {**own, **more}
+        name = f"{name}-paper" if has_hparams(f"{name}-paper") else name
+        found.append(kind.from_hparams(name, **given) if has_hparams(name) else kind(**given))
     return found
 
 
