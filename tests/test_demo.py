@@ -24,13 +24,14 @@ def test_comparison_runs_methods_through_easyedit_and_keeps_failures_as_rows():
     rows = [line for line in lines if line.startswith("| BaFT")]
     assert len(rows) == 2
     assert rows[0].split("|")[2].strip() == "1.00"
-    assert "28,464" in rows[0]
+    assert "5,010" in rows[0]
     assert sum("SERAC" in line and "not run: " in line for line in lines) == 2
 
 
 def test_methods_and_numbers_are_checked():
     whole = demo_config([], 30, 2, "cpu")
-    assert [row.name for row in whole.methods][:2] == ["BaFT", "ReFT"]
+    names = ["BaFT", "BaFT as in the paper", "ReFT"]
+    assert [row.name for row in whole.methods][:3] == names
     assert (whole.T, demo_config(["GRACE"], 1, 1, "cpu").T) == ((1, 10), (1,))
     with pytest.raises(ValueError, match=r"method must be one of .*; got 'EDIT'"):
         demo_config(["EDIT"], 30, 2, "cpu")

@@ -80,8 +80,8 @@ def _editor(arguments: argparse.Namespace, request: Mapping[str, Any]) -> BaFTEd
     """Make the editor that `--save` and `--from` ask for; a kept edit has its own settings."""
     arguments.directory = arguments.source or arguments.save
     if _is_open(arguments):
-        return begun(arguments, [request], in_a_row=False)
-    model, tokenizer, hparams = load_to_edit(arguments, in_a_row=False)
+        return begun(arguments, [request])
+    model, tokenizer, hparams = load_to_edit(arguments)
     if arguments.source is None:
         return BaFTEditor(model, tokenizer, hparams)
     editor = BaFTEditor.load(model, tokenizer, arguments.source)

@@ -16,15 +16,11 @@ from baft_easyedit.files.resources import (
     REAL_MODEL,
     hparams_file,
     model_location,
-    own_preset,
 )
 from baft_easyedit.hparams import BaFTHyperParams, read_hparams
 from baft_easyedit.model.devices import check_device, needs_missing_cuda
 from baft_easyedit.storage.loading import kept_hparams
 from baft_easyedit.storage.reading import holds_edit, read_latest
-
-_WITHOUT_FILE: Mapping[str, Any] = {"learn_end": True, "loc_stand_ins": 4}
-"""Changed hyper-parameters without `--hparams`: generated answers end, and neighbours stay."""
 
 
 def add_model_options(parser: argparse.ArgumentParser, begins: bool = True) -> None:
@@ -41,33 +37,30 @@ def add_model_options(parser: argparse.ArgumentParser, begins: bool = True) -> N
         add("--hparams", help="YAML file; scaled to the model's depth if absent")
 
 
-def begun(
-    arguments: argparse.Namespace, asked: Sequence[Mapping[str, Any]] = (), in_a_row: bool = True
-) -> BaFTEditor:
+def begun(arguments: argparse.Namespace, asked: Sequence[Mapping[str, Any]] = ()) -> BaFTEditor:
     """Open a kept edit with its model, or begin one.
 
     Args:
         arguments: The options of `add_model_options`, and the `directory`.
         asked: Requests, which are checked first, so that no edit is begun for a bad one.
-        in_a_row: Begin one with settings for many successive edits.
     """
-    model, tokenizer, hparams = load_to_edit(arguments, in_a_row)
+    model, tokenizer, hparams = load_to_edit(arguments)
     if asked:
         BaFTEditor(model, tokenizer, hparams).check(asked)
     return BaFTEditor.open(model, tokenizer, arguments.directory, hparams)
 
 
-def load_to_edit(arguments: argparse.Namespace, in_a_row: bool) -> tuple[Any, Any, BaFTHyperParams]:
+def load_to_edit(arguments: argparse.Namespace) -> tuple[Any, Any, BaFTHyperParams]:
     """Load a model and its tokenizer, and the settings of a kept edit or of one to begin."""
     if arguments.hparams is None and arguments.directory and holds_edit(arguments.directory):
         model, tokenizer = load(arguments)
         return model, tokenizer, kept_hparams(arguments.directory, model)
-    hparams = hparams_of(arguments, in_a_row)
+    hparams = hparams_of(arguments)
     model, tokenizer = _load(hparams.model_name, hparams.device, hparams.dtype)
     if arguments.hparams is None:
         from baft_easyedit.generation import with_usable_end
 
-        hparams = with_usable_end(replace(hparams, **_WITHOUT_FILE), tokenizer)
+        hparams = with_usable_end(replace(hparams, learn_end=True), tokenizer)
     return model, tokenizer, hparams
 
 
@@ -102,10 +95,8 @@ def _load(name: str, place: int | str, dtype: str) -> tuple[Any, Any]:
     return load_model(name, place, getattr(torch, dtype))
 
 
-def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyperParams:
-    """Return the hyper-parameters of a file, of a preset, or scaled to the model's depth.
-
-    `in_a_row` takes, without a file, the settings of edits in a row of SmolLM2, for any model.
+def hparams_of(arguments: argparse.Namespace) -> BaFTHyperParams:
+    """Return the hyper-parameters of a file, or those of SmolLM2 at the model's depth.
 
     Raises:
         OSError: If there is no such file, or no such model.
@@ -123,13 +114,8 @@ def hparams_of(arguments: argparse.Namespace, in_a_row: bool = False) -> BaFTHyp
             raise ValueError(f"--model must be given, as {arguments.hparams} has no model_name")
         hparams = read_hparams(arguments.hparams, **asked)
         return replace(hparams, device=usable_device(hparams.device, arguments.hparams))
-    asked.setdefault("device", default_device())
-    preset = own_preset(asked.setdefault("model_name", BUNDLED_MODEL))
-    if in_a_row:
-        return BaFTHyperParams.from_hparams(f"BaFT/{REAL_MODEL}", layers="auto", **asked)
-    if preset is None:
-        return BaFTHyperParams(layers="auto", **asked)
-    return BaFTHyperParams.from_hparams(f"BaFT/{preset}", **asked)
+    asked = {"model_name": BUNDLED_MODEL, "device": default_device(), **asked}
+    return BaFTHyperParams.from_hparams(f"BaFT/{REAL_MODEL}", layers="auto", **asked)
 
 
 def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
