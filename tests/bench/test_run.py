@@ -126,6 +126,7 @@ def test_a_run_scores_every_method_under_every_protocol(whole):
     assert read_json(directory / "run.json")["status"] == "success"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_in_processes_of_its_own(
     settings, whole, tmp_path, monkeypatch
 ):

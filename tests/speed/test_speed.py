@@ -217,6 +217,7 @@ def test_run_fails_if_no_row_can_be_measured():
         run_speed(SpeedOptions(model="bundled", methods=("SERAC",), repeats=1))
 
 
+@pytest.mark.slow
 def test_run_measures_in_a_process_and_writes_files(tmp_path):
     moved, out = [], tmp_path / "new" / "speed.json"
     options = SpeedOptions(
