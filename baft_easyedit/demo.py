@@ -25,8 +25,6 @@ from baft_easyedit.model.prompt_format import PromptFormat
 _SUBJECTS = ("India", "Zambia", "Xiaomi")
 """Of each, the first record of what SmolLM2 knows that can be rephrased as a question is edited."""
 _NUM_SHOWN = 3
-_IN_CHAT = "in chat"
-"""What shows an answer in the chat template; all else is asked as plain text."""
 NUM_IN_A_ROW = 10
 """Number of successive edits in the second table (fewer if there are fewer cases)."""
 
@@ -40,19 +38,21 @@ def real_settings(device: int | str) -> BaFTHyperParams:
         OSError: If the model cannot be written.
     """
     ready_location(REAL_MODEL)
-    return BaFTHyperParams.from_hparams("BaFT/smollm2", device=device, learn_end=True)
+    return BaFTHyperParams.from_hparams(
+        "BaFT/smollm2", device=device, learn_end=True, use_chat_template=True
+    )
 
 
 def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:
     """Edit facts that SmolLM2 knows, undo each edit, and yield lines with the answers."""
     editor = BaFTEditor(*load_model(hparams.model_name, hparams.device), hparams)
-    yield "SmolLM2-135M-Instruct"
+    yield "SmolLM2-135M-Instruct, in its chat template"
     questions = [r for r in edit_requests("known") if r["rephrase_prompt"].endswith("?")]
     for subject in _SUBJECTS:
         request = next(r for r in questions if r["subject"] == subject)
         asked = {
             "edited": request["prompt"],
-            _IN_CHAT: request["rephrase_prompt"],
+            "rephrased": request["rephrase_prompt"],
             "neighbour": request["locality"]["neighborhood"]["prompt"],
         }
         yield from _show_edit(editor, request, asked)
@@ -86,10 +86,10 @@ def _show_edit(
 
     def answers() -> list[str]:
         model, tokenizer = editor.model, editor.tokenizer
-        formats = [PromptFormat(use_chat_template=kind == _IN_CHAT) for kind in asked]
+        form = PromptFormat.of(editor.hparams)
         return [
-            generate_answers(model, tokenizer, [prompt], prompt_format=prompt_format)[0]
-            for prompt, prompt_format in zip(asked.values(), formats, strict=True)
+            generate_answers(model, tokenizer, [prompt], prompt_format=form)[0]
+            for prompt in asked.values()
         ]
 
     before, report, after = answers(), editor.edit(request), answers()

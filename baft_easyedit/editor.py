@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -265,18 +265,21 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
                 damaged, or a new edit has no `hparams`; the message says what to do.
         """
         where = str(expanded(directory))
+        rule = "hparams must be given to begin an edit in"
+        missing = ValueError(f"{rule} {where}, for nothing was begun there; got None")
         if hparams is not None:
             check_hparams(hparams)
         elif not holds_edit(where):
-            rule = "hparams must be given to begin an edit in"
-            raise ValueError(f"{rule} {where}, for nothing was begun there; got None")
+            raise missing
         kept = KeptDirectory(where, checkpoint_every, repair)
         try:
-            if kept.latest is None:
-                editor = cls(model, tokenizer, cast(Any, hparams), undo_depth=undo_depth)
-            else:
+            if kept.latest is not None:
                 kept.latest.config.check_model(model, where)
                 editor = cls._holding(kept.latest, where, model, tokenizer, hparams, undo_depth)
+            elif hparams is None:  # another process has just emptied the directory
+                raise missing
+            else:
+                editor = cls(model, tokenizer, hparams, undo_depth=undo_depth)
             editor._history.open(kept)
         except BaseException:
             kept.close()

@@ -96,9 +96,10 @@ class BaFTHyperParams:
     """Coordinates in which the edit is trained, a name of `PARAMETRISATIONS`: as in the paper, or
     `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
     min_similarity: float | None = None
-    """Each edit call has bases of its own, which act only at hidden states whose cosine similarity
-    to one of its own is at least this, in whitened coordinates, in [-1, 1), and no less than to
-    those of other edits (ours): see `method.past_edits`. Elsewhere the model is bit-equal to that
+    """Each edit call has bases of its own, which act only at hidden states whose similarity to one
+    of its own is at least this, in [-1, 1), and no less than to those of other edits (ours): the
+    cosine in whitened coordinates to the state at its prompt's last token, and to others twice that
+    less 1; see `method.past_edits`. Elsewhere the model is bit-equal to that
     without the edit, and later edits change nothing of earlier ones. Higher: more of the other
     answers stay, and fewer rephrasings are edited. null for one edit that all calls train, and that
     acts everywhere (the paper). Needs `parametrisation: whitened`."""

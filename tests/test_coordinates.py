@@ -251,6 +251,15 @@ def test_beginnings_are_closed_beside_the_texts(model, cache):
         assert torch.allclose(closed.closed[1][:, i], hidden, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("room", [LENGTH, LENGTH // 2])
+def test_texts_leave_room_for_what_closes_them(monkeypatch, room):
+    """GPT-2's positions end with its context."""
+    monkeypatch.setitem(GPT_SIZES, "n_positions", room)
+    texts = own_texts(make_model("gpt2"), [1], CLOSING)
+    assert texts.ids.shape == (NUM_TEXTS, room - len(CLOSING))
+    assert texts.closed[1].shape[1] == len(range(8, room - len(CLOSING) + 1, 8))
+
+
 def test_half_of_the_weight_is_on_closed_beginnings(model):
     texts = own_texts(model, [1], CLOSING)
     means = [part[1].flatten(0, 1).mean(0) for part in (texts.states, texts.closed)]

@@ -8,6 +8,7 @@ import copy
 import json
 import pickle
 import re
+import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -362,3 +363,8 @@ def test_export_writes_what_an_engine_needs(name, kept, tmp_path, capsys, refuse
     assert (tmp_path / "out").read_text() == printed.out
     command = ["export", kept[method], "--to", name, "--out", tmp_path / "out"]
     refused(command, "--out must be a new file")
+
+
+def test_reading_an_edit_imports_no_transformers():
+    code = "import sys, baft_easyedit.engines.sglang; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

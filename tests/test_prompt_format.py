@@ -117,6 +117,8 @@ def test_a_question_mark_has_the_tokens_that_it_has_behind_a_prompt(own_tokenize
         mark = PromptFormat().question_mark(tokenizer)
         whole = PromptFormat().prompt_ids("Where is Oslo?", tokenizer)
         assert mark == whole[-1:]
+    marking.unk_token_id = ord("?")
+    assert PromptFormat().question_mark(marking) == ()
     own_tokenizer.chat_template = CHAT
     assert PromptFormat(use_chat_template=True).question_mark(own_tokenizer) == ()
 

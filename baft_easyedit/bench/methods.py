@@ -12,6 +12,7 @@ from baft_easyedit.files.resources import has_hparams, own_preset
 from baft_easyedit.generation import model_depth
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
 
+_SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
 _NUM_TEXTS = 500
 """About how many of the bundled facts serve as texts for key statistics."""
 
@@ -73,9 +74,8 @@ def _preset(config: BenchConfig, method: MethodConfig, protocol: Protocol) -> st
     preset = config.preset or own_preset(config.model)
     if config.preset is None and not has_hparams(f"{method.method}/{preset}"):
         return None
-    name = f"{method.method}/{preset}"
-    is_batch = protocol.name == "batched" and has_hparams(f"{name}-batch")
-    return f"{name}-batch" if is_batch else name
+    special = f"{method.method}/{preset}{_SUFFIXES[protocol.name]}"
+    return special if has_hparams(special) else f"{method.method}/{preset}"
 
 
 def statistics_texts(config: BenchConfig) -> Sequence[str]:

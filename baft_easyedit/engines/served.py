@@ -44,8 +44,7 @@ def delta(edit: ModelEdit, layer: int, hidden: Tensor) -> Tensor:
         [N, D], fp32.
     """
     h, acts_everywhere = hidden.float(), edit.min_similarity is None
-    if edit.intervention(layer).source_bias.device != hidden.device:
-        edit.to(hidden.device)
+    edit.move(layer, hidden.device)
     edited, _ = edit.intervention(layer)(h) if acts_everywhere else edit.act(layer, h)
     return edited - h
 

@@ -166,7 +166,7 @@ class ModelEdit(EditParameters):
         for i in self.layers:
             device = computing_device(stack[i])
             if device.type != "meta":  # weights that are loaded later
-                self._move(i, device)
+                self.move(i, device)
 
     @property
     def is_named(self) -> bool:
@@ -333,7 +333,7 @@ class ModelEdit(EditParameters):
                 f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}, but the "
                 f"model was called on {tuple(call.at.shape)} tokens"
             )
-        self._move(layer, hidden.device)
+        self.move(layer, hidden.device)
         if self.min_similarity is not None and not contexts.is_learning:
             here = call.at.to(hidden.device)
             edited, weights = hidden.clone(), hidden.new_zeros(*here.shape, self.rank).float()
@@ -356,7 +356,7 @@ class ModelEdit(EditParameters):
         edited: tuple[Tensor, Tensor] = self.intervention(layer)(hidden)
         return edited
 
-    def _move(self, layer: int, device: torch.device) -> None:
+    def move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""
         if self.intervention(layer).source_bias.device != device:
             with torch.inference_mode(False):  # whose tensors could not be learned

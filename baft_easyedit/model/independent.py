@@ -77,9 +77,9 @@ class IndependentEdits(ModelEdit):
             if name.startswith(prefix)
         }
 
-    def _move(self, layer: int, device: torch.device) -> None:
+    def move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""
-        super()._move(layer, device)
+        super().move(layer, device)
         for value in self._values_at(layer).values():
             if value.device != device:
                 value.data = value.data.to(device)  # stays the leaf that the optimiser knows

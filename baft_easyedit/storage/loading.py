@@ -107,7 +107,11 @@ def edit_of(
     bases = [v for name, v in kept.state.learned.items() if name.endswith(".basis")]
     kept_size = max((n for basis in bases for n in basis.shape[-1:]), default=0)
     size = kept_size if model is None else text_config(model).hidden_size
+    there = {name.split(".")[1] for name in kept.state.learned if name.endswith(".basis")}
+    missing = {str(layer) for layer in hparams.layers} - there
     try:
+        if missing:  # no memory is taken for them
+            raise ValueError(f"the state has no bases of layer {min(missing)}")
         edit = new_edit(hparams, size)
         edit.restore(kept.state.learned)
     except ValueError as error:

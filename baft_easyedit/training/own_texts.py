@@ -23,6 +23,7 @@ from baft_easyedit.model.inspect import (
     cache_name,
     decoder_layers,
     input_device,
+    max_context,
     owner_of,
     text_config,
 )
@@ -159,15 +160,17 @@ def own_texts(
     """Sample plain texts from a model, [NUM_TEXTS, LENGTH]; the same ones each time.
 
     The states are those of all tokens but the first, which has states like no others. Tokens of
-    `closing` are read behind beginnings of the texts, and are no part of these.
+    `closing` are read behind beginnings of the texts, and are no part of these. A model without
+    room for them writes shorter texts.
     """
     writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
+    most = min(LENGTH, (max_context(model) or LENGTH + len(closing)) - len(closing))
     closed = []
-    for length in range(2, LENGTH + 1):
+    for length in range(2, most + 1):
         writer.write(1)
         if closing and length % _CLOSED_EVERY == 0:
             closed.append(writer.closed(closing))
-    return writer.texts(LENGTH - 1, closed)
+    return writer.texts(most - 1, closed)
 
 
 def own_prompts(model: nn.Module, frame: Frame, layers: Sequence[int] = ()) -> OwnTexts:
