@@ -360,7 +360,10 @@ def test_edit_is_pushed_and_comes_back_from_the_hub(
 
 
 def test_a_state_of_another_shape_is_refused(model, quick):
-    others = {"rank and gate;": random_edit((1, 3), rank=6), "no bases of layer 3": random_edit((1, 2))}
+    others = {
+        "rank and gate;": random_edit((1, 3), rank=6),
+        "no bases of layer 3": random_edit((1, 2)),
+    }
     for message, other in others.items():
         with pytest.raises(ValueError, match=rf"the edit in here cannot be used: .* {message}"):
             edit_of(content_of(model, quick, other), model, "here")

@@ -260,6 +260,15 @@ def test_texts_leave_room_for_what_closes_them(monkeypatch, room):
     assert texts.closed[1].shape[1] == len(range(8, room - len(CLOSING) + 1, 8))
 
 
+def test_texts_with_question_marks_of_their_own_are_not_closed(model):
+    ids = own_texts(model).ids
+    shares = [(ids == token).any(1).float().mean().item() for token in range(256)]
+    often, rare = shares.index(max(shares)), shares.index(min(shares))
+    assert min(shares) < 0.25 <= max(shares)
+    assert own_texts(model, [1], [rare]).closed
+    assert not own_texts(model, [1], [often]).closed
+
+
 def test_half_of_the_weight_is_on_closed_beginnings(model):
     texts = own_texts(model, [1], CLOSING)
     means = [part[1].flatten(0, 1).mean(0) for part in (texts.states, texts.closed)]

@@ -700,7 +700,7 @@ def test_what_moves_in_inference_mode_can_be_learned_afterwards(by):
         if by == "itself":
             edit.to("meta")
         for layer in edit.layers if by == "a forward" else ():
-            edit._move(layer, torch.device("meta"))
+            edit.move(layer, torch.device("meta"))
     tensors = [*edit.parameters(), *edit.buffers()]
     assert all(tensor.is_meta for tensor in tensors)
     assert not any(tensor.is_inference() for tensor in tensors)

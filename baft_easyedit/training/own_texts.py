@@ -36,6 +36,8 @@ LENGTH = 64
 """Of a plain text, in tokens, the first one included."""
 _CLOSED_EVERY = 8
 """Tokens of a plain text from each beginning that is closed by a question mark to the next."""
+_ASKING = 0.25
+"""Share of texts with a question mark of their own from which on none is put behind beginnings."""
 NUM_PROMPTS = 64
 """Prompts in each frame, of an edit in a chat template."""
 MESSAGE_LENGTH = 16
@@ -160,8 +162,9 @@ def own_texts(
     """Sample plain texts from a model, [NUM_TEXTS, LENGTH]; the same ones each time.
 
     The states are those of all tokens but the first, which has states like no others. Tokens of
-    `closing` are read behind beginnings of the texts, and are no part of these. A model without
-    room for them writes shorter texts.
+    `closing` are read behind beginnings of the texts, and are no part of these; but not if the
+    texts are of a model that writes questions itself, whose rephrasings are told apart worse then.
+    A model without room for them writes shorter texts.
     """
     writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
     most = min(LENGTH, (max_context(model) or LENGTH + len(closing)) - len(closing))
@@ -170,7 +173,7 @@ def own_texts(
         writer.write(1)
         if closing and length % _CLOSED_EVERY == 0:
             closed.append(writer.closed(closing))
-    return writer.texts(most - 1, closed)
+    return writer.texts(most - 1, [] if writer.asks(closing) else closed)
 
 
 def own_prompts(model: nn.Module, frame: Frame, layers: Sequence[int] = ()) -> OwnTexts:
@@ -231,6 +234,14 @@ class _Writer:
         The cache is copied, as not every kind of cache can be cut back.
         """
         return self._read_behind(torch.tensor([[*tokens]]), deepcopy(self._cache))[1]
+
+    def asks(self, mark: Sequence[int]) -> bool:
+        """Tell whether many texts contain a question mark, given as its tokens."""
+        if not mark:
+            return False
+        runs = self._ids.unfold(1, len(mark), 1)  # [N, T - len(mark) + 1, len(mark)]
+        has_mark = (runs == torch.tensor([*mark])).all(-1).any(-1)
+        return bool(has_mark.float().mean() >= _ASKING)
 
     def texts(self, last: int, closed: Sequence[list[Tensor]] = ()) -> OwnTexts:
         """Return the texts, the states of their `last` tokens, and those of `closed` beginnings."""
