@@ -265,8 +265,8 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
                 damaged, or a new edit has no `hparams`; the message says what to do.
         """
         where = str(expanded(directory))
-        rule = "hparams must be given to begin an edit in"
-        missing = ValueError(f"{rule} {where}, for nothing was begun there; got None")
+        rule = f"hparams must be given to begin an edit in {where}, for nothing was begun there"
+        missing = ValueError(f"{rule}; got None")
         if hparams is not None:
             check_hparams(hparams)
         elif not holds_edit(where):
@@ -304,8 +304,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
         Raises:
             FileNotFoundError: If no edit is kept there.
-            ValueError: If the model is another one or carries another edit, or the state file is
-                damaged.
+            ValueError: If the model is another or carries another edit, or the state is damaged.
         """
         path = expanded(directory)
         latest = latest_for(model, str(path), allow_other_model)
