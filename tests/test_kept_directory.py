@@ -973,8 +973,11 @@ def test_many_edits_cost_no_more(tmp_path):
     assert len((tmp_path / "out/soak.jsonl").read_text().splitlines()) == 1
 
 
-def test_new_directory_needs_hparams(opened, kept):
+def test_new_directory_needs_hparams(opened, kept, monkeypatch):
     rule = r"hparams must be given to begin an edit in .*, for nothing was begun there; got None"
     with pytest.raises(ValueError, match=rule):
         opened(hparams=None)
     assert not kept.exists()
+    monkeypatch.setattr("baft_easyedit.editor.holds_edit", lambda _: True)  # as just before
+    with pytest.raises(ValueError, match=rule):
+        opened(hparams=None)
