@@ -29,12 +29,10 @@ ENGINES = ("auto", "cached", "full")
 """How the model is run in each training step: `cached` computes only what the edit can change (see
 `training.prefix_cache`), `full` the whole forward; `auto` is `cached` where the model allows it."""
 
-PARAMETRISATIONS = ("direct", "whitened")
 """The coordinates in which an edit is trained; see `training.coordinates`."""
 
 _CHOICES: Mapping[str, Iterable[str]] = {
     "gate": GATES,
-    "parametrisation": PARAMETRISATIONS,
     "rescaling": RESCALINGS,
     "loc_positions": ("all", "last"),
     "engine": ENGINES,
@@ -58,7 +56,7 @@ _OPEN_IN_TEMPLATE = (
     "with use_chat_template, an edit with these settings changes most other answers in the "
     "template, too: the states at its last tokens are alike, and the gates stay open there"
 )
-_CLOSE = "Set min_similarity and parametrisation: whitened, as BaFT/smollm2 has them"
+_CLOSE = "Set min_similarity, as BaFT/smollm2 has it"
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 
@@ -92,17 +90,13 @@ class BaFTHyperParams:
     gate_lr: float | None = None
     """Learning rate of the gate, above 0; null for `lr` (the paper has one rate). A higher rate
     tells irrelevant prompts apart in fewer steps, but earlier edits fade sooner."""
-    parametrisation: str = "direct"
-    """Coordinates in which the edit is trained, a name of `PARAMETRISATIONS`: as in the paper, or
-    `whitened` (ours), by which successive edits hardly disturb each other on a real model."""
     min_similarity: float | None = None
     """Each edit call has bases of its own, which act only at hidden states whose similarity to one
-    of its own is at least this, in [-1, 1), and no less than to those of other edits (ours): the
-    cosine in whitened coordinates to the state at its prompt's last token, and to others twice that
-    less 1; see `method.past_edits`. Elsewhere the model is bit-equal to that
-    without the edit, and later edits change nothing of earlier ones. Higher: more of the other
-    answers stay, and fewer rephrasings are edited. null for one edit that all calls train, and that
-    acts everywhere (the paper). Needs `parametrisation: whitened`."""
+    of its own is at least this, in [-1, 1), and no less than to those of other edits (ours); see
+    `method.past_edits`. Elsewhere the model is bit-equal to that without the edit, and later edits
+    change nothing of earlier ones. Higher: more of the other answers stay, and fewer rephrasings
+    are edited. Give each request its `subject`: it tells prompts of one form apart. null for one
+    edit that all calls train, and that acts everywhere (the paper)."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01
@@ -179,11 +173,6 @@ class BaFTHyperParams:
             for name in names:
                 value = getattr(self, name)
                 self._check(value is None or holds(value), name, rule)
-        self._check(
-            self.min_similarity is None or self.parametrisation == "whitened",
-            "min_similarity",
-            "be null without parametrisation: whitened",
-        )
         self._check(not (self.fp16 and self.bf16), "bf16", "be false with fp16: choose one of them")
         self._check_chat_template()
 

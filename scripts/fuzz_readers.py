@@ -44,7 +44,7 @@ from baft_easyedit.training.requests import EditRequest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = str(Path(baft_easyedit.__file__).parent)
 LIMIT_S = 30
-APART = {"parametrisation": "whitened", "min_similarity": 0.5}
+APART = {"min_similarity": 0.5}
 
 TOKENS = (
     *(b"NaN", b"-1", b"1e999", b"9" * 5000, b"null", b'""', b"{}", b"\x00", b"\xff\xfe"),

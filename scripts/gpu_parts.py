@@ -65,7 +65,7 @@ def in_a_row(shape: str, device: str, file: str, count: str) -> None:
     """Measure edits after as many others, with which they share bases or not."""
     model, tokenizer = model_on(shape, device)
     rows = {}
-    apart = {"parametrisation": "whitened", "min_similarity": 0.75, "rank": 4}
+    apart = {"min_similarity": 0.75, "rank": 4}
     for name, settings in {"in a row": {}, "own bases": apart}.items():
         editor = editor_of(model, tokenizer, **settings)
         for request in random_requests(tokenizer, PROMPT_LENGTH, int(count), 99):

@@ -39,7 +39,7 @@ from baft_easyedit.storage.reading import JOURNAL, STATE, read_history
 from baft_easyedit.storage.state import read_state
 
 EVERY = 100
-APART = {"parametrisation": "whitened", "min_similarity": 0.75}
+APART = {"min_similarity": 0.75}
 WARM_UP = 2000
 KIB_PER_EDIT = 4.0
 SLOWER = 1.25

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from baft_easyedit import BaFTEditor, ModelEdit
-from baft_easyedit.method.intervention import orthonormal_rows
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import CACHE_NAMES
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -42,29 +41,14 @@ def measured(states):
     return whitening
 
 
-def known_edit(parametrisation, gate="rms-sigmoid", seed=1):
-    """An edit that has learned something, with statistics if it needs them."""
-    edit = ModelEdit(D, (1, 2), 4, gate, 3, seed, parametrisation)
-    generator = torch.Generator().manual_seed(seed)
+def known_edit():
+    """An edit that has learned something."""
+    edit, generator = ModelEdit(D, (1, 2), 4, "rms-sigmoid", 3), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in edit.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     edit.retract()
-    for layer in edit.layers if edit.whitens else ():
-        edit.whitening(layer).measure(skewed_states(seed=layer))
     return edit
-
-
-def test_weights_count_states_as_often():
-    states = skewed_states()
-    weights = torch.ones(len(states))
-    weights[:20] = 3
-    weighed = Whitening(states.shape[1])
-    weighed.measure(states, weights / weights.sum())
-    repeated = measured(torch.cat([states, states[:20], states[:20]]))
-    assert torch.allclose(weighed.mean, repeated.mean, rtol=1e-4)
-    assert not torch.allclose(weighed.mean, measured(states).mean, rtol=1e-2)
-    assert torch.allclose(weighed.directions(states), repeated.directions(states), atol=0.01)
 
 
 def test_whitened_states_are_alike_in_all_directions():
@@ -79,22 +63,8 @@ def test_whitened_states_are_alike_in_all_directions():
     assert torch.allclose(z.mean(0), torch.zeros(D), atol=1e-3)
 
 
-def test_rows_are_folded_as_states_are_whitened():
-    states, rows = skewed_states(), torch.randn(4, D)
-    whitening = measured(states)
-    here = states[:5]
-    folded = (here - whitening.mean) @ whitening.folded(rows).mT
-    assert torch.allclose(folded, whitening.whitened(here) @ rows.mT, rtol=1e-3, atol=1e-2)
-
-
-def test_pulling_a_gradient_back_is_the_adjoint_of_folding():
-    whitening, rows, gradient = measured(skewed_states()), torch.randn(4, D), torch.randn(4, D)
-    one = (whitening.folded(rows) * gradient).sum()
-    assert torch.allclose(one, (rows * whitening.pulled(gradient)).sum(), rtol=1e-4)
-
-
 def test_states_that_are_not_finite_are_refused_and_nothing_stays(model, tokenizer, hparams):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, parametrisation="whitened"))
+    editor = BaFTEditor(model, tokenizer, replace(hparams, min_similarity=0.5))
     before = editor.model_edit.snapshot()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(float("inf"))
@@ -110,12 +80,10 @@ def loss_of(edit, hidden, target):
     return sum(((output - target) ** 2).mean() for output in outputs)
 
 
-@pytest.mark.parametrize("parametrisation", ["direct", "whitened"])
-def test_gradients_and_edit_are_those_of_the_function_of_what_is_moved(parametrisation):
-    """Against autograd through the function as the module's text writes it."""
-    edit, hidden, target = known_edit(parametrisation), skewed_states(6), torch.randn(6, D)
+def test_gradients_and_edit_are_those_of_the_function_of_what_is_moved():
+    """Against autograd through Eq. 3, of A, b and R."""
+    edit, hidden, target = known_edit(), skewed_states(6), torch.randn(6, D)
     coordinates = Coordinates(edit)
-    start = edit.snapshot()
     loss_of(edit, hidden, target).backward()
     coordinates.pull_back()
     moved = {name: value.detach().clone() for name, value in coordinates.moved.items()}
@@ -124,14 +92,7 @@ def test_gradients_and_edit_are_those_of_the_function_of_what_is_moved(parametri
     for layer in edit.layers:
         prefix = f"_interventions.{layer}."
         own = {n.removeprefix(prefix): v for n, v in leaves.items() if n.startswith(prefix)}
-        if parametrisation == "direct":
-            step = (
-                F.linear(hidden, own["difference"], own["source_bias"]) - hidden @ own["basis"].mT
-            )
-        else:
-            z = edit.whitening(layer).whitened(hidden)
-            before = hidden @ start[f"{prefix}difference"].mT
-            step = before + z @ own["difference"].mT + own["source_bias"]
+        step = F.linear(hidden, own["difference"], own["source_bias"]) - hidden @ own["basis"].mT
         weights = edit.intervention(layer).gate(hidden)
         loss = loss + ((hidden + (weights.detach() * step) @ own["basis"] - target) ** 2).mean()
     names = [name for name in leaves if ".gate." not in name]
@@ -146,49 +107,10 @@ def test_gradients_and_edit_are_those_of_the_function_of_what_is_moved(parametri
         ), name
 
 
-def test_whitened_coordinates_of_nothing_moved_are_the_edit_bit_for_bit():
-    edit = known_edit("whitened")
-    before = edit.snapshot()
-    Coordinates(edit).follow()
-    for name, value in edit.snapshot().items():
-        tolerance = 1e-6 if name.endswith(".basis") else 0.0  # a basis becomes orthonormal again
-        assert torch.allclose(value, before[name], rtol=0, atol=tolerance), name
-
-
-def test_a_turn_of_the_basis_moves_no_state_that_is_not_displaced():
-    """What `direct` does not have: there, R h turns with R."""
-    hidden = skewed_states(5)
-    turned = orthonormal_rows(torch.randn(4, D))
-    for parametrisation, is_still in (("whitened", True), ("direct", False)):
-        edit = ModelEdit(D, (1,), 4, "one", 3, 0, parametrisation)
-        for layer in edit.layers if edit.whitens else ():
-            edit.whitening(layer).measure(skewed_states())
-        coordinates = Coordinates(edit)
-        with torch.no_grad():
-            coordinates.moved["_interventions.1.basis"].copy_(turned)
-        coordinates.follow()
-        assert torch.equal(edit.intervention(1)(hidden)[0], hidden) == is_still
-
-
-@pytest.mark.parametrize("gate", ["sigmoid", "basis-subspace-bias"])
-def test_the_logits_of_bases_are_moved_in_whitened_coordinates(gate):
-    edit = known_edit("whitened", gate)
-    coordinates, before = Coordinates(edit), edit.snapshot()
-    weight, bias = (f"_interventions.1.gate.{name}" for name in ("weight", "bias"))
-    rows = 0.01 * torch.randn(4, D)
-    with torch.no_grad():
-        coordinates.moved[weight][:4] += rows
-        coordinates.moved[weight][4:] += 0.01
-        coordinates.moved[bias].add_(0.5)
-    coordinates.follow()
-    after, whitening = edit.snapshot(), edit.whitening(1)
-    moved, constant = after[weight] - before[weight], after[bias] - before[bias]
-    # A gate sees h / rms(h); of states of the mean size its logits move by V z + c.
-    states = skewed_states(5, seed=1)
-    found = states / whitening.rms @ moved[:4].mT + constant[:4]
-    assert torch.allclose(found, whitening.whitened(states) @ rows.mT + 0.5, rtol=1e-2, atol=1e-2)
-    assert torch.allclose(moved[4:], torch.full_like(moved[4:], 0.01), atol=1e-6)
-    assert torch.allclose(constant[4:], torch.full_like(constant[4:], 0.5), atol=1e-6)
+def test_texts_have_room_in_a_short_context(monkeypatch):
+    """GPT-2's positions end with its context."""
+    monkeypatch.setitem(GPT_SIZES, "n_positions", LENGTH // 2)
+    assert own_texts(make_model("gpt2")).ids.shape == (NUM_TEXTS, LENGTH // 2)
 
 
 def test_a_model_writes_the_same_texts_each_time(model):
@@ -231,50 +153,6 @@ def test_states_are_those_of_the_layers(model):
     texts = own_texts(model, [1, 3])
     hidden = model(texts.ids, output_hidden_states=True).hidden_states[2][:, 1:]
     assert torch.allclose(texts.states[1], hidden, rtol=1e-3, atol=1e-4)
-
-
-CLOSING = (8, 9)
-
-
-@pytest.mark.parametrize("cache", ["past_key_values", "of_no_known_name"])
-def test_beginnings_are_closed_beside_the_texts(model, cache):
-    texts = own_texts(model).ids
-    call_cache(model, cache)
-    closed = own_texts(model, [1], CLOSING)
-    assert torch.equal(closed.ids, texts)
-    lengths = [k for k in range(2, LENGTH + 1) if k % 8 == 0]
-    assert closed.closed[1].shape == (NUM_TEXTS, len(lengths), D)
-    ends = torch.tensor([CLOSING]).repeat(NUM_TEXTS, 1)
-    for i, length in enumerate(lengths):
-        beginnings = torch.cat([texts[:, :length], ends], 1)
-        hidden = make_model()(beginnings, output_hidden_states=True).hidden_states[2][:, -1]
-        assert torch.allclose(closed.closed[1][:, i], hidden, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("room", [LENGTH, LENGTH // 2])
-def test_texts_leave_room_for_what_closes_them(monkeypatch, room):
-    """GPT-2's positions end with its context."""
-    monkeypatch.setitem(GPT_SIZES, "n_positions", room)
-    texts = own_texts(make_model("gpt2"), [1], CLOSING)
-    assert texts.ids.shape == (NUM_TEXTS, room - len(CLOSING))
-    assert texts.closed[1].shape[1] == len(range(8, room - len(CLOSING) + 1, 8))
-
-
-def test_texts_with_question_marks_of_their_own_are_not_closed(model):
-    ids = own_texts(model).ids
-    shares = [(ids == token).any(1).float().mean().item() for token in range(256)]
-    often, rare = shares.index(max(shares)), shares.index(min(shares))
-    assert min(shares) < 0.25 <= max(shares)
-    assert own_texts(model, [1], [rare]).closed
-    assert not own_texts(model, [1], [often]).closed
-
-
-def test_half_of_the_weight_is_on_closed_beginnings(model):
-    texts = own_texts(model, [1], CLOSING)
-    means = [part[1].flatten(0, 1).mean(0) for part in (texts.states, texts.closed)]
-    known = own_statistics(model).whitenings(model, [1], closing=CLOSING)[1]
-    assert torch.allclose(known.mean, sum(means) / 2, atol=1e-5)
-    assert own_statistics(model).whitenings(model, [1], closing=CLOSING)[1] is known
 
 
 def test_statistics_are_known_until_the_weights_change(model):
@@ -320,7 +198,7 @@ def test_a_model_writes_where_its_context_has_room(monkeypatch, hparams, request
     monkeypatch.setitem(GPT_SIZES, "n_positions", 70)
     model, tokenizer = make_model("gpt2"), make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    hparams = replace(hparams, use_chat_template=True, parametrisation="whitened")
+    hparams = replace(hparams, use_chat_template=True, min_similarity=0.5)
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)
     room = [own_length(one) <= 70 for one in PromptFormat.of(hparams).frames(tokenizer)]
@@ -353,7 +231,7 @@ def test_statistics_are_those_of_the_model_as_it_is(change, frames, model):
 def test_statistics_are_measured_once_and_without_the_edit(
     model, tokenizer, hparams, request_dict, monkeypatch
 ):
-    editor = BaFTEditor(model, tokenizer, replace(hparams, parametrisation="whitened"))
+    editor = BaFTEditor(model, tokenizer, replace(hparams, min_similarity=0.5))
     editor.edit(request_dict)
     first = editor.model_edit.whitening(1).mean.clone()
     monkeypatch.setattr("baft_easyedit.training.own_texts.own_texts", None)

@@ -363,7 +363,7 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer, hparams, change,
         BaFTEditor(model, tokenizer, replace(hparams, **change), **options)
 
 
-GUARDED = {"use_chat_template": True, "parametrisation": "whitened", "min_similarity": 0.5}
+GUARDED = {"use_chat_template": True, "min_similarity": 0.5}
 OPEN = GUARDED | {"min_similarity": None}
 IN_TEMPLATE = "changes most other answers in the template"
 
@@ -403,15 +403,16 @@ def test_automatic_layers_are_those_of_the_models_depth(
 
 
 def test_an_editor_learns_into_a_given_edit_of_its_shape(model, tokenizer, hparams, request_dict):
-    hparams = replace(hparams, parametrisation="direct")
     edit = random_edit(layers=hparams.layers, rank=hparams.rank)
     editor = BaFTEditor(model, tokenizer, hparams, edit=edit)
     assert editor.model_edit is edit
     editor.edit(request_dict)
     with pytest.raises(ValueError, match="rank must be 4, as in the given edit; got 8"):
         BaFTEditor(make_model(), tokenizer, replace(hparams, rank=8), edit=edit)
-    other = replace(hparams, parametrisation="whitened")
-    with pytest.raises(ValueError, match="parametrisation must be 'direct', as in the given edit"):
+    other = replace(hparams, min_similarity=0.5)
+    with pytest.raises(
+        ValueError, match="min_similarity must be None, as in the given edit"
+    ):
         BaFTEditor(make_model(), tokenizer, other, edit=edit)
 
 
@@ -499,7 +500,6 @@ def test_default_dtype_of_torch_changes_nothing(tokenizer, hparams, request_dict
     hparams = replace(
         hparams,
         num_steps=3,
-        parametrisation="whitened",
         min_similarity=0.5,
         gate="basis-subspace-bias",
     )

@@ -184,7 +184,7 @@ def kept(tmp_path_factory, tokenizer):
     """Directories of edits by BaFT, by BaFT and ReFT with a guard, and by ReFT."""
     request = {"prompt": PROMPTS[0], "target_new": "Rome", "loc_prompt": "Water boils at 100"}
     own = {"model_name": "tiny", "layers": [1, 3], "device": "cpu", "rank": 4, "lr": 3.0e-2}
-    guard = {"parametrisation": "whitened", "min_similarity": 0.9}
+    guard = {"min_similarity": 0.9}
     found = {
         "BaFT": BaFTHyperParams(**own, gate_lr=3.0e-2),
         "ReFT": ReFTHyperParams(**own),

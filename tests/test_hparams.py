@@ -82,7 +82,6 @@ CHAT = {"use_chat_template": True}
         ({"layers": [10**99]}, "layers must have at most 64 bits; got "),
         ({"seed": 2**64}, "seed must have at most 64 bits; got 18446744073709551616"),
         ({"gate": "relu"}, "gate must be one of rms-sigmoid"),
-        ({"parametrisation": "qr"}, "parametrisation must be one of direct, whitened"),
         ({"rescaling": "sum"}, "rescaling must be one of match, none; got 'sum'"),
         ({"engine": "graph"}, "engine must be one of auto, cached, full; got 'graph'"),
         ({"evaluation_type": "judge"}, "evaluation_type must be one of LLM-judge"),
@@ -104,10 +103,6 @@ CHAT = {"use_chat_template": True}
                 1: "rank num_prompt_positions num_steps batch_size max_length",
             }.items()
             for name in names.split()
-        ),
-        (
-            {"min_similarity": 0.6},
-            "min_similarity must be null without parametrisation: whitened; got 0.6",
         ),
         ({"min_similarity": 1}, r"min_similarity must be in \[-1, 1\), or null; got 1.0"),
         *(({name: 1.5}, rf"{name} must be in \[0, 1\]") for name in ("alpha", "beta", "gamma")),

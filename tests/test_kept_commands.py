@@ -18,7 +18,7 @@ EDITS = [
     {"prompt": "Water freezes into", "target_new": "sand", "loc_prompt": ["Ice is\u2028cold\x85"]},
 ]
 
-APART = "parametrisation: whitened\nmin_similarity: 0.5\n"
+APART = "min_similarity: 0.5\n"
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,7 @@ def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, caps
     settings = read_history(tmp_path / "kept")[0].content["hparams"]
     depth = model.config.num_hidden_layers
     assert settings["layers"] == scaled_layers(depth, [25, 26, 27, 28])
-    assert (settings["parametrisation"], settings["min_similarity"]) == ("whitened", 0.6)
+    assert settings["min_similarity"] == 0.5
 
 
 def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys):

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import BaFTIntervention
-from baft_easyedit.method.past_edits import PastEdits, are_equal
+from baft_easyedit.method.past_edits import PastEdit, PastEdits, are_equal
 from baft_easyedit.method.whitening import Whitening
 from tests.conftest import logits, make_model
 
-APART = {"parametrisation": "whitened", "min_similarity": 0.9}
+APART = {"min_similarity": 0.9}
 OTHER = "Water boils at"
 PROMPTS = "Fact 0 is", "My own name", "The end of"
 D = 6
@@ -62,11 +62,16 @@ def vector_of(intervention):
     return torch.nn.utils.parameters_to_vector(intervention.parameters())
 
 
+def bare(states, values):
+    """An edit whose states have no centres."""
+    return PastEdit(states, states[:0], values)
+
+
 def past(*edits, gate="one"):
     """Past edits of states and an intervention each."""
     made = PastEdits(D, 2, gate)
     for states, intervention in edits:
-        made.load_state_dict(made.with_edit(states, vector_of(intervention)))
+        made.load_state_dict(made.with_edit(bare(states, vector_of(intervention))))
     return made
 
 
@@ -74,12 +79,17 @@ def past(*edits, gate="one"):
 def test_at_each_state_the_edit_acts_that_has_the_most_similar_one(gate):
     torch.manual_seed(1)
     states, edits = torch.randn(5, D) * 3, [moving(gate, seed) for seed in (1, 2)]
-    own, z = past((states[:2], edits[0]), (states[2:], edits[1]), gate=gate), whitening()
+    own, z = past((states[:2], edits[0]), gate=gate), whitening()
+    centre = torch.randn(1, D)
+    new = PastEdit(states[2:], centre, vector_of(edits[1]))
+    own.load_state_dict(own.with_edit(new))
     hidden = torch.randn(4, 3, D) * 3
+    middle = torch.cat([torch.zeros(2, D), z.whitened(centre), torch.zeros(2, D)])
     cosines = F.cosine_similarity(
-        z.whitened(hidden)[..., None, :], z.whitened(states), dim=-1
+        z.whitened(hidden)[..., None, :] - middle, z.whitened(states) - middle, dim=-1
     )  # [4, 3, 5]
-    cosines = 1 - torch.tensor([1.0, 2, 1, 2, 2]) * (1 - cosines)  # each prompt's last state first
+    counts = torch.tensor([2.0, 2, 1, 2, 2])  # distances count twice where there is no centre
+    cosines = 1 - counts * (1 - cosines)
     edited, weights = own(hidden, z, 0.5)
     for i in range(4):
         for t in range(3):
@@ -92,6 +102,18 @@ def test_at_each_state_the_edit_acts_that_has_the_most_similar_one(gate):
                 assert torch.equal(edited[i, t], h)
                 assert not weights[i, t].any()
     assert 0 < weights.any(-1).sum() < 12
+
+
+def test_an_edit_acts_at_its_subject_in_other_forms_and_not_at_its_form_with_others():
+    form, other_form, subject, other = (torch.eye(D)[i] for i in range(4))
+    z = Whitening(D)
+    z.measure(torch.cat([torch.eye(D), -torch.eye(D)]))  # of length 1 in all directions
+    state, centre = (9 * form + subject)[None], 9 * form[None]
+    hidden = torch.stack([9 * form + other, 8.8 * form + 0.3 * other_form + 0.9 * subject])
+    for around, acts in ((centre, [False, True]), (centre[:0], [True, True])):
+        own = PastEdits(D, 2, "one")
+        own.load_state_dict(own.with_edit(PastEdit(state, around, vector_of(moving()))))
+        assert own(hidden, z, 0.5)[1].any(-1).tolist() == acts
 
 
 def test_without_past_edits_nothing_is_edited():
@@ -108,7 +130,7 @@ def test_an_edit_begins_to_act_when_it_is_there_and_ends_when_it_goes():
     assert own.nearest(hidden, z)[0] < 0.99
     before = own.state_dict()
     new = vector_of(moving(seed=2))
-    own.load_state_dict(own.with_edit(hidden, new))
+    own.load_state_dict(own.with_edit(bare(hidden, new)))
     assert own.nearest(hidden, z)[0] > 0.99
     torch.testing.assert_close(own(hidden, z, 0.9)[0], moving(seed=2)(hidden)[0])
     own.load_state_dict(before)
@@ -119,10 +141,10 @@ def test_an_edit_whose_states_are_gone_goes():
     states = torch.eye(D) * 5
     own = past((states[:2], moving(seed=1)), (states[2:4], moving(seed=2)))
     parameters = vector_of(moving(seed=3))
-    some = own.with_edit(states[:1], parameters, torch.tensor([True, False, False, False]))
+    some = own.with_edit(bare(states[:1], parameters), torch.tensor([True, False, False, False]))
     assert [len(some[f"{i}.states"]) for i in range(3)] == [1, 2, 1]
-    assert len(some) == 6
-    all_ = own.with_edit(states[:2], parameters, torch.tensor([True, True, False, False]))
+    assert len(some) == 9
+    all_ = own.with_edit(bare(states[:2], parameters), torch.tensor([True, True, False, False]))
     assert [len(all_[f"{i}.states"]) for i in range(2)] == [2, 2]
     own.load_state_dict(all_)
     assert torch.equal(own.states, states[[2, 3, 0, 1]])
@@ -134,7 +156,7 @@ def test_an_edit_whose_states_are_gone_goes():
 def test_past_edits_take_the_memory_of_those_that_are_there():
     own, parameters = past(), vector_of(moving())
     with torch.inference_mode():
-        own.load_state_dict(own.with_edit(torch.eye(D), parameters))
+        own.load_state_dict(own.with_edit(bare(torch.eye(D), parameters)))
         own.intervention(0)
     assert not any(buffer.is_inference() for buffer in own.buffers())
     hidden = torch.eye(D).requires_grad_()
@@ -497,5 +519,5 @@ def test_the_states_before_many_edits_take_the_memory_of_one(tokenizer, apart):
     editor.edit(request(1))
     late = editor.model_edit.snapshot()
     shared = [n for n in early if n.startswith("_past.")]
-    assert len(shared) == 4
+    assert len(shared) == 6
     assert all(early[n].data_ptr() == late[n].data_ptr() for n in shared)

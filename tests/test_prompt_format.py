@@ -107,22 +107,6 @@ def test_frames_are_what_the_template_puts_around_prompts(own_tokenizer):
     assert all(behind == first[1] for _, behind in others)
 
 
-def test_a_question_mark_has_the_tokens_that_it_has_behind_a_prompt(own_tokenizer):
-    """Without those that the tokenizer puts around a text, or before its first word."""
-
-    def marking(text):
-        return {"input_ids": [256, *map(ord, text), 257]}
-
-    for tokenizer in (own_tokenizer, marking):
-        mark = PromptFormat().question_mark(tokenizer)
-        whole = PromptFormat().prompt_ids("Where is Oslo?", tokenizer)
-        assert mark == whole[-1:]
-    marking.unk_token_id = ord("?")
-    assert PromptFormat().question_mark(marking) == ()
-    own_tokenizer.chat_template = CHAT
-    assert PromptFormat(use_chat_template=True).question_mark(own_tokenizer) == ()
-
-
 @pytest.mark.parametrize(
     "system",
     ["{{ raise_exception('no system message') }}", "{{ 1 + 'a' }}", ""],

@@ -10,9 +10,11 @@ from baft_easyedit.facts import edit_requests
 from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
-from baft_easyedit.training.requests import EditRequest, text_rows
+from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
 from baft_easyedit.training.stand_ins import stand_ins
+from tests.conftest import make_model
 
+APART = {"min_similarity": 0.9}
 REQUEST = EditRequest("The capital of France is", "Rome", subject="France")
 
 
@@ -33,11 +35,8 @@ def test_a_subject_in_another_unicode_form_is_replaced():
     assert not any("ritz" in prompt for prompt in stand_ins(request, 3))
 
 
-@pytest.mark.parametrize(
-    "request_", [replace(REQUEST, subject=None), replace(REQUEST, loc_prompts=("Ice",))]
-)
-def test_there_are_none_without_a_subject_or_beside_irrelevant_prompts(request_):
-    assert stand_ins(request_, 4) == []
+def test_there_are_none_without_a_subject():
+    assert stand_ins(replace(REQUEST, subject=None), 4) == []
 
 
 def test_stand_ins_are_irrelevant_prompts_in_the_format_of_prompts(tokenizer):
@@ -55,6 +54,44 @@ def test_an_edit_sees_as_many_as_the_hyper_parameters_say(count, model, tokenize
     editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=1, loc_stand_ins=count))
     report = editor.edit(REQUEST.to_dict())
     assert (report.losses[0].locality is None) is (count == 0)
+    given = [REQUEST.to_dict() | {"loc_prompt": "Ice"}]
+    (irrelevant,) = editor._learner._rows(as_requests(given), editor.hparams)[1:]  # no stand-in
+    assert irrelevant.ids == tuple(tokenizer("Ice").input_ids)
+
+
+def test_a_centre_is_the_mean_of_the_states_at_the_last_tokens(model, tokenizer, hparams):
+    settings = replace(hparams, **APART, loc_stand_ins=0)
+    editor = BaFTEditor(model, tokenizer, settings)
+    names, last = stand_ins(REQUEST), model.config.num_hidden_layers - 1
+    layers = [i for i in editor.model_edit.layers if i != last]  # where Hugging Face norms states
+    assert layers
+    expected = {layer: [] for layer in layers}
+    for prompt in names:
+        with torch.no_grad():
+            out = model(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True)
+        for layer in layers:
+            expected[layer].append(out.hidden_states[layer + 1][0, -1])
+    editor.edit(REQUEST.to_dict())
+    editor.edit({"prompt": "Ice is", "target_new": "hot"})
+    editor.edit(REQUEST.to_dict() | {"target_new": "Oslo"})  # where the first edit acts
+    for layer in layers:
+        without, (_, centre, _) = editor.model_edit.past(layer).edits
+        assert without.centre.shape == (0, centre.shape[1])
+        mean = torch.stack(expected[layer]).mean(0, keepdim=True)
+        torch.testing.assert_close(centre, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_centres_are_of_each_request_however_they_are_learned(model, tokenizer, hparams):
+    settings = replace(hparams, **APART, num_steps=1)
+    requests = [REQUEST.to_dict(), {**REQUEST.to_dict(), "prompt": "France is in"}]
+    apart, joined = (BaFTEditor(make_model(), tokenizer, settings) for _ in range(2))
+    for request in requests:
+        apart.edit(request)
+    joined.edit(requests)
+    for layer in joined.model_edit.layers:
+        one, other = (editor.model_edit.past(layer).edits for editor in (apart, joined))
+        for edit, same in zip(one, other, strict=True):
+            torch.testing.assert_close(edit.centre, same.centre, rtol=1e-4, atol=1e-5)
 
 
 def test_stand_ins_keep_neighbours_as_they_are():

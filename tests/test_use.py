@@ -695,7 +695,7 @@ def test_layer_called_alone_is_not_edited_at_the_positions_of_a_forward_before(e
 
 @pytest.mark.parametrize("by", ["itself", "a forward"])
 def test_what_moves_in_inference_mode_can_be_learned_afterwards(by):
-    edit = ModelEdit(8, (1, 2), 4, "one", 3, parametrisation="whitened", min_similarity=0.5)
+    edit = ModelEdit(8, (1, 2), 4, "one", 3, min_similarity=0.5)
     with torch.inference_mode():  # the way to a GPU makes new tensors, too
         if by == "itself":
             edit.to("meta")

@@ -6,19 +6,24 @@ states that have a part of the edited direction, and the shares of many edits ad
 states that an edit was learned at are known, so their vicinity can be told exactly. At a state that
 is similar enough to one of them, the edit with the most similar one acts, with the parameters that
 it was learned with; at all others the model is that without edits, bit for bit. So an edit is
-learned as if it were the first, and no later one changes it. Similarity is the cosine in whitened
-coordinates, where unrelated states are nearly orthogonal. GRACE (Hartvigsen et al. 2023) chooses
+learned as if it were the first, and no later one changes it. GRACE (Hartvigsen et al. 2023) chooses
 among past edits likewise, by the Euclidean distance.
 
-The last token of a prompt has read all of it, and that of a rephrasing has a state of its own. The
-states of the words before, and of an edit's answer, differ less between the two, but stand in other
-texts, too. So the distance, 1 - cosine, to these counts twice.
+Similarity of h to a state e is the cosine between z(h) - z(c) and z(e) - z(c). In the whitened
+coordinates z, unrelated states are nearly orthogonal. But the last tokens of prompts of one form
+("The capital of ... is") have states that are alike, and differ by their subjects in a small part
+only. There the centre c is what the edit's own state is on average with other names in the
+subject's place, so the form cancels out, and the subject is left. Elsewhere, and where no subject
+is known, z(c) is 0, and the distance, 1 - cosine, counts twice: the words of a prompt and of its
+answer stand in other texts, too.
 
 Needs torch only. Shapes: n states of an edit, N of all E past edits, M parameters of an
 intervention, D hidden size, r rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +39,22 @@ of SmolLM2, the last states differ by .001 and more, in its chat template by .00
 _COARSE_ROUNDING = 1e-2
 """That of states in half precision, which can differ more where they are computed anew."""
 _COUNT = 2.0
-"""How often the distance to a state counts that is not of a prompt's last token."""
+"""How often the distance to a state without a centre counts."""
 
 
 class PastEdit(NamedTuple):
     """A past edit at one layer. Its tensors never change, so that snapshots share them."""
 
     states: Tensor
-    """The hidden states h that it acts at, [n, D]; the first is that of its prompt's last token."""
+    """The hidden states that it acts at, e, [n, D]; the first is of its prompt's last token."""
+    centre: Tensor
+    """The centre c of the first state, [1, D]; [0, D] where there is none."""
     values: Tensor
     """The parameters of its intervention, [M]."""
+
+    def without(self, gone: Tensor) -> "PastEdit":
+        """Return the edit without some of its states, [n], bool."""
+        return PastEdit(self.states[~gone], self.centre[: int(not gone[0])], self.values)
 
 
 class PastEdits(nn.Module):
@@ -70,7 +81,7 @@ class PastEdits(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was computed from the edits."""
-        self._keys: tuple[Tensor, Tensor, Tensor] | None = None
+        self._keys: _Keys | None = None
         self._interventions: dict[int, BaFTIntervention] = {}
 
     @property
@@ -86,13 +97,17 @@ class PastEdits(nn.Module):
 
     def takes(self, tensors: Mapping[str, Tensor]) -> bool:
         """Tell whether these can be the tensors of past edits, by `state_dict` names."""
-        count, size = len(tensors) // 2, self._shape[0]
-        names = {f"{i}.{name}" for i in range(count) for name in PastEdit._fields}
-        return tensors.keys() == names and all(
-            value.shape == (self._size,)
-            if name.endswith("values")
-            else value.dim() == 2 and len(value) > 0 and value.shape[1] == size
-            for name, value in tensors.items()
+        edits = _edits(tensors)
+        return (
+            edits is not None
+            and tensors.keys() == _tensors(edits).keys()
+            and all(
+                edit.values.shape == (self._size,)
+                and edit.states.shape[1:] == self._shape[:1]
+                and edit.centre.shape in ((1, self._shape[0]), (0, self._shape[0]))
+                and len(edit.states) > 0
+                for edit in edits
+            )
         )
 
     def forward(
@@ -124,24 +139,17 @@ class PastEdits(nn.Module):
 
         It is 1 less the smallest distance. Without any past edit it is -inf, and the index 0.
         """
+        if not self.edits:
+            lowest = hidden.new_full(hidden.shape[:-1], -torch.inf, dtype=torch.float32)
+            return lowest, torch.zeros_like(lowest, dtype=torch.long)
         with torch.autocast(hidden.device.type, enabled=False):
             if self._keys is None:  # computed once, until the edits change
-                self._keys = whitening.directions(self.states), *self._owners()
-            keys, owner, counts = self._keys
-            if not len(keys):
-                lowest = hidden.new_full(hidden.shape[:-1], -torch.inf, dtype=torch.float32)
-                return lowest, torch.zeros_like(lowest, dtype=torch.long)
-            distances = counts * (1 - whitening.directions(hidden.float()) @ keys.mT)
-            smallest, which = distances.min(-1)
-            return 1 - smallest, owner[which]
-
-    def _owners(self) -> tuple[Tensor, Tensor]:
-        """Return the edit of each state, and how often the distance to the state counts, [N]."""
-        sizes = [len(edit.states) for edit in self.edits]
-        owners = [i for i, size in enumerate(sizes) for _ in range(size)]
-        counts = [1.0 if place == 0 else _COUNT for size in sizes for place in range(size)]
-        owner = torch.tensor(owners, dtype=torch.long, device=self._empty.device)
-        return owner, torch.tensor(counts, device=owner.device)
+                self._keys = _Keys.of(self.edits, whitening)
+            keys, z = self._keys, whitening.whitened(hidden)
+            along = z @ keys.directions.mT - (keys.centres * keys.directions).sum(-1)
+            apart = torch.cdist(z, keys.centres).clamp_min(torch.finfo(z.dtype).tiny)
+            smallest, which = (keys.counts * (1 - along / apart)).min(-1)
+            return 1 - smallest, keys.owner[which]
 
     def intervention(self, index: int) -> BaFTIntervention:
         """Return the intervention of one past edit; its parameters are views of its `values`."""
@@ -182,25 +190,22 @@ class PastEdits(nn.Module):
         return gone_here, gone_new
 
     @torch.no_grad()
-    def with_edit(
-        self, states: Tensor, values: Tensor, gone: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def with_edit(self, new: PastEdit, gone: Tensor | None = None) -> dict[str, Tensor]:
         """Return the edits and a new one, by `state_dict` names; this object does not change.
 
         Args:
-            states: The hidden states that the new edit acts at, as in `PastEdit`, [n, D].
-            values: The parameters of its intervention, [M].
+            new: The new edit.
             gone: True for present states that go, [N], bool, on the CPU; None for none.
         """
         edits = [*self.edits]
         if gone is not None and gone.any():
-            parts = torch.split(gone.to(states.device), [len(own) for own, _ in edits])
+            parts = torch.split(gone.to(new.states.device), [len(own.states) for own in edits])
             edits = [
-                PastEdit(own[~part], kept) if part.any() else PastEdit(own, kept)
-                for (own, kept), part in zip(edits, parts, strict=True)
+                edit.without(part) if part.any() else edit
+                for edit, part in zip(edits, parts, strict=True)
                 if not part.all()
             ]
-        return _tensors([*edits, PastEdit(states.float(), values)])
+        return _tensors([*edits, new])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_keys": None, "_interventions": {}}
@@ -226,10 +231,7 @@ class PastEdits(nn.Module):
             return
         self._forget()
         with torch.inference_mode(False):  # whose tensors take no part in learning
-            self.edits = tuple(
-                PastEdit(*(self._own(own[f"{i}.{name}"]) for name in PastEdit._fields))
-                for i in range(len(own) // 2)
-            )
+            self.edits = tuple(PastEdit(*map(self._own, edit)) for edit in _edits(own) or ())
 
     def _own(self, value: Tensor) -> Tensor:
         """Return a tensor on this device, a copy only if it must be one."""
@@ -237,9 +239,43 @@ class PastEdits(nn.Module):
         return value.to(self._empty.device)
 
 
+class _Keys(NamedTuple):
+    """What similarities to the states of all edits are computed from."""
+
+    directions: Tensor
+    """z(e) - z(c), of length 1, [N, D]."""
+    centres: Tensor
+    """z(c), [N, D]."""
+    counts: Tensor
+    """How often the distance to each state counts, [N]."""
+    owner: Tensor
+    """The edit of each state, [N]."""
+
+    @classmethod
+    def of(cls, edits: Sequence[PastEdit], whitening: Whitening) -> "_Keys":
+        """Compute the keys of one edit or more."""
+        states = whitening.whitened(torch.cat([edit.states for edit in edits]))
+        sizes = [len(edit.states) for edit in edits]
+        owner = torch.repeat_interleave(torch.tensor(sizes, device=states.device))
+        firsts = accumulate(sizes[:-1], initial=0)
+        own = [first for first, edit in zip(firsts, edits, strict=True) if len(edit.centre)]
+        centres, counts = torch.zeros_like(states), states.new_full(owner.shape, _COUNT)
+        centres[own] = whitening.whitened(torch.cat([edit.centre for edit in edits]))
+        counts[own] = 1.0
+        return cls(nn.functional.normalize(states - centres, dim=-1), centres, counts, owner)
+
+
 def _tensors(edits: Iterable[PastEdit]) -> dict[str, Tensor]:
     """Return the tensors of edits by their `state_dict` names."""
     return {f"{i}.{n}": v for i, edit in enumerate(edits) for n, v in edit._asdict().items()}
+
+
+def _edits(tensors: Mapping[str, Tensor]) -> tuple[PastEdit, ...] | None:
+    """Return edits of tensors by `state_dict` names; None if one lacks a tensor."""
+    count, names = len(tensors) // len(PastEdit._fields), PastEdit._fields
+    with suppress(KeyError):
+        return tuple(PastEdit(*(tensors[f"{i}.{n}"] for n in names)) for i in range(count))
+    return None
 
 
 @torch.no_grad()

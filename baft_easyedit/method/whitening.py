@@ -71,12 +71,8 @@ class Whitening(nn.Module):
         return bool(self.deviation.any())
 
     @torch.no_grad()
-    def measure(self, states: Tensor, weights: Tensor | None = None) -> None:
-        """Measure the statistics of irrelevant states, in place of earlier ones.
-
-        Args:
-            states: [N, D].
-            weights: How much each counts, [N], 1 in total; None for all alike.
+    def measure(self, states: Tensor) -> None:
+        """Measure the statistics of irrelevant states, [N, D], in place of earlier ones.
 
         Raises:
             FloatingPointError: If a state is not finite.
@@ -86,47 +82,22 @@ class Whitening(nn.Module):
                 "hidden states of the model's own texts must be finite to be whitened, and are not:"
                 " load the model in a wider dtype, or set parametrisation to 'direct'"
             )
-        if weights is None:
-            weights = states.new_full((len(states),), 1 / len(states))
-        exact, shares = states.double(), weights.double()
-        self.mean.copy_(shares @ exact)
-        spread = shares @ (exact - shares @ exact).square()
-        deviation = (spread / (1 - shares.square().sum())).sqrt()  # unbiased
+        exact = states.double()
+        self.mean.copy_(exact.mean(0))
+        deviation = exact.std(0)
         self.deviation.copy_(deviation.clamp_min(1e-3 * deviation.median()))
-        units = self.in_units(states) * (_SHARE * weights[:, None]).sqrt()
+        units = self.in_units(states) * (_SHARE / len(states)) ** 0.5
         self.root.copy_(principal_rows(units, len(self.root)))
         rest = units.square().sum() - self.root.square().sum()
         self.floor.copy_(1 - _SHARE + rest.clamp_min(0) / len(self.mean))
-
-    @property
-    def rms(self) -> Tensor:
-        """Root mean square of all entries of the irrelevant states, []."""
-        return (self.mean.square() + self.deviation.square()).mean().sqrt()
 
     def in_units(self, states: Tensor) -> Tensor:
         """Return (h - mu) / deviation, [..., D]."""
         return (states.float() - self.mean) / self.deviation
 
-    @property
-    def _scale(self) -> Tensor:
-        """Return s / deviation, [D]."""
-        return self.deviation.median() / self.deviation
-
     def whitened(self, states: Tensor) -> Tensor:
         """Return z = S (h - mu), [..., D]."""
         return self.deviation.median() * self._less_correlated(self.in_units(states))
-
-    def directions(self, states: Tensor) -> Tensor:
-        """Return z / |z|, [..., D]: products of two are cosine similarities."""
-        return nn.functional.normalize(self.whitened(states), dim=-1)
-
-    def folded(self, rows: Tensor) -> Tensor:
-        """Return V S for rows V, [..., D] each: V z = (V S) (h - mu)."""
-        return self._less_correlated(rows) * self._scale
-
-    def pulled(self, rows: Tensor) -> Tensor:
-        """Return G S^T, [..., D]: the gradient for V, if G is the gradient for V S."""
-        return self._less_correlated(rows * self._scale)
 
     def _less_correlated(self, rows: Tensor) -> Tensor:
         """Multiply rows [..., D] by K^-1/2, computed from the eigenvectors of F^T F."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.method.objective import BasisUsage
-from baft_easyedit.method.past_edits import PastEdits
+from baft_easyedit.method.past_edits import PastEdit, PastEdits
 from baft_easyedit.method.whitening import Whitening
 
 Snapshot = Mapping[str, Tensor]
@@ -50,7 +50,6 @@ class EditParameters(nn.Module):
         gate: A name of `gates.GATES`.
         num_prompt_positions: P, how many of the last prompt tokens are edited.
         seed: Seed of the random bases.
-        parametrisation: One of `PARAMETRISATIONS`; see `coordinates`.
         min_similarity: Each edit call has bases of its own, and acts only at states that are so
             similar to its own, see `method.past_edits`; None for one edit that acts everywhere.
     """
@@ -63,7 +62,6 @@ class EditParameters(nn.Module):
         gate: str,
         num_prompt_positions: int,
         seed: int = 0,
-        parametrisation: str = "direct",
         min_similarity: float | None = None,
     ) -> None:
         super().__init__()
@@ -73,12 +71,10 @@ class EditParameters(nn.Module):
                 {str(i): BaFTIntervention(hidden_size, rank, gate, generator) for i in layers}
             )
             self._usage = nn.ModuleDict({str(i): BasisUsage(rank) for i in layers})
-            whitened = layers if parametrisation == "whitened" else ()
-            self._whitening = nn.ModuleDict({str(i): Whitening(hidden_size) for i in whitened})
             apart = () if min_similarity is None else layers
+            self._whitening = nn.ModuleDict({str(i): Whitening(hidden_size) for i in apart})
             self._past = nn.ModuleDict({str(i): PastEdits(hidden_size, rank, gate) for i in apart})
         self.gate = gate
-        self.parametrisation = parametrisation
         self.min_similarity = min_similarity
         self.num_prompt_positions = num_prompt_positions
         self.memory: Mapping[str, Any] = {}
@@ -116,13 +112,8 @@ class EditParameters(nn.Module):
         """Return how much the bases of one edited layer have been used so far."""
         return cast(BasisUsage, self._usage[str(layer)])
 
-    @property
-    def whitens(self) -> bool:
-        """Whether the edit is trained in whitened coordinates."""
-        return self.parametrisation == "whitened"
-
     def whitening(self, layer: int) -> Whitening:
-        """Return the whitening of one edited layer, in an edit that `whitens`."""
+        """Return the whitening of one edited layer, in an edit with `min_similarity`."""
         return cast(Whitening, self._whitening[str(layer)])
 
     def past(self, layer: int) -> PastEdits:
@@ -151,7 +142,7 @@ class EditParameters(nn.Module):
         """Reset all tensors to those of a new edit; they keep their place in memory."""
         size = self.intervention(self.layers[0]).basis.shape[1]
         shape = (size, self.layers, self.rank, self.gate, self.num_prompt_positions)
-        new = EditParameters(*shape, seed, self.parametrisation, self.min_similarity)
+        new = EditParameters(*shape, seed, self.min_similarity)
         self.restore(new.snapshot())
 
     @property
@@ -184,6 +175,7 @@ class EditParameters(nn.Module):
         start: Snapshot,
         usage: Mapping[int, tuple[Tensor, Tensor]],
         used: Mapping[int, Tensor],
+        centres: Mapping[int, Tensor],
         num_prompt: int,
     ) -> Snapshot:
         """Return a `snapshot` with one of the `num_edits` edits, for an edit that comes after it.
@@ -193,41 +185,38 @@ class EditParameters(nn.Module):
             start: The snapshot that the edit was learned from.
             usage: `total` [num_edits, r] and `count` [num_edits] of each layer, the edit included.
             used: Hidden states at the edit's intervened positions, by layer, [N, D].
+            centres: The centre of the edit at each layer, as in `PastEdit`.
             num_prompt: How many of them are of its first prompt; they come first.
         """
         values = self._values_of(edit)
         if self.min_similarity is not None:
-            last = num_prompt - 1
-            ordered = {
-                layer: torch.cat([h[last:num_prompt], h[:last], h[num_prompt:]])
-                for layer, h in used.items()
-            }
-            return {**self.begun(start), **self._past_with(self._vectors(values), ordered)}
+            last, new = num_prompt - 1, {}
+            for layer, h in used.items():
+                own = self.past(layer).vector(within(values, f"_interventions.{layer}."))
+                states = torch.cat([h[last:num_prompt], h[:last], h[num_prompt:]]).float()
+                new[layer] = PastEdit(states, centres[layer], own)
+            return {**self.begun(start), **self._past_with(new)}
         state = {**start, **values}
         for layer, (total, count) in usage.items():
             state[f"_usage.{layer}.total"] = total.detach()[edit].clone()
             state[f"_usage.{layer}.count"] = count.detach()[edit].clone()
         return state
 
-    def _vectors(self, values: Snapshot) -> dict[int, Tensor]:
-        """Return trained parameters as those of a past edit at each layer, [M]."""
-        return {i: self.past(i).vector(within(values, f"_interventions.{i}.")) for i in self.layers}
-
-    def _past_with(
-        self, values: Mapping[int, Tensor], used: Mapping[int, Tensor]
-    ) -> dict[str, Tensor]:
+    def _past_with(self, new: Mapping[int, PastEdit]) -> dict[str, Tensor]:
         """Return the past edits with a new one, by `snapshot` names; see `PastEdits.with_edit`.
 
         Each state of an edit has the same place at all layers, so what goes at the first layer,
         where no edit has acted before, goes at all.
         """
         first = min(self.layers)
-        gone, gone_new = self.past(first).shared_with(used[first])
+        gone, gone_new = self.past(first).shared_with(new[first].states)
         past: dict[str, Tensor] = {}
-        for layer in self.layers:
-            states = used[layer][~gone_new.to(used[layer].device)]
-            new = self.past(layer).with_edit(states, values[layer], gone)
-            past |= {f"_past.{layer}.{name}": value for name, value in new.items()}
+        for layer, one in new.items():
+            own = one.without(gone_new.to(one.states.device))
+            past |= {
+                f"_past.{layer}.{name}": value
+                for name, value in self.past(layer).with_edit(own, gone).items()
+            }
         return past
 
     def begun(self, snapshot: Snapshot) -> Snapshot:
@@ -238,12 +227,12 @@ class EditParameters(nn.Module):
         """Add the latest past edit of each of several snapshots to those of this edit."""
         rest = self.begun(self.snapshot())
         for other in others:
-            values, used = {}, {}
+            new = {}
             for layer in self.layers:
                 past = within(other, f"_past.{layer}.")
-                latest = len(past) // 2 - 1
-                values[layer], used[layer] = past[f"{latest}.values"], past[f"{latest}.states"]
-            self.restore({**rest, **self._past_with(values, used)})
+                latest = max(int(name.partition(".")[0]) for name in past)
+                new[layer] = PastEdit(*(past[f"{latest}.{name}"] for name in PastEdit._fields))
+            self.restore({**rest, **self._past_with(new)})
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
         """Return copies of the trained parameters of one of the `num_edits` edits."""
@@ -287,13 +276,18 @@ class EditParameters(nn.Module):
         self.load_state_dict(dict(snapshot))
 
     def _present_form(self, snapshot: Snapshot) -> Snapshot:
-        """Return a snapshot of an earlier development version in the present form; see `apart`."""
+        """Return a snapshot of an earlier development version in the present form."""
+        if self.min_similarity is None:  # what whitened the coordinates of training is not needed
+            return {
+                n: v for n, v in snapshot.items() if not n.startswith(("_whitening.", "_past."))
+            }
         past = apart(snapshot, self.gate)
-        if past is None:
-            return snapshot
+        if past is None:  # at states without a centre
+            states = [
+                (n.removesuffix("states"), v) for n, v in snapshot.items() if n.endswith(".states")
+            ]
+            return {**{f"{n}centre": v.new_zeros(0, *v.shape[1:]) for n, v in states}, **snapshot}
         rest = dict(self.begun(snapshot))
-        if self.min_similarity is None:
-            return rest
         begun = {n: v for n, v in self.state_dict().items() if n.startswith(("_int", "_usage"))}
         return rest | begun | past
 
@@ -315,7 +309,9 @@ def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor] | None:
         states = there["states"][there["moves"].any(-1)]
         rank, size = own["basis"].shape
         empty = PastEdits(size, rank, gate)
-        new = empty.with_edit(states, empty.vector(own)) if len(states) else {}
+        new = (
+            empty.with_edit(PastEdit(states, states[:0], empty.vector(own))) if len(states) else {}
+        )
         past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
     return past if layers else None
 

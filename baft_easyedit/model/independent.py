@@ -31,7 +31,6 @@ class IndependentEdits(ModelEdit):
             start.rank,
             start.gate,
             start.num_prompt_positions,
-            parametrisation=start.parametrisation,
             min_similarity=start.min_similarity,
         )
         self.to(basis.device)

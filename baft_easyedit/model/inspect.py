@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of a forward's key-value cache argument: since transformers 5.24, and before."""
@@ -188,3 +188,8 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
         raise ValueError(
             f"layers must be below {depth}, the depth of this model (0-based); got {beyond[0]}"
         )
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states in a layer's output; older transformers return tuples."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

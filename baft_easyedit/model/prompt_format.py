@@ -115,17 +115,6 @@ class PromptFormat:
                 found.append(self._frame(tokenizer, system))
         return tuple(dict.fromkeys(found))
 
-    def question_mark(self, tokenizer: Any) -> tuple[int, ...]:
-        """Return the tokens of a question mark at the end of a prompt.
-
-        There are none in a chat template, and where the tokenizer has no token for it alone.
-        """
-        if self.use_chat_template:
-            return ()
-        one, other = (self.prompt_ids(prompt, tokenizer) for prompt in ("who?", "Name a city?"))
-        mark = _shared(one[::-1], other[::-1])[::-1]
-        return () if getattr(tokenizer, "unk_token_id", None) in mark else mark
-
     def _frame(self, tokenizer: Any, system: str | None) -> Frame:
         """Return the tokens that two prompts have in common at their beginning and end."""
         shown = [self.prompt_text(prompt, tokenizer, system) for prompt in ("who", "Name a city")]

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
 
-SHAPE = ("layers", "rank", "gate", "num_prompt_positions", "parametrisation", "min_similarity")
+SHAPE = ("layers", "rank", "gate", "num_prompt_positions", "min_similarity")
 """Hyper-parameters that an edit is made with; its later edits must have the same."""
 _OF_EASYEDIT = {
     *("model_name", "device", "batch_size", "max_length", "model_parallel", "fp16", "bf16"),
@@ -32,8 +32,11 @@ _OF_EASYEDIT = {
 
 _GONE = ("loc_own_texts", "rehearsal", "past_states", "basis_lr")
 """Hyper-parameters of earlier development versions, which did nothing if false or 0."""
-_GONE_WITH = ("rehearsal_irrelevant", "rehearsal_memory", "rehearsal_stop_loss", "settle_steps")
-"""Hyper-parameters of these."""
+_GONE_WITH = (
+    *("rehearsal_irrelevant", "rehearsal_memory", "rehearsal_stop_loss", "settle_steps"),
+    "parametrisation",
+)
+"""Hyper-parameters of these, and one that decided only how an edit was learned."""
 
 
 @dataclass(frozen=True)

@@ -236,16 +236,15 @@ class Learner:
         return tuple(one for one in frames if most is None or own_length(one) <= most)
 
     def _condition(self, hparams: BaFTHyperParams) -> None:
-        """Measure the whitening statistics, if the edit whitens and has none yet."""
+        """Measure the whitening statistics, if the edit needs them and has none yet."""
         edit = self.edit
-        if edit.whitens and not edit.whitening(edit.layers[0]).is_known:
+        if edit.min_similarity is not None and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
             with edit.disabled(), evaluating(self.model):
                 known = own_statistics(self.model).whitenings(
                     self.model,
                     edit.layers,
                     self._frames(hparams),
-                    PromptFormat.of(hparams).question_mark(self.tokenizer),
                 )
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
@@ -274,7 +273,13 @@ class Learner:
             with_irrelevant=h.locality,
             last_only=h.loc_positions == "last",
             with_end=h.learn_end,
-            stand_ins=[p for request in requests for p in stand_ins(request, h.loc_stand_ins)],
+            stand_ins=[
+                prompt
+                for request in requests
+                if not request.loc_prompts
+                for prompt in stand_ins(request, h.loc_stand_ins)
+            ],
+            alike=[stand_ins(request) for request in requests if h.min_similarity is not None],
         )
 
 

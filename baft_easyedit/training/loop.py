@@ -24,6 +24,7 @@ from baft_easyedit.model.inspect import input_device
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.known_steps import KnownSteps
 from baft_easyedit.training.requests import TextRow
+from baft_easyedit.training.stand_ins import centres
 from baft_easyedit.training.step import StepResult, TrainingStep, row_scores
 
 _CHECK_EVERY = 4
@@ -140,7 +141,9 @@ def train(
     edit.follow(model)
     coordinates = Coordinates(edit)
     optimizer = make_optimizer(coordinates, hparams)
-    progress = _Progress(edit, edits, hparams)
+    with evaluating(model):
+        around = centres(model, edit, [rows[0] for rows in edits])
+    progress = _Progress(edit, edits, hparams, around)
     known = _known_steps(model, edit)
     with _frozen(model), edit.learning():
         engine = Engine(model, edit, hparams.engine, known is not None)
@@ -215,11 +218,13 @@ class _Progress:
         edit: ModelEdit,
         edits: Sequence[Sequence[TextRow]],
         hparams: BaFTHyperParams,
+        centres: Sequence[Mapping[int, Tensor]],
     ) -> None:
         self.results: dict[int, Learned] = {}
         """The result of each edit that stopped; its report lacks the time and the engine."""
         self._edit = edit
         self._start = edit.snapshot()
+        self._centres = centres
         self._num_prompt = [min(edit.num_prompt_positions, rows[0].prompt_length) for rows in edits]
         self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
@@ -305,7 +310,8 @@ class _Progress:
                 layer: hidden[i][step.edited[i].to(hidden.device)]
                 for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
             }
-            state = self._edit.state_of(i, self._start, usage, used, self._num_prompt[i])
+            around = self._centres[i]
+            state = self._edit.state_of(i, self._start, usage, used, around, self._num_prompt[i])
             self.results[i] = Learned(state, report)
 
 

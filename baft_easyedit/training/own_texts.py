@@ -3,15 +3,12 @@
 Edits that are learned in a chat template act behind its last tokens, where the states of all
 prompts are alike but for a small part, and are like none of plain text. So in a template the model
 writes users' messages and the beginnings of its own answers, and the statistics are those of the
-positions that an edit acts on: the last token of a prompt, and the answer's. Outside of it most
-prompts are questions, and the states at their ends are likewise nearly the same: half of the weight
-is on states at a question mark, put behind the beginnings of the texts.
+positions that an edit acts on: the last token of a prompt, and the answer's.
 
-Shapes: N texts, T tokens, K last tokens, B beginnings, D hidden size, V vocabulary.
+Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from copy import deepcopy
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +19,7 @@ from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import (
     cache_name,
     decoder_layers,
+    hidden_of,
     input_device,
     max_context,
     owner_of,
@@ -34,10 +32,6 @@ NUM_TEXTS = 40
 """Plain texts, of an edit outside of a chat template."""
 LENGTH = 64
 """Of a plain text, in tokens, the first one included."""
-_CLOSED_EVERY = 8
-"""Tokens of a plain text from each beginning that is closed by a question mark to the next."""
-_ASKING = 0.25
-"""Share of texts with a question mark of their own from which on none is put behind beginnings."""
 NUM_PROMPTS = 64
 """Prompts in each frame, of an edit in a chat template."""
 MESSAGE_LENGTH = 16
@@ -59,8 +53,6 @@ class OwnTexts(NamedTuple):
     """[N, T]."""
     states: dict[int, Tensor]
     """The states of the last K tokens at the outputs of layers, [N, K, D] each, fp32."""
-    closed: dict[int, Tensor]
-    """The states at the end of closed beginnings of the texts, [N, B, D] each, fp32."""
 
 
 class OwnStatistics:
@@ -68,17 +60,13 @@ class OwnStatistics:
 
     def __init__(self) -> None:
         self._version: Hashable = None
-        self._known: dict[Hashable, _Known] = {}
+        self._known: dict[tuple[Frame, ...], _Known] = {}
 
     def __reduce__(self) -> Any:
         return OwnStatistics, ()
 
     def whitenings(
-        self,
-        model: nn.Module,
-        layers: Sequence[int],
-        frames: tuple[Frame, ...] = (),
-        closing: tuple[int, ...] = (),
+        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
     ) -> dict[int, Whitening]:
         """Return the whitening at the outputs of some layers.
 
@@ -86,37 +74,28 @@ class OwnStatistics:
             model: The model, without an edit.
             layers: Indices of the layers.
             frames: What a chat template puts around prompts; empty for plain texts.
-            closing: The tokens of a question mark, for plain texts.
         """
         version = model_version(model)
         if version != self._version:
             self._version, self._known = version, {}
-        form = frames or closing
-        known = self._known.pop(form, None)
+        known = self._known.pop(frames, None)
         if known is None or not known.holds(model, layers):
             before = known.whitenings if known else ()
-            known = _Known(model, sorted({*before, *layers}), frames, closing)
+            known = _Known(model, sorted({*before, *layers}), frames)
         for oldest in [*self._known][: 1 - _MOST_FORMS]:
             del self._known[oldest]
-        self._known[form] = known
+        self._known[frames] = known
         return {layer: known.whitenings[layer] for layer in layers}
 
 
 class _Known:
     """The whitening by a model's own texts in one form, and states that tell if it still holds."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[int],
-        frames: Sequence[Frame],
-        closing: Sequence[int],
-    ) -> None:
-        texts = [own_prompts(model, frame, layers) for frame in frames]
-        texts = texts or [own_texts(model, layers, closing)]
-        parts = [part for one in texts for part in (one.states, one.closed) if part]
-        self.whitenings = {i: _whitening([part[i] for part in parts]) for i in layers}
-        first = texts[0]
+    def __init__(self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame]) -> None:
+        parts = [own_prompts(model, frame, layers) for frame in frames]
+        parts = parts or [own_texts(model, layers)]
+        self.whitenings = {i: _whitening([one.states[i] for one in parts]) for i in layers}
+        first = parts[0]
         self._first = first.ids[:1]
         """The text whose beginning is read again, [1, T]."""
         self._states = {i: first.states[i][0, :_LOOKED_AT].clone() for i in layers}
@@ -136,18 +115,17 @@ class _Known:
         decoder = owner_of(model, stack)  # without the logits
         with watching([stack[layer] for layer in self._states]) as seen:
             decoder(input_ids=ids.to(input_device(model)), use_cache=False)
-        again = [_hidden(output)[0, self._before :] for (output,) in seen]
+        again = [hidden_of(output)[0, self._before :] for (output,) in seen]
         tolerance = tolerance_of(next(model.parameters()))
         pairs = zip(again, self._states.values(), strict=True)
         return all(is_close(h, known, tolerance) for h, known in pairs)
 
 
 def _whitening(states: Sequence[Tensor]) -> Whitening:
-    """Measure the whitening of a layer by states of several kinds, [N, K, D] each, equally."""
-    kinds = [kind.flatten(0, 1) for kind in states]
-    weights = [kind.new_full((len(kind),), 1 / len(kind) / len(kinds)) for kind in kinds]
-    new = Whitening(kinds[0].shape[1]).to(kinds[0].device)
-    new.measure(torch.cat(kinds), torch.cat(weights))
+    """Measure the whitening of a layer by states of several kinds of texts, [N, K, D] each."""
+    all_states = torch.cat([one.flatten(0, 1) for one in states])
+    new = Whitening(all_states.shape[1]).to(all_states.device)
+    new.measure(all_states)
     return new
 
 
@@ -156,24 +134,16 @@ def own_statistics(model: nn.Module) -> OwnStatistics:
     return cast(OwnStatistics, vars(decoder_layers(model)).setdefault(_NAME, OwnStatistics()))
 
 
-def own_texts(
-    model: nn.Module, layers: Sequence[int] = (), closing: Sequence[int] = ()
-) -> OwnTexts:
+def own_texts(model: nn.Module, layers: Sequence[int] = ()) -> OwnTexts:
     """Sample plain texts from a model, [NUM_TEXTS, LENGTH]; the same ones each time.
 
-    The states are those of all tokens but the first, which has states like no others. Tokens of
-    `closing` are read behind beginnings of the texts, and are no part of these; but not if the
-    texts are of a model that writes questions itself, whose rephrasings are told apart worse then.
-    A model without room for them writes shorter texts.
+    The states are those of all tokens but the first, which has states like no others. A model
+    without room for so long a text writes shorter ones.
     """
     writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
-    most = min(LENGTH, (max_context(model) or LENGTH + len(closing)) - len(closing))
-    closed = []
-    for length in range(2, most + 1):
-        writer.write(1)
-        if closing and length % _CLOSED_EVERY == 0:
-            closed.append(writer.closed(closing))
-    return writer.texts(most - 1, [] if writer.asks(closing) else closed)
+    length = min(LENGTH, max_context(model) or LENGTH)
+    writer.write(length - 1)
+    return writer.texts(length - 1)
 
 
 def own_prompts(model: nn.Module, frame: Frame, layers: Sequence[int] = ()) -> OwnTexts:
@@ -222,44 +192,26 @@ class _Writer:
 
     def append(self, tokens: Tensor) -> None:
         """Read the next token of each text, [N, 1]."""
-        output, states = self._read_behind(tokens, self._cache)
         self._ids = torch.cat([self._ids, tokens], 1)
-        self._cache = getattr(output, cache_name(self._model), None)
+        name = cache_name(self._model)
+        if self._cache is None:
+            output, states = self._read(self._ids)
+        else:
+            output, states = self._read(tokens, **{name: self._cache})
+        self._cache = getattr(output, name, None)
         self._chances = _chances(output)
         self._states.append(states)
 
-    def closed(self, tokens: Sequence[int]) -> list[Tensor]:
-        """Return the states, [N, D], at the end of tokens behind the texts, which stay as they are.
-
-        The cache is copied, as not every kind of cache can be cut back.
-        """
-        return self._read_behind(torch.tensor([[*tokens]]), deepcopy(self._cache))[1]
-
-    def asks(self, mark: Sequence[int]) -> bool:
-        """Tell whether many texts contain a question mark, given as its tokens."""
-        if not mark:
-            return False
-        runs = self._ids.unfold(1, len(mark), 1)  # [N, T - len(mark) + 1, len(mark)]
-        has_mark = (runs == torch.tensor([*mark])).all(-1).any(-1)
-        return bool(has_mark.float().mean() >= _ASKING)
-
-    def texts(self, last: int, closed: Sequence[list[Tensor]] = ()) -> OwnTexts:
-        """Return the texts, the states of their `last` tokens, and those of `closed` beginnings."""
-        return OwnTexts(self._ids, self._by_layer(self._states[-last:]), self._by_layer(closed))
-
-    def _by_layer(self, reads: Sequence[list[Tensor]]) -> dict[int, Tensor]:
-        """Return the states of several reads by layer, [N, K, D] each; nothing of none."""
-        layers = self._layers if reads else ()
-        return {
-            layer: torch.stack([states[i] for states in reads], 1) for i, layer in enumerate(layers)
-        }
-
-    def _read_behind(self, tokens: Tensor, cache: Any) -> tuple[Any, list[Tensor]]:
-        """Read tokens behind the texts, [N or 1, K], with the cache of these if there is one."""
-        tokens = tokens.expand(len(self._ids), -1)
-        if cache is None:
-            return self._read(torch.cat([self._ids, tokens], 1))
-        return self._read(tokens, **{cache_name(self._model): cache})
+    def texts(self, last: int) -> OwnTexts:
+        """Return the texts, and the states of their `last` tokens."""
+        reads = self._states[-last:]
+        return OwnTexts(
+            self._ids,
+            {
+                layer: torch.stack([states[i] for states in reads], 1)
+                for i, layer in enumerate(self._layers)
+            },
+        )
 
     @torch.no_grad()
     def _read(self, ids: Tensor, **past: Any) -> tuple[Any, list[Tensor]]:
@@ -269,7 +221,7 @@ class _Writer:
             output = self._model(
                 input_ids=ids.to(input_device(self._model)), use_cache=True, **past, **self._options
             )
-        return output, [_hidden(outputs[0])[:, -1].float() for outputs in seen]
+        return output, [hidden_of(outputs[0])[:, -1].float() for outputs in seen]
 
 
 def _chances(output: Any) -> Tensor:
@@ -301,8 +253,3 @@ def _first_token(config: Any) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-def _hidden(output: Any) -> Tensor:
-    """Return the hidden states in a layer's output; older transformers return tuples."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -6,7 +6,7 @@ prompt's own belong to the target, as EasyEdit's evaluators count them.
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from baft_easyedit.files.messages import short
@@ -168,6 +168,8 @@ class TextRow:
     treats its tokens from here on as one: it acts on them, and on the P tokens before."""
     is_edit: bool
     """True if the answer is learned, False for an irrelevant prompt."""
+    stand_ins: tuple[tuple[int, ...], ...] = ()
+    """The tokens of prompts of an edit's form about other subjects."""
 
 
 def text_rows(
@@ -180,6 +182,7 @@ def text_rows(
     last_only: bool = False,
     with_end: bool = False,
     stand_ins: Sequence[str] = (),
+    alike: Sequence[Sequence[str]] = (),
 ) -> list[TextRow]:
     """Tokenise requests, in their order, and then their irrelevant prompts.
 
@@ -195,6 +198,8 @@ def text_rows(
         with_end: Append the tokenizer's end-of-sequence token to each target.
         stand_ins: Irrelevant prompts in the format of the prompts (see the module `stand_ins`);
             like irrelevant prompts in the template, those longer than `max_context` are left out.
+        alike: Prompts of the form of each request about other subjects, for `TextRow.stand_ins`;
+            likewise.
 
     Raises:
         ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
@@ -205,6 +210,10 @@ def text_rows(
     form = prompt_format or PromptFormat()
     rows = [_edit_row(request, tokenizer, form, end) for request in requests]
     _check_agree(requests, rows)
+    for i, prompts in enumerate(alike):
+        whole = [form.prompt_ids(prompt, tokenizer) for prompt in prompts]
+        fitting = tuple(ids for ids in whole if max_context is None or len(ids) <= max_context)
+        rows[i] = replace(rows[i], stand_ins=fitting)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         plain = [token_ids(text, tokenizer) for text in texts]
