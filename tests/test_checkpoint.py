@@ -221,6 +221,7 @@ def test_hparams_that_are_gone_are_read_and_told_if_they_did_something(model, qu
     """Development versions kept edits with them."""
     for value in (False, True):
         gone = {"loc_own_texts": value, "rehearsal": 2 * value, "rehearsal_memory": None}
+        gone["parametrisation"] = "whitened" if value else "direct"
         method = {**method_of(quick), **gone}
         assert method_of(hparams_of(method, model, "here")) == method_of(quick)
     assert caplog.messages == [

@@ -410,9 +410,7 @@ def test_an_editor_learns_into_a_given_edit_of_its_shape(model, tokenizer, hpara
     with pytest.raises(ValueError, match="rank must be 4, as in the given edit; got 8"):
         BaFTEditor(make_model(), tokenizer, replace(hparams, rank=8), edit=edit)
     other = replace(hparams, min_similarity=0.5)
-    with pytest.raises(
-        ValueError, match="min_similarity must be None, as in the given edit"
-    ):
+    with pytest.raises(ValueError, match="min_similarity must be None, as in the given edit"):
         BaFTEditor(make_model(), tokenizer, other, edit=edit)
 
 

@@ -11,7 +11,8 @@ from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.method.past_edits import PastEdit, PastEdits, are_equal
 from baft_easyedit.method.whitening import Whitening
-from tests.conftest import logits, make_model
+from baft_easyedit.model.edit import EditParameters
+from tests.conftest import logits, make_model, random_edit
 
 APART = {"min_similarity": 0.9}
 OTHER = "Water boils at"
@@ -465,7 +466,8 @@ def settled(edit):
             strict=True,
         )
         state |= {f"_interventions.{layer}.{name}": value for name, value in own}
-        del state[f"_past.{layer}.0.states"], state[f"_past.{layer}.0.values"]
+        for name in PastEdit._fields:
+            del state[f"_past.{layer}.0.{name}"]
         far = torch.full_like(past.states[:1], 9.0)  # a state that wanted no move
         states = torch.cat([past.states, far])
         moves = torch.ones_like(states)
@@ -485,6 +487,26 @@ def test_edits_that_earlier_versions_settled_act_as_one_past_edit(tokenizer, apa
     editor.model_edit.restore(old)
     editor.model_edit.attach(model)
     assert all(map(torch.equal, expected, [of(model, text) for text in (OTHER, *PROMPTS)]))
+
+
+def test_edits_of_earlier_versions_have_no_centre(tokenizer, apart):
+    editor = BaFTEditor(make_model(), tokenizer, apart)
+    editor.edit(request(0))
+    state = editor.model_edit.snapshot()
+    old = {name: value for name, value in state.items() if not name.endswith(".centre")}
+    assert len(old) < len(state)
+    editor.undo()
+    editor.model_edit.restore(old)
+    assert same(editor.model_edit.snapshot(), state)
+
+
+def test_what_whitened_the_training_of_earlier_versions_is_left_out():
+    edit, old = random_edit(), EditParameters(32, (1, 2), 4, "one", 3, min_similarity=0.5)
+    state = edit.snapshot()
+    statistics = {n: v for n, v in old.snapshot().items() if n.startswith("_whitening.")}
+    assert statistics
+    edit.restore({**state, **statistics})
+    assert same(edit.snapshot(), state)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,12 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
         )
 
 
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """Return the argument that spares the logits of all positions but the last, if there is one."""
+    name = "logits_to_keep"
+    return {name: 1} if name in inspect.signature(model.forward).parameters else {}
+
+
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden states in a layer's output; older transformers return tuples."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -9,7 +9,6 @@ Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +20,7 @@ from baft_easyedit.model.inspect import (
     decoder_layers,
     hidden_of,
     input_device,
+    last_logits,
     max_context,
     owner_of,
     text_config,
@@ -175,7 +175,7 @@ class _Writer:
         self, model: nn.Module, layers: Sequence[int], beginning: Sequence[int], count: int
     ) -> None:
         self._model, self._layers = model, layers
-        self._options = _only_last(model)
+        self._options = last_logits(model)
         self._generator = torch.Generator().manual_seed(0)
         self._states: list[list[Tensor]] = []
         """Of each token read after the beginning, by layer, [N, D]."""
@@ -236,12 +236,6 @@ def _repeated(cache: Any, count: int) -> Any:
         return None
     cache.reorder_cache(torch.zeros(count, dtype=torch.long))
     return cache
-
-
-def _only_last(model: nn.Module) -> dict[str, Any]:
-    """Return the argument that spares the logits of all positions but the last, if there is one."""
-    name = "logits_to_keep"
-    return {name: 1} if name in signature(model.forward).parameters else {}
 
 
 def _first_token(config: Any) -> int:

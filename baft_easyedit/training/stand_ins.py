@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from baft_easyedit.model.hooks import ModelEdit
-from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device, owner_of
+from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device, last_logits
 from baft_easyedit.training.observing import watching
 from baft_easyedit.training.requests import EditRequest, TextRow, same_form
 
 NUM_CENTRED = 8
 """Stand-ins that a centre is the mean of; of 4 it keeps fewer other prompts, of 16 no more."""
-_MOST_AT_ONCE = 64
-"""Texts that are read at once."""
+_MOST_AT_ONCE = 32
+"""Stand-ins that are read at once, of several edits that are learned side by side."""
 
 _NAMES = (
     *("Velmora", "Tarkesh", "Orlundia", "Brisken", "Port Halden", "Sarnath Vale"),  # places
@@ -86,8 +86,9 @@ def _last_states(model: nn.Module, edit: ModelEdit, texts: Sequence[Tensor]) -> 
         ids = pad_sequence([*part], batch_first=True).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in part], batch_first=True).to(device)
         with edit.disabled(), watching([stack[layer] for layer in edit.layers]) as seen:
-            owner_of(model, stack)(input_ids=ids, attention_mask=mask, use_cache=False)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **last_logits(model))
         last = [len(text) - 1 for text in part]
         for states, (output,) in zip(found.values(), seen, strict=True):
-            states.append(hidden_of(output)[range(len(part)), last].float())
+            hidden = hidden_of(output)[:, -ids.shape[1] :]  # without PEFT's virtual tokens
+            states.append(hidden[range(len(part)), last].float())
     return {layer: torch.cat(states) for layer, states in found.items()}
