@@ -29,8 +29,6 @@ ENGINES = ("auto", "cached", "full")
 """How the model is run in each training step: `cached` computes only what the edit can change (see
 `training.prefix_cache`), `full` the whole forward; `auto` is `cached` where the model allows it."""
 
-"""The coordinates in which an edit is trained; see `training.coordinates`."""
-
 _CHOICES: Mapping[str, Iterable[str]] = {
     "gate": GATES,
     "rescaling": RESCALINGS,

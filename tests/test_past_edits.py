@@ -489,7 +489,8 @@ def test_edits_that_earlier_versions_settled_act_as_one_past_edit(tokenizer, apa
     assert all(map(torch.equal, expected, [of(model, text) for text in (OTHER, *PROMPTS)]))
 
 
-def test_edits_of_earlier_versions_have_no_centre(tokenizer, apart):
+def test_edits_of_earlier_versions_are_measured_as_they_were(tokenizer, apart):
+    """Without a centre, and the distance to the first state counted once."""
     editor = BaFTEditor(make_model(), tokenizer, apart)
     editor.edit(request(0))
     state = editor.model_edit.snapshot()
@@ -497,7 +498,41 @@ def test_edits_of_earlier_versions_have_no_centre(tokenizer, apart):
     assert len(old) < len(state)
     editor.undo()
     editor.model_edit.restore(old)
-    assert same(editor.model_edit.snapshot(), state)
+    layer = editor.model_edit.layers[0]
+    past, z = editor.model_edit.past(layer), editor.model_edit.whitening(layer)
+    first = past.edits[0].states[0]
+    for scale in (0.01, 0.1, 0.3):
+        near = first + scale * first.norm() * F.normalize(torch.randn(32), dim=0)
+        cosine = F.cosine_similarity(z.whitened(near), z.whitened(first), dim=0)
+        found = past.nearest(near[None], z)[0]
+        torch.testing.assert_close(found, cosine[None], rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_that_acts_everywhere_takes_no_past_edits(tokenizer, apart):
+    """What `apart` cannot tell as one intervention would be lost."""
+    own = BaFTEditor(make_model(), tokenizer, apart)
+    plain = BaFTEditor(make_model(), tokenizer, replace(apart, min_similarity=None))
+    before = plain.model_edit.snapshot()
+    own.edit(request(0))
+    with pytest.raises(ValueError, match="snapshot must be one of an edit of the same layers"):
+        plain.model_edit.restore(own.model_edit.snapshot())
+    assert same(plain.model_edit.snapshot(), before)
+
+
+def test_states_at_a_centre_are_near_to_no_edit():
+    """Where rounding decides the direction from the centre; however many are asked at once."""
+    z = whitening()
+    states, others = torch.randn(2, D) * 3, torch.randn(40, D) * 9
+    same_as_centre = PastEdit(others[:1], others[:1] + 1e-5, vector_of(moving()))
+    own = past((states, moving()))
+    own.load_state_dict(own.with_edit(PastEdit(states[:1] + 2, states[:1], vector_of(moving()))))
+    own.load_state_dict(own.with_edit(same_as_centre))
+    similarity, owner = own.nearest(torch.cat([others, states]), z)
+    assert similarity.max() <= 1 + 1e-5
+    assert (similarity[0], owner[0]) == (pytest.approx(1, abs=1e-5), 2)  # without its centre
+    alone = own.nearest(states[:1], z)
+    torch.testing.assert_close(alone[0], similarity[40:41])
+    assert (alone[1].item(), owner[40].item()) == (0, 0)
 
 
 def test_what_whitened_the_training_of_earlier_versions_is_left_out():
@@ -522,6 +557,8 @@ def test_what_whitened_the_training_of_earlier_versions_is_left_out():
         {"_past.1.0.states": torch.zeros(2, 32)},  # fewer than at the other layer
         {"_past.1.0.states": torch.tensor(1.0)},
         {"_past.1.0.states": torch.zeros(0, 32)},
+        {"_past.1.0.centre": torch.zeros(1, D + 1)},
+        {"_past.1.0.centre": torch.zeros(2, 32)},
     ],
 )
 def test_a_snapshot_of_another_shape_changes_nothing(tokenizer, apart, change):

@@ -11,8 +11,8 @@ from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
-from baft_easyedit.training.stand_ins import stand_ins
-from tests.conftest import make_model
+from baft_easyedit.training.stand_ins import _NAMES, stand_ins
+from tests.conftest import logits, make_model
 
 APART = {"min_similarity": 0.9}
 REQUEST = EditRequest("The capital of France is", "Rome", subject="France")
@@ -33,6 +33,59 @@ def test_other_names_stand_in_the_place_of_the_subject():
 def test_a_subject_in_another_unicode_form_is_replaced():
     request = EditRequest("Der Fluss Müritz", "x", subject="Mu\u0308ritz")
     assert not any("ritz" in prompt for prompt in stand_ins(request, 3))
+
+
+def test_the_rest_of_a_prompt_keeps_its_unicode_form():
+    """Its tokens are those of the edited prompt, and must cancel out."""
+    request = EditRequest("Le pe\u0300re de Zoe\u0308 est", "x", subject="Zoe\u0308")
+    assert all(prompt.startswith("Le pe\u0300re de ") for prompt in stand_ins(request))
+
+
+def test_a_subject_is_replaced_as_a_word_where_it_is_one():
+    for prompt in stand_ins(EditRequest("Use us in the US as us", "x", subject="us")):
+        assert prompt.startswith("Use ")
+        assert "US as " in prompt
+        assert not prompt.endswith(" us")
+    assert all(
+        "法国" not in prompt for prompt in stand_ins(EditRequest("法国的首都是", "x", "法国"))
+    )
+
+
+def test_no_stand_in_is_the_prompt_itself():
+    for name in {name for name in _NAMES if stand_ins(EditRequest(f"{name} is", "x", name))}:
+        request = EditRequest(f"The capital of {name} is", "x", name)
+        assert len(stand_ins(request)) == 8
+        assert request.prompt not in stand_ins(request)
+
+
+def test_an_edit_whose_stand_ins_have_no_room_has_no_centre(tokenizer):
+    (row,) = text_rows([REQUEST], tokenizer, alike=[["Ice is", "Tea is"]])
+    assert row.stand_ins == (
+        tuple(tokenizer("Ice is").input_ids),
+        tuple(tokenizer("Tea is").input_ids),
+    )
+    (row,) = text_rows([REQUEST], tokenizer, alike=[["Ice is", "x " * 60]], max_context=60)
+    assert row.stand_ins == ()
+
+
+def test_states_of_stand_ins_that_are_not_finite_are_refused(tokenizer, hparams):
+    model = make_model()
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **APART))
+    editor.edit({"prompt": "Ice is", "target_new": "hot"})
+    before, out = editor.model_edit.snapshot(), logits(model)
+    name = next(name for name in _NAMES if any(name in p for p in stand_ins(REQUEST)))
+    spared = {*tokenizer("The capital of France is Rome Ice hot").input_ids, 0, 1, 2}
+    token = next(t for t in tokenizer(name).input_ids if t not in spared)
+
+    def overflow(_module, given, output):
+        return torch.where((given[0] == token)[..., None], torch.inf, output)
+
+    embeddings = model.get_input_embeddings()
+    expected = pytest.raises(FloatingPointError, match="with other subjects must be finite, and")
+    with embeddings.register_forward_hook(overflow), expected:
+        editor.edit(REQUEST.to_dict())
+    assert all(torch.equal(v, before[n]) for n, v in editor.model_edit.snapshot().items())
+    assert torch.equal(logits(model), out)
 
 
 def test_there_are_none_without_a_subject():

@@ -27,7 +27,11 @@ def add_commands(commands: Any) -> None:
     add("--prompt", required=True, help="text that the answer completes")
     add("--target", required=True, help="the new answer")
     add("--subject", help="what the fact is about, a part of the prompt")
-    add("--loc-prompt", **again, help="irrelevant text to keep; may be repeated")
+    add(
+        "--loc-prompt",
+        **again,
+        help="irrelevant text for the locality term of --hparams; may be repeated",
+    )
     add("--ask", **again, help="another prompt to answer; may be repeated")
     add("--num-steps", type=whole(1), help="most steps, in place of the settings'")
     add("--lr", type=positive, help="learning rate, in place of the settings'")

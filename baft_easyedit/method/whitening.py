@@ -1,10 +1,9 @@
 """Whitened coordinates, in which a layer's hidden states vary equally in all directions (ours).
 
-Why: the common mean and a handful of dimensions dominate all hidden states h. So a training step on
-a matrix W changes W h for all prompts nearly alike, and an edit of one prompt disturbs the others.
-Whitened states z = S (h - mu) have no dominant direction: a training step on V changes V z for one
-prompt and hardly for others. K^-1 below is for hidden states what ROME's C^-1 is for keys (Meng et
-al. 2022, Eq. 2). `training.coordinates` trains V and folds it into the parameters that act on h.
+Why: the common mean and a handful of dimensions dominate all hidden states h, so all are similar to
+each other. Whitened states z = K^-1/2 diag(deviation)^-1 (h - mu) have no dominant direction, and
+those of unrelated texts are nearly orthogonal. K^-1 is for hidden states what ROME's C^-1 is for
+keys (Meng et al. 2022, Eq. 2).
 
 Needs torch only. Shapes: N states, D hidden size, m principal directions.
 """
@@ -40,11 +39,9 @@ def principal_rows(rows: Tensor, most: int) -> Tensor:
 
 
 class Whitening(nn.Module):
-    """Statistics of the hidden states at one layer's output, and z = S (h - mu).
+    """Statistics of the hidden states at one layer's output, and z of states.
 
-    S = s K^-1/2 diag(deviation)^-1. K = floor 1 + F^T F approximates 0.9 times the correlation
-    matrix plus 0.1 times the identity. The scale s, the median of the dimensions' standard
-    deviations, lets z vary about as much as h does, so that learning rates keep their meaning.
+    K = floor 1 + F^T F approximates 0.9 times the correlation matrix plus 0.1 times the identity.
 
     Args:
         hidden_size: D.
@@ -80,7 +77,7 @@ class Whitening(nn.Module):
         if not torch.isfinite(states).all():
             raise FloatingPointError(
                 "hidden states of the model's own texts must be finite to be whitened, and are not:"
-                " load the model in a wider dtype, or set parametrisation to 'direct'"
+                " load the model in a wider dtype, or set min_similarity to null"
             )
         exact = states.double()
         self.mean.copy_(exact.mean(0))
@@ -96,8 +93,8 @@ class Whitening(nn.Module):
         return (states.float() - self.mean) / self.deviation
 
     def whitened(self, states: Tensor) -> Tensor:
-        """Return z = S (h - mu), [..., D]."""
-        return self.deviation.median() * self._less_correlated(self.in_units(states))
+        """Return z, [..., D]."""
+        return self._less_correlated(self.in_units(states))
 
     def _less_correlated(self, rows: Tensor) -> Tensor:
         """Multiply rows [..., D] by K^-1/2, computed from the eigenvectors of F^T F."""

@@ -277,16 +277,12 @@ class EditParameters(nn.Module):
 
     def _present_form(self, snapshot: Snapshot) -> Snapshot:
         """Return a snapshot of an earlier development version in the present form."""
-        if self.min_similarity is None:  # what whitened the coordinates of training is not needed
-            return {
-                n: v for n, v in snapshot.items() if not n.startswith(("_whitening.", "_past."))
-            }
         past = apart(snapshot, self.gate)
-        if past is None:  # at states without a centre
-            states = [
-                (n.removesuffix("states"), v) for n, v in snapshot.items() if n.endswith(".states")
-            ]
-            return {**{f"{n}centre": v.new_zeros(0, *v.shape[1:]) for n, v in states}, **snapshot}
+        if self.min_similarity is None:  # what whitened the coordinates of training is not needed
+            rest = snapshot if past is None else self.begun(snapshot)
+            return {n: v for n, v in rest.items() if not n.startswith("_whitening.")}
+        if past is None:
+            return {**_centres_of(snapshot), **snapshot}
         rest = dict(self.begun(snapshot))
         begun = {n: v for n, v in self.state_dict().items() if n.startswith(("_int", "_usage"))}
         return rest | begun | past
@@ -314,6 +310,23 @@ def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor] | None:
         )
         past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
     return past if layers else None
+
+
+def _centres_of(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return centres of past edits, by name, for a snapshot that may be from before there were any.
+
+    There the distance to the first state counted once, and z(c) was 0.
+    """
+    means = {
+        name: snapshot.get(f"_whitening.{name.split('.')[1]}.mean")
+        for name in snapshot
+        if name.startswith("_past.") and name.endswith(".states")
+    }
+    return {
+        name.replace(".states", ".centre"): mean[None]
+        for name, mean in means.items()
+        if mean is not None
+    }
 
 
 def within(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:

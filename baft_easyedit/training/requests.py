@@ -6,7 +6,7 @@ prompt's own belong to the target, as EasyEdit's evaluators count them.
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baft_easyedit.files.messages import short
@@ -168,7 +168,7 @@ class TextRow:
     treats its tokens from here on as one: it acts on them, and on the P tokens before."""
     is_edit: bool
     """True if the answer is learned, False for an irrelevant prompt."""
-    stand_ins: tuple[tuple[int, ...], ...] = ()
+    stand_ins: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
     """The tokens of prompts of an edit's form about other subjects."""
 
 
@@ -199,7 +199,7 @@ def text_rows(
         stand_ins: Irrelevant prompts in the format of the prompts (see the module `stand_ins`);
             like irrelevant prompts in the template, those longer than `max_context` are left out.
         alike: Prompts of the form of each request about other subjects, for `TextRow.stand_ins`;
-            likewise.
+            none where one is longer than `max_context`.
 
     Raises:
         ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
@@ -211,9 +211,9 @@ def text_rows(
     rows = [_edit_row(request, tokenizer, form, end) for request in requests]
     _check_agree(requests, rows)
     for i, prompts in enumerate(alike):
-        whole = [form.prompt_ids(prompt, tokenizer) for prompt in prompts]
-        fitting = tuple(ids for ids in whole if max_context is None or len(ids) <= max_context)
-        rows[i] = replace(rows[i], stand_ins=fitting)
+        found = tuple(form.prompt_ids(prompt, tokenizer) for prompt in prompts)
+        if max_context is None or all(len(ids) <= max_context for ids in found):
+            rows[i] = replace(rows[i], stand_ins=found)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         plain = [token_ids(text, tokenizer) for text in texts]

@@ -1,16 +1,17 @@
 """Stand-in prompts: the prompt of an edit with an invented name in its subject's place (ours).
 
 They show what the prompts of a form have in common, whatever their subject. With `min_similarity`,
-the mean of their states is the centre from which similarity to the edit's own states is measured
-(see `method.past_edits`). Without it, they are irrelevant prompts for a request that brings none:
-an edit of France's capital, learned without any, gives Germany the same one, and the gates are to
-tell subjects apart. As the names are invented, no stand-in asks for a true fact, nor for one that
-was edited before.
+the mean of the states at their last tokens is the centre from which similarity to the state at the
+edit's last prompt token is measured (see `method.past_edits`). Without it, they are irrelevant
+prompts for a request that brings none: an edit of France's capital, learned without any, gives
+Germany the same one, and the gates are to tell subjects apart. As the names are invented, no
+stand-in asks for a true fact, nor for one that was edited before.
 
 Shapes: N stand-ins of all rows, D hidden size.
 """
 
 import random
+import re
 from collections.abc import Sequence
 
 import torch
@@ -50,9 +51,13 @@ def stand_ins(request: EditRequest, count: int = NUM_CENTRED) -> list[str]:
     """
     if request.subject is None:
         return []
-    prompt, subject = same_form(request.prompt), same_form(request.subject)
-    names = random.Random(prompt).sample(_NAMES, min(count, len(_NAMES)))
-    return [prompt.replace(subject, name) for name in names]
+    prompt, subject = request.prompt, request.subject
+    if subject not in prompt:  # in another form of Unicode
+        prompt, subject = same_form(prompt), same_form(subject)
+    names = random.Random(same_form(prompt)).sample(_NAMES, min(count + 1, len(_NAMES)))
+    whole_words = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
+    place = whole_words if whole_words.search(prompt) else re.compile(re.escape(subject))
+    return [place.sub(name, prompt) for name in names if name not in prompt][:count]
 
 
 @torch.no_grad()
@@ -66,9 +71,17 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
 
     Returns:
         The mean for each row by layer, [1, D], fp32; [0, D] for a row without stand-ins.
+
+    Raises:
+        FloatingPointError: If a state is not finite.
     """
     texts = [torch.tensor(ids) for row in rows for ids in row.stand_ins]
     last = _last_states(model, edit, texts)
+    if not all(bool(states.isfinite().all()) for states in last.values()):
+        raise FloatingPointError(
+            "hidden states of the prompt with other subjects must be finite, and are not: the edit "
+            "was undone; load the model in a wider dtype, or leave out the subject"
+        )
     counts = [len(row.stand_ins) for row in rows]
     parts = {layer: torch.split(states, counts) for layer, states in last.items()}
     return [
