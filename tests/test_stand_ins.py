@@ -1,9 +1,11 @@
 """Stand-in prompts close the gates on neighbours of a fact whose request brings no other text."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from baft_easyedit import BaFTEditor
 from baft_easyedit.facts import edit_requests
@@ -11,7 +13,7 @@ from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
-from baft_easyedit.training.stand_ins import _NAMES, stand_ins
+from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, siblings, stand_ins
 from tests.conftest import logits, make_model
 
 APART = {"min_similarity": 0.9}
@@ -38,34 +40,35 @@ def test_a_subject_in_another_unicode_form_is_replaced():
 def test_the_rest_of_a_prompt_keeps_its_unicode_form():
     """Its tokens are those of the edited prompt, and must cancel out."""
     request = EditRequest("Le pe\u0300re de Zoe\u0308 est", "x", subject="Zoe\u0308")
-    assert all(prompt.startswith("Le pe\u0300re de ") for prompt in stand_ins(request))
+    assert all(prompt.startswith("Le pe\u0300re de ") for prompt in siblings(request))
 
 
 def test_a_subject_is_replaced_as_a_word_where_it_is_one():
-    for prompt in stand_ins(EditRequest("Use us in the US as us", "x", subject="us")):
+    for prompt in siblings(EditRequest("Use us in the US as us", "x", subject="us")):
         assert prompt.startswith("Use ")
         assert "US as " in prompt
         assert not prompt.endswith(" us")
     assert all(
-        "法国" not in prompt for prompt in stand_ins(EditRequest("法国的首都是", "x", "法国"))
+        "法国" not in prompt for prompt in siblings(EditRequest("法国的首都是", "x", "法国"))
     )
 
 
 def test_no_stand_in_is_the_prompt_itself():
-    for name in {name for name in _NAMES if stand_ins(EditRequest(f"{name} is", "x", name))}:
-        request = EditRequest(f"The capital of {name} is", "x", name)
-        assert len(stand_ins(request)) == 8
-        assert request.prompt not in stand_ins(request)
+    for make, names in ((partial(stand_ins, count=99), _INVENTED), (siblings, _KNOWN)):
+        for name in names:
+            request = EditRequest(f"The capital of {name} is", "x", name)
+            assert len(make(request)) == len(names) - 1
+            assert request.prompt not in make(request)
 
 
 def test_an_edit_whose_stand_ins_have_no_room_has_no_centre(tokenizer):
-    (row,) = text_rows([REQUEST], tokenizer, alike=[["Ice is", "Tea is"]])
-    assert row.stand_ins == (
+    (row,) = text_rows([REQUEST], tokenizer, siblings=[["Ice is", "Tea is"]])
+    assert row.siblings == (
         tuple(tokenizer("Ice is").input_ids),
         tuple(tokenizer("Tea is").input_ids),
     )
-    (row,) = text_rows([REQUEST], tokenizer, alike=[["Ice is", "x " * 60]], max_context=60)
-    assert row.stand_ins == ()
+    (row,) = text_rows([REQUEST], tokenizer, siblings=[["Ice is", "x " * 60]], max_context=60)
+    assert row.siblings == ()
 
 
 def test_states_of_stand_ins_that_are_not_finite_are_refused(tokenizer, hparams):
@@ -73,7 +76,7 @@ def test_states_of_stand_ins_that_are_not_finite_are_refused(tokenizer, hparams)
     editor = BaFTEditor(model, tokenizer, replace(hparams, **APART))
     editor.edit({"prompt": "Ice is", "target_new": "hot"})
     before, out = editor.model_edit.snapshot(), logits(model)
-    name = next(name for name in _NAMES if any(name in p for p in stand_ins(REQUEST)))
+    name = _KNOWN[0]
     spared = {*tokenizer("The capital of France is Rome Ice hot").input_ids, 0, 1, 2}
     token = next(t for t in tokenizer(name).input_ids if t not in spared)
 
@@ -112,25 +115,26 @@ def test_an_edit_sees_as_many_as_the_hyper_parameters_say(count, model, tokenize
     assert irrelevant.ids == tuple(tokenizer("Ice").input_ids)
 
 
-def test_a_centre_is_the_mean_of_the_states_at_the_last_tokens(model, tokenizer, hparams):
-    settings = replace(hparams, **APART, loc_stand_ins=0)
-    editor = BaFTEditor(model, tokenizer, settings)
-    names, last = stand_ins(REQUEST), model.config.num_hidden_layers - 1
+def test_a_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **APART, loc_stand_ins=0))
+    last = model.config.num_hidden_layers - 1
     layers = [i for i in editor.model_edit.layers if i != last]  # where Hugging Face norms states
     assert layers
-    expected = {layer: [] for layer in layers}
-    for prompt in names:
+    found = {layer: [] for layer in layers}
+    for prompt in (REQUEST.prompt, *siblings(REQUEST)):
         with torch.no_grad():
             out = model(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True)
         for layer in layers:
-            expected[layer].append(out.hidden_states[layer + 1][0, -1])
+            found[layer].append(out.hidden_states[layer + 1][0, -1])
     editor.edit(REQUEST.to_dict())
     editor.edit({"prompt": "Ice is", "target_new": "hot"})
     editor.edit(REQUEST.to_dict() | {"target_new": "Oslo"})  # where the first edit acts
     for layer in layers:
         without, (_, centre, _) = editor.model_edit.past(layer).edits
         assert without.centre.shape == (0, centre.shape[1])
-        mean = torch.stack(expected[layer]).mean(0, keepdim=True)
+        z = editor.model_edit.whitening(layer).whitened(torch.stack(found[layer]))
+        nearest = F.cosine_similarity(z[1:], z[:1]).topk(6).indices
+        mean = torch.stack(found[layer][1:])[nearest].mean(0, keepdim=True)
         torch.testing.assert_close(centre, mean, rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ among past edits likewise, by the Euclidean distance.
 Similarity of h to a state e is the cosine between z(h) - z(c) and z(e) - z(c). In the whitened
 coordinates z, unrelated states are nearly orthogonal. But the last tokens of prompts of one form
 ("The capital of ... is") have states that are alike, and differ by their subjects in a small part
-only. There the centre c is what the edit's own state is on average with other names in the
+only. There the centre c is what the edit's own state is on average with similar names in the
 subject's place, so the form cancels out, and the subject is left. Elsewhere, and where no subject
 is known, z(c) is 0, and the distance, 1 - cosine, counts twice: the words of a prompt and of its
 answer stand in other texts, too. (c is of the unedited model, but from the second edited layer on,

@@ -33,7 +33,7 @@ from baft_easyedit.training.loop import (
 )
 from baft_easyedit.training.own_texts import own_length, own_statistics
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
-from baft_easyedit.training.stand_ins import stand_ins
+from baft_easyedit.training.stand_ins import siblings, stand_ins
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ class Learner:
                 if not request.loc_prompts
                 for prompt in stand_ins(request, h.loc_stand_ins)
             ],
-            alike=[stand_ins(request) for request in requests if h.min_similarity is not None],
+            siblings=[siblings(request) for request in requests if h.min_similarity is not None],
         )
 
 

@@ -168,7 +168,7 @@ class TextRow:
     treats its tokens from here on as one: it acts on them, and on the P tokens before."""
     is_edit: bool
     """True if the answer is learned, False for an irrelevant prompt."""
-    stand_ins: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
+    siblings: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
     """The tokens of prompts of an edit's form about other subjects."""
 
 
@@ -182,7 +182,7 @@ def text_rows(
     last_only: bool = False,
     with_end: bool = False,
     stand_ins: Sequence[str] = (),
-    alike: Sequence[Sequence[str]] = (),
+    siblings: Sequence[Sequence[str]] = (),
 ) -> list[TextRow]:
     """Tokenise requests, in their order, and then their irrelevant prompts.
 
@@ -198,7 +198,7 @@ def text_rows(
         with_end: Append the tokenizer's end-of-sequence token to each target.
         stand_ins: Irrelevant prompts in the format of the prompts (see the module `stand_ins`);
             like irrelevant prompts in the template, those longer than `max_context` are left out.
-        alike: Prompts of the form of each request about other subjects, for `TextRow.stand_ins`;
+        siblings: Prompts of the form of each request about other subjects, for `TextRow.siblings`;
             none where one is longer than `max_context`.
 
     Raises:
@@ -210,10 +210,10 @@ def text_rows(
     form = prompt_format or PromptFormat()
     rows = [_edit_row(request, tokenizer, form, end) for request in requests]
     _check_agree(requests, rows)
-    for i, prompts in enumerate(alike):
+    for i, prompts in enumerate(siblings):
         found = tuple(form.prompt_ids(prompt, tokenizer) for prompt in prompts)
         if max_context is None or all(len(ids) <= max_context for ids in found):
-            rows[i] = replace(rows[i], stand_ins=found)
+            rows[i] = replace(rows[i], siblings=found)
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         plain = [token_ids(text, tokenizer) for text in texts]

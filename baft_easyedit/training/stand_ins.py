@@ -1,13 +1,14 @@
-"""Stand-in prompts: the prompt of an edit with an invented name in its subject's place (ours).
+"""Stand-in prompts: the prompt of an edit with another name in its subject's place (ours).
 
 They show what the prompts of a form have in common, whatever their subject. With `min_similarity`,
-the mean of the states at their last tokens is the centre from which similarity to the state at the
-edit's last prompt token is measured (see `method.past_edits`). Without it, they are irrelevant
-prompts for a request that brings none: an edit of France's capital, learned without any, gives
-Germany the same one, and the gates are to tell subjects apart. As the names are invented, no
-stand-in asks for a true fact, nor for one that was edited before.
+known names make the siblings of an edit. Its centre is the mean state at the last tokens of those
+that are most similar to it, so that places are compared with places and people with people;
+similarity to the edit is measured from there (see `method.past_edits`). Without it, invented names
+make irrelevant prompts for a request that brings none: an edit of France's capital, learned without
+any, gives Germany the same one, and the gates are to tell subjects apart. None of these asks for a
+true fact, nor for one that was edited before.
 
-Shapes: N stand-ins of all rows, D hidden size.
+Shapes: S siblings of a row, N texts, D hidden size.
 """
 
 import random
@@ -18,17 +19,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device, last_logits
 from baft_easyedit.training.observing import watching
 from baft_easyedit.training.requests import EditRequest, TextRow, same_form
 
-NUM_CENTRED = 8
-"""Stand-ins that a centre is the mean of; of 4 it keeps fewer other prompts, of 16 no more."""
+_NEAREST = 6
+"""Siblings that a centre is the mean of."""
 _MOST_AT_ONCE = 32
-"""Stand-ins that are read at once, of several edits that are learned side by side."""
+"""Texts that are read at once, of several edits that are learned side by side."""
 
-_NAMES = (
+_KNOWN = (
+    *("Germany", "Peru", "Kenya", "Japan", "Egypt", "London", "Toronto", "Mumbai"),  # places
+    *("Mount Everest", "the Nile"),
+    *("Albert Einstein", "Marie Curie", "William Shakespeare", "Nelson Mandela"),  # people
+    *("Taylor Swift", "Haruki Murakami"),
+    *("Hamlet", "The Godfather", "Abbey Road"),  # works
+    *("Microsoft", "Harvard University", "FC Barcelona", "gold", "the lion"),  # things
+)
+"""Names that models know, of many kinds. The state of an invented one is unlike any of these."""
+_INVENTED = (
     *("Velmora", "Tarkesh", "Orlundia", "Brisken", "Port Halden", "Sarnath Vale"),  # places
     *("Lake Ondra", "Mount Serrin", "Tolva River", "Castle Grennock", "Bellweather Tower"),
     *("Milton Grebe", "Anna Torvalsen", "Teodora Vance", "Lin Qiaoya", "Dmitri Volsky"),  # people
@@ -39,8 +50,8 @@ _NAMES = (
 )
 
 
-def stand_ins(request: EditRequest, count: int = NUM_CENTRED) -> list[str]:
-    """Return prompts with other names in the place of a request's subject.
+def stand_ins(request: EditRequest, count: int) -> list[str]:
+    """Return prompts with invented names in the place of a request's subject.
 
     Args:
         request: The request; without a subject it gets none.
@@ -49,54 +60,73 @@ def stand_ins(request: EditRequest, count: int = NUM_CENTRED) -> list[str]:
     Returns:
         The stand-ins; the same prompt always gets the same ones.
     """
+    names = random.Random(same_form(request.prompt)).sample(_INVENTED, len(_INVENTED))
+    return _with_names(request, names)[:count]
+
+
+def siblings(request: EditRequest) -> list[str]:
+    """Return prompts with known names in the place of a request's subject, if it has one."""
+    return _with_names(request, _KNOWN)
+
+
+def _with_names(request: EditRequest, names: Sequence[str]) -> list[str]:
+    """Return a prompt with each name that it does not have in the place of its subject."""
     if request.subject is None:
         return []
     prompt, subject = request.prompt, request.subject
     if subject not in prompt:  # in another form of Unicode
         prompt, subject = same_form(prompt), same_form(subject)
-    names = random.Random(same_form(prompt)).sample(_NAMES, min(count + 1, len(_NAMES)))
     whole_words = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
     place = whole_words if whole_words.search(prompt) else re.compile(re.escape(subject))
-    return [place.sub(name, prompt) for name in names if name not in prompt][:count]
+    return [place.sub(name, prompt) for name in names if name not in prompt]
 
 
 @torch.no_grad()
 def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[dict[int, Tensor]]:
-    """Return the mean states at the last tokens of stand-ins, at each layer of an edit.
+    """Return the centre of each row at each layer of an edit.
 
     Args:
         model: The model, in eval mode.
-        edit: The edit, which is off meanwhile.
+        edit: The edit, which is off meanwhile; it has statistics if a row has siblings.
         rows: Rows of edits.
 
     Returns:
-        The mean for each row by layer, [1, D], fp32; [0, D] for a row without stand-ins.
+        The centre for each row by layer, [1, D], fp32; [0, D] for a row without siblings.
 
     Raises:
         FloatingPointError: If a state is not finite.
     """
-    texts = [torch.tensor(ids) for row in rows for ids in row.stand_ins]
-    last = _last_states(model, edit, texts)
-    if not all(bool(states.isfinite().all()) for states in last.values()):
+    texts = [[row.ids[: row.prompt_length], *row.siblings] for row in rows]
+    states = _last_states(model, edit, [one for own in texts if len(own) > 1 for one in own])
+    if not all(bool(own.isfinite().all()) for own in states.values()):
         raise FloatingPointError(
             "hidden states of the prompt with other subjects must be finite, and are not: the edit "
             "was undone; load the model in a wider dtype, or leave out the subject"
         )
-    counts = [len(row.stand_ins) for row in rows]
-    parts = {layer: torch.split(states, counts) for layer, states in last.items()}
+    counts = [len(own) if len(own) > 1 else 0 for own in texts]
+    parts = {layer: torch.split(own, counts) for layer, own in states.items()}
     return [
-        {layer: own[i].mean(0, keepdim=True)[: counts[i]] for layer, own in parts.items()}
-        for i in range(len(rows))
+        {i: _centre(own[k], edit.whitening(i)) if count else own[k] for i, own in parts.items()}
+        for k, count in enumerate(counts)
     ]
 
 
-def _last_states(model: nn.Module, edit: ModelEdit, texts: Sequence[Tensor]) -> dict[int, Tensor]:
+def _centre(states: Tensor, whitening: Whitening) -> Tensor:
+    """Return the mean, [1, D], of the states that are most similar to the first, [1 + S, D]."""
+    own, *others = nn.functional.normalize(whitening.whitened(states), dim=-1)
+    nearest = (torch.stack(others) @ own).topk(min(_NEAREST, len(others))).indices
+    return states[1:][nearest].mean(0, keepdim=True)
+
+
+def _last_states(
+    model: nn.Module, edit: ModelEdit, texts: Sequence[Sequence[int]]
+) -> dict[int, Tensor]:
     """Return the states at the last tokens of texts by layer, [N, D] each."""
     stack, device = decoder_layers(model), input_device(model)
     found = {i: [edit.intervention(i).basis.detach()[:0].float()] for i in edit.layers}
     for start in range(0, len(texts), _MOST_AT_ONCE):
-        part = texts[start : start + _MOST_AT_ONCE]
-        ids = pad_sequence([*part], batch_first=True).to(device)
+        part = [torch.tensor(text) for text in texts[start : start + _MOST_AT_ONCE]]
+        ids = pad_sequence(part, batch_first=True).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in part], batch_first=True).to(device)
         with edit.disabled(), watching([stack[layer] for layer in edit.layers]) as seen:
             model(input_ids=ids, attention_mask=mask, use_cache=False, **last_logits(model))
