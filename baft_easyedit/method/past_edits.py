@@ -41,9 +41,11 @@ _COARSE_ROUNDING = 1e-2
 """That of states in half precision, which can differ more where they are computed anew."""
 _COUNT = 2.0
 """How often the distance to a state without a centre counts."""
-_LEAST_APART = 0.02
-"""Share of a whitened state's length from which its distance to a centre is more than rounding; of
-the edited prompts of SmolLM2 it is .4 and more."""
+_LEAST_APART = 4e-4
+"""Share of a whitened state's squared length from which its squared distance to a centre is more
+than rounding; of the edited prompts of SmolLM2 it is .1 and more."""
+_TINY = torch.finfo(torch.float32).tiny
+"""What keeps a division by 0 finite."""
 
 
 class PastEdit(NamedTuple):
@@ -241,14 +243,16 @@ class PastEdits(nn.Module):
 
 
 class _Keys(NamedTuple):
-    """What distances to the states of all edits are computed from; C states have a centre."""
+    """What distances to the states of all edits are computed from; C of them have a centre."""
 
-    directions: Tensor
-    """z(e) - z(c), of length 1, [N, D]."""
-    centres: Tensor
-    """z(c) of those that have one, [C, D]."""
+    rows: Tensor
+    """z(e) - z(c), of length 1, and then z(c) of the states that have a centre, [N + C, D]."""
     centred: Tensor
-    """Their indices, [C]."""
+    """The indices of these states, [C]."""
+    offsets: Tensor
+    """The product of z(c) and z(e) - z(c), of length 1, for each of these, [C]."""
+    squares: Tensor
+    """|z(c)|^2, [C]."""
     owner: Tensor
     """The edit of each state, [N]."""
 
@@ -262,27 +266,26 @@ class _Keys(NamedTuple):
         with_centre = [first for first, edit in firsts if len(edit.centre)]
         centred = torch.tensor(with_centre, dtype=torch.long, device=states.device)
         centres = whitening.whitened(torch.cat([edit.centre for edit in edits]))
-        is_apart = _are_apart(states[centred] - centres, states[centred])
+        apart, lengths = (x.square().sum(-1) for x in (states[centred] - centres, states[centred]))
+        is_apart = apart > _LEAST_APART * lengths
         centred, centres = centred[is_apart], centres[is_apart]
         states[centred] -= centres
-        return cls(nn.functional.normalize(states, dim=-1), centres, centred, owner)
+        directions = nn.functional.normalize(states, dim=-1)
+        offsets = (centres * directions[centred]).sum(-1)
+        squares = centres.square().sum(-1)
+        return cls(torch.cat([directions, centres]), centred, offsets, squares, owner)
 
     def distances(self, z: Tensor) -> Tensor:
         """Return the distance of whitened states, [..., D], to each of all edits, [..., N]."""
-        cosines = nn.functional.normalize(z, dim=-1) @ self.directions.mT
-        distances = _COUNT * (1 - cosines)
-        if len(self.centres):
-            own = self.directions[self.centred]
-            along = z @ own.mT - (self.centres * own).sum(-1)  # [..., C]
-            apart = torch.cdist(z, self.centres)
-            is_apart = apart > _LEAST_APART * z.norm(dim=-1, keepdim=True)
-            distances[..., self.centred] = 1 - torch.where(is_apart, along / apart, -1.0)
+        products = z @ self.rows.mT
+        along, across = torch.split(products, [len(self.owner), len(self.squares)], -1)
+        length = z.square().sum(-1, keepdim=True)
+        distances = _COUNT * (1 - along / length.sqrt().clamp_min(_TINY))
+        apart = length - 2 * across + self.squares  # |z - z(c)|^2, [..., C]
+        cosines = (along[..., self.centred] - self.offsets) / apart.clamp_min(_TINY).sqrt()
+        is_apart = apart > _LEAST_APART * length
+        distances[..., self.centred] = 1 - torch.where(is_apart, cosines, -1.0)
         return distances
-
-
-def _are_apart(differences: Tensor, states: Tensor) -> Tensor:
-    """Tell whether whitened states differ from their centres by more than rounding, [C], bool."""
-    return differences.norm(dim=-1) > _LEAST_APART * states.norm(dim=-1)
 
 
 def _tensors(edits: Iterable[PastEdit]) -> dict[str, Tensor]:
