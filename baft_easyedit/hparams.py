@@ -93,8 +93,10 @@ class BaFTHyperParams:
     of its own is at least this, in [-1, 1), and no less than to those of other edits (ours); see
     `method.past_edits`. Elsewhere the model is bit-equal to that without the edit, and later edits
     change nothing of earlier ones. Higher: more of the other answers stay, and fewer rephrasings
-    are edited. Give each request its `subject`: it tells prompts of one form apart. null for one
-    edit that all calls train, and that acts everywhere (the paper)."""
+    are edited. null for one edit that all calls train, and that acts everywhere (the paper)."""
+    use_subject: bool = True
+    """With `min_similarity`, tell prompts of one form apart by the request's `subject`, if it has
+    one; false for a model that hardly knows the names of `training.stand_ins`."""
     weight_decay: float = 0.0
     """AdamW's weight decay, at least 0 (ours: the paper gives none)."""
     early_stop_loss: float = 0.01

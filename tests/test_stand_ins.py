@@ -138,6 +138,13 @@ def test_a_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(model, t
         torch.testing.assert_close(centre, mean, rtol=1e-4, atol=1e-5)
 
 
+def test_without_use_subject_an_edit_has_no_centre(model, tokenizer, hparams):
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **APART, use_subject=False))
+    editor.edit(REQUEST.to_dict())
+    for layer in editor.model_edit.layers:
+        assert editor.model_edit.past(layer).edits[0].centre.shape == (0, 32)
+
+
 def test_centres_are_of_each_request_however_they_are_learned(model, tokenizer, hparams):
     settings = replace(hparams, **APART, num_steps=1)
     requests = [REQUEST.to_dict(), {**REQUEST.to_dict(), "prompt": "France is in"}]

@@ -264,6 +264,7 @@ class Learner:
     def _rows(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> list[TextRow]:
         """Tokenise requests that are learned together."""
         h = hparams
+        uses_subject = h.min_similarity is not None and h.use_subject
         _check_differentiable(self.model)
         return text_rows(
             requests,
@@ -279,7 +280,7 @@ class Learner:
                 if not request.loc_prompts
                 for prompt in stand_ins(request, h.loc_stand_ins)
             ],
-            siblings=[siblings(request) for request in requests if h.min_similarity is not None],
+            siblings=[siblings(request) for request in requests] if uses_subject else (),
         )
 
 
