@@ -60,8 +60,8 @@ def stand_ins(request: EditRequest, count: int) -> list[str]:
     Returns:
         The stand-ins; the same prompt always gets the same ones.
     """
-    names = random.Random(same_form(request.prompt)).sample(_INVENTED, len(_INVENTED))
-    return _with_names(request, names)[:count]
+    choice = random.Random(same_form(request.prompt))
+    return _with_names(request, choice.sample(_INVENTED, min(count, len(_INVENTED))))
 
 
 def siblings(request: EditRequest) -> list[str]:
