@@ -207,7 +207,7 @@ def test_any_model_gets_settings_for_edits_in_a_row(tmp_path, saved, edits, caps
     settings = read_history(tmp_path / "kept")[0].content["hparams"]
     depth = model.config.num_hidden_layers
     assert settings["layers"] == scaled_layers(depth, [25, 26, 27, 28])
-    assert settings["min_similarity"] == 0.45
+    assert settings["min_similarity"] == 0.6
 
 
 def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys):

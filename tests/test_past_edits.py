@@ -64,7 +64,7 @@ def vector_of(intervention):
 
 
 def bare(states, values):
-    """An edit whose states have no centres."""
+    """An edit whose first state has no centres."""
     return PastEdit(states, states[:0], values)
 
 
@@ -81,16 +81,16 @@ def test_at_each_state_the_edit_acts_that_has_the_most_similar_one(gate):
     torch.manual_seed(1)
     states, edits = torch.randn(5, D) * 3, [moving(gate, seed) for seed in (1, 2)]
     own, z = past((states[:2], edits[0]), gate=gate), whitening()
-    centre = torch.randn(1, D)
-    new = PastEdit(states[2:], centre, vector_of(edits[1]))
-    own.load_state_dict(own.with_edit(new))
+    centres = torch.stack([torch.randn(D), z.mean])
+    own.load_state_dict(own.with_edit(PastEdit(states[2:], centres, vector_of(edits[1]))))
     hidden = torch.randn(4, 3, D) * 3
-    middle = torch.cat([torch.zeros(2, D), z.whitened(centre), torch.zeros(2, D)])
-    cosines = F.cosine_similarity(
-        z.whitened(hidden)[..., None, :] - middle, z.whitened(states) - middle, dim=-1
-    )  # [4, 3, 5]
-    counts = torch.tensor([2.0, 2, 1, 2, 2])  # distances count twice where there is no centre
-    cosines = 1 - counts * (1 - cosines)
+    around = z.whitened(hidden)[..., None, :]
+    cosines = F.cosine_similarity(around, z.whitened(states), dim=-1)  # [4, 3, 5]
+    from_centre = F.cosine_similarity(
+        around - z.whitened(centres), z.whitened(states[2:3]) - z.whitened(centres), dim=-1
+    )
+    cosines = 1 - 2 * (1 - cosines)  # distances count twice where there is no centre
+    cosines[..., 2] = from_centre.mean(-1)
     edited, weights = own(hidden, z, 0.5)
     for i in range(4):
         for t in range(3):
@@ -489,22 +489,27 @@ def test_edits_that_earlier_versions_settled_act_as_one_past_edit(tokenizer, apa
     assert all(map(torch.equal, expected, [of(model, text) for text in (OTHER, *PROMPTS)]))
 
 
-def test_edits_of_earlier_versions_are_measured_as_they_were(tokenizer, apart):
-    """Without a centre, and the distance to the first state counted once."""
+@pytest.mark.parametrize("had_centre", [False, True])
+def test_edits_of_earlier_versions_are_measured_as_they_were(tokenizer, apart, had_centre):
+    """By the cosine from one centre, or from the mean of all texts."""
     editor = BaFTEditor(make_model(), tokenizer, apart)
     editor.edit(request(0))
     state = editor.model_edit.snapshot()
-    old = {name: value for name, value in state.items() if not name.endswith(".centre")}
+    old = {name: value for name, value in state.items() if not name.endswith(".centres")}
     assert len(old) < len(state)
+    centre = torch.randn(1, 32)
+    if had_centre:
+        old |= {f"_past.{layer}.0.centre": centre for layer in editor.model_edit.layers}
     editor.undo()
     editor.model_edit.restore(old)
     layer = editor.model_edit.layers[0]
     past, z = editor.model_edit.past(layer), editor.model_edit.whitening(layer)
-    first = past.edits[0].states[0]
+    first, origin = past.edits[0].states[0], centre[0] if had_centre else z.mean
     for scale in (0.01, 0.1, 0.3):
         near = first + scale * first.norm() * F.normalize(torch.randn(32), dim=0)
-        cosine = F.cosine_similarity(z.whitened(near), z.whitened(first), dim=0)
+        away = (z.whitened(state) - z.whitened(origin) for state in (near, first))
         found = past.nearest(near[None], z)[0]
+        cosine = F.cosine_similarity(*away, dim=0)
         torch.testing.assert_close(found, cosine[None], rtol=1e-4, atol=1e-4)
 
 
@@ -557,8 +562,9 @@ def test_what_whitened_the_training_of_earlier_versions_is_left_out():
         {"_past.1.0.states": torch.zeros(2, 32)},  # fewer than at the other layer
         {"_past.1.0.states": torch.tensor(1.0)},
         {"_past.1.0.states": torch.zeros(0, 32)},
-        {"_past.1.0.centre": torch.zeros(1, D + 1)},
-        {"_past.1.0.centre": torch.zeros(2, 32)},
+        {"_past.1.0.centres": torch.zeros(0, D + 1)},
+        {"_past.1.0.centres": torch.tensor(1.0)},
+        {"_past.1.0.centres": torch.zeros(2, 32)},  # more than at the other layer
     ],
 )
 def test_a_snapshot_of_another_shape_changes_nothing(tokenizer, apart, change):

@@ -9,22 +9,23 @@ it was learned with; at all others the model is that without edits, bit for bit.
 learned as if it were the first, and no later one changes it. GRACE (Hartvigsen et al. 2023) chooses
 among past edits likewise, by the Euclidean distance.
 
-Similarity of h to a state e is the cosine between z(h) - z(c) and z(e) - z(c). In the whitened
-coordinates z, unrelated states are nearly orthogonal. But the last tokens of prompts of one form
-("The capital of ... is") have states that are alike, and differ by their subjects in a small part
-only. There the centre c is what the edit's own state is on average with similar names in the
-subject's place, so the form cancels out, and the subject is left. Elsewhere, and where no subject
-is known, z(c) is 0, and the distance, 1 - cosine, counts twice: the words of a prompt and of its
-answer stand in other texts, too. (c is of the unedited model, but from the second edited layer on,
-e is what the edit at earlier layers left. So where it acts there, it is likely to act here.)
+Similarity of h to a state e is the mean of the cosines between z(h) - z(c) and z(e) - z(c), over
+the centres c of e. In the whitened coordinates z, unrelated states are nearly orthogonal. But the
+last tokens of prompts of one form ("The capital of ... is") have states that are alike, and differ
+by their subjects in a small part only. So one centre is what the edit's own state is on average
+with similar names in the subject's place: from there the form cancels out, and the subject is left.
+The other is the mean of all texts, from where the form counts, too: what is near by chance from
+one centre is hardly so from both. Elsewhere, and where no subject is known, there are no centres,
+and the distance from 0, 1 - cosine, counts twice: the words of a prompt and of its answer stand in
+other texts, too. (The first centre is of the unedited model, but from the second edited layer on, e
+is what the edit at earlier layers left. So where it acts there, it is likely to act here.)
 
-Needs torch only. Shapes: n states of an edit, N of all E past edits, M parameters of an
-intervention, D hidden size, r rank.
+Needs torch only. Shapes: n states and C centres of an edit, N states of all E past edits, M
+parameters of an intervention, D hidden size, r rank.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,9 @@ _COARSE_ROUNDING = 1e-2
 """That of states in half precision, which can differ more where they are computed anew."""
 _COUNT = 2.0
 """How often the distance to a state without a centre counts."""
-_LEAST_APART = 4e-4
-"""Share of a whitened state's squared length from which its squared distance to a centre is more
-than rounding; of the edited prompts of SmolLM2 it is .1 and more."""
+_LEAST_APART = 0.02
+"""Share of a whitened state's length from which its distance to a centre is more than rounding; of
+the edited prompts of SmolLM2 it is .2 and more."""
 _TINY = torch.finfo(torch.float32).tiny
 """What keeps a division by 0 finite."""
 
@@ -53,14 +54,14 @@ class PastEdit(NamedTuple):
 
     states: Tensor
     """The hidden states that it acts at, e, [n, D]; the first is of its prompt's last token."""
-    centre: Tensor
-    """The centre c of the first state, [1, D]; [0, D] where there is none."""
+    centres: Tensor
+    """The centres c of the first state, [C, D]; C is 0 where no subject is known."""
     values: Tensor
     """The parameters of its intervention, [M]."""
 
     def without(self, gone: Tensor) -> "PastEdit":
         """Return the edit without some of its states, [n], bool."""
-        return PastEdit(self.states[~gone], self.centre[: int(not gone[0])], self.values)
+        return PastEdit(self.states[~gone], self.centres[: 0 if gone[0] else None], self.values)
 
 
 class PastEdits(nn.Module):
@@ -110,7 +111,7 @@ class PastEdits(nn.Module):
             and all(
                 edit.values.shape == (self._size,)
                 and edit.states.shape[1:] == self._shape[:1]
-                and edit.centre.shape in ((1, self._shape[0]), (0, self._shape[0]))
+                and edit.centres.shape[1:] == self._shape[:1]
                 and len(edit.states) > 0
                 for edit in edits
             )
@@ -243,14 +244,20 @@ class PastEdits(nn.Module):
 
 
 class _Keys(NamedTuple):
-    """What distances to the states of all edits are computed from; C of them have a centre."""
+    """What distances to the states of all edits are computed from; they have C centres in all."""
 
     rows: Tensor
-    """z(e) - z(c), of length 1, and then z(c) of the states that have a centre, [N + C, D]."""
+    """z(e), of length 1, and then the z(c), [N + C, D]."""
     centred: Tensor
-    """The indices of these states, [C]."""
+    """The index of the state that each centre is of, [C]."""
+    shares: Tensor
+    """1 by the number of centres of that state, [C]."""
+    lengths: Tensor
+    """|z(e)| of that state, [C]."""
+    apart: Tensor
+    """|z(e) - z(c)|, [C]."""
     offsets: Tensor
-    """The product of z(c) and z(e) - z(c), of length 1, for each of these, [C]."""
+    """The product of z(c) and z(e) - z(c), [C]."""
     squares: Tensor
     """|z(c)|^2, [C]."""
     owner: Tensor
@@ -260,32 +267,37 @@ class _Keys(NamedTuple):
     def of(cls, edits: Sequence[PastEdit], whitening: Whitening) -> "_Keys":
         """Compute the keys of one edit or more."""
         states = whitening.whitened(torch.cat([edit.states for edit in edits]))
-        sizes = [len(edit.states) for edit in edits]
-        owner = torch.repeat_interleave(torch.tensor(sizes, device=states.device))
-        firsts = zip(accumulate(sizes[:-1], initial=0), edits, strict=True)
-        with_centre = [first for first, edit in firsts if len(edit.centre)]
-        centred = torch.tensor(with_centre, dtype=torch.long, device=states.device)
-        centres = whitening.whitened(torch.cat([edit.centre for edit in edits]))
-        apart, lengths = (x.square().sum(-1) for x in (states[centred] - centres, states[centred]))
+        centres = whitening.whitened(torch.cat([edit.centres for edit in edits]))
+        sizes = torch.tensor([len(edit.states) for edit in edits], device=states.device)
+        counts = torch.tensor([len(edit.centres) for edit in edits], device=states.device)
+        centred = torch.repeat_interleave(sizes.cumsum(0) - sizes, counts)
+        lengths, apart = states[centred].norm(dim=-1), (states[centred] - centres).norm(dim=-1)
         is_apart = apart > _LEAST_APART * lengths
         centred, centres = centred[is_apart], centres[is_apart]
-        states[centred] -= centres
-        directions = nn.functional.normalize(states, dim=-1)
-        offsets = (centres * directions[centred]).sum(-1)
-        squares = centres.square().sum(-1)
-        return cls(torch.cat([directions, centres]), centred, offsets, squares, owner)
+        own = states[centred]
+        return cls(
+            rows=torch.cat([nn.functional.normalize(states, dim=-1), centres]),
+            centred=centred,
+            shares=1 / torch.bincount(centred, minlength=len(states))[centred],
+            lengths=lengths[is_apart],
+            apart=apart[is_apart],
+            offsets=(centres * (own - centres)).sum(-1),
+            squares=centres.square().sum(-1),
+            owner=torch.repeat_interleave(sizes),
+        )
 
     def distances(self, z: Tensor) -> Tensor:
         """Return the distance of whitened states, [..., D], to each of all edits, [..., N]."""
         products = z @ self.rows.mT
         along, across = torch.split(products, [len(self.owner), len(self.squares)], -1)
-        length = z.square().sum(-1, keepdim=True)
-        distances = _COUNT * (1 - along / length.sqrt().clamp_min(_TINY))
-        apart = length - 2 * across + self.squares  # |z - z(c)|^2, [..., C]
-        cosines = (along[..., self.centred] - self.offsets) / apart.clamp_min(_TINY).sqrt()
-        is_apart = apart > _LEAST_APART * length
-        distances[..., self.centred] = 1 - torch.where(is_apart, cosines, -1.0)
-        return distances
+        length = z.norm(dim=-1, keepdim=True)
+        distances = _COUNT * (1 - along / length.clamp_min(_TINY))
+        apart = (length.square() - 2 * across + self.squares).clamp_min(_TINY).sqrt()
+        own = self.lengths * along[..., self.centred] - across - self.offsets
+        cosines = (own / (self.apart * apart)).clamp(-1, 1)
+        cosines = torch.where(apart > _LEAST_APART * length, cosines, -1.0)
+        distances[..., self.centred] = 0
+        return distances.index_add(-1, self.centred, self.shares * (1 - cosines))
 
 
 def _tensors(edits: Iterable[PastEdit]) -> dict[str, Tensor]:

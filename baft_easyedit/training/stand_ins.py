@@ -83,7 +83,7 @@ def _with_names(request: EditRequest, names: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[dict[int, Tensor]]:
-    """Return the centre of each row at each layer of an edit.
+    """Return the centres of each row at each layer of an edit; see `method.past_edits`.
 
     Args:
         model: The model, in eval mode.
@@ -91,7 +91,7 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
         rows: Rows of edits.
 
     Returns:
-        The centre for each row by layer, [1, D], fp32; [0, D] for a row without siblings.
+        The centres for each row by layer, [2, D], fp32; [0, D] for a row without siblings.
 
     Raises:
         FloatingPointError: If a state is not finite.
@@ -106,16 +106,24 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
     counts = [len(own) if len(own) > 1 else 0 for own in texts]
     parts = {layer: torch.split(own, counts) for layer, own in states.items()}
     return [
-        {i: _centre(own[k], edit.whitening(i)) if count else own[k] for i, own in parts.items()}
+        {i: _centres(own[k], edit.whitening(i)) if count else own[k] for i, own in parts.items()}
         for k, count in enumerate(counts)
     ]
 
 
-def _centre(states: Tensor, whitening: Whitening) -> Tensor:
-    """Return the mean, [1, D], of the states that are most similar to the first, [1 + S, D]."""
+def _centres(states: Tensor, whitening: Whitening) -> Tensor:
+    """Return the mean of the states that are most similar to the first, and that of all texts.
+
+    Args:
+        states: [1 + S, D].
+        whitening: The statistics of all texts.
+
+    Returns:
+        Both means, [2, D].
+    """
     own, *others = nn.functional.normalize(whitening.whitened(states), dim=-1)
     nearest = (torch.stack(others) @ own).topk(min(_NEAREST, len(others))).indices
-    return states[1:][nearest].mean(0, keepdim=True)
+    return torch.stack([states[1:][nearest].mean(0), whitening.mean])
 
 
 def _last_states(
