@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from baft_easyedit.files.fields import check_types, is_json
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.reading import did_you_mean, read_yaml
-from baft_easyedit.files.resources import hparams_file, model_location
+from baft_easyedit.files.resources import hparams_file, hparams_root, model_location, own_preset
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.objective import RESCALINGS
 
@@ -225,7 +225,8 @@ class BaFTHyperParams:
         Args:
             path: A file, with or without `.yaml`; or the name of one that comes with the package,
                 such as `BaFT/llama-2-7b`.
-            overrides: Values that replace those of the file, by field.
+            overrides: Values that replace those of the file, by field. Another model in place of
+                `bundled` or `smollm2` gets the layers of its own depth, unless `layers` is given.
 
         Returns:
             The checked hyper-parameters.
@@ -326,8 +327,21 @@ def _read(
 ) -> HParams:
     """Read a YAML file, and build hyper-parameters; errors name the file."""
     file = hparams_file(path)
-    content = read_yaml(file, "hyper-parameters")
+    settings = read_yaml(file, "hyper-parameters")
+    if file.absolute().is_relative_to(hparams_root()) and _is_another_model(settings, overrides):
+        settings["layers"] = _AUTO
     try:
-        return build({**content, **overrides})
+        return build({**settings, **overrides})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (in {file})") from None
+
+
+def _is_another_model(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:
+    """Tell whether overrides name another model than a file that is for one of the package's own.
+
+    The files for models of other names hold for local copies of these, too.
+    """
+    own, other = settings.get("model_name"), overrides.get("model_name")
+    if not isinstance(own, str) or not isinstance(other, str) or own_preset(own) is None:
+        return False
+    return model_location(own) != model_location(other)

@@ -1,4 +1,6 @@
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import yaml
@@ -168,6 +170,25 @@ def test_guarded_edits_are_in_later_layers():
     assert guarded.at_depth(30).layers == [23, 24, 25, 26]
     assert guarded.at_depth(6).layers == [4, 5]
     assert replace(guarded, min_similarity=None).at_depth(30).layers == [8, 16, 22, 26]
+
+
+@pytest.mark.parametrize("file", ["BaFT/smollm2", "hparams/BaFT/smollm2.yaml"])
+def test_another_model_than_a_files_takes_layers_of_its_own_depth(file, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    read = partial(BaFTHyperParams.from_hparams, file)
+    assert read(model_name="Qwen/Qwen3-8B").layers == "auto"
+    assert read(model_name="Qwen/Qwen3-8B", layers=[3]).layers == [3]
+    for same in ({}, {"model_name": "smollm2"}, {"model_name": read().model_name}):
+        assert read(**same).layers == [23, 24, 25, 26]
+    with pytest.raises(TypeError, match="model_name"):
+        read(model_name=3)
+    gemma = partial(BaFTHyperParams.from_hparams, "BaFT/gemma-1.1-7b-it")
+    assert gemma(model_name="copies/gemma").layers == gemma().layers == [9, 18, 24, 27]
+
+
+def test_layers_of_a_file_of_ones_own_are_for_any_model(tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**MINIMAL, "layers": [1, 2]}))
+    assert read_hparams(tmp_path / "mine.yaml", model_name="other").layers == [1, 2]
 
 
 def test_api_key_is_not_shown():
