@@ -328,7 +328,8 @@ def _read(
     """Read a YAML file, and build hyper-parameters; errors name the file."""
     file = hparams_file(path)
     settings = read_yaml(file, "hyper-parameters")
-    if file.absolute().is_relative_to(hparams_root()) and _is_another_model(settings, overrides):
+    is_ours = file.resolve().is_relative_to(hparams_root().resolve())
+    if is_ours and _is_another_model(settings, overrides):
         settings["layers"] = _AUTO
     try:
         return build({**settings, **overrides})

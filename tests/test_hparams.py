@@ -172,7 +172,9 @@ def test_guarded_edits_are_in_later_layers():
     assert replace(guarded, min_similarity=None).at_depth(30).layers == [8, 16, 22, 26]
 
 
-@pytest.mark.parametrize("file", ["BaFT/smollm2", "hparams/BaFT/smollm2.yaml"])
+@pytest.mark.parametrize(
+    "file", ["BaFT/smollm2", "hparams/BaFT/smollm2.yaml", "tests/../hparams/BaFT/smollm2"]
+)
 def test_another_model_than_a_files_takes_layers_of_its_own_depth(file, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     read = partial(BaFTHyperParams.from_hparams, file)

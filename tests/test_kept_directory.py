@@ -25,6 +25,7 @@ from baft_easyedit.storage import journal as journal_module
 from baft_easyedit.storage import lock as lock_module
 from baft_easyedit.storage.reading import read_history
 from baft_easyedit.storage.state import state_hash
+from baft_easyedit.training.learner import Learner
 from tests.conftest import fact, make_model, now
 from tests.new_process import new_processes
 from tests.special_files import KINDS, make_special
@@ -846,7 +847,8 @@ def test_newest_whole_state_is_gone_on_from(opened, three, lost):
     assert (aside / "checkpoints/00000000.safetensors").read_bytes() == b"damaged"
     assert (aside / "checkpoints/00000002.safetensors").read_bytes() == checkpoint
     assert (aside / "baft.safetensors").exists() == (lost != "journal and state")
-    assert [f.name for f in (three / "checkpoints").iterdir()] == ["00000000.safetensors"]
+    new = sorted(f.name for f in (three / "checkpoints").iterdir())
+    assert new == ["00000000.safetensors", "00000001.safetensors"]  # the first environment known
     with opened(hparams=None) as editor:
         editor.rollback(to=0)
         assert now(editor) == expected[3 if lost == "journal" else 2].state_hash
@@ -981,3 +983,25 @@ def test_new_directory_needs_hparams(opened, kept, monkeypatch):
     monkeypatch.setattr("baft_easyedit.editor.holds_edit", lambda _: True)  # as just before
     with pytest.raises(ValueError, match=rule):
         opened(hparams=None)
+
+
+def test_edits_after_an_environment_changed_can_be_undone_where_earlier_ones_come_out_otherwise(
+    model, tokenizer, quick, request_dict, tmp_path, monkeypatch
+):
+    path = tmp_path / "kept"
+    other = {"prompt": "Water boils at", "target_new": "Rome"}
+    with BaFTEditor.open(model, tokenizer, path, quick) as editor:
+        editor.edit(request_dict)
+        before = editor.model_edit.snapshot()
+        editor.model_edit.detach()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with BaFTEditor.open(model, tokenizer, path) as editor:
+        editor.edit(other)
+        editor.edit(other)
+        editor.model_edit.detach()
+    monkeypatch.setattr(Learner, "learn", None)
+    with BaFTEditor.open(model, tokenizer, path) as editor:
+        editor.rollback(to=2)  # entry 2 is of the new environment
+        after = editor.model_edit.snapshot()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        editor.model_edit.detach()

@@ -1,6 +1,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.method.past_edits import PastEdit, PastEdits, are_equal
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.edit import EditParameters
+from baft_easyedit.training.stand_ins import centres
 from tests.conftest import logits, make_model, random_edit
 
 APART = {"min_similarity": 0.9}
@@ -495,7 +497,7 @@ def test_edits_of_earlier_versions_are_measured_as_they_were(tokenizer, apart, h
     editor = BaFTEditor(make_model(), tokenizer, apart)
     editor.edit(request(0))
     state = editor.model_edit.snapshot()
-    old = {name: value for name, value in state.items() if not name.endswith(".centres")}
+    old = {name: value for name, value in state.items() if not name.endswith(".centre")}
     assert len(old) < len(state)
     centre = torch.randn(1, 32)
     if had_centre:
@@ -511,6 +513,44 @@ def test_edits_of_earlier_versions_are_measured_as_they_were(tokenizer, apart, h
         found = past.nearest(near[None], z)[0]
         cosine = F.cosine_similarity(*away, dim=0)
         torch.testing.assert_close(found, cosine[None], rtol=1e-4, atol=1e-4)
+
+
+def test_a_directory_of_an_earlier_version_goes_on_and_back(tokenizer, apart, tmp_path):
+    """There an edit had one centre at most."""
+    subject = {"prompt": "France is in", "target_new": "no", "subject": "France"}
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "kept", apart) as editor:
+        with mock.patch("baft_easyedit.training.loop.centres", one_centre):
+            editor.edit(subject)
+            editor.edit(request(1))
+        kept = editor.model_edit.snapshot()
+        shapes = {v.shape[0] for n, v in kept.items() if n.endswith(".centre")}
+        assert shapes == {0, 1}
+    with BaFTEditor.open(make_model(), tokenizer, tmp_path / "kept") as editor:
+        assert same(editor.model_edit.snapshot(), kept)
+        editor.edit(subject | {"prompt": "France was in"})
+        editor.undo()
+        assert same(editor.model_edit.snapshot(), kept)
+        editor.rollback(to=0)
+        assert editor.model_edit.num_parameters == 0
+        with pytest.raises(ValueError, match=r"entry 1 .* could not be learned again bit for bit"):
+            editor.rollback(to=1)
+
+
+def one_centre(*given):
+    return [{i: c[:1] for i, c in own.items()} for own in centres(*given)]
+
+
+def test_several_edits_from_before_centres_can_be_saved(tokenizer, apart, tmp_path):
+    editor = BaFTEditor(make_model(), tokenizer, apart)
+    editor.edit(request(0))
+    editor.edit(request(1))
+    state = editor.model_edit.snapshot()
+    old = {name: value for name, value in state.items() if not name.endswith(".centre")}
+    editor.undo()
+    editor.model_edit.restore(old)
+    editor.save(tmp_path / "kept")
+    again = BaFTEditor.load(make_model(), tokenizer, tmp_path / "kept")
+    assert same(again.model_edit.snapshot(), editor.model_edit.snapshot())
 
 
 def test_an_edit_that_acts_everywhere_takes_no_past_edits(tokenizer, apart):
@@ -540,6 +580,27 @@ def test_states_at_a_centre_are_near_to_no_edit():
     assert (alone[1].item(), owner[40].item()) == (0, 0)
 
 
+def test_an_edit_that_hardly_sees_its_subject_acts_as_narrowly_as_one_without():
+    z = whitening()
+    state, hidden = torch.randn(1, D) * 3, torch.randn(40, D) * 5
+    near = torch.cat([state * 1.001, z.mean[None]])
+    found = []
+    for centre in (near, state[:0]):
+        own = PastEdits(D, 2, "one")
+        own.load_state_dict(own.with_edit(PastEdit(state, centre, vector_of(moving()))))
+        found.append(own.nearest(hidden, z)[0])
+    torch.testing.assert_close(*found)
+    assert (found[0] > 0).any()
+
+
+def test_a_state_that_is_the_mean_of_all_texts_is_near_to_no_edit():
+    z = whitening()
+    own = PastEdits(D, 2, "one")
+    centre = torch.stack([torch.randn(D), z.mean])
+    own.load_state_dict(own.with_edit(PastEdit(torch.randn(1, D) * 3, centre, torch.zeros(26))))
+    assert own.nearest(z.mean[None], z)[0] <= 0
+
+
 def test_what_whitened_the_training_of_earlier_versions_is_left_out():
     edit, old = random_edit(), EditParameters(32, (1, 2), 4, "one", 3, min_similarity=0.5)
     state = edit.snapshot()
@@ -562,9 +623,9 @@ def test_what_whitened_the_training_of_earlier_versions_is_left_out():
         {"_past.1.0.states": torch.zeros(2, 32)},  # fewer than at the other layer
         {"_past.1.0.states": torch.tensor(1.0)},
         {"_past.1.0.states": torch.zeros(0, 32)},
-        {"_past.1.0.centres": torch.zeros(0, D + 1)},
-        {"_past.1.0.centres": torch.tensor(1.0)},
-        {"_past.1.0.centres": torch.zeros(2, 32)},  # more than at the other layer
+        {"_past.1.0.centre": torch.zeros(0, D + 1)},
+        {"_past.1.0.centre": torch.tensor(1.0)},
+        {"_past.1.0.centre": torch.zeros(2, 32)},  # more than at the other layer
     ],
 )
 def test_a_snapshot_of_another_shape_changes_nothing(tokenizer, apart, change):

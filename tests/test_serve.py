@@ -12,7 +12,9 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from baft_easyedit.files.resources import bundled_model_path
 from baft_easyedit.generation import generate_answers
 from baft_easyedit.model.named import NamedEdits
 from baft_easyedit.model.prompt_format import PromptFormat
@@ -133,6 +135,18 @@ def test_text_that_was_said_is_not_cleaned_up_later(tokenizer):
         text.after_token(torch.tensor([ids[:end]]), None)
     text.finish()
     assert text.said == "so , a ' bird"
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_text_that_goes_on_begins_with_its_space(goes_on):
+    """Tokenizers of SentencePiece's kind leave it out at the beginning of what they decode."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    prompt, ids = (tokenizer(text).input_ids for text in ("The capital is", "The capital is Paris"))
+    text = _Text(tokenizer, Wish((), prompt, 9, goes_on=goes_on), lambda _: True)
+    for end in range(len(prompt) + 1, len(ids) + 1):
+        text.after_token(torch.tensor([ids[:end]]), None)
+    text.finish()
+    assert text.said == (" Paris" if goes_on else "Paris")
 
 
 def test_what_clients_leave_empty_or_send_in_parts_is_understood(client, tokenizer):

@@ -133,7 +133,7 @@ def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
     editor.edit(REQUEST.to_dict() | {"target_new": "Oslo"})  # where the first edit acts
     for layer in layers:
         without, (_, centres, _) = editor.model_edit.past(layer).edits
-        assert without.centres.shape == (0, centres.shape[1])
+        assert without.centre.shape == (0, centres.shape[1])
         z = editor.model_edit.whitening(layer).whitened(torch.stack(found[layer]))
         nearest = F.cosine_similarity(z[1:], z[:1]).topk(6).indices
         mean = torch.stack(found[layer][1:])[nearest].mean(0)
@@ -145,7 +145,7 @@ def test_without_use_subject_an_edit_has_no_centre(model, tokenizer, hparams):
     editor = BaFTEditor(model, tokenizer, replace(hparams, **APART, use_subject=False))
     editor.edit(REQUEST.to_dict())
     for layer in editor.model_edit.layers:
-        assert editor.model_edit.past(layer).edits[0].centres.shape == (0, 32)
+        assert editor.model_edit.past(layer).edits[0].centre.shape == (0, 32)
 
 
 def test_centres_are_of_each_request_however_they_are_learned(model, tokenizer, hparams):
@@ -158,7 +158,7 @@ def test_centres_are_of_each_request_however_they_are_learned(model, tokenizer, 
     for layer in joined.model_edit.layers:
         one, other = (editor.model_edit.past(layer).edits for editor in (apart, joined))
         for edit, same in zip(one, other, strict=True):
-            torch.testing.assert_close(edit.centres, same.centres, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(edit.centre, same.centre, rtol=1e-4, atol=1e-5)
 
 
 def test_stand_ins_keep_neighbours_as_they_are():

@@ -15,10 +15,11 @@ last tokens of prompts of one form ("The capital of ... is") have states that ar
 by their subjects in a small part only. So one centre is what the edit's own state is on average
 with similar names in the subject's place: from there the form cancels out, and the subject is left.
 The other is the mean of all texts, from where the form counts, too: what is near by chance from
-one centre is hardly so from both. Elsewhere, and where no subject is known, there are no centres,
-and the distance from 0, 1 - cosine, counts twice: the words of a prompt and of its answer stand in
-other texts, too. (The first centre is of the unedited model, but from the second edited layer on, e
-is what the edit at earlier layers left. So where it acts there, it is likely to act here.)
+one centre is hardly so from both. Elsewhere, and where no subject is known or it can hardly be told
+from similar names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the
+words of a prompt and of its answer stand in other texts, too. (The first centre is of the unedited
+model, but from the second edited layer on, e is what the edit at earlier layers left. So where it
+acts there, it is likely to act here.)
 
 Needs torch only. Shapes: n states and C centres of an edit, N states of all E past edits, M
 parameters of an intervention, D hidden size, r rank.
@@ -54,14 +55,14 @@ class PastEdit(NamedTuple):
 
     states: Tensor
     """The hidden states that it acts at, e, [n, D]; the first is of its prompt's last token."""
-    centres: Tensor
+    centre: Tensor
     """The centres c of the first state, [C, D]; C is 0 where no subject is known."""
     values: Tensor
     """The parameters of its intervention, [M]."""
 
     def without(self, gone: Tensor) -> "PastEdit":
         """Return the edit without some of its states, [n], bool."""
-        return PastEdit(self.states[~gone], self.centres[: 0 if gone[0] else None], self.values)
+        return PastEdit(self.states[~gone], self.centre[: 0 if gone[0] else None], self.values)
 
 
 class PastEdits(nn.Module):
@@ -111,7 +112,7 @@ class PastEdits(nn.Module):
             and all(
                 edit.values.shape == (self._size,)
                 and edit.states.shape[1:] == self._shape[:1]
-                and edit.centres.shape[1:] == self._shape[:1]
+                and edit.centre.shape[1:] == self._shape[:1]
                 and len(edit.states) > 0
                 for edit in edits
             )
@@ -267,20 +268,22 @@ class _Keys(NamedTuple):
     def of(cls, edits: Sequence[PastEdit], whitening: Whitening) -> "_Keys":
         """Compute the keys of one edit or more."""
         states = whitening.whitened(torch.cat([edit.states for edit in edits]))
-        centres = whitening.whitened(torch.cat([edit.centres for edit in edits]))
+        centres = whitening.whitened(torch.cat([edit.centre for edit in edits]))
         sizes = torch.tensor([len(edit.states) for edit in edits], device=states.device)
-        counts = torch.tensor([len(edit.centres) for edit in edits], device=states.device)
+        counts = torch.tensor([len(edit.centre) for edit in edits], device=states.device)
         centred = torch.repeat_interleave(sizes.cumsum(0) - sizes, counts)
         lengths, apart = states[centred].norm(dim=-1), (states[centred] - centres).norm(dim=-1)
-        is_apart = apart > _LEAST_APART * lengths
-        centred, centres = centred[is_apart], centres[is_apart]
+        is_told = torch.ones(len(states), dtype=torch.bool, device=states.device)
+        is_told[centred[apart <= _LEAST_APART * lengths]] = False  # the subject is hardly in it
+        is_told = is_told[centred]
+        centred, centres = centred[is_told], centres[is_told]
         own = states[centred]
         return cls(
             rows=torch.cat([nn.functional.normalize(states, dim=-1), centres]),
             centred=centred,
             shares=1 / torch.bincount(centred, minlength=len(states))[centred],
-            lengths=lengths[is_apart],
-            apart=apart[is_apart],
+            lengths=lengths[is_told],
+            apart=apart[is_told],
             offsets=(centres * (own - centres)).sum(-1),
             squares=centres.square().sum(-1),
             owner=torch.repeat_interleave(sizes),
@@ -292,9 +295,9 @@ class _Keys(NamedTuple):
         along, across = torch.split(products, [len(self.owner), len(self.squares)], -1)
         length = z.norm(dim=-1, keepdim=True)
         distances = _COUNT * (1 - along / length.clamp_min(_TINY))
-        apart = (length.square() - 2 * across + self.squares).clamp_min(_TINY).sqrt()
+        apart = (length.square() - 2 * across + self.squares).clamp_min(0).sqrt()
         own = self.lengths * along[..., self.centred] - across - self.offsets
-        cosines = (own / (self.apart * apart)).clamp(-1, 1)
+        cosines = (own / (self.apart * apart).clamp_min(_TINY)).clamp(-1, 1)
         cosines = torch.where(apart > _LEAST_APART * length, cosines, -1.0)
         distances[..., self.centred] = 0
         return distances.index_add(-1, self.centred, self.shares * (1 - cosines))

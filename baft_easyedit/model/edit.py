@@ -282,7 +282,7 @@ class EditParameters(nn.Module):
             rest = snapshot if past is None else self.begun(snapshot)
             return {n: v for n, v in rest.items() if not n.startswith("_whitening.")}
         if past is None:
-            return _with_centres(snapshot)
+            return {**_centres_of(snapshot), **snapshot}
         rest = dict(self.begun(snapshot))
         begun = {n: v for n, v in self.state_dict().items() if n.startswith(("_int", "_usage"))}
         return rest | begun | past
@@ -312,20 +312,21 @@ def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor] | None:
     return past if layers else None
 
 
-def _with_centres(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot of any version with the centres of its past edits, by their present name.
+def _centres_of(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return centres of past edits, by name, for a snapshot that may be from before there were any.
 
-    There may have been one, or none, when the mean of all texts was the only one in effect.
+    There the distance to the first state counted once, and z(c) was 0.
     """
-    present = {
-        f"{name}s" if name.startswith("_past.") and name.endswith(".centre") else name: value
-        for name, value in snapshot.items()
+    means = {
+        name: snapshot.get(f"_whitening.{name.split('.')[1]}.mean")
+        for name in snapshot
+        if name.startswith("_past.") and name.endswith(".states")
     }
-    for name in [n for n in present if n.startswith("_past.") and n.endswith(".states")]:
-        mean = present.get(f"_whitening.{name.split('.')[1]}.mean")
-        if mean is not None:
-            present.setdefault(name.replace(".states", ".centres"), mean[None])
-    return present
+    return {
+        name.replace(".states", ".centre"): mean[None].clone()  # files hold no tensor twice
+        for name, mean in means.items()
+        if mean is not None
+    }
 
 
 def within(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _MOST_QUEUED = 32
 """Longest queue: each waiting request holds one of the server's 40 threads."""
+_CONTEXT = 8
+"""Tokens of the prompt that tell how the text after them begins."""
 
 
 class FullError(RuntimeError):
@@ -62,6 +64,8 @@ class Wish:
     """Seed of the sampling; None leaves torch's random numbers as they are."""
     stop: tuple[str, ...] = ()
     """Stop texts: the answer ends before the first of them."""
+    goes_on: bool = False
+    """Whether the answer's text goes on from the prompt's, so that a space may begin it."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class _Text:
     def __init__(self, tokenizer: Any, wish: Wish, say: Callable[[str], bool]) -> None:
         self._tokenizer, self._wish, self._say = tokenizer, wish, say
         self._whole = ""
+        self._context = list(wish.prompt[-_CONTEXT:]) if wish.goes_on else []
         self.said, self.num_tokens, self.last = "", 0, -1
         self.has_stopped = False
 
@@ -124,10 +129,7 @@ class _Text:
         """Pass on new text, as a stopping criterion: take prompt and answer [1, T], return [1]."""
         new = ids[0, len(self._wish.prompt) :].tolist()
         self.num_tokens, self.last = len(new), new[-1]
-        # Cleaning up would change what was said already.
-        self._whole = self._tokenizer.decode(
-            new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        self._whole = self._decoded(self._context + new)[len(self._decoded(self._context)) :]
         found = [at for stop in self._wish.stop if (at := self._whole.find(stop)) >= 0]
         self.has_stopped = bool(found)
         if found:
@@ -136,6 +138,12 @@ class _Text:
         sure = self._whole[: max(0, len(self._whole) - held)]
         is_wanted = self._speak(sure.rstrip("\ufffd"))  # a character's first bytes
         return torch.tensor([self.has_stopped or not is_wanted], device=ids.device)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        """Return a text as the model wrote it; cleaning up would change what was said already."""
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def finish(self) -> None:
         """Pass on what was held back."""

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
@@ -179,7 +180,7 @@ class _Routes:
         edits = self._edits_of(body.model)
         prompt_format = self._prompt_format(edits, in_chat=False).without_template()
         ids = prompt_format.prompt_ids(body.prompt, self._answerer.tokenizer)
-        wish = self._wish(body, edits, ids)
+        wish = replace(self._wish(body, edits, ids), goes_on=True)
         return self._reply(_AnswerBody(body.model, is_chat=False), body, wish, request)
 
     def chat(self, body: Chat, request: Request) -> Any:

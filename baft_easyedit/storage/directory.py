@@ -108,12 +108,8 @@ class KeptDirectory:
         pending = () if entries[0].id == 0 else self._pending
         content = StateFile(state, (*pending, *entries), config)
         data = encode(content)
-        is_due = any(
-            entry.kind in ("start", "install") or entry.id % self._checkpoint_every == 0
-            for entry in entries
-        )
         try:
-            if is_due and with_checkpoint:
+            if with_checkpoint and any(map(self._is_due, entries)):
                 self._write_checkpoint(entries[-1].id, data)
             self._write_config(config)
             self._replace_state(data, content)
@@ -135,6 +131,17 @@ class KeptDirectory:
                 JOURNAL,
                 error,
             )
+
+    def _is_due(self, entry: Entry) -> bool:
+        """Tell whether a checkpoint is due after an entry.
+
+        One is due where the environment changes, as what came before may come out otherwise there.
+        """
+        if entry.kind == "settings" and len(self.journal):
+            last = self.journal.settings_of(len(self.journal) - 1)
+            if entry.content["environment"] != last["environment"]:
+                return True
+        return entry.kind in ("start", "install") or entry.id % self._checkpoint_every == 0
 
     def ensure_checkpoint(self) -> None:
         """Write a checkpoint if there is none: `save` writes none, and `rollback` needs one."""

@@ -120,11 +120,11 @@ class Learner:
     def learn(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> EditReport:
         """Learn requests together; with `min_similarity` each on its own."""
         rows, is_apart = self._rows(requests, hparams), self.edit.min_similarity is not None
+        self._attach()
         self._condition(hparams)
         if is_apart and len(requests) > 1:
             report = self._learn_joined(requests, hparams)
         else:
-            self._attach()
             (learned,) = train(self.model, self.edit, [rows], hparams)
             self.edit.restore(learned.state)
             report = learned.report
@@ -145,7 +145,6 @@ class Learner:
         found = self._learn_in_parts(edits, None, hparams)
         self.edit.restore(before)
         self.edit.join([one.state for one in found])
-        self._attach()
         return EditReport.of_all([one.report for one in found])
 
     def check(self, requests: Sequence[EditRequest], hparams: BaFTHyperParams) -> None:
