@@ -130,3 +130,12 @@ def test_frames_have_the_tokens_of_real_prompts_where_words_begin_with_a_mark(ow
     tokenizer.apply_chat_template = own_tokenizer.apply_chat_template
     frame, *_ = PromptFormat(use_chat_template=True).frames(tokenizer)
     assert frame == ((256, ord("[")), (ord(" "), ord("]")))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(own_tokenizer):
+    own_tokenizer.chat_template = None
+    with pytest.raises(
+        ValueError, match="use_chat_template must be false, as the tokenizer has no"
+    ):
+        PromptFormat(use_chat_template=True).prompt_ids("who", own_tokenizer)
+    assert PromptFormat().prompt_ids("who", own_tokenizer)

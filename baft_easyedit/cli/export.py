@@ -52,6 +52,7 @@ def _sglang(directory: str, edit: ModelEdit, _: KeptConfig) -> str:
     from baft_easyedit.engines.sglang import specification
 
     note("--disable-radix-cache --chunked-prefill-size -1 --disable-cuda-graph must be given")
+    note("the model's layers must be model.layers, as Llama's; others are served without the edit")
     return json.dumps(specification(directory, edit), indent=1)
 
 

@@ -83,9 +83,17 @@ class PromptFormat:
             prompt: The prompt.
             tokenizer: The model's tokenizer.
             system: A system message for the chat template; None for the template's own, if any.
+
+        Raises:
+            ValueError: If there is no chat template.
         """
         if not self.use_chat_template:
             return prompt.removesuffix(self.separator_after(prompt))
+        if getattr(tokenizer, "chat_template", "") is None:
+            raise ValueError(
+                "use_chat_template must be false, as the tokenizer has no chat_template: set it to "
+                "false, or give the tokenizer the template of its model"
+            )
         given = [] if system is None else [{"role": "system", "content": system}]
         shown: str = tokenizer.apply_chat_template(
             [*given, {"role": "user", "content": prompt}],
