@@ -274,7 +274,8 @@ class _Keys(NamedTuple):
         centred = torch.repeat_interleave(sizes.cumsum(0) - sizes, counts)
         lengths, apart = states[centred].norm(dim=-1), (states[centred] - centres).norm(dim=-1)
         is_told = torch.ones(len(states), dtype=torch.bool, device=states.device)
-        is_told[centred[apart <= _LEAST_APART * lengths]] = False  # the subject is hardly in it
+        is_apart = apart > _LEAST_APART * lengths
+        is_told[centred[~is_apart]] = False  # the subject is hardly in it
         is_told = is_told[centred]
         centred, centres = centred[is_told], centres[is_told]
         own = states[centred]
