@@ -282,7 +282,7 @@ class _Keys(NamedTuple):
         return cls(
             rows=torch.cat([nn.functional.normalize(states, dim=-1), centres]),
             centred=centred,
-            shares=1 / torch.bincount(centred, minlength=len(states))[centred],
+            shares=torch.bincount(centred)[centred].float().reciprocal(),
             lengths=lengths[is_told],
             apart=apart[is_told],
             offsets=(centres * (own - centres)).sum(-1),
