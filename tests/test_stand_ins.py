@@ -57,7 +57,7 @@ def test_no_stand_in_is_the_prompt_itself():
     for make, names in ((partial(stand_ins, count=99), _INVENTED), (siblings, _KNOWN)):
         for name in names:
             request = EditRequest(f"The capital of {name} is", "x", name)
-            assert len(make(request)) == len(names) - 1
+            assert len(make(request)) == sum(one not in request.prompt for one in names)
             assert request.prompt not in make(request)
 
 
@@ -115,6 +115,17 @@ def test_an_edit_sees_as_many_as_the_hyper_parameters_say(count, model, tokenize
     assert irrelevant.ids == tuple(tokenizer("Ice").input_ids)
 
 
+def _likeness(model, tokenizer, prompt):
+    """Return how like the edited prompt another is, by the embeddings of its tokens."""
+    table = model.get_input_embeddings().weight.detach()
+    own, other, *others = (
+        sum(table[i] for i in tokenizer(text).input_ids)
+        for text in (REQUEST.prompt, prompt, *siblings(REQUEST))
+    )
+    middle = sum(others) / len(others)
+    return float(F.cosine_similarity(own - middle, other - middle, dim=0))
+
+
 def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
     model, tokenizer, hparams
 ):
@@ -123,7 +134,8 @@ def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
     layers = [i for i in editor.model_edit.layers if i != last]  # where Hugging Face norms states
     assert layers
     found = {layer: [] for layer in layers}
-    for prompt in (REQUEST.prompt, *siblings(REQUEST)):
+    read = sorted(siblings(REQUEST), key=partial(_likeness, model, tokenizer))[-12:]
+    for prompt in (REQUEST.prompt, *read):
         with torch.no_grad():
             out = model(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True)
         for layer in layers:

@@ -2,8 +2,9 @@
 
 They show what the prompts of a form have in common, whatever their subject. With `min_similarity`,
 known names make the siblings of an edit. Its centre is the mean state at the last tokens of those
-that are most similar to it, so that places are compared with places and people with people;
-similarity to the edit is measured from there (see `method.past_edits`). Without it, invented names
+that are most similar to it (first by the names' embeddings, of which the model need not run, then
+by these states), so that places are compared with places and people with people; similarity to the
+edit is measured from there (see `method.past_edits`). Without it, invented names
 make irrelevant prompts for a request that brings none: an edit of France's capital, learned without
 any, gives Germany the same one, and the gates are to tell subjects apart. None of these asks for a
 true fact, nor for one that was edited before.
@@ -14,6 +15,7 @@ Shapes: S siblings of a row, N texts, D hidden size.
 import random
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +27,28 @@ from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device,
 from baft_easyedit.training.observing import watching
 from baft_easyedit.training.requests import EditRequest, TextRow, same_form
 
+_READ = 12
+"""Siblings whose states are computed."""
 _NEAREST = 6
 """Siblings that a centre is the mean of."""
 _MOST_AT_ONCE = 32
 """Texts that are read at once, of several edits that are learned side by side."""
 
 _KNOWN = (
-    *("Germany", "Peru", "Kenya", "Japan", "Egypt", "London", "Toronto", "Mumbai"),  # places
-    *("Mount Everest", "the Nile"),
+    *("Germany", "Peru", "Kenya", "Japan", "Egypt", "Brazil", "Sweden", "Texas"),  # places
+    *("London", "Toronto", "Mumbai", "Chicago", "Barcelona", "Mount Everest", "the Nile"),
+    *("Lake Michigan", "the Pacific Ocean", "the Eiffel Tower"),
     *("Albert Einstein", "Marie Curie", "William Shakespeare", "Nelson Mandela"),  # people
-    *("Taylor Swift", "Haruki Murakami"),
-    *("Hamlet", "The Godfather", "Abbey Road"),  # works
-    *("Microsoft", "Harvard University", "FC Barcelona", "gold", "the lion"),  # things
+    *("Taylor Swift", "Haruki Murakami", "Abraham Lincoln", "Charles Darwin", "Mozart"),
+    *("Michael Jordan", "Queen Victoria", "Vladimir Lenin", "Gustav Mahler", "the Beatles"),
+    *("Maria Garcia", "John Smith", "Li Wei", "Pierre Dupont"),
+    *("Hamlet", "The Godfather", "Abbey Road", "Star Wars", "Pride and Prejudice"),  # works
+    *("Gone with the Wind", "Harry Potter", "The Lord of the Rings", "Bohemian Rhapsody"),
+    *("A Brief History of Time", "The New York Times", "Super Mario Bros."),
+    *("Microsoft", "Toyota", "Harvard University", "Oxford University Press"),  # organisations
+    *("FC Barcelona", "Manchester United", "the United Nations"),
+    *("gold", "penicillin", "the lion", "the blue whale", "the violin", "Python"),  # things
+    *("the Titanic", "Boeing 747", "World War II"),
 )
 """Names that models know, of many kinds. The state of an invented one is unlike any of these."""
 _INVENTED = (
@@ -96,7 +108,7 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
     Raises:
         FloatingPointError: If a state is not finite.
     """
-    texts = [[row.ids[: row.prompt_length], *row.siblings] for row in rows]
+    texts = [[row.ids[: row.prompt_length], *_alike(model, row)] for row in rows]
     states = _last_states(model, edit, [one for own in texts if len(own) > 1 for one in own])
     if not all(bool(own.isfinite().all()) for own in states.values()):
         raise FloatingPointError(
@@ -109,6 +121,22 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
         {i: _centres(own[k], edit.whitening(i)) if count else own[k] for i, own in parts.items()}
         for k, count in enumerate(counts)
     ]
+
+
+def _alike(model: nn.Module, row: TextRow) -> list[tuple[int, ...]]:
+    """Return the siblings of a row that its prompt is most like, by the sums of embeddings.
+
+    What all siblings have in common is taken off before, so that the names are compared.
+    """
+    if len(row.siblings) <= _READ:
+        return list(row.siblings)
+    texts = [torch.tensor(text) for text in (row.ids[: row.prompt_length], *row.siblings)]
+    ids = torch.cat(texts).to(input_device(model))
+    embedded = cast(Any, model).get_input_embeddings()(ids).float()
+    sums = torch.stack([own.sum(0) for own in torch.split(embedded, [len(t) for t in texts])])
+    own, *others = sums - sums[1:].mean(0)
+    likeness = nn.functional.cosine_similarity(torch.stack(others), own, dim=-1)
+    return [row.siblings[i] for i in likeness.topk(_READ).indices.tolist()]
 
 
 def _centres(states: Tensor, whitening: Whitening) -> Tensor:
