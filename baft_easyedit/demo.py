@@ -38,9 +38,7 @@ def real_settings(device: int | str) -> BaFTHyperParams:
         OSError: If the model cannot be written.
     """
     ready_location(REAL_MODEL)
-    return BaFTHyperParams.from_hparams(
-        "BaFT/smollm2", device=device, learn_end=True, use_chat_template=True
-    )
+    return BaFTHyperParams.from_hparams("BaFT/smollm2-chat", device=device)
 
 
 def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:

@@ -13,7 +13,7 @@ from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
-from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, siblings, stand_ins
+from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, examples, siblings, stand_ins
 from tests.conftest import logits, make_model
 
 APART = {"min_similarity": 0.9}
@@ -59,6 +59,14 @@ def test_no_stand_in_is_the_prompt_itself():
             request = EditRequest(f"The capital of {name} is", "x", name)
             assert len(make(request)) == sum(one not in request.prompt for one in names)
             assert request.prompt not in make(request)
+
+
+def test_examples_are_of_many_forms_with_known_names():
+    found = examples(4)
+    assert len({*found}) == len(found) == 4 * 48
+    assert found == examples(4)
+    assert all(any(name in prompt for name in _KNOWN) for prompt in found)
+    assert sum(prompt.endswith("?") for prompt in found) == len(found) // 2
 
 
 def test_an_edit_whose_stand_ins_have_no_room_has_no_centre(tokenizer):

@@ -4,10 +4,12 @@ They show what the prompts of a form have in common, whatever their subject. Wit
 known names make the siblings of an edit. Its centre is the mean state at the last tokens of those
 that are most similar to it (first by the names' embeddings, of which the model need not run, then
 by these states), so that places are compared with places and people with people; similarity to the
-edit is measured from there (see `method.past_edits`). Without it, invented names
-make irrelevant prompts for a request that brings none: an edit of France's capital, learned without
-any, gives Germany the same one, and the gates are to tell subjects apart. None of these asks for a
-true fact, nor for one that was edited before.
+edit is measured from there (see `method.past_edits`). Without it, invented names make irrelevant
+prompts for a request that brings none: an edit of France's capital, learned without any, gives
+Germany the same one, and the gates are to tell subjects apart. None of these asks for a true fact,
+nor for one that was edited before.
+
+Known names in forms of many kinds also are examples of prompts (see `own_texts`).
 
 Shapes: S siblings of a row, N texts, D hidden size.
 """
@@ -51,6 +53,24 @@ _KNOWN = (
     *("the Titanic", "Boeing 747", "World War II"),
 )
 """Names that models know, of many kinds. The state of an invented one is unlike any of these."""
+_QUESTIONS = (
+    *("Who is {}?", "What is {} known for?", "Where is {} located?", "When did {} begin?"),
+    *("Where was {} born?", "What language is spoken in {}?", "Who is the spouse of {}?"),
+    *("Who owns {}?", "How old is {}?", "What is the gender of {}?", "Who created {}?"),
+    *("Which country is {} associated with?", "What is the occupation of {}?", "Who leads {}?"),
+    *("Who are the members of {}?", "Which award did {} win?", "Who is the father of {}?"),
+    *("What is the capital of {}?", "Which team does {} play for?", "Which genre is {}?"),
+    *("Where did {} study?", "What is {} made of?", "What is {} named after?"),
+    "What does {} follow?",
+)
+_STATEMENTS = (
+    *("{} was born in", "{} is located in", "{} is the author of", "The wife of {} is"),
+    *("The language of {} is", "{} works for", "The father of {} is", "{} belongs to"),
+    *("The owner of {} is", "The capital of {} is", "{} was founded by", "{} plays for"),
+    *("{} is famous for", "The age of {} is", "{} died in", "The director of {} is"),
+    *("{} is made of", "The members of {} are", "{} studied at", "{} is a kind of"),
+    *("{} received the", "The religion of {} is", "{} is followed by", "{} is a citizen of"),
+)
 _INVENTED = (
     *("Velmora", "Tarkesh", "Orlundia", "Brisken", "Port Halden", "Sarnath Vale"),  # places
     *("Lake Ondra", "Mount Serrin", "Tolva River", "Castle Grennock", "Bellweather Tower"),
@@ -79,6 +99,13 @@ def stand_ins(request: EditRequest, count: int) -> list[str]:
 def siblings(request: EditRequest) -> list[str]:
     """Return prompts with known names in the place of a request's subject, if it has one."""
     return _with_names(request, _KNOWN)
+
+
+def examples(count: int) -> list[str]:
+    """Return prompts of many forms about known names, `count` of each form behind each other."""
+    choice = random.Random(0)
+    forms = (*_QUESTIONS, *_STATEMENTS)
+    return [form.format(name) for form in forms for name in choice.sample(_KNOWN, count)]
 
 
 def _with_names(request: EditRequest, names: Sequence[str]) -> list[str]:
