@@ -164,16 +164,13 @@ def test_statistics_are_known_until_the_weights_change(model):
 PROMPTS = (((5, 6, 7, 8), (5, 6, 9, 8), (5, 6, 7, 7, 8)), ((3, 8), (3, 3)))
 
 
-@pytest.mark.parametrize(("prompts", "begins"), [(PROMPTS[0], []), (((5, 6), (7, 6)), [1])])
-def test_a_model_answers_prompts_of_one_length_together(model, prompts, begins):
-    """Prompts that do not begin alike begin with the model's first token."""
-    model.config.bos_token_id = 1
-    found = own_answers(model, prompts, [1])
-    assert [len(texts.ids) for texts in found] == ([2, 1] if not begins else [2])
+def test_a_model_answers_prompts_of_one_length_together(model):
+    found = own_answers(model, PROMPTS[0], [1])
+    assert [len(texts.ids) for texts in found] == [2, 1]
     read = [tuple(text[:-ANSWER_LENGTH].tolist()) for texts in found for text in texts.ids]
-    assert sorted(read) == sorted((*begins, *prompt) for prompt in prompts)
-    for texts, same in zip(found, own_answers(make_model(), prompts, [1]), strict=True):
-        assert torch.equal(texts.ids, same.ids) or begins
+    assert sorted(read) == sorted(PROMPTS[0])
+    for texts, same in zip(found, own_answers(make_model(), PROMPTS[0], [1]), strict=True):
+        assert torch.equal(texts.ids, same.ids)
         hidden = model(texts.ids, output_hidden_states=True).hidden_states[2]
         wanted = hidden[:, -ANSWER_LENGTH - 1 :]
         assert torch.allclose(texts.states[1], wanted, rtol=1e-3, atol=1e-4)
@@ -198,7 +195,7 @@ def test_a_model_answers_where_its_context_has_room(room, monkeypatch, hparams, 
     """GPT-2's positions end with its context: prompts that are too long for it are left out."""
     monkeypatch.setitem(GPT_SIZES, "n_positions", room)
     model, tokenizer = make_model("gpt2"), make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     hparams = replace(hparams, use_chat_template=True, min_similarity=0.5)
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)

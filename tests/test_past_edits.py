@@ -136,8 +136,11 @@ def test_an_edit_does_not_act_at_its_subject_in_another_form():
     own.load_state_dict(own.with_edit(PastEdit(state, centres, vector_of(moving()))))
     assert own(hidden, z, 0.5)[1].any(-1).tolist() == [True, True, False]
     assert own.nearest(hidden[2:], z)[0] < 0
-    own.load_state_dict(own.with_edit(PastEdit(state, -centres, vector_of(moving()))))
-    assert own.nearest(state, z)[0] == pytest.approx(1)  # its own state is of its form always
+    unlike, before = PastEdits(D, 2, "one"), PastEdits(D, 2, "one")
+    unlike.load_state_dict(unlike.with_edit(PastEdit(state, -centres, vector_of(moving()))))
+    assert unlike.nearest(state, z)[0] == pytest.approx(1)  # its own state is of its form always
+    before.load_state_dict(before.with_edit(PastEdit(state, centres[:1], vector_of(moving()))))
+    assert before.nearest(hidden[2:], z)[0] > 0.5  # an edit with one centre acts as it did
 
 
 def test_without_past_edits_nothing_is_edited():

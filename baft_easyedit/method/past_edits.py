@@ -14,18 +14,17 @@ the centres c of e. In the whitened coordinates z, unrelated states are nearly o
 last tokens of prompts of one form ("The capital of ... is") have states that are alike, and differ
 by their subjects in a small part only. So one centre is what the edit's own state is on average
 with similar names in the subject's place: from there the form cancels out, and the subject is left.
-The other is the mean of all texts, from where the form counts, too: what is near by chance from
-one centre is hardly so from both. Elsewhere, and where no subject is known or it can hardly be told
-from similar names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the
-words of a prompt and of its answer stand in other texts, too.
+The other is mu, the mean of other texts, from where the form counts, too: what is near by chance
+from one centre is hardly so from both. (The first centre is of the unedited model, but from the
+second edited layer on, e is what the edit at earlier layers left. So where it acts there, it is
+likely to act here.) Elsewhere, and where no subject is known or it can hardly be told from similar
+names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the words of a
+prompt and of its answer stand in other texts, too.
 
 Two questions about one subject can be similar from both centres: in a chat template, the tokens
 that end a prompt hardly tell them apart. They differ in their form: the cosine of z(h) and of the
-first z(c), in which the subject is not. Where it is too small, the edit does not act.
-
-(The first centre is of the unedited
-model, but from the second edited layer on, e is what the edit at earlier layers left. So where it
-acts there, it is likely to act here.)
+first z(c), in which the subject is not. Where it is too small, the cosine from c counts as -1.
+Outside of a template, rephrasings have cosines far above.
 
 Needs torch only. Shapes: n states and C centres of an edit, N states of all E past edits, M
 parameters of an intervention, D hidden size, r rank.
@@ -271,7 +270,7 @@ class _Keys(NamedTuple):
     squares: Tensor
     """|z(c)|^2, [C]."""
     least: Tensor
-    """Least cosine of z(h) and z(c) for states of that form, [C]; -1 for centres of all texts."""
+    """Least cosine of z(h) and z(c) for states of that form, [C]; -1 where there is no other c."""
     owner: Tensor
     """The edit of each state, [N]."""
 
@@ -291,7 +290,6 @@ class _Keys(NamedTuple):
         centred, centres = centred[is_told], centres[is_told]
         own, shares = states[centred], torch.bincount(centred)[centred].float().reciprocal()
         forms = nn.functional.cosine_similarity(own, centres, dim=-1)
-        is_form = (torch.diff(centred, prepend=centred.new_tensor([-1])) > 0) & (shares < 1)
         return cls(
             rows=torch.cat([nn.functional.normalize(states, dim=-1), centres]),
             centred=centred,
@@ -300,7 +298,7 @@ class _Keys(NamedTuple):
             apart=apart[is_told],
             offsets=(centres * (own - centres)).sum(-1),
             squares=centres.square().sum(-1),
-            least=torch.where(is_form, (forms - _LEAST_ALIKE).clamp(max=_LEAST_ALIKE), -1.0),
+            least=torch.where(shares < 1, (forms - _LEAST_ALIKE).clamp(max=_LEAST_ALIKE), -1.0),
             owner=torch.repeat_interleave(sizes),
         )
 

@@ -42,6 +42,7 @@ class Whitening(nn.Module):
     """Statistics of the hidden states at one layer's output, and z of states.
 
     K = floor 1 + F^T F approximates 0.9 times the correlation matrix plus 0.1 times the identity.
+    Deviations and correlations are about mu, which need not be the mean of all states.
 
     Args:
         hidden_size: D.

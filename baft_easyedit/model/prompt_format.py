@@ -8,7 +8,7 @@ special tokens.
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +126,13 @@ class PromptFormat:
         for system in _SYSTEM_MESSAGES:
             with suppress(Exception):  # each template refuses system messages in its own way
                 systems.setdefault(self.prompt_text("who", tokenizer, system), system)
-        texts = [
-            [self.prompt_text(prompt, tokenizer, system) for prompt in prompts[i :: len(systems)]]
-            for i, system in enumerate(systems.values())
-        ]
-        return tuple(
-            tuple(token_ids(text, tokenizer, is_templated=True) for text in own) for own in texts
-        )
+        found = []
+        for i, one in enumerate(systems.values()):
+            with suppress(Exception) if i else nullcontext():
+                own = prompts[i :: len(systems)]
+                texts = [self.prompt_text(prompt, tokenizer, one) for prompt in own]
+                found.append(tuple(token_ids(text, tokenizer, is_templated=True) for text in texts))
+        return tuple(found)
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt without its answer."""

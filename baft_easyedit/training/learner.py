@@ -236,7 +236,7 @@ class Learner:
         most = max_context(self.model)
         found = PromptFormat.of(hparams).with_systems(examples(_EXAMPLES), self.tokenizer)
         kept = (
-            tuple(one for one in own if most is None or len(one) + ANSWER_LENGTH <= most)
+            tuple(one for one in own if one and (most is None or len(one) + ANSWER_LENGTH <= most))
             for own in found
         )
         return tuple(filter(None, kept))

@@ -1,4 +1,4 @@
-"""Statistics of texts that a model generates itself: whitening without any data (ours).
+"""Statistics of texts that a model writes, or goes on with: whitening without any data (ours).
 
 Edits that are learned in a chat template act behind its last tokens, where the states of all
 prompts are alike but for a small part, and are like none of plain text. So in a template the model
@@ -10,7 +10,7 @@ Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,7 +36,7 @@ LENGTH = 64
 ANSWER_LENGTH = 1
 """Of the beginning of an answer to a prompt, in tokens."""
 Prompts = tuple[tuple[int, ...], ...]
-"""Prompts that begin alike."""
+"""The tokens of prompts with one system message."""
 _LOOKED_AT = 7
 """Positions whose states are computed again to check that the model has not changed."""
 _MOST_FORMS = 2
@@ -146,7 +146,7 @@ def own_texts(model: nn.Module, layers: Sequence[int] = ()) -> OwnTexts:
     The states are those of all tokens but the first, which has states like no others. A model
     without room for so long a text writes shorter ones.
     """
-    writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
+    writer = _Writer(model, layers, torch.full((NUM_TEXTS, 1), _first_token(text_config(model))))
     length = min(LENGTH, max_context(model) or LENGTH)
     writer.write(length - 1)
     return writer.texts(length - 1)
@@ -158,56 +158,44 @@ def own_answers(model: nn.Module, prompts: Prompts, layers: Sequence[int] = ()) 
     Texts of one length are together, so that none needs padding. The states are those of the last
     token of each prompt, and of its answer.
     """
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    shared = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
-    rests = sorted((prompt[len(shared) :] for prompt in prompts), key=len)
-    beginning = shared or [_first_token(text_config(model))]
     found = []
-    for _, group in groupby(rests, key=len):
-        tokens = torch.tensor([*group])
-        writer = _Writer(model, layers, beginning, len(tokens))
-        writer.append(tokens)
+    for _, group in groupby(sorted(prompts, key=len), key=len):
+        writer = _Writer(model, layers, torch.tensor([*group]))
         writer.write(ANSWER_LENGTH)
         found.append(writer.texts(1 + ANSWER_LENGTH))
     return found
 
 
 class _Writer:
-    """Writes texts with one beginning, part by part; a model without a cache reads all again."""
+    """Goes on with texts, [N, T], token by token; a model without a cache reads all again."""
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[int], beginning: Sequence[int], count: int
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int], ids: Tensor) -> None:
         self._model, self._layers = model, layers
         self._options = last_logits(model)
         self._generator = torch.Generator().manual_seed(0)
-        self._states: list[list[Tensor]] = []
-        """Of the last token of each part read after the beginning, by layer, [N, D]."""
-        self._ids = torch.tensor([[*beginning]])
-        output, _ = self._read(self._ids)  # one for all
-        self._ids = self._ids.repeat(count, 1)
-        self._chances = _chances(output).repeat(count, 1)
-        self._cache = _repeated(getattr(output, cache_name(model), None), count)
+        self._ids = ids
+        output, states = self._read(ids)
+        self._chances = _chances(output)
+        self._cache = getattr(output, cache_name(model), None)
+        self._states = [states]
+        """Of the beginnings' last tokens, and of each token after them, by layer, [N, D]."""
 
     def write(self, count: int) -> None:
         """Sample the next tokens."""
         for _ in range(count):
-            self.append(torch.multinomial(self._chances, 1, generator=self._generator))
-
-    def append(self, tokens: Tensor) -> None:
-        """Read the next tokens of each text, [N, K]."""
-        self._ids = torch.cat([self._ids, tokens], 1)
-        name = cache_name(self._model)
-        if self._cache is None:
-            output, states = self._read(self._ids)
-        else:
-            output, states = self._read(tokens, **{name: self._cache})
-        self._cache = getattr(output, name, None)
-        self._chances = _chances(output)
-        self._states.append(states)
+            tokens = torch.multinomial(self._chances, 1, generator=self._generator)
+            self._ids = torch.cat([self._ids, tokens], 1)
+            name = cache_name(self._model)
+            if self._cache is None:
+                output, states = self._read(self._ids)
+            else:
+                output, states = self._read(tokens, **{name: self._cache})
+            self._cache = getattr(output, name, None)
+            self._chances = _chances(output)
+            self._states.append(states)
 
     def texts(self, last: int) -> OwnTexts:
-        """Return the texts, and the states at the ends of their `last` parts."""
+        """Return the texts, and the states of their `last` tokens."""
         reads = self._states[-last:]
         return OwnTexts(
             self._ids,
@@ -232,14 +220,6 @@ def _chances(output: Any) -> Tensor:
     """Return the probabilities of the next tokens, [N, V], on the CPU."""
     logits: Tensor = output.logits[:, -1]
     return logits.float().nan_to_num().softmax(-1).cpu()
-
-
-def _repeated(cache: Any, count: int) -> Any:
-    """Return a key-value cache of one text for `count` of them; None if it cannot be repeated."""
-    if not hasattr(cache, "reorder_cache"):
-        return None
-    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
-    return cache
 
 
 def _first_token(config: Any) -> int:

@@ -167,11 +167,11 @@ def _alike(model: nn.Module, row: TextRow) -> list[tuple[int, ...]]:
 
 
 def _centres(states: Tensor, whitening: Whitening) -> Tensor:
-    """Return the mean of the states that are most similar to the first, and that of all texts.
+    """Return the mean of the states that are most similar to the first, and mu.
 
     Args:
         states: [1 + S, D].
-        whitening: The statistics of all texts.
+        whitening: The statistics of other texts.
 
     Returns:
         Both means, [2, D].
