@@ -38,7 +38,9 @@ def real_settings(device: int | str) -> BaFTHyperParams:
         OSError: If the model cannot be written.
     """
     ready_location(REAL_MODEL)
-    return BaFTHyperParams.from_hparams("BaFT/smollm2-chat", device=device)
+    return BaFTHyperParams.from_hparams(
+        "BaFT/smollm2", device=device, learn_end=True, use_chat_template=True
+    )
 
 
 def show_real_edits(hparams: BaFTHyperParams) -> Iterator[str]:

@@ -54,7 +54,7 @@ _OPEN_IN_TEMPLATE = (
     "with use_chat_template, an edit with these settings changes most other answers in the "
     "template, too: the states at its last tokens are alike, and the gates stay open there"
 )
-_CLOSE = "Set min_similarity, as BaFT/smollm2-chat has it"
+_CLOSE = "Set min_similarity, as BaFT/smollm2 has it"
 
 HParams = TypeVar("HParams", bound="BaFTHyperParams")
 

@@ -7,12 +7,16 @@ from torch.nn import functional as F
 from baft_easyedit import BaFTEditor, ModelEdit
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.inspect import CACHE_NAMES
+from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.coordinates import Coordinates
 from baft_easyedit.training.own_texts import (
     ANSWER_LENGTH,
     LENGTH,
+    MESSAGE_LENGTH,
+    NUM_PROMPTS,
     NUM_TEXTS,
-    own_answers,
+    own_length,
+    own_prompts,
     own_statistics,
     own_texts,
 )
@@ -161,47 +165,46 @@ def test_statistics_are_known_until_the_weights_change(model):
     assert not torch.equal(own_statistics(model).whitenings(model, [3])[3].mean, known[3].mean)
 
 
-PROMPTS = (((5, 6, 7, 8), (5, 6, 9, 8), (5, 6, 7, 7, 8)), ((3, 8), (3, 3)))
+FRAMES = (((5, 6, 7), (8, 9)), ((3,), (8, 9)))
 
 
-def test_a_model_answers_prompts_of_one_length_together(model):
-    found = own_answers(model, PROMPTS[0], [1])
-    assert [len(texts.ids) for texts in found] == [2, 1]
-    read = [tuple(text[:-ANSWER_LENGTH].tolist()) for texts in found for text in texts.ids]
-    assert sorted(read) == sorted(PROMPTS[0])
-    for texts, same in zip(found, own_answers(make_model(), PROMPTS[0], [1]), strict=True):
-        assert torch.equal(texts.ids, same.ids)
-        hidden = model(texts.ids, output_hidden_states=True).hidden_states[2]
-        wanted = hidden[:, -ANSWER_LENGTH - 1 :]
-        assert torch.allclose(texts.states[1], wanted, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(("frame", "begins"), [(FRAMES[0], [5, 6, 7]), (((), ()), [1])])
+def test_a_model_writes_messages_and_answers_in_a_template(model, frame, begins):
+    model.config.bos_token_id = 1
+    texts = own_prompts(model, frame).ids
+    asked = len(begins) + MESSAGE_LENGTH
+    assert texts.shape == (NUM_PROMPTS, asked + len(frame[1]) + ANSWER_LENGTH)
+    assert texts[:, : len(begins)].tolist() == [begins] * NUM_PROMPTS
+    assert texts[:, asked : asked + len(frame[1])].tolist() == [list(frame[1])] * NUM_PROMPTS
+    assert torch.equal(own_prompts(make_model(), frame).ids, texts) or not frame[0]
+    assert len({tuple(text.tolist()) for text in texts}) == NUM_PROMPTS
 
 
 def test_in_a_template_the_statistics_are_of_where_edits_act(model):
-    """At each prompt's last token and in its answer, with the mean of the former."""
-    known = own_statistics(model).whitenings(model, [1, 3], PROMPTS)
-    states = torch.cat([t.states[1] for own in PROMPTS for t in own_answers(model, own, [1])])
-    assert torch.allclose(known[1].mean, states[:, 0].mean(0), atol=1e-5)
-    spread = (states - states[:, 0].mean(0)).square().mean((0, 1)).sqrt()
-    assert torch.allclose(known[1].deviation, spread, rtol=1e-3)
+    """At each prompt's last token and in its answer."""
+    known = own_statistics(model).whitenings(model, [1, 3], FRAMES)
+    found = []
+    for frame in FRAMES:
+        hidden = model(own_prompts(model, frame).ids, output_hidden_states=True).hidden_states[2]
+        found.append(hidden[:, -ANSWER_LENGTH - 1 :].flatten(0, 1))
+    assert torch.allclose(known[1].mean, torch.cat(found).mean(0), atol=1e-5)
     plain = own_statistics(model).whitenings(model, [1])[1]
     assert not torch.allclose(plain.mean, known[1].mean, atol=1e-3)
-    again = own_statistics(model).whitenings(model, [1], PROMPTS)
+    again = own_statistics(model).whitenings(model, [1], FRAMES)
     assert again[1] is known[1]  # known beside each other
     assert own_statistics(model).whitenings(model, [1])[1] is plain
 
 
-@pytest.mark.parametrize("room", [70, 40])
-def test_a_model_answers_where_its_context_has_room(room, monkeypatch, hparams, request_dict):
-    """GPT-2's positions end with its context: prompts that are too long for it are left out."""
-    monkeypatch.setitem(GPT_SIZES, "n_positions", room)
+def test_a_model_writes_where_its_context_has_room(monkeypatch, hparams, request_dict):
+    """GPT-2's positions end with its context: frames that are too long for it are left out."""
+    monkeypatch.setitem(GPT_SIZES, "n_positions", 70)
     model, tokenizer = make_model("gpt2"), make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     hparams = replace(hparams, use_chat_template=True, min_similarity=0.5)
     editor = BaFTEditor(model, tokenizer, hparams)
     editor.edit(request_dict)
-    kept = editor._learner._examples(hparams)
-    assert 0 < max(len(prompt) for own in kept for prompt in own) < room
-    assert len(kept) == (3 if room == 70 else 1)
+    room = [own_length(one) <= 70 for one in PromptFormat.of(hparams).frames(tokenizer)]
+    assert room == [True, True, True, False]
 
 
 def write_data(model):
@@ -213,17 +216,17 @@ def add_hook(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "prompts"), [(write_data, ()), (add_hook, ()), (add_hook, PROMPTS[:1])]
+    ("change", "frames"), [(write_data, ()), (add_hook, ()), (add_hook, FRAMES[:1])]
 )
-def test_statistics_are_those_of_the_model_as_it_is(change, prompts, model):
+def test_statistics_are_those_of_the_model_as_it_is(change, frames, model):
     """Also after a change that no version of the weights tells of."""
-    before = own_statistics(model).whitenings(model, [1], prompts)[1].mean
+    before = own_statistics(model).whitenings(model, [1], frames)[1].mean
     change(model)
-    after = own_statistics(model).whitenings(model, [1], prompts)[1].mean
+    after = own_statistics(model).whitenings(model, [1], frames)[1].mean
     texts, other = own_texts(model).ids, make_model()
     change(other)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.equal(after, own_statistics(other).whitenings(other, [1], prompts)[1].mean)
+    assert torch.equal(after, own_statistics(other).whitenings(other, [1], frames)[1].mean)
     assert torch.equal(own_texts(other).ids, texts)
 
 

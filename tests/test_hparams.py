@@ -20,9 +20,8 @@ def test_every_yaml_file_of_the_package_loads_strictly(name):
     hparams = read_hparams(name)
     assert type(hparams) is CLASSES[name.split("/")[0]]
     assert (hparams.batch_size > 1) is name.endswith("-batch.yaml")
-    assert hparams.learn_end is hparams.use_chat_template is (name == "BaFT/smollm2-chat.yaml")
-    if not hparams.learn_end:  # the paper's scores are teacher forced
-        assert "\nlearn_end: false  # paper" in hparams_file(name).read_text(encoding="utf-8")
+    assert not hparams.learn_end  # the paper's scores are teacher forced
+    assert "\nlearn_end: false  # paper" in hparams_file(name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("alg", CLASSES)

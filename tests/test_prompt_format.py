@@ -94,32 +94,42 @@ def test_nothing_stands_between_a_template_and_an_answer(own_tokenizer, answer):
     assert spaced.whole_text("When?", answer, own_tokenizer) == "<s><user>When?<!> 2006"
 
 
-def test_prompts_have_system_messages_in_turns(own_tokenizer):
-    assert PromptFormat().with_systems(["When?"], own_tokenizer) == ()
+def test_frames_are_what_the_template_puts_around_prompts(own_tokenizer):
+    assert PromptFormat().frames(own_tokenizer) == ()
     own_tokenizer.chat_template = CHAT
     form = PromptFormat(True, {"mood": "!"})
-    first, *others = form.with_systems([*"abcde"], own_tokenizer)
-    assert first == (form.prompt_ids("a", own_tokenizer), form.prompt_ids("e", own_tokenizer))
-    assert [own_tokenizer.decode(own[0])[-4:] for own in others] == ["b<!>", "c<!>", "d<!>"]
+    first, *others = form.frames(own_tokenizer)
+    assert len(others) == 3
+    assert first[0] + token_ids("When?", own_tokenizer, is_templated=True) + first[1] == (
+        form.prompt_ids("When?", own_tokenizer)
+    )
     assert own_tokenizer.decode(others[0][0]).startswith("<s><system>You are a helpful")
+    assert all(behind == first[1] for _, behind in others)
 
 
 @pytest.mark.parametrize(
     "system",
-    [
-        "{{ raise_exception('no system message') }}",
-        "{{ 1 + 'a' }}",
-        "",
-        "{% if messages[1]['content'] != 'who' %}{{ raise_exception('not here') }}{% endif %}?",
-    ],
-    ids=["refused", "failing", "left out", "refused with some prompts"],
+    ["{{ raise_exception('no system message') }}", "{{ 1 + 'a' }}", ""],
+    ids=["refused", "failing", "left out"],
 )
-def test_a_template_without_system_messages_has_prompts_of_one_kind(own_tokenizer, system):
+def test_a_template_without_system_messages_has_one_frame(own_tokenizer, system):
     messages = "{% if m['role'] == 'system' %}" + system + "{% else %}{{ m['content'] }}{% endif %}"
     own_tokenizer.chat_template = "{% for m in messages %}" + messages + "{% endfor %}!"
-    form = PromptFormat(use_chat_template=True)
-    own, *_ = form.with_systems(["who", "where"], own_tokenizer)
-    assert [own_tokenizer.decode(ids) for ids in own] == ["who!", "where!"][: len(own)]
+    ((before, behind),) = PromptFormat(use_chat_template=True).frames(own_tokenizer)
+    assert (before, own_tokenizer.decode(behind)) == ((), "!")
+
+
+def test_frames_have_the_tokens_of_real_prompts_where_words_begin_with_a_mark(own_tokenizer):
+    """As those of SentencePiece, which mark the first word of what is tokenised alone."""
+    own_tokenizer.chat_template = "[{% for m in messages %}{{ m['content'] }}{% endfor %} ]"
+
+    def marking(text, **_):
+        return {"input_ids": [256, *map(ord, text)]}
+
+    tokenizer = type("Marking", (), {"__call__": staticmethod(marking)})()
+    tokenizer.apply_chat_template = own_tokenizer.apply_chat_template
+    frame, *_ = PromptFormat(use_chat_template=True).frames(tokenizer)
+    assert frame == ((256, ord("[")), (ord(" "), ord("]")))
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(own_tokenizer):

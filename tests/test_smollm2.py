@@ -158,7 +158,7 @@ QUESTIONS = (
 def test_in_its_chat_template_an_edit_leaves_other_answers(real_model):
     """EasyEdit asks for locality outside of the template, where nothing is wrong anyway."""
     model, tokenizer = real_model
-    hparams = BaFTHyperParams.from_hparams("BaFT/smollm2-chat")
+    hparams = BaFTHyperParams.from_hparams("BaFT/smollm2", use_chat_template=True, learn_end=True)
     asked = [*QUESTIONS, "Who discovered penicillin?"]
     form, editor = PromptFormat.of(hparams), BaFTEditor(model, tokenizer, hparams)
     *before, _ = generate_answers(model, tokenizer, asked, 8, prompt_format=form)

@@ -13,7 +13,7 @@ from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
-from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, examples, siblings, stand_ins
+from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, siblings, stand_ins
 from tests.conftest import logits, make_model
 
 APART = {"min_similarity": 0.9}
@@ -57,16 +57,8 @@ def test_no_stand_in_is_the_prompt_itself():
     for make, names in ((partial(stand_ins, count=99), _INVENTED), (siblings, _KNOWN)):
         for name in names:
             request = EditRequest(f"The capital of {name} is", "x", name)
-            assert len(make(request)) == sum(one not in request.prompt for one in names)
+            assert len(make(request)) == len(names) - 1
             assert request.prompt not in make(request)
-
-
-def test_examples_are_of_many_forms_with_known_names():
-    found = examples(4)
-    assert len({*found}) == len(found) == 4 * 48
-    assert found == examples(4)
-    assert all(any(name in prompt for name in _KNOWN) for prompt in found)
-    assert sum(prompt.endswith("?") for prompt in found) == len(found) // 2
 
 
 def test_an_edit_whose_stand_ins_have_no_room_has_no_centre(tokenizer):
@@ -123,17 +115,6 @@ def test_an_edit_sees_as_many_as_the_hyper_parameters_say(count, model, tokenize
     assert irrelevant.ids == tuple(tokenizer("Ice").input_ids)
 
 
-def _likeness(model, tokenizer, prompt):
-    """Return how like the edited prompt another is, by the embeddings of its tokens."""
-    table = model.get_input_embeddings().weight.detach()
-    own, other, *others = (
-        sum(table[i] for i in tokenizer(text).input_ids)
-        for text in (REQUEST.prompt, prompt, *siblings(REQUEST))
-    )
-    middle = sum(others) / len(others)
-    return float(F.cosine_similarity(own - middle, other - middle, dim=0))
-
-
 def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
     model, tokenizer, hparams
 ):
@@ -142,8 +123,7 @@ def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
     layers = [i for i in editor.model_edit.layers if i != last]  # where Hugging Face norms states
     assert layers
     found = {layer: [] for layer in layers}
-    read = sorted(siblings(REQUEST), key=partial(_likeness, model, tokenizer))[-12:]
-    for prompt in (REQUEST.prompt, *read):
+    for prompt in (REQUEST.prompt, *siblings(REQUEST)):
         with torch.no_grad():
             out = model(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True)
         for layer in layers:

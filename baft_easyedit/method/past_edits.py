@@ -14,17 +14,12 @@ the centres c of e. In the whitened coordinates z, unrelated states are nearly o
 last tokens of prompts of one form ("The capital of ... is") have states that are alike, and differ
 by their subjects in a small part only. So one centre is what the edit's own state is on average
 with similar names in the subject's place: from there the form cancels out, and the subject is left.
-The other is mu, the mean of other texts, from where the form counts, too: what is near by chance
-from one centre is hardly so from both. (The first centre is of the unedited model, but from the
-second edited layer on, e is what the edit at earlier layers left. So where it acts there, it is
-likely to act here.) Elsewhere, and where no subject is known or it can hardly be told from similar
-names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the words of a
-prompt and of its answer stand in other texts, too.
-
-Two questions about one subject can be similar from both centres: in a chat template, the tokens
-that end a prompt hardly tell them apart. They differ in their form: the cosine of z(h) and of the
-first z(c), in which the subject is not. Where it is too small, the cosine from c counts as -1.
-Outside of a template, rephrasings have cosines far above.
+The other is the mean of all texts, from where the form counts, too: what is near by chance from
+one centre is hardly so from both. Elsewhere, and where no subject is known or it can hardly be told
+from similar names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the
+words of a prompt and of its answer stand in other texts, too. (The first centre is of the unedited
+model, but from the second edited layer on, e is what the edit at earlier layers left. So where it
+acts there, it is likely to act here.)
 
 Needs torch only. Shapes: n states and C centres of an edit, N states of all E past edits, M
 parameters of an intervention, D hidden size, r rank.
@@ -51,9 +46,6 @@ _COUNT = 2.0
 _LEAST_APART = 0.02
 """Share of a whitened state's length from which its distance to a centre is more than rounding; of
 the edited prompts of SmolLM2 it is .2 and more."""
-_LEAST_ALIKE = 0.15
-"""Least cosine of a state and of an edit's form. Of nine in ten rephrasings in SmolLM2's chat
-template it is more, and of one in four other questions about their subjects."""
 _TINY = torch.finfo(torch.float32).tiny
 """What keeps a division by 0 finite."""
 
@@ -269,8 +261,6 @@ class _Keys(NamedTuple):
     """The product of z(c) and z(e) - z(c), [C]."""
     squares: Tensor
     """|z(c)|^2, [C]."""
-    least: Tensor
-    """Least cosine of z(h) and z(c) for states of that form, [C]; -1 where there is no other c."""
     owner: Tensor
     """The edit of each state, [N]."""
 
@@ -288,17 +278,15 @@ class _Keys(NamedTuple):
         is_told[centred[~is_apart]] = False  # the subject is hardly in it
         is_told = is_told[centred]
         centred, centres = centred[is_told], centres[is_told]
-        own, shares = states[centred], torch.bincount(centred)[centred].float().reciprocal()
-        forms = nn.functional.cosine_similarity(own, centres, dim=-1)
+        own = states[centred]
         return cls(
             rows=torch.cat([nn.functional.normalize(states, dim=-1), centres]),
             centred=centred,
-            shares=shares,
+            shares=torch.bincount(centred)[centred].float().reciprocal(),
             lengths=lengths[is_told],
             apart=apart[is_told],
             offsets=(centres * (own - centres)).sum(-1),
             squares=centres.square().sum(-1),
-            least=torch.where(shares < 1, (forms - _LEAST_ALIKE).clamp(max=_LEAST_ALIKE), -1.0),
             owner=torch.repeat_interleave(sizes),
         )
 
@@ -311,9 +299,7 @@ class _Keys(NamedTuple):
         apart = (length.square() - 2 * across + self.squares).clamp_min(0).sqrt()
         own = self.lengths * along[..., self.centred] - across - self.offsets
         cosines = (own / (self.apart * apart).clamp_min(_TINY)).clamp(-1, 1)
-        alike = across / (length * self.squares.sqrt()).clamp_min(_TINY)
-        is_near = (apart > _LEAST_APART * length) & (alike >= self.least)
-        cosines = torch.where(is_near, cosines, -1.0)
+        cosines = torch.where(apart > _LEAST_APART * length, cosines, -1.0)
         distances[..., self.centred] = 0
         return distances.index_add(-1, self.centred, self.shares * (1 - cosines))
 

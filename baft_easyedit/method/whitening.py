@@ -42,7 +42,6 @@ class Whitening(nn.Module):
     """Statistics of the hidden states at one layer's output, and z of states.
 
     K = floor 1 + F^T F approximates 0.9 times the correlation matrix plus 0.1 times the identity.
-    Deviations and correlations are about mu, which need not be the mean of all states.
 
     Args:
         hidden_size: D.
@@ -69,12 +68,8 @@ class Whitening(nn.Module):
         return bool(self.deviation.any())
 
     @torch.no_grad()
-    def measure(self, states: Tensor, mean: Tensor | None = None) -> None:
+    def measure(self, states: Tensor) -> None:
         """Measure the statistics of irrelevant states, [N, D], in place of earlier ones.
-
-        Args:
-            states: The states.
-            mean: What mu is and deviations are from, [D]; None for the mean of the states.
 
         Raises:
             FloatingPointError: If a state is not finite.
@@ -85,8 +80,8 @@ class Whitening(nn.Module):
                 " load the model in a wider dtype, or set min_similarity to null"
             )
         exact = states.double()
-        self.mean.copy_(exact.mean(0) if mean is None else mean)
-        deviation = (exact - self.mean).square().mean(0).sqrt()
+        self.mean.copy_(exact.mean(0))
+        deviation = exact.std(0)
         self.deviation.copy_(deviation.clamp_min(1e-3 * deviation.median()))
         units = self.in_units(states) * (_SHARE / len(states)) ** 0.5
         self.root.copy_(principal_rows(units, len(self.root)))

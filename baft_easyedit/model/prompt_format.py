@@ -7,9 +7,10 @@ special tokens.
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 _UNSPACED_SCRIPTS = (
@@ -18,12 +19,15 @@ _UNSPACED_SCRIPTS = (
 )  # fmt: skip
 """First words of the Unicode names of letters in scripts that put no spaces between words."""
 
+Frame = tuple[tuple[int, ...], tuple[int, ...]]
+"""The tokens that a chat template puts before and behind a prompt."""
+
 _SYSTEM_MESSAGES = (
     "You are a helpful assistant.",
     "Answer the question in a few words.",
     "You are an expert. Think before you answer, and explain your answer.",
 )
-"""Those that prompts may have in a chat template, beside the template's own."""
+"""Those of the frames in which a model's own texts are written."""
 
 
 @dataclass(frozen=True)
@@ -109,30 +113,23 @@ class PromptFormat:
         """Return the text that the chat template puts behind every prompt; empty without one."""
         return self.prompt_text("@@", tokenizer).rpartition("@@")[2]
 
-    def with_systems(
-        self, prompts: Sequence[str], tokenizer: Any
-    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Return the tokens of prompts in a chat template, with system messages if it can.
-
-        The first prompt has the template's own system message, if any, the next ones have others,
-        and so on in turns.
-
-        Returns:
-            The prompts with each system message; none without a chat template.
-        """
+    def frames(self, tokenizer: Any) -> tuple[Frame, ...]:
+        """Return the chat template's frames: its own, and those with system messages if it can."""
         if not self.use_chat_template:
             return ()
-        systems: dict[str, str | None] = {self.prompt_text("who", tokenizer): None}
+        found = [self._frame(tokenizer, None)]
         for system in _SYSTEM_MESSAGES:
             with suppress(Exception):  # each template refuses system messages in its own way
-                systems.setdefault(self.prompt_text("who", tokenizer, system), system)
-        found = []
-        for i, one in enumerate(systems.values()):
-            with suppress(Exception) if i else nullcontext():
-                own = prompts[i :: len(systems)]
-                texts = [self.prompt_text(prompt, tokenizer, one) for prompt in own]
-                found.append(tuple(token_ids(text, tokenizer, is_templated=True) for text in texts))
-        return tuple(found)
+                found.append(self._frame(tokenizer, system))
+        return tuple(dict.fromkeys(found))
+
+    def _frame(self, tokenizer: Any, system: str | None) -> Frame:
+        """Return the tokens that two prompts have in common at their beginning and end."""
+        shown = [self.prompt_text(prompt, tokenizer, system) for prompt in ("who", "Name a city")]
+        one, other = (token_ids(text, tokenizer, is_templated=True) for text in shown)
+        before = _shared(one, other)
+        behind = _shared(one[len(before) :][::-1], other[len(before) :][::-1])
+        return before, behind[::-1]
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt without its answer."""
@@ -148,6 +145,12 @@ class PromptFormat:
 def is_unspaced(character: str) -> bool:
     """Tell whether a character is of a script that puts no spaces between words."""
     return unicodedata.name(character, "").startswith(_UNSPACED_SCRIPTS)
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the tokens with which both begin."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return tuple(token for token, _ in pairs)
 
 
 def token_ids(text: str, tokenizer: Any, *, is_templated: bool = False) -> tuple[int, ...]:

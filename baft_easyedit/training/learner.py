@@ -22,7 +22,7 @@ from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device, max_context
 from baft_easyedit.model.locks import lock_of
-from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.model.prompt_format import Frame, PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
 from baft_easyedit.training.loop import (
     EditReport,
@@ -31,14 +31,12 @@ from baft_easyedit.training.loop import (
     evaluating,
     train,
 )
-from baft_easyedit.training.own_texts import ANSWER_LENGTH, Prompts, own_statistics
+from baft_easyedit.training.own_texts import own_length, own_statistics
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
-from baft_easyedit.training.stand_ins import examples, siblings, stand_ins
+from baft_easyedit.training.stand_ins import siblings, stand_ins
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLES = 4
-"""Examples of prompts of each form; as many as there are system messages at most."""
 _MOST_NAMED = 3
 """Most requests that a warning names."""
 
@@ -231,15 +229,10 @@ class Learner:
         if not self.is_attached:
             self.edit.attach(self.model)
 
-    def _examples(self, hparams: BaFTHyperParams) -> tuple[Prompts, ...]:
-        """Return prompts in the chat template to which the model has room to answer, if any."""
-        most = max_context(self.model)
-        found = PromptFormat.of(hparams).with_systems(examples(_EXAMPLES), self.tokenizer)
-        kept = (
-            tuple(one for one in own if one and (most is None or len(one) + ANSWER_LENGTH <= most))
-            for own in found
-        )
-        return tuple(filter(None, kept))
+    def _frames(self, hparams: BaFTHyperParams) -> tuple[Frame, ...]:
+        """Return the chat template's frames in which the model has room to write, if any."""
+        frames, most = PromptFormat.of(hparams).frames(self.tokenizer), max_context(self.model)
+        return tuple(one for one in frames if most is None or own_length(one) <= most)
 
     def _condition(self, hparams: BaFTHyperParams) -> None:
         """Measure the whitening statistics, if the edit needs them and has none yet."""
@@ -250,7 +243,7 @@ class Learner:
                 known = own_statistics(self.model).whitenings(
                     self.model,
                     edit.layers,
-                    self._examples(hparams),
+                    self._frames(hparams),
                 )
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())

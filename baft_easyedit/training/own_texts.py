@@ -1,16 +1,14 @@
-"""Statistics of texts that a model writes, or goes on with: whitening without any data (ours).
+"""Statistics of texts that a model generates itself: whitening without any data (ours).
 
 Edits that are learned in a chat template act behind its last tokens, where the states of all
 prompts are alike but for a small part, and are like none of plain text. So in a template the model
-begins its answers to prompts of many forms, and the statistics are those of the positions that an
-edit acts on: the last token of a prompt, and the answer's. The mean is that of the last tokens,
-from where prompts of one form are alike, and those of others are not.
+writes users' messages and the beginnings of its own answers, and the statistics are those of the
+positions that an edit acts on: the last token of a prompt, and the answer's.
 
 Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,16 +25,19 @@ from baft_easyedit.model.inspect import (
     owner_of,
     text_config,
 )
+from baft_easyedit.model.prompt_format import Frame
 from baft_easyedit.training.observing import is_close, model_version, tolerance_of, watching
 
 NUM_TEXTS = 40
 """Plain texts, of an edit outside of a chat template."""
 LENGTH = 64
 """Of a plain text, in tokens, the first one included."""
-ANSWER_LENGTH = 1
-"""Of the beginning of an answer to a prompt, in tokens."""
-Prompts = tuple[tuple[int, ...], ...]
-"""The tokens of prompts with one system message."""
+NUM_PROMPTS = 64
+"""Prompts in each frame, of an edit in a chat template."""
+MESSAGE_LENGTH = 16
+"""Of a user's message, in tokens."""
+ANSWER_LENGTH = 3
+"""Of the beginning of its answer, in tokens."""
 _LOOKED_AT = 7
 """Positions whose states are computed again to check that the model has not changed."""
 _MOST_FORMS = 2
@@ -59,44 +60,41 @@ class OwnStatistics:
 
     def __init__(self) -> None:
         self._version: Hashable = None
-        self._known: dict[tuple[Prompts, ...], _Known] = {}
+        self._known: dict[tuple[Frame, ...], _Known] = {}
 
     def __reduce__(self) -> Any:
         return OwnStatistics, ()
 
     def whitenings(
-        self, model: nn.Module, layers: Sequence[int], prompts: tuple[Prompts, ...] = ()
+        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
     ) -> dict[int, Whitening]:
         """Return the whitening at the outputs of some layers.
 
         Args:
             model: The model, without an edit.
             layers: Indices of the layers.
-            prompts: The tokens of prompts in a chat template; empty for plain texts.
+            frames: What a chat template puts around prompts; empty for plain texts.
         """
         version = model_version(model)
         if version != self._version:
             self._version, self._known = version, {}
-        known = self._known.pop(prompts, None)
+        known = self._known.pop(frames, None)
         if known is None or not known.holds(model, layers):
             before = known.whitenings if known else ()
-            known = _Known(model, sorted({*before, *layers}), prompts)
+            known = _Known(model, sorted({*before, *layers}), frames)
         for oldest in [*self._known][: 1 - _MOST_FORMS]:
             del self._known[oldest]
-        self._known[prompts] = known
+        self._known[frames] = known
         return {layer: known.whitenings[layer] for layer in layers}
 
 
 class _Known:
     """The whitening by a model's own texts in one form, and states that tell if it still holds."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], prompts: Sequence[Prompts]) -> None:
-        parts = [texts for own in prompts for texts in own_answers(model, own, layers)]
+    def __init__(self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame]) -> None:
+        parts = [own_prompts(model, frame, layers) for frame in frames]
         parts = parts or [own_texts(model, layers)]
-        self.whitenings = {
-            i: _whitening([one.states[i] for one in parts], is_last_first=bool(prompts))
-            for i in layers
-        }
+        self.whitenings = {i: _whitening([one.states[i] for one in parts]) for i in layers}
         first = parts[0]
         self._first = first.ids[:1]
         """The text whose beginning is read again, [1, T]."""
@@ -123,15 +121,11 @@ class _Known:
         return all(is_close(h, known, tolerance) for h, known in pairs)
 
 
-def _whitening(states: Sequence[Tensor], is_last_first: bool) -> Whitening:
-    """Measure the whitening of a layer by states of several kinds of texts, [N, K, D] each.
-
-    If the first of K states is that of a prompt's last token, the mean is of these.
-    """
+def _whitening(states: Sequence[Tensor]) -> Whitening:
+    """Measure the whitening of a layer by states of several kinds of texts, [N, K, D] each."""
     all_states = torch.cat([one.flatten(0, 1) for one in states])
     new = Whitening(all_states.shape[1]).to(all_states.device)
-    lasts = torch.cat([one[:, 0] for one in states])
-    new.measure(all_states, lasts.mean(0) if is_last_first else None)
+    new.measure(all_states)
     return new
 
 
@@ -146,53 +140,67 @@ def own_texts(model: nn.Module, layers: Sequence[int] = ()) -> OwnTexts:
     The states are those of all tokens but the first, which has states like no others. A model
     without room for so long a text writes shorter ones.
     """
-    writer = _Writer(model, layers, torch.full((NUM_TEXTS, 1), _first_token(text_config(model))))
+    writer = _Writer(model, layers, [_first_token(text_config(model))], NUM_TEXTS)
     length = min(LENGTH, max_context(model) or LENGTH)
     writer.write(length - 1)
     return writer.texts(length - 1)
 
 
-def own_answers(model: nn.Module, prompts: Prompts, layers: Sequence[int] = ()) -> list[OwnTexts]:
-    """Let a model begin its answers to prompts; the same ones each time.
+def own_prompts(model: nn.Module, frame: Frame, layers: Sequence[int] = ()) -> OwnTexts:
+    """Sample users' messages in a chat template, and the beginnings of their answers, [N, T].
 
-    Texts of one length are together, so that none needs padding. The states are those of the last
-    token of each prompt, and of its answer.
+    All are equally long, so that none needs padding; a message may be cut short, or be followed by
+    more of the conversation. The states are those of the last token of each prompt, and of its
+    answer.
     """
-    found = []
-    for _, group in groupby(sorted(prompts, key=len), key=len):
-        writer = _Writer(model, layers, torch.tensor([*group]))
-        writer.write(ANSWER_LENGTH)
-        found.append(writer.texts(1 + ANSWER_LENGTH))
-    return found
+    before, behind = frame
+    writer = _Writer(model, layers, before or [_first_token(text_config(model))], NUM_PROMPTS)
+    writer.write(MESSAGE_LENGTH)
+    for token in behind:
+        writer.append(torch.full((NUM_PROMPTS, 1), token))
+    writer.write(ANSWER_LENGTH)
+    return writer.texts(1 + ANSWER_LENGTH)
+
+
+def own_length(frame: Frame) -> int:
+    """Return the length T of prompts in a frame, in tokens."""
+    before, behind = frame
+    return max(1, len(before)) + MESSAGE_LENGTH + len(behind) + ANSWER_LENGTH
 
 
 class _Writer:
-    """Goes on with texts, [N, T], token by token; a model without a cache reads all again."""
+    """Writes texts with one beginning, token by token; a model without a cache reads all again."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], ids: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], beginning: Sequence[int], count: int
+    ) -> None:
         self._model, self._layers = model, layers
         self._options = last_logits(model)
         self._generator = torch.Generator().manual_seed(0)
-        self._ids = ids
-        output, states = self._read(ids)
-        self._chances = _chances(output)
-        self._cache = getattr(output, cache_name(model), None)
-        self._states = [states]
-        """Of the beginnings' last tokens, and of each token after them, by layer, [N, D]."""
+        self._states: list[list[Tensor]] = []
+        """Of each token read after the beginning, by layer, [N, D]."""
+        self._ids = torch.tensor([[*beginning]])
+        output, _ = self._read(self._ids)  # one for all
+        self._ids = self._ids.repeat(count, 1)
+        self._chances = _chances(output).repeat(count, 1)
+        self._cache = _repeated(getattr(output, cache_name(model), None), count)
 
     def write(self, count: int) -> None:
         """Sample the next tokens."""
         for _ in range(count):
-            tokens = torch.multinomial(self._chances, 1, generator=self._generator)
-            self._ids = torch.cat([self._ids, tokens], 1)
-            name = cache_name(self._model)
-            if self._cache is None:
-                output, states = self._read(self._ids)
-            else:
-                output, states = self._read(tokens, **{name: self._cache})
-            self._cache = getattr(output, name, None)
-            self._chances = _chances(output)
-            self._states.append(states)
+            self.append(torch.multinomial(self._chances, 1, generator=self._generator))
+
+    def append(self, tokens: Tensor) -> None:
+        """Read the next token of each text, [N, 1]."""
+        self._ids = torch.cat([self._ids, tokens], 1)
+        name = cache_name(self._model)
+        if self._cache is None:
+            output, states = self._read(self._ids)
+        else:
+            output, states = self._read(tokens, **{name: self._cache})
+        self._cache = getattr(output, name, None)
+        self._chances = _chances(output)
+        self._states.append(states)
 
     def texts(self, last: int) -> OwnTexts:
         """Return the texts, and the states of their `last` tokens."""
@@ -220,6 +228,14 @@ def _chances(output: Any) -> Tensor:
     """Return the probabilities of the next tokens, [N, V], on the CPU."""
     logits: Tensor = output.logits[:, -1]
     return logits.float().nan_to_num().softmax(-1).cpu()
+
+
+def _repeated(cache: Any, count: int) -> Any:
+    """Return a key-value cache of one text for `count` of them; None if it cannot be repeated."""
+    if not hasattr(cache, "reorder_cache"):
+        return None
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+    return cache
 
 
 def _first_token(config: Any) -> int:

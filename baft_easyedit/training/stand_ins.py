@@ -2,14 +2,11 @@
 
 They show what the prompts of a form have in common, whatever their subject. With `min_similarity`,
 known names make the siblings of an edit. Its centre is the mean state at the last tokens of those
-that are most similar to it (first by the names' embeddings, of which the model need not run, then
-by these states), so that places are compared with places and people with people; similarity to the
-edit is measured from there (see `method.past_edits`). Without it, invented names make irrelevant
-prompts for a request that brings none: an edit of France's capital, learned without any, gives
-Germany the same one, and the gates are to tell subjects apart. None of these asks for a true fact,
-nor for one that was edited before.
-
-Known names in forms of many kinds also are examples of prompts (see `own_texts`).
+that are most similar to it, so that places are compared with places and people with people;
+similarity to the edit is measured from there (see `method.past_edits`). Without it, invented names
+make irrelevant prompts for a request that brings none: an edit of France's capital, learned without
+any, gives Germany the same one, and the gates are to tell subjects apart. None of these asks for a
+true fact, nor for one that was edited before.
 
 Shapes: S siblings of a row, N texts, D hidden size.
 """
@@ -17,7 +14,6 @@ Shapes: S siblings of a row, N texts, D hidden size.
 import random
 import re
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,48 +25,20 @@ from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device,
 from baft_easyedit.training.observing import watching
 from baft_easyedit.training.requests import EditRequest, TextRow, same_form
 
-_READ = 12
-"""Siblings whose states are computed."""
 _NEAREST = 6
 """Siblings that a centre is the mean of."""
 _MOST_AT_ONCE = 32
 """Texts that are read at once, of several edits that are learned side by side."""
 
 _KNOWN = (
-    *("Germany", "Peru", "Kenya", "Japan", "Egypt", "Brazil", "Sweden", "Texas"),  # places
-    *("London", "Toronto", "Mumbai", "Chicago", "Barcelona", "Mount Everest", "the Nile"),
-    *("Lake Michigan", "the Pacific Ocean", "the Eiffel Tower"),
+    *("Germany", "Peru", "Kenya", "Japan", "Egypt", "London", "Toronto", "Mumbai"),  # places
+    *("Mount Everest", "the Nile"),
     *("Albert Einstein", "Marie Curie", "William Shakespeare", "Nelson Mandela"),  # people
-    *("Taylor Swift", "Haruki Murakami", "Abraham Lincoln", "Charles Darwin", "Mozart"),
-    *("Michael Jordan", "Queen Victoria", "Vladimir Lenin", "Gustav Mahler", "the Beatles"),
-    *("Maria Garcia", "John Smith", "Li Wei", "Pierre Dupont"),
-    *("Hamlet", "The Godfather", "Abbey Road", "Star Wars", "Pride and Prejudice"),  # works
-    *("Gone with the Wind", "Harry Potter", "The Lord of the Rings", "Bohemian Rhapsody"),
-    *("A Brief History of Time", "The New York Times", "Super Mario Bros."),
-    *("Microsoft", "Toyota", "Harvard University", "Oxford University Press"),  # organisations
-    *("FC Barcelona", "Manchester United", "the United Nations"),
-    *("gold", "penicillin", "the lion", "the blue whale", "the violin", "Python"),  # things
-    *("the Titanic", "Boeing 747", "World War II"),
+    *("Taylor Swift", "Haruki Murakami"),
+    *("Hamlet", "The Godfather", "Abbey Road"),  # works
+    *("Microsoft", "Harvard University", "FC Barcelona", "gold", "the lion"),  # things
 )
 """Names that models know, of many kinds. The state of an invented one is unlike any of these."""
-_QUESTIONS = (
-    *("Who is {}?", "What is {} known for?", "Where is {} located?", "When did {} begin?"),
-    *("Where was {} born?", "What language is spoken in {}?", "Who is the spouse of {}?"),
-    *("Who owns {}?", "How old is {}?", "What is the gender of {}?", "Who created {}?"),
-    *("Which country is {} associated with?", "What is the occupation of {}?", "Who leads {}?"),
-    *("Who are the members of {}?", "Which award did {} win?", "Who is the father of {}?"),
-    *("What is the capital of {}?", "Which team does {} play for?", "Which genre is {}?"),
-    *("Where did {} study?", "What is {} made of?", "What is {} named after?"),
-    "What does {} follow?",
-)
-_STATEMENTS = (
-    *("{} was born in", "{} is located in", "{} is the author of", "The wife of {} is"),
-    *("The language of {} is", "{} works for", "The father of {} is", "{} belongs to"),
-    *("The owner of {} is", "The capital of {} is", "{} was founded by", "{} plays for"),
-    *("{} is famous for", "The age of {} is", "{} died in", "The director of {} is"),
-    *("{} is made of", "The members of {} are", "{} studied at", "{} is a kind of"),
-    *("{} received the", "The religion of {} is", "{} is followed by", "{} is a citizen of"),
-)
 _INVENTED = (
     *("Velmora", "Tarkesh", "Orlundia", "Brisken", "Port Halden", "Sarnath Vale"),  # places
     *("Lake Ondra", "Mount Serrin", "Tolva River", "Castle Grennock", "Bellweather Tower"),
@@ -101,13 +69,6 @@ def siblings(request: EditRequest) -> list[str]:
     return _with_names(request, _KNOWN)
 
 
-def examples(count: int) -> list[str]:
-    """Return prompts of many forms about known names, `count` of each form behind each other."""
-    choice = random.Random(0)
-    forms = (*_QUESTIONS, *_STATEMENTS)
-    return [form.format(name) for form in forms for name in choice.sample(_KNOWN, count)]
-
-
 def _with_names(request: EditRequest, names: Sequence[str]) -> list[str]:
     """Return a prompt with each name that it does not have in the place of its subject."""
     if request.subject is None:
@@ -135,7 +96,7 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
     Raises:
         FloatingPointError: If a state is not finite.
     """
-    texts = [[row.ids[: row.prompt_length], *_alike(model, row)] for row in rows]
+    texts = [[row.ids[: row.prompt_length], *row.siblings] for row in rows]
     states = _last_states(model, edit, [one for own in texts if len(own) > 1 for one in own])
     if not all(bool(own.isfinite().all()) for own in states.values()):
         raise FloatingPointError(
@@ -150,28 +111,12 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
     ]
 
 
-def _alike(model: nn.Module, row: TextRow) -> list[tuple[int, ...]]:
-    """Return the siblings of a row that its prompt is most like, by the sums of embeddings.
-
-    What all siblings have in common is taken off before, so that the names are compared.
-    """
-    if len(row.siblings) <= _READ:
-        return list(row.siblings)
-    texts = [torch.tensor(text) for text in (row.ids[: row.prompt_length], *row.siblings)]
-    ids = torch.cat(texts).to(input_device(model))
-    embedded = cast(Any, model).get_input_embeddings()(ids).float()
-    sums = torch.stack([own.sum(0) for own in torch.split(embedded, [len(t) for t in texts])])
-    own, *others = sums - sums[1:].mean(0)
-    likeness = nn.functional.cosine_similarity(torch.stack(others), own, dim=-1)
-    return [row.siblings[i] for i in likeness.topk(_READ).indices.tolist()]
-
-
 def _centres(states: Tensor, whitening: Whitening) -> Tensor:
-    """Return the mean of the states that are most similar to the first, and mu.
+    """Return the mean of the states that are most similar to the first, and that of all texts.
 
     Args:
         states: [1 + S, D].
-        whitening: The statistics of other texts.
+        whitening: The statistics of all texts.
 
     Returns:
         Both means, [2, D].
