@@ -78,6 +78,14 @@ def pytest_runtest_setup(item):
             pytest.skip(f"no EasyEdit: {error}")
 
 
+def with_prefix(model):
+    """The model with PEFT's prefix tuning, whose virtual tokens change what it computes."""
+    peft = pytest.importorskip("peft", reason="prefix tuning is peft's")
+    torch.manual_seed(3)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    return peft.get_peft_model(model, config).eval()
+
+
 def make_model(family="llama", dtype=torch.float32, seed=0, **options):
     config_class, sizes = FAMILIES[family]
     torch.manual_seed(seed)

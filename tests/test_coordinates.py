@@ -20,7 +20,7 @@ from baft_easyedit.training.own_texts import (
     own_statistics,
     own_texts,
 )
-from tests.conftest import GPT_SIZES, HIDDEN, call_cache, make_model, make_tokenizer
+from tests.conftest import GPT_SIZES, HIDDEN, call_cache, make_model, make_tokenizer, with_prefix
 
 D = HIDDEN
 
@@ -155,6 +155,16 @@ def test_states_are_those_of_the_layers(model):
     texts = own_texts(model, [1, 3])
     hidden = model(texts.ids, output_hidden_states=True).hidden_states[2][:, 1:]
     assert torch.allclose(texts.states[1], hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_own_texts_are_of_a_model_with_peft_and_its_virtual_tokens(model):
+    plain, tuned = own_texts(model, [2]), with_prefix(model)
+    texts = own_texts(tuned, [2])
+    hidden = tuned(input_ids=texts.ids, output_hidden_states=True).hidden_states[3][:, 1:]
+    assert torch.allclose(texts.states[2], hidden, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(texts.ids, plain.ids)
+    known = own_statistics(tuned).whitenings(tuned, [2])[2]
+    assert own_statistics(tuned).whitenings(tuned, [2])[2] is known
 
 
 def test_statistics_are_known_until_the_weights_change(model):

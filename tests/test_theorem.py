@@ -11,7 +11,7 @@ from baft_easyedit.cli import main
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.theorem import balls, show
 from baft_easyedit.theorem.measure import Case, LastState, Moved, State, measure, settings
-from tests.conftest import logits, make_model, make_tokenizer
+from tests.conftest import logits, make_model, make_tokenizer, with_prefix
 
 D, RANK = 32, 4
 CASE = Case("The capital of Peru is", "Oslo", ("Peru's capital:",), ("Water is", "Ice is"))
@@ -109,10 +109,10 @@ def test_a_closed_gate_moves_nothing():
     assert torch.equal(balls.step(edit, states(3)), torch.zeros(3, D))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "prefix"])
 @pytest.mark.parametrize("ids", [[5, 9, 40, 7, 80, 6, 90, 30, 21, 8], [5]])
 def test_last_state_is_the_model_from_there_on(family, ids):
-    model = make_model(family)
+    model = with_prefix(make_model()) if family == "prefix" else make_model(family)
     found = LastState(model, ids, 2)
     whole = logits(model, torch.tensor([ids]))[:, -1]
     with torch.no_grad():

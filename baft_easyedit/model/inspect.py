@@ -141,6 +141,15 @@ def generating_part(model: nn.Module) -> nn.Module | None:
     return next((m for m in model.modules() if _can_generate(m)), None)
 
 
+def part_behind_cache(model: nn.Module) -> nn.Module:
+    """Return the module inside `model` to call behind a cache; PEFT's would put in one of its own.
+
+    The first tokens are read by `model` itself: the virtual ones of prefix tuning are then in the
+    cache.
+    """
+    return generating_part(model) or model
+
+
 def _can_generate(module: nn.Module) -> bool:
     """Tell whether a module generates by itself, and not by a model inside it."""
     can_generate = getattr(type(module), "can_generate", None)

@@ -21,7 +21,13 @@ from baft_easyedit.files.resources import REAL_MODEL, has_hparams, own_preset
 from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
 from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.model.hooks import ModelEdit
-from baft_easyedit.model.inspect import cache_name, decoder_layers, input_device, max_context
+from baft_easyedit.model.inspect import (
+    cache_name,
+    decoder_layers,
+    input_device,
+    max_context,
+    part_behind_cache,
+)
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.theorem import balls
 
@@ -136,7 +142,8 @@ class LastState:
             cache = copy.deepcopy(self._cache)  # a forward adds to its cache
             cache.batch_repeat_interleave(count)
             given[cache_name(self._model)] = cache
-        return self._model(input_ids=self._tokens[:, -1:].expand(count, 1), **given).logits[:, -1]
+        model = part_behind_cache(self._model) if given else self._model
+        return model(input_ids=self._tokens[:, -1:].expand(count, 1), **given).logits[:, -1]
 
     @contextmanager
     def _at_output(self, states: Tensor | None) -> Iterator[list[Tensor]]:

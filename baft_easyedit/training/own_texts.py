@@ -22,7 +22,7 @@ from baft_easyedit.model.inspect import (
     input_device,
     last_logits,
     max_context,
-    owner_of,
+    part_behind_cache,
     text_config,
 )
 from baft_easyedit.model.prompt_format import Frame
@@ -112,9 +112,8 @@ class _Known:
         if not self._states.keys() >= {*layers}:
             return False
         ids, stack = self._first[:, : self._before + _LOOKED_AT], decoder_layers(model)
-        decoder = owner_of(model, stack)  # without the logits
         with watching([stack[layer] for layer in self._states]) as seen:
-            decoder(input_ids=ids.to(input_device(model)), use_cache=False)
+            model(input_ids=ids.to(input_device(model)), use_cache=False, **last_logits(model))
         again = [hidden_of(output)[0, self._before :] for (output,) in seen]
         tolerance = tolerance_of(next(model.parameters()))
         pairs = zip(again, self._states.values(), strict=True)
@@ -175,12 +174,11 @@ class _Writer:
         self, model: nn.Module, layers: Sequence[int], beginning: Sequence[int], count: int
     ) -> None:
         self._model, self._layers = model, layers
-        self._options = last_logits(model)
         self._generator = torch.Generator().manual_seed(0)
         self._states: list[list[Tensor]] = []
         """Of each token read after the beginning, by layer, [N, D]."""
         self._ids = torch.tensor([[*beginning]])
-        output, _ = self._read(self._ids)  # one for all
+        output, _ = self._read(model, self._ids)  # one for all
         self._ids = self._ids.repeat(count, 1)
         self._chances = _chances(output).repeat(count, 1)
         self._cache = _repeated(getattr(output, cache_name(model), None), count)
@@ -195,9 +193,10 @@ class _Writer:
         self._ids = torch.cat([self._ids, tokens], 1)
         name = cache_name(self._model)
         if self._cache is None:
-            output, states = self._read(self._ids)
+            output, states = self._read(self._model, self._ids)
         else:
-            output, states = self._read(tokens, **{name: self._cache})
+            part = part_behind_cache(self._model)
+            output, states = self._read(part, tokens, **{name: self._cache})
         self._cache = getattr(output, name, None)
         self._chances = _chances(output)
         self._states.append(states)
@@ -214,13 +213,11 @@ class _Writer:
         )
 
     @torch.no_grad()
-    def _read(self, ids: Tensor, **past: Any) -> tuple[Any, list[Tensor]]:
-        """Run the model; return its output, and the last states at the layers' outputs, [N, D]."""
-        stack = decoder_layers(self._model)
+    def _read(self, model: nn.Module, ids: Tensor, **past: Any) -> tuple[Any, list[Tensor]]:
+        """Run a model; return its output, and the last states at the layers' outputs, [N, D]."""
+        stack, ids = decoder_layers(model), ids.to(input_device(model))
         with watching([stack[layer] for layer in self._layers]) as seen:
-            output = self._model(
-                input_ids=ids.to(input_device(self._model)), use_cache=True, **past, **self._options
-            )
+            output = model(input_ids=ids, use_cache=True, **past, **last_logits(model))
         return output, [hidden_of(outputs[0])[:, -1].float() for outputs in seen]
 
 
