@@ -193,6 +193,30 @@ def test_a_model_is_asked_for_unless_the_package_has_it(kept, refused):
         refused([command[0], kept, *command[1:]], "--model must be given; the edit in")
 
 
+def test_a_damaged_directory_is_repaired(saved, kept, capsys, refused):
+    assert run("repair", kept) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "nothing is damaged:"
+    state = (kept / "baft.safetensors").read_bytes()
+    assert run("rollback", kept, "--model", saved, "--to", "1") == 0
+    (kept / "baft.safetensors").write_bytes(state)
+    refused(["undo", kept, "--model", saved], "`baft-easyedit repair` or BaFTEditor.open")
+    capsys.readouterr()
+    assert run("repair", kept) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("what was there is in before-repair-1; now:\n")
+    assert "rollback to 2" in told
+    assert (kept / "before-repair-1/baft.safetensors").read_bytes() == state
+    assert run("undo", kept, "--model", saved) == 0
+
+
+def test_an_edit_is_used_on_another_model_where_that_is_asked_for(saved, kept, capsys, refused):
+    make_model(seed=1).save_pretrained(saved)
+    ask = ["ask", kept, "--model", saved, "--prompt", "Water freezes into"]
+    refused(ask, r"--allow-other-model of ask, eval and serve")
+    assert run(*ask, "--allow-other-model") == 0
+    assert "  edited: " in capsys.readouterr().out
+
+
 def test_the_bundled_model_needs_no_option(tmp_path, edits):
     assert run("apply", tmp_path / "kept", edits, "--device", "cpu", "--limit", "1") in (0, 3)
     assert run("undo", tmp_path / "kept", "--device", "cpu") == 0
@@ -221,11 +245,14 @@ def test_an_edit_that_a_later_one_replaced_is_made_again(tmp_path, saved, capsys
 
 @pytest.mark.parametrize(
     "command",
-    [["ask"], ["undo"], ["forget", "--prompt", "x"], ["eval", "--tasks", "x"], ["history"]],
+    [
+        *(["ask"], ["undo"], ["forget", "--prompt", "x"], ["eval", "--tasks", "x"]),
+        *(["history"], ["repair"]),
+    ],
 )
 @pytest.mark.parametrize("model", [[], ["--model", "bundled"]])
 def test_a_directory_without_an_edit_is_refused(command, model, tmp_path, refused):
-    more = [*command[1:], *(model if command != ["history"] else [])]
+    more = [*command[1:], *(model if command[0] not in ("history", "repair") else [])]
     refused([command[0], tmp_path, *more], "must be a directory with an edit")
 
 

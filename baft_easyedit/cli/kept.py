@@ -9,11 +9,12 @@ from typing import Any
 
 from baft_easyedit.cli.console import UNLEARNED, Bar, note, on_interrupt
 from baft_easyedit.cli.edits_file import read_benchmark, read_requests
-from baft_easyedit.cli.model import add_model_options, begun, load
+from baft_easyedit.cli.model import add_model_options, add_other_model_option, begun, load
 from baft_easyedit.cli.options import existing, names, new, whole
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.files.messages import printable, short
 from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import attach, kept_hparams
 from baft_easyedit.storage.reading import holds_edit, read_history, read_latest
@@ -40,6 +41,9 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--batch-size", type=whole(1), default=8, help="(%(default)s)")
     score.add_argument("--json", action="store_true", help="the scores, for machines")
 
+    add_other_model_option(ask)
+    add_other_model_option(score)
+
     apply = commands.add_parser(
         "apply", help="make the edits of a file, and go on where an earlier call stopped"
     )
@@ -58,6 +62,9 @@ def add_commands(commands: Any) -> None:
 
     forget = _add(commands, "forget", _forget, "take one fact back, and keep the later ones")
     forget.add_argument("--prompt", required=True, help="of the edit")
+
+    damaged = "go on from the newest intact state of a damaged directory"
+    _add(commands, "repair", _repair, damaged, needs_model=False)
 
     history = _add(commands, "history", _history, "list what a kept edit went through", False)
     history.add_argument("--json", action="store_true", help="the journal's lines, for machines")
@@ -89,7 +96,7 @@ def _ask(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt must not be empty; got a blank one")
     _check_utf8(*arguments.prompt or ())
     model, tokenizer = load(arguments)
-    edit = attach(model, arguments.directory)
+    edit = attach(model, arguments.directory, arguments.allow_other_model)
     answer = partial(
         generate_answers,
         model,
@@ -122,7 +129,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     given = (arguments.tasks, arguments.include_path, arguments.limit, arguments.num_fewshot)
     tasks = Tasks(*given)
     model, tokenizer = load(arguments)
-    edit = attach(model, arguments.directory)
+    edit = attach(model, arguments.directory, arguments.allow_other_model)
     form = PromptFormat.of(kept_hparams(arguments.directory, model))
     template = form.chat_template_kwargs
     lm = EditedLM(model, tokenizer, arguments.batch_size, chat_template_kwargs=template)
@@ -200,6 +207,18 @@ def _forget(arguments: argparse.Namespace) -> int:
     back = f"rollback {arguments.directory} --to {before[-1].id}{model}"
     print(f"`baft-easyedit {back}` brings it back")
     return UNLEARNED if unlearned else 0
+
+
+def _repair(arguments: argparse.Namespace) -> None:
+    """Repair what is damaged; print which state the directory has then."""
+    directory = arguments.directory
+    if not holds_edit(directory):
+        read_latest(directory)
+    before = {*directory.glob("before-repair-*")}
+    KeptDirectory(directory, repair=True).close()
+    kept = [folder.name for folder in {*directory.glob("before-repair-*")} - before]
+    print(f"what was there is in {kept[0]}; now:" if kept else "nothing is damaged:")
+    print(read_history(directory)[-1].summary())
 
 
 def _history(arguments: argparse.Namespace) -> None:

@@ -37,6 +37,12 @@ def add_model_options(parser: argparse.ArgumentParser, begins: bool = True) -> N
         add("--hparams", help="YAML file; scaled to the model's depth if absent")
 
 
+def add_other_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option to use a kept edit on a model that it was not learned on."""
+    other = "use the edit on another model of the same shape, a fine-tuned one, say"
+    parser.add_argument("--allow-other-model", action="store_true", help=other)
+
+
 def begun(arguments: argparse.Namespace, asked: Sequence[Mapping[str, Any]] = ()) -> BaFTEditor:
     """Open a kept edit with its model, or begin one.
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from baft_easyedit.cli.console import note
-from baft_easyedit.cli.model import add_model_options, begun, load
+from baft_easyedit.cli.model import add_model_options, add_other_model_option, begun, load
 from baft_easyedit.cli.options import existing, new, whole
 from baft_easyedit.files.messages import short
 from baft_easyedit.model.named import check_names
@@ -25,6 +25,7 @@ def add_commands(commands: Any) -> None:
         "edits", nargs="+", type=_named, metavar="[NAME=]DIR", help="kept edits of one model"
     )
     add_model_options(serve, begins=False)
+    add_other_model_option(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     serve.add_argument("--port", type=whole(0), default=8000, help="(%(default)s); 0: any")
     serve.add_argument(
@@ -77,7 +78,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     queue = Queue(arguments.queue)
     arguments.directory = arguments.edits[0][1]
     model, tokenizer = load(arguments)
-    edits = attach_named(model, directories)
+    edits = attach_named(model, directories, arguments.allow_other_model)
     formats = {n: PromptFormat.of(kept_hparams(d, model)) for n, d in directories.items()}
     answerer = Answerer(model, tokenizer, edits)
     app = make_app(answerer, formats, queue, arguments.max_body)

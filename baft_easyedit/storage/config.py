@@ -99,7 +99,8 @@ class KeptConfig:
             raise ValueError(
                 f"the model must be the one that {where} was learned on "
                 f"({self.base_model}{revision}); {difference}: load that model, or pass "
-                "allow_other_model=True to load() or attach() to use the edit on this one"
+                "allow_other_model=True to load() or attach() (--allow-other-model of ask, eval "
+                "and serve) to use the edit on this one"
             )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from baft_easyedit.files.paths import check_own, expanded, read_regular
 from baft_easyedit.files.writing import TEMPORARY, sync, write_durably, written_whole
 from baft_easyedit.storage.config import KeptConfig
-from baft_easyedit.storage.journal import Entry, Journal, parse_lines, read_lines
+from baft_easyedit.storage.journal import REPAIR, Entry, Journal, parse_lines, read_lines
 from baft_easyedit.storage.lock import DirectoryLock
 from baft_easyedit.storage.reading import (
     CHECKPOINTS,
@@ -255,8 +255,8 @@ class KeptDirectory:
         for name in self._misplaced():
             kind = "folder" if name.name == CHECKPOINTS else "regular file, not a link to one"
             raise ValueError(
-                f"{name} must be a {kind}: put a copy of what it should be in its place, or open() "
-                "with repair=True, which keeps it aside"
+                f"{name} must be a {kind}: put a copy of what it should be in its place, or use "
+                f"{REPAIR}, which keeps it aside"
             )
         lines, rest = read_lines(self.path / JOURNAL)
         latest = read_latest(self.path)
@@ -265,8 +265,8 @@ class KeptDirectory:
             raise ValueError(
                 f"{self.path / JOURNAL} must end with entry {last}, as {STATE} does, and has "
                 f"{len(lines)} lines{' and a part of one' if rest else ''}: if an older "
-                f"{STATE} was put back, BaFTEditor.open(..., repair=True) goes on from it or from "
-                "the newest checkpoint; else restore the directory from a backup"
+                f"{STATE} was put back, {REPAIR} goes on from it or from the newest checkpoint; "
+                "else restore the directory from a backup"
             )
         self.journal = parse_lines(whole, str(self.path / JOURNAL))
         if whole[: len(lines)] == lines:

@@ -25,6 +25,8 @@ from baft_easyedit.training.requests import EditRequest
 MAX_LINE = 16 * 2**20
 """Longest line, in bytes."""
 _MAX_JOURNAL = 2**32
+REPAIR = "`baft-easyedit repair` or BaFTEditor.open(..., repair=True)"
+"""What to do about a damaged directory, in errors."""
 _COMMON = {"id": int, "kind": str, "time": str, "state_hash": str, "previous": str}
 _CHANGE = {"parent": int, "requests": list, "report": dict}
 _SETTINGS = {"hparams": dict, "environment": dict}
@@ -283,8 +285,8 @@ def parse_lines(lines: Sequence[str], where: str) -> Journal:
             raise ValueError(
                 f"{where} is damaged at line {number} or the one before it ({error}): restore it "
                 "from a backup; or go on without the history: load() reads the state alone, and "
-                "save() puts it into a new directory, or BaFTEditor.open(..., repair=True) begins "
-                "a new journal and keeps the old one aside"
+                f"save() puts it into a new directory, or {REPAIR} begins a new journal and keeps "
+                "the old one aside"
             ) from None
     return journal
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from baft_easyedit.files.paths import expanded
-from baft_easyedit.storage.journal import Entry, parse_lines, read_lines
+from baft_easyedit.storage.journal import REPAIR, Entry, parse_lines, read_lines
 from baft_easyedit.storage.state import StateFile, read_state
 
 STATE = "baft.safetensors"
@@ -47,7 +47,7 @@ def read_latest(path: Path) -> StateFile:
             f"{problem}; there is no intact checkpoint: restore the directory from a backup"
         )
     raise ValueError(
-        f"{problem}; BaFTEditor.open(..., repair=True) goes on from {file}, the state after entry "
+        f"{problem}; {REPAIR} goes on from {file}, the state after entry "
         f"{id_of(file)}, and rollback(to=...) can then learn the edits after it again"
     )
 
@@ -89,7 +89,7 @@ def whole_history(path: Path, lines: list[str], entries: Sequence[Entry]) -> lis
     if len(lines) < first or lines[first:][: len(own)] != own[: len(lines) - first]:
         raise ValueError(
             f"{path / JOURNAL} and {STATE} must tell one history, and do not: restore one of them "
-            "from a backup, or BaFTEditor.open(..., repair=True)"
+            f"from a backup, or use {REPAIR}"
         )
     return [*lines[:first], *own, *lines[first + len(own) :]]
 
