@@ -216,9 +216,10 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         """Take the edits of one prompt back, and keep the edits that were made after them.
 
         The later edits are learned again from the state before the first edit of the prompt, each
-        with its own hyper-parameters. All of that is one commit, a rollback and new edits in the
-        journal; on an error, nothing changes. A `rollback` to the entry before undoes it. `tell` is
-        given each report once it is there.
+        with its own hyper-parameters; with `min_similarity` only those of one call with it, and
+        those that another edit took states from, as the others come out as they are. All of that is
+        one commit, a rollback and new edits in the journal; on an error, nothing changes. A
+        `rollback` to the entry before undoes it. `tell` is given each report once it is there.
 
         Returns:
             The reports of the edits that were learned again.

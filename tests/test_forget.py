@@ -58,6 +58,63 @@ def test_later_edits_keep_their_settings(edited, quick):
     assert editor.hparams.lr == quick.lr
 
 
+@pytest.fixture
+def learned(monkeypatch):
+    """How many requests each call of the learner was for."""
+    learn, calls = Learner.learn, []
+
+    def counts(self, requests, hparams):
+        calls.append(len(requests))
+        return learn(self, requests, hparams)
+
+    monkeypatch.setattr(Learner, "learn", counts)
+    return calls
+
+
+AGAIN = {**fact(0), "target_new": "other"}
+SHORT = [{**fact(i), "prompt": prompt} for i, prompt in enumerate(("Ab", "Ac", "Ad"))]
+
+
+@pytest.mark.parametrize(
+    ("edits", "gone", "num_learned"),
+    [
+        ([[fact(0)], [fact(1)], [fact(2), fact(3)], [fact(4)]], fact(1), []),
+        ([[fact(0)], [fact(1)], [fact(2), fact(3)], [fact(4)]], fact(2), [1]),
+        ([[fact(0)], [fact(1)]], fact(0), []),  # the first has the statistics
+        ([[fact(0)], [fact(1)]], fact(1), []),
+        ([[fact(0)], [fact(1)], [AGAIN], [fact(2)]], fact(1), [1]),  # the first, which went
+        ([[fact(0)], [fact(1)], [AGAIN], [fact(2)]], AGAIN, []),
+        ([[SHORT[0]], [SHORT[1]], [SHORT[2]]], SHORT[0], [1, 1]),  # they share the first state
+    ],
+)
+def test_edits_with_bases_of_their_own_stay_as_they_are(
+    edits, gone, num_learned, edited, opened, quick, learned, tmp_path
+):
+    hparams = replace(quick, min_similarity=0.6, use_subject=False)
+    prompt = gone["prompt"]
+    rest = [[request for request in call if request["prompt"] != prompt] for call in edits]
+    edited("kept", hparams, *edits).close()
+    editor = opened(tmp_path / "kept", None)
+    learned.clear()
+    editor.forget(prompt)
+    assert learned == num_learned
+    assert now(editor) == now(edited("other", hparams, *filter(None, rest)))
+
+
+def test_a_state_whose_edits_are_there_still_is_restored_without_learning(
+    edited, opened, quick, learned, tmp_path
+):
+    edits = [[fact(0), fact(1)], [fact(2)], [fact(3)]]
+    edited("kept", replace(quick, min_similarity=0.6), *edits).close()
+    hashes = [entry.state_hash for entry in read_history(tmp_path / "kept")]
+    editor = opened(tmp_path / "kept", None)
+    learned.clear()
+    for to in (2, 1, 0):
+        editor.rollback(to=to)
+        assert now(editor) == hashes[to]
+    assert learned == []
+
+
 def test_one_can_return_from_it(edited, quick):
     editor = edited("kept", quick, fact(0), fact(1))
     before = now(editor)

@@ -223,16 +223,24 @@ class EditParameters(nn.Module):
         """Return a snapshot of this edit without its past edits."""
         return {name: v for name, v in snapshot.items() if not name.startswith("_past.")}
 
+    def first_edits(self, count: int) -> Snapshot:
+        """Return a snapshot with the first `count` past edits alone."""
+        snapshot = self.snapshot()
+        later = {n for n in snapshot if n.startswith("_past.") and _index_of(n) >= count}
+        return {name: value for name, value in snapshot.items() if name not in later}
+
     def join(self, others: Sequence[Snapshot]) -> None:
         """Add the latest past edit of each of several snapshots to those of this edit."""
-        rest = self.begun(self.snapshot())
         for other in others:
-            new = {}
-            for layer in self.layers:
-                past = within(other, f"_past.{layer}.")
-                latest = max(int(name.partition(".")[0]) for name in past)
-                new[layer] = PastEdit(*(past[f"{latest}.{name}"] for name in PastEdit._fields))
-            self.restore({**rest, **self._past_with(new)})
+            self.add(other, max(_index_of(name) for name in other if name.startswith("_past.")))
+
+    def add(self, other: Snapshot, index: int) -> None:
+        """Add one past edit of a snapshot to those of this edit."""
+        new = {}
+        for layer in self.layers:
+            own = (other[f"_past.{layer}.{index}.{name}"] for name in PastEdit._fields)
+            new[layer] = PastEdit(*own)
+        self.restore({**self.begun(self.state_dict()), **self._past_with(new)})
 
     def _values_of(self, edit: int) -> Snapshot:  # noqa: ARG002
         """Return copies of the trained parameters of one of the `num_edits` edits."""
@@ -327,6 +335,11 @@ def _centres_of(snapshot: Snapshot) -> dict[str, Tensor]:
         for name, mean in means.items()
         if mean is not None
     }
+
+
+def _index_of(name: str) -> int:
+    """Return the index of the past edit that a name of a snapshot is of."""
+    return int(name.split(".")[2])
 
 
 def within(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 A `History` keeps the states before the latest changes in memory. While a directory is open, each
 change is also committed to it before the call returns. An older state is restored from the nearest
-checkpoint; the edits after it are learned again, and must give the hashes in the journal.
+checkpoint; the edits after it are learned again, and must give the hashes in the journal. Edits
+with bases of their own need that only where a later one changed them: else they are in the present
+state as they were.
 
 Several editors, each with a history, can change one model. An undo may only take back the model's
 latest change. So each history keeps a hash of the state that its change led to, and
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import cut, short
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.model.edit import Author, Change
+from baft_easyedit.model.edit import Author, Change, Snapshot
 from baft_easyedit.model.hooks import attached_edit
 from baft_easyedit.storage.config import (
     KeptConfig,
@@ -313,12 +315,13 @@ class History:
         self._return(directory, "rollback", to)
 
     def forget(self, prompt: str, tell: Callable[[EditReport], object]) -> list[EditReport]:
-        """Go back to before the first edit of a prompt, and learn the later edits again."""
+        """Go back to before the first edit of a prompt, and make the later edits again."""
         directory = self._open_directory("forget")
         with self._learner.lock.changing():
             self._check_can_learn(directory)
             path = directory.journal.path_from(prompt, str(directory.path))
             with self._noted(f"the forgetting of {cut(repr(prompt), 82)}"):
+                present, known = self._learner.edit.snapshot(), self._known_edits(directory.journal)
                 to = path[0].parent or 0
                 self._restore_entry(directory, to)
                 journal = Journal(directory.journal.entries)
@@ -326,12 +329,48 @@ class History:
                 reports = []
                 for entry in path:
                     rest = [r for r in as_requests(entry.requests) if r.prompt != prompt]
-                    if rest:
+                    if entry.id in known and len(rest) == len(entry.requests):
+                        self._take_over(journal, entry, present, known[entry.id])
+                    elif rest:
                         reports.append(self._learn_again(journal, entry, rest))
                         tell(reports[-1])
                 new = journal.entries[len(directory.journal) :]
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
+
+    def _known_edits(self, journal: Journal) -> dict[int, list[int]]:
+        """Return the indices of the past edits that entries made, by the ids of the entries.
+
+        With `min_similarity` an edit is learned as if it were the first, so it need not be learned
+        again where it has all states that it was learned at, none of them taken by another edit.
+        """
+        learner, edit, made = self._learner, self._learner.edit, dict[str, tuple[Entry, Any]]()
+        for entry in (journal.entries[i] for i in sorted(journal.ancestors(journal.position))):
+            for request in entry.requests:
+                made.pop(request["prompt"], None)  # that edit went
+                made[request["prompt"]] = entry, request
+        known: dict[int, list[int]] = {}
+        if edit.min_similarity is None or len(made) != len(edit.past(edit.layers[0]).edits):
+            return known
+        for index, (entry, content) in enumerate(made.values()):
+            settings = journal.settings_of(entry.id)["hparams"]
+            hparams = hparams_of(settings, learner.model, f"entry {entry.id}")
+            (asked,), own = as_requests([content]), edit.past(edit.layers[0]).edits[index]
+            if learner.num_states(asked, hparams) == len(own.states):
+                known.setdefault(entry.id, []).append(index)
+        return {i: own for i, own in known.items() if len(own) == len(journal.entries[i].requests)}
+
+    def _take_over(
+        self, journal: Journal, entry: Entry, known: Snapshot, indices: Sequence[int]
+    ) -> None:
+        """Make the edits of an entry without learning them, and add it to a journal."""
+        settings = journal.settings_of(entry.id)
+        if not journal.ends_with(settings):
+            self._append(journal, "settings", settings)
+        for index in indices:
+            self._learner.take_over(known, index)
+        content = {name: entry.content[name] for name in ("requests", "report")}
+        self._append(journal, "edit", content)
 
     def _learn_again(
         self, journal: Journal, entry: Entry, requests: Sequence[EditRequest]
@@ -377,10 +416,18 @@ class History:
         journal = directory.journal
         known = {step.position: step.before for step in self.recent}
         known[journal.position] = self._learner.state()
+        if (wanted := journal.position_of(to)) not in known:
+            known[wanted] = self._first_edits(journal, wanted)
         position, state = directory.nearest(to, known)
         self._learner.restore(state)
         for i in sorted(i for i in journal.ancestors(to) if i > position):
             self._repeat(directory, journal.entries[i])
+
+    def _first_edits(self, journal: Journal, to: int) -> EditState:
+        """Return what the state after an entry was, unless edits since then changed its edits."""
+        entries = [journal.entries[i] for i in journal.ancestors(to)]
+        count = len({request["prompt"] for entry in entries for request in entry.requests})
+        return self._learner.state()._replace(learned=self._learner.edit.first_edits(count))
 
     def _repeat(self, directory: KeptDirectory, entry: Entry) -> None:
         """Learn one entry again; raise ValueError unless the state has the journal's hash."""

@@ -22,6 +22,7 @@ from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.independent import IndependentEdits
 from baft_easyedit.model.inspect import input_device, max_context
 from baft_easyedit.model.locks import lock_of
+from baft_easyedit.model.positions import first_edited
 from baft_easyedit.model.prompt_format import Frame, PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
 from baft_easyedit.training.loop import (
@@ -164,6 +165,18 @@ class Learner:
         rows = self._rows([request], hparams)
         (loss,), (is_answered,) = answered_now(self.model, self.edit, rows)
         return loss, is_answered
+
+    def take_over(self, known: Snapshot, index: int) -> None:
+        """Add a past edit of a snapshot, as if its request were learned again."""
+        if not self.edit.past(self.edit.layers[0]).edits:  # perhaps without statistics, too
+            self.edit.restore(self.edit.begun(known))
+        self._attach()
+        self.edit.add(known, index)
+
+    def num_states(self, request: EditRequest, hparams: BaFTHyperParams) -> int:
+        """Return how many hidden states of each layer a request is learned at."""
+        row = self._rows([request], hparams)[0]
+        return len(row.ids) - first_edited(row.prompt_length, hparams.num_prompt_positions)
 
     def learn_apart(
         self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
