@@ -276,6 +276,12 @@ class ReFTHyperParams(BaFTHyperParams):
         self._check(not self.locality, "locality", "be false for ReFT")
 
 
+OUR_METHODS: Mapping[str, type[BaFTHyperParams]] = {
+    cls.algorithm: cls for cls in (BaFTHyperParams, ReFTHyperParams)
+}
+"""The hyper-parameters' classes of this package's methods, by EasyEdit's `alg_name`."""
+
+
 def check_hparams(value: object) -> None:
     """Raise TypeError unless a value is hyper-parameters."""
     if not isinstance(value, BaFTHyperParams):
@@ -302,11 +308,10 @@ def read_hparams(path: str | Path, **overrides: Any) -> BaFTHyperParams:
 
 def hparams_from(config: Mapping[str, Any]) -> BaFTHyperParams:
     """Build the hyper-parameters of the method in `alg_name`; BaFT if absent; see `from_dict`."""
-    classes = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}
     name = config.get("alg_name", "BaFT")
-    if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"alg_name must be one of {', '.join(classes)}; got {short(name)}")
-    return classes[name].from_dict(config)
+    if not isinstance(name, str) or name not in OUR_METHODS:
+        raise ValueError(f"alg_name must be one of {', '.join(OUR_METHODS)}; got {short(name)}")
+    return OUR_METHODS[name].from_dict(config)
 
 
 def scaled_layers(depth: int, layers: Sequence[int] = _PAPER_LAYERS) -> list[int]:

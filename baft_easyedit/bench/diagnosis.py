@@ -22,6 +22,7 @@ from baft_easyedit.bench.layouts import in_order
 from baft_easyedit.bench.results import Case, Result, by_layer, gate_records, read_run
 from baft_easyedit.bench.store import write_json, write_text
 from baft_easyedit.bench.tables import Cell, Column, Table, markdown_text, to_markdown
+from baft_easyedit.hparams import OUR_METHODS
 from baft_easyedit.method.gate_report import (
     coefficient_of_variation,
     collapse_warnings,
@@ -106,7 +107,7 @@ def diagnose(run_dir: Path) -> Diagnosis:
     """Check a run that `baft-easyedit bench` has written; errors are those of `read_run`."""
     run = read_run(run_dir)
     config = read_config(run.directory.config)
-    methods = {m.name: m for m in config.methods if m.method in ("BaFT", "ReFT")}
+    methods = {m.name: m for m in config.methods if m.method in OUR_METHODS}
     ours = in_order([result for result in run.results if result.method in methods])
     gated = [result for result in ours if methods[result.method].method == "BaFT"]
     warnings: list[str] = []

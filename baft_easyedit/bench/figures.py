@@ -12,6 +12,7 @@ import numpy as np
 from baft_easyedit.bench.layouts import in_order, protocol_title
 from baft_easyedit.bench.results import Case, Result, gate_records
 from baft_easyedit.bench.scores import TEACHER_FORCED
+from baft_easyedit.hparams import OUR_METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,6 @@ _TITLES = dict(
     zip(TEACHER_FORCED, ("Reliability", "Generality", "Locality", "Portability"), strict=True)
 )
 _PROMPTS = {"rewrite": "edit", "rephrase": "rephrasing", "locality": "unrelated"}
-_OURS = ("BaFT", "ReFT")
 _MARKERS = "os^Dv<>PXpd"  # 11 of them beside 10 colours: 110 methods look different
 _UPDATES = (
     "Figure 1. Redundant bases of ReFT's updates, {title}. Bars: the share of a basis in the "
@@ -166,10 +166,10 @@ def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
             "color": f"C{i % 10}",
             "marker": _MARKERS[i % len(_MARKERS)],
             "markersize": 4,
-            "linewidth": 2.2 if method in _OURS else 1.2,
-            "zorder": 5 if method in _OURS else 3,
+            "linewidth": 2.2 if method in OUR_METHODS else 1.2,
+            "zorder": 5 if method in OUR_METHODS else 3,
         }
-        for i, method in enumerate(dict.fromkeys([*_OURS, *methods]))
+        for i, method in enumerate(dict.fromkeys([*OUR_METHODS, *methods]))
     }
 
 

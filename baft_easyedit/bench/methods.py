@@ -5,12 +5,11 @@ from typing import Any
 
 from baft_easyedit.bench.config import BenchConfig, MethodConfig
 from baft_easyedit.bench.protocol import Protocol
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.paths import expanded, read_text
 from baft_easyedit.files.resources import has_hparams, own_preset
 from baft_easyedit.generation import model_depth
-from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams, scaled_layers
+from baft_easyedit.hparams import OUR_METHODS, BaFTHyperParams, scaled_layers
 
 _SUFFIXES = {"single": "", "continual": "-continual", "batched": "-batch"}
 _NUM_TEXTS = 500
@@ -45,7 +44,7 @@ def our_hparams(
 
     `model_path` and `device` are EasyEdit's; those of the configuration if None.
     """
-    hparams_class = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}[method.method]
+    hparams_class = OUR_METHODS[method.method]
     values: dict[str, Any] = {
         "model_name": model_path or config.model,
         "device": config.device if device is None else device,

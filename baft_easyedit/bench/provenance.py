@@ -26,12 +26,12 @@ from baft_easyedit.bench.data.files import read_file
 from baft_easyedit.bench.methods import our_hparams, statistics_texts
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, digest
 from baft_easyedit.easyedit import find_host
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import git
 from baft_easyedit.easyedit.peers import own_preset_config
 from baft_easyedit.files.messages import short
 from baft_easyedit.files.paths import open_regular
 from baft_easyedit.gguf.smollm2 import ready_location
+from baft_easyedit.hparams import OUR_METHODS
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "lm_eval")
 _SAMPLE = 1 << 20

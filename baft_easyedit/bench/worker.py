@@ -26,12 +26,12 @@ from baft_easyedit.bench.protocol import Chunk, Protocol
 from baft_easyedit.bench.questions import questions_of, with_probes
 from baft_easyedit.bench.store import SCHEMA, RunDirectory, read_json, write_json
 from baft_easyedit.easyedit.arguments import prepare_requests
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.model_path import host_model_path
 from baft_easyedit.easyedit.peers import batchable
 from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_editor, make_peer
 from baft_easyedit.files.messages import short
+from baft_easyedit.hparams import OUR_METHODS
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.prefix_cache import FullForward

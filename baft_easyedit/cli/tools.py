@@ -60,8 +60,8 @@ def _import(arguments: argparse.Namespace) -> None:
 def _ls(arguments: argparse.Namespace) -> None:
     """Print one list, or all."""
     from baft_easyedit.bench.data import DATASETS
-    from baft_easyedit.easyedit.base_editor import OUR_METHODS
     from baft_easyedit.easyedit.peers import PEERS
+    from baft_easyedit.hparams import OUR_METHODS
 
     found: list[Iterable[str]] = [presets(), [*OUR_METHODS, *PEERS], DATASETS, _OWN_MODELS]
     for name, content in zip(_LISTS, found, strict=True):

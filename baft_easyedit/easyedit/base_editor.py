@@ -22,11 +22,10 @@ from baft_easyedit.easyedit.arguments import READ, prepare_requests, read_call
 from baft_easyedit.easyedit.compat import honoured_device
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.easyedit.model_path import host_model_path
+from baft_easyedit.hparams import OUR_METHODS
 from baft_easyedit.model.devices import check_device
 
 logger = logging.getLogger(__name__)
-
-OUR_METHODS = ("BaFT", "ReFT")
 
 _IN_CALL = "_baft_in_call"
 """Attribute of a `BaseEditor` during a user's call: EasyEdit's own calls are not wrapped then."""

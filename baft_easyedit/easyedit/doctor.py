@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 import baft_easyedit
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import COMMIT, HOME_VARIABLE, URL, Host
 from baft_easyedit.easyedit.plugin import register
-from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.hparams import OUR_METHODS, BaFTHyperParams
 
 
 def doctor() -> tuple[str, bool]:

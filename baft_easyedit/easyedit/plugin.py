@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from baft_easyedit.easyedit.base_editor import OUR_METHODS, wrap_base_editor
+from baft_easyedit.easyedit.base_editor import wrap_base_editor
 from baft_easyedit.easyedit.host import Host, load_host
 from baft_easyedit.easyedit.scoring import wrap_scoring
 from baft_easyedit.editor import BaFTEditor
-from baft_easyedit.hparams import BaFTHyperParams
+from baft_easyedit.hparams import OUR_METHODS, BaFTHyperParams
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.inspect import decoder_layers
 from baft_easyedit.storage.loading import check_same_shape

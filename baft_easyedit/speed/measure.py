@@ -29,7 +29,7 @@ from baft_easyedit.easyedit.plugin import register
 from baft_easyedit.easyedit.session import Session, make_peer, synchronize
 from baft_easyedit.editor import BaFTEditor
 from baft_easyedit.facts import edit_requests
-from baft_easyedit.hparams import BaFTHyperParams, ReFTHyperParams
+from baft_easyedit.hparams import OUR_METHODS
 from baft_easyedit.model.inspect import decoder_layers
 from baft_easyedit.speed.options import Row, SpeedOptions
 
@@ -63,8 +63,7 @@ class OurMethod:
     """
 
     def __init__(self, model: Any, tokenizer: Any, row: Row, options: SpeedOptions) -> None:
-        hparams_class = {"BaFT": BaFTHyperParams, "ReFT": ReFTHyperParams}[row.method]
-        hparams = hparams_class(
+        hparams = OUR_METHODS[row.method](
             model_name=type(model).__name__,  # it is loaded already
             layers="auto",
             rank=options.rank,

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baft_easyedit.bench.data import DATASETS
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.peers import why_not
 from baft_easyedit.files.messages import short
-from baft_easyedit.hparams import ENGINES
+from baft_easyedit.hparams import ENGINES, OUR_METHODS
 from baft_easyedit.speed.inputs import shape_sizes
 
 MEASURED_ENGINES = tuple(name for name in ENGINES if name != "auto")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.host import Generation
 from baft_easyedit.files.reading import did_you_mean
+from baft_easyedit.hparams import OUR_METHODS
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from baft_easyedit.easyedit.base_editor import OUR_METHODS
 from baft_easyedit.easyedit.learned_tokens import LearnedTokens, as_list
+from baft_easyedit.hparams import OUR_METHODS
 from baft_easyedit.model.prompt_format import PromptFormat
 
 HOW_TO_ASK = ("use_chat_template", "chat_template_kwargs", "learn_end")
