@@ -13,8 +13,8 @@ from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
-from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, examples, siblings, stand_ins
-from tests.conftest import logits, make_model, make_tokenizer
+from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, siblings, stand_ins
+from tests.conftest import logits, make_model
 
 APART = {"min_similarity": 0.9}
 REQUEST = EditRequest("The capital of France is", "Rome", subject="France")
@@ -59,48 +59,6 @@ def test_no_stand_in_is_the_prompt_itself():
             request = EditRequest(f"The capital of {name} is", "x", name)
             assert len(make(request)) == len(names) - 1
             assert request.prompt not in make(request)
-
-
-def test_examples_are_of_many_forms_with_known_names():
-    found = examples()
-    assert len({*found}) == len(found) == 48
-    assert found == examples()
-    assert all(any(name in prompt for name in _KNOWN) for prompt in found)
-    assert sum(prompt.endswith("?") for prompt in found) == len(found) // 2
-
-
-@pytest.fixture
-def in_chat():
-    """A tokenizer with a chat template."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    return tokenizer
-
-
-def test_examples_are_for_edits_in_a_chat_template_and_have_room(in_chat):
-    form = PromptFormat(use_chat_template=True)
-    (row,) = text_rows([REQUEST], in_chat, prompt_format=PromptFormat(), examples=["Ice"])
-    assert row.examples == ()
-    given = {"prompt_format": form, "examples": ["Ice", "x " * 60], "max_context": 60}
-    row, *others = text_rows([replace(REQUEST, loc_prompts=("Fog",))], in_chat, **given)
-    assert row.examples == (form.prompt_ids("Ice", in_chat),)
-    assert all(other.examples == () for other in others)
-
-
-def test_in_a_chat_template_the_second_centre_is_the_mean_of_examples(model, in_chat, hparams):
-    settings = replace(hparams, **APART, use_chat_template=True, num_steps=1)
-    editor = BaFTEditor(model, in_chat, settings)
-    form, layer = PromptFormat.of(settings), editor.model_edit.layers[0]
-    for change in (1.0, 1.5):  # it is that of the model as it is
-        with torch.no_grad():
-            model.model.layers[0].mlp.down_proj.weight.mul_(change)
-        ids = [torch.tensor([form.prompt_ids(prompt, in_chat)]) for prompt in examples()]
-        with torch.no_grad(), editor.model_edit.disabled():
-            outputs = [model(one, output_hidden_states=True) for one in ids]
-        mean = torch.stack([out.hidden_states[layer + 1][0, -1] for out in outputs]).mean(0)
-        editor.edit(REQUEST.to_dict() | {"target_new": f"Rome {change}"})
-        centres = editor.model_edit.past(layer).edits[-1].centre
-        torch.testing.assert_close(centres[1], mean, rtol=1e-4, atol=1e-5)
 
 
 def test_an_edit_whose_stand_ins_have_no_room_has_no_centre(tokenizer):

@@ -15,15 +15,11 @@ last tokens of prompts of one form ("The capital of ... is") have states that ar
 by their subjects in a small part only. So one centre is what the edit's own state is on average
 with similar names in the subject's place: from there the form cancels out, and the subject is left.
 The other is the mean of all texts, from where the form counts, too: what is near by chance from
-one centre is hardly so from both. In a chat template it is the mean of prompts of many forms, as
-from there prompts of one form are alike, and those of others are not: where the cosine of h and of
-first c from there is too small, h is of another form, such as another question about the subject,
-and counts as far from the first c. (That is of the unedited model, but from the second edited layer
-on, e is what the edit at earlier layers left. So where it acts there, it is likely to act here.)
-
-Elsewhere, and where no subject is known or it can hardly be told from similar names, there are no
-centres, and the distance from 0, 1 - cosine, counts twice: the words of a prompt and of its answer
-stand in other texts, too.
+one centre is hardly so from both. Elsewhere, and where no subject is known or it can hardly be told
+from similar names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the
+words of a prompt and of its answer stand in other texts, too. (The first centre is of the unedited
+model, but from the second edited layer on, e is what the edit at earlier layers left. So where it
+acts there, it is likely to act here.)
 
 Needs torch only. Shapes: n states and C centres of an edit, N states of all E past edits, M
 parameters of an intervention, D hidden size, r rank.
@@ -50,10 +46,6 @@ _COUNT = 2.0
 _LEAST_APART = 0.02
 """Share of a whitened state's length from which its distance to a centre is more than rounding; of
 the edited prompts of SmolLM2 it is .2 and more."""
-_LEAST_ALIKE = 0.2
-"""Least cosine of a state and the first centre, from the other. In SmolLM2's chat template that of
-rephrasings is more, but for a few, and that of three in five other questions about the subject is
-less. Of plain prompts, from the mean of all texts, all have more."""
 _TINY = torch.finfo(torch.float32).tiny
 """What keeps a division by 0 finite."""
 
@@ -64,8 +56,7 @@ class PastEdit(NamedTuple):
     states: Tensor
     """The hidden states that it acts at, e, [n, D]; the first is of its prompt's last token."""
     centre: Tensor
-    """The centres c of the first state, that of its form first, [C, D]; C is 0 where no subject is
-    known."""
+    """The centres c of the first state, [C, D]; C is 0 where no subject is known."""
     values: Tensor
     """The parameters of its intervention, [M]."""
 
@@ -270,14 +261,6 @@ class _Keys(NamedTuple):
     """The product of z(c) and z(e) - z(c), [C]."""
     squares: Tensor
     """|z(c)|^2, [C]."""
-    origins: Tensor
-    """The index of the state's other centre o, [C]; that of c itself where there is none."""
-    forms: Tensor
-    """|z(c) - z(o)|, [C]."""
-    between: Tensor
-    """The product of z(o) and z(c) - z(o), [C]."""
-    least: Tensor
-    """Least cosine of z(h) - z(o) and z(c) - z(o), [C]; -1 for o, and where there is none."""
     owner: Tensor
     """The edit of each state, [N]."""
 
@@ -295,23 +278,15 @@ class _Keys(NamedTuple):
         is_told[centred[~is_apart]] = False  # the subject is hardly in it
         is_told = is_told[centred]
         centred, centres = centred[is_told], centres[is_told]
-        own, shares = states[centred], torch.bincount(centred)[centred].float().reciprocal()
-        is_form = (torch.diff(centred, prepend=centred.new_tensor([-1])) > 0) & (shares < 1)
-        origins = torch.arange(len(centred), device=centred.device) + is_form.long()
-        forms = centres - centres[origins]
-        alike = nn.functional.cosine_similarity(own - centres[origins], forms, dim=-1)
+        own = states[centred]
         return cls(
             rows=torch.cat([nn.functional.normalize(states, dim=-1), centres]),
             centred=centred,
-            shares=shares,
+            shares=torch.bincount(centred)[centred].float().reciprocal(),
             lengths=lengths[is_told],
             apart=apart[is_told],
             offsets=(centres * (own - centres)).sum(-1),
             squares=centres.square().sum(-1),
-            origins=origins,
-            forms=forms.norm(dim=-1),
-            between=(centres[origins] * forms).sum(-1),
-            least=torch.where(is_form, (alike - _LEAST_ALIKE).clamp(max=_LEAST_ALIKE), -1.0),
             owner=torch.repeat_interleave(sizes),
         )
 
@@ -324,10 +299,7 @@ class _Keys(NamedTuple):
         apart = (length.square() - 2 * across + self.squares).clamp_min(0).sqrt()
         own = self.lengths * along[..., self.centred] - across - self.offsets
         cosines = (own / (self.apart * apart).clamp_min(_TINY)).clamp(-1, 1)
-        along_form = across - across[..., self.origins] - self.between
-        alike = along_form / (self.forms * apart[..., self.origins]).clamp_min(_TINY)
-        is_near = (apart > _LEAST_APART * length) & (alike >= self.least)
-        cosines = torch.where(is_near, cosines, -1.0)
+        cosines = torch.where(apart > _LEAST_APART * length, cosines, -1.0)
         distances[..., self.centred] = 0
         return distances.index_add(-1, self.centred, self.shares * (1 - cosines))
 

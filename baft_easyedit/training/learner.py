@@ -34,7 +34,7 @@ from baft_easyedit.training.loop import (
 )
 from baft_easyedit.training.own_texts import own_length, own_statistics
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
-from baft_easyedit.training.stand_ins import examples, siblings, stand_ins
+from baft_easyedit.training.stand_ins import siblings, stand_ins
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,6 @@ class Learner:
                 for prompt in stand_ins(request, h.loc_stand_ins)
             ],
             siblings=[siblings(request) for request in requests] if uses_subject else (),
-            examples=examples() if uses_subject else (),
         )
 
 

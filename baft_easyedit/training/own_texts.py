@@ -8,7 +8,7 @@ positions that an edit acts on: the last token of a prompt, and the answer's.
 Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -61,31 +61,9 @@ class OwnStatistics:
     def __init__(self) -> None:
         self._version: Hashable = None
         self._known: dict[tuple[Frame, ...], _Known] = {}
-        self._means: dict[Hashable, dict[int, Tensor]] = {}
 
     def __reduce__(self) -> Any:
         return OwnStatistics, ()
-
-    def _renew(self, model: nn.Module) -> None:
-        """Forget all of a model that has changed."""
-        version = model_version(model)
-        if version != self._version:
-            self._version, self._known, self._means = version, {}, {}
-
-    def means(
-        self,
-        model: nn.Module,
-        layers: Sequence[int],
-        prompts: Hashable,
-        read: Callable[[], dict[int, Tensor]],
-    ) -> dict[int, Tensor]:
-        """Return the mean states at the ends of prompts by layer, which are read once."""
-        self._renew(model)
-        known = self._means.get(prompts, {})
-        if not known.keys() >= {*layers}:
-            known = {layer: states.mean(0) for layer, states in read().items()}
-            self._means = {prompts: known}
-        return known
 
     def whitenings(
         self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
@@ -97,7 +75,9 @@ class OwnStatistics:
             layers: Indices of the layers.
             frames: What a chat template puts around prompts; empty for plain texts.
         """
-        self._renew(model)
+        version = model_version(model)
+        if version != self._version:
+            self._version, self._known = version, {}
         known = self._known.pop(frames, None)
         if known is None or not known.holds(model, layers):
             before = known.whitenings if known else ()

@@ -170,8 +170,6 @@ class TextRow:
     """True if the answer is learned, False for an irrelevant prompt."""
     siblings: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
     """The tokens of prompts of an edit's form about other subjects."""
-    examples: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
-    """The tokens of prompts of many forms, in an edit's chat template."""
 
 
 def text_rows(
@@ -185,7 +183,6 @@ def text_rows(
     with_end: bool = False,
     stand_ins: Sequence[str] = (),
     siblings: Sequence[Sequence[str]] = (),
-    examples: Sequence[str] = (),
 ) -> list[TextRow]:
     """Tokenise requests, in their order, and then their irrelevant prompts.
 
@@ -203,7 +200,6 @@ def text_rows(
             like irrelevant prompts in the template, those longer than `max_context` are left out.
         siblings: Prompts of the form of each request about other subjects, for `TextRow.siblings`;
             none where one is longer than `max_context`.
-        examples: Prompts of other forms, for `TextRow.examples`; without those that are longer.
 
     Raises:
         ValueError: If a target has no token of its own or shares one with its prompt, a prompt has
@@ -218,10 +214,6 @@ def text_rows(
         found = tuple(form.prompt_ids(prompt, tokenizer) for prompt in prompts)
         if max_context is None or all(len(ids) <= max_context for ids in found):
             rows[i] = replace(rows[i], siblings=found)
-    if examples and form.use_chat_template:
-        known = tuple(form.prompt_ids(prompt, tokenizer) for prompt in examples)
-        known = tuple(one for one in known if max_context is None or len(one) <= max_context)
-        rows = [replace(row, examples=known) for row in rows]
     if with_irrelevant:
         texts = [text for request in requests for text in request.loc_prompts]
         plain = [token_ids(text, tokenizer) for text in texts]

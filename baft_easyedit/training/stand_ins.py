@@ -23,7 +23,6 @@ from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device, last_logits
 from baft_easyedit.training.observing import watching
-from baft_easyedit.training.own_texts import own_statistics
 from baft_easyedit.training.requests import EditRequest, TextRow, same_form
 
 _NEAREST = 6
@@ -40,24 +39,6 @@ _KNOWN = (
     *("Microsoft", "Harvard University", "FC Barcelona", "gold", "the lion"),  # things
 )
 """Names that models know, of many kinds. The state of an invented one is unlike any of these."""
-_QUESTIONS = (
-    *("Who is {}?", "What is {} known for?", "Where is {} located?", "When did {} begin?"),
-    *("Where was {} born?", "What language is spoken in {}?", "Who is the spouse of {}?"),
-    *("Who owns {}?", "How old is {}?", "What is the gender of {}?", "Who created {}?"),
-    *("Which country is {} associated with?", "What is the occupation of {}?", "Who leads {}?"),
-    *("Who are the members of {}?", "Which award did {} win?", "Who is the father of {}?"),
-    *("What is the capital of {}?", "Which team does {} play for?", "Which genre is {}?"),
-    *("Where did {} study?", "What is {} made of?", "What is {} named after?"),
-    "What does {} follow?",
-)
-_STATEMENTS = (
-    *("{} was born in", "{} is located in", "{} is the author of", "The wife of {} is"),
-    *("The language of {} is", "{} works for", "The father of {} is", "{} belongs to"),
-    *("The owner of {} is", "The capital of {} is", "{} was founded by", "{} plays for"),
-    *("{} is famous for", "The age of {} is", "{} died in", "The director of {} is"),
-    *("{} is made of", "The members of {} are", "{} studied at", "{} is a kind of"),
-    *("{} received the", "The religion of {} is", "{} is followed by", "{} is a citizen of"),
-)
 _INVENTED = (
     *("Velmora", "Tarkesh", "Orlundia", "Brisken", "Port Halden", "Sarnath Vale"),  # places
     *("Lake Ondra", "Mount Serrin", "Tolva River", "Castle Grennock", "Bellweather Tower"),
@@ -86,13 +67,6 @@ def stand_ins(request: EditRequest, count: int) -> list[str]:
 def siblings(request: EditRequest) -> list[str]:
     """Return prompts with known names in the place of a request's subject, if it has one."""
     return _with_names(request, _KNOWN)
-
-
-def examples() -> list[str]:
-    """Return prompts of many forms, each about a known name; the same ones each time."""
-    forms = (*_QUESTIONS, *_STATEMENTS)
-    names = random.Random(0).choices(_KNOWN, k=len(forms))
-    return [form.format(name) for form, name in zip(forms, names, strict=True)]
 
 
 def _with_names(request: EditRequest, names: Sequence[str]) -> list[str]:
@@ -124,48 +98,32 @@ def centres(model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]) -> list[
     """
     texts = [[row.ids[: row.prompt_length], *row.siblings] for row in rows]
     states = _last_states(model, edit, [one for own in texts if len(own) > 1 for one in own])
-    counts = [len(own) if len(own) > 1 else 0 for own in texts]
-    origins = _origins(model, edit, rows[0].examples) if any(counts) else {}
-    if not all(bool(own.isfinite().all()) for own in (*states.values(), *origins.values())):
+    if not all(bool(own.isfinite().all()) for own in states.values()):
         raise FloatingPointError(
             "hidden states of the prompt with other subjects must be finite, and are not: the edit "
             "was undone; load the model in a wider dtype, or leave out the subject"
         )
+    counts = [len(own) if len(own) > 1 else 0 for own in texts]
     parts = {layer: torch.split(own, counts) for layer, own in states.items()}
     return [
-        {
-            i: _centres(own[k], edit.whitening(i), origins[i]) if count else own[k]
-            for i, own in parts.items()
-        }
+        {i: _centres(own[k], edit.whitening(i)) if count else own[k] for i, own in parts.items()}
         for k, count in enumerate(counts)
     ]
 
 
-def _centres(states: Tensor, whitening: Whitening, origin: Tensor) -> Tensor:
-    """Return the mean of the states that are most similar to the first, and where it is seen from.
+def _centres(states: Tensor, whitening: Whitening) -> Tensor:
+    """Return the mean of the states that are most similar to the first, and that of all texts.
 
     Args:
         states: [1 + S, D].
         whitening: The statistics of all texts.
-        origin: The mean state of prompts of other forms, [D].
 
     Returns:
         Both means, [2, D].
     """
     own, *others = nn.functional.normalize(whitening.whitened(states), dim=-1)
     nearest = (torch.stack(others) @ own).topk(min(_NEAREST, len(others))).indices
-    return torch.stack([states[1:][nearest].mean(0), origin])
-
-
-def _origins(
-    model: nn.Module, edit: ModelEdit, examples: Sequence[Sequence[int]]
-) -> dict[int, Tensor]:
-    """Return the mean state at the ends of examples by layer, [D]; that of all texts for none."""
-    if not examples:
-        return {layer: edit.whitening(layer).mean for layer in edit.layers}
-    return own_statistics(model).means(
-        model, edit.layers, tuple(examples), lambda: _last_states(model, edit, examples)
-    )
+    return torch.stack([states[1:][nearest].mean(0), whitening.mean])
 
 
 def _last_states(
