@@ -14,7 +14,7 @@ from baft_easyedit.storage.fingerprint import Fingerprint
 from baft_easyedit.storage.journal import Journal
 from baft_easyedit.storage.loading import edit_of
 from baft_easyedit.storage.state import EditState, StateFile, encode, read_state, state_hash
-from tests.conftest import logits, make_model, random_edit
+from tests.conftest import SIZES, logits, make_model, random_edit
 from tests.new_process import new_processes
 
 KINDS = [("llama", "float32"), ("gemma", "bfloat16"), ("gpt2", "float32")]
@@ -125,13 +125,18 @@ def test_other_model_is_refused_by_what_differs(tokenizer, kept):
         BaFTEditor.open(other, tokenizer, kept)
 
 
-def test_other_model_is_allowed_when_asked(tokenizer, kept, tmp_path):
+def test_other_model_is_allowed_when_asked(tokenizer, kept, tmp_path, monkeypatch):
     other = make_model(dtype=torch.bfloat16)
     editor = BaFTEditor.load(other, tokenizer, kept, allow_other_model=True)
     assert editor.is_attached
     editor.save(tmp_path / "of the other")
     BaFTEditor.load(make_model(dtype=torch.bfloat16), tokenizer, tmp_path / "of the other")
     attach(make_model(seed=1), kept, allow_other_model=True)
+    monkeypatch.setitem(SIZES, "hidden_size", 64)
+    with pytest.raises(
+        ValueError, match="it is of models of hidden size 32; LlamaForCausalLM has 64"
+    ):
+        attach(make_model(), kept, allow_other_model=True)
 
 
 def test_fingerprint_sees_one_changed_matrix_and_an_adapter():

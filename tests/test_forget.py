@@ -166,6 +166,22 @@ def test_a_kill_leaves_what_was_before(at, edited, opened, quick, tmp_path, monk
     assert now(opened(hparams=None)) == now(editor)
 
 
+def test_what_a_snapshot_still_does_is_not_forgotten(edited, opened, quick, tmp_path):
+    hparams = replace(quick, min_similarity=0.6, num_steps=40, lr=3.0e-2)
+    edited("kept", hparams, fact(0)).close()
+    (tmp_path / "kept/journal.jsonl").unlink()
+    editor = opened(tmp_path / "kept", None, repair=True)
+    editor.edit({**fact(0), "prompt": f"{fact(0)['prompt']} still"})
+    editor.edit(fact(0))
+    editor.forget(f"{fact(0)['prompt']} still")
+    before = now(editor)
+    with pytest.raises(
+        ValueError, match=r"Fact.* is still edited by the snapshot that the journal"
+    ):
+        editor.forget(fact(0)["prompt"])
+    assert now(editor) == before
+
+
 def test_what_cannot_be_forgotten_is_refused(edited, quick, model, tokenizer):
     editor = edited("kept", quick, fact(0))
     before = now(editor)

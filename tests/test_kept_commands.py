@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from baft_easyedit.cli import main
 from baft_easyedit.cli.edits_file import read_requests
 from baft_easyedit.hparams import scaled_layers
 from baft_easyedit.storage.reading import read_history
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 
 EDITS = [
     {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
@@ -205,8 +206,29 @@ def test_a_damaged_directory_is_repaired(saved, kept, capsys, refused):
     told = capsys.readouterr().out
     assert told.startswith("what was there is in before-repair-1; now:\n")
     assert "rollback to 2" in told
+    assert f"`baft-easyedit rollback {kept} --to 3` brings back what followed" in told
     assert (kept / "before-repair-1/baft.safetensors").read_bytes() == state
     assert run("undo", kept, "--model", saved) == 0
+
+
+def test_a_pipe_that_is_closed_early_ends_a_command_quietly(kept):
+    command = f"{sys.executable} -m baft_easyedit history {kept} | true"
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{command}; echo $?"], capture_output=True, text=True
+    )
+    assert ended.stderr == ""
+    assert ended.stdout in ("0\n", "130\n")  # by which of both was first
+
+
+def test_an_edit_is_not_gone_on_with_on_another_model(tmp_path, edits, kept, refused):
+    small = make_model("gpt2")
+    small.save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    for command in (
+        ["apply", kept, edits],
+        ["edit", "--save", kept, "--prompt", "a", "--target", "b"],
+    ):
+        refused([*command, "--model", tmp_path / "small"], "the model must be the one that")
 
 
 def test_an_edit_is_used_on_another_model_where_that_is_asked_for(saved, kept, capsys, refused):

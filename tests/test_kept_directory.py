@@ -300,8 +300,8 @@ def test_loaded_edit_is_saved_with_the_journal_that_led_to_it(opened, kept, toke
         again.edit(fact(5))
         again.rollback(to=8)
         assert now(again) == now(other)
-        with pytest.raises(ValueError, match="no intact checkpoint of entry 1 or before it; t"):
-            again.rollback(to=1)
+        again.rollback(to=1)  # learned again from a new edit
+        assert now(again) == read_history(kept)[1].state_hash
     assert len(read_history(kept)) == 3
 
 
@@ -718,6 +718,50 @@ def test_checkpoint_of_an_edit_that_was_never_completed_is_passed_over(opened, t
     with opened(hparams=None) as editor:
         editor.rollback(to=2)
         assert now(editor) == expected
+
+
+@pytest.mark.parametrize("damage", ["checkpoints", "saved"])
+def test_what_no_checkpoint_has_is_learned_again_from_a_new_edit(opened, three, tmp_path, damage):
+    hashes, place = [entry.state_hash for entry in read_history(three)], three
+    if damage == "checkpoints":
+        shutil.rmtree(three / "checkpoints")
+    else:
+        with opened(hparams=None) as editor:
+            place = editor.save(tmp_path / "saved") or tmp_path / "saved"
+    with opened(place, None) as editor:
+        editor.undo()
+        assert now(editor) == hashes[2]
+        editor.forget(fact(1)["prompt"])
+        editor.rollback(to=0)
+        assert now(editor) == hashes[0]
+
+
+def test_what_came_before_a_snapshot_is_not_known(opened, three):
+    (three / "journal.jsonl").unlink()
+    with opened(hparams=None, repair=True) as editor:
+        assert read_history(three)[0].content["snapshot_of"].endswith("; journal.jsonl was lost")
+        editor.edit(fact(7))
+    shutil.rmtree(three / "checkpoints")
+    with opened(hparams=None) as editor:
+        with pytest.raises(ValueError, match="no intact checkpoint of entry 0 or before it; the "):
+            editor.undo()
+        with pytest.raises(ValueError, match=r"'Fact.*; edits in the snapshot that it begins with"):
+            editor.forget(fact(0)["prompt"])
+
+
+def test_readers_tell_of_an_older_state(opened, three, caplog):
+    def warned():
+        caplog.clear()
+        attach(make_model(), three)
+        return "is the state after entry 3, and the journal goes on to entry 4" in caplog.text
+
+    old = (three / "baft.safetensors").read_bytes()
+    assert not warned()
+    with opened(hparams=None) as editor:
+        editor.edit(fact(4))
+    assert not warned()
+    (three / "baft.safetensors").write_bytes(old)
+    assert warned()
 
 
 def test_nothing_intact_is_said(opened, three):

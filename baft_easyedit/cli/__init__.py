@@ -4,6 +4,7 @@ Each module of this package defines some commands: `add_commands` adds them to t
 `run` functions run them. Heavy packages are imported only then, so that `--help` is fast.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,9 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_commands(commands)
     try:
         arguments = parser.parse_args(argv)
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as stop:
         return _end(f"stopped{': ' if stop.args else ''}{stop}", INTERRUPTED)
+    except BrokenPipeError:  # as `| head` ends what it reads from
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             return _end(f"{error.filename}: {error.strerror}", 2)

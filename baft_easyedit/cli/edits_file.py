@@ -36,6 +36,11 @@ def read_requests(file: Path) -> list[EditRequest]:
         ValueError: If the file has none of these formats, a request is unusable, or two different
             requests have one prompt; the message names them.
     """
+    if file.is_dir():
+        raise ValueError(
+            f"{file} must be a file of edits, or with --kind a benchmark's directory; it is a "
+            "directory: give --kind, one of `baft-easyedit ls kinds`"
+        )
     text = read_text(file).removeprefix("\ufeff")
     try:
         found = _parsed(text, file.suffix.lower())

@@ -214,11 +214,16 @@ def _repair(arguments: argparse.Namespace) -> None:
     directory = arguments.directory
     if not holds_edit(directory):
         read_latest(directory)
-    before = {*directory.glob("before-repair-*")}
+    aside = {*directory.glob("before-repair-*")}
     KeptDirectory(directory, repair=True).close()
-    kept = [folder.name for folder in {*directory.glob("before-repair-*")} - before]
+    kept = [folder.name for folder in {*directory.glob("before-repair-*")} - aside]
     print(f"what was there is in {kept[0]}; now:" if kept else "nothing is damaged:")
-    print(read_history(directory)[-1].summary())
+    *before, last = read_history(directory)
+    print(last.summary())
+    if kept and last.to is not None and before[-1].id > last.to:
+        print(
+            f"`baft-easyedit rollback {directory} --to {before[-1].id}` brings back what followed"
+        )
 
 
 def _history(arguments: argparse.Namespace) -> None:

@@ -60,6 +60,7 @@ def load_to_edit(arguments: argparse.Namespace) -> tuple[Any, Any, BaFTHyperPara
     """Load a model and its tokenizer, and the settings of a kept edit or of one to begin."""
     if arguments.hparams is None and arguments.directory and holds_edit(arguments.directory):
         model, tokenizer = load(arguments)
+        read_latest(arguments.directory).config.check_model(model, str(arguments.directory))
         return model, tokenizer, kept_hparams(arguments.directory, model)
     hparams = hparams_of(arguments)
     model, tokenizer = _load(hparams.model_name, hparams.device, hparams.dtype)

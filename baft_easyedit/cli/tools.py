@@ -7,6 +7,7 @@ from typing import Any
 
 from baft_easyedit.cli.console import note, silence_loading
 from baft_easyedit.cli.edits_file import read_benchmark, read_requests
+from baft_easyedit.cli.model import given
 from baft_easyedit.cli.options import DTYPES, existing, new
 from baft_easyedit.files.reading import read_yaml
 from baft_easyedit.files.resources import BUNDLED_MODEL, REAL_MODEL, hparams_file, presets
@@ -40,6 +41,7 @@ def add_commands(commands: Any) -> None:
     add("file", metavar="FILE", help="YAML, or the name of one; JSON, JSON lines or CSV of edits")
     add("--kind", help="FILE is a benchmark's, or its directory: a kind that `ls` lists")
     add("--data", type=existing(), help="the records of a benchmark")
+    add("--model", help="of a benchmark, whose file may name none")
     validate.set_defaults(run=_validate)
 
     doctor = commands.add_parser("doctor", help="say which EasyEdit was found and what works")
@@ -72,15 +74,10 @@ def _ls(arguments: argparse.Namespace) -> None:
 def _validate(arguments: argparse.Namespace) -> None:
     """Check a file of settings, of a benchmark, or of edits; print what it holds."""
     file = Path(arguments.file)
-    if arguments.kind is None and file.is_dir():
-        raise ValueError(
-            f"FILE must be a file, or with --kind a benchmark's directory; {arguments.file!r} is a "
-            "directory: give --kind, one of `baft-easyedit ls kinds`"
-        )
     suffix = file.suffix.lower()
     if arguments.kind is not None:
         print(f"{len(read_benchmark(arguments.kind, file))} edits, all usable")
-    elif suffix in (".json", ".jsonl", ".csv"):
+    elif suffix in (".json", ".jsonl", ".csv") or file.is_dir():
         print(f"{len(read_requests(file))} edits, all usable")
     elif suffix in _OF_OTHER_KINDS:
         raise ValueError(
@@ -100,7 +97,8 @@ def _validate_bench(arguments: argparse.Namespace) -> None:
     from baft_easyedit.bench.run import check
 
     data = {} if arguments.data is None else {"path": str(arguments.data)}
-    config = read_config(arguments.file, {"data": data, "device": "cpu"})
+    asked = {"data": data, "device": "cpu", **given(arguments, "model")}
+    config = read_config(arguments.file, asked)
     dataset = check(config)
     for text in dataset.notes:
         note(text)

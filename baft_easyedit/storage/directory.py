@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,20 @@ class KeptDirectory:
         if self.latest is not None and not checkpoint_files(self.path):
             self._write_checkpoint(len(self.journal) - 1, encode(self.latest))
 
-    def nearest(self, entry_id: int, known: Mapping[int, EditState]) -> tuple[int, EditState]:
+    def nearest(
+        self, entry_id: int, state_at: Callable[[int], EditState | None]
+    ) -> tuple[int, EditState]:
         """Return the position and state from which the fewest edits lead to an entry's state.
 
-        Of the states in memory, `known` by position, those without the journal's hash are not used.
+        Of the states that `state_at` returns for positions, those without the journal's hash are
+        not used.
 
         Raises:
             ValueError: If no such state is known or intact.
         """
         files = [f for f in checkpoint_files(self.path) if id_of(f) < len(self.journal)]
         for position in self.journal.ancestors(entry_id):
-            state = known.get(position)
+            state = state_at(position)
             if state is not None and self.journal.has_hash(position, state_hash(state)):
                 return position, state
             for file in files:
@@ -291,7 +294,9 @@ class KeptDirectory:
             self._size = len(data)
             self.commit("rollback", found.state, found.config, {"to": entry.id})
         else:
+            is_lost = not (folder / JOURNAL).exists()
             why = f"{JOURNAL}, now in {folder.name}, could not be read, or did not lead to it"
+            why = f"{JOURNAL} was lost" if is_lost else why
             settings = {"hparams": found.config.hparams, "environment": found.config.versions}
             content = {**settings, "snapshot_of": f"{entry.reference}; {why}"}
             self.journal = Journal()

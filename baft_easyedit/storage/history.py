@@ -22,12 +22,14 @@ from baft_easyedit.files.messages import cut, short
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.edit import Author, Change, Snapshot
 from baft_easyedit.model.hooks import attached_edit
+from baft_easyedit.model.inspect import text_config
 from baft_easyedit.storage.config import (
     KeptConfig,
     environment,
     environment_change,
     hparams_of,
     method_of,
+    new_edit,
     versions,
 )
 from baft_easyedit.storage.directory import KeptDirectory
@@ -334,9 +336,26 @@ class History:
                     elif rest:
                         reports.append(self._learn_again(journal, entry, rest))
                         tell(reports[-1])
+                if journal.entries[0].content.get("snapshot_of"):
+                    self._check_forgotten(directory.journal, path[0], prompt)
                 new = journal.entries[len(directory.journal) :]
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
+
+    def _check_forgotten(self, journal: Journal, entry: Entry, prompt: str) -> None:
+        """Raise ValueError if the model, and not the base model, answers as an entry's edit did."""
+        hparams = hparams_of(
+            journal.settings_of(entry.id)["hparams"], self._learner.model, f"entry {entry.id}"
+        )
+        asked = [request for request in as_requests(entry.requests) if request.prompt == prompt]
+        edited = self._learner.holds(asked, hparams)
+        with self._learner.edit.disabled():
+            if edited != self._learner.holds(asked, hparams):
+                raise ValueError(
+                    f"prompt must be that of an edit that can be taken out; {short(prompt)} is "
+                    "still edited by the snapshot that the journal begins with, whose edits are "
+                    "not told apart: edit it to the answer that it should have"
+                )
 
     def _known_edits(self, journal: Journal) -> dict[int, list[int]]:
         """Return the indices of the past edits that entries made, by the ids of the entries.
@@ -416,12 +435,26 @@ class History:
         journal = directory.journal
         known = {step.position: step.before for step in self.recent}
         known[journal.position] = self._learner.state()
-        if (wanted := journal.position_of(to)) not in known:
-            known[wanted] = self._first_edits(journal, wanted)
-        position, state = directory.nearest(to, known)
+
+        def state_at(position: int) -> EditState | None:
+            if position in known:
+                return known[position]
+            if position == 0:
+                return self._new_state(journal)
+            is_wanted = position == journal.position_of(to)
+            return self._first_edits(journal, position) if is_wanted else None
+
+        position, state = directory.nearest(to, state_at)
         self._learner.restore(state)
         for i in sorted(i for i in journal.ancestors(to) if i > position):
             self._repeat(directory, journal.entries[i])
+
+    def _new_state(self, journal: Journal) -> EditState:
+        """Return what the state after entry 0 was, unless a snapshot began the journal."""
+        model = self._learner.model
+        hparams = hparams_of(journal.settings_of(0)["hparams"], model, "entry 0")
+        new = new_edit(hparams, text_config(model).hidden_size)
+        return EditState(new.snapshot(), attached=False)
 
     def _first_edits(self, journal: Journal, to: int) -> EditState:
         """Return what the state after an entry was, unless edits since then changed its edits."""

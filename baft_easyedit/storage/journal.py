@@ -238,8 +238,10 @@ class Journal:
         first = next((n for n, known in enumerate(prompts) if prompt in known), None)
         if first is None:
             hint = did_you_mean(prompt, sorted(set().union(*prompts)))
+            is_snapshot = self.entries[0].content.get("snapshot_of") is not None
+            more = "; edits in the snapshot that it begins with are not listed" * is_snapshot
             raise ValueError(
-                f"prompt must be that of an edit in {where}; got {short(prompt)}{hint}"
+                f"prompt must be that of an edit in {where}; got {short(prompt)}{hint}{more}"
             )
         for entry in path[first:]:
             if entry.kind != "edit":

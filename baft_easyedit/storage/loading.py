@@ -112,6 +112,10 @@ def edit_of(
     try:
         if missing:  # no memory is taken for them
             raise ValueError(f"the state has no bases of layer {min(missing)}")
+        if size != kept_size:
+            raise ValueError(
+                f"it is of models of hidden size {kept_size}; {type(model).__name__} has {size}"
+            )
         edit = new_edit(hparams, size)
         edit.restore(kept.state.learned)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Read a kept directory without its lock: the latest state, the history, the checkpoints."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from baft_easyedit.files.paths import expanded
 from baft_easyedit.storage.journal import REPAIR, Entry, parse_lines, read_lines
 from baft_easyedit.storage.state import StateFile, read_state
+
+logger = logging.getLogger(__name__)
 
 STATE = "baft.safetensors"
 CONFIG = "baft_config.json"
@@ -30,7 +33,9 @@ def read_latest(path: Path) -> StateFile:
         ValueError: If the state is damaged or lost; the message tells how to go on.
     """
     try:
-        return read_state(path / STATE)
+        latest = read_state(path / STATE)
+        _warn_if_older(path, latest)
+        return latest
     except FileNotFoundError:
         if not holds_edit(path):
             raise FileNotFoundError(
@@ -50,6 +55,19 @@ def read_latest(path: Path) -> StateFile:
         f"{problem}; {REPAIR} goes on from {file}, the state after entry "
         f"{id_of(file)}, and rollback(to=...) can then learn the edits after it again"
     )
+
+
+def _warn_if_older(path: Path, state: StateFile) -> None:
+    """Log a warning if the journal goes on after the entry of a state."""
+    with contextlib.suppress(ValueError, OSError):
+        last = len(read_lines(path / JOURNAL)[0]) - 1
+        # Another process may have made a change in between: its state is there before its line.
+        if last > state.entries[-1].id == read_state(path / STATE).entries[-1].id:
+            logger.warning(
+                "%s is the state after entry %d, and the journal goes on to entry %d: an older "
+                "file was put back; %s goes on from the newest state that is there",
+                *(path / STATE, state.entries[-1].id, last, REPAIR),
+            )
 
 
 def read_whole(file: Path) -> StateFile | None:
@@ -74,6 +92,8 @@ def read_history(path: str | os.PathLike[str]) -> list[Entry]:
     lines, _ = read_lines(directory / JOURNAL)
     if state is not None:
         lines = whole_history(directory, lines, state.entries)
+    if not lines:
+        read_latest(directory)  # nothing is left of the journal
     return parse_lines(lines, str(directory / JOURNAL)).entries
 
 
