@@ -350,12 +350,13 @@ class History:
         asked = [request for request in as_requests(entry.requests) if request.prompt == prompt]
         edited = self._learner.holds(asked, hparams)
         with self._learner.edit.disabled():
-            if edited != self._learner.holds(asked, hparams):
-                raise ValueError(
-                    f"prompt must be that of an edit that can be taken out; {short(prompt)} is "
-                    "still edited by the snapshot that the journal begins with, whose edits are "
-                    "not told apart: edit it to the answer that it should have"
-                )
+            base = self._learner.holds(asked, hparams)
+        if any(now and not before for now, before in zip(edited, base, strict=True)):
+            raise ValueError(
+                f"prompt must be that of an edit that can be taken out; {short(prompt)} is still "
+                "edited by the snapshot that the journal begins with, whose edits are not told "
+                "apart: edit it to the answer that it should have"
+            )
 
     def _known_edits(self, journal: Journal) -> dict[int, list[int]]:
         """Return the indices of the past edits that entries made, by the ids of the entries.
