@@ -337,11 +337,11 @@ def test_an_engine_leaves_what_is_not_similar(kept):
     [("_interventions.1.source_bias", None), ("_past.1.0.values", torch.zeros(3))],
 )
 def test_tensors_that_do_not_fit_are_refused(name, value, kept, monkeypatch):
-    found = copy.deepcopy(served.read_latest(Path(kept["guarded"])))
+    found = copy.deepcopy(served.read_to_use(Path(kept["guarded"])))
     found.state.learned[name] = value
     if value is None:
         del found.state.learned[name]
-    monkeypatch.setattr(served, "read_latest", lambda path: found)
+    monkeypatch.setattr(served, "read_to_use", lambda path: found)
     with pytest.raises(ValueError, match=r"the edit in .* cannot be used: .*same layers, rank and"):
         read_edit(kept["guarded"])
 

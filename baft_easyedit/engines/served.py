@@ -14,7 +14,7 @@ from baft_easyedit.files.paths import expanded
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.storage.loading import edit_of
-from baft_easyedit.storage.reading import read_latest
+from baft_easyedit.storage.reading import read_to_use
 
 
 def read_edit(directory: str | os.PathLike[str]) -> ModelEdit:
@@ -26,7 +26,7 @@ def read_edit(directory: str | os.PathLike[str]) -> ModelEdit:
     """
     path = expanded(directory)
     with torch.device("cpu"):  # engines set another default while they load a model
-        edit, _ = edit_of(read_latest(path), None, str(path))
+        edit, _ = edit_of(read_to_use(path), None, str(path))
     return edit.requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.inspect import text_config
 from baft_easyedit.model.named import NamedEdits, check_names
 from baft_easyedit.storage.config import SHAPE, hparams_of, new_edit
-from baft_easyedit.storage.reading import read_latest
+from baft_easyedit.storage.reading import read_latest, read_to_use
 from baft_easyedit.storage.state import StateFile, state_hash
 from baft_easyedit.training.learner import EditState
 
@@ -89,7 +89,7 @@ def kept_hparams(directory: str | os.PathLike[str], model: nn.Module) -> BaFTHyp
 
 def latest_for(model: nn.Module, directory: str, allow_other_model: bool) -> StateFile:
     """Read the state of a kept directory, and check its model; errors are those of `attach`."""
-    latest = read_latest(expanded(directory))
+    latest = read_to_use(expanded(directory))
     if not allow_other_model:
         latest.config.check_model(model, directory)
     return latest

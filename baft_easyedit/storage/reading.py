@@ -33,9 +33,7 @@ def read_latest(path: Path) -> StateFile:
         ValueError: If the state is damaged or lost; the message tells how to go on.
     """
     try:
-        latest = read_state(path / STATE)
-        _warn_if_older(path, latest)
-        return latest
+        return read_state(path / STATE)
     except FileNotFoundError:
         if not holds_edit(path):
             raise FileNotFoundError(
@@ -57,8 +55,9 @@ def read_latest(path: Path) -> StateFile:
     )
 
 
-def _warn_if_older(path: Path, state: StateFile) -> None:
-    """Log a warning if the journal goes on after the entry of a state."""
+def read_to_use(path: Path) -> StateFile:
+    """Read the state of a kept directory, as `read_latest`; warn if an older one was put back."""
+    state = read_latest(path)
     with contextlib.suppress(ValueError, OSError):
         last = len(read_lines(path / JOURNAL)[0]) - 1
         # Another process may have made a change in between: its state is there before its line.
@@ -68,6 +67,7 @@ def _warn_if_older(path: Path, state: StateFile) -> None:
                 "file was put back; %s goes on from the newest state that is there",
                 *(path / STATE, state.entries[-1].id, last, REPAIR),
             )
+    return state
 
 
 def read_whole(file: Path) -> StateFile | None:
