@@ -1,5 +1,6 @@
 """Taking one edit back and keeping the later ones."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,86 @@ def test_a_state_whose_edits_are_there_still_is_restored_without_learning(
         editor.rollback(to=to)
         assert now(editor) == hashes[to]
     assert learned == []
+
+
+TRIMMED = "{% for m in messages %}<{{ m['content'] | trim }}>{% endfor %}"
+ALIKE = {**fact(1), "prompt": fact(1)["prompt"] + " ", "target_new": "no 7"}
+
+
+@pytest.mark.parametrize(
+    ("edits", "gone"),
+    [
+        ([("plain", fact(0)), ("chat", fact(1)), ("chat", fact(2))], 0),  # other statistics
+        ([("chat", fact(0)), ("plain", fact(1)), ("plain", fact(2))], 0),
+        ([("plain", fact(0)), ("chat", fact(1)), ("chat", fact(2)), ("plain", fact(3))], 1),
+        # A prompt has two edits, and two prompts have one.
+        (
+            [("plain", fact(0))]
+            + [("chat", request) for request in (fact(0), fact(2), fact(1), ALIKE)],
+            2,
+        ),
+    ],
+)
+def test_what_is_forgotten_was_never_learned_in_a_template_or_out_of_it(
+    edits, gone, tokenizer, edited, opened, quick, tmp_path
+):
+    tokenizer.chat_template = TRIMMED
+    forms = {"plain": replace(quick, min_similarity=0.6, use_subject=False)}
+    forms["chat"] = replace(forms["plain"], use_chat_template=True)
+
+    def made(name, edits):
+        editor = edited(name, forms[edits[0][0]])
+        for form, request in edits:
+            editor.hparams = forms[form]
+            editor.edit(request)
+        return editor
+
+    editor = made("kept", edits)
+    editor.forget(fact(gone)["prompt"])
+    rest = [one for one in edits if one[1]["prompt"] != fact(gone)["prompt"]]
+    assert now(editor) == now(made("other", rest))
+    states = {entry.id: entry.state_hash for entry in read_history(tmp_path / "kept")}
+    last = len(states) - 1
+    editor.edit({**rest[-1][1], "target_new": "no 8"})
+    editor.close()
+    again = opened(tmp_path / "kept", None)
+    again.rollback(to=last)
+    assert now(again) == states[last]
+
+
+def test_edits_of_a_snapshot_are_not_taken_for_later_ones(
+    tokenizer, edited, opened, quick, tmp_path
+):
+    tokenizer.chat_template = TRIMMED
+    hparams = replace(quick, min_similarity=0.6, use_subject=False, use_chat_template=True)
+    edited("kept", hparams, fact(9)).close()
+    (tmp_path / "kept/journal.jsonl").unlink()
+    opened(tmp_path / "kept", None, repair=True).close()
+    shutil.copytree(tmp_path / "kept", tmp_path / "other")
+    editor, other = opened(tmp_path / "kept", None), opened(tmp_path / "other", None)
+    for request in (fact(2), fact(1), ALIKE):
+        editor.edit(request)
+        if request != fact(2):
+            other.edit(request)
+    editor.forget(fact(2)["prompt"])
+    assert now(editor) == now(other)
+
+
+def test_an_entry_that_cannot_be_read_now_is_in_nobodys_way(
+    tokenizer, edited, opened, quick, tmp_path
+):
+    tokenizer.chat_template = TRIMMED
+    plain = replace(quick, min_similarity=0.6, use_subject=False)
+    editor = edited("kept", replace(plain, use_chat_template=True), fact(0))
+    editor.hparams = plain
+    editor.edit(fact(1))
+    before = now(editor)
+    editor.edit(fact(2))
+    editor.close()
+    tokenizer.chat_template = None
+    editor = opened(tmp_path / "kept", plain)
+    editor.forget(fact(2)["prompt"])
+    assert now(editor) == before
 
 
 def test_one_can_return_from_it(edited, quick):

@@ -326,6 +326,8 @@ class History:
                 present, known = self._learner.edit.snapshot(), self._known_edits(directory.journal)
                 to = path[0].parent or 0
                 self._restore_entry(directory, to)
+                if not self._has_statistics_of(directory.journal, path, prompt):
+                    known = {}
                 journal = Journal(directory.journal.entries)
                 self._append(journal, "rollback", {"to": to, "forgotten": prompt})
                 reports = []
@@ -337,17 +339,16 @@ class History:
                         reports.append(self._learn_again(journal, entry, rest))
                         tell(reports[-1])
                 if journal.entries[0].content.get("snapshot_of"):
-                    self._check_forgotten(directory.journal, path[0], prompt)
+                    self._check_forgotten(directory.journal, path, prompt)
                 new = journal.entries[len(directory.journal) :]
                 directory.commit_all(new, self._learner.state(), self.config())
         return reports
 
-    def _check_forgotten(self, journal: Journal, entry: Entry, prompt: str) -> None:
-        """Raise ValueError if the model, and not the base model, answers as an entry's edit did."""
-        hparams = hparams_of(
-            journal.settings_of(entry.id)["hparams"], self._learner.model, f"entry {entry.id}"
-        )
-        asked = [request for request in as_requests(entry.requests) if request.prompt == prompt]
+    def _check_forgotten(self, journal: Journal, path: Sequence[Entry], prompt: str) -> None:
+        """Raise ValueError if the model, and not the base model, answers as a forgotten edit."""
+        hparams = self._hparams_at(journal, path[0])
+        requests = as_requests([request for entry in path for request in entry.requests])
+        asked = [request for request in requests if request.prompt == prompt]
         edited = self._learner.holds(asked, hparams)
         with self._learner.edit.disabled():
             base = self._learner.holds(asked, hparams)
@@ -364,21 +365,53 @@ class History:
         With `min_similarity` an edit is learned as if it were the first, so it need not be learned
         again where it has all states that it was learned at, none of them taken by another edit.
         """
-        learner, edit, made = self._learner, self._learner.edit, dict[str, tuple[Entry, Any]]()
-        for entry in (journal.entries[i] for i in sorted(journal.ancestors(journal.position))):
-            for request in entry.requests:
-                made.pop(request["prompt"], None)  # that edit went
-                made[request["prompt"]] = entry, request
-        known: dict[int, list[int]] = {}
-        if edit.min_similarity is None or len(made) != len(edit.past(edit.layers[0]).edits):
-            return known
-        for index, (entry, content) in enumerate(made.values()):
-            settings = journal.settings_of(entry.id)["hparams"]
-            hparams = hparams_of(settings, learner.model, f"entry {entry.id}")
-            (asked,), own = as_requests([content]), edit.past(edit.layers[0]).edits[index]
-            if learner.num_states(asked, hparams) == len(own.states):
+        edit = self._learner.edit
+        if edit.min_similarity is None or journal.entries[0].content.get("snapshot_of"):
+            return {}  # a snapshot's edits are not listed
+        try:
+            made = self._made(journal)
+        except ValueError:  # what was learned then cannot be read by this tokenizer
+            return {}
+        past, known = edit.past(edit.layers[0]).edits, dict[int, list[int]]()
+        if len(made) != len(past):
+            return {}
+        for index, (entry, num_states) in enumerate(made):
+            if num_states == len(past[index].states):
                 known.setdefault(entry.id, []).append(index)
         return {i: own for i, own in known.items() if len(own) == len(journal.entries[i].requests)}
+
+    def _made(self, journal: Journal) -> list[tuple[Entry, int]]:
+        """Return of each present past edit, in order, its entry and how many states it learned at.
+
+        An edit goes when another of the same prompt is made: of the same tokens, that is.
+        """
+        made = dict[tuple[int, ...], tuple[Entry, int]]()
+        for entry in (journal.entries[i] for i in sorted(journal.ancestors(journal.position))):
+            for request in as_requests(entry.requests) if entry.requests else ():
+                place = self._learner.place_of(request, self._hparams_at(journal, entry))
+                prompt, num_states = place
+                made.pop(prompt, None)
+                made[prompt] = entry, num_states
+        return [*made.values()]
+
+    def _has_statistics_of(self, journal: Journal, path: Sequence[Entry], prompt: str) -> bool:
+        """Tell whether without a prompt's edits the first edit measures what the present one did.
+
+        The present state, the one before the first entry of `path`, has the statistics unless all
+        of its edits are to be made again.
+        """
+        edit = self._learner.edit
+        if edit.min_similarity is None or edit.whitening(edit.layers[0]).is_known:
+            return True
+        rest = (e for e in path if any(r["prompt"] != prompt for r in e.requests))
+        first = next(rest, path[0])
+        before, now = (self._learner.frames(self._hparams_at(journal, e)) for e in (path[0], first))
+        return before == now
+
+    def _hparams_at(self, journal: Journal, entry: Entry) -> BaFTHyperParams:
+        """Return the hyper-parameters that an entry was made with."""
+        settings = journal.settings_of(entry.id)["hparams"]
+        return hparams_of(settings, self._learner.model, f"entry {entry.id}")
 
     def _take_over(
         self, journal: Journal, entry: Entry, known: Snapshot, indices: Sequence[int]
@@ -441,7 +474,8 @@ class History:
             if position in known:
                 return known[position]
             if position == 0:
-                return self._new_state(journal)
+                with suppress(ValueError):  # settings that are not read any more
+                    return self._new_state(journal)
             is_wanted = position == journal.position_of(to)
             return self._first_edits(journal, position) if is_wanted else None
 
@@ -452,9 +486,8 @@ class History:
 
     def _new_state(self, journal: Journal) -> EditState:
         """Return what the state after entry 0 was, unless a snapshot began the journal."""
-        model = self._learner.model
-        hparams = hparams_of(journal.settings_of(0)["hparams"], model, "entry 0")
-        new = new_edit(hparams, text_config(model).hidden_size)
+        size = text_config(self._learner.model).hidden_size
+        new = new_edit(self._hparams_at(journal, journal.entries[0]), size)
         return EditState(new.snapshot(), attached=False)
 
     def _first_edits(self, journal: Journal, to: int) -> EditState:

@@ -173,10 +173,13 @@ class Learner:
         self._attach()
         self.edit.add(known, index)
 
-    def num_states(self, request: EditRequest, hparams: BaFTHyperParams) -> int:
-        """Return how many hidden states of each layer a request is learned at."""
+    def place_of(
+        self, request: EditRequest, hparams: BaFTHyperParams
+    ) -> tuple[tuple[int, ...], int]:
+        """Return the tokens of a request's prompt, and at how many states it is learned."""
         row = self._rows([request], hparams)[0]
-        return len(row.ids) - first_edited(row.prompt_length, hparams.num_prompt_positions)
+        first = first_edited(row.prompt_length, hparams.num_prompt_positions)
+        return row.ids[: row.prompt_length], len(row.ids) - first
 
     def learn_apart(
         self, requests: Sequence[EditRequest], batch_size: int | None, hparams: BaFTHyperParams
@@ -242,7 +245,7 @@ class Learner:
         if not self.is_attached:
             self.edit.attach(self.model)
 
-    def _frames(self, hparams: BaFTHyperParams) -> tuple[Frame, ...]:
+    def frames(self, hparams: BaFTHyperParams) -> tuple[Frame, ...]:
         """Return the chat template's frames in which the model has room to write, if any."""
         frames, most = PromptFormat.of(hparams).frames(self.tokenizer), max_context(self.model)
         return tuple(one for one in frames if most is None or own_length(one) <= most)
@@ -256,7 +259,7 @@ class Learner:
                 known = own_statistics(self.model).whitenings(
                     self.model,
                     edit.layers,
-                    self._frames(hparams),
+                    self.frames(hparams),
                 )
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
