@@ -231,12 +231,32 @@ def test_an_edit_is_not_gone_on_with_on_another_model(tmp_path, edits, kept, ref
         refused([*command, "--model", tmp_path / "small"], "the model must be the one that")
 
 
-def test_an_edit_is_used_on_another_model_where_that_is_asked_for(saved, kept, capsys, refused):
+def test_an_edit_is_used_on_another_model_where_that_is_asked_for(
+    saved, kept, capsys, refused, monkeypatch
+):
     make_model(seed=1).save_pretrained(saved)
     ask = ["ask", kept, "--model", saved, "--prompt", "Water freezes into"]
     refused(ask, r"--allow-other-model of ask, eval and serve")
     assert run(*ask, "--allow-other-model") == 0
     assert "  edited: " in capsys.readouterr().out
+    uvicorn = pytest.importorskip("uvicorn")
+    monkeypatch.setattr(uvicorn, "run", lambda *_, **options: options)
+    serve = ["serve", kept, "--model", saved, "--port", "0"]
+    refused(serve, r"--allow-other-model of ask, eval and serve")
+    assert run(*serve, "--allow-other-model") == 0
+
+
+def test_a_benchmark_is_validated_for_the_model_that_is_named(tmp_path, saved, edits, refused):
+    file = tmp_path / "bench.yaml"
+    file.write_text(f"methods: [BaFT]\nT: [1]\ndata: {{kind: requests, path: {edits}}}\n")
+    refused(["validate", file, "--model", tmp_path / "nowhere"], "nowhere")
+    assert run("validate", file, "--model", saved) == 0
+
+
+def test_of_emptied_files_no_history_is_told(kept, refused):
+    for name in ("journal.jsonl", "baft.safetensors"):
+        (kept / name).write_bytes(b"")
+    refused(["history", kept], "baft.safetensors")
 
 
 def test_the_bundled_model_needs_no_option(tmp_path, edits):
