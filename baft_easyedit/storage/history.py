@@ -1,10 +1,8 @@
 """The history of an edit: every change is made as a whole or not at all, and can be undone.
 
 A `History` keeps the states before the latest changes in memory. While a directory is open, each
-change is also committed to it before the call returns. An older state is restored from the nearest
-checkpoint; the edits after it are learned again, and must give the hashes in the journal. Edits
-with bases of their own need that only where a later one changed them: else they are in the present
-state as they were.
+change is also committed to it before the call returns. How older states come back says
+`storage.relearning`, and how one edit of many is taken out `storage.forgetting`.
 
 Several editors, each with a history, can change one model. An undo may only take back the model's
 latest change. So each history keeps a hash of the state that its change led to, and
@@ -20,27 +18,20 @@ from typing import Any, NamedTuple, NoReturn
 
 from baft_easyedit.files.messages import cut, short
 from baft_easyedit.hparams import BaFTHyperParams
-from baft_easyedit.model.edit import Author, Change, Snapshot
+from baft_easyedit.model.edit import Author, Change
 from baft_easyedit.model.hooks import attached_edit
-from baft_easyedit.model.inspect import text_config
-from baft_easyedit.storage.config import (
-    KeptConfig,
-    environment,
-    environment_change,
-    hparams_of,
-    method_of,
-    new_edit,
-    versions,
-)
+from baft_easyedit.storage.config import KeptConfig, environment, hparams_of, method_of, versions
 from baft_easyedit.storage.directory import KeptDirectory
 from baft_easyedit.storage.fingerprint import Fingerprint
-from baft_easyedit.storage.journal import Entry, Journal, edit_content
+from baft_easyedit.storage.forgetting import Forgetting
+from baft_easyedit.storage.journal import Entry, Journal
 from baft_easyedit.storage.loading import check_same_shape
 from baft_easyedit.storage.reading import lacking, read_history
+from baft_easyedit.storage.relearning import restore_entry
 from baft_easyedit.storage.state import StateFile, present, state_hash
 from baft_easyedit.training.learner import EditState, Learner
 from baft_easyedit.training.loop import EditReport
-from baft_easyedit.training.requests import EditRequest, as_requests
+from baft_easyedit.training.requests import EditRequest
 
 _CHANGED = "changed by other means than its editor since"
 
@@ -162,10 +153,9 @@ class History:
         content = {**self._settings(), "snapshot_of": snapshot_of}
         return [Journal().next("start", state_hash(state), content)], state
 
-    def _settings(self, method: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """Return what the result of an edit depends on beside the state and the requests."""
-        method = method or self._method()
-        return {"hparams": method, "environment": environment(self._learner.model)}
+        return {"hparams": self._method(), "environment": environment(self._learner.model)}
 
     def _keep_settings(self) -> None:
         """Add an entry with the settings if they have changed."""
@@ -180,7 +170,7 @@ class History:
         if self._directory is not None:
             self._directory.commit(kind, state, self.config(), content)
         elif self._journal is not None:
-            self._append(self._journal, kind, content)
+            self._journal.add(kind, state_hash(state), content)
 
     # ---- whether the present state is this history's
 
@@ -321,131 +311,15 @@ class History:
         directory = self._open_directory("forget")
         with self._learner.lock.changing():
             self._check_can_learn(directory)
-            path = directory.journal.path_from(prompt, str(directory.path))
+            forgetting = Forgetting(self._learner, directory, prompt)
             with self._noted(f"the forgetting of {cut(repr(prompt), 82)}"):
-                present, known = self._learner.edit.snapshot(), self._known_edits(directory.journal)
-                to = path[0].parent or 0
-                self._restore_entry(directory, to)
-                if not self._has_statistics_of(directory.journal, path, prompt):
-                    known = {}
-                journal = Journal(directory.journal.entries)
-                self._append(journal, "rollback", {"to": to, "forgotten": prompt})
-                reports = []
-                for entry in path:
-                    rest = [r for r in as_requests(entry.requests) if r.prompt != prompt]
-                    if entry.id in known and len(rest) == len(entry.requests):
-                        self._take_over(journal, entry, present, known[entry.id])
-                    elif rest:
-                        reports.append(self._learn_again(journal, entry, rest))
-                        tell(reports[-1])
-                if journal.entries[0].content.get("snapshot_of"):
-                    self._check_forgotten(directory.journal, path, prompt)
-                new = journal.entries[len(directory.journal) :]
-                directory.commit_all(new, self._learner.state(), self.config())
+                entries, reports = forgetting.run(self._known(), tell)
+                directory.commit_all(entries, self._learner.state(), self.config())
         return reports
 
-    def _check_forgotten(self, journal: Journal, path: Sequence[Entry], prompt: str) -> None:
-        """Raise ValueError if the model, and not the base model, answers as a forgotten edit."""
-        hparams = self._hparams_at(journal, path[0])
-        requests = as_requests([request for entry in path for request in entry.requests])
-        asked = [request for request in requests if request.prompt == prompt]
-        edited = self._learner.holds(asked, hparams)
-        with self._learner.edit.disabled():
-            base = self._learner.holds(asked, hparams)
-        if any(now and not before for now, before in zip(edited, base, strict=True)):
-            raise ValueError(
-                f"prompt must be that of an edit that can be taken out; {short(prompt)} is still "
-                "edited by the snapshot that the journal begins with, whose edits are not told "
-                "apart: edit it to the answer that it should have"
-            )
-
-    def _known_edits(self, journal: Journal) -> dict[int, list[int]]:
-        """Return the indices of the past edits that entries made, by the ids of the entries.
-
-        With `min_similarity` an edit is learned as if it were the first, so it need not be learned
-        again where it has all states that it was learned at, none of them taken by another edit.
-        """
-        edit = self._learner.edit
-        if edit.min_similarity is None or journal.entries[0].content.get("snapshot_of"):
-            return {}  # a snapshot's edits are not listed
-        try:
-            made = self._made(journal)
-        except ValueError:  # what was learned then cannot be read by this tokenizer
-            return {}
-        past, known = edit.past(edit.layers[0]).edits, dict[int, list[int]]()
-        if len(made) != len(past):
-            return {}
-        for index, (entry, num_states) in enumerate(made):
-            if num_states == len(past[index].states):
-                known.setdefault(entry.id, []).append(index)
-        return {i: own for i, own in known.items() if len(own) == len(journal.entries[i].requests)}
-
-    def _made(self, journal: Journal) -> list[tuple[Entry, int]]:
-        """Return of each present past edit, in order, its entry and how many states it learned at.
-
-        An edit goes when another of the same prompt is made: of the same tokens, that is.
-        """
-        made = dict[tuple[int, ...], tuple[Entry, int]]()
-        for entry in (journal.entries[i] for i in sorted(journal.ancestors(journal.position))):
-            for request in as_requests(entry.requests) if entry.requests else ():
-                place = self._learner.place_of(request, self._hparams_at(journal, entry))
-                prompt, num_states = place
-                made.pop(prompt, None)
-                made[prompt] = entry, num_states
-        return [*made.values()]
-
-    def _has_statistics_of(self, journal: Journal, path: Sequence[Entry], prompt: str) -> bool:
-        """Tell whether without a prompt's edits the first edit measures what the present one did.
-
-        The present state, the one before the first entry of `path`, has the statistics unless all
-        of its edits are to be made again.
-        """
-        edit = self._learner.edit
-        if edit.min_similarity is None or edit.whitening(edit.layers[0]).is_known:
-            return True
-        rest = (e for e in path if any(r["prompt"] != prompt for r in e.requests))
-        first = next(rest, path[0])
-        before, now = (self._learner.frames(self._hparams_at(journal, e)) for e in (path[0], first))
-        return before == now
-
-    def _hparams_at(self, journal: Journal, entry: Entry) -> BaFTHyperParams:
-        """Return the hyper-parameters that an entry was made with."""
-        settings = journal.settings_of(entry.id)["hparams"]
-        return hparams_of(settings, self._learner.model, f"entry {entry.id}")
-
-    def _take_over(
-        self, journal: Journal, entry: Entry, known: Snapshot, indices: Sequence[int]
-    ) -> None:
-        """Make the edits of an entry without learning them, and add it to a journal."""
-        settings = journal.settings_of(entry.id)
-        if not journal.ends_with(settings):
-            self._append(journal, "settings", settings)
-        for index in indices:
-            self._learner.take_over(known, index)
-        content = {name: entry.content[name] for name in ("requests", "report")}
-        self._append(journal, "edit", content)
-
-    def _learn_again(
-        self, journal: Journal, entry: Entry, requests: Sequence[EditRequest]
-    ) -> EditReport:
-        """Learn requests of an entry with its settings, and add them to a journal."""
-        settings = self._settings(journal.settings_of(entry.id)["hparams"])
-        if not journal.ends_with(settings):
-            self._append(journal, "settings", settings)
-        report = self._learn(requests, entry, settings["hparams"])
-        self._append(journal, "edit", edit_content(requests, report))
-        return report
-
-    def _learn(
-        self, requests: Sequence[EditRequest], entry: Entry, method: Mapping[str, Any]
-    ) -> EditReport:
-        """Learn requests of an entry with the hyper-parameters that are kept of it."""
-        hparams = hparams_of(method, self._learner.model, f"entry {entry.id}")
-        return self._learner.learn(requests, hparams)
-
-    def _append(self, journal: Journal, kind: str, content: Mapping[str, Any]) -> None:
-        """Append an entry to a journal for the change that led to the present state."""
-        journal.append(journal.next(kind, state_hash(self._learner.state()), content))
+    def _known(self) -> dict[int, EditState]:
+        """Return the states before the latest changes, by the journal's positions."""
+        return {step.position: step.before for step in self.recent}
 
     def _open_directory(self, action: str) -> KeptDirectory:
         """Return the open directory; raise ValueError if there is none."""
@@ -461,51 +335,5 @@ class History:
         directory.lock.check()
         self._check_present(True, f"the model must carry no edit but that of {directory.path}")
         with self._noted(f"the {kind} to entry {to}"):
-            self._restore_entry(directory, to)
+            restore_entry(self._learner, directory, to, self._known())
             self.commit(kind, {"to": to})
-
-    def _restore_entry(self, directory: KeptDirectory, to: int) -> None:
-        """Restore the nearest known state before an entry, and learn the edits up to it again."""
-        journal = directory.journal
-        known = {step.position: step.before for step in self.recent}
-        known[journal.position] = self._learner.state()
-
-        def state_at(position: int) -> EditState | None:
-            if position in known:
-                return known[position]
-            if position == 0:
-                with suppress(ValueError):  # settings that are not read any more
-                    return self._new_state(journal)
-            is_wanted = position == journal.position_of(to)
-            return self._first_edits(journal, position) if is_wanted else None
-
-        position, state = directory.nearest(to, state_at)
-        self._learner.restore(state)
-        for i in sorted(i for i in journal.ancestors(to) if i > position):
-            self._repeat(directory, journal.entries[i])
-
-    def _new_state(self, journal: Journal) -> EditState:
-        """Return what the state after entry 0 was, unless a snapshot began the journal."""
-        size = text_config(self._learner.model).hidden_size
-        new = new_edit(self._hparams_at(journal, journal.entries[0]), size)
-        return EditState(new.snapshot(), attached=False)
-
-    def _first_edits(self, journal: Journal, to: int) -> EditState:
-        """Return what the state after an entry was, unless edits since then changed its edits."""
-        entries = [journal.entries[i] for i in journal.ancestors(to)]
-        count = len({request["prompt"] for entry in entries for request in entry.requests})
-        return self._learner.state()._replace(learned=self._learner.edit.first_edits(count))
-
-    def _repeat(self, directory: KeptDirectory, entry: Entry) -> None:
-        """Learn one entry again; raise ValueError unless the state has the journal's hash."""
-        settings = directory.journal.settings_of(entry.id)
-        if entry.kind == "edit":
-            self._learn(as_requests(entry.requests), entry, settings["hparams"])
-            if state_hash(self._learner.state()) == entry.state_hash:
-                return
-        why = environment_change(settings["environment"], self._settings()["environment"])
-        raise ValueError(
-            f"entry {entry.id} of {directory.path} ({entry.kind}) could not be learned again bit "
-            f"for bit ({why if entry.kind == 'edit' else 'only an edit can'}); the states after "
-            f"entries {directory.exact_ids()} are kept as checkpoints: roll back to one"
-        )

@@ -210,6 +210,10 @@ class Journal:
         line = to_json({**common, **parent, **content})
         return Entry.from_line(line, f"journal entry {len(self)}")
 
+    def add(self, kind: str, state_hash: str, content: Mapping[str, Any]) -> None:
+        """Add the entry of a change, as `next` makes it."""
+        self.append(self.next(kind, state_hash, content))
+
     @property
     def position(self) -> int:
         """Id of the start, edit or install that produced the present state."""
