@@ -10,9 +10,11 @@ from dataset_files import (
     akew,
     halluedit,
     records_of,
+    rome,
     unke,
     wikibigedit,
     write_records,
+    zsre,
 )
 
 from baft_easyedit import register
@@ -102,6 +104,23 @@ def test_halluedit(theirs, tmp_path):
         assert pairs(request, "probes", "locality") == [tuple(record["locality"].values())]
         for kind, hop in record["portability"].items():
             assert pairs(request, "portability", kind) == given(hop["prompt"], hop["ground_truth"])
+
+
+@easyedit
+@pytest.mark.parametrize(
+    ("kind", "record"), [("zsre", zsre("Ann", "2006")), ("counterfact", rome("Ann", 3))]
+)
+def test_leme(theirs, tmp_path, kind, record):
+    entity = {"coupled_prompt": "Write an essay.", "entity": "Ann"}
+    coupled = {"coupled_prompts_and_properties": {"subject_entity": entity, "coupled_entities": []}}
+    path = write_records(tmp_path, [{**record, **coupled}])
+    options = {"loc_prompts": False} if kind == "zsre" else {}
+    (request,) = load_dataset(kind, path, **options).requests
+    read = theirs("LEME").LongFormEditDataset(str(path), kind)[0]
+    for key in ("subject", "target_new", "ground_truth"):
+        assert request[key] == read[key]
+    added = {"zsre": "", "counterfact": "?"}[kind]  # EasyEdit makes questions of statements
+    assert request["prompt"] + added == read["prompt"]
 
 
 @easyedit
