@@ -115,22 +115,25 @@ def test_an_edit_sees_as_many_as_the_hyper_parameters_say(count, model, tokenize
     assert irrelevant.ids == tuple(tokenizer("Ice").input_ids)
 
 
+@pytest.mark.parametrize("beginning", ["", "Of all that I know of the world, I know that "])
 def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
-    model, tokenizer, hparams
+    model, tokenizer, hparams, beginning
 ):
+    """Also where all prompts begin alike, and their beginning is read once."""
+    request = replace(REQUEST, prompt=beginning + REQUEST.prompt)
     editor = BaFTEditor(model, tokenizer, replace(hparams, **APART, loc_stand_ins=0))
     last = model.config.num_hidden_layers - 1
     layers = [i for i in editor.model_edit.layers if i != last]  # where Hugging Face norms states
     assert layers
     found = {layer: [] for layer in layers}
-    for prompt in (REQUEST.prompt, *siblings(REQUEST)):
+    for prompt in (request.prompt, *siblings(request)):
         with torch.no_grad():
             out = model(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True)
         for layer in layers:
             found[layer].append(out.hidden_states[layer + 1][0, -1])
-    editor.edit(REQUEST.to_dict())
+    editor.edit(request.to_dict())
     editor.edit({"prompt": "Ice is", "target_new": "hot"})
-    editor.edit(REQUEST.to_dict() | {"target_new": "Oslo"})  # where the first edit acts
+    editor.edit(request.to_dict() | {"target_new": "Oslo"})  # where the first edit acts
     for layer in layers:
         without, (_, centres, _) = editor.model_edit.past(layer).edits
         assert without.centre.shape == (0, centres.shape[1])

@@ -176,6 +176,14 @@ def _cache_names(model: nn.Module, stack: nn.ModuleList) -> list[str]:
     return [name for name in taken if name in CACHE_NAMES]
 
 
+def repeated_cache(cache: Any, count: int) -> Any:
+    """Return a key-value cache of one text for `count` of them; None if it cannot be repeated."""
+    if not hasattr(cache, "reorder_cache"):
+        return None
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+    return cache
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model takes tokens, even if accelerate offloads weights."""
     return computing_device(cast(Any, model).get_input_embeddings())

@@ -23,6 +23,7 @@ from baft_easyedit.model.inspect import (
     last_logits,
     max_context,
     part_behind_cache,
+    repeated_cache,
     text_config,
 )
 from baft_easyedit.model.prompt_format import Frame
@@ -181,7 +182,7 @@ class _Writer:
         output, _ = self._read(model, self._ids)  # one for all
         self._ids = self._ids.repeat(count, 1)
         self._chances = _chances(output).repeat(count, 1)
-        self._cache = _repeated(getattr(output, cache_name(model), None), count)
+        self._cache = repeated_cache(getattr(output, cache_name(model), None), count)
 
     def write(self, count: int) -> None:
         """Sample the next tokens."""
@@ -225,14 +226,6 @@ def _chances(output: Any) -> Tensor:
     """Return the probabilities of the next tokens, [N, V], on the CPU."""
     logits: Tensor = output.logits[:, -1]
     return logits.float().nan_to_num().softmax(-1).cpu()
-
-
-def _repeated(cache: Any, count: int) -> Any:
-    """Return a key-value cache of one text for `count` of them; None if it cannot be repeated."""
-    if not hasattr(cache, "reorder_cache"):
-        return None
-    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
-    return cache
 
 
 def _first_token(config: Any) -> int:

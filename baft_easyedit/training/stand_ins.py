@@ -13,7 +13,9 @@ Shapes: S siblings of a row, N texts, D hidden size.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.hooks import ModelEdit
-from baft_easyedit.model.inspect import decoder_layers, hidden_of, input_device, last_logits
+from baft_easyedit.model.inspect import (
+    cache_name,
+    decoder_layers,
+    hidden_of,
+    input_device,
+    last_logits,
+    part_behind_cache,
+    repeated_cache,
+)
 from baft_easyedit.training.observing import watching
 from baft_easyedit.training.requests import EditRequest, TextRow, same_form
 
@@ -29,6 +39,8 @@ _NEAREST = 6
 """Siblings that a centre is the mean of."""
 _MOST_AT_ONCE = 32
 """Texts that are read at once, of several edits that are learned side by side."""
+_WORTH_READING = 8
+"""Fewest tokens at the beginning of all texts that are read apart."""
 
 _KNOWN = (
     *("Germany", "Peru", "Kenya", "Japan", "Egypt", "London", "Toronto", "Mumbai"),  # places
@@ -129,17 +141,48 @@ def _centres(states: Tensor, whitening: Whitening) -> Tensor:
 def _last_states(
     model: nn.Module, edit: ModelEdit, texts: Sequence[Sequence[int]]
 ) -> dict[int, Tensor]:
-    """Return the states at the last tokens of texts by layer, [N, D] each."""
-    stack, device = decoder_layers(model), input_device(model)
+    """Return the states at the last tokens of texts by layer, [N, D] each.
+
+    Texts in a chat template have most of their tokens in common, which are read once.
+    """
+    stack = decoder_layers(model)
     found = {i: [edit.intervention(i).basis.detach()[:0].float()] for i in edit.layers}
     for start in range(0, len(texts), _MOST_AT_ONCE):
-        part = [torch.tensor(text) for text in texts[start : start + _MOST_AT_ONCE]]
-        ids = pad_sequence(part, batch_first=True).to(device)
-        mask = pad_sequence([torch.ones_like(text) for text in part], batch_first=True).to(device)
-        with edit.disabled(), watching([stack[layer] for layer in edit.layers]) as seen:
-            model(input_ids=ids, attention_mask=mask, use_cache=False, **last_logits(model))
-        last = [len(text) - 1 for text in part]
+        part = texts[start : start + _MOST_AT_ONCE]
+        with edit.disabled():
+            num_read, past = _read_beginning(model, part)
+            rest = [torch.tensor(text[num_read:]) for text in part]
+            with watching([stack[layer] for layer in edit.layers]) as seen:
+                _read_rest(model, rest, past)
+        last = [len(text) - 1 for text in rest]
         for states, (output,) in zip(found.values(), seen, strict=True):
-            hidden = hidden_of(output)[:, -ids.shape[1] :]  # without PEFT's virtual tokens
+            hidden = hidden_of(output)[:, -max(last) - 1 :]  # without PEFT's virtual tokens
             states.append(hidden[range(len(part)), last].float())
     return {layer: torch.cat(states) for layer, states in found.items()}
+
+
+def _read_beginning(model: nn.Module, texts: Sequence[Sequence[int]]) -> tuple[int, dict[str, Any]]:
+    """Read the tokens that all texts begin with, if they are worth it and the model has a cache.
+
+    Returns:
+        How many tokens were read; and the cache by its name, for as many texts.
+    """
+    columns = zip(*(text[:-1] for text in texts), strict=False)
+    common = [tokens[0] for tokens in takewhile(lambda tokens: len({*tokens}) == 1, columns)]
+    if len(common) < _WORTH_READING:
+        return 0, {}
+    ids = torch.tensor([common], device=input_device(model))
+    output = model(input_ids=ids, use_cache=True, **last_logits(model))
+    name = cache_name(model)
+    cache = repeated_cache(getattr(output, name, None), len(texts))
+    return (0, {}) if cache is None else (len(common), {name: cache})
+
+
+def _read_rest(model: nn.Module, rest: list[Tensor], past: Mapping[str, Any]) -> None:
+    """Read what follows a cache, or whole texts, padded on the right."""
+    ids = pad_sequence(rest, batch_first=True).to(input_device(model))
+    if past:  # no mask: in a causal model no token sees the padding behind it
+        part_behind_cache(model)(input_ids=ids, use_cache=True, **past, **last_logits(model))
+        return
+    mask = pad_sequence([torch.ones_like(text) for text in rest], batch_first=True).to(ids.device)
+    model(input_ids=ids, attention_mask=mask, use_cache=False, **last_logits(model))
