@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from baft_easyedit.model.positions import PromptLengths
@@ -37,21 +36,6 @@ class GateRecord:
         }
 
 
-class Positions(NamedTuple):
-    """The intervened positions of one forward pass."""
-
-    at: Tensor
-    """True where the intervention applies, [B, T]."""
-    is_everywhere: bool
-    """Whether all positions are known to be intervened on, as in most steps of a generation."""
-
-    @classmethod
-    def of(cls, at: Tensor) -> "Positions":
-        """Set `is_everywhere` by a look at `at`, or to False where that would wait for a device."""
-        looks = at.device.type == "cpu" and not torch.compiler.is_compiling()
-        return cls(at, looks and bool(at.all()))
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """What the contexts of a `ModelEdit` (`disabled`, `prompt_lengths`, ...) set together."""
@@ -62,7 +46,8 @@ class Settings:
     """Columns of the prompts in the present generation; None outside one."""
     num_virtual: int = 0
     """Virtual tokens of PEFT before each prompt of the present generation, not counted above."""
-    given_positions: Positions | None = None
+    given_positions: Tensor | None = None
+    """True where the intervention applies, [B, T]."""
     record: GateRecord | None = None
     is_learning: bool = False
     """Whether an edit is being learned, in which past edits take no part."""

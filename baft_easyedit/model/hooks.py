@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from baft_easyedit.model.contexts import Contexts, GateRecord, Positions
+from baft_easyedit.model.contexts import Contexts, GateRecord
 from baft_easyedit.model.edit import EditParameters
 from baft_easyedit.model.inspect import check_layers, computing_device, decoder_layers, owner_of
 from baft_easyedit.model.locks import ModelLock, lock_of
@@ -63,7 +63,8 @@ class _Calls(threading.local):
     """A thread's present forward pass."""
 
     def __init__(self) -> None:
-        self.positions: Positions | None = None
+        self.positions: Tensor | None = None
+        """True where the intervention applies, [B, T]."""
         self.begun_by: int | None = None
         """Id of the module whose call began the forward pass; None between forward passes."""
         self.is_announced = False
@@ -207,8 +208,8 @@ class ModelEdit(EditParameters):
             return self.contexts.within()
         return self.contexts.within(prompt_width=prompt_width, num_virtual=num_virtual)
 
-    def at_positions(self, positions: Positions) -> AbstractContextManager[None]:
-        """Let the forward passes inside this context intervene at `positions` only."""
+    def at_positions(self, positions: Tensor) -> AbstractContextManager[None]:
+        """Let the forward passes inside this context intervene where `positions` [B, T] is True."""
         return self.contexts.within(given_positions=positions)
 
     def learning(self) -> AbstractContextManager[None]:
@@ -266,7 +267,7 @@ class ModelEdit(EditParameters):
 
     def _positions_of(
         self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Positions | None:
+    ) -> Tensor | None:
         """Read the positions of a forward pass from its arguments and this thread's contexts."""
         now, num = self.contexts.now, self.num_prompt_positions
         lengths, width = now.prompt_lengths, now.prompt_width
@@ -278,8 +279,7 @@ class ModelEdit(EditParameters):
             self._has_warned = says_nothing_of_prompts(forward, args, kwargs, num)
             if self._has_warned:
                 logger.warning(_UNTOLD, num)
-        at = positions_of_call(forward, args, kwargs, num, lengths, width)
-        return None if at is None else Positions.of(at)
+        return positions_of_call(forward, args, kwargs, num, lengths, width)
 
     @not_compiled
     def _on_return(self, module: nn.Module, _args: Any, _output: Any) -> None:
@@ -297,7 +297,7 @@ class ModelEdit(EditParameters):
             return (self._edited(layer, args, output[0]), *output[1:])
         return self._edited(layer, args, output)
 
-    def _positions_at(self, layer: int, args: tuple[Any, ...]) -> Positions | None:
+    def _positions_at(self, layer: int, args: tuple[Any, ...]) -> Tensor | None:
         """Return where a layer is edited: nowhere if it is called alone, without its model.
 
         A layer that a backward pass repeats is edited as it was in its forward pass.
@@ -325,28 +325,25 @@ class ModelEdit(EditParameters):
     @not_compiled
     def _edited(self, layer: int, args: tuple[Any, ...], hidden: Tensor) -> Tensor:
         """Edit the output [B, T, D] of one layer; other positions stay bit-equal."""
-        call, contexts = self._positions_at(layer, args), self.contexts.now
-        if call is None or hidden.is_meta:
+        at, contexts = self._positions_at(layer, args), self.contexts.now
+        if at is None or hidden.is_meta:
             return hidden
-        if call.at.shape != hidden.shape[:2]:
+        if at.shape != hidden.shape[:2]:
             raise RuntimeError(
                 f"layer {layer} returned hidden states of shape {tuple(hidden.shape)}, but the "
-                f"model was called on {tuple(call.at.shape)} tokens"
+                f"model was called on {tuple(at.shape)} tokens"
             )
         self.move(layer, hidden.device)
+        here = at.to(hidden.device)
         if self.min_similarity is not None and not contexts.is_learning:
-            here = call.at.to(hidden.device)
             edited, weights = hidden.clone(), hidden.new_zeros(*here.shape, self.rank).float()
             edited[here], weights[here] = self.act(layer, hidden[here])
-        elif call.is_everywhere:
-            edited, weights = self._intervene(layer, hidden)
         else:
-            here = call.at.to(hidden.device)[..., None]  # [B, T, 1]
             # Padding can hold NaN, whose gradient `where` alone would not stop.
-            edited, weights = self._intervene(layer, torch.where(here, hidden, 0))
-            edited = torch.where(here, edited, hidden)
+            edited, weights = self._intervene(layer, torch.where(here[..., None], hidden, 0))
+            edited = torch.where(here[..., None], edited, hidden)
         if contexts.record is not None:
-            contexts.record.positions = call.at
+            contexts.record.positions = at
             contexts.record.weights[layer] = weights
             contexts.record.hidden[layer] = hidden.detach()
         return edited

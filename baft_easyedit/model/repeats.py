@@ -11,24 +11,22 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from baft_easyedit.model.contexts import Positions
 
-
-class Repeatable(dict[StorageWeakRef, list[Positions | None]]):
+class Repeatable(dict[StorageWeakRef, list[Tensor | None]]):
     """The positions of the forward passes that a backward pass may repeat, by a layer's input.
 
     A checkpointed layer is repeated on the very storage that it was called on. A storage of several
     passes with other positions, such as `inputs_embeds` for two calls, has two entries.
     """
 
-    def remember(self, args: tuple[Any, ...], positions: Positions | None) -> None:
+    def remember(self, args: tuple[Any, ...], positions: Tensor | None) -> None:
         """Remember where a layer is edited on these arguments."""
         for key in _storages(args):
             known = self.setdefault(key, [positions])
             if not _equal(known[0], positions):
                 known[1:] = [positions]
 
-    def of(self, args: tuple[Any, ...]) -> list[Positions | None]:
+    def of(self, args: tuple[Any, ...]) -> list[Tensor | None]:
         """Return where a layer was edited on these arguments: one entry if that is known."""
         return [positions for key in _storages(args) for positions in self.get(key, ())]
 
@@ -42,11 +40,11 @@ class Repeatable(dict[StorageWeakRef, list[Positions | None]]):
         return Repeatable, ()
 
 
-def _equal(one: Positions | None, other: Positions | None) -> bool:
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Tell whether two passes are edited at the same positions."""
     if one is None or other is None:
         return one is other
-    return one is other or torch.equal(one.at, other.at)
+    return one is other or torch.equal(one, other)
 
 
 def _storages(args: tuple[Any, ...]) -> list[StorageWeakRef]:

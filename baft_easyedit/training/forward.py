@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from baft_easyedit.model.contexts import Positions
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.locks import of_this_thread
 from baft_easyedit.training.caches import FrozenPrefix
@@ -32,8 +31,6 @@ class Contents(NamedTuple):
     """The inputs of a forward: tensors, without a reference to the model."""
 
     layout: Layout
-    positions: Positions
-    """The intervened positions."""
     inputs: Mapping[str, Any]
     """Arguments of the model's forward."""
     output: Any = None
@@ -55,8 +52,8 @@ class Contents(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a forward reads, except the parameters of the model and the edit."""
         output = self.output[0] if isinstance(self.output, tuple) else self.output
-        named = {"positions": self.positions.at, "output": output}
-        named |= {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
+        named = {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
+        named["output"] = output
         for name, value in self.inputs.items():
             if isinstance(value, FrozenPrefix):
                 named |= {f"{i}.{k}": t for i, kv in value.states.items() for k, t in enumerate(kv)}
@@ -132,7 +129,7 @@ class Forward:
         model, contents = self._model, self.contents
         columns = contents.layout.predicting
         with (
-            self._edit.at_positions(contents.positions),
+            self._edit.at_positions(contents.layout.positions),
             _stubbed(self._stubs, contents.output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
             _without_cudnn_attention(),

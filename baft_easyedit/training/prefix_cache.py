@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
-from baft_easyedit.model.contexts import Positions
 from baft_easyedit.model.hooks import ModelEdit
 from baft_easyedit.model.inspect import (
     cache_name,
@@ -145,7 +144,7 @@ class FullForward:
         inputs["use_cache"] = cache is not None
         if cache is not None:
             inputs[cache_name(self._model)] = cache
-        contents = Contents(layout, Positions.of(layout.positions), inputs)
+        contents = Contents(layout, inputs)
         return Forward(self._model, self._edit, contents)
 
 
@@ -265,10 +264,7 @@ class PrefixCache:
         )
         extras = self._layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        # Some layouts of a rounded size have no padding; a graph of that size must not rely on it.
-        at = layout.positions
-        positions = Positions(at, False) if self._rounds else Positions.of(at)
-        contents = Contents(layout, positions, inputs, output, self._rounds)
+        contents = Contents(layout, inputs, output, self._rounds)
         return Forward(self._model, self._edit, contents, self._stubs)
 
 
