@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from baft_easyedit import BaFTEditor, BaFTHyperParams, ReFTHyperParams
-from baft_easyedit.training.step import TrainingStep
+from baft_easyedit.training.step import Objective
 from tests.conftest import make_model, make_tokenizer
 
 NAME = "elsewhere"
@@ -141,12 +141,12 @@ def check(family, hparams):
     assert num_looks <= (len(REQUESTS) + 1) * (2 + hparams.num_steps / 4), WAITS
 
 
-def never_waiting(step):
-    """Wrap `TrainingStep.run`: it may wait for nothing, unless the model itself does."""
+def never_waiting(gradients):
+    """Wrap `Objective.gradients`: it may wait for nothing, unless the model itself does."""
 
-    def watched(descent, forward):
+    def watched(objective, forward):
         before = Counter(WAITS)
-        result = step(descent, forward)
+        result = gradients(objective, forward)
         assert before == WAITS or not forward.is_cached, WAITS - before
         return result
 
@@ -158,7 +158,7 @@ def main():
     _setup_privateuseone_for_python_backend(NAME)
     getattr(torch, NAME).get_amp_supported_dtype = lambda: []  # autocast asks, to be switched off
     torch.set_num_threads(1)
-    TrainingStep.run = never_waiting(TrainingStep.run)
+    Objective.gradients = never_waiting(Objective.gradients)
     settings = {"layers": [1, 3], "rank": 4, "lr": 1e-2, "num_steps": 2, "early_stop_loss": 0.0}
     for family in ("gemma3", "gpt2"):
         check(family, BaFTHyperParams("tiny", **settings))

@@ -14,10 +14,10 @@ from baft_easyedit import BaFTEditor, BaFTHyperParams
 from baft_easyedit.method.objective import answer_loss, token_losses
 from baft_easyedit.model.inspect import CACHE_NAMES, cache_name
 from baft_easyedit.training.prefix_cache import (
-    Engine,
-    FullForward,
     PrefixCache,
     _check_belong_to_text,
+    full_forward,
+    prepared,
 )
 from baft_easyedit.training.requests import as_requests, text_rows
 from tests.conftest import FAMILIES, call_cache, first_of, make_model, random_edit
@@ -68,11 +68,13 @@ def engine_loss(forward):
     return answer_loss(losses, layout.label_owners, layout.num_edits).sum()
 
 
-class PaddedCache(PrefixCache):
-    """The prefix cache in one of few sizes."""
+def cached_forward(model, edit, edits):
+    return PrefixCache(model, edit).prepare(edits)
 
-    def __init__(self, model, edit):
-        super().__init__(model, edit, rounds=True)
+
+def padded_forward(model, edit, edits):
+    """A forward on the prefix cache in one of few sizes."""
+    return PrefixCache(model, edit, rounds=True).prepare(edits)
 
 
 def transformers_loss(model, tokenizer, edit):
@@ -90,14 +92,14 @@ def transformers_loss(model, tokenizer, edit):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("engine", [PrefixCache, PaddedCache, FullForward])
+@pytest.mark.parametrize("engine", [cached_forward, padded_forward, full_forward])
 def test_engines_equal_the_model_itself(family, engine, attention, tokenizer, rows):
-    if engine is not FullForward and family in NOT_CACHED:
+    if engine is not full_forward and family in NOT_CACHED:
         pytest.skip("not cached under transformers below 4.53")
     model = make_model_with(family, attention)
     edit = with_edit(model)
     loss, gradients = loss_and_gradients(transformers_loss(model, tokenizer, edit), edit)
-    forward = engine(model, edit).prepare([rows])
+    forward = engine(model, edit, [rows])
     for _ in range(2):  # what is recorded serves every step
         found, found_gradients = loss_and_gradients(engine_loss(forward), edit)
         assert torch.allclose(found, loss, rtol=0, atol=1e-5)
@@ -202,7 +204,7 @@ def test_errors_that_no_cache_explains_are_raised(error, model, rows):
 
     model.forward = fail
     with pytest.raises(type(error), match=str(error)):
-        Engine(model, with_edit(model), "auto").prepare([rows])
+        prepared(model, with_edit(model), [rows], "auto")
 
 
 def test_errors_of_our_own_code_are_raised(model, rows, monkeypatch):
@@ -237,7 +239,7 @@ def test_layers_that_store_or_give_something_else_are_not_cached(model, rows):
     with pytest.raises(ValueError, match="layer 3 stores no keys and values for each token"):
         PrefixCache(model, edit).prepare([rows])
     layer.self_attn = attention
-    layout = FullForward(model, edit).prepare([rows]).layout
+    layout = full_forward(model, edit, [rows]).layout
     for hidden in (None, torch.ones(3, 4), torch.ones(1, 2, 3)):
         with pytest.raises(ValueError, match="first edited layer gives no hidden state for each"):
             _check_belong_to_text(layout, hidden, {})
@@ -297,22 +299,22 @@ def test_a_cache_that_gives_other_logits_is_refused(model, rows):
         ValueError, match=r"logits on a cached prefix differ by .* from those of the full"
     ):
         PrefixCache(model, edit).prepare([rows])
-    engine = Engine(model, edit, "auto")
-    engine.prepare([rows])
-    assert engine.name == "full"
+    forward, note = prepared(model, edit, [rows], "auto")
+    assert not forward.is_cached
+    assert "logits on a cached prefix differ" in note
 
 
-@pytest.mark.parametrize("engine", [PrefixCache, FullForward])
+@pytest.mark.parametrize("engine", [cached_forward, full_forward])
 def test_a_model_without_an_output_embedding_is_scored_all_the_same(engine, model, rows):
     edit = with_edit(model)
-    expected = engine(model, edit).prepare([rows])()
+    expected = engine(model, edit, [rows])()
     model.get_output_embeddings = lambda: None
-    assert torch.allclose(engine(model, edit).prepare([rows])(), expected, atol=1e-5)
+    assert torch.allclose(engine(model, edit, [rows])(), expected, atol=1e-5)
 
 
 def test_steps_that_overlap_leave_torchs_attention_as_it_was(rows):
     first, second = (make_model(), make_model())
-    forwards = [FullForward(model, with_edit(model)).prepare([rows]) for model in (first, second)]
+    forwards = [full_forward(model, with_edit(model), [rows]) for model in (first, second)]
     is_second_inside, is_first_done = threading.Event(), threading.Event()
     first.lm_head.register_forward_hook(lambda *_: None if is_second_inside.wait(30) else 1 / 0)
 
@@ -337,9 +339,8 @@ def test_steps_that_overlap_leave_torchs_attention_as_it_was(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cache_in_half_precision(dtype, rows):
     model = make_model(dtype=dtype)
-    engine = Engine(model, with_edit(model), "auto")
-    engine.prepare([rows])
-    assert engine.name == "cached"
+    forward, _ = prepared(model, with_edit(model), [rows], "auto")
+    assert forward.is_cached
 
 
 # PEFT, and what else makes recordings stale

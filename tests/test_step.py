@@ -16,9 +16,9 @@ from baft_easyedit.training.cuda_graph import CudaGraph, Repeated
 from baft_easyedit.training.forward import Forward
 from baft_easyedit.training.known_steps import KnownSteps
 from baft_easyedit.training.loop import _frozen
-from baft_easyedit.training.prefix_cache import Engine
+from baft_easyedit.training.prefix_cache import full_forward, prepared
 from baft_easyedit.training.requests import as_requests, text_rows
-from baft_easyedit.training.step import TrainingStep
+from baft_easyedit.training.step import Objective, TrainingStep, _captured_on
 from tests.conftest import random_edit
 
 REQUESTS = [
@@ -32,17 +32,16 @@ def rows(tokenizer):
     return text_rows(as_requests(REQUESTS), tokenizer)
 
 
-def on_cache(model, edit, *edits, **options):
+def on_cache(model, edit, *edits):
     """A forward on a cached prefix; older transformers have families that cannot be."""
-    engine = Engine(model, edit, "auto", **options)
-    forward = engine.prepare(edits)
-    if engine.name == "full":
+    forward, _ = prepared(model, edit, edits, "auto")
+    if not forward.is_cached:
         pytest.skip("no prefix cache under transformers below 4.53")
     return forward
 
 
 def never_captured(monkeypatch):
-    monkeypatch.setattr(TrainingStep, "_captured_on", lambda *_: None)
+    monkeypatch.setattr(training_step, "_captured_on", lambda _: None)
 
 
 class StandIn:
@@ -201,15 +200,15 @@ def test_gradients_of_a_graph_are_those_of_the_step(num_edits, model, rows, long
     edit = edit if num_edits == 1 else IndependentEdits(edit, num_edits)
     edit.attach(model)
     parameters = list(edit.learned_parameters().values())
-    steps = TrainingStep(edit, long)
     with _frozen(model):
-        forward = Engine(model, edit, "cached").prepare([rows] * num_edits)
+        forward = on_cache(model, edit, *[rows] * num_edits)
+        steps, objective = TrainingStep(edit, long, forward), Objective(edit, long)
         for _ in range(6):
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p) * 1e-2)
-            step, gradients = steps._objective.gradients(forward)
-            repeated = steps.run(forward)
+            step, gradients = objective.gradients(forward)
+            repeated = steps.run()
             assert torch.allclose(repeated.terms["answer"], step.terms["answer"])
             for p, gradient in zip(parameters, gradients, strict=True):
                 assert torch.allclose(p.grad, gradient, atol=1e-6, rtol=1e-4)
@@ -240,9 +239,9 @@ def test_a_cached_step_waits_for_no_value(num_edits, family_model, rows, long):
     edit.attach(family_model)
     with _frozen(family_model):
         forward = on_cache(family_model, edit, *[rows] * num_edits)
-        steps = TrainingStep(edit, replace(long, engine="full"))
+        steps = TrainingStep(edit, long, forward)
         with NoLooking():
-            steps.run(forward)
+            steps.run()
 
 
 def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monkeypatch, caplog):
@@ -260,12 +259,11 @@ def test_edits_of_one_size_share_a_graph(model, tokenizer, long, stand_ins, monk
 def test_full_forwards_and_many_tokens_are_not_captured(model, rows, long, stand_ins, monkeypatch):
     edit = random_edit(layers=long.layers)
     edit.attach(model)
-    steps = TrainingStep(edit, long)
-    assert steps._captured_on(Engine(model, edit, "full").prepare([rows])) is None
-    forward = Engine(model, edit, "cached").prepare([rows])
-    assert steps._captured_on(forward) is not None
+    assert _captured_on(full_forward(model, edit, [rows])) is None
+    forward = on_cache(model, edit, rows)
+    assert _captured_on(forward) is not None
     monkeypatch.setattr(training_step, "_MOST_CAPTURED", forward.layout.input_ids.numel() - 1)
-    assert steps._captured_on(forward) is None
+    assert _captured_on(forward) is None
 
 
 def test_what_could_not_be_captured_is_not_tried_again(
@@ -311,14 +309,14 @@ def test_steps_on_cuda_are_captured(dtype, model, rows, long, caplog):
     model.to("cuda", dtype)
     edit = random_edit(layers=long.layers).cuda()
     edit.attach(model)
-    steps, computed = TrainingStep(edit, long), TrainingStep(edit, replace(long, engine="full"))
     with _frozen(model), caplog.at_level(logging.WARNING, "baft_easyedit.training.cuda_graph"):
-        forward = Engine(model, edit, "cached").prepare([rows])
+        forward = on_cache(model, edit, rows)
+        steps, objective = TrainingStep(edit, long, forward), Objective(edit, long)
         for _ in range(8):
             with torch.no_grad():
                 for p in edit.parameters():
                     p.add_(torch.randn_like(p) * 1e-2)
-            loss = steps.run(forward).terms["answer"].clone()
-            assert torch.allclose(loss, computed.run(forward).terms["answer"], rtol=1e-2)
+            loss = steps.run().terms["answer"].clone()
+            assert torch.allclose(loss, objective.value(forward).terms["answer"], rtol=1e-2)
     assert isinstance(steps._compute._state.graph, CudaGraph)
     assert not of_graphs(caplog)

@@ -34,7 +34,7 @@ from baft_easyedit.files.messages import short
 from baft_easyedit.hparams import OUR_METHODS
 from baft_easyedit.model.hooks import ModelEdit, attached_edit
 from baft_easyedit.model.prompt_format import PromptFormat
-from baft_easyedit.training.prefix_cache import FullForward
+from baft_easyedit.training.prefix_cache import full_forward
 from baft_easyedit.training.requests import TextRow
 
 LayerValues = dict[str, list[float]]
@@ -265,7 +265,7 @@ def _observe(
         TextRow(form.whole_ids(*pair, tok), len(form.prompt_ids(pair[0], tok)), is_edit=True)
         for pair in pairs
     ]
-    forward = FullForward(session.model, edit).prepare([rows])
+    forward = full_forward(session.model, edit, [rows])
     with edit.recording() as record:
         forward()
     assert record.positions is not None  # a forward of tokens has set them

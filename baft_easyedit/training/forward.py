@@ -35,8 +35,6 @@ class Contents(NamedTuple):
     """Arguments of the model's forward."""
     output: Any = None
     """The output of stubbed layers: hidden states [B, W, D], or a tuple with them first."""
-    is_rounded: bool = False
-    """Whether the layout was padded to one of few sizes."""
 
     @property
     def sizes(self) -> Hashable:

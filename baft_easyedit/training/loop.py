@@ -135,7 +135,7 @@ def train(
         FloatingPointError: If a loss is not finite.
         ValueError: If the engine is `cached`, and the model cannot use a cached prefix.
     """
-    from baft_easyedit.training.prefix_cache import Engine  # it imports transformers
+    from baft_easyedit.training.prefix_cache import prepared  # it imports transformers
 
     start = time.perf_counter()
     edit.follow(model)
@@ -146,10 +146,10 @@ def train(
     progress = _Progress(edit, edits, hparams, around)
     known = _known_steps(model, edit)
     with _frozen(model), edit.learning():
-        engine = Engine(model, edit, hparams.engine, known is not None)
-        training_step, forward = TrainingStep(edit, hparams, known), engine.prepare(edits)
+        forward, note = prepared(model, edit, edits, hparams.engine, known is not None)
+        training_step = TrainingStep(edit, hparams, forward, known)
         while True:
-            step = training_step.run(forward)
+            step = training_step.run()
             if progress.is_over_after(step):
                 break
             coordinates.pull_back()
@@ -157,7 +157,8 @@ def train(
             coordinates.follow()
         edit.zero_grad()  # a later step may overwrite the memory of the gradients
     time_s = (time.perf_counter() - start) / edit.num_edits
-    told: dict[str, Any] = dict(time_s=time_s, engine=engine.name, engine_note=engine.note)
+    engine = "cached" if forward.is_cached else "full"
+    told: dict[str, Any] = dict(time_s=time_s, engine=engine, engine_note=note)
     results = [progress.results[i] for i in range(edit.num_edits)]
     return [one._replace(report=replace(one.report, **told)) for one in results]
 
@@ -173,9 +174,9 @@ def answered_now(
         edit: The edit that it carries, if any.
         rows: The texts that are asked together; irrelevant prompts are skipped.
     """
-    from baft_easyedit.training.prefix_cache import FullForward  # it imports transformers
+    from baft_easyedit.training.prefix_cache import full_forward  # it imports transformers
 
-    forward = FullForward(model, edit).prepare([[row for row in rows if row.is_edit]])
+    forward = full_forward(model, edit, [[row for row in rows if row.is_edit]])
     with evaluating(model):
         logits = forward()
     losses, misses = row_scores(logits, token_losses(logits, forward.layout.labels), forward.layout)

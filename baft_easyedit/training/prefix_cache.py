@@ -17,9 +17,8 @@ For a prompt of five tokens, of which the last is edited, and an answer of two (
 `PrefixCache` records r, k and v once for each text. Each step is then the model's own forward on
 columns >= s: layers 0..l1 are stubs that return r, the edit's hooks act on r as on a layer's
 output, and the frozen keys and values stand for the columns before s. The computed columns of all
-texts share few rows of the batch (see `layout`). `FullForward` computes everything; `Engine` falls
-back to it where a model cannot use the cache. Both compute logits only where an answer token is
-predicted.
+texts share few rows of the batch (see `layout`). `full_forward` computes everything, where a model
+cannot use the cache. Both compute logits only where an answer token is predicted.
 
 Shapes: B bins, W columns, S columns of the past, N heads, H head size, A answer tokens, V
 vocabulary, D hidden size, R rows.
@@ -69,83 +68,59 @@ class Recording(NamedTuple):
     """Keys and values of the columns before them, by layer above l1, [N, s, H] each."""
 
 
-class Engine:
-    """Prepares forwards: on the prefix cache, or in full where the model cannot use the cache.
+def prepared(
+    model: nn.Module, edit: ModelEdit, edits: Edits, engine: str, rounds: bool = False
+) -> tuple[Forward, str | None]:
+    """Prepare the forward of training: on the prefix cache, or in full.
+
+    Args:
+        model: A model in eval mode.
+        edit: The edit that is attached to it.
+        edits: The rows of each edit, equally many for each.
+        engine: One of `hparams.ENGINES`. With `auto`, a model that cannot use the cache gets the
+            full forward, and a warning is logged.
+        rounds: Whether the layout is padded to one of few sizes, so that later edits can replay the
+            steps.
+
+    Returns:
+        The forward; and why the model cannot use the cache, None if it can or was not asked to.
+
+    Raises:
+        ValueError: If the engine is `cached`, and the model cannot use the cache.
+    """
+    if engine == "full":
+        return full_forward(model, edit, edits), None
+    try:
+        return PrefixCache(model, edit, rounds).prepare(edits), None
+    except CannotCacheError as error:
+        note = f"{type(model).__name__} cannot use a cached prefix ({error})"
+        if engine == "cached":
+            raise ValueError(
+                f"engine must be auto or full for this model: {note}; got 'cached'"
+            ) from error
+    logger.warning("full forward: %s", note)
+    return full_forward(model, edit, edits), note
+
+
+def full_forward(
+    model: nn.Module, edit: ModelEdit, edits: Edits, cache: DynamicCache | None = None
+) -> Forward:
+    """Prepare a forward on all columns: each bin holds one row, padded on the right.
 
     Args:
         model: A model.
-        edit: The edit that is attached to it.
-        name: One of `hparams.ENGINES`. With `auto`, a model that cannot use the cache gets the full
-            forward, and a warning is logged.
-        rounds: Whether layouts are padded to few sizes, so that later edits can replay the steps.
-
+        edit: The edit that it carries, if any.
+        edits: The rows of each edit, equally many for each.
+        cache: A cache that the forward fills.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        edit: ModelEdit,
-        name: str,
-        rounds: bool = False,
-    ) -> None:
-        self.note: str | None = None
-        """Why the model cannot use the cache; None if it can, or the cache was not asked for."""
-        self._model = model
-        self._may_fall_back = name == "auto"
-        self._full = FullForward(model, edit)
-        self._cache = None if name == "full" else PrefixCache(model, edit, rounds)
-
-    @property
-    def name(self) -> str:
-        """The kind of the next forward, as far as is known: `cached` or `full`."""
-        return "full" if self._cache is None else "cached"
-
-    def prepare(self, edits: Edits) -> Forward:
-        """Prepare a forward of a model in eval mode on each edit's rows.
-
-        Raises:
-            ValueError: If the engine is `cached`, and the model cannot use the cache.
-        """
-        if self._cache is not None:
-            try:
-                return self._cache.prepare(edits)
-            except CannotCacheError as error:
-                self._give_up_cache(error)
-        return self._full.prepare(edits)
-
-    def _give_up_cache(self, error: CannotCacheError) -> None:
-        """Let all later forwards run in full; raise ValueError if that was not asked for."""
-        self.note = f"{type(self._model).__name__} cannot use a cached prefix ({error})"
-        if not self._may_fall_back:
-            raise ValueError(
-                f"engine must be auto or full for this model: {self.note}; got 'cached'"
-            ) from error
-        logger.warning("full forward: %s", self.note)
-        self._cache = None
-
-
-class FullForward:
-    """Prepares forwards on all columns: each bin holds one row, padded on the right."""
-
-    def __init__(self, model: nn.Module, edit: ModelEdit) -> None:
-        self._model = model
-        self._edit = edit
-
-    def prepare(self, edits: Edits, cache: DynamicCache | None = None) -> Forward:
-        """Lay out the rows of each edit (as many for each).
-
-        A `cache`, if one is given, is filled by the forward.
-        """
-        pieces = _pieces(edits, lambda _row: 0)
-        device = input_device(self._model)
-        layout = lay_out(pieces, self._edit.num_prompt_positions, None, device)
-        inputs = _inputs(self._model, layout)
-        inputs["attention_mask"] = (layout.row_of >= 0).long()
-        inputs["use_cache"] = cache is not None
-        if cache is not None:
-            inputs[cache_name(self._model)] = cache
-        contents = Contents(layout, inputs)
-        return Forward(self._model, self._edit, contents)
+    pieces = _pieces(edits, lambda _row: 0)
+    layout = lay_out(pieces, edit.num_prompt_positions, None, input_device(model))
+    inputs = _inputs(model, layout)
+    inputs["attention_mask"] = (layout.row_of >= 0).long()
+    inputs["use_cache"] = cache is not None
+    if cache is not None:
+        inputs[cache_name(model)] = cache
+    return Forward(model, edit, Contents(layout, inputs))
 
 
 def _pieces(edits: Edits, start_of: Callable[[TextRow], int]) -> list[list[Piece]]:
@@ -174,7 +149,10 @@ def _takes(model: nn.Module, argument: str) -> bool:
 class PrefixCache:
     """Prepares forwards that compute only what the edit can change (see the module's text).
 
-    The arguments are those of `Engine`.
+    Args:
+        model: A model in eval mode.
+        edit: The edit that is attached to it.
+        rounds: See `prepared`.
     """
 
     def __init__(
@@ -186,7 +164,6 @@ class PrefixCache:
         self._model = model
         self._edit = edit
         self._rounds = rounds
-        self._full = FullForward(model, edit)
         self._first_layer = min(edit.layers)
         self._stubs = list(decoder_layers(model)[: self._first_layer + 1])
         self._layer_extras: tuple[Any, ...] | None = None
@@ -226,7 +203,7 @@ class PrefixCache:
         learned again from a journal meets other texts, and must still come out bit for bit.
         """
         recorder = Recorder(self._first_layer + 1)
-        full = self._full.prepare([[row]], cache=recorder)
+        full = full_forward(self._model, self._edit, [[row]], recorder)
         with watching(self._stubs[-1:]) as (seen,):
             logits = full()
         is_tuple = bool(seen) and isinstance(seen[0], tuple)
@@ -264,8 +241,7 @@ class PrefixCache:
         )
         extras = self._layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        contents = Contents(layout, inputs, output, self._rounds)
-        return Forward(self._model, self._edit, contents, self._stubs)
+        return Forward(self._model, self._edit, Contents(layout, inputs, output), self._stubs)
 
 
 def _check_takes_masks(config: Any) -> None:

@@ -151,73 +151,73 @@ class Objective:
 class TrainingStep:
     """Computes training steps: the losses, and the gradients, left in `.grad` for the optimiser.
 
-    `known` are captured steps of earlier calls on the same model, to which new ones are added; None
-    to keep none.
+    Args:
+        edit: The edit that is trained.
+        hparams: Its hyper-parameters.
+        forward: The forward of all steps.
+        known: Captured steps of earlier calls on the same model, to which a new one is added; None
+            to keep none.
     """
 
     def __init__(
         self,
         edit: ModelEdit,
         hparams: BaFTHyperParams,
+        forward: "Forward",
         known: KnownSteps | None = None,
     ) -> None:
-        self._edit = edit
-        self._captures = hparams.engine != "full"
-        self._objective = Objective(edit, hparams)
         self._parameters = list(edit.learned_parameters().values())
-        self._known = known
-        usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
-        memory = tuple(t.data_ptr() for t in (*self._parameters, *usage))
-        self._made_with = (self._objective.settings, memory)
-        self._forward: Forward | None = None
+        objective = Objective(edit, hparams)
+        device, state = _captured_on(forward), None
+        if known is not None and device is not None:
+            usage = [t for i in edit.layers for t in edit.usage(i).buffers()]
+            memory = tuple(t.data_ptr() for t in (*self._parameters, *usage))
+            known.make_valid_for((forward.weights_version, objective.settings, memory))
+            forward, state = _on_known(forward, known)
+        compute = partial(objective.gradients, forward)
+        capture = None if device is None else partial(_graph, compute, device, known)
+        self._compute = Repeated(compute, capture, partial(objective.check, forward), state)
 
-    def run(self, forward: "Forward") -> StepResult:
+    def run(self) -> StepResult:
         """Compute a step, and leave its gradients in the parameters' `grad`.
 
         The next step may overwrite the memory of the result.
         """
-        if forward is not self._forward:
-            self._forward, self._compute = forward, self._known_or_new(forward)
         step, gradients = self._compute()
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return step
 
-    def _known_or_new(self, forward: "Forward") -> Repeated[_Computed]:
-        """Return the callable that computes the steps on a forward.
 
-        If an earlier edit captured a step of the same sizes, this forward's contents are copied
-        into that step's memory, and its graph is replayed.
-        """
-        device, state = self._captured_on(forward), None
-        if self._known is not None and device is not None and forward.contents.is_rounded:
-            self._known.make_valid_for((forward.weights_version, self._made_with))
-            known = self._known.get(forward.contents.sizes)
-            if known is None:
-                known = KnownStep(forward.contents, Capture())
-                self._known.put(forward.contents.sizes, known)
-            elif not known.state.has_failed:
-                known.contents.take(forward.contents)
-                known.state.renew()
-                forward = forward.on(known.contents)
-            state = known.state
-        compute = partial(self._objective.gradients, forward)
-        capture = None if device is None else partial(_graph, compute, device, self._known)
-        return Repeated(compute, capture, partial(self._objective.check, forward), state)
+def _captured_on(forward: "Forward") -> torch.device | None:
+    """Return the CUDA device on which steps are captured; None if they are not.
 
-    def _captured_on(self, forward: "Forward") -> torch.device | None:
-        """Return the CUDA device on which steps are captured; None if they are not.
-
-        A full forward is not captured, as it may wait for the device to look at its mask; nor is a
-        step of many tokens, whose graph would take as much memory again as the step.
-        """
-        if not self._captures or not forward.is_cached:
-            return None
-        device, is_short = forward.device, forward.layout.input_ids.numel() <= _MOST_CAPTURED
-        return device if is_short and device is not None and device.type == "cuda" else None
+    A full forward is not captured, as it may wait for the device to look at its mask; nor is a step
+    of many tokens, whose graph would take as much memory again as the step.
+    """
+    is_short = forward.layout.input_ids.numel() <= _MOST_CAPTURED
+    device = forward.device if forward.is_cached and is_short else None
+    return device if device is not None and device.type == "cuda" else None
 
 
-# No method: a reference to `TrainingStep` would be a cycle, and keep the model alive.
+def _on_known(forward: "Forward", known: KnownSteps) -> tuple["Forward", Capture]:
+    """Return the forward in the memory of a known step of its sizes, and that step's capture.
+
+    If there is such a step, the forward's contents are copied into its memory, and its graph will
+    be replayed; otherwise this forward's step becomes a known one.
+    """
+    contents = forward.contents
+    step = known.get(contents.sizes)
+    if step is None:
+        step = KnownStep(contents, Capture())
+        known.put(contents.sizes, step)
+    elif not step.state.has_failed:
+        step.contents.take(contents)
+        step.state.renew()
+        forward = forward.on(step.contents)
+    return forward, step.state
+
+
 def _graph(
     compute: Callable[[], _Computed], device: torch.device, known: KnownSteps | None
 ) -> CudaGraph[_Computed]:
