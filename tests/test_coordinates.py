@@ -17,8 +17,8 @@ from baft_easyedit.training.own_texts import (
     NUM_TEXTS,
     own_length,
     own_prompts,
-    own_statistics,
     own_texts,
+    own_whitenings,
 )
 from tests.conftest import GPT_SIZES, HIDDEN, call_cache, make_model, make_tokenizer, with_prefix
 
@@ -163,16 +163,17 @@ def test_own_texts_are_of_a_model_with_peft_and_its_virtual_tokens(model):
     hidden = tuned(input_ids=texts.ids, output_hidden_states=True).hidden_states[3][:, 1:]
     assert torch.allclose(texts.states[2], hidden, rtol=1e-3, atol=1e-4)
     assert not torch.equal(texts.ids, plain.ids)
-    known = own_statistics(tuned).whitenings(tuned, [2])[2]
-    assert own_statistics(tuned).whitenings(tuned, [2])[2] is known
+    known = own_whitenings(tuned, [2])[2]
+    assert own_whitenings(tuned, [2])[2] is known
 
 
 def test_statistics_are_known_until_the_weights_change(model):
-    known = own_statistics(model).whitenings(model, [1, 3])
-    assert own_statistics(model).whitenings(model, [3])[3] is known[3]
+    known = own_whitenings(model, [1, 3])
+    assert own_whitenings(model, [1, 3])[3] is known[3]
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    assert not torch.equal(own_statistics(model).whitenings(model, [3])[3].mean, known[3].mean)
+    again = own_whitenings(model, [1, 3])
+    assert not torch.equal(again[3].mean, known[3].mean)
 
 
 FRAMES = (((5, 6, 7), (8, 9)), ((3,), (8, 9)))
@@ -192,17 +193,14 @@ def test_a_model_writes_messages_and_answers_in_a_template(model, frame, begins)
 
 def test_in_a_template_the_statistics_are_of_where_edits_act(model):
     """At each prompt's last token and in its answer."""
-    known = own_statistics(model).whitenings(model, [1, 3], FRAMES)
+    known = own_whitenings(model, [1, 3], FRAMES)
     found = []
     for frame in FRAMES:
         hidden = model(own_prompts(model, frame).ids, output_hidden_states=True).hidden_states[2]
         found.append(hidden[:, -ANSWER_LENGTH - 1 :].flatten(0, 1))
     assert torch.allclose(known[1].mean, torch.cat(found).mean(0), atol=1e-5)
-    plain = own_statistics(model).whitenings(model, [1])[1]
+    plain = own_whitenings(model, [1])[1]
     assert not torch.allclose(plain.mean, known[1].mean, atol=1e-3)
-    again = own_statistics(model).whitenings(model, [1], FRAMES)
-    assert again[1] is known[1]  # known beside each other
-    assert own_statistics(model).whitenings(model, [1])[1] is plain
 
 
 def test_a_model_writes_where_its_context_has_room(monkeypatch, hparams, request_dict):
@@ -230,13 +228,13 @@ def add_hook(model):
 )
 def test_statistics_are_those_of_the_model_as_it_is(change, frames, model):
     """Also after a change that no version of the weights tells of."""
-    before = own_statistics(model).whitenings(model, [1], frames)[1].mean
+    before = own_whitenings(model, [1], frames)[1].mean
     change(model)
-    after = own_statistics(model).whitenings(model, [1], frames)[1].mean
+    after = own_whitenings(model, [1], frames)[1].mean
     texts, other = own_texts(model).ids, make_model()
     change(other)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.equal(after, own_statistics(other).whitenings(other, [1], frames)[1].mean)
+    assert torch.equal(after, own_whitenings(other, [1], frames)[1].mean)
     assert torch.equal(own_texts(other).ids, texts)
 
 

@@ -32,7 +32,7 @@ from baft_easyedit.training.loop import (
     evaluating,
     train,
 )
-from baft_easyedit.training.own_texts import own_length, own_statistics
+from baft_easyedit.training.own_texts import own_length, own_whitenings
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.stand_ins import siblings, stand_ins
 
@@ -256,11 +256,7 @@ class Learner:
         if edit.min_similarity is not None and not edit.whitening(edit.layers[0]).is_known:
             edit.follow(self.model)
             with edit.disabled(), evaluating(self.model):
-                known = own_statistics(self.model).whitenings(
-                    self.model,
-                    edit.layers,
-                    self.frames(hparams),
-                )
+                known = own_whitenings(self.model, edit.layers, self.frames(hparams))
             for layer, whitening in known.items():
                 edit.whitening(layer).load_state_dict(whitening.state_dict())
 

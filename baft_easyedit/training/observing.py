@@ -41,7 +41,7 @@ def model_version(model: nn.Module) -> Hashable:
 
     The key also changes with the choice of kernels, which round differently. It does not see writes
     through `Tensor.data`, hooks, or adapters that are switched. So whoever keeps results of a model
-    must also compute one of them again (`OwnStatistics`).
+    must also compute one of them again (`own_texts`).
     """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     weights = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in model.parameters())

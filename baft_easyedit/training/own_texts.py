@@ -9,7 +9,7 @@ Shapes: N texts, T tokens, K last tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,7 @@ ANSWER_LENGTH = 3
 """Of the beginning of its answer, in tokens."""
 _LOOKED_AT = 7
 """Positions whose states are computed again to check that the model has not changed."""
-_MOST_FORMS = 2
-"""Forms of texts that are known at once, of each model: plain ones, and those in a template."""
-_NAME = "_baft_own_statistics"
+_NAME = "_baft_own_whitenings"
 """Attribute of the decoder stack, which a model and its wrappers (PEFT) have in common."""
 
 
@@ -56,43 +54,33 @@ class OwnTexts(NamedTuple):
     """The states of the last K tokens at the outputs of layers, [N, K, D] each, fp32."""
 
 
-class OwnStatistics:
-    """Whitening by a model's own texts, by layer; measured again when the model changes."""
+def own_whitenings(
+    model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
+) -> dict[int, Whitening]:
+    """Return whitening by a model's own texts, at the outputs of some layers.
 
-    def __init__(self) -> None:
-        self._version: Hashable = None
-        self._known: dict[tuple[Frame, ...], _Known] = {}
+    The latest is kept with the model, until that changes, or other layers or frames are asked for.
 
-    def __reduce__(self) -> Any:
-        return OwnStatistics, ()
-
-    def whitenings(
-        self, model: nn.Module, layers: Sequence[int], frames: tuple[Frame, ...] = ()
-    ) -> dict[int, Whitening]:
-        """Return the whitening at the outputs of some layers.
-
-        Args:
-            model: The model, without an edit.
-            layers: Indices of the layers.
-            frames: What a chat template puts around prompts; empty for plain texts.
-        """
-        version = model_version(model)
-        if version != self._version:
-            self._version, self._known = version, {}
-        known = self._known.pop(frames, None)
-        if known is None or not known.holds(model, layers):
-            before = known.whitenings if known else ()
-            known = _Known(model, sorted({*before, *layers}), frames)
-        for oldest in [*self._known][: 1 - _MOST_FORMS]:
-            del self._known[oldest]
-        self._known[frames] = known
-        return {layer: known.whitenings[layer] for layer in layers}
+    Args:
+        model: The model, without an edit.
+        layers: Indices of the layers.
+        frames: What a chat template puts around prompts; empty for plain texts.
+    """
+    kept, of = vars(decoder_layers(model)), (model_version(model), tuple(layers), frames)
+    known: _Known | None = kept.get(_NAME)
+    if known is None or known.of != of or not known.holds(model):
+        known = kept[_NAME] = _Known(model, layers, frames, of)
+    return known.whitenings
 
 
 class _Known:
     """The whitening by a model's own texts in one form, and states that tell if it still holds."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int], frames: Sequence[Frame], of: Hashable
+    ) -> None:
+        self.of = of
+        """The version of the model, the layers and the frames."""
         parts = [own_prompts(model, frame, layers) for frame in frames]
         parts = parts or [own_texts(model, layers)]
         self.whitenings = {i: _whitening([one.states[i] for one in parts]) for i in layers}
@@ -103,15 +91,16 @@ class _Known:
         self._before = first.ids.shape[1] - first.states[layers[0]].shape[1]
         """How many of its tokens come before those whose states are known."""
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the model measures its own
+
     @torch.no_grad()
-    def holds(self, model: nn.Module, layers: Sequence[int]) -> bool:
-        """Tell whether the layers are known, and the states still those of the model.
+    def holds(self, model: nn.Module) -> bool:
+        """Tell whether the states are still those of the model.
 
         `model_version` does not see all changes of what a model computes, so the beginning of a
         text is read again. Its states must be the known ones up to rounding.
         """
-        if not self._states.keys() >= {*layers}:
-            return False
         ids, stack = self._first[:, : self._before + _LOOKED_AT], decoder_layers(model)
         with watching([stack[layer] for layer in self._states]) as seen:
             model(input_ids=ids.to(input_device(model)), use_cache=False, **last_logits(model))
@@ -127,11 +116,6 @@ def _whitening(states: Sequence[Tensor]) -> Whitening:
     new = Whitening(all_states.shape[1]).to(all_states.device)
     new.measure(all_states)
     return new
-
-
-def own_statistics(model: nn.Module) -> OwnStatistics:
-    """Return the model's `OwnStatistics`, which live as long as the model."""
-    return cast(OwnStatistics, vars(decoder_layers(model)).setdefault(_NAME, OwnStatistics()))
 
 
 def own_texts(model: nn.Module, layers: Sequence[int] = ()) -> OwnTexts:
