@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from baft_easyedit.model.positions import edit_positions
-from baft_easyedit.training.layout import Multiples, Piece, lay_out, rounded
+from baft_easyedit.training.layout import Piece, lay_out, rounded
 from baft_easyedit.training.requests import TextRow
 
 HIDDEN = 64
-MULTIPLES = Multiples(8, 16, 4)
 LONG = TextRow(tuple(range(10, 40)), 26, is_edit=True)
 SHORT = TextRow((1, 2, 3, 4, 5), 2, is_edit=True)
 IRRELEVANT = TextRow((6, 7, 8, 9), 0, is_edit=False)
@@ -81,26 +80,23 @@ def test_little_is_padded():
 
 
 def test_rounded_sizes_are_few():
-    rows = [TextRow(tuple(range(n)), n - 2, is_edit=True) for n in range(6, 40)]
-    layouts = [
-        rounded(lay_out([pieces(row, IRRELEVANT)], 3, 10**6, "cpu"), MULTIPLES) for row in rows
-    ]
-    assert {tuple(layout.input_ids.shape) for layout in layouts} == {(1, 16)}
-    assert {layout.past_row_of.shape[1] for layout in layouts} == {16, 32, 48}
-    assert {len(layout.labels) for layout in layouts} == {4}
+    rows = [TextRow(tuple(range(n)), n - 2, is_edit=True) for n in range(6, 150)]
+    layouts = [rounded(lay_out([pieces(row, IRRELEVANT)], 3, 10**6, "cpu")) for row in rows]
+    assert {tuple(layout.input_ids.shape) for layout in layouts} == {(1, 32)}
+    assert {layout.past_row_of.shape[1] for layout in layouts} == {64, 128, 192}
+    assert {len(layout.labels) for layout in layouts} == {16}
     long = TextRow(tuple(range(300)), 150, is_edit=True)
-    layout = rounded(lay_out([pieces(long)], 3, 10**6, "cpu"), MULTIPLES)
-    assert (layout.input_ids.shape[1], layout.past_row_of.shape[1]) == (160, 160)
+    layout = rounded(lay_out([pieces(long)], 3, 10**6, "cpu"))
+    assert (layout.input_ids.shape[1], layout.past_row_of.shape[1]) == (160, 192)
     assert len(layout.labels) == 160
 
 
-@pytest.mark.parametrize("to", [MULTIPLES, Multiples(32, 64, 16)])
-def test_rounding_adds_nothing_but_padding(to):
+def test_rounding_adds_nothing_but_padding():
     exact = lay_out([pieces(LONG, SHORT, IRRELEVANT)], 3, HIDDEN, "cpu")
-    wide = rounded(exact, to)
-    assert wide.input_ids.shape[1] % to.columns == 0
-    assert wide.past_row_of.shape[1] % to.past == 0
-    assert len(wide.labels) % to.answers == 0
+    wide = rounded(exact)
+    assert wide.input_ids.shape[1] % 32 == 0
+    assert wide.past_row_of.shape[1] % 64 == 0
+    assert len(wide.labels) % 16 == 0
     columns, past = exact.input_ids.shape[1], exact.past_row_of.shape[1]
     for name in ("input_ids", "position_ids", "row_of", "edited", "irrelevant"):
         assert torch.equal(getattr(wide, name)[:, :columns], getattr(exact, name))

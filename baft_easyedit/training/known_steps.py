@@ -48,16 +48,10 @@ class KnownSteps:
         return KnownSteps, ()
 
     def make_valid_for(self, version: Hashable) -> None:
-        """Forget all steps that another version (of the model, say) made."""
+        """Forget all steps of another version (of the model, say), and the pool of their memory."""
         if version != self._made_with:
-            self.clear()
-            self._made_with = version
-
-    def clear(self) -> None:
-        """Forget all steps, and their memory, in which a capture may have failed."""
-        self._steps.clear()
-        self.num_bytes = 0
-        self._pool = None
+            self._steps.clear()
+            self.num_bytes, self._pool, self._made_with = 0, None, version
 
     def get(self, sizes: Hashable) -> KnownStep | None:
         """Return the step of some sizes; None if there is none, or no longer."""

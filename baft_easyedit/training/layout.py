@@ -55,6 +55,11 @@ _PAST_PADDING = {"past_position_ids": 0, "past_row_of": -1}
 """Likewise of those that are [B, S]."""
 
 
+_LEAST_COLUMNS, _LEAST_PAST, _LEAST_ANSWERS = 32, 64, 16
+"""Of rounded layouts, W, S and A are multiples of these. A column of the past costs the least; an
+answer costs a row of logits."""
+
+
 class Piece(NamedTuple):
     """A row and its first computed column, `start`; the columns before it are the row's past."""
 
@@ -195,26 +200,16 @@ def _answers(pieces: Sequence[Piece], bins: Sequence[Sequence[int]], width: int)
     return torch.tensor(answers, dtype=torch.long).view(-1, 3).mT
 
 
-class Multiples(NamedTuple):
-    """The numbers of which W, S and A become multiples when a layout is rounded."""
-
-    columns: int
-    """For W."""
-    past: int
-    """For S, whose columns cost the least."""
-    answers: int
-    """For A, each of which costs a row of logits."""
-
-
-def rounded(layout: Layout, to: Multiples) -> Layout:
+def rounded(layout: Layout) -> Layout:
     """Pad a layout to one of few sizes, so that edits of similar sizes replay one CUDA graph.
 
+    A few tokens more cost nothing on a GPU, as reading the weights takes the time there.
     The added columns are padding, and the added answer tokens belong to no row and no edit.
     """
     num_answers = len(layout.labels)
-    columns = _round_up(layout.input_ids.shape[1], to.columns, 8) - layout.input_ids.shape[1]
-    past = _round_up(layout.past_row_of.shape[1], to.past, 4) - layout.past_row_of.shape[1]
-    answers = _round_up(num_answers, to.answers, 4) - num_answers
+    columns = _round_up(layout.input_ids.shape[1], _LEAST_COLUMNS, 8) - layout.input_ids.shape[1]
+    past = _round_up(layout.past_row_of.shape[1], _LEAST_PAST, 4) - layout.past_row_of.shape[1]
+    answers = _round_up(num_answers, _LEAST_ANSWERS, 4) - num_answers
     bins = torch.div(layout.predicting, layout.input_ids.shape[1], rounding_mode="floor")
 
     def again(values: Tensor) -> Tensor:  # repeats a column whose loss is surely finite

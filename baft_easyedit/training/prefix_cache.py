@@ -45,15 +45,11 @@ from baft_easyedit.model.inspect import (
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.training.caches import FrozenPrefix, Recorder
 from baft_easyedit.training.forward import CannotCacheError, Contents, Forward
-from baft_easyedit.training.layout import Layout, Multiples, Piece, lay_out, rounded
+from baft_easyedit.training.layout import Layout, Piece, lay_out, rounded
 from baft_easyedit.training.observing import tolerance_of, watching
 from baft_easyedit.training.requests import TextRow
 
 logger = logging.getLogger(__name__)
-
-_ROUNDED_TO = Multiples(32, 64, 16)
-"""Sizes on a GPU: a few tokens more cost nothing there, as reading the weights takes the time, but
-each size takes memory for a CUDA graph of its own."""
 
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
@@ -229,7 +225,7 @@ class PrefixCache:
         device, num_positions = input_device(self._model), self._edit.num_prompt_positions
         layout = lay_out(pieces, num_positions, config.hidden_size, device)
         if self._rounds:
-            layout = rounded(layout, _ROUNDED_TO)
+            layout = rounded(layout)
         in_order = [recordings[layout.rows[i]] for load in layout.bins for i in load]
         row_of = layout.row_of
         hidden = _scatter([recording.hidden for recording in in_order], row_of, _places(row_of))
