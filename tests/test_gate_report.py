@@ -64,7 +64,6 @@ def test_layer_gates_sum_up_the_weights_of_one_edit_call():
     assert gates.edit_weights == pytest.approx((0.6, 0.2))
     assert gates.irrelevant_weights == pytest.approx((0.1, 0.2))
     assert gates.usage == pytest.approx((0.3, 0.1))
-    assert gates.gap == pytest.approx(0.4 - 0.15)
     # 0.8, 0.4, 0.1, 0.1 about 0.35 and 0.2, 0.2, 0.1, 0.3 about 0.2
     assert gates.deviations == pytest.approx(((0.33 / 3) ** 0.5, (0.02 / 3) ** 0.5))
     assert gates.top_share == pytest.approx(0.75)

@@ -270,9 +270,9 @@ def _observe(
         forward()
     assert record.positions is not None  # a forward of tokens has set them
     weights, update, is_shared = {}, {}, edit.min_similarity is None
-    for layer, values in record.weights_of(slice(None)).items():
-        hidden = record.hidden[layer]
-        edited = hidden[record.positions.to(hidden.device)].float()  # [N, D]
+    for layer, hidden in record.hidden.items():
+        here = record.positions.to(hidden.device)
+        edited, values = hidden[here].float(), record.weights[layer][here]  # [N, D], [N, r]
         sizes = (values * edit.intervention(layer).step(edited)).abs()  # [N, r]
         weights[str(layer)] = values.mean(0).tolist()
         update[str(layer)] = sizes.mean(0).tolist()

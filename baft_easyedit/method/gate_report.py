@@ -121,13 +121,6 @@ class LayerGates:
         """Share of the weight that the largest quarter of the bases carries."""
         return top_share(torch.tensor(self.usage))
 
-    @property
-    def gap(self) -> float | None:
-        """Mean weight on the edits less that on irrelevant prompts; None without such prompts."""
-        if self.irrelevant_weights is None:
-            return None
-        return fmean(self.edit_weights) - fmean(self.irrelevant_weights)
-
 
 @dataclass(frozen=True)
 class GateReport:

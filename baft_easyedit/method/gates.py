@@ -128,13 +128,9 @@ class SubspaceGate(Gate):
 class OneGate(Gate):
     """w = 1: the intervention of ReFT (Liu et al. 2025, Lemma 2.4); no parameters, no logits."""
 
-    def activate(self, logits: Tensor) -> Tensor:
-        """Return ones, [..., r]."""
-        return logits.new_ones(*logits.shape[:-1], self.rank)
-
     def forward(self, hidden: Tensor) -> Tensor:
         """Return ones, [..., r]."""
-        return self.activate(hidden)
+        return hidden.new_ones(*hidden.shape[:-1], self.rank)
 
 
 GATES: dict[str, Callable[[int, int], Gate]] = {

@@ -83,21 +83,18 @@ class Whitening(nn.Module):
         self.mean.copy_(exact.mean(0))
         deviation = exact.std(0)
         self.deviation.copy_(deviation.clamp_min(1e-3 * deviation.median()))
-        units = self.in_units(states) * (_SHARE / len(states)) ** 0.5
+        units = self._in_units(states) * (_SHARE / len(states)) ** 0.5
         self.root.copy_(principal_rows(units, len(self.root)))
         rest = units.square().sum() - self.root.square().sum()
         self.floor.copy_(1 - _SHARE + rest.clamp_min(0) / len(self.mean))
 
-    def in_units(self, states: Tensor) -> Tensor:
+    def _in_units(self, states: Tensor) -> Tensor:
         """Return (h - mu) / deviation, [..., D]."""
         return (states.float() - self.mean) / self.deviation
 
     def whitened(self, states: Tensor) -> Tensor:
-        """Return z, [..., D]."""
-        return self._less_correlated(self.in_units(states))
-
-    def _less_correlated(self, rows: Tensor) -> Tensor:
-        """Multiply rows [..., D] by K^-1/2, computed from the eigenvectors of F^T F."""
+        """Return z = K^-1/2 (h - mu) / deviation, [..., D], by the eigenvectors of F^T F."""
+        rows = self._in_units(states)
         lengths = self.root.square().sum(-1)  # [m] eigenvalues
         axes = self.root / lengths.sqrt().clamp_min(torch.finfo(self.root.dtype).tiny)[:, None]
         shrunk = (self.floor + lengths).rsqrt() - self.floor.rsqrt()  # [m]

@@ -26,15 +26,6 @@ class GateRecord:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Hidden states h at each edited layer, before the edit, [B, T, D], without their graph."""
 
-    def weights_of(self, rows: slice) -> dict[int, Tensor]:
-        """Return each layer's basis weights [N, r] at the N intervened positions of some rows."""
-        if self.positions is None:
-            return {}
-        return {
-            layer: weights[rows][self.positions[rows].to(weights.device)]
-            for layer, weights in self.weights.items()
-        }
-
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:

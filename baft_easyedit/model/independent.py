@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from baft_easyedit.model.edit import Snapshot
+from baft_easyedit.model.edit import Snapshot, within
 from baft_easyedit.model.hooks import ModelEdit
 
 
@@ -69,12 +69,7 @@ class IndependentEdits(ModelEdit):
 
     def _values_at(self, layer: int) -> dict[str, Tensor]:
         """Return one layer's parameters by their names in `BaFTIntervention`."""
-        prefix = f"_interventions.{layer}."
-        return {
-            name.removeprefix(prefix): value
-            for name, value in self._values.items()
-            if name.startswith(prefix)
-        }
+        return within(self._values, f"_interventions.{layer}.")
 
     def move(self, layer: int, device: torch.device) -> None:
         """Move a layer's learned tensors to the device where the layer computes now."""

@@ -138,7 +138,11 @@ def _check_answers(model: nn.Module, stack: nn.ModuleList) -> None:
 
 def generating_part(model: nn.Module) -> nn.Module | None:
     """Return the model inside `model` that generates by itself, or None; PEFT wraps it."""
-    return next((m for m in model.modules() if _can_generate(m)), None)
+    for module in model.modules():
+        can_generate = getattr(type(module), "can_generate", None)
+        if can_generate is not None and can_generate():
+            return module
+    return None
 
 
 def part_behind_cache(model: nn.Module) -> nn.Module:
@@ -148,12 +152,6 @@ def part_behind_cache(model: nn.Module) -> nn.Module:
     cache.
     """
     return generating_part(model) or model
-
-
-def _can_generate(module: nn.Module) -> bool:
-    """Tell whether a module generates by itself, and not by a model inside it."""
-    can_generate = getattr(type(module), "can_generate", None)
-    return can_generate is not None and bool(can_generate())
 
 
 def owner_of(model: nn.Module, stack: nn.ModuleList) -> nn.Module:
