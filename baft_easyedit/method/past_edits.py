@@ -1,25 +1,30 @@
 """Past edits: each has bases of its own, and acts near its own hidden states only (ours).
 
+An edit keeps the hidden states that it was learned at. At a state that is similar enough to one of
+them, the edit with the most similar one acts, with the parameters that it was learned with; at all
+others the model is that without edits, bit for bit. So an edit is learned as if it were the first,
+and no later one changes it. GRACE (Hartvigsen et al. 2023) chooses among past edits likewise, by
+the Euclidean distance.
+
 Why: where all edits share R, A, b and the gate (Eq. 1-3), learning one changes what the earlier
 ones do. And a gate is a half-space for each basis: it lets a share of the displacement through at
-states that have a part of the edited direction, and the shares of many edits add up. But the hidden
-states that an edit was learned at are known, so their vicinity can be told exactly. At a state that
-is similar enough to one of them, the edit with the most similar one acts, with the parameters that
-it was learned with; at all others the model is that without edits, bit for bit. So an edit is
-learned as if it were the first, and no later one changes it. GRACE (Hartvigsen et al. 2023) chooses
-among past edits likewise, by the Euclidean distance.
+states that have a part of the edited direction, and the shares of many edits add up.
 
 Similarity of h to a state e is the mean of the cosines between z(h) - z(c) and z(e) - z(c), over
-the centres c of e. In the whitened coordinates z, unrelated states are nearly orthogonal. But the
-last tokens of prompts of one form ("The capital of ... is") have states that are alike, and differ
-by their subjects in a small part only. So one centre is what the edit's own state is on average
-with similar names in the subject's place: from there the form cancels out, and the subject is left.
-The other is the mean of all texts, from where the form counts, too: what is near by chance from
-one centre is hardly so from both. Elsewhere, and where no subject is known or it can hardly be told
-from similar names, there are no centres, and the distance from 0, 1 - cosine, counts twice: the
-words of a prompt and of its answer stand in other texts, too. (The first centre is of the unedited
-model, but from the second edited layer on, e is what the edit at earlier layers left. So where it
-acts there, it is likely to act here.)
+the centres c of e, in the whitened coordinates z, where unrelated states are nearly orthogonal.
+The state at the prompt's last token has two centres:
+
+1. What it is on average with similar names in the subject's place. The last states of prompts of
+   one form ("The capital of ... is") differ by their subjects in a small part only; from here the
+   form cancels out, and the subject is left. (This centre is of the unedited model, but from the
+   second edited layer on, e is what the edit at earlier layers left. So where the edit acts there,
+   it is likely to act here.)
+2. The mean of all texts, from where the form counts, too: what is near by chance from one centre is
+   hardly so from both.
+
+Other states have no centre, nor has this one if no subject is known or similar names hardly change
+it. Then the distance is 1 - cosine from 0, and counts twice, as the words of a prompt and of its
+answer stand in other texts, too.
 
 Needs torch only. Shapes: n states and C centres of an edit, N states of all E past edits, M
 parameters of an intervention, D hidden size, r rank.
@@ -174,11 +179,12 @@ class PastEdits(nn.Module):
 
     @torch.no_grad()
     def shared_with(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Tell which states go when an edit is added, of those that it shares with past edits.
+        """Tell which states go when an edit is added that has the same ones as past edits.
 
-        An edit of the same prompt goes as a whole. Of other edits, the new one takes the state of
-        its prompt's last token, without which it could not begin, and leaves them all others, such
-        as those of the same first words: so it changes nothing of what they do.
+        A past edit of the same prompt is replaced: all its states go. Of another past edit, the new
+        one takes over the state of its own prompt's last token, without which it could not begin.
+        Any other state in common (of the same first words, say) stays with the past edit, and goes
+        from the new one.
 
         Args:
             states: The states of the new edit, as in `PastEdit`, [n, D].

@@ -205,8 +205,8 @@ class EditParameters(nn.Module):
     def _past_with(self, new: Mapping[int, PastEdit]) -> dict[str, Tensor]:
         """Return the past edits with a new one, by `snapshot` names; see `PastEdits.with_edit`.
 
-        Each state of an edit has the same place at all layers, so what goes at the first layer,
-        where no edit has acted before, goes at all.
+        The first layer, before which no edit has acted, tells which states go. They go at all
+        layers, where each has the same place.
         """
         first = min(self.layers)
         gone, gone_new = self.past(first).shared_with(new[first].states)

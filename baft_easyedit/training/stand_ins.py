@@ -1,12 +1,13 @@
 """Stand-in prompts: the prompt of an edit with another name in its subject's place (ours).
 
-They show what the prompts of a form have in common, whatever their subject. With `min_similarity`,
-known names make the siblings of an edit. Its centre is the mean state at the last tokens of those
-that are most similar to it, so that places are compared with places and people with people;
-similarity to the edit is measured from there (see `method.past_edits`). Without it, invented names
-make irrelevant prompts for a request that brings none: an edit of France's capital, learned without
-any, gives Germany the same one, and the gates are to tell subjects apart. None of these asks for a
-true fact, nor for one that was edited before.
+They show what the prompts of a form have in common, and have two uses:
+
+- Siblings of an edit with `min_similarity` have names that models know. The edit's first centre is
+  the mean state at the last tokens of the siblings that are most similar to it, so that places are
+  compared with places and people with people (see `method.past_edits`).
+- Irrelevant prompts of a request that brings none have invented names, so none of them asks for a
+  true fact, or for one that was edited before. Learned without them, an edit of France's capital
+  gives Germany the same one; with them the gates learn to tell subjects apart.
 
 Shapes: S siblings of a row, N texts, D hidden size.
 """
