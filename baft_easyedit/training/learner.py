@@ -25,13 +25,7 @@ from baft_easyedit.model.locks import lock_of
 from baft_easyedit.model.positions import first_edited
 from baft_easyedit.model.prompt_format import Frame, PromptFormat
 from baft_easyedit.model.surroundings import Surroundings
-from baft_easyedit.training.loop import (
-    EditReport,
-    Learned,
-    answered_now,
-    evaluating,
-    train,
-)
+from baft_easyedit.training.loop import EditReport, Learned, answered_now, evaluating, train
 from baft_easyedit.training.own_texts import own_length, own_whitenings
 from baft_easyedit.training.requests import EditRequest, TextRow, text_rows
 from baft_easyedit.training.stand_ins import siblings, stand_ins
@@ -162,9 +156,7 @@ class Learner:
 
     def _answered(self, request: EditRequest, hparams: BaFTHyperParams) -> tuple[float, bool]:
         """Return the answer loss of a request, and whether the model answers it now."""
-        rows = self._rows([request], hparams)
-        (loss,), (is_answered,) = answered_now(self.model, self.edit, rows)
-        return loss, is_answered
+        return answered_now(self.model, self.edit, self._rows([request], hparams)[0])
 
     def take_over(self, known: Snapshot, index: int) -> None:
         """Add a past edit of a snapshot, as if its request were learned again."""

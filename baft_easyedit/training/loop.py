@@ -164,23 +164,21 @@ def train(
 
 
 @torch.no_grad()
-def answered_now(
-    model: nn.Module, edit: ModelEdit, rows: Sequence[TextRow]
-) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-    """Return the answer loss of each request, in nats per token, and whether it is answered.
+def answered_now(model: nn.Module, edit: ModelEdit, row: TextRow) -> tuple[float, bool]:
+    """Return the answer loss of a request, in nats per token, and whether the model answers it.
 
     Args:
         model: The model, edited or not.
         edit: The edit that it carries, if any.
-        rows: The texts that are asked together; irrelevant prompts are skipped.
+        row: The request's text.
     """
     from baft_easyedit.training.prefix_cache import full_forward  # it imports transformers
 
-    forward = full_forward(model, edit, [[row for row in rows if row.is_edit]])
+    forward = full_forward(model, edit, [[row]])
     with evaluating(model):
         logits = forward()
     losses, misses = row_scores(logits, token_losses(logits, forward.layout.labels), forward.layout)
-    return tuple(losses.tolist()), tuple(missed == 0 for missed in misses.tolist())
+    return losses.item(), misses.item() == 0
 
 
 def _known_steps(model: nn.Module, edit: ModelEdit) -> KnownSteps | None:
