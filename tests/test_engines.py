@@ -8,7 +8,6 @@ import copy
 import json
 import pickle
 import re
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -326,12 +325,6 @@ def test_easysteer_takes_no_gate_and_no_guard(method, message, kept, refused):
     refused(["export", kept[method], "--to", "easysteer"], message)
 
 
-def test_an_engine_leaves_what_is_not_similar(kept):
-    hidden = torch.randn(5, HIDDEN)
-    assert delta(read_edit(kept["BaFT"]), 1, hidden).any()
-    assert not delta(read_edit(kept["guarded"]), 1, hidden).any()
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("_interventions.1.source_bias", None), ("_past.1.0.values", torch.zeros(3))],
@@ -346,10 +339,9 @@ def test_tensors_that_do_not_fit_are_refused(name, value, kept, monkeypatch):
         read_edit(kept["guarded"])
 
 
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("name", ["vllm-lens", "sglang", "easysteer"])
 def test_export_writes_what_an_engine_needs(name, kept, tmp_path, capsys, refused):
     method, _ = ROUTES[name]
-    name = name.partition(",")[0]
     assert main(["export", kept[method], "--to", name]) == 0
     printed = capsys.readouterr()
     assert kept[method] in printed.out
@@ -363,8 +355,3 @@ def test_export_writes_what_an_engine_needs(name, kept, tmp_path, capsys, refuse
     assert (tmp_path / "out").read_text() == printed.out
     command = ["export", kept[method], "--to", name, "--out", tmp_path / "out"]
     refused(command, "--out must be a new file")
-
-
-def test_reading_an_edit_imports_no_transformers():
-    code = "import sys, baft_easyedit.engines.sglang; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -27,6 +27,7 @@ def edited(opened, tmp_path):
 
 def test_what_is_forgotten_was_never_learned(edited, quick, tmp_path):
     editor = edited("kept", quick, fact(0), fact(1), [fact(2), fact(3)], fact(4))
+    before = now(editor)
     reports = editor.forget(fact(1)["prompt"])
     assert [report.num_requests for report in reports] == [2, 1]
     assert now(editor) == now(edited("other", quick, fact(0), [fact(2), fact(3)], fact(4)))
@@ -37,6 +38,8 @@ def test_what_is_forgotten_was_never_learned(edited, quick, tmp_path):
     assert kinds[5:] == ["rollback", "edit", "edit", "rollback", "edit", "edit"]
     told = read_history(tmp_path / "kept")[5].summary()
     assert told.endswith("to 1 to forget Fact number 1 is")
+    editor.rollback(to=4)
+    assert now(editor) == before
 
 
 def test_all_edits_of_a_prompt_are_forgotten(edited, quick):
@@ -193,14 +196,6 @@ def test_an_entry_that_cannot_be_read_now_is_in_nobodys_way(
     tokenizer.chat_template = None
     editor = opened(tmp_path / "kept", plain)
     editor.forget(fact(2)["prompt"])
-    assert now(editor) == before
-
-
-def test_one_can_return_from_it(edited, quick):
-    editor = edited("kept", quick, fact(0), fact(1))
-    before = now(editor)
-    editor.forget(fact(0)["prompt"])
-    editor.rollback(to=2)
     assert now(editor) == before
 
 

@@ -117,14 +117,6 @@ def test_what_is_not_json_is_not_kept(value):
         to_json({"value": value})
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_changed_line_is_found(number):
-    lines = [entry.line for entry in grown(None, None, None).entries]
-    lines[number - 1] = lines[number - 1].replace("h", "i", 1)
-    with pytest.raises(ValueError, match=r"here is damaged at line \d .*load\(\) reads the state"):
-        parse_lines(lines, "here")
-
-
 @pytest.mark.parametrize("order", [[1], [0, 2], [0, 0], [0, 1, 1]])
 def test_entries_that_do_not_follow_are_refused(order):
     entries = grown(None, None).entries
