@@ -83,16 +83,6 @@ def test_nan_in_padding_does_not_reach_the_gradient(model):
     assert edit.intervention(1).gate.weight.grad.isfinite().all()
 
 
-def test_labels_in_the_call_tell_where_the_prompt_ends(model):
-    labels = IDS.clone()
-    labels[:, :6] = -100
-    edit = random_edit()
-    edit.attach(model)
-    with edit.prompt_lengths([6]):
-        expected = logits(model)
-    assert torch.equal(logits(model, labels=labels), expected)
-
-
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_cached_generation_equals_uncached(family_model, options):
     edit = random_edit()

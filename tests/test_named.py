@@ -1,7 +1,6 @@
 """Several edits on one model: each as if it were alone, and nothing of them outside."""
 
 import asyncio
-import threading
 
 import pytest
 import torch
@@ -61,17 +60,6 @@ def test_every_edit_is_told_where_prompts_end(model):
             assert torch.equal(logits(model), logits(only))
         with edits.active(name), with_prompt_lengths(only, [3]):
             assert not torch.equal(logits(model), logits(only))
-
-
-def test_a_thread_has_its_own_edits(model):
-    edits, found = NamedEdits(model, {"a": random_edit()}), []
-    before = logits(model)
-    with edits.active("a"):
-        thread = threading.Thread(target=lambda: found.append(logits(model)))
-        thread.start()
-        thread.join()
-        assert not torch.equal(logits(model), before)
-    assert torch.equal(found[0], before)
 
 
 def test_a_task_has_its_own_edits_and_takes_them_into_its_threads(model):
