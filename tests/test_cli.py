@@ -29,19 +29,6 @@ def edit_command(model, *more):
     return ["edit", "--model", model, "--prompt", "The capital of France is", *more]
 
 
-def test_edit_prints_the_answers_before_and_after(saved, capsys):
-    hparams = f"{saved}/mine.yaml"
-    with open(hparams, "w") as file:
-        file.write(f"model_name: {saved}\nlayers: [1, 3]\nrank: 4\nlr: 3.0e-2\ndevice: cpu\n")
-    command = edit_command(saved, "--target", "Rome", "--loc-prompt", "Water is wet")
-    assert main([*command, "--hparams", hparams, "--device", "cpu", "--ask", "Ice is"]) == 0
-    out = capsys.readouterr().out
-    assert "The capital of France is\n  before: " in out
-    assert "after:  Rome" in out
-    assert "Ice is\n" in out
-    assert "BaFT: " in out
-
-
 EDIT = ["edit", "--model", "no-such-model", "--prompt", "The capital of France is"]
 ROME = [*EDIT, "--target", "Rome"]
 BENCH = ["bench", "bench/facts"]
@@ -139,16 +126,26 @@ def test_damaged_model_is_one_line(saved, refused):
     refused(command, f"model {saved!r} could not be loaded (")
 
 
-def test_file_of_hyper_parameters_needs_no_model_beside_the_option(
-    saved, tmp_path, capsys, refused
-):
+def test_edit_prints_the_answers_before_and_after(saved, tmp_path, capsys, refused):
     file = tmp_path / "mine.yaml"
     file.write_text("layers: [1, 3]\nrank: 4\nlr: 3.0e-2\n")
-    command = ["edit", "--prompt", "The capital of France is", "--target", "Rome"]
-    options = ["--hparams", str(file), "--device", "cpu"]
-    refused([*command, *options], f"--model must be given, as {file} has no model_name")
-    assert main([*command, *options, "--model", saved]) == 0
-    assert "after:  Rome" in capsys.readouterr().out
+    command = [
+        "edit",
+        "--prompt",
+        "The capital of France is",
+        "--target",
+        "Rome",
+        "--device",
+        "cpu",
+    ]
+    command += ["--hparams", str(file), "--loc-prompt", "Water is wet", "--ask", "Ice is"]
+    refused(command, f"--model must be given, as {file} has no model_name")
+    assert main([*command, "--model", saved]) == 0
+    out = capsys.readouterr().out
+    assert "The capital of France is\n  before: " in out
+    assert "after:  Rome" in out
+    assert "Ice is\n" in out
+    assert "BaFT: " in out
 
 
 def test_cuda_device_of_a_file_becomes_the_cpu_without_cuda(saved, tmp_path, monkeypatch, capsys):
@@ -364,7 +361,9 @@ def test_runs_are_reported_and_diagnosed(tmp_path, capsys, refused):
     assert f"{tmp_path}/run/report/report.md" in out
     assert "# Diagnosis of run" in out
     assert (tmp_path / "found/diagnosis.json").is_file()
-    refused(["report", str(tmp_path)], "is not the directory of a finished run")
+    command = ["report", str(tmp_path), "--out", str(tmp_path / "none")]
+    refused(command, "is not the directory of a finished run")
+    assert not (tmp_path / "none").exists()
 
 
 def test_import_brings_nothing_heavy():
