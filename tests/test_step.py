@@ -112,14 +112,11 @@ ALIKE = [
 
 def test_an_edit_of_a_known_size_runs_the_model_to_record_only(model, tokenizer, long, stand_ins):
     """Once a text, and once on all recordings to check them; the steps are graphs."""
-    long = replace(long, num_steps=1)
     editor = BaFTEditor(model, tokenizer, replace(long, num_steps=4))
     editor.edit(ALIKE[0] | {"loc_prompt": "Fire is hot"})
     (graph,) = stand_ins
-    run, calls = graph.run, []
-    graph.run = lambda: (run(), calls.clear())[0]  # what a stand-in computes is no launch
+    run, calls, seen = graph.run, [], []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    seen = []
     graph.run = lambda: (seen.append(len(calls)), run())[1]
     editor.edit(ALIKE[1])
     assert seen[0] == 3  # the request, its irrelevant prompt, and the check
