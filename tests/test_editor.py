@@ -37,13 +37,14 @@ def test_edit_writes_the_answer_that_the_model_did_not_give(
 
 @pytest.mark.parametrize("gate", [g for g in GATES if g != "one"])
 def test_every_gate_learns_an_edit(model, tokenizer, hparams, request_dict, gate):
-    BaFTEditor(model, tokenizer, replace(hparams, gate=gate)).edit(request_dict)
+    hparams = replace(hparams, gate=gate, early_stop_loss=0.1)
+    BaFTEditor(model, tokenizer, hparams).edit(request_dict)
     assert answer(model, tokenizer) == " Rome"
 
 
 def test_edit_of_every_family(family_model, tokenizer, hparams, request_dict):
     before = logits(family_model)
-    editor = BaFTEditor(family_model, tokenizer, hparams)
+    editor = BaFTEditor(family_model, tokenizer, replace(hparams, num_steps=15))
     report = editor.edit(request_dict)
     assert report.final_loss < report.losses[0].answer - 0.5
     editor.undo()
@@ -91,15 +92,16 @@ def test_report_tells_what_the_gates_did(model, tokenizer, hparams, request_dict
 
 def test_batch_is_learned_at_once(model, tokenizer, hparams, request_dict):
     other = {**OTHER, "target_new": "glass"}
-    editor = BaFTEditor(model, tokenizer, replace(hparams, num_steps=150))
+    hparams = replace(hparams, num_steps=150, early_stop_loss=0.1)
+    editor = BaFTEditor(model, tokenizer, hparams)
     report = editor.edit([request_dict, other])
     assert report.num_requests == 2
     assert answer(model, tokenizer) == " Rome"
     assert answer(model, tokenizer, "Water freezes into", 6) == " glass"
 
 
-def test_edits_continue_from_what_is_learned(model, tokenizer, hparams, request_dict):
-    editor = BaFTEditor(model, tokenizer, hparams)
+def test_edits_continue_from_what_is_learned(model, tokenizer, quick, request_dict):
+    editor = BaFTEditor(model, tokenizer, quick)
     editor.edit(request_dict)
     once = logits(model)
     used = editor.model_edit.usage(1).count.item()
@@ -142,9 +144,9 @@ def test_learning_apart_leaves_an_orthonormal_basis(model, tokenizer, hparams):
         assert torch.allclose(basis @ basis.mT, torch.eye(hparams.rank), atol=1e-5)
 
 
-def test_undo_is_bit_equal_and_the_next_edit_starts_afresh(model, tokenizer, hparams, request_dict):
+def test_undo_is_bit_equal_and_the_next_edit_starts_afresh(model, tokenizer, quick, request_dict):
     before, weights = logits(model), copy.deepcopy(model.state_dict())
-    editor = BaFTEditor(model, tokenizer, hparams)
+    editor = BaFTEditor(model, tokenizer, quick)
     first = editor.edit(request_dict)
     edited = logits(model)
     assert editor.is_attached
@@ -293,11 +295,11 @@ def test_same_seed_gives_the_same_edit_and_another_seed_another(tokenizer, quick
 
 
 def test_gradients_reach_only_our_parameters_and_none_is_left(
-    model, tokenizer, hparams, request_dict
+    model, tokenizer, quick, request_dict
 ):
     model.train()
     model.lm_head.weight.requires_grad_(False)
-    editor = BaFTEditor(model, tokenizer, hparams)
+    editor = BaFTEditor(model, tokenizer, quick)
     edit, weights = editor.model_edit, [p.clone() for p in model.parameters()]
     before = [p.detach().clone() for p in edit.parameters()]
     with torch.no_grad():
@@ -314,7 +316,7 @@ def test_gradients_reach_only_our_parameters_and_none_is_left(
 def test_half_precision_model_gets_an_fp32_edit(tokenizer, hparams, request_dict, dtype):
     model = make_model(dtype=dtype)
     before = logits(model)
-    editor = BaFTEditor(model, tokenizer, hparams)
+    editor = BaFTEditor(model, tokenizer, replace(hparams, early_stop_loss=0.1))
     editor.edit(request_dict)
     assert answer(model, tokenizer) == " Rome"
     assert {p.dtype for p in editor.model_edit.parameters()} == {torch.float32}
@@ -494,7 +496,7 @@ def test_values_of_another_type_are_named(model, tokenizer, quick, tmp_path):
         editor.forget(7)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_default_dtype_of_torch_changes_nothing(tokenizer, hparams, request_dict, dtype):
     hparams = replace(
         hparams,
