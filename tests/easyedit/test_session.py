@@ -42,7 +42,6 @@ def test_lora_is_scored_without_dropout(make_peer, complete):
     prompts, targets = ["The sky is"] * 2, ["blue"] * 2
     assert session.token_accuracies(prompts, targets) == session.token_accuracies(prompts, targets)
     assert all(module.training for module in training)
-    assert session.restore() in (True, False)
 
 
 def test_answers_are_generated_by_the_edited_model(make_editor, complete):
