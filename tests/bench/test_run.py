@@ -98,6 +98,14 @@ def scores(rows):
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
+def forced(rows):
+    """Scores that need no generated text."""
+    return [
+        {k: v for k, v in row.items() if k != "more" and not k.startswith("gen_")}
+        for row in scores(rows)
+    ]
+
+
 pytestmark = pytest.mark.easyedit
 
 
@@ -235,7 +243,7 @@ def test_a_downstream_task_is_asked_before_and_after_the_edits(settings, tmp_pat
 
 @pytest.mark.usefixtures("worker_here")
 def test_counterfact_has_its_scores_before_and_after_the_edits(settings, tmp_path):
-    file = write_records(tmp_path, [rome("Asha", 3), rome("Toko", 4)])
+    file = write_records(tmp_path, [rome("Asha", 3)])
     change = {"T": [1], "methods": [settings["methods"][0]], "basis": False}
     config = make_config({**settings, **change, "data": {"kind": "counterfact", "path": str(file)}})
     (row,) = run_bench(config, tmp_path / "run")
@@ -248,7 +256,7 @@ def test_counterfact_has_its_scores_before_and_after_the_edits(settings, tmp_pat
     report = (tmp_path / "report.md").read_text()
     columns = ["method", "S", "ES", "EM", "PS", "PM", "NS", "NM", "GE"]
     assert [re.findall(r"\w+", line) for line in report.splitlines()].count(columns) == 2
-    (tmp_path / "run/chunks/BaFT/single/00001.json").unlink()
+    (tmp_path / "run/chunks/BaFT/single/00000.json").unlink()
     assert scores(run_bench(config, tmp_path / "run")) == scores([row])
 
 
@@ -257,20 +265,20 @@ def test_a_long_run_says_beforehand_how_long_it_takes(settings, whole, tmp_path,
     monkeypatch.setattr(run, "_LONG", 6)
     clock = iter(range(0, 10**6, 30))
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    told = []
-    rows = run_bench(make_config({**settings, "jobs": 1}), tmp_path / "run", tell=told.append)
-    assert scores(rows) == scores(read_json(whole[0] / "summary.json"))
+    told, config = [], make_config({**settings, "jobs": 1, "generation": False})
+    rows = run_bench(config, tmp_path / "run", tell=told.append)
+    assert forced(rows) == forced(read_json(whole[0] / "summary.json"))
     # Of each method the first single edit; 7 records are to go in 3 single edits and 2 pairs.
     each = "BaFT 4 min, FT-L 4 min"
     assert told == [f"about 7 min to go, by the first edit of each method: {each}"]
-    again = run_bench(make_config(settings), tmp_path / "run", tell=told.append)
+    again = run_bench(config, tmp_path / "run", tell=told.append)
     assert (scores(again), len(told)) == (scores(rows), 1)
     assert (run._spoken(3601), run._spoken(1)) == ("1 h 1 min", "1 min")
 
 
 def test_what_only_some_runs_ask_has_tables_of_its_own(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "Worker", WorkerHere)
-    file = write_records(tmp_path, [unke("Ann"), unke("Bob")])
+    file = write_records(tmp_path, [unke("Ann")])
     change = {"T": [1], "methods": [settings["methods"][0]], "basis": False, "probes": True}
     config = make_config(
         {**settings, **change, "wild": True, "data": {"kind": "unke", "path": str(file)}}
@@ -279,7 +287,7 @@ def test_what_only_some_runs_ask_has_tables_of_its_own(settings, tmp_path, monke
     kinds = {"probes.sub", "probes.third turn", "contained.sub", "long.sub ROUGE-L"}
     assert kinds | {"wild.Rel EM", "wild.Gen contained", "long.original BLEU"} <= row["more"].keys()
     assert "probes.reversal" not in row["more"]  # UnKE names no subject
-    case = read_json(tmp_path / "run/cases/BaFT/single/00001.json")
+    case = read_json(tmp_path / "run/cases/BaFT/single/00000.json")
     assert len(case["wild"]["post"]) == 2  # none of the probes
     assert list(case["probes"])[:2] == ["sub", "third turn"]
     assert read_run(tmp_path / "run").results[0].number("probes.sub") == row["more"]["probes.sub"]

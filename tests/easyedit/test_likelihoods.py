@@ -31,19 +31,21 @@ def alone(session, prompt, answer):
     return output.loss.item(), hits.float().mean().item()
 
 
-@pytest.mark.parametrize(("batch_size", "side"), [(1, "left"), (3, "right"), (3, "left")])
-def test_likelihoods_are_transformers_own_before_an_edit_and_after(
-    make_editor, complete, batch_size, side
-):
-    session = Session(make_editor(), "a", batch_size=batch_size)
-    session.editor.tok.padding_side = side
-    for _ in range(2):
-        found = session.likelihoods(ASKED)
+def test_likelihoods_are_transformers_own_before_an_edit_and_after(make_editor, complete):
+    session, seen = Session(make_editor(), "a"), []
+    for is_edited in (False, True):
+        if is_edited:
+            session.edit(complete[:1])
         expected = [alone(session, prompt, answer) for prompt, answer, _ in ASKED]
-        assert [tuple(score) for score in found] == [pytest.approx(e, abs=1e-5) for e in expected]
-        session.edit(complete[:1])
-    assert found[0].nll > session.likelihoods(ASKED)[0].nll
-    assert session.likelihoods(ASKED)[0].accuracy == 1.0
+        for batch_size, side in ((1, "left"), (3, "right"), (3, "left")):
+            session.batch_size, session.editor.tok.padding_side = batch_size, side
+            found = session.likelihoods(ASKED)
+            for score, own in zip(found, expected, strict=True):
+                assert tuple(score) == pytest.approx(own, abs=1e-5)
+        seen.append(found[0])
+    before, after = seen
+    assert before.nll > after.nll
+    assert after.accuracy == 1.0
     assert attached_edit(session.model).contexts.now.prompt_lengths is None
 
 
