@@ -284,7 +284,7 @@ def test_state_file_that_lies_is_refused(model, quick, tmp_path):
     half = {key: value.half() for key, value in random_edit().snapshot().items()}
     torch.save({"a": torch.ones(1)}, pickled := BytesIO())
     for damaged, message in [
-        (encode(content_of(model, quick, half)), "must hold float32 tensors; .* is torch.float16"),
+        (encode(content_of(model, quick, half)), "must hold float32 as .*; got torch.float16"),
         (b"\xff" * 64, "is damaged: "),
         (pickled.getvalue(), "is damaged: "),
         (save(tensors), "must be a state of baft_easyedit; its metadata are not of one"),

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 from baft_easyedit import BaFTEditor, attach
 from baft_easyedit.method.gates import GATES
 from baft_easyedit.method.intervention import BaFTIntervention
-from baft_easyedit.method.past_edits import PastEdit, PastEdits, are_equal
+from baft_easyedit.method.past_edits import UNKNOWN, PastEdit, PastEdits
 from baft_easyedit.method.whitening import Whitening
 from baft_easyedit.model.edit import EditParameters
+from baft_easyedit.storage.state import state_hash
+from baft_easyedit.training.learner import EditState
+from baft_easyedit.training.requests import TextRow
 from baft_easyedit.training.stand_ins import centres
 from tests.conftest import logits, make_model, random_edit
 
@@ -65,9 +68,10 @@ def vector_of(intervention):
     return torch.nn.utils.parameters_to_vector(intervention.parameters())
 
 
-def bare(states, values):
-    """An edit whose first state has no centres."""
-    return PastEdit(states, states[:0], values)
+def bare(states, values, texts=None, centre=None):
+    """An edit whose first state has no centres, and whose texts are not known, if not given."""
+    texts = torch.full(states.shape[:1], UNKNOWN) if texts is None else texts
+    return PastEdit(states, texts, states[:0] if centre is None else centre, values)
 
 
 def past(*edits, gate="one"):
@@ -84,7 +88,7 @@ def test_at_each_state_the_edit_acts_that_has_the_most_similar_one(gate):
     states, edits = torch.randn(5, D) * 3, [moving(gate, seed) for seed in (1, 2)]
     own, z = past((states[:2], edits[0]), gate=gate), whitening()
     centres = torch.stack([torch.randn(D), z.mean])
-    own.load_state_dict(own.with_edit(PastEdit(states[2:], centres, vector_of(edits[1]))))
+    own.load_state_dict(own.with_edit(bare(states[2:], vector_of(edits[1]), centre=centres)))
     hidden = torch.randn(4, 3, D) * 3
     around = z.whitened(hidden)[..., None, :]
     cosines = F.cosine_similarity(around, z.whitened(states), dim=-1)  # [4, 3, 5]
@@ -115,7 +119,7 @@ def test_an_edit_acts_at_its_subject_in_other_forms_and_not_at_its_form_with_oth
     hidden = torch.stack([9 * form + other, 8.8 * form + 0.3 * other_form + 0.9 * subject])
     for around, acts in ((centre, [False, True]), (centre[:0], [True, True])):
         own = PastEdits(D, 2, "one")
-        own.load_state_dict(own.with_edit(PastEdit(state, around, vector_of(moving()))))
+        own.load_state_dict(own.with_edit(bare(state, vector_of(moving()), centre=around)))
         assert own(hidden, z, 0.5)[1].any(-1).tolist() == acts
 
 
@@ -146,7 +150,7 @@ def test_an_edit_whose_states_are_gone_goes():
     parameters = vector_of(moving(seed=3))
     some = own.with_edit(bare(states[:1], parameters), torch.tensor([True, False, False, False]))
     assert [len(some[f"{i}.states"]) for i in range(3)] == [1, 2, 1]
-    assert len(some) == 9
+    assert len(some) == 12
     all_ = own.with_edit(bare(states[:2], parameters), torch.tensor([True, True, False, False]))
     assert [len(all_[f"{i}.states"]) for i in range(2)] == [2, 2]
     own.load_state_dict(all_)
@@ -174,19 +178,7 @@ def test_tensors_of_other_edits_are_not_loaded():
     assert len(own.edits[0].values) > 3
 
 
-def test_equal_states_are_told_up_to_rounding():
-    states = 10 * torch.randn(3, D)
-    expected = [[False], [True], [False]]
-    assert are_equal(states, states[1:2] * (1 + 1e-6)).tolist() == expected
-    assert are_equal(states, states[1:2] * 1.001).tolist() == [[False]] * 3
-    for dtype in (torch.bfloat16, torch.half):  # on either side, or kept as fp32
-        half = states[1:2].to(dtype)
-        assert are_equal(states, half).tolist() == expected
-        assert are_equal(half.float(), states).T.tolist() == expected
-        assert are_equal(states, half * 1.05).tolist() == [[False]] * 3
-
-
-@pytest.mark.parametrize(
+SHARED = pytest.mark.parametrize(
     ("new", "gone", "gone_new"),
     [
         ([0, 1, 4], [True, True, True, False], [False] * 3),  # the prompt of the first edit
@@ -196,12 +188,52 @@ def test_equal_states_are_told_up_to_rounding():
         ([4], [False] * 4, [False]),
     ],
 )
-def test_an_edit_replaces_that_of_its_prompt_and_leaves_others_theirs(new, gone, gone_new):
+
+
+@SHARED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_replaces_that_of_its_prompt_and_leaves_others_theirs(new, gone, gone_new, dtype):
+    """By tokens: their states may be alike, or come out otherwise."""
+    texts, values = torch.arange(D) + 1, vector_of(moving())
+    states = (torch.ones(D, D) + 1e-3 * torch.randn(D, D)).to(dtype).float()
+    own = past()
+    for part in (slice(0, 3), slice(3, 4)):
+        own.load_state_dict(own.with_edit(bare(states[part], values, texts[part])))
+    edit = bare(states[new] + torch.randn(len(new), D), values, texts[new])
+    assert [one.tolist() for one in own.shared_with(edit)] == [gone, gone_new]
+    assert [len(one) for one in past().shared_with(edit)] == [0, len(new)]
+
+
+@SHARED
+def test_where_texts_are_not_known_equal_states_are_of_one_text(new, gone, gone_new):
     states = torch.eye(D) * 5
     own = past((states[:3], moving(seed=1)), (states[3:4], moving(seed=2)))
-    found = own.shared_with(states[new])
-    assert [one.tolist() for one in found] == [gone, gone_new]
-    assert [len(one) for one in past().shared_with(states[new])] == [0, len(new)]
+    edit = bare(states[new] * (1 + 1e-6), vector_of(moving()), torch.arange(len(new)) + 1)
+    assert [one.tolist() for one in own.shared_with(edit)] == [gone, gone_new]
+    edit = bare(states[new] * 1.001, vector_of(moving()), torch.arange(len(new)) + 1)
+    assert not torch.cat(own.shared_with(edit)).any()
+
+
+def test_an_edit_replaces_that_of_its_tokens_whatever_their_states(tokenizer, apart):
+    """Other prompts may have nearly the same states, and the same prompt others later on."""
+    model, (ice, tea) = make_model(), (tokenizer(text).input_ids[-1] for text in ("Ice", "Tea"))
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[tea] = rows[ice] * (1 + 1e-6)
+    editor = BaFTEditor(model, tokenizer, replace(apart, num_steps=2))
+    first = editor.model_edit.past(apart.layers[0])
+    for prompt, count in (("Ice is", 1), ("Tea is", 2), ("Ice is", 2)):
+        editor.edit({"prompt": prompt, "target_new": "hot"})
+        assert len(first.edits) == count
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(1e-3)
+
+
+def test_texts_are_told_by_all_their_tokens_alike_in_all_processes():
+    one, other = (TextRow(ids, 1, is_edit=True).hashes() for ids in ((7, 8, 9), (7, 9, 9)))
+    assert one == [1792322306264558857, 3944506111732025358, 6779170472795749825]
+    assert one[0] == other[0]
+    assert not {*one[1:]} & {*other[1:]}
 
 
 def test_edits_act_at_their_own_prompts_only_and_are_undone_bit_for_bit(tokenizer, apart, of):
@@ -296,7 +328,7 @@ def test_an_edit_can_leave_fewer_than_there_were(tokenizer, apart, monkeypatch):
         editor.edit(request(k))
 
     def all_gone(past, new):
-        return torch.ones(len(past.states), dtype=torch.bool), torch.zeros(len(new)) > 0
+        return torch.ones(len(past.states), dtype=torch.bool), torch.zeros(len(new.states)) > 0
 
     monkeypatch.setattr(PastEdits, "shared_with", all_gone)
     editor.edit([request(0, "ice")])
@@ -463,6 +495,18 @@ def test_edits_that_earlier_versions_settled_act_as_one_past_edit(tokenizer, apa
     assert all(map(torch.equal, expected, [of(model, text) for text in (OTHER, *PROMPTS)]))
 
 
+def test_a_state_without_texts_has_the_hash_that_earlier_versions_gave_it(tokenizer, apart):
+    editor = BaFTEditor(make_model(), tokenizer, apart)
+    editor.edit(request(0))
+    learned = editor.model_edit.snapshot()
+    old = {name: value for name, value in learned.items() if not name.endswith(".texts")}
+    editor.model_edit.restore(old)
+    now = editor.model_edit.snapshot()
+    assert now.keys() == learned.keys()
+    hashes = [state_hash(EditState(state, attached=True)) for state in (old, now, learned)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 @pytest.mark.parametrize("had_centre", [False, True])
 def test_edits_of_earlier_versions_are_measured_as_they_were(tokenizer, apart, had_centre):
     """By the cosine from one centre, or from the mean of all texts."""
@@ -540,9 +584,9 @@ def test_states_at_a_centre_are_near_to_no_edit():
     """Where rounding decides the direction from the centre; however many are asked at once."""
     z = whitening()
     states, others = torch.randn(2, D) * 3, torch.randn(40, D) * 9
-    same_as_centre = PastEdit(others[:1], others[:1] + 1e-5, vector_of(moving()))
+    same_as_centre = bare(others[:1], vector_of(moving()), centre=others[:1] + 1e-5)
     own = past((states, moving()))
-    own.load_state_dict(own.with_edit(PastEdit(states[:1] + 2, states[:1], vector_of(moving()))))
+    own.load_state_dict(own.with_edit(bare(states[:1] + 2, vector_of(moving()), centre=states[:1])))
     own.load_state_dict(own.with_edit(same_as_centre))
     similarity, owner = own.nearest(torch.cat([others, states]), z)
     assert similarity.max() <= 1 + 1e-5
@@ -559,7 +603,7 @@ def test_an_edit_that_hardly_sees_its_subject_acts_as_narrowly_as_one_without():
     found = []
     for centre in (near, state[:0]):
         own = PastEdits(D, 2, "one")
-        own.load_state_dict(own.with_edit(PastEdit(state, centre, vector_of(moving()))))
+        own.load_state_dict(own.with_edit(bare(state, vector_of(moving()), centre=centre)))
         found.append(own.nearest(hidden, z)[0])
     torch.testing.assert_close(*found)
     assert (found[0] > 0).any()
@@ -569,7 +613,7 @@ def test_a_state_that_is_the_mean_of_all_texts_is_near_to_no_edit():
     z = whitening()
     own = PastEdits(D, 2, "one")
     centre = torch.stack([torch.randn(D), z.mean])
-    own.load_state_dict(own.with_edit(PastEdit(torch.randn(1, D) * 3, centre, torch.zeros(26))))
+    own.load_state_dict(own.with_edit(bare(torch.randn(1, D) * 3, torch.zeros(26), centre=centre)))
     assert own.nearest(z.mean[None], z)[0] <= 0
 
 
@@ -593,6 +637,7 @@ OF_ANOTHER_SHAPE = [
     ("_past.1.0.states", torch.zeros(2, 32)),  # fewer than at the other layer
     ("_past.1.0.states", torch.tensor(1.0)),
     ("_past.1.0.states", torch.zeros(0, 32)),
+    ("_past.1.0.texts", torch.zeros(1, dtype=torch.int64)),
     ("_past.1.0.centre", torch.zeros(0, D + 1)),
     ("_past.1.0.centre", torch.tensor(1.0)),
     ("_past.1.0.centre", torch.zeros(2, 32)),  # more than at the other layer
@@ -617,5 +662,5 @@ def test_the_states_before_many_edits_take_the_memory_of_one(tokenizer, apart):
     editor.edit(request(1))
     late = editor.model_edit.snapshot()
     shared = [n for n in early if n.startswith("_past.")]
-    assert len(shared) == 6
+    assert len(shared) == 8
     assert all(early[n].data_ptr() == late[n].data_ptr() for n in shared)

@@ -135,7 +135,7 @@ def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
     editor.edit({"prompt": "Ice is", "target_new": "hot"})
     editor.edit(request.to_dict() | {"target_new": "Oslo"})  # where the first edit acts
     for layer in layers:
-        without, (_, centres, _) = editor.model_edit.past(layer).edits
+        without, (_, _, centres, _) = editor.model_edit.past(layer).edits
         assert without.centre.shape == (0, centres.shape[1])
         z = editor.model_edit.whitening(layer).whitened(torch.stack(found[layer]))
         nearest = F.cosine_similarity(z[1:], z[:1]).topk(6).indices

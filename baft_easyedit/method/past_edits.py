@@ -42,10 +42,7 @@ from baft_easyedit.method.intervention import BaFTIntervention
 from baft_easyedit.method.whitening import Whitening
 
 _ROUNDING = 1e-4
-"""Largest difference of equal states, as a share of their mean absolute value. Of different prompts
-of SmolLM2, the last states differ by .001 and more, in its chat template by .008 at layer 23."""
-_COARSE_ROUNDING = 1e-2
-"""That of states in half precision, which can differ more where they are computed anew."""
+"""Largest difference of equal states, as a share of their mean absolute value."""
 _COUNT = 2.0
 """How often the distance to a state without a centre counts."""
 _LEAST_APART = 0.02
@@ -53,6 +50,8 @@ _LEAST_APART = 0.02
 the edited prompts of SmolLM2 it is .2 and more."""
 _TINY = torch.finfo(torch.float32).tiny
 """What keeps a division by 0 finite."""
+UNKNOWN = 0
+"""Stands for the hash of tokens that an earlier development version did not keep."""
 
 
 class PastEdit(NamedTuple):
@@ -60,6 +59,8 @@ class PastEdit(NamedTuple):
 
     states: Tensor
     """The hidden states that it acts at, e, [n, D]; the first is of its prompt's last token."""
+    texts: Tensor
+    """A hash of the tokens that each state is of, up to its own, [n], int64; 0 if not known."""
     centre: Tensor
     """The centres c of the first state, [C, D]; C is 0 where no subject is known."""
     values: Tensor
@@ -67,7 +68,8 @@ class PastEdit(NamedTuple):
 
     def without(self, gone: Tensor) -> "PastEdit":
         """Return the edit without some of its states, [n], bool."""
-        return PastEdit(self.states[~gone], self.centre[: 0 if gone[0] else None], self.values)
+        centre = self.centre[: 0 if gone[0] else None]
+        return PastEdit(self.states[~gone], self.texts[~gone], centre, self.values)
 
 
 class PastEdits(nn.Module):
@@ -116,6 +118,7 @@ class PastEdits(nn.Module):
             and tensors.keys() == _tensors(edits).keys()
             and all(
                 edit.values.shape == (self._size,)
+                and edit.texts.shape == edit.states.shape[:1]
                 and edit.states.shape[1:] == self._shape[:1]
                 and edit.centre.shape[1:] == self._shape[:1]
                 and len(edit.states) > 0
@@ -178,27 +181,35 @@ class PastEdits(nn.Module):
         return torch.cat([parameters[name].detach().flatten() for name in self._names])
 
     @torch.no_grad()
-    def shared_with(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def shared_with(self, new: PastEdit) -> tuple[Tensor, Tensor]:
         """Tell which states go when an edit is added that has the same ones as past edits.
 
-        A past edit of the same prompt is replaced: all its states go. Of another past edit, the new
-        one takes over the state of its own prompt's last token, without which it could not begin.
-        Any other state in common (of the same first words, say) stays with the past edit, and goes
-        from the new one.
+        The same are those of the same tokens: in half precision, states of different prompts may
+        differ by no more than rounding. A past edit of the same prompt is replaced: all its states
+        go. Of another past edit, the new one takes over the state of its own prompt's last token,
+        without which it could not begin. Any other state in common (of the same first words, say)
+        stays with the past edit, and goes from the new one.
 
         Args:
-            states: The states of the new edit, as in `PastEdit`, [n, D].
+            new: The new edit.
 
         Returns:
-            True for present states that go, [N], and for new ones that do, [n].
+            True for present states that go, [N], and for new ones that do, [n]; on the CPU.
         """
-        equal = are_equal(self.states, states).cpu()  # [N, n]
+        equal = self._are_of(new).cpu()  # [N, n]
         parts = torch.split(equal[:, :1], [len(edit.states) for edit in self.edits])
         gone = [own | own[0] for own in parts]  # all of an edit whose first state is the new one's
         gone_here = torch.cat([equal.new_zeros(0, 1), *gone])[:, 0]
         gone_new = (equal & ~gone_here[:, None]).any(0)
         gone_new[0] = False
         return gone_here, gone_new
+
+    def _are_of(self, new: PastEdit) -> Tensor:
+        """Tell of all states whether they are those of a new edit, [N, n]."""
+        texts = torch.cat([new.texts[:0], *(edit.texts for edit in self.edits)])[:, None]
+        differences = torch.cdist(self.states, new.states.float(), p=1)
+        are_close = differences <= _ROUNDING * new.states.abs().sum(-1)
+        return torch.where(texts == UNKNOWN, are_close, texts == new.texts)
 
     @torch.no_grad()
     def with_edit(self, new: PastEdit, gone: Tensor | None = None) -> dict[str, Tensor]:
@@ -321,23 +332,3 @@ def _edits(tensors: Mapping[str, Tensor]) -> tuple[PastEdit, ...] | None:
     with suppress(KeyError):
         return tuple(PastEdit(*(tensors[f"{i}.{n}"] for n in names)) for i in range(count))
     return None
-
-
-@torch.no_grad()
-def are_equal(states: Tensor, others: Tensor) -> Tensor:
-    """Tell of hidden states whether they are the same as others, up to rounding, [N, K], bool.
-
-    Args:
-        states: h, [N, D].
-        others: [K, D].
-    """
-    states, others = states.float(), others.float()
-    is_coarse = _is_half(states)[:, None] | _is_half(others)
-    share = torch.where(is_coarse, _COARSE_ROUNDING, _ROUNDING)
-    return torch.cdist(states, others, p=1) <= share * others.abs().sum(-1)
-
-
-def _is_half(states: Tensor) -> Tensor:
-    """Tell of fp32 states whether they were computed in half precision, [N], bool."""
-    same = [(states == states.to(dtype).float()).all(-1) for dtype in (torch.bfloat16, torch.half)]
-    return same[0] | same[1]

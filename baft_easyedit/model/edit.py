@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from baft_easyedit.method.intervention import BaFTIntervention, orthonormal_rows
 from baft_easyedit.method.objective import BasisUsage
-from baft_easyedit.method.past_edits import PastEdit, PastEdits
+from baft_easyedit.method.past_edits import UNKNOWN, PastEdit, PastEdits
 from baft_easyedit.method.whitening import Whitening
 
 Snapshot = Mapping[str, Tensor]
@@ -175,6 +175,7 @@ class EditParameters(nn.Module):
         start: Snapshot,
         usage: Mapping[int, tuple[Tensor, Tensor]],
         used: Mapping[int, Tensor],
+        texts: Tensor,
         centres: Mapping[int, Tensor],
         num_prompt: int,
     ) -> Snapshot:
@@ -185,16 +186,18 @@ class EditParameters(nn.Module):
             start: The snapshot that the edit was learned from.
             usage: `total` [num_edits, r] and `count` [num_edits] of each layer, the edit included.
             used: Hidden states at the edit's intervened positions, by layer, [N, D].
+            texts: Hashes of the tokens up to these positions, as in `PastEdit`, [N].
             centres: The centres of the edit at each layer, as in `PastEdit`.
-            num_prompt: How many of them are of its first prompt; they come first.
+            num_prompt: How many of the positions are of its prompt; they come first.
         """
         values = self._values_of(edit)
         if self.min_similarity is not None:
-            last, new = num_prompt - 1, {}
+            order = [num_prompt - 1, *range(num_prompt - 1), *range(num_prompt, len(texts))]
+            new = {}
             for layer, h in used.items():
                 own = self.past(layer).vector(within(values, f"_interventions.{layer}."))
-                states = torch.cat([h[last:num_prompt], h[:last], h[num_prompt:]]).float()
-                new[layer] = PastEdit(states, centres[layer], own)
+                of = texts[order].to(h.device)
+                new[layer] = PastEdit(h[order].float(), of, centres[layer], own)
             return {**self.begun(start), **self._past_with(new)}
         state = {**start, **values}
         for layer, (total, count) in usage.items():
@@ -209,7 +212,7 @@ class EditParameters(nn.Module):
         layers, where each has the same place.
         """
         first = min(self.layers)
-        gone, gone_new = self.past(first).shared_with(new[first].states)
+        gone, gone_new = self.past(first).shared_with(new[first])
         past: dict[str, Tensor] = {}
         for layer, one in new.items():
             own = one.without(gone_new.to(one.states.device))
@@ -290,7 +293,7 @@ class EditParameters(nn.Module):
             rest = snapshot if past is None else self.begun(snapshot)
             return {n: v for n, v in rest.items() if not n.startswith("_whitening.")}
         if past is None:
-            return {**_centres_of(snapshot), **snapshot}
+            return {**_texts_of(snapshot), **_centres_of(snapshot), **snapshot}
         rest = dict(self.begun(snapshot))
         begun = {n: v for n, v in self.state_dict().items() if n.startswith(("_int", "_usage"))}
         return rest | begun | past
@@ -313,9 +316,9 @@ def apart(snapshot: Snapshot, gate: str) -> dict[str, Tensor] | None:
         states = there["states"][there["moves"].any(-1)]
         rank, size = own["basis"].shape
         empty = PastEdits(size, rank, gate)
-        new = (
-            empty.with_edit(PastEdit(states, states[:0], empty.vector(own))) if len(states) else {}
-        )
+        texts = torch.full(states.shape[:1], UNKNOWN, device=states.device)
+        edit = PastEdit(states, texts, states[:0], empty.vector(own))
+        new = empty.with_edit(edit) if len(states) else {}
         past |= {f"_past.{layer}.{part}": value for part, value in new.items()}
     return past if layers else None
 
@@ -334,6 +337,15 @@ def _centres_of(snapshot: Snapshot) -> dict[str, Tensor]:
         name.replace(".states", ".centre"): mean[None].clone()  # files hold no tensor twice
         for name, mean in means.items()
         if mean is not None
+    }
+
+
+def _texts_of(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return the texts of past edits, by name, for a snapshot that may be from before they were."""
+    return {
+        name.replace(".states", ".texts"): torch.full(states.shape[:1], UNKNOWN)
+        for name, states in snapshot.items()
+        if name.startswith("_past.") and name.endswith(".states")
     }
 
 

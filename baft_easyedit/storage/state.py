@@ -35,10 +35,15 @@ class StateFile:
 
 
 def state_hash(state: EditState) -> str:
-    """Return the SHA-256 of a state: tensors (names, dtypes, shapes, bytes) and other fields."""
+    """Return the SHA-256 of a state: tensors (names, dtypes, shapes, bytes) and other fields.
+
+    Texts that are not known are left out: earlier versions kept none.
+    """
     digest = hashlib.sha256()
     for name in sorted(state.learned):
         value = state.learned[name]
+        if name.endswith(".texts") and not value.any():
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
@@ -107,8 +112,9 @@ def read_state(file: Path) -> StateFile:
     if not state_hash(state) == metadata["state_hash"] == entries[-1].state_hash:
         raise ValueError(f"{where} is damaged: its tensors do not have the hash that it names")
     for name, value in learned.items():
-        if value.dtype != torch.float32:
-            raise ValueError(f"{where} must hold float32 tensors; {short(name)} is {value.dtype}")
+        needed = "int64" if name.endswith(".texts") else "float32"
+        if value.dtype != getattr(torch, needed):
+            raise ValueError(f"{where} must hold {needed} as {short(name)}; got {value.dtype}")
     _check_finite(state)
     config = parse_object(metadata["config"], f"config in {where}")
     return StateFile(state, entries, KeptConfig.from_json(config, f"config in {where}"))

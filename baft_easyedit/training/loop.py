@@ -225,6 +225,10 @@ class _Progress:
         self._start = edit.snapshot()
         self._centres = centres
         self._num_prompt = [min(edit.num_prompt_positions, rows[0].prompt_length) for rows in edits]
+        self._texts = [
+            torch.tensor(rows[0].hashes()[rows[0].prompt_length - num :])
+            for rows, num in zip(edits, self._num_prompt, strict=True)
+        ]
         self._num_requests = sum(row.is_edit for row in edits[0])
         self._hparams = hparams
         self._unread: list[dict[str, Tensor]] = []  # terms of the latest steps, [E], on the device
@@ -309,8 +313,8 @@ class _Progress:
                 layer: hidden[i][step.edited[i].to(hidden.device)]
                 for layer, hidden in zip(self._edit.layers, step.hidden, strict=True)
             }
-            around = self._centres[i]
-            state = self._edit.state_of(i, self._start, usage, used, around, self._num_prompt[i])
+            own = self._texts[i], self._centres[i], self._num_prompt[i]
+            state = self._edit.state_of(i, self._start, usage, used, *own)
             self.results[i] = Learned(state, report)
 
 

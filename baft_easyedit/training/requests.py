@@ -4,6 +4,7 @@ A prompt and its target are tokenised as one text (see `prompt_format`); the tok
 prompt's own belong to the target, as EasyEdit's evaluators count them.
 """
 
+import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,6 +171,14 @@ class TextRow:
     """True if the answer is learned, False for an irrelevant prompt."""
     siblings: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
     """The tokens of prompts of an edit's form about other subjects."""
+
+    def hashes(self) -> list[int]:
+        """Return a hash of the tokens up to each token, in [1, 2^63), the same in all processes."""
+        digest, hashes = hashlib.blake2b(digest_size=8), []
+        for token in self.ids:
+            digest.update(token.to_bytes(4, "little"))
+            hashes.append(int.from_bytes(digest.digest(), "little") >> 1 or 1)
+        return hashes
 
 
 def text_rows(
