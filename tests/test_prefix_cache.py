@@ -253,6 +253,14 @@ def test_attention_without_masks_for_pairs_is_not_cached(model, rows, monkeypatc
         PrefixCache(model, edit).prepare([rows])
 
 
+def test_layers_with_other_masks_are_not_cached(model, rows, monkeypatch):
+    edit = with_edit(model)
+    types = ["full_attention", "sliding_attention", "chunked_attention", "full_attention"]
+    monkeypatch.setattr(model.config, "layer_types", types, raising=False)
+    with pytest.raises(ValueError, match="types whose masks are not known: chunked_attention"):
+        PrefixCache(model, edit).prepare([rows])
+
+
 def flash_attention(module, query, keys, values, attention_mask, **_):
     """What FlashAttention computes, by other means: of a mask it only reads which tokens are."""
     assert attention_mask is None or attention_mask.dim() == 2

@@ -51,6 +51,9 @@ from baft_easyedit.training.requests import TextRow
 
 logger = logging.getLogger(__name__)
 
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+"""Types of layers whose masks are made here."""
+
 Edits = Sequence[Sequence[TextRow]]
 """The rows of each independent edit."""
 
@@ -241,7 +244,7 @@ class PrefixCache:
 
 
 def _check_takes_masks(config: Any) -> None:
-    """Raise CannotCacheError unless a model's attention takes a mask for each pair of tokens.
+    """Raise CannotCacheError unless a model's attention takes a known mask for each pair of tokens.
 
     Other kernels would read beyond their memory on a GPU, after which the process cannot use it.
     """
@@ -251,6 +254,9 @@ def _check_takes_masks(config: Any) -> None:
             f"its attention, {attention}, takes no mask for each pair of tokens: load it with "
             "attn_implementation='sdpa' for faster edits"
         )
+    others = {*(getattr(config, "layer_types", None) or ())} - {_FULL, _SLIDING}
+    if others:
+        raise CannotCacheError(f"its layers are of types whose masks are not known: {min(others)}")
 
 
 def _check_belong_to_text(
@@ -301,8 +307,8 @@ def _masks(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill(~seen, torch.finfo(dtype).min)
 
-    if "sliding_attention" in types:
-        return {"full_attention": additive(None), "sliding_attention": additive(window)}
+    if _SLIDING in types:
+        return {_FULL: additive(None), _SLIDING: additive(window)}
     return additive(None if types else window)
 
 
