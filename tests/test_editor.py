@@ -513,7 +513,8 @@ def test_default_dtype_of_torch_changes_nothing(tokenizer, hparams, request_dict
             states.append(editor.model_edit.snapshot())
         finally:
             torch.set_default_dtype(before)
-    assert {value.dtype for value in states[1].values()} == {torch.float32}
+    floats = {v.dtype for n, v in states[1].items() if not n.endswith(".texts")}
+    assert floats == {torch.float32}
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
 
