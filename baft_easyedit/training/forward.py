@@ -31,6 +31,8 @@ class Contents(NamedTuple):
     """The inputs of a forward: tensors, without a reference to the model."""
 
     layout: Layout
+    positions: Tensor
+    """The layout's intervened positions, one tensor for all steps: no step waits to compare two."""
     inputs: Mapping[str, Any]
     """Arguments of the model's forward."""
     output: Any = None
@@ -50,8 +52,8 @@ class Contents(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a forward reads, except the parameters of the model and the edit."""
         output = self.output[0] if isinstance(self.output, tuple) else self.output
-        named = {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
-        named["output"] = output
+        named = {"positions": self.positions, "output": output}
+        named |= {field.name: getattr(self.layout, field.name) for field in fields(self.layout)}
         for name, value in self.inputs.items():
             if isinstance(value, FrozenPrefix):
                 named |= {f"{i}.{k}": t for i, kv in value.states.items() for k, t in enumerate(kv)}
@@ -127,7 +129,7 @@ class Forward:
         model, contents = self._model, self.contents
         columns = contents.layout.predicting
         with (
-            self._edit.at_positions(contents.layout.positions),
+            self._edit.at_positions(contents.positions),
             _stubbed(self._stubs, contents.output),
             _head_at(model.get_output_embeddings(), columns) as is_selected,
             _without_cudnn_attention(),

@@ -119,7 +119,7 @@ def full_forward(
     inputs["use_cache"] = cache is not None
     if cache is not None:
         inputs[cache_name(model)] = cache
-    return Forward(model, edit, Contents(layout, inputs))
+    return Forward(model, edit, Contents(layout, layout.positions, inputs))
 
 
 def _pieces(edits: Edits, start_of: Callable[[TextRow], int]) -> list[list[Piece]]:
@@ -240,7 +240,8 @@ class PrefixCache:
         )
         extras = self._layer_extras
         output = hidden if extras is None else (hidden, *extras)
-        return Forward(self._model, self._edit, Contents(layout, inputs, output), self._stubs)
+        contents = Contents(layout, layout.positions, inputs, output)
+        return Forward(self._model, self._edit, contents, self._stubs)
 
 
 def _check_takes_masks(config: Any) -> None:
