@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from baft_easyedit.facts import edit_requests
 from baft_easyedit.generation import load_model
 from baft_easyedit.hparams import BaFTHyperParams
 from baft_easyedit.model.prompt_format import PromptFormat
+from baft_easyedit.training import stand_ins as stand_ins_module
 from baft_easyedit.training.requests import EditRequest, as_requests, text_rows
 from baft_easyedit.training.stand_ins import _INVENTED, _KNOWN, siblings, stand_ins
 from tests.conftest import logits, make_model
@@ -142,6 +144,37 @@ def test_the_first_centre_is_the_mean_of_the_most_similar_states_at_last_tokens(
         mean = torch.stack(found[layer][1:])[nearest].mean(0)
         torch.testing.assert_close(centres[0], mean, rtol=1e-4, atol=1e-5)
         assert torch.equal(centres[1], editor.model_edit.whitening(layer).mean)
+
+
+def test_a_model_that_cannot_read_on_behind_its_cache_reads_all(model, tokenizer, hparams):
+    """Such as LFM2, whose convolutions do not take several tokens there."""
+    editor = BaFTEditor(model, tokenizer, replace(hparams, **APART))
+    long = replace(REQUEST, prompt="Of all that I know of the world, " + REQUEST.prompt)
+    texts = [tuple(tokenizer(text).input_ids) for text in (long.prompt, *siblings(long))]
+    expected = [stand_in_states(model, editor, [text]) for text in texts]
+    lost, read = [], stand_ins_module.repeated_cache
+
+    def losing(cache, count):
+        cache = read(cache, count)
+        for layer in cache.layers:
+            layer.values.zero_()
+        lost.append(count)
+        return cache
+
+    with mock.patch.object(stand_ins_module, "repeated_cache", losing):
+        found = stand_in_states(model, editor, texts)
+    assert lost == [len(texts)]
+    for layer, states in found.items():
+        whole = torch.cat([one[layer] for one in expected])
+        torch.testing.assert_close(states, whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def stand_in_states(model, editor, texts):
+    editor.model_edit.attach(model)
+    states = stand_ins_module._last_states(model, editor.model_edit, texts)
+    editor.model_edit.detach()
+    return states
 
 
 def test_without_use_subject_an_edit_has_no_centre(model, tokenizer, hparams):
