@@ -129,5 +129,5 @@ def tables(config: BenchConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[s
     """Yield a table for single edits, and one for successive edits, of what `compare` returned."""
     for T in config.T:
         title = f"the same, {T} edits in a row, scored after the last"
-        title = title if T > 1 else f"{config.data.limit} single edits"
+        title = title if T > 1 else "single edits"
         yield "\n" + to_markdown(summary_table(title, [row for row in rows if row["T"] == T]))

@@ -19,8 +19,8 @@ def test_edits_are_shown_with_their_rephrasings_and_neighbours():
 def test_comparison_runs_methods_through_easyedit_and_keeps_failures_as_rows():
     config = demo_config(["BaFT", "SERAC"], 2, 1, "cpu")
     lines = "\n".join(tables(config, compare(config))).splitlines()
-    assert lines[1] == "**2 single edits**"
-    assert lines[8] == "**the same, 2 edits in a row, scored after the last**"
+    assert lines[1] == "**single edits; n = 2 records**"
+    assert lines[8] == "**the same, 2 edits in a row, scored after the last; n = 2 records**"
     rows = [line for line in lines if line.startswith("| BaFT")]
     assert len(rows) == 2
     assert rows[0].split("|")[2].strip() == "1.00"

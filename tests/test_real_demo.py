@@ -30,7 +30,7 @@ def test_demo_goes_on_without_a_real_model_and_fails_if_nothing_ran(monkeypatch,
     )
     assert others[1:3] == ["The bundled model, of 3 million parameters:", "bundled edits"]
     assert others[4].startswith("Through EasyEdit (pypi, 1)")
-    assert "**1 single edits**" in others
+    assert "**single edits; n = 0 records**" in others
     assert "| SERAC  | not run: x |" in shown
     assert error == "baft-easyedit: no method could be run; the tables say why\n"
 

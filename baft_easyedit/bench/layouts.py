@@ -162,10 +162,11 @@ def make_tables(results: Sequence[Result], paper: PaperNumbers) -> list[Table]:
     ]
 
 
-def summary_table(caption: str, rows: Iterable[Mapping[str, Any]]) -> Table:
+def summary_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Make the table that is printed after a run, of rows of a summary under one protocol."""
     cells = {row["method"]: row["error"] or [Cell(row[n]) for n in _SUMMARY] for row in rows}
-    return Table(caption, list(_SUMMARY.values()), cells)
+    counted = _counted(("", row["method"], row["n"]) for row in rows if row["error"] is None)
+    return Table(f"{caption}; {counted}", list(_SUMMARY.values()), cells)
 
 
 def make_notes(results: Sequence[Result]) -> list[str]:
@@ -268,7 +269,12 @@ def _table(
     headings = ["" if protocols == [Protocol()] else protocol_title(p) for p in protocols]
     titled = [c._replace(heading=heading) for heading in headings for c in columns.values()]
     where = f"{results[0].model} on {results[0].dataset}"
-    return Table(f"{where}: {caption}; {_counted(results)}", titled, rows)
+    counted = _counted(
+        (protocol_title(result.setting), result.method, result.values["n"])
+        for result in in_order(results)
+        if result.error is None
+    )
+    return Table(f"{where}: {caption}; {counted}", titled, rows)
 
 
 def _row(
@@ -290,13 +296,23 @@ def _row(
     return cells
 
 
-def _counted(results: Sequence[Result]) -> str:
-    """Return of how many records the scores of a table are means."""
-    counts: dict[str, int] = {}
-    for result in in_order(results):
-        if result.error is None:
-            title = protocol_title(result.setting)
-            counts[title] = max(counts.get(title, 0), result.values["n"])
-    if len(set(counts.values())) == 1:
-        return f"n = {next(iter(counts.values()))} records"
-    return f"n = {', '.join(f'{n} ({title})' for title, n in counts.items()) or 0} records"
+def _counted(results: Iterable[tuple[str, str, int]]) -> str:
+    """Return of how many records the scores of a table are means, and which rows have fewer.
+
+    Args:
+        results: Title of the protocol, method and number of records of each.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for title, method, n in results:
+        counts.setdefault(title, {})[method] = n
+    most = {title: max(own.values()) for title, own in counts.items()}
+    are_told_apart = len({*most.values()}) > 1
+    shown = [f"{n} ({title})" if are_told_apart else str(n) for title, n in most.items()]
+    fewer = [
+        f"{method} {n} ({title})" if len(counts) > 1 else f"{method} {n}"
+        for title, own in counts.items()
+        for method, n in own.items()
+        if n < most[title]
+    ]
+    but = f", but {', '.join(fewer)}" if fewer else ""
+    return f"n = {', '.join(dict.fromkeys(shown)) or 0} records{but}"

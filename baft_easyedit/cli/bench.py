@@ -118,7 +118,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 0
     for T, size in [(T, size) for T in config.T for size in config.batch_size]:
         chosen = [row for row in rows if (row["T"], row["batch_size"]) == (T, size)]
-        caption = f"{chosen[0]['protocol']}, T = {T}, batch size {size}, n = {chosen[0]['n']}"
+        caption = f"{chosen[0]['protocol']}, T = {T}, batch size {size}"
         print("\n" + to_markdown(summary_table(caption, chosen)))
     print(f"\n{out}/summary.json; for more: baft-easyedit report {out}")
     return _status(rows)

@@ -170,10 +170,21 @@ def test_caption_says_of_how_many_records_each_protocol_is_a_mean(titled):
     assert table.caption.endswith("n = 4 (T = 1), 2 (T = 2) records")
 
 
+def test_caption_names_rows_of_fewer_records(titled, results):
+    fewer = titled("Table 1", rows={"ReFT": {"n": 1}})
+    assert fewer.caption.endswith("n = 4 records, but ReFT 1")
+    rows = {("ReFT", "continual-T2"): {"n": 2}}
+    table = titled("Table 2", rows=rows, protocols=("single", "continual-T2"))
+    assert table.caption.endswith("n = 4 records, but ReFT 2 (T = 2)")
+    printed = summary_table("edits", [{**r.values} for r in results(rows={"ReFT": {"n": 1}})])
+    assert printed.caption == "edits; n = 4 records, but ReFT 1"
+
+
 def test_the_table_after_a_run_has_scores_and_cost(results):
     baft, _ = (result.values for result in results(portability=False))
     failed = {"method": "WISE", "error": "no memory"}
-    *_, made, other = to_markdown(summary_table("edits", [baft, failed])).splitlines()
+    title, *_, made, other = to_markdown(summary_table("edits", [baft, failed])).splitlines()
+    assert title == "**edits; n = 4 records**"
     cells = [cell.strip() for cell in made.split("|")[1:-1]]
     assert cells[::4] == ["BaFT", "–"]
     assert cells[6] == "28,464"
