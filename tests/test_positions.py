@@ -29,8 +29,6 @@ def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=No
         # new tokens on a cache are output; part of a prompt needs, and uses, its length
         (["0011111", "1111111"], 2, 3, {}, ["11", "11"]),
         (["1111111"], 3, 2, {"prompt_lengths": [7]}, ["011"]),
-        # one token, of 20, say: the cache of a window of 8 counts no further
-        (["111111111"], 1, 3, {"prompt_width": 15}, ["1"]),
     ],
 )
 def test_the_rule(real, num_new, num_prompt_positions, options, expected):
@@ -160,6 +158,18 @@ def test_cache_given_as_tuples_is_understood(name):
     exec(f"def forward(input_ids, {name}): ...", namespace)
     assert torch.equal(positions_of_call(namespace["forward"], (ids, past), {}, 2), mask("1"))
     assert not says_nothing_of_prompts(forward, (), {"input_ids": torch.ones(1, 5), name: past}, 2)
+
+
+@pytest.mark.parametrize(
+    ("width", "is_edited"),
+    [(10, False), (12, False), (13, True), (15, True), (16, True), (None, True)],
+)
+def test_mask_counts_what_the_cache_of_a_window_does_not(width, is_edited):
+    past = ((torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8)),)  # of a window of 8
+    given = {} if width is None else {"attention_mask": torch.ones(1, width)}
+    kwargs = {"input_ids": torch.ones(1, 1), "past_key_values": past, **given}
+    positions = positions_of_call(forward, (), kwargs, 3, prompt_width=15)
+    assert positions.tolist() == [[is_edited]]
 
 
 def test_embeddings_stand_in_for_tokens_and_a_call_without_either_has_no_positions():

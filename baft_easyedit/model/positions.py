@@ -71,10 +71,7 @@ def edit_positions(
         ValueError: If the number of `prompt_lengths` does not divide the number of rows.
     """
     num_past = real.shape[1] - num_new
-    # A sliding-window cache may not count tokens beyond its window, but a single new token is
-    # always the last of its prompt, or output.
-    is_output = num_new == 1 or num_past >= (prompt_width or 0)
-    if prompt_lengths is None and num_past > 0 and is_output:
+    if prompt_lengths is None and num_past > 0 and num_past >= (prompt_width or 0):
         return real[:, num_past:]
     rank = real.long().cumsum(-1)  # [B, S]
     if prompt_lengths is not None:
@@ -193,7 +190,11 @@ def positions_of_call(
         return None
     batch, num_new = tokens.shape[:2]
     num_past = _past_length(given["cache"])
-    real = real_tokens(given.get("attention_mask"), batch, num_past + num_new, tokens.device)
+    mask = given.get("attention_mask")
+    total = num_past + num_new
+    if num_past and prompt_width is not None:
+        total = _total_length(mask, total, num_new, prompt_width)
+    real = real_tokens(mask, batch, total, tokens.device)
     kept = given.get("logits_to_keep")
     num_kept = kept if isinstance(kept, int) else 0
     if prompt_lengths is None and prompt_width is None:
@@ -296,6 +297,22 @@ def _is_packed(given: Mapping[str, Any], real: Tensor) -> bool:
     starts_again = positions[:, 1:] <= positions[:, :-1]  # [B or 1, T - 1]
     both_real = (real[:, 1:] & real[:, :-1]).to(positions.device)
     return bool((starts_again & both_real).any())
+
+
+def _total_length(mask: Any, total: int, num_new: int, prompt_width: int) -> int:
+    """Return S of a forward on a cache, by the mask: a window's cache may count too few tokens.
+
+    Where the mask is not of tokens, a single new one is taken for output.
+
+    Args:
+        mask: See `real_tokens`.
+        total: S, as the cache has it.
+        num_new: T.
+        prompt_width: See `edit_positions`.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= total:
+        return mask.shape[1]
+    return max(total, prompt_width + 1) if num_new == 1 else total
 
 
 def _past_length(cache: Any) -> int:
