@@ -73,9 +73,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
         carried, where = attached_edit(model), "the given edit"
         if carried is not None:
             if carried.is_named:
-                raise ValueError(
-                    "the model carries named edits, which are only used: detach() them"
-                )
+                raise ValueError("the model carries named edits, only to be used: detach() them")
             edit, where = carried, "the edit that the model already carries"
         if edit is None:
             hparams.warn_of_open_gates()
@@ -116,7 +114,7 @@ class BaFTEditor(AbstractContextManager["BaFTEditor"]):
 
         Args:
             requests: EasyEdit's request dicts; `prompt` and `target_new` are needed, `subject` is
-                checked, and used by `loc_stand_ins`; `loc_prompt` (a text or texts) by R_loc.
+                used by `min_similarity` and `loc_stand_ins`, `loc_prompt` (or several) by R_loc.
 
         Returns:
             The report: steps, losses, time, and whether each request was learned.

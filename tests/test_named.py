@@ -103,7 +103,7 @@ def test_kept_edits_are_attached_by_name(tmp_path, model, tokenizer, hparams, re
     edits = attach_named(model, {"mine": tmp_path / "kept"})
     with edits.active("mine"):
         assert torch.equal(logits(model), learned)
-    with pytest.raises(ValueError, match="the model carries named edits, which are only used"):
+    with pytest.raises(ValueError, match="the model carries named edits, only to be used"):
         BaFTEditor(model, tokenizer, hparams)
     with pytest.raises(ValueError, match="already carries an edit"):
         attach(model, tmp_path / "kept")
