@@ -125,8 +125,12 @@ def test_assisted_generation_gives_the_greedy_tokens(edited, assistant):
         {"use_cache": False},
         pytest.param({"prefill_chunk_size": 4}, marks=since_5),
         pytest.param({"prefill_chunk_size": 1}, marks=since_5),
+        pytest.param(
+            {"prefill_chunk_size": 1, "cache_implementation": "static", "disable_compile": True},
+            marks=since_5,
+        ),
     ],
-    ids=["uncached", "chunked", "by the token"],
+    ids=["uncached", "chunked", "by the token", "static"],
 )
 def test_prompt_that_a_forward_does_not_show_whole_gives_the_same_tokens(edited, options):
     model, _ = edited

@@ -192,7 +192,7 @@ def positions_of_call(
     num_past = _past_length(given["cache"])
     mask = given.get("attention_mask")
     total = num_past + num_new
-    if num_past and prompt_width is not None:
+    if num_past and prompt_width is not None and not _counts_all(given["cache"]):
         total = _total_length(mask, total, num_new, prompt_width)
     real = real_tokens(mask, batch, total, tokens.device)
     kept = given.get("logits_to_keep")
@@ -300,7 +300,7 @@ def _is_packed(given: Mapping[str, Any], real: Tensor) -> bool:
 
 
 def _total_length(mask: Any, total: int, num_new: int, prompt_width: int) -> int:
-    """Return S of a forward on a cache, by the mask: a window's cache may count too few tokens.
+    """Return S of a forward on a cache that may count too few tokens, by the mask.
 
     Where the mask is not of tokens, a single new one is taken for output.
 
@@ -313,6 +313,13 @@ def _total_length(mask: Any, total: int, num_new: int, prompt_width: int) -> int
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= total:
         return mask.shape[1]
     return max(total, prompt_width + 1) if num_new == 1 else total
+
+
+def _counts_all(cache: Any) -> bool:
+    """Tell whether a cache surely counts the tokens that have left its window, too."""
+    first = next(iter(getattr(cache, "layers", ())), None)
+    is_sliding = bool(getattr(first, "is_sliding", False))
+    return first is not None and (not is_sliding or hasattr(first, "cumulative_length"))
 
 
 def _past_length(cache: Any) -> int:
