@@ -161,11 +161,15 @@ def test_cache_given_as_tuples_is_understood(name):
 
 
 @pytest.mark.parametrize(
-    ("width", "is_edited"),
-    [(10, False), (12, False), (13, True), (15, True), (16, True), (None, True)],
+    ("counted", "width", "is_edited"),
+    [
+        *((8, width, width >= 13) for width in (10, 12, 13, 15, 16)),  # in a window of 8
+        *((0, width, width >= 13) for width in (10, 15, 16)),
+        (8, None, True),
+    ],
 )
-def test_mask_counts_what_the_cache_of_a_window_does_not(width, is_edited):
-    past = ((torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8)),)  # of a window of 8
+def test_mask_counts_what_a_cache_does_not(counted, width, is_edited):
+    past = ((torch.zeros(1, 2, counted, 8),) * 2,)
     given = {} if width is None else {"attention_mask": torch.ones(1, width)}
     kwargs = {"input_ids": torch.ones(1, 1), "past_key_values": past, **given}
     positions = positions_of_call(forward, (), kwargs, 3, prompt_width=15)

@@ -190,10 +190,9 @@ def positions_of_call(
         return None
     batch, num_new = tokens.shape[:2]
     num_past = _past_length(given["cache"])
-    mask = given.get("attention_mask")
-    total = num_past + num_new
-    if num_past and prompt_width is not None and not _counts_all(given["cache"]):
-        total = _total_length(mask, total, num_new, prompt_width)
+    mask, total = given.get("attention_mask"), num_past + num_new
+    if prompt_width is not None and given["cache"] is not None:
+        total = _total_length(mask, given["cache"], num_past, num_new, prompt_width)
     real = real_tokens(mask, batch, total, tokens.device)
     kept = given.get("logits_to_keep")
     num_kept = kept if isinstance(kept, int) else 0
@@ -299,20 +298,23 @@ def _is_packed(given: Mapping[str, Any], real: Tensor) -> bool:
     return bool((starts_again & both_real).any())
 
 
-def _total_length(mask: Any, total: int, num_new: int, prompt_width: int) -> int:
-    """Return S of a forward on a cache that may count too few tokens, by the mask.
+def _total_length(mask: Any, cache: Any, num_past: int, num_new: int, prompt_width: int) -> int:
+    """Return S of a forward of a generation, as the mask has it: not every cache counts all tokens.
 
-    Where the mask is not of tokens, a single new one is taken for output.
+    Where the mask is not of tokens, and the cache may not count all, a single token is output.
 
     Args:
         mask: See `real_tokens`.
-        total: S, as the cache has it.
+        cache: The key-value cache.
+        num_past: Tokens in it, as it has them.
         num_new: T.
         prompt_width: See `edit_positions`.
     """
+    total = num_past + num_new
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= total:
         return mask.shape[1]
-    return max(total, prompt_width + 1) if num_new == 1 else total
+    is_output = num_past > 0 and num_new == 1 and not _counts_all(cache)
+    return max(total, prompt_width + 1) if is_output else total
 
 
 def _counts_all(cache: Any) -> bool:
