@@ -96,6 +96,12 @@ def test_a_pair_that_must_leave_leaves():
     assert radius.item() <= least <= steps[1]
 
 
+def test_least_sigma_is_what_lets_a_state_stay():
+    assert balls.least_sigma(5.0, 1.0, 2.0) == 2.0
+    assert balls.least_sigma(1.0, 5.0, 2.0) == balls.least_sigma(5.0, 1.0, 0.0) == 0.0
+    assert balls.least_step(5.0, balls.least_sigma(5.0, 1.0, 2.0), 2.0) == 1.0
+
+
 def test_a_closed_gate_moves_nothing():
     edit = linear_edit(gate="rms-sigmoid")
     assert balls.step(edit, states(3)).norm() > 1

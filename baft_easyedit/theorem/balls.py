@@ -62,6 +62,11 @@ def least_step(step_at_edited: float, sigma: float, distance: float) -> float:
     return max(0.0, step_at_edited - sigma * distance)
 
 
+def least_sigma(radius_at_edited: float, radius: float, distance: float) -> float:
+    """Return what (4) demands of sigma_max(H), so that another state can stay; 0 if nothing."""
+    return max(0.0, (radius_at_edited - radius) / distance) if distance else 0.0
+
+
 @torch.no_grad()
 def radii(logits: Logits, hidden: Tensor, directions: Tensor, reach: float) -> Tensor:
     """Return how far one can go from a hidden state in each direction with the same answer.
