@@ -20,15 +20,23 @@ WILD_TOKENS = 50
 
 
 def normalised(text: str) -> str:
-    """Return text in lower case, without punctuation and articles, as SQuAD compares answers."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Return text in lower case, without punctuation and articles, as SQuAD compares answers.
+
+    Where nothing else is in it, these stay: the option `A` is no empty answer.
+    """
+    words = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", words).split() or words.split() or text.split())
 
 
 def contains(answer: str, target: str) -> bool:
     """Tell whether an answer has the target in it, whatever case, punctuation and articles.
 
     It must be there in whole words; in a script without spaces between words, in whole characters.
+    A target of articles or punctuation alone must be there as it is written.
     """
+    if not _ARTICLES.sub(" ", target.lower().translate(_PUNCTUATION)).strip():
+        own, given = (" ".join(re.findall(r"\w+|[^\w\s]", text)) for text in (target, answer))
+        return f" {own} " in f" {given} "
     return f" {_words(target)} " in f" {_words(answer)} "
 
 

@@ -50,7 +50,10 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     for (model, dataset), results in chapters.items():
         tables, notes = make_tables(results, paper), make_notes(results)
         directories = {result.directory for result in results}
-        sources = [_source(run) for run in runs if run.directory in directories]
+        own = [run for run in runs if run.directory in directories]
+        if len({run.info["data"]["sha256"] for run in own}) > 1:
+            notes.append("These runs have different records: compare rows of one run only.")
+        sources = [_source(run) for run in own]
         markdown.append(f"## {markdown_text(f'{model} on {dataset}')}")
         markdown += map(to_markdown, tables)
         if notes:

@@ -233,7 +233,7 @@ class RunDirectory:
 
 def file_name(text: str) -> str:
     """Return a row's name as a file name; different names stay different."""
-    return re.sub(r"[^A-Za-z0-9.+-]", lambda match: f"_{ord(match[0]):x}", text)
+    return re.sub(r"^\.|[^A-Za-z0-9.+-]", lambda match: f"_{ord(match[0]):x}", text)
 
 
 def read_json(file: Path, form: type[BaseModel] | None = None, damaged: Path | None = None) -> Any:

@@ -326,6 +326,11 @@ def test_asking_for_records_that_are_not_there_is_an_error(load, arguments, mess
         load("requests", records_of("requests"), **arguments)
 
 
+def test_records_of_which_none_can_be_asked_are_an_error(load):
+    with pytest.raises(ValueError, match=r"a record that can be asked; got none: .* empty: \[0\]"):
+        load("zsre", [zsre("Acme", alt="")])
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -47,6 +47,12 @@ def test_wild_scores_exact_match_containment_and_what_stayed():
 
 def test_a_target_is_contained_as_a_whole():
     assert contains("It was Rome, in Italy.", "rome")
+    # an option's letter is an article
+    assert contains("The answer is A.", "A")
+    assert contains("A", "A")
+    assert not contains("B", "A")
+    assert not contains("", "A")
+    assert not contains("It is a dog", "A")
     assert not contains("Romeo", "Rome")
     assert contains("首都は東京です。", "東京")
     assert not contains("首都は東です。", "東京")

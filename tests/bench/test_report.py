@@ -77,6 +77,20 @@ def test_run_in_which_nothing_worked_is_reported_as_such(tmp_path):
     assert "- All rows: not run: no memory" in text
 
 
+def test_runs_of_different_records_are_told(tmp_path):
+    one, other = (
+        write_run(tmp_path / name, **{**FEW, "methods": (name,)}) for name in ("BaFT", "ReFT")
+    )
+    told = "These runs have different records"
+    write_report([one, other], tmp_path / "same")
+    assert told not in (tmp_path / "same" / "report.md").read_text("utf-8")
+    info = read_json(other / "run.json")
+    write_json(other / "run.json", {**info, "data": {**info["data"], "sha256": "0" * 64}})
+    write_report([one, other], tmp_path / "out")
+    assert told in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert told in (tmp_path / "out" / "tables.tex").read_text("utf-8")
+
+
 def test_each_model_and_data_set_has_a_chapter_with_its_own_sources(tmp_path):
     first = write_run(tmp_path / "first", **FEW)
     command = ["/home/me/baft_easyedit/__main__.py", "bench", "b.yaml", "--data", "/home/me/zsre"]

@@ -82,6 +82,9 @@ def load_dataset(
     _check_options(kind, reader, options)
     source = reader(None if path is None else Path(path), **options)
     count = len(source.cases)
+    if count == 0:
+        why = "; ".join(source.notes)
+        raise ValueError(f"{path} must hold a record that can be asked; got none: {why}")
     if not 0 <= start < count:
         raise ValueError(f"start must be in [0, {count - 1}] for {kind}; got {short(start)}")
     if limit is not None and not 1 <= limit <= count - start:
