@@ -186,7 +186,7 @@ def test_directories_that_cannot_be_flushed_are_made_all_the_same(tmp_path, monk
 def test_what_is_not_json_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_json(text, "here", is_strict=True)
-    assert parse_json('[NaN, {"a": 3, "a": 1}]', "here")[1] == {"a": 1}
+    assert parse_json('[NaN, {"a": 1}]', "here")[1] == {"a": 1}
     assert parse_json("[" * 100 + "]" * 100, "here")
 
 

@@ -128,6 +128,12 @@ def weight_figure(cases: Sequence[Case]) -> "Figure | None":
     return _finished(figure, panels, "weight w(h)")
 
 
+def _label(method: str) -> str:
+    """Return a row's name as matplotlib shows it: no mathematics, and not hidden by a `_`."""
+    shown = method.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def batch_figure(results: Sequence[Result], looks: Mapping[str, Any]) -> "Figure":
     """Draw scores against the size of a batch (Fig. 3), of results with the same T."""
     names = [n for n in TEACHER_FORCED if any(r.number(n) is not None for r in results)]
@@ -137,7 +143,7 @@ def batch_figure(results: Sequence[Result], looks: Mapping[str, Any]) -> "Figure
             own = [r for r in results if r.method == method and r.number(name) is not None]
             sizes = [result.setting.batch_size for result in own]
             scores = [result.values[name] for result in own]
-            panel.plot(sizes, scores, label=method, **looks[method])
+            panel.plot(sizes, scores, label=_label(method), **looks[method])
         panel.set(xlabel="records per edit call, B", xscale="log", ylim=(-0.03, 1.03))
         ticks = sorted({result.setting.batch_size for result in results})
         panel.set_xticks(ticks, [str(size) for size in ticks])
@@ -153,7 +159,7 @@ def retention_figure(results: Sequence[Result], looks: Mapping[str, Any]) -> "Fi
         cases = result.cases()
         for panel, name in zip(panels, names, strict=True):
             bins = retention(cases, name, result.setting.T)
-            panel.plot(*bins.T, label=result.method, **looks[result.method])
+            panel.plot(*bins.T, label=_label(result.method), **looks[result.method])
     for panel in panels:
         panel.set(xlabel="edits made since", ylim=(-0.03, 1.03))
     return _finished(figure, panels, "score")

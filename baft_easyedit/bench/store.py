@@ -233,7 +233,13 @@ class RunDirectory:
 
 def file_name(text: str) -> str:
     """Return a row's name as a file name; different names stay different."""
-    return re.sub(r"^\.|[^A-Za-z0-9.+-]", lambda match: f"_{ord(match[0]):x}", text)
+    return re.sub(r"^\.|[^A-Za-z0-9.+-]", _as_hex, text)
+
+
+def _as_hex(match: re.Match[str]) -> str:
+    """Return a character by its number, which ends after two digits or with a `_`."""
+    number = ord(match[0])
+    return f"_{number:02x}" if number < 0x100 else f"_u{number:x}_"
 
 
 def read_json(file: Path, form: type[BaseModel] | None = None, damaged: Path | None = None) -> Any:

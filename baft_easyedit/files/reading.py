@@ -23,13 +23,14 @@ _MAX_YAML = 64 * 2**10
 def parse_json(text: bytes | str, where: str, is_strict: bool = False) -> Any:
     """Read JSON, which messages call `where`.
 
-    Strictly, NaN and infinities, which Python's `json` accepts, and duplicate keys are refused.
+    Duplicate keys are refused, and strictly NaN and infinities, which Python's `json` accepts.
 
     Raises:
         ValueError: If the text is not JSON, or is nested too deeply.
     """
     try:
-        value = json.loads(text, **(_STRICT if is_strict else {}))
+        constants: Any = {"parse_constant": _refuse_constant} if is_strict else {}
+        value = json.loads(text, object_pairs_hook=_without_doubles, **constants)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must be JSON, and is not: {cut(error, 500)}") from None
     _check_depth(value, where)
@@ -140,9 +141,6 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if double is not None:
         raise ValueError(f"the key {short(double)} comes twice")
     return dict(pairs)
-
-
-_STRICT: Any = {"parse_constant": _refuse_constant, "object_pairs_hook": _without_doubles}
 
 
 def _double(names: Iterable[Any]) -> Any:

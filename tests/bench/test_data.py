@@ -220,8 +220,26 @@ def test_halluedit_is_read_from_csv(tmp_path):
     with pytest.raises(ValueError, match=r"places\.csv must be UTF-8 text, and is not"):
         load_dataset("halluedit", file)
     file.write_text("subject,object\nAcme,Rome")
-    with pytest.raises(ValueError, match=r"columns subject, .* got none of \['relation'\]"):
+    with pytest.raises(
+        ValueError, match=r"columns subject, .* 1 rows with the columns \['subject', 'o"
+    ):
         load_dataset("halluedit", file)
+    file.write_text("subject,relation,object\nAcme,city,Rome, in Italy")
+    with pytest.raises(ValueError, match=r"record 0: no more than 3 values must .* got 4: put a v"):
+        load_dataset("halluedit", file)
+    file.write_text("subject,relation,object,object\nAcme,city,Rome,Bonn")
+    with pytest.raises(ValueError, match=r"places\.csv must have each column once; got"):
+        load_dataset("halluedit", file)
+    file.write_text('subject,relation,object\nAcme,city,"Rome\nBolt,city,Bonn')
+    with pytest.raises(ValueError, match=r"must be CSV, and is not: unexpected end of data"):
+        load_dataset("halluedit", file)
+
+
+def test_a_record_with_a_key_twice_is_refused(tmp_path):
+    file = tmp_path / "records.json"
+    file.write_text('[{"prompt": "a b", "prompt": "c d", "target_new": "x"}]')
+    with pytest.raises(ValueError, match=r"records\.json must be JSON, and is not: .*'prompt'"):
+        load_dataset("requests", file)
 
 
 def test_long_answers_have_short_questions_on_them(load):

@@ -77,6 +77,15 @@ def test_run_in_which_nothing_worked_is_reported_as_such(tmp_path):
     assert "- All rows: not run: no memory" in text
 
 
+def test_a_rows_name_is_no_mathematics_in_a_figure(tmp_path):
+    run = write_run(
+        tmp_path / "run",
+        **{**FEW, "methods": ("$x|<_%_$", "_y"), "protocols": ("continual-T10",), "num_cases": 10},
+    )
+    files = write_report([run], tmp_path / "out")
+    assert any(file.name.startswith("retention") for file in files)
+
+
 def test_runs_of_different_records_are_told(tmp_path):
     one, other = (
         write_run(tmp_path / name, **{**FEW, "methods": (name,)}) for name in ("BaFT", "ReFT")

@@ -89,7 +89,20 @@ def test_numpy_values_become_plain(tmp_path):
 
 
 def test_file_names_are_safe_and_distinct():
-    names = ["+ss-w&lr", "+ss-w lr", "../x", "BaFT", "R_loc x 0.1", "R loc x 0.1", ".", ".."]
+    names = [
+        "+ss-w&lr",
+        "+ss-w lr",
+        "../x",
+        "BaFT",
+        "R_loc x 0.1",
+        "R loc x 0.1",
+        ".",
+        "..",
+        "_1",
+        "\u05f1",
+        "\u03b1",
+        ";1",
+    ]
     made = [file_name(name) for name in names]
     assert len(set(made)) == len(names)
     assert not any("/" in name or " " in name or name[0] == "." for name in made)

@@ -7,6 +7,7 @@ import csv
 from collections import Counter
 from collections.abc import Mapping
 from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,18 +153,27 @@ def read_halluedit(path: Path | None) -> Source:
     _, file = read_file(table)
     text = read_text(table).removeprefix("\ufeff")
     try:
-        rows = list(csv.DictReader(StringIO(text, newline="")))
+        lines = [line for line in csv.reader(StringIO(text, newline=""), strict=True) if line]
     except csv.Error as error:
         raise ValueError(f"{file.name} must be CSV, and is not: {error}") from None
-    missing = {"subject", "relation", "object"} - set(rows[0] if rows else ())
-    if missing:
+    columns, rows = (lines or [[]])[0], lines[1:]
+    missing = {"subject", "relation", "object"} - {*columns}
+    if missing or not rows:
         raise ValueError(
             f"{file.name} must be CSV with the columns subject, relation and object, and a row; "
-            f"got none of {short(sorted(missing))}"
+            f"got {len(rows)} rows with the columns {short(columns)}"
         )
-    cases = [
-        validated(Case, _halluedit(row), f"{file.name}, record {i}") for i, row in enumerate(rows)
-    ]
+    if len({*columns}) < len(columns):
+        raise ValueError(f"{file.name} must have each column once; got {short(columns)}")
+    cases = []
+    for i, row in enumerate(rows):
+        if len(row) > len(columns):
+            raise ValueError(
+                f"{file.name}, record {i}: no more than {len(columns)} values must be there, one a "
+                f"column; got {len(row)}: put a value with a comma in quotes"
+            )
+        values = dict(zip_longest(columns, row))
+        cases.append(validated(Case, _halluedit(values), f"{file.name}, record {i}"))
     return Source(cases, [file], [])
 
 
